@@ -1,0 +1,1 @@
+"""The outside world: object storage and metrics, each behind one module."""

@@ -1,0 +1,31 @@
+"""The whole flow on one screen: pull, transfer, fine-tune, publish. Start reading here."""
+
+from topwork.spec import TransferJob
+from topwork.stages.fine_tune import fine_tune
+from topwork.stages.publish import Published, publish
+from topwork.stages.pull import pull
+from topwork.stages.transfer import transfer
+from topwork.workspace import Workspace
+
+
+def run(job: TransferJob, workspace: Workspace) -> Published:
+    """Run a job from its dataset to its published model.
+
+    Every stage is idempotent: one that is done is found and skipped, one that was begun goes on from its last
+    checkpoint. Calling this again after a kill, a stop or a failure is always right.
+
+    Args:
+        job: The job to run.
+        workspace: Storage, metrics, progress and scratch of the run.
+
+    Returns:
+        The published version with its metrics.
+
+    Raises:
+        TopworkError: With the exit code that the cluster acts on; see `topwork.errors`.
+    """
+    dataset = pull(job, workspace)
+    classifier = transfer(job, dataset, workspace)
+    if job.spec.fine_tune:
+        classifier = fine_tune(job, classifier, dataset, workspace)
+    return publish(job, classifier, dataset, workspace)

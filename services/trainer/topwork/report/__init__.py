@@ -1,0 +1,1 @@
+"""What is known of a trained classifier: evaluation, plots, report, model card."""

@@ -1,0 +1,1 @@
+"""The training loop of one stage: strategy, optimizer, callbacks, checkpoints."""
