@@ -48,7 +48,7 @@ class UnavailableError(TopworkError):
     exit_code = 75
 
 
-class Stopped(TopworkError):
+class Stopped(TopworkError):  # noqa: N818 - a wish that was granted, not an error
     """The process was asked to stop (SIGTERM) and has written its checkpoint."""
 
     exit_code = 143

@@ -1,0 +1,63 @@
+# Everything that a person or CI does here. Each target sets up what it needs by itself.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do command -v $$python && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+# uv installs what the lock names; its own version is that of the lock.
+UV_VERSION := $(shell sed -n 's/^uv==\([0-9.]*\).*/\1/p' requirements.lock)
+SETUP := $(VENV)/.complete
+# Everything below one folder, so that a laptop's own topwork state stays untouched by tests.
+PYTEST := $(BIN)/python -m pytest
+
+.PHONY: help
+help: ## Show this help
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
+
+.PHONY: setup
+setup: $(SETUP) ## Install everything into .venv, from requirements.lock
+
+$(SETUP): pyproject.toml requirements.lock
+	@$(PYTHON) -c "import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))" || { echo "Python 3.11, 3.12 or 3.13 is needed: make PYTHON=/path/to/python3.11"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+	VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet --constraint requirements.lock --editable '.[cpu,local,demo]' --group dev
+	touch $@
+
+.PHONY: demo
+demo: $(SETUP) ## Train on real pictures of solar cells, with and without transfer, on an embedded S3
+	$(BIN)/python examples/solar/demo.py
+
+.PHONY: test
+test: $(SETUP) ## Run all tests
+	$(PYTEST) -n 2 --dist loadfile
+
+.PHONY: check
+check: $(SETUP) ## Lint, types, import rules
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+.PHONY: generate
+generate: $(SETUP) ## Write everything that is generated
+	$(BIN)/python -m topwork.cli.generate
+
+.PHONY: verify
+verify: generate ## Prove that what is generated is up to date
+	@git diff --exit-code --stat -- docs schema || { echo "Generated files were out of date: commit what make generate wrote."; exit 1; }
+
+.PHONY: bench
+bench: $(SETUP) ## Measure side by side with what a user would use instead
+	$(BIN)/python benchmarks/run.py
+
+.PHONY: lock
+lock: $(SETUP) ## Resolve requirements.lock anew (hashed, universal, without any index address)
+	$(BIN)/uv pip compile pyproject.toml --all-extras --group dev --universal --python-version 3.11 \
+		--generate-hashes --no-emit-index-url --quiet --output-file requirements.lock
+
+.PHONY: clean
+clean: ## Remove what was built
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build
