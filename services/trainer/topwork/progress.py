@@ -10,6 +10,7 @@ from typing import Protocol, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
+from rich.text import Text
 
 Fact = str | int | float | bool | None
 
@@ -69,8 +70,10 @@ class BarProgress:
 
     def note(self, message: str, **facts: Fact) -> None:
         """Print the message and its facts."""
-        shown = "  ".join(f"[dim]{name}[/dim] {_shown(value)}" for name, value in facts.items())
-        self._console.print(f"{message}  {shown}".rstrip(), highlight=False)
+        line = Text(message)
+        for name, value in facts.items():
+            line.append(f"  {name} ", style="dim").append(_shown(value))
+        self._console.print(line)
 
     def epoch(self, stage: str, epoch: int, epochs: int, **facts: Fact) -> None:
         """Print one line for the epoch."""
@@ -80,11 +83,11 @@ class BarProgress:
     def track(self, what: str, total: int | None) -> Iterator[Tracker]:
         """Show a bar until the work is done."""
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[facts]}"),
+            TextColumn("{task.fields[facts]}", markup=False),
         )
         with RichProgress(*columns, console=self._console, transient=True) as bars:
             yield _Bar(bars, what, total)
