@@ -1,0 +1,475 @@
+"""Object storage over S3: the only module that speaks it.
+
+Every key is relative to the URI of its `Storage`. What botocore raises leaves as `SettingError`, `UnavailableError`
+or `DataError`; `edge.storage_errors` says which.
+"""
+
+import base64
+import hashlib
+import ipaddress
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+
+import boto3
+from boto3.s3.transfer import ProgressCallbackInvoker, TransferConfig, create_transfer_manager
+from botocore import exceptions as boto
+from botocore.config import Config
+from pydantic import BaseModel, ConfigDict, Field
+from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
+
+from topwork.edge.storage_errors import code_of, refused, status_of, told
+from topwork.errors import SettingError, UnavailableError
+
+# Objects that one request lists or deletes at most (limit of the S3 interface).
+REQUEST_OBJECTS = 1000
+READ_BYTES = 1 << 20
+BROKEN_READS = (boto.HTTPClientError, boto.IncompleteReadError, boto.FlexibleChecksumError)
+
+
+@dataclass(frozen=True)
+class StorageSettings:
+    """Where storage is and how to speak to it; None leaves it to the AWS variables, profiles and web identity.
+
+    Attributes:
+        endpoint_url: URL of the server.
+        access_key: Access key id.
+        secret_key: Secret access key.
+        region: Region that requests are signed for.
+        ca_bundle: PEM file with the authorities that are trusted.
+        path_style: Bucket in the path of the URL instead of the host name; None: with any endpoint but Amazon's.
+        attempts: Requests at most for one call, with growing pauses between them.
+        connect_timeout_seconds: Wait for a connection.
+        read_timeout_seconds: Wait for the next bytes of an answer.
+        part_bytes: Size from which files are sent in parts, and size of the parts; at least 5 MiB.
+    """
+
+    endpoint_url: str | None = None
+    access_key: str | None = None
+    secret_key: str | None = field(default=None, repr=False)
+    region: str | None = None
+    ca_bundle: str | None = None
+    path_style: bool | None = None
+    attempts: int = 6
+    connect_timeout_seconds: float = 10.0
+    read_timeout_seconds: float = 60.0
+    part_bytes: int = 16 << 20
+
+
+FROM_ENVIRONMENT = StorageSettings()
+
+
+class Meter(Protocol):
+    """Counts what moves; `topwork.edge.metrics.Metrics` is one."""
+
+    def storage_bytes(self, direction: str, count: int) -> None:
+        """Count bytes moved; `direction` is upload or download."""
+
+    def storage_retry(self) -> None:
+        """Count one request that was tried again."""
+
+
+class Unmetered:
+    """Counts nothing."""
+
+    def storage_bytes(self, direction: str, count: int) -> None:
+        """Count nothing."""
+
+    def storage_retry(self) -> None:
+        """Count nothing."""
+
+
+@dataclass(frozen=True)
+class StoredObject:
+    """An object as a listing tells it; `size` in bytes."""
+
+    key: str
+    size: int
+    etag: str
+
+
+class FileEntry(BaseModel):
+    """What a file must be: `size` in bytes and its SHA-256 in hex."""
+
+    model_config = ConfigDict(frozen=True)
+
+    size: int = Field(ge=0)
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+
+class Storage:
+    """A folder in object storage. Safe to use from several threads.
+
+    Args:
+        uri: s3://bucket or s3://bucket/prefix.
+        settings: Server and credentials.
+        meter: Counts bytes and retries.
+
+    Raises:
+        SettingError: If the URI, the profile or the endpoint is not one.
+    """
+
+    def __init__(self, uri: str, settings: StorageSettings = FROM_ENVIRONMENT, meter: Meter | None = None) -> None:
+        self.uri = uri.rstrip("/")
+        self._bucket, self._base = _split(uri)
+        self._settings = settings
+        self._meter: Meter = meter or Unmetered()
+        self._client = _connect(settings, self._meter)
+
+    def uri_of(self, key: str) -> str:
+        """Return the s3:// URI of a key."""
+        return f"{self.uri}/{key}"
+
+    def at(self, uri: str) -> "Storage":
+        """Return storage at another URI, over the same connections.
+
+        Args:
+            uri: s3://bucket or s3://bucket/prefix.
+
+        Raises:
+            SettingError: If the URI is not one.
+        """
+        other = object.__new__(Storage)
+        other.__dict__.update(self.__dict__)
+        other.uri = uri.rstrip("/")
+        other._bucket, other._base = _split(uri)
+        return other
+
+    def check(self) -> None:
+        """Ask the server once, so that a wrong setting is told before any work.
+
+        Raises:
+            SettingError: If the bucket is missing or the credentials are refused.
+            UnavailableError: If the server can't be reached.
+        """
+        # Not HeadBucket: its answer has no body, so a wrong key and a wrong secret would look the same.
+        with self._told():
+            self._client.list_objects_v2(Bucket=self._bucket, Prefix=self._base, MaxKeys=1)
+
+    def list(self, prefix: str = "") -> Iterator[StoredObject]:
+        """List the objects whose key begins with `prefix`, in the order of the server.
+
+        Args:
+            prefix: Beginning of the keys, relative to `uri`.
+
+        Yields:
+            Objects; their keys are relative to `uri`.
+        """
+        pages = self._client.get_paginator("list_objects_v2")
+        with self._told(prefix):
+            for page in pages.paginate(Bucket=self._bucket, Prefix=self._base + prefix):
+                for found in page.get("Contents", ()):
+                    yield StoredObject(found["Key"][len(self._base) :], found["Size"], found.get("ETag", "").strip('"'))
+
+    def size(self, key: str) -> int | None:
+        """Return the size of an object in bytes; None if it is not there."""
+        with self._told(key):
+            try:
+                return int(self._client.head_object(Bucket=self._bucket, Key=self._base + key)["ContentLength"])
+            except boto.ClientError as error:
+                if status_of(error) == 404 and code_of(error) != "NoSuchBucket":
+                    return None
+                raise
+
+    def read(self, key: str) -> bytes | None:
+        """Return a small object as bytes; None if it is not there."""
+        with self._told(key):
+            # botocore's own retries end with the header of an answer; its body can still break off.
+            for attempt in Retrying(
+                retry=retry_if_exception_type(BROKEN_READS),
+                stop=stop_after_attempt(self._settings.attempts),
+                wait=wait_random_exponential(multiplier=0.1, max=5),
+                before_sleep=lambda _: self._meter.storage_retry(),
+                reraise=True,
+            ):
+                with attempt:
+                    data = self._get(key)
+        if data is not None:
+            self._meter.storage_bytes("download", len(data))
+        return data
+
+    def _get(self, key: str) -> bytes | None:
+        try:
+            answer = self._client.get_object(Bucket=self._bucket, Key=self._base + key)
+        except boto.ClientError as error:
+            if code_of(error) == "NoSuchKey":
+                return None
+            raise
+        with answer["Body"] as body:
+            return bytes(body.read())
+
+    def write(self, key: str, data: bytes, *, only_if_absent: bool = False, content_type: str | None = None) -> bool:
+        """Store a small object.
+
+        Two writers with `only_if_absent` can't both be told True, unless their bytes are the same: a writer whose
+        answer was lost knows its own work by its bytes.
+
+        Args:
+            key: Key of the object.
+            data: All of its bytes.
+            only_if_absent: Leave an object that is there already as it is.
+            content_type: Media type, such as application/json.
+
+        Returns:
+            False if the object was there already.
+        """
+        request: dict[str, Any] = {"Bucket": self._bucket, "Key": self._base + key, "Body": data}
+        if self._checksums:
+            request["ChecksumSHA256"] = base64.b64encode(hashlib.sha256(data).digest()).decode()
+        if only_if_absent:
+            request["IfNoneMatch"] = "*"
+        if content_type:
+            request["ContentType"] = content_type
+        with self._told(key):
+            written = self._put(key, request)
+        if written:
+            self._meter.storage_bytes("upload", len(data))
+        return written
+
+    def _put(self, key: str, request: dict[str, Any]) -> bool:
+        for pause_seconds in (0.1, 0.3, 1.0, None):
+            try:
+                self._client.put_object(**request)
+            except boto.ClientError as error:
+                if status_of(error) == 412:
+                    sent_before = error.response["ResponseMetadata"].get("RetryAttempts", 0) > 0
+                    return sent_before and self.read(key) == request["Body"]
+                # 409: another write was under way. Whether it took hold, only another try can tell.
+                if code_of(error) != "ConditionalRequestConflict" or pause_seconds is None:
+                    raise
+                self._meter.storage_retry()
+                time.sleep(pause_seconds)
+            else:
+                return True
+        raise AssertionError("the last pause is None")
+
+    def upload(self, path: Path, key: str) -> FileEntry:
+        """Store a file, in parallel parts when it is large.
+
+        Args:
+            path: Local file.
+            key: Key of the object.
+
+        Returns:
+            Size and digest of the file.
+
+        Raises:
+            UnavailableError: If the stored size is not that of the file.
+        """
+        entry = entry_of(path)
+        extra = {"ChecksumAlgorithm": "SHA256"} if self._checksums else {}
+        with self._told(key), self._transfers() as transfers:
+            counted = self._counted("upload")
+            transfers.upload(str(path), self._bucket, self._base + key, extra, counted).result()
+        if (stored := self.size(key)) != entry.size:
+            raise UnavailableError(
+                f"{self.uri_of(key)} holds {stored} bytes after the upload of {path} with {entry.size}: "
+                "the file changed meanwhile, or another writer uses the key. Try again."
+            )
+        return entry
+
+    def download(self, key: str, path: Path, expected: FileEntry | None = None) -> FileEntry:
+        """Fetch an object to a file that appears whole or not at all.
+
+        Args:
+            key: Key of the object.
+            path: Local file; its folder is made, and a file of that name replaced.
+            expected: What the file must be; anything else is fetched once more and then refused.
+
+        Returns:
+            Size and digest of the file.
+
+        Raises:
+            DataError: If the object does not exist.
+            UnavailableError: If what arrives is not what was expected.
+        """
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(path.name + ".part")
+        try:
+            entry = self._fetch(key, part)
+            if expected and entry != expected:
+                self._meter.storage_retry()
+                entry = self._fetch(key, part)
+            if expected and entry != expected:
+                raise UnavailableError(
+                    f"{self.uri_of(key)} is not what its manifest says: expected {expected.size} bytes with SHA-256 "
+                    f"{expected.sha256}, got {entry.size} bytes with {entry.sha256}. It was damaged or replaced: "
+                    "try again, and delete it with its manifest if this stays so."
+                )
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+        return entry
+
+    def _fetch(self, key: str, part: Path) -> FileEntry:
+        with self._told(key), part.open("wb") as file, self._transfers() as transfers:
+            transfers.download(self._bucket, self._base + key, file, None, self._counted("download")).result()
+        return entry_of(part)
+
+    def delete(self, keys: Iterable[str]) -> None:
+        """Delete objects; those that are not there count as deleted.
+
+        Args:
+            keys: Keys of the objects.
+        """
+        remaining = iter(keys)
+        while batch := [{"Key": self._base + key} for key in islice(remaining, REQUEST_OBJECTS)]:
+            with self._told():
+                answer = self._client.delete_objects(Bucket=self._bucket, Delete={"Objects": batch, "Quiet": True})
+            for error in answer.get("Errors", ()):
+                target = f"s3://{self._bucket}/{error.get('Key')}"
+                status = {"HTTPStatusCode": 403 if error.get("Code") == "AccessDenied" else 500}
+                failure = boto.ClientError({"Error": error, "ResponseMetadata": status}, "DeleteObjects")
+                raise refused(failure, self._endpoint, self._bucket, target)
+
+    def abort_unfinished_uploads(self, prefix: str = "", older_than_seconds: float = 86400.0) -> int:
+        """Give back what half-written multipart uploads of killed processes hold.
+
+        Args:
+            prefix: Beginning of the keys, relative to `uri`.
+            older_than_seconds: Leave younger ones alone: another process may be writing them.
+
+        Returns:
+            How many were aborted; 0 where the server does not tell or the account may not ask.
+        """
+        begun_before = datetime.now(UTC) - timedelta(seconds=older_than_seconds)
+        pages = self._client.get_paginator("list_multipart_uploads")
+        aborted = 0
+        with self._told(prefix):
+            try:
+                for page in pages.paginate(Bucket=self._bucket, Prefix=self._base + prefix):
+                    for upload in page.get("Uploads", ()):
+                        if upload["Initiated"] <= begun_before:
+                            where = {"Key": upload["Key"], "UploadId": upload["UploadId"]}
+                            self._client.abort_multipart_upload(Bucket=self._bucket, **where)
+                            aborted += 1
+            except boto.ClientError as error:
+                # Cleaning is a courtesy: a run must not fail for want of this right.
+                if status_of(error) not in {403, 404, 405, 501} or code_of(error) == "NoSuchBucket":
+                    raise
+        return aborted
+
+    @property
+    def _endpoint(self) -> str:
+        return str(self._client.meta.endpoint_url)
+
+    @property
+    def _checksums(self) -> bool:
+        # The user turns them off (AWS_REQUEST_CHECKSUM_CALCULATION) for servers that don't know them.
+        return bool(self._client.meta.config.request_checksum_calculation != "when_required")
+
+    def _told(self, key: str = "") -> AbstractContextManager[None]:
+        return told(self._endpoint, self._bucket, self.uri_of(key) if key else self.uri)
+
+    def _transfers(self) -> Any:
+        part = self._settings.part_bytes
+        # "classic": the other client, chosen by itself on some machines, neither counts nor retries as this module says.
+        plan = TransferConfig(multipart_threshold=part, multipart_chunksize=part, preferred_transfer_client="classic")
+        return create_transfer_manager(self._client, plan)
+
+    def _counted(self, direction: str) -> Any:
+        return [ProgressCallbackInvoker(lambda count: self._meter.storage_bytes(direction, count))]
+
+
+def entry_of(path: Path) -> FileEntry:
+    """Measure a local file: its size and digest, with flat memory."""
+    digest, size = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        while chunk := file.read(READ_BYTES):
+            digest.update(chunk)
+            size += len(chunk)
+    return FileEntry(size=size, sha256=digest.hexdigest())
+
+
+def make_bucket(settings: StorageSettings, bucket: str) -> None:
+    """Make a bucket of the embedded server; one that is there already stays as it is.
+
+    Args:
+        settings: Server and credentials.
+        bucket: Name of the bucket: 3 to 63 lower-case letters, digits, dots and hyphens.
+
+    Raises:
+        SettingError: If the server refuses the name or the credentials.
+        UnavailableError: If the server can't be reached.
+    """
+    client = _connect(settings, Unmetered())
+    with told(str(client.meta.endpoint_url), bucket, f"s3://{bucket}"):
+        try:
+            client.create_bucket(Bucket=bucket)
+        except boto.ClientError as error:
+            if code_of(error) not in {"BucketAlreadyOwnedByYou", "BucketAlreadyExists"}:
+                raise
+
+
+def _split(uri: str) -> tuple[str, str]:
+    parts = urlsplit(uri)
+    if parts.scheme != "s3" or not parts.netloc or parts.query or parts.fragment:
+        raise SettingError(f"{uri!r} is not a storage URI: expected s3://bucket or s3://bucket/prefix.")
+    prefix = parts.path.strip("/")
+    return parts.netloc, f"{prefix}/" if prefix else ""
+
+
+def _connect(settings: StorageSettings, meter: Meter) -> Any:
+    try:
+        client = _client(settings, {})
+        style = (client.meta.config.s3 or {}).get("addressing_style")
+        path_style = settings.path_style
+        if path_style is None and style is None and not _is_amazon(client.meta.endpoint_url):
+            path_style = True
+        if path_style is not None:
+            client = _client(settings, {"addressing_style": "path" if path_style else "virtual"})
+    except boto.ProfileNotFound as error:
+        raise SettingError(f"AWS_PROFILE names a profile that is not there: {error}.") from error
+    except ValueError as error:
+        raise SettingError(f"The endpoint of storage is not a URL: {error}. Look at AWS_ENDPOINT_URL.") from error
+
+    def count(attempts: int, **_: object) -> None:
+        # Asked after each attempt: from the second on, one more was a retry.
+        if attempts > 1:
+            meter.storage_retry()
+
+    client.meta.events.register("needs-retry.s3", count)
+    return client
+
+
+def _client(settings: StorageSettings, s3: dict[str, str]) -> Any:
+    session = boto3.session.Session(region_name=settings.region)
+    endpoint = settings.endpoint_url
+    config = Config(
+        retries={"mode": "standard", "total_max_attempts": settings.attempts},
+        connect_timeout=settings.connect_timeout_seconds,
+        read_timeout=settings.read_timeout_seconds,
+        max_pool_connections=32,
+        # A proxy is never the way to a server on this machine.
+        proxies={} if endpoint and _is_loopback(endpoint) else None,
+        s3=s3 or None,
+    )
+    return session.client(
+        "s3",
+        # Servers of one's own take any region; it only has to be one for the signature.
+        region_name=session.region_name or "us-east-1",
+        endpoint_url=endpoint,
+        aws_access_key_id=settings.access_key,
+        aws_secret_access_key=settings.secret_key,
+        verify=settings.ca_bundle,
+        config=config,
+    )
+
+
+def _is_amazon(endpoint: str) -> bool:
+    host = urlsplit(endpoint).hostname or ""
+    return host.endswith((".amazonaws.com", ".amazonaws.com.cn", ".api.aws"))
+
+
+def _is_loopback(endpoint: str) -> bool:
+    host = urlsplit(endpoint).hostname or ""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,145 @@
+"""What botocore raises, said in the sentence that a user needs: the other half of `edge.storage`."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from botocore import exceptions as boto
+from s3transfer.exceptions import RetriesExceededError
+
+from topwork.errors import DataError, SettingError, TopworkError, UnavailableError
+
+WRONG_KEY = {"InvalidAccessKeyId", "InvalidClientTokenId", "UnrecognizedClientException"}
+WRONG_TOKEN = {"ExpiredToken", "ExpiredTokenException", "InvalidToken", "RequestExpired"}
+WRONG_REGION = {
+    "301",
+    "PermanentRedirect",
+    "AuthorizationHeaderMalformed",
+    "IllegalLocationConstraintException",
+    "InvalidLocationConstraint",
+}
+MISSING_OBJECT = {"404", "NoSuchKey", "NotFound"}
+# Damage under way or too many requests: the same request can succeed later.
+PASSING = {
+    "BadDigest",
+    "ConditionalRequestConflict",
+    "IncompleteBody",
+    "OperationAborted",
+    "RequestTimeout",
+    "SlowDown",
+    "ThrottlingException",
+    "XAmzContentChecksumMismatch",
+    "XAmzContentSHA256Mismatch",
+}
+
+
+@contextmanager
+def told(endpoint: str, bucket: str, target: str) -> Iterator[None]:
+    """Turn errors of botocore into errors of topwork.
+
+    Args:
+        endpoint: URL that the requests go to.
+        bucket: Bucket that they are about.
+        target: What they are about, as an s3:// URI.
+
+    Raises:
+        SettingError: If the bucket is missing, or credentials, region or certificates are refused.
+        DataError: If the object is missing.
+        UnavailableError: If the server can't be reached or fails, after botocore's retries.
+    """
+    try:
+        yield
+    except boto.ClientError as error:
+        raise refused(error, endpoint, bucket, target) from error
+    except (boto.NoCredentialsError, boto.PartialCredentialsError) as error:
+        raise SettingError(
+            f"No credentials for {target}: expected AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or a "
+            f"service account with web identity, and found {_found(error)}. Set them for {endpoint}."
+        ) from error
+    except (boto.CredentialRetrievalError, boto.TokenRetrievalError, boto.UnauthorizedSSOTokenError) as error:
+        raise SettingError(
+            f"The credentials for {target} could not be fetched: {error}. Look at AWS_PROFILE."
+        ) from error
+    except boto.SSLError as error:
+        if "CERTIFICATE" not in str(error).upper():
+            raise _unreachable(endpoint, target, error) from error
+        raise SettingError(
+            f"The certificate of {endpoint} is not trusted ({error.kwargs.get('error', error)}). "
+            "Point AWS_CA_BUNDLE to the file with its authority."
+        ) from error
+    except (boto.HTTPClientError, boto.ConnectionError, boto.IncompleteReadError, RetriesExceededError) as error:
+        raise _unreachable(endpoint, target, error) from error
+    except boto.FlexibleChecksumError as error:
+        raise UnavailableError(f"{target} arrived damaged from {endpoint}: {error}. Try again.") from error
+    except boto.ParamValidationError as error:
+        raise SettingError(f"{target} is not a valid address: {error}") from error
+
+
+def refused(error: boto.ClientError, endpoint: str, bucket: str, target: str) -> TopworkError:
+    """Say what an answer with an error code means.
+
+    Args:
+        error: The answer.
+        endpoint: URL that the request went to.
+        bucket: Bucket that it was about.
+        target: What it was about, as an s3:// URI.
+
+    Returns:
+        The error to raise.
+    """
+    code, status = code_of(error), status_of(error)
+    said = error.response.get("Error", {}).get("Message") or "no message"
+    if code == "NoSuchBucket":
+        return SettingError(
+            f"The bucket {bucket} does not exist at {endpoint}. Make it "
+            f"(aws s3 mb s3://{bucket} --endpoint-url {endpoint}), or correct the storage URI, AWS_ENDPOINT_URL or AWS_REGION."
+        )
+    if code in WRONG_KEY:
+        return SettingError(f"{endpoint} does not know the access key. Look at AWS_ACCESS_KEY_ID and AWS_PROFILE.")
+    if code == "SignatureDoesNotMatch":
+        return SettingError(f"{endpoint} refused the signature. Look at AWS_SECRET_ACCESS_KEY and AWS_REGION.")
+    if code in WRONG_TOKEN:
+        return SettingError(
+            f"{endpoint} says that the session is over ({code}). Look at AWS_SESSION_TOKEN, or log in again."
+        )
+    if code == "RequestTimeTooSkewed":
+        return SettingError(f"{endpoint} refused the time of the request. Set the clock of this machine.")
+    if code in WRONG_REGION:
+        return SettingError(f"{endpoint} is the wrong region for the bucket {bucket} ({code}: {said}). Set AWS_REGION.")
+    if code in MISSING_OBJECT:
+        return DataError(f"{target} does not exist at {endpoint}.")
+    if status in {401, 403}:
+        return SettingError(
+            f"{endpoint} refused access to {target} ({code}: {said}). Look at AWS_ACCESS_KEY_ID, "
+            f"AWS_SECRET_ACCESS_KEY, AWS_PROFILE, and at what they may do in the bucket {bucket}."
+        )
+    if status == 501:
+        return SettingError(
+            f"{endpoint} does not offer what was asked for {target} ({code}: {said}). "
+            "For servers without checksum trailers set AWS_REQUEST_CHECKSUM_CALCULATION=when_required."
+        )
+    if status >= 500 or status in {408, 429} or code in PASSING:
+        return UnavailableError(f"{endpoint} failed for {target} after all retries ({code}: {said}). Try again later.")
+    return SettingError(f"{endpoint} refused the request for {target} ({code}: {said}).")
+
+
+def code_of(error: boto.ClientError) -> str:
+    """Return the error code of an answer, such as NoSuchKey."""
+    return str(error.response.get("Error", {}).get("Code", ""))
+
+
+def status_of(error: boto.ClientError) -> int:
+    """Return the HTTP status of an answer."""
+    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+
+
+def _found(error: Exception) -> str:
+    if isinstance(error, boto.PartialCredentialsError):
+        return f"them without {error.kwargs.get('cred_var', 'the other half')}"
+    return "none of these"
+
+
+def _unreachable(endpoint: str, target: str, error: Exception) -> UnavailableError:
+    return UnavailableError(
+        f"{endpoint} can't be reached for {target} after all retries ({error}). "
+        "Look at AWS_ENDPOINT_URL and the network, or try again later."
+    )

@@ -1,0 +1,162 @@
+"""A folder in storage that appears whole: its files first, its manifest last.
+
+Writers of one prefix write the same bytes, or hold a claim on it: the manifest decides who is done, and nothing is
+uploaded below a manifest that stands.
+"""
+
+import json
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from topwork import __version__
+from topwork.edge.storage import FileEntry, Storage, entry_of
+from topwork.errors import DataError
+
+FORMAT = 1
+NAME = "manifest.json"
+PARALLEL_FILES = 8
+
+
+class Manifest(BaseModel):
+    """What a whole folder holds.
+
+    Attributes:
+        format: Version of this description.
+        files: Size and digest of each file, by its path relative to the folder.
+        facts: What the writer has to say about the folder.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    format: Literal[1] = FORMAT
+    files: dict[str, FileEntry]
+    facts: dict[str, Any] = Field(default_factory=dict)
+
+
+def write_whole(
+    storage: Storage,
+    prefix: str,
+    folder: Path,
+    facts: dict[str, Any],
+    *,
+    name: str = NAME,
+    files: Iterable[str] | None = None,
+) -> Manifest:
+    """Store a folder, its manifest last.
+
+    Args:
+        storage: Where to.
+        prefix: Key of the folder in storage.
+        folder: Local folder.
+        facts: Kept in the manifest; must be JSON.
+        name: Name of the manifest in `prefix`.
+        files: Paths relative to `folder`; None takes every file in it.
+
+    Returns:
+        The manifest that stands: another writer's, where one was there first.
+    """
+    if (standing := read_manifest(storage, prefix, name=name)) is not None:
+        return standing
+    chosen = sorted(files if files is not None else _files_of(folder))
+    with ThreadPoolExecutor(PARALLEL_FILES, thread_name_prefix="upload") as pool:
+        entries = list(pool.map(lambda file: storage.upload(folder / file, _key(prefix, file)), chosen))
+    manifest = Manifest(files=dict(zip(chosen, entries, strict=True)), facts=facts)
+    data = json.dumps(manifest.model_dump(mode="json"), indent=1, sort_keys=True).encode()
+    if storage.write(_key(prefix, name), data, only_if_absent=True, content_type="application/json"):
+        return manifest
+    return read_manifest(storage, prefix, name=name) or manifest
+
+
+def read_manifest(storage: Storage, prefix: str, *, name: str = NAME) -> Manifest | None:
+    """Read the manifest of a folder in storage.
+
+    Args:
+        storage: Where from.
+        prefix: Key of the folder.
+        name: Name of the manifest in `prefix`.
+
+    Returns:
+        The manifest; None while the folder is not there or not whole.
+
+    Raises:
+        DataError: If it is no manifest, or one of a newer format.
+    """
+    key = _key(prefix, name)
+    data = storage.read(key)
+    if data is None:
+        return None
+    try:
+        content = json.loads(data)
+        found = content["format"]
+        if found != FORMAT and isinstance(found, int):
+            raise DataError(
+                f"{storage.uri_of(key)} has format {found}; topwork {__version__} reads format {FORMAT}. "
+                f"Read it with {'a newer' if found > FORMAT else 'an older'} topwork."
+            )
+        return Manifest.model_validate(content)
+    except (ValueError, KeyError, TypeError) as error:
+        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+        raise DataError(f"{storage.uri_of(key)} is not a manifest of topwork ({reason}).") from error
+
+
+def fetch_whole(
+    storage: Storage,
+    prefix: str,
+    folder: Path,
+    *,
+    only: Callable[[str], bool] | None = None,
+    name: str = NAME,
+) -> Manifest:
+    """Fetch a folder that is whole, in parallel, and check every file against the manifest.
+
+    Args:
+        storage: Where from.
+        prefix: Key of the folder in storage.
+        folder: Local folder; files in it that are right already are not fetched again.
+        only: Chooses files by their path in the manifest; None takes all.
+        name: Name of the manifest in `prefix`.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        DataError: If there is no manifest, or it names a path outside `folder`.
+        UnavailableError: If a file is not what the manifest says.
+    """
+    manifest = read_manifest(storage, prefix, name=name)
+    if manifest is None:
+        raise DataError(
+            f"{storage.uri_of(_key(prefix, name))} does not exist: the folder is not there, or not whole yet."
+        )
+    chosen = {file: entry for file, entry in manifest.files.items() if only is None or only(file)}
+    for file in chosen:
+        if not _is_inside(file):
+            raise DataError(f"{storage.uri_of(_key(prefix, name))} names {file!r}, a path outside of its folder.")
+
+    def fetch(file: str) -> None:
+        path, entry = folder / file, chosen[file]
+        if not (path.is_file() and path.stat().st_size == entry.size and entry_of(path) == entry):
+            storage.download(_key(prefix, file), path, entry)
+
+    with ThreadPoolExecutor(PARALLEL_FILES, thread_name_prefix="download") as pool:
+        list(pool.map(fetch, chosen))
+    return manifest
+
+
+def _key(prefix: str, name: str) -> str:
+    return f"{prefix.strip('/')}/{name}".lstrip("/")
+
+
+def _files_of(folder: Path) -> list[str]:
+    return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+
+
+def _is_inside(file: str) -> bool:
+    path = PurePosixPath(file)
+    return (
+        not path.is_absolute() and path.parts != () and ".." not in path.parts and "\\" not in file and "\0" not in file
+    )
