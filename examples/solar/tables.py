@@ -1,8 +1,8 @@
 """Write the tables of the solar examples: which picture shows a sound cell, and which a defective one.
 
-The pictures are those of the elpv-dataset package (Buerhop-Lutz et al. 2018, CC BY-NC-SA 4.0): 2,624 electroluminescence
-images of solar cells, each labelled by experts with the probability that it is defective. The examples take those that
-the experts were sure of, one table for each kind of cell.
+The pictures are those of the elpv-dataset package (Buerhop-Lutz et al. 2018, CC BY-NC-SA 4.0): 2,624
+electroluminescence images of solar cells, each labelled by experts with the probability that it is defective. The
+examples take those that the experts were sure of, one table for each kind of cell.
 """
 
 import csv

@@ -1,0 +1,172 @@
+"""`topwork run`, from the job spec to the published model."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+FINE_TUNE = {"epochs": 1, "unfreeze": "all", "optimizer": {"name": "adam", "learningRate": 0.0001}}
+
+PLAIN_LIBRARIES = """
+import json, sys
+import keras, numpy as np, tensorflow as tf
+folder, picture = sys.argv[1:]
+data = tf.io.read_file(picture)
+image = tf.image.resize(tf.io.decode_image(data, channels=3, expand_animations=False), (32, 32), antialias=True)
+image = tf.cast(tf.round(image), tf.float32)[tf.newaxis]
+by_keras = keras.models.load_model(folder + "/model.keras").predict(image, verbose=0)[0]
+served = tf.saved_model.load(folder)
+by_image = served.signatures["serving_default"](image)["probabilities"].numpy()[0]
+by_bytes = served.signatures["encoded"](data[tf.newaxis])
+print(json.dumps([by_keras.tolist(), by_image.tolist(), by_bytes["probabilities"].numpy()[0].tolist(),
+                  by_bytes["class"].numpy()[0].decode()]))
+"""
+
+
+def version_folder(summary: str) -> str:
+    return next(word for word in summary.split() if word.startswith("s3://photos/topwork/models/tiny/")).rstrip("/.,")
+
+
+def test_run_publishes_a_model_that_plain_libraries_load(topwork, job_file, two_class_folder, tmp_path):
+    ended = topwork("run", job_file(fineTune=FINE_TUNE))
+    assert ended.returncode == 0, ended.stderr
+    assert version_folder(ended.stdout) == "s3://photos/topwork/models/tiny/1"
+    assert "Traceback" not in ended.stderr
+
+    fetched = topwork("models", "fetch", "s3://photos/topwork", "tiny", tmp_path / "model")
+    assert fetched.returncode == 0, fetched.stderr
+    picture = two_class_folder / "red" / "01.png"
+    plain = subprocess.run(
+        [sys.executable, "-c", PLAIN_LIBRARIES, tmp_path / "model", picture], capture_output=True, text=True, check=True
+    )
+    by_keras, by_image, by_bytes, by_name = json.loads(plain.stdout)
+    assert by_image == pytest.approx(by_keras, abs=1e-5)
+    assert by_bytes == pytest.approx(by_keras, abs=1e-5)
+    assert by_name in {"blue", "red"}
+
+    predicted = topwork("predict", "s3://photos/topwork/models/tiny/latest", picture, "--json")
+    assert predicted.returncode == 0, predicted.stderr
+    assert by_name in predicted.stdout
+
+    again = topwork("run", tmp_path / "job.yaml")
+    assert again.returncode == 0, again.stderr
+    assert version_folder(again.stdout) == "s3://photos/topwork/models/tiny/1"
+    assert "epoch=" not in again.stderr
+
+
+def test_a_run_that_was_killed_goes_on_where_it_was(topwork, job_file, environment, tmp_path):
+    job = job_file(transfer={"train": "all", "epochs": 6, "batchSize": 8})
+    with (tmp_path / "log").open("w+") as log:
+        command = [sys.executable, "-m", "topwork", "run", str(job)]
+        process = subprocess.Popen(command, env=environment, cwd=tmp_path, stderr=log, stdout=log)
+        wait_for(tmp_path / "log", "epoch=3")
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    ended = topwork("run", job)
+    assert ended.returncode == 0, ended.stderr
+    epochs = [line for line in ended.stderr.splitlines() if " epoch=" in line]
+    assert 0 < len(epochs) < 6, ended.stderr
+    assert "epoch=6" in epochs[-1]
+
+
+def test_sigterm_writes_a_checkpoint_and_ends_with_143(topwork, job_file, environment, tmp_path):
+    job = job_file(transfer={"train": "all", "epochs": 500, "batchSize": 8})
+    with (tmp_path / "log").open("w+") as log:
+        command = [sys.executable, "-m", "topwork", "run", str(job)]
+        process = subprocess.Popen(command, env=environment, cwd=tmp_path, stderr=log, stdout=log)
+        wait_for(tmp_path / "log", "epoch=3")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 143
+    text = (tmp_path / "log").read_text()
+    assert "Start the same job again to go on" in text
+    assert "Traceback" not in text
+
+
+def test_two_runs_at_once_share_the_embedded_storage(topwork, job_file, environment, tmp_path):
+    files = [job_file("one.yaml", seed=1), job_file("two.yaml", seed=2)]
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", "topwork", "run", str(file)],
+            env=environment,
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for file in files
+    ]
+    outputs = [process.communicate(timeout=300)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0], outputs
+    assert {version_folder(output)[-1] for output in outputs} == {"1", "2"}
+
+
+def test_metrics_are_served_while_a_run_goes_on(job_file, environment, tmp_path):
+    job = job_file(transfer={"train": "all", "epochs": 500, "batchSize": 8})
+    with (tmp_path / "log").open("w+") as log:
+        command = [sys.executable, "-m", "topwork", "run", str(job), "--metrics-port", "0"]
+        process = subprocess.Popen(command, env=environment, cwd=tmp_path, stderr=log, stdout=log)
+        wait_for(tmp_path / "log", "epoch=2")
+        port = (tmp_path / "log").read_text().split("port=")[1].split()[0]
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+            text = answer.read().decode()
+        process.send_signal(signal.SIGTERM)
+        process.wait(timeout=60)
+    assert 'topwork_stage_running{stage="transfer"} 1.0' in text
+    assert 'topwork_epochs_planned{stage="transfer"} 500.0' in text
+    assert "topwork_checkpoint_last_success_timestamp_seconds" in text
+    assert 'topwork_loss{split="train"}' in text
+
+
+def test_a_missing_bucket_on_a_real_endpoint_is_named(topwork, job_file, s3_settings):
+    ended = topwork(
+        "run",
+        job_file(),
+        AWS_ENDPOINT_URL=s3_settings.endpoint_url,
+        AWS_ACCESS_KEY_ID=s3_settings.access_key,
+        AWS_SECRET_ACCESS_KEY=s3_settings.secret_key,
+        AWS_REGION="us-east-1",
+    )
+    assert ended.returncode == 2
+    assert "photos" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert s3_settings.secret_key not in ended.stderr
+
+
+def test_a_gate_that_is_not_met_ends_with_3_and_publishes_nothing(topwork, job_file):
+    evaluate = {"metrics": ["calibrationError"], "gates": [{"metric": "calibrationError", "atMost": 0.0}]}
+    ended = topwork("run", job_file(evaluate=evaluate))
+    assert ended.returncode == 3, ended.stderr
+    assert "calibrationError" in ended.stderr
+    listed = topwork("models", "list", "s3://photos/topwork")
+    assert "tiny" not in listed.stdout
+
+
+def test_validate_loads_no_tensorflow(environment, tmp_path, job_file):
+    ended = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "topwork", "validate", job_file()],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    modules = {line.split("|")[-1].strip() for line in ended.stderr.splitlines()}
+    assert "topwork.spec.job" in modules
+    assert not {"tensorflow", "keras", "numpy", "boto3", "matplotlib"} & modules
+
+
+@pytest.mark.parametrize("example", sorted(Path("examples").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_example_validates(topwork, example):
+    ended = topwork("validate", example.absolute())
+    assert ended.returncode == 0, ended.stderr
+
+
+def wait_for(path: Path, text: str, seconds: float = 180) -> None:
+    deadline = time.monotonic() + seconds
+    while text not in path.read_text():
+        assert time.monotonic() < deadline, path.read_text()
+        time.sleep(0.1)
