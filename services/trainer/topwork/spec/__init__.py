@@ -1,5 +1,7 @@
 """The job spec: what a user writes, checked before anything runs."""
 
+# The rules register themselves with the parts that they check.
+import topwork.spec.rules
 from topwork.spec.job import TransferJob
 
 __all__ = ["TransferJob"]

@@ -2,25 +2,24 @@
 
 import hashlib
 import json
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field, StringConstraints
+from pydantic import Field
 
-from topwork.spec.compute import Compute, Metrics
+from topwork.spec.address import StorageUri
+from topwork.spec.compute import Compute, LabelKey, LabelValue, Metrics
 from topwork.spec.dataset import Dataset
 from topwork.spec.model import Augmentation, Model
 from topwork.spec.outcome import DnsLabel, Evaluate, Publish
-from topwork.spec.part import Part
+from topwork.spec.part import Part, Whole
 from topwork.spec.training import FineTune, Transfer
-
-StorageUri = Annotated[str, StringConstraints(pattern=r"^s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/.*)?$")]
 
 
 class Metadata(Part):
     """Name and labels, as on any Kubernetes object."""
 
     name: DnsLabel = Field(description="DNS-1123 label of at most 40 characters; names the job, its dataset and model.")
-    labels: dict[str, str] = Field(default={}, description="Labels that are copied to every object.")
+    labels: dict[LabelKey, LabelValue] = Field(default={}, description="Labels that are copied to every object.")
 
 
 class JobSpec(Part):
@@ -36,7 +35,7 @@ class JobSpec(Part):
     publish: Publish = Field(default=Publish(), description="What is handed over.")
     compute: Compute = Field(default=Compute(), description="What the Kubernetes Job asks for.")
     metrics: Metrics = Field(default=Metrics(), description="How the metrics leave the job.")
-    seed: int = Field(default=42, ge=0, le=2**31 - 1, description="Seed of every random choice.")
+    seed: Whole = Field(default=42, ge=0, le=2**31 - 1, description="Seed of every random choice.")
 
 
 class TransferJob(Part):

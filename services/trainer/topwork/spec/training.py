@@ -1,73 +1,55 @@
 """`spec.transfer` and `spec.fineTune`: how the head, then the base, is trained."""
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, StringConstraints, Tag
 
-from topwork.spec.part import Part
+from topwork.spec.optimizer import Ema, LearningRate, Optimizer, Schedule
+from topwork.spec.part import Meaning, Number, Part, Refusal, Whole, rule
+from topwork.spec.words import shown
 
-LearningRate = Annotated[float, Field(gt=0.0, le=10.0)]
-BatchSize = Annotated[int, Field(ge=1, le=65536)]
-Epochs = Annotated[int, Field(ge=1, le=10000)]
+__all__ = [
+    "EarlyStopping",
+    "Ema",
+    "FineTune",
+    "Loss",
+    "Optimizer",
+    "Schedule",
+    "Transfer",
+    "UnfreezeFrom",
+    "UnfreezeLayers",
+    "UnfreezeStep",
+    "UnfreezeSteps",
+]
 
-
-class Schedule(Part):
-    """How the learning rate moves over the epochs of a stage."""
-
-    name: Literal["constant", "cosine", "exponential", "step", "inverseTime"] = Field(description="Kind of course.")
-    warmup_epochs: float = Field(default=0.0, ge=0.0, description="Epochs of linear rise from 0; with cosine only.")
-    final_fraction: float = Field(default=0.0, ge=0.0, le=1.0, description="Cosine: share left at the end.")
-    rate: float | None = Field(
-        default=None, gt=0.0, description="Exponential: factor an epoch. inverseTime: decay a step, rate/(1+decay*step)."
-    )
-    factor: float | None = Field(default=None, gt=0.0, lt=1.0, description="Step: factor at each of atEpochs.")
-    at_epochs: tuple[int, ...] = Field(default=(), description="Step: epochs, counted from 1, after which the rate falls.")
-
-
-class Ema(Part):
-    """Exponential moving average of the weights; evaluation and the result use the average."""
-
-    momentum: float = Field(default=0.99, gt=0.0, lt=1.0, description="Share of the old average kept at each step.")
-
-
-class Optimizer(Part):
-    """An optimizer of Keras by name, with its parameters."""
-
-    name: Literal[
-        "adadelta", "adafactor", "adagrad", "adam", "adamax", "adamw", "ftrl", "lion", "nadam", "rmsprop", "sgd"
-    ] = Field(default="adam", description="Optimizer of keras.optimizers.")
-    learning_rate: LearningRate = Field(default=0.001, description="Learning rate at its peak.")
-    schedule: Schedule = Field(default=Schedule(name="constant"), description="Course of the learning rate.")
-    momentum: float | None = Field(default=None, ge=0.0, lt=1.0, description="sgd, rmsprop: momentum.")
-    nesterov: bool | None = Field(default=None, description="sgd: Nesterov momentum.")
-    beta1: float | None = Field(default=None, ge=0.0, lt=1.0, description="adam family, lion: decay of the mean.")
-    beta2: float | None = Field(default=None, ge=0.0, lt=1.0, description="adam family, lion: decay of the square.")
-    rho: float | None = Field(default=None, ge=0.0, lt=1.0, description="adadelta, rmsprop: decay of the square.")
-    epsilon: float | None = Field(default=None, gt=0.0, description="Small constant for stability.")
-    weight_decay: float | None = Field(default=None, ge=0.0, lt=1.0, description="Decoupled weight decay a step.")
-    clipnorm: float | None = Field(default=None, gt=0.0, description="Largest norm of one gradient.")
-    global_clipnorm: float | None = Field(default=None, gt=0.0, description="Largest norm of all gradients.")
-    clipvalue: float | None = Field(default=None, gt=0.0, description="Largest absolute value in a gradient.")
-    gradient_accumulation_steps: int | None = Field(default=None, ge=2, description="Steps a weight update.")
-    ema: Ema | None = Field(default=None, description="Average the weights.")
+BatchSize = Annotated[Whole, Field(ge=1, le=65536)]
+Epochs = Annotated[Whole, Field(ge=1, le=10000)]
+Layers = Annotated[Whole, Field(ge=1, le=10000)]
+LayerName = Annotated[str, StringConstraints(min_length=1, max_length=200), Meaning("the name of a layer of the base")]
+LossName = Literal["auto", "binaryCrossentropy", "categoricalCrossentropy", "sparseCategoricalCrossentropy", "focal"]
 
 
 class Loss(Part):
     """The loss that training minimises."""
 
-    name: Literal["auto", "binaryCrossentropy", "categoricalCrossentropy", "sparseCategoricalCrossentropy", "focal"] = (
-        Field(default="auto", description="auto is binary cross-entropy for two classes, else categorical.")
-    )
-    label_smoothing: float = Field(default=0.0, ge=0.0, lt=1.0, description="Share of the label spread over classes.")
-    gamma: float = Field(default=2.0, ge=0.0, le=10.0, description="focal: how much easy examples count less.")
+    name: LossName = Field(default="auto", description="auto is binary cross-entropy for two classes, else categorical.")
+    label_smoothing: Number = Field(default=0.0, ge=0.0, lt=1.0, description="Share of the label spread over classes.")
+    gamma: Number = Field(default=2.0, ge=0.0, le=10.0, description="focal: how much easy examples count less.")
 
 
 class EarlyStopping(Part):
     """End a stage when the monitored value no longer gets better, and keep the best weights."""
 
     monitor: Literal["loss", "accuracy", "auc"] = Field(default="loss", description="Validation value that is watched.")
-    patience: int = Field(default=3, ge=1, le=1000, description="Epochs without a gain that are borne.")
-    min_delta: float = Field(default=0.0, ge=0.0, description="Least change that counts as a gain.")
+    patience: Whole = Field(default=3, ge=1, le=1000, description="Epochs without a gain that are borne.")
+    min_delta: Number = Field(default=0.0, ge=0.0, le=1000.0, description="Least change that counts as a gain.")
+
+
+def _loss_kind(value: object) -> str | None:
+    if isinstance(value, str):
+        return "<name>"
+    return "<mapping>" if isinstance(value, dict | Loss) else None
 
 
 class Transfer(Part):
@@ -77,9 +59,9 @@ class Transfer(Part):
     epochs: Epochs = Field(default=10, description="Epochs at most.")
     batch_size: BatchSize = Field(default=64, description="Images a step over all replicas (global batch).")
     optimizer: Optimizer = Field(default=Optimizer(), description="Optimizer of the head.")
-    loss: Literal["auto", "binaryCrossentropy", "categoricalCrossentropy", "sparseCategoricalCrossentropy", "focal"] | Loss = (
-        Field(default="auto", description="Loss by name, or with its parameters.")
-    )
+    loss: Annotated[
+        Annotated[LossName, Tag("<name>")] | Annotated[Loss, Tag("<mapping>")], Discriminator(_loss_kind)
+    ] = Field(default="auto", description="Loss by name, or with its parameters.")
     class_weights: Literal["none", "balanced"] = Field(
         default="none", description="balanced: each class counts alike, however many images it has."
     )
@@ -92,19 +74,22 @@ class Transfer(Part):
 class UnfreezeLayers(Part):
     """The last layers of the base, counted from the top."""
 
-    layers: int = Field(ge=1, description="Layers with weights, counted from the top of the base.")
+    layers: Layers = Field(description="Layers with weights, counted from the top of the base.")
 
 
 class UnfreezeFrom(Part):
     """A layer of the base and all above it."""
 
-    from_layer: str = Field(alias="from", description="Name of the lowest layer that is unfrozen.")
+    from_layer: LayerName = Field(alias="from", description="Name of the lowest layer that is unfrozen.")
 
 
 class UnfreezeStep(Part):
     """One step of gradual unfreezing."""
 
-    layers: int = Field(ge=1, description="Layers with weights that are unfrozen in this step, counted from the top.")
+    layers: Layers = Field(
+        description="Layers with weights that are unfrozen in this step, counted from the top; those of the steps "
+        "before are among them."
+    )
     epochs: Epochs = Field(description="Epochs of this step.")
     learning_rate: LearningRate = Field(description="Learning rate of this step.")
 
@@ -115,14 +100,120 @@ class UnfreezeSteps(Part):
     steps: tuple[UnfreezeStep, ...] = Field(min_length=1, max_length=100, description="The steps, in order.")
 
 
+UNFREEZE_KINDS = {"layers": UnfreezeLayers, "from": UnfreezeFrom, "steps": UnfreezeSteps}
+
+
+def _unfreeze_kind(value: object) -> str | None:
+    if isinstance(value, str):
+        return "<all>"
+    for key, part in UNFREEZE_KINDS.items():
+        if isinstance(value, part) or (isinstance(value, dict) and (key in value or f"{key}_layer" in value)):
+            return f"<{key}>"
+    return None
+
+
 class FineTune(Part):
     """Stage 2: part or all of the base unfrozen, trained on at a very low learning rate."""
 
     epochs: Epochs | None = Field(default=None, description="Epochs at most; with unfreeze.steps each step has its own.")
-    unfreeze: Literal["all"] | UnfreezeLayers | UnfreezeFrom | UnfreezeSteps = Field(
-        default="all", description="What is unfrozen: all, {layers: n}, {from: name} or {steps: […]}."
-    )
+    unfreeze: Annotated[
+        Annotated[Literal["all"], Tag("<all>")]
+        | Annotated[UnfreezeLayers, Tag("<layers>")]
+        | Annotated[UnfreezeFrom, Tag("<from>")]
+        | Annotated[UnfreezeSteps, Tag("<steps>")],
+        Discriminator(_unfreeze_kind),
+        Meaning("all, {layers: n}, {from: name} or {steps: […]}"),
+    ] = Field(default="all", description="What is unfrozen: all, {layers: n}, {from: name} or {steps: […]}.")
     batch_size: BatchSize | None = Field(default=None, description="Images a step over all replicas; as in transfer.")
     optimizer: Optimizer = Field(default=Optimizer(learning_rate=1e-5), description="Optimizer of the whole.")
     class_weights: Literal["none", "balanced"] | None = Field(default=None, description="As in transfer.")
     early_stopping: EarlyStopping | None = Field(default=None, description="When to end before the last epoch.")
+
+
+@rule(Loss)
+def smoothing_needs_soft_labels(loss: Loss) -> Iterator[Refusal]:
+    """Sparse cross-entropy takes the number of a class, of which no share can be spread."""
+    if loss.label_smoothing and loss.name == "sparseCategoricalCrossentropy":
+        yield Refusal(
+            "labelSmoothing",
+            f"{shown(loss.label_smoothing)} can't be had with sparseCategoricalCrossentropy, whose labels are class "
+            "numbers. Name categoricalCrossentropy, which learns the same otherwise.",
+        )
+
+
+@rule(Loss)
+def gamma_belongs_to_focal_loss(loss: Loss) -> Iterator[Refusal]:
+    """Another loss would ignore it without a word."""
+    if loss.gamma != Loss.model_fields["gamma"].default and loss.name != "focal":
+        yield Refusal("gamma", f"{shown(loss.gamma)} goes with focal, not with {loss.name}. Take it out or name focal.")
+
+
+@rule(Transfer)
+def cache_needs_a_frozen_base(transfer: Transfer) -> Iterator[Refusal]:
+    """The features of a base that learns are others after each step."""
+    if transfer.feature_cache == "on" and transfer.train == "all":
+        yield Refusal(
+            "featureCache", "on needs a frozen base, but train is all. Set featureCache: auto, or train: head."
+        )
+
+
+@rule(Transfer)
+def transfer_schedule_fits(transfer: Transfer) -> Iterator[Refusal]:
+    """A warmup that outlasts the stage never reaches the learning rate, a step after its end never comes."""
+    yield from _schedule_fits(transfer.optimizer.schedule, transfer.epochs)
+
+
+@rule(FineTune)
+def fine_tune_schedule_fits(fine_tune: FineTune) -> Iterator[Refusal]:
+    """As in transfer."""
+    if fine_tune.epochs is not None:
+        yield from _schedule_fits(fine_tune.optimizer.schedule, fine_tune.epochs)
+
+
+@rule(FineTune)
+def epochs_are_said_once(fine_tune: FineTune) -> Iterator[Refusal]:
+    """Steps have epochs of their own; without steps the stage needs its number."""
+    by_steps = isinstance(fine_tune.unfreeze, UnfreezeSteps)
+    if by_steps and fine_tune.epochs is not None:
+        yield Refusal("epochs", f"{fine_tune.epochs} stands beside unfreeze.steps, which have their own. Take it out.")
+    if not by_steps and fine_tune.epochs is None:
+        yield Refusal("epochs", "missing. Epochs at most of this stage.")
+
+
+@rule(FineTune)
+def steps_go_down(fine_tune: FineTune) -> Iterator[Refusal]:
+    """Each step unfreezes more than the one before; what has been unfrozen stays so."""
+    if isinstance(fine_tune.unfreeze, UnfreezeSteps):
+        steps = fine_tune.unfreeze.steps
+        for index, (one, other) in enumerate(zip(steps, steps[1:], strict=False)):
+            if other.layers <= one.layers:
+                yield Refusal(
+                    f"unfreeze.steps.{index + 1}.layers",
+                    f"{other.layers} is not above {one.layers} of the step before. Layers are counted from the top "
+                    "each time, so every step names more.",
+                )
+
+
+@rule(FineTune)
+def steps_have_a_constant_rate(fine_tune: FineTune) -> Iterator[Refusal]:
+    """The steps are the course of the learning rate."""
+    schedule = fine_tune.optimizer.schedule
+    if isinstance(fine_tune.unfreeze, UnfreezeSteps) and schedule.name != "constant":
+        yield Refusal(
+            "optimizer.schedule",
+            f"{schedule.name} stands beside unfreeze.steps, each of which has its own learningRate. Take it out.",
+        )
+
+
+def _schedule_fits(schedule: Schedule, epochs: int) -> Iterator[Refusal]:
+    if schedule.warmup_epochs >= epochs:
+        yield Refusal(
+            "optimizer.schedule.warmupEpochs",
+            f"{shown(schedule.warmup_epochs)} is not below epochs {epochs}: the stage would end before the learning "
+            "rate is reached. Try a tenth of the epochs.",
+        )
+    if schedule.at_epochs and schedule.at_epochs[-1] >= epochs:
+        yield Refusal(
+            f"optimizer.schedule.atEpochs.{len(schedule.at_epochs) - 1}",
+            f"{schedule.at_epochs[-1]} is not before the last epoch, {epochs}: the step would never come. Take it out.",
+        )
