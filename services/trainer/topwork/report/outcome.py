@@ -1,0 +1,146 @@
+"""All that is told about a trained classifier: what the card, the report and `metrics.json` are written from."""
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ruamel.yaml import YAML
+
+from topwork.data.stored import DatasetFacts
+from topwork.report.evaluation import Evaluation
+from topwork.report.gates import GateOutcome
+from topwork.report.recheck import Recheck
+from topwork.spec import TransferJob
+
+# Columns that lead `history.csv`; whatever else an epoch tells follows.
+LEADING = ("stage", "epoch", "loss", "accuracy", "validation_loss", "validation_accuracy", "learning_rate")
+HistoryRow = dict[str, float | int | str]
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """An image that the classifier got wrong.
+
+    Attributes:
+        name: Where the image came from.
+        truth: Its class.
+        answer: The class that the classifier took it for.
+        confidence: Probability of `answer`.
+        picture: The image as a data URI.
+    """
+
+    name: str
+    truth: str
+    answer: str
+    confidence: float
+    picture: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A trained and evaluated classifier, and how it came about.
+
+    Attributes:
+        job: The job.
+        facts: The stored dataset.
+        counts: Images by split and class, as used.
+        history: One row an epoch, over all stages.
+        evaluation: On the test split, or on the validation split where there is none.
+        gates: Outcome of each gate.
+        mistakes: The worst, first the most confident.
+        lineage: What it was made from and by, ready to be shown: label to value.
+        version: Its version; None as long as it is not published.
+        formats: What was exported.
+        recheck: How far the exported artefacts are from the evaluated model.
+    """
+
+    job: TransferJob
+    facts: DatasetFacts
+    counts: dict[str, dict[str, int]]
+    history: Sequence[HistoryRow]
+    evaluation: Evaluation
+    gates: tuple[GateOutcome, ...]
+    mistakes: tuple[Mistake, ...]
+    lineage: dict[str, str]
+    version: int | None = None
+    formats: tuple[str, ...] = ()
+    recheck: Recheck | None = None
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def title(self) -> str:
+        """Name of the model, with its version if it has one."""
+        return self.job.model_name if self.version is None else f"{self.job.model_name}/{self.version}"
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The metrics that the job asks for, in its order, and the loss."""
+        values = self.evaluation.values
+        asked = {name: values[name] for name in self.job.spec.evaluate.metrics if name in values}
+        return {**asked, "loss": values["loss"]}
+
+    @property
+    def main_metric(self) -> str:
+        """The first metric that the job asks for and that is defined."""
+        return next(iter(self.metrics))
+
+
+def metrics_json(outcome: Outcome) -> bytes:
+    """Write `metrics.json`: every number of the evaluation, the gates and the recheck.
+
+    Args:
+        outcome: What is told.
+
+    Returns:
+        JSON with camelCase keys; `values` holds the single numbers by their names in the job spec.
+    """
+    content: dict[str, Any] = {
+        "format": 1,
+        "model": outcome.job.model_name,
+        "version": outcome.version,
+        "run": outcome.job.run,
+        "mainMetric": outcome.main_metric,
+        "values": outcome.evaluation.values,
+        "gates": [gate.model_dump(by_alias=True) for gate in outcome.gates],
+        "evaluation": outcome.evaluation.model_dump(mode="json", by_alias=True),
+        "recheck": outcome.recheck.model_dump(by_alias=True) if outcome.recheck else None,
+    }
+    return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+
+
+def history_csv(history: Sequence[HistoryRow]) -> bytes:
+    """Write one row an epoch, over all stages; a value that an epoch does not have is left empty.
+
+    Args:
+        history: Rows of the stages.
+
+    Returns:
+        CSV with a header.
+    """
+    found = dict.fromkeys(name for row in history for name in row)
+    columns = [name for name in LEADING if name in found] + [name for name in found if name not in LEADING]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns or LEADING, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(history)
+    return text.getvalue().encode()
+
+
+def spec_yaml(job: TransferJob) -> str:
+    """Write a job spec in full: every key, defaults as well, in the order of the reference.
+
+    Args:
+        job: The job.
+
+    Returns:
+        YAML that reads back as the same job.
+    """
+    text = io.StringIO()
+    yaml = YAML()
+    yaml.default_flow_style = False
+    yaml.width = 120
+    yaml.dump(job.model_dump(mode="json", by_alias=True, exclude_none=True), text)
+    return text.getvalue()
