@@ -32,7 +32,7 @@ class Manifest(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    format: Literal[1] = FORMAT
+    format: Literal[1] = 1
     files: dict[str, FileEntry]
     facts: dict[str, Any] = Field(default_factory=dict)
 

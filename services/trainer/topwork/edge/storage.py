@@ -6,83 +6,32 @@ or `DataError`; `edge.storage_errors` says which.
 
 import base64
 import hashlib
-import ipaddress
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import urlsplit
 
-import boto3
 from boto3.s3.transfer import ProgressCallbackInvoker, TransferConfig, create_transfer_manager
 from botocore import exceptions as boto
-from botocore.config import Config
 from pydantic import BaseModel, ConfigDict, Field
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
+from topwork.edge.storage_client import FROM_ENVIRONMENT, Meter, StorageSettings, Unmetered, connect, make_bucket
 from topwork.edge.storage_errors import code_of, refused, status_of, told
 from topwork.errors import SettingError, UnavailableError
+
+__all__ = ["FileEntry", "Meter", "Storage", "StorageSettings", "StoredObject", "entry_of", "make_bucket"]
 
 # Objects that one request lists or deletes at most (limit of the S3 interface).
 REQUEST_OBJECTS = 1000
 READ_BYTES = 1 << 20
+PARALLEL_PARTS = 8
 BROKEN_READS = (boto.HTTPClientError, boto.IncompleteReadError, boto.FlexibleChecksumError)
-
-
-@dataclass(frozen=True)
-class StorageSettings:
-    """Where storage is and how to speak to it; None leaves it to the AWS variables, profiles and web identity.
-
-    Attributes:
-        endpoint_url: URL of the server.
-        access_key: Access key id.
-        secret_key: Secret access key.
-        region: Region that requests are signed for.
-        ca_bundle: PEM file with the authorities that are trusted.
-        path_style: Bucket in the path of the URL instead of the host name; None: with any endpoint but Amazon's.
-        attempts: Requests at most for one call, with growing pauses between them.
-        connect_timeout_seconds: Wait for a connection.
-        read_timeout_seconds: Wait for the next bytes of an answer.
-        part_bytes: Size from which files are sent in parts, and size of the parts; at least 5 MiB.
-    """
-
-    endpoint_url: str | None = None
-    access_key: str | None = None
-    secret_key: str | None = field(default=None, repr=False)
-    region: str | None = None
-    ca_bundle: str | None = None
-    path_style: bool | None = None
-    attempts: int = 6
-    connect_timeout_seconds: float = 10.0
-    read_timeout_seconds: float = 60.0
-    part_bytes: int = 16 << 20
-
-
-FROM_ENVIRONMENT = StorageSettings()
-
-
-class Meter(Protocol):
-    """Counts what moves; `topwork.edge.metrics.Metrics` is one."""
-
-    def storage_bytes(self, direction: str, count: int) -> None:
-        """Count bytes moved; `direction` is upload or download."""
-
-    def storage_retry(self) -> None:
-        """Count one request that was tried again."""
-
-
-class Unmetered:
-    """Counts nothing."""
-
-    def storage_bytes(self, direction: str, count: int) -> None:
-        """Count nothing."""
-
-    def storage_retry(self) -> None:
-        """Count nothing."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +69,7 @@ class Storage:
         self._bucket, self._base = _split(uri)
         self._settings = settings
         self._meter: Meter = meter or Unmetered()
-        self._client = _connect(settings, self._meter)
+        self._client = connect(settings, self._meter)
 
     def uri_of(self, key: str) -> str:
         """Return the s3:// URI of a key."""
@@ -239,7 +188,7 @@ class Storage:
             except boto.ClientError as error:
                 if status_of(error) == 412:
                     sent_before = error.response["ResponseMetadata"].get("RetryAttempts", 0) > 0
-                    return sent_before and self.read(key) == request["Body"]
+                    return bool(sent_before and self.read(key) == request["Body"])
                 # 409: another write was under way. Whether it took hold, only another try can tell.
                 if code_of(error) != "ConditionalRequestConflict" or pause_seconds is None:
                     raise
@@ -369,8 +318,13 @@ class Storage:
 
     def _transfers(self) -> Any:
         part = self._settings.part_bytes
-        # "classic": the other client, chosen by itself on some machines, neither counts nor retries as this module says.
-        plan = TransferConfig(multipart_threshold=part, multipart_chunksize=part, preferred_transfer_client="classic")
+        plan = TransferConfig(
+            multipart_threshold=part,
+            multipart_chunksize=part,
+            max_concurrency=PARALLEL_PARTS,
+            # The other client, chosen by itself on some machines, neither counts nor retries as this module says.
+            preferred_transfer_client="classic",
+        )
         return create_transfer_manager(self._client, plan)
 
     def _counted(self, direction: str) -> Any:
@@ -387,89 +341,9 @@ def entry_of(path: Path) -> FileEntry:
     return FileEntry(size=size, sha256=digest.hexdigest())
 
 
-def make_bucket(settings: StorageSettings, bucket: str) -> None:
-    """Make a bucket of the embedded server; one that is there already stays as it is.
-
-    Args:
-        settings: Server and credentials.
-        bucket: Name of the bucket: 3 to 63 lower-case letters, digits, dots and hyphens.
-
-    Raises:
-        SettingError: If the server refuses the name or the credentials.
-        UnavailableError: If the server can't be reached.
-    """
-    client = _connect(settings, Unmetered())
-    with told(str(client.meta.endpoint_url), bucket, f"s3://{bucket}"):
-        try:
-            client.create_bucket(Bucket=bucket)
-        except boto.ClientError as error:
-            if code_of(error) not in {"BucketAlreadyOwnedByYou", "BucketAlreadyExists"}:
-                raise
-
-
 def _split(uri: str) -> tuple[str, str]:
     parts = urlsplit(uri)
     if parts.scheme != "s3" or not parts.netloc or parts.query or parts.fragment:
         raise SettingError(f"{uri!r} is not a storage URI: expected s3://bucket or s3://bucket/prefix.")
     prefix = parts.path.strip("/")
     return parts.netloc, f"{prefix}/" if prefix else ""
-
-
-def _connect(settings: StorageSettings, meter: Meter) -> Any:
-    try:
-        client = _client(settings, {})
-        style = (client.meta.config.s3 or {}).get("addressing_style")
-        path_style = settings.path_style
-        if path_style is None and style is None and not _is_amazon(client.meta.endpoint_url):
-            path_style = True
-        if path_style is not None:
-            client = _client(settings, {"addressing_style": "path" if path_style else "virtual"})
-    except boto.ProfileNotFound as error:
-        raise SettingError(f"AWS_PROFILE names a profile that is not there: {error}.") from error
-    except ValueError as error:
-        raise SettingError(f"The endpoint of storage is not a URL: {error}. Look at AWS_ENDPOINT_URL.") from error
-
-    def count(attempts: int, **_: object) -> None:
-        # Asked after each attempt: from the second on, one more was a retry.
-        if attempts > 1:
-            meter.storage_retry()
-
-    client.meta.events.register("needs-retry.s3", count)
-    return client
-
-
-def _client(settings: StorageSettings, s3: dict[str, str]) -> Any:
-    session = boto3.session.Session(region_name=settings.region)
-    endpoint = settings.endpoint_url
-    config = Config(
-        retries={"mode": "standard", "total_max_attempts": settings.attempts},
-        connect_timeout=settings.connect_timeout_seconds,
-        read_timeout=settings.read_timeout_seconds,
-        max_pool_connections=32,
-        # A proxy is never the way to a server on this machine.
-        proxies={} if endpoint and _is_loopback(endpoint) else None,
-        s3=s3 or None,
-    )
-    return session.client(
-        "s3",
-        # Servers of one's own take any region; it only has to be one for the signature.
-        region_name=session.region_name or "us-east-1",
-        endpoint_url=endpoint,
-        aws_access_key_id=settings.access_key,
-        aws_secret_access_key=settings.secret_key,
-        verify=settings.ca_bundle,
-        config=config,
-    )
-
-
-def _is_amazon(endpoint: str) -> bool:
-    host = urlsplit(endpoint).hostname or ""
-    return host.endswith((".amazonaws.com", ".amazonaws.com.cn", ".api.aws"))
-
-
-def _is_loopback(endpoint: str) -> bool:
-    host = urlsplit(endpoint).hostname or ""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

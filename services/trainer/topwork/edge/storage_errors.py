@@ -8,27 +8,48 @@ from s3transfer.exceptions import RetriesExceededError
 
 from topwork.errors import DataError, SettingError, TopworkError, UnavailableError
 
-WRONG_KEY = {"InvalidAccessKeyId", "InvalidClientTokenId", "UnrecognizedClientException"}
-WRONG_TOKEN = {"ExpiredToken", "ExpiredTokenException", "InvalidToken", "RequestExpired"}
-WRONG_REGION = {
-    "301",
-    "PermanentRedirect",
-    "AuthorizationHeaderMalformed",
-    "IllegalLocationConstraintException",
-    "InvalidLocationConstraint",
-}
-MISSING_OBJECT = {"404", "NoSuchKey", "NotFound"}
-# Damage under way or too many requests: the same request can succeed later.
-PASSING = {
-    "BadDigest",
-    "ConditionalRequestConflict",
-    "IncompleteBody",
-    "OperationAborted",
-    "RequestTimeout",
-    "SlowDown",
-    "ThrottlingException",
-    "XAmzContentChecksumMismatch",
-    "XAmzContentSHA256Mismatch",
+WRONG_KEY = "{endpoint} does not know the access key. Look at AWS_ACCESS_KEY_ID and AWS_PROFILE."
+SESSION_OVER = "{endpoint} says that the session is over ({code}). Look at AWS_SESSION_TOKEN, or log in again."
+WRONG_REGION = "{endpoint} is the wrong region for the bucket {bucket} ({code}: {said}). Set AWS_REGION."
+FAILED = "{endpoint} failed for {target} after all retries ({code}: {said}). Try again later."
+
+# What an error code says to the user. A code that is not here is told by its HTTP status.
+BY_CODE: dict[str, tuple[type[TopworkError], str]] = {
+    "NoSuchBucket": (
+        SettingError,
+        "The bucket {bucket} does not exist at {endpoint}. Make it (aws s3 mb s3://{bucket} --endpoint-url {endpoint}) "
+        "or correct the storage URI, AWS_ENDPOINT_URL or AWS_REGION.",
+    ),
+    "InvalidAccessKeyId": (SettingError, WRONG_KEY),
+    "InvalidClientTokenId": (SettingError, WRONG_KEY),
+    "UnrecognizedClientException": (SettingError, WRONG_KEY),
+    "SignatureDoesNotMatch": (
+        SettingError,
+        "{endpoint} refused the signature. Look at AWS_SECRET_ACCESS_KEY and AWS_REGION.",
+    ),
+    "ExpiredToken": (SettingError, SESSION_OVER),
+    "ExpiredTokenException": (SettingError, SESSION_OVER),
+    "InvalidToken": (SettingError, SESSION_OVER),
+    "RequestExpired": (SettingError, SESSION_OVER),
+    "RequestTimeTooSkewed": (
+        SettingError,
+        "{endpoint} refused the time of the request. Set the clock of this machine.",
+    ),
+    "301": (SettingError, WRONG_REGION),
+    "PermanentRedirect": (SettingError, WRONG_REGION),
+    "AuthorizationHeaderMalformed": (SettingError, WRONG_REGION),
+    "IllegalLocationConstraintException": (SettingError, WRONG_REGION),
+    "404": (DataError, "{target} does not exist at {endpoint}."),
+    "NoSuchKey": (DataError, "{target} does not exist at {endpoint}."),
+    # Damage under way or too many requests: the same request can succeed later.
+    "BadDigest": (UnavailableError, FAILED),
+    "ConditionalRequestConflict": (UnavailableError, FAILED),
+    "IncompleteBody": (UnavailableError, FAILED),
+    "OperationAborted": (UnavailableError, FAILED),
+    "RequestTimeout": (UnavailableError, FAILED),
+    "ThrottlingException": (UnavailableError, FAILED),
+    "XAmzContentChecksumMismatch": (UnavailableError, FAILED),
+    "XAmzContentSHA256Mismatch": (UnavailableError, FAILED),
 }
 
 
@@ -86,40 +107,25 @@ def refused(error: boto.ClientError, endpoint: str, bucket: str, target: str) ->
     Returns:
         The error to raise.
     """
-    code, status = code_of(error), status_of(error)
+    kind, sentence = BY_CODE.get(code_of(error)) or _by_status(status_of(error))
     said = error.response.get("Error", {}).get("Message") or "no message"
-    if code == "NoSuchBucket":
-        return SettingError(
-            f"The bucket {bucket} does not exist at {endpoint}. Make it "
-            f"(aws s3 mb s3://{bucket} --endpoint-url {endpoint}), or correct the storage URI, AWS_ENDPOINT_URL or AWS_REGION."
-        )
-    if code in WRONG_KEY:
-        return SettingError(f"{endpoint} does not know the access key. Look at AWS_ACCESS_KEY_ID and AWS_PROFILE.")
-    if code == "SignatureDoesNotMatch":
-        return SettingError(f"{endpoint} refused the signature. Look at AWS_SECRET_ACCESS_KEY and AWS_REGION.")
-    if code in WRONG_TOKEN:
-        return SettingError(
-            f"{endpoint} says that the session is over ({code}). Look at AWS_SESSION_TOKEN, or log in again."
-        )
-    if code == "RequestTimeTooSkewed":
-        return SettingError(f"{endpoint} refused the time of the request. Set the clock of this machine.")
-    if code in WRONG_REGION:
-        return SettingError(f"{endpoint} is the wrong region for the bucket {bucket} ({code}: {said}). Set AWS_REGION.")
-    if code in MISSING_OBJECT:
-        return DataError(f"{target} does not exist at {endpoint}.")
+    return kind(sentence.format(endpoint=endpoint, bucket=bucket, target=target, code=code_of(error), said=said))
+
+
+def _by_status(status: int) -> tuple[type[TopworkError], str]:
     if status in {401, 403}:
-        return SettingError(
-            f"{endpoint} refused access to {target} ({code}: {said}). Look at AWS_ACCESS_KEY_ID, "
-            f"AWS_SECRET_ACCESS_KEY, AWS_PROFILE, and at what they may do in the bucket {bucket}."
+        return SettingError, (
+            "{endpoint} refused access to {target} ({code}: {said}). Look at AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, "
+            "AWS_PROFILE, and at what they may do in the bucket {bucket}."
         )
     if status == 501:
-        return SettingError(
-            f"{endpoint} does not offer what was asked for {target} ({code}: {said}). "
+        return SettingError, (
+            "{endpoint} does not offer what was asked for {target} ({code}: {said}). "
             "For servers without checksum trailers set AWS_REQUEST_CHECKSUM_CALCULATION=when_required."
         )
-    if status >= 500 or status in {408, 429} or code in PASSING:
-        return UnavailableError(f"{endpoint} failed for {target} after all retries ({code}: {said}). Try again later.")
-    return SettingError(f"{endpoint} refused the request for {target} ({code}: {said}).")
+    if status >= 500 or status in {408, 429}:
+        return UnavailableError, FAILED
+    return SettingError, "{endpoint} refused the request for {target} ({code}: {said})."
 
 
 def code_of(error: boto.ClientError) -> str:

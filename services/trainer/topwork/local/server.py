@@ -39,6 +39,9 @@ LISTENERS = (
     "s3.port.grpc",
 )
 S3_PORT = LISTENERS.index("s3.port")
+MASTER_PORT = LISTENERS.index("master.port")
+# The parts of the server trust each other by these keys: S3 is the only way in for other people of this machine.
+INNER_KEYS = ("jwt.signing", "jwt.signing.read", "jwt.filer_signing", "jwt.filer_signing.read")
 
 
 @contextmanager
@@ -57,7 +60,7 @@ def embedded_storage(state: Path) -> Iterator[StorageSettings]:
     """
     program = _program()
     state = state.absolute()
-    state.mkdir(parents=True, exist_ok=True)
+    state.mkdir(mode=0o700, parents=True, exist_ok=True)
     with (state / "users.lock").open("a") as users:
         # Waits while a server is being stopped.
         fcntl.flock(users, fcntl.LOCK_SH)
@@ -180,6 +183,8 @@ def _credentials(state: Path) -> tuple[str, str]:
     actions = ["Admin", "Read", "Write", "List", "Tagging"]
     identity = {"name": "topwork", "credentials": [keys], "actions": actions}
     supervisor.write_whole(state / "s3.json", json.dumps({"identities": [identity]}))
+    sections = [f'[{name}]\nkey = "{secrets.token_urlsafe(30)}"\n' for name in INNER_KEYS]
+    supervisor.write_whole(state / "security.toml", "".join(sections))
     supervisor.write_whole(path, json.dumps(keys))
     return keys["accessKey"], keys["secretKey"]
 
@@ -229,7 +234,7 @@ def _answers(endpoint: str) -> bool:
 def _has_volumes(state: Path) -> bool:
     """Tell whether the part that holds the bytes has joined: S3 answers before, and fails every read."""
     with suppress(OSError, ValueError, http.client.HTTPException):
-        port = json.loads((state / "ports.json").read_text())[LISTENERS.index("master.port")]
+        port = json.loads((state / "ports.json").read_text())[MASTER_PORT]
         with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=2)) as connection:
             connection.request("GET", "/dir/status")
             return bool(json.load(connection.getresponse())["Topology"]["DataCenters"])

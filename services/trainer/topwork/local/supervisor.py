@@ -9,9 +9,10 @@
       ports.json        ports of the last server, taken again while they are free
       credentials.json  keys for the users            (0600)
       s3.json           the same keys for the server  (0600)
+      security.toml     keys between the parts of the server  (0600)
       data/             the objects
 
-The kernel drops the locks of a process that dies in whatever way, so no number of a process is ever kept or trusted.
+The kernel drops the locks of a process that dies in whatever way, so no process id is ever kept or trusted.
 """
 
 import ctypes
@@ -23,10 +24,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import IO
 
 POLL_SECONDS = 0.25
 # A kill loses no completed write, so a server that is slow to close its connections is not waited for.
-STOP_SECONDS = 2.0
+STOP_SECONDS = 1.0
 SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of linux/prctl.h
 
 
@@ -53,7 +55,11 @@ def supervise(state: Path, endpoint: str, command: list[str]) -> None:
         write_whole(state / "server.json", json.dumps({"endpoint": endpoint}))
         # The server inherits the lock: as long as it lives, in whatever way, no second one opens its data.
         server = subprocess.Popen(
-            command, cwd=state, stdin=subprocess.DEVNULL, pass_fds=(held.fileno(),), preexec_fn=die_with_parent
+            command,
+            cwd=state,
+            stdin=subprocess.DEVNULL,
+            pass_fds=(held.fileno(),),
+            preexec_fn=die_with_parent,  # noqa: PLW1509 - this process has one thread
         )
         stopped: list[int] = []
         signal.signal(signal.SIGTERM, lambda number, _: stopped.append(number))
@@ -63,10 +69,10 @@ def supervise(state: Path, endpoint: str, command: list[str]) -> None:
         (state / "server.json").unlink(missing_ok=True)
 
 
-def is_free(users: "os.PathLike[str] | object") -> bool:
+def is_free(users: IO[str]) -> bool:
     """Take the users' lock if nobody holds it, and keep it: a new user then waits for the end."""
     try:
-        fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)  # type: ignore[arg-type]
+        fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True
