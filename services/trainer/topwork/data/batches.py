@@ -1,0 +1,127 @@
+"""Batches for training and evaluation, made by tf.data from a split on scratch."""
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import tensorflow as tf
+
+from topwork.data.local import Indices, Split, fixed
+from topwork.data.provers import usable_cores
+from topwork.data.splits import permutation
+from topwork.errors import DataError
+
+Augment = Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor]]
+"""(images float32 (batch, height, width, 3) in 0..255, one_hot float32 (batch, classes), seed int32 (2,)) to the first
+two, changed."""
+
+_AHEAD = 2
+"""Batches that wait for the model."""
+
+_ORDER, _VIEWS = 0, 1  # what a random number is for: the order of an epoch, or the views of a step
+_ENDLESS = 2**62
+
+
+def training_batches(
+    split: Split,
+    *,
+    classes: int,
+    batch_size: int,
+    seed: int,
+    first_step: int = 0,
+    augment: Augment | None = None,
+    class_weights: npt.NDArray[np.float32] | None = None,
+) -> Any:
+    """Make an endless stream of full training batches.
+
+    Each epoch goes once through a new permutation of the split; what is left over of it when batches are cut stays
+    out. Batch number `step`, counted over all epochs from 0, depends on the split, the seed and the step alone, so that
+    training goes on exactly from any step.
+
+    Args:
+        split: The training images.
+        classes: Classes.
+        batch_size: Images a batch, over all replicas.
+        seed: Of the order and the views.
+        first_step: Batch to begin with.
+        augment: Changes images and labels; None leaves them.
+        class_weights: float32 (classes,), weight of the images of each class; None is 1.
+
+    Returns:
+        tf.data.Dataset of (images float32 (batch, height, width, 3) in 0..255, one_hot float32 (batch, classes),
+        weights float32 (batch,)).
+
+    Raises:
+        DataError: If the split is smaller than a batch.
+    """
+    if split.size < batch_size:
+        raise DataError(
+            f"The training split holds {split.size} images, less than one batch of {batch_size}. Give a batchSize of "
+            f"at most {split.size}, or more images in spec.dataset.splits.train."
+        )
+    weights = np.ones(classes, np.float32) if class_weights is None else class_weights.astype(np.float32)
+
+    def choose(step: np.int64) -> tuple[Indices, npt.NDArray[np.int64], npt.NDArray[np.int32]]:
+        indices = _indices(int(step), split.size, batch_size, seed)
+        return indices, split.labels[indices], _view_seed(int(step), seed)
+
+    def batch(step: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        indices, labels, view_seed = tf.numpy_function(choose, [step], [tf.int64, tf.int64, tf.int32], stateful=False)
+        labels = tf.ensure_shape(labels, (batch_size,))
+        images = split.gather(tf.ensure_shape(indices, (batch_size,)))
+        one_hot = tf.one_hot(labels, classes)
+        if augment is not None:
+            images, one_hot = augment(images, one_hot, tf.ensure_shape(view_seed, (2,)))
+        return images, one_hot, tf.gather(weights, labels)
+
+    return _batches(tf.data.Dataset.range(first_step, _ENDLESS), batch)
+
+
+def evaluation_batches(split: Split, *, classes: int, batch_size: int) -> Any:
+    """Make full batches of every image once, in order.
+
+    The last batch is filled up with black images of weight 0 and no class, so that replicas share it evenly.
+
+    Args:
+        split: The images.
+        classes: Classes.
+        batch_size: Images a batch, over all replicas.
+
+    Returns:
+        tf.data.Dataset of (images float32 (batch, height, width, 3) in 0..255, one_hot float32 (batch, classes),
+        weights float32 (batch,), 1 or 0).
+    """
+    labels = tf.constant(split.labels)
+
+    def batch(step: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        indices = step * batch_size + tf.range(batch_size, dtype=tf.int64)
+        real = indices < split.size
+        weights = tf.cast(real, tf.float32)
+        within = tf.minimum(indices, split.size - 1)
+        images = split.gather(within) * weights[:, tf.newaxis, tf.newaxis, tf.newaxis]
+        one_hot = tf.one_hot(tf.gather(labels, within), classes) * weights[:, tf.newaxis]
+        return images, one_hot, weights
+
+    return _batches(tf.data.Dataset.range(-(-split.size // batch_size)), batch)
+
+
+def _batches(steps: Any, batch: Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor, tf.Tensor]]) -> Any:
+    parallel = min(usable_cores(), 8)
+    return fixed(steps.map(batch, num_parallel_calls=parallel, deterministic=True).prefetch(_AHEAD))
+
+
+def _indices(step: int, size: int, batch_size: int, seed: int) -> Indices:
+    epoch, number = divmod(step, size // batch_size)
+    return _order(seed, epoch, size)[number * batch_size : (number + 1) * batch_size]
+
+
+# The end of an epoch and the beginning of the next are in work at the same time.
+@lru_cache(maxsize=4)
+def _order(seed: int, epoch: int, size: int) -> Indices:
+    return permutation(size, seed, _ORDER, epoch)
+
+
+def _view_seed(step: int, seed: int) -> npt.NDArray[np.int32]:
+    return np.random.SeedSequence((seed, _VIEWS, step)).generate_state(2).view(np.int32)

@@ -1,0 +1,134 @@
+"""Worker processes that prove images on all cores, a bounded number at a time."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from pathlib import Path
+from typing import Self, TypeVar
+
+from topwork.data.proving import CRASHED, Proved, Rejection, prove
+
+# Spawned, not forked: TensorFlow's threads do not survive a fork.
+_CONTEXT = multiprocessing.get_context("spawn")
+
+T = TypeVar("T")
+
+
+def usable_cores() -> int:
+    """Cores that this process may use: its affinity, and the CPU limit of its container (cgroup v2)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with suppress(OSError, ValueError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        if quota != "max":
+            cores = min(cores, -(-int(quota) // int(period)))
+    return max(1, cores)
+
+
+class Provers:
+    """A pool of processes, one a core, that survives an image which kills its decoder."""
+
+    def __init__(self, function: Callable[[bytes], Proved] = prove, workers: int | None = None) -> None:
+        """Make the pool; processes start with the first image.
+
+        Args:
+            function: What a worker does with an image file; importable from its module.
+            workers: Processes; None is one a core.
+        """
+        self._function = function
+        self._workers = workers or usable_cores()
+        self._lock = threading.Lock()
+        self._pool = self._start(self._workers)
+
+    @staticmethod
+    def _start(workers: int) -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(workers, mp_context=_CONTEXT, initializer=_prepare_worker)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def prove(self, data: bytes) -> Proved:
+        """Prove one image; may be called from several threads at once.
+
+        Args:
+            data: The image file.
+
+        Returns:
+            What is stored.
+
+        Raises:
+            Rejection: If the image is left out; also when it kills the process that decodes it.
+        """
+        pool = self._pool
+        try:
+            return pool.submit(self._function, data).result()
+        except BrokenProcessPool:
+            return self._prove_alone(pool, data)
+
+    def _prove_alone(self, broken: ProcessPoolExecutor, data: bytes) -> Proved:
+        """Prove an image in a process of its own: all that were in the broken pool come here, one is to blame."""
+        with self._lock:
+            if self._pool is broken:
+                self._pool = self._start(self._workers)
+            with self._start(1) as alone:
+                try:
+                    return alone.submit(self._function, data).result()
+                except BrokenProcessPool as error:
+                    raise Rejection(CRASHED, "the process that decoded it died") from error
+
+    def each(self, items: Iterable[T], read: Callable[[T], bytes]) -> Iterator[tuple[T, Proved | Rejection]]:
+        """Read and prove many images, several at a time, in their order.
+
+        At most a few images a core are in memory, however many there are.
+
+        Args:
+            items: What `read` takes.
+            read: Gives the file of an item; may raise `Rejection`. Called from several threads.
+
+        Yields:
+            Each item with what became of it.
+        """
+
+        def outcome(item: T) -> Proved | Rejection:
+            try:
+                return self.prove(read(item))
+            except Rejection as rejection:
+                return rejection
+
+        # More threads than processes: reading waits for storage while others decode.
+        threads = 2 * self._workers + 2
+        waiting: deque[tuple[T, Future[Proved | Rejection]]] = deque()
+        with ThreadPoolExecutor(threads, "read") as readers:
+            try:
+                for item in items:
+                    waiting.append((item, readers.submit(outcome, item)))
+                    if len(waiting) > 2 * threads:
+                        first, future = waiting.popleft()
+                        yield first, future.result()
+                while waiting:
+                    first, future = waiting.popleft()
+                    yield first, future.result()
+            finally:
+                readers.shutdown(wait=False, cancel_futures=True)
+
+
+def _prepare_worker() -> None:
+    # Ctrl-C goes to the whole terminal: the parent ends its workers itself.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """End this worker when its parent was killed: nobody else would."""
+    parent = multiprocessing.parent_process()
+    if parent:
+        parent.join()
+        os._exit(1)

@@ -1,0 +1,68 @@
+"""What is known of a dataset in storage: the facts in its manifest."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+
+class RejectedImage(BaseModel):
+    """An image that was left out.
+
+    Attributes:
+        name: Where it came from, as the source calls it.
+        reason: One of `topwork.data.proving.REASONS`.
+        detail: What the decoder or the source said.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    reason: str
+    detail: str = ""
+
+
+class DatasetFacts(BaseModel):
+    """The facts of a stored dataset.
+
+    Attributes:
+        name: Name of the dataset, from its source.
+        fingerprint: 16 hex digits that stand for the source and its content.
+        source: Where the images came from, without credentials.
+        folder: Folder of the TFDS dataset, below the prefix of the manifest.
+        class_names: Classes, in the order of their labels.
+        splits: Images of each class in each split of the source.
+        images: Images stored.
+        rejected: Images left out.
+        duplicates: Images whose pixels were stored before.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    fingerprint: str
+    source: dict[str, Any]
+    folder: str
+    class_names: tuple[str, ...]
+    splits: dict[str, dict[str, int]]
+    images: int
+    rejected: tuple[RejectedImage, ...]
+    duplicates: int
+
+    @property
+    def class_counts(self) -> dict[str, int]:
+        """Images of each class over all splits of the source."""
+        return {name: sum(counts.get(name, 0) for counts in self.splits.values()) for name in self.class_names}
+
+
+@dataclass(frozen=True)
+class StoredDataset:
+    """A dataset that stands whole in storage.
+
+    Attributes:
+        prefix: Its key, `datasets/<name>/<fingerprint>`, relative to the job's storage.
+        facts: What its manifest says.
+    """
+
+    prefix: str
+    facts: DatasetFacts

@@ -1,0 +1,161 @@
+"""The pull stage: from the source to a proved dataset in object storage."""
+
+import hashlib
+import json
+import shutil
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+from topwork.data.provers import Provers
+from topwork.data.sources import Source, open_source
+from topwork.data.splits import check_splits
+from topwork.data.stored import DatasetFacts, StoredDataset
+from topwork.data.writing import shown_rejections, write_tfds
+from topwork.errors import DataError, Stopped
+from topwork.manifest import read_manifest, write_whole
+from topwork.spec import TransferJob
+from topwork.workspace import Workspace
+
+FORMAT = 1
+"""Version of what is stored. Another one makes every dataset anew."""
+
+
+def pull(job: TransferJob, workspace: Workspace) -> StoredDataset:
+    """Bring the images of a job to storage, each proved to decode, unless they are there.
+
+    Args:
+        job: The job.
+        workspace: Storage, metrics, progress and scratch.
+
+    Returns:
+        The stored dataset.
+
+    Raises:
+        DataError: If the source holds no usable images, too many do not decode, or the splits do not fit it.
+        UnavailableError: If the source or storage can't be reached.
+        Stopped: If the process was asked to stop.
+    """
+    with workspace.metrics.stage("pull"):
+        source = open_source(job.spec.dataset.source, workspace)
+        fingerprint = _fingerprint(source)
+        prefix = f"datasets/{source.name}/{fingerprint}"
+        facts = _stored_facts(workspace, prefix)
+        if facts:
+            workspace.progress.note("dataset found", uri=workspace.storage.uri_of(prefix), images=facts.images)
+            _check(facts, job)
+        else:
+            facts = _store(source, fingerprint, prefix, job, workspace)
+        _report(facts, workspace)
+        return StoredDataset(prefix, facts)
+
+
+def _fingerprint(source: Source) -> str:
+    content = {"format": FORMAT, "source": source.description(), "content": source.digest()}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _stored_facts(workspace: Workspace, prefix: str) -> DatasetFacts | None:
+    manifest = read_manifest(workspace.storage, prefix)
+    return DatasetFacts.model_validate(manifest.facts) if manifest else None
+
+
+def _store(source: Source, fingerprint: str, prefix: str, job: TransferJob, workspace: Workspace) -> DatasetFacts:
+    """Prove and write the dataset on scratch, then upload it."""
+    classes = source.class_names()
+    if len(classes) < 2:
+        raise DataError(
+            f"{_where(source)} holds one class only, {', '.join(classes) or 'without a name'}: a classifier needs two "
+            f"or more. Expected one folder a class; perhaps the address is one level too high or too low."
+        )
+    folder = workspace.scratch / "pull" / fingerprint
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        facts = _written(source, fingerprint, folder, workspace)
+        _check(facts, job)
+        manifest = write_whole(workspace.storage, prefix, folder, facts.model_dump(mode="json"))
+        return _settled(facts, DatasetFacts.model_validate(manifest.facts), prefix, folder, workspace)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _written(source: Source, fingerprint: str, folder: Path, workspace: Workspace) -> DatasetFacts:
+    counts = list(source.splits().values())
+    total = None if None in counts else sum(count or 0 for count in counts)
+    with workspace.progress.track("pull: images", total) as tracker, Provers() as provers:
+
+        def advance() -> None:
+            if workspace.stop.is_set():
+                raise Stopped("Stopped while pulling the dataset; nothing of it is stored yet.")
+            tracker.advance()
+
+        name, tally = write_tfds(source, provers, folder, advance)
+    for reason, count in Counter(image.reason for image in tally.rejected).items():
+        workspace.metrics.rejected(reason, count)
+    return DatasetFacts(
+        name=source.name,
+        fingerprint=fingerprint,
+        source=source.description(),
+        folder=name,
+        class_names=source.class_names(),
+        splits={split: dict(sorted(counts.items())) for split, counts in sorted(tally.splits.items())},
+        images=tally.images,
+        rejected=tuple(tally.rejected),
+        duplicates=tally.duplicates,
+    )
+
+
+def _settled(ours: DatasetFacts, stands: DatasetFacts, prefix: str, folder: Path, workspace: Workspace) -> DatasetFacts:
+    """Take away what was uploaded in vain where another writer was first, with other bytes."""
+    if stands.folder != ours.folder:
+        uploaded = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+        workspace.storage.delete(f"{prefix}/{name}" for name in uploaded)
+    return stands
+
+
+def _check(facts: DatasetFacts, job: TransferJob) -> None:
+    """Refuse a dataset that the job's spec does not allow; run for a dataset that is found, too."""
+    wanted, rejected = job.spec.dataset, list(facts.rejected)
+    if rejected and wanted.on_corrupt_image == "fail":
+        raise DataError(
+            f"spec.dataset.onCorruptImage is fail, and not every image can be used. {shown_rejections(rejected)} "
+            f"Mend or remove them, or set onCorruptImage: skip."
+        )
+    ratio = len(rejected) / max(1, len(rejected) + facts.images)
+    if ratio > wanted.max_rejected_ratio:
+        raise DataError(
+            f"{ratio:.1%} of the images can't be used, more than spec.dataset.maxRejectedRatio "
+            f"{wanted.max_rejected_ratio:g} allows. {shown_rejections(rejected)}"
+        )
+    check_splits(wanted.splits, facts)
+
+
+def _report(facts: DatasetFacts, workspace: Workspace) -> None:
+    counts = facts.class_counts
+    workspace.progress.note(
+        "dataset",
+        name=facts.name,
+        images=facts.images,
+        classes=len(facts.class_names),
+        imbalance=round(max(counts.values()) / max(1, min(counts.values())), 2),
+        duplicates=facts.duplicates,
+        rejected=len(facts.rejected),
+    )
+    workspace.progress.note("images of each class", counts=_shown(counts))
+    if facts.rejected:
+        reasons = Counter(image.reason for image in facts.rejected)
+        workspace.progress.note("images left out", reasons=_shown(reasons))
+
+
+def _shown(counts: Mapping[str, int], most: int = 20) -> str:
+    """Show counts in one line, the rarest first where there are many."""
+    shown = list(counts.items())
+    if len(shown) > most:
+        shown = sorted(shown, key=lambda entry: entry[1])[:most]
+    more = f", and {len(counts) - most} more" if len(counts) > most else ""
+    return ", ".join(f"{name} {count}" for name, count in shown) + more
+
+
+def _where(source: Source) -> str:
+    return json.dumps(source.description())
