@@ -8,7 +8,7 @@ import base64
 import hashlib
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from itertools import islice
@@ -150,7 +150,8 @@ class Storage:
             if code_of(error) == "NoSuchKey":
                 return None
             raise
-        with answer["Body"] as body:
+        # Not `with answer["Body"]`: that hands out the bare stream, without checksum and length checked.
+        with closing(answer["Body"]) as body:
             return bytes(body.read())
 
     def write(self, key: str, data: bytes, *, only_if_absent: bool = False, content_type: str | None = None) -> bool:

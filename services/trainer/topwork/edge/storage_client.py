@@ -75,17 +75,18 @@ def connect(settings: StorageSettings, meter: Meter) -> Any:
         meter: Counts the requests that are tried again.
 
     Raises:
-        SettingError: If the profile or the endpoint is not one.
+        SettingError: If the profile is not there, the endpoint is no URL or a half of the credentials is missing.
     """
     path_style = settings.path_style
     if path_style is None and settings.endpoint_url:
         path_style = not _is_amazon(settings.endpoint_url)
     try:
-        client = _client(settings, path_style)
-        # An endpoint from the AWS variables or files is known only now; what those say about the style holds.
-        styled = "addressing_style" in (client.meta.config.s3 or {})
-        if not styled and not _is_amazon(client.meta.endpoint_url):
-            client = _client(settings, path_style=True)
+        with told(settings.endpoint_url or "the endpoint of S3", bucket="", target="storage"):
+            client = _client(settings, path_style)
+            # An endpoint from the AWS variables or files is known only now; what those say about the style holds.
+            styled = "addressing_style" in (client.meta.config.s3 or {})
+            if not styled and not _is_amazon(client.meta.endpoint_url):
+                client = _client(settings, path_style=True)
     except boto.ProfileNotFound as error:
         raise SettingError(f"AWS_PROFILE names a profile that is not there: {error}.") from error
     except ValueError as error:
