@@ -5,12 +5,12 @@ import io
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import keras
 import tensorflow as tf
 
 from topwork.errors import SpecError
+from topwork.model.classifier import in_precision
 
 # (images float32 (…, height, width, 3) in 0..255, (height, width)) -> the same, resized: the one resize of the pipeline.
 Resize = Callable[[tf.Tensor, tuple[int, int]], tf.Tensor]
@@ -33,7 +33,7 @@ def with_probabilities(model: keras.Model, classes: int) -> keras.Model:
     Returns:
         A model with the same input whose output is float32 (batch, classes), each row adding up to 1.
     """
-    model = _in_float32(model)
+    model = in_precision(model, "float32")
     logits = model.output
     if classes == 2:
         second = keras.layers.Activation("sigmoid", name="second_class")(logits)
@@ -129,29 +129,6 @@ def _convert(model: keras.Model, name: str, path: Path) -> None:
             f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}). "
             f"Leave {name} out."
         ) from error
-
-
-def _in_float32(model: keras.Model) -> keras.Model:
-    if all(layer.compute_dtype == "float32" for layer in _layers(model)):
-        return model
-    copy = keras.Model.from_config(_float32_config(model.get_config()))
-    copy.set_weights(model.get_weights())
-    return copy
-
-
-def _layers(model: keras.Model) -> list[keras.layers.Layer]:
-    return list(model._flatten_layers(include_self=False))
-
-
-def _float32_config(part: Any) -> Any:
-    """Replace every mixed dtype policy in a serialised model by float32."""
-    if isinstance(part, dict):
-        if part.get("class_name") == "DTypePolicy":
-            return {**part, "config": {**part["config"], "name": "float32"}}
-        return {key: _float32_config(value) for key, value in part.items()}
-    if isinstance(part, list | tuple):
-        return type(part)(_float32_config(value) for value in part)
-    return part
 
 
 @contextlib.contextmanager

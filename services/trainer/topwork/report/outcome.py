@@ -4,7 +4,7 @@ import csv
 import io
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from ruamel.yaml import YAML
@@ -55,6 +55,7 @@ class Outcome:
         version: Its version; None as long as it is not published.
         formats: What was exported.
         recheck: How far the exported artefacts are from the evaluated model.
+        notes: What a reader must know before the figures.
     """
 
     job: TransferJob
@@ -68,7 +69,7 @@ class Outcome:
     version: int | None = None
     formats: tuple[str, ...] = ()
     recheck: Recheck | None = None
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
 
     @property
     def title(self) -> str:
@@ -95,7 +96,7 @@ def metrics_json(outcome: Outcome) -> bytes:
         outcome: What is told.
 
     Returns:
-        JSON with camelCase keys; `values` holds the single numbers by their names in the job spec.
+        JSON with camelCase keys; `metrics` holds the single numbers by their names in the job spec.
     """
     content: dict[str, Any] = {
         "format": 1,
@@ -103,7 +104,7 @@ def metrics_json(outcome: Outcome) -> bytes:
         "version": outcome.version,
         "run": outcome.job.run,
         "mainMetric": outcome.main_metric,
-        "values": outcome.evaluation.values,
+        "metrics": outcome.evaluation.values,
         "gates": [gate.model_dump(by_alias=True) for gate in outcome.gates],
         "evaluation": outcome.evaluation.model_dump(mode="json", by_alias=True),
         "recheck": outcome.recheck.model_dump(by_alias=True) if outcome.recheck else None,

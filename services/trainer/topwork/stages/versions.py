@@ -2,6 +2,7 @@
 
 import json
 import time
+import uuid
 from collections.abc import Iterator
 from typing import Any
 
@@ -129,7 +130,7 @@ def claim(storage: Storage, name: str, run: str) -> int:
     Returns:
         The version.
     """
-    content = json.dumps({"format": 1, "run": run, "claimed": now()}).encode()
+    content = json.dumps({"format": 1, "run": run, "claimed": now(), "attempt": uuid.uuid4().hex}).encode()
     while True:
         found = numbers(storage, name)
         for number in (number for number, whole in found.items() if not whole):
@@ -173,7 +174,9 @@ def _read(data: bytes, where: str) -> Version:
     try:
         return Version.model_validate_json(data)
     except ValidationError as error:
-        raise DataError(f"{where} does not describe a model published by topwork: {error.errors()[0]['msg']}.") from error
+        raise DataError(
+            f"{where} does not describe a model published by topwork: {error.errors()[0]['msg']}."
+        ) from error
 
 
 def _claimant(storage: Storage, name: str, number: int) -> Any:

@@ -1,0 +1,204 @@
+"""The publish stage: evaluate, hold the gates, export, prove the export, and only then make a version visible."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel, ConfigDict
+
+from topwork.data.stored import StoredDataset
+from topwork.errors import DataError
+from topwork.manifest import write_whole
+from topwork.report.gates import gate_outcomes, require_gates
+from topwork.report.outcome import Outcome, history_csv, metrics_json, spec_yaml
+from topwork.report.pages import card_md, report_html
+from topwork.spec import TransferJob
+from topwork.stages import versions
+from topwork.stages.versions import Version
+from topwork.training.trained import Classifier
+from topwork.workspace import Workspace
+
+if TYPE_CHECKING:
+    from topwork.stages.assessment import Assessed
+
+# Figures of a last line: the rest is in the report.
+SHOWN_METRICS = 4
+
+
+class Published(BaseModel):
+    """A published version.
+
+    Attributes:
+        name: Name of the model.
+        version: Its number.
+        uri: Where it lies.
+        report_uri: Where its report lies.
+        metrics: The metrics that the job asked for, in its order, and the loss.
+        split: The split that they were measured on.
+        images: Images of that split.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    version: int
+    uri: str
+    report_uri: str
+    metrics: dict[str, float]
+    split: str
+    images: int
+
+    def summary(self) -> list[str]:
+        """Say in a few lines what was published and how good it is."""
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in list(self.metrics.items())[:SHOWN_METRICS])
+        return [
+            f"Published {self.name} version {self.version}: {shown} on {self.images} images of the {self.split} split",
+            f"  model   {self.uri}",
+            f"  report  {self.report_uri}",
+        ]
+
+
+def publish(job: TransferJob, classifier: Classifier, dataset: StoredDataset, workspace: Workspace) -> Published:
+    """Evaluate a trained classifier and hand it over as a new version of its model.
+
+    Args:
+        job: The job.
+        classifier: The outcome of the last training stage.
+        dataset: The stored dataset.
+        workspace: Storage, metrics, progress and scratch.
+
+    Returns:
+        The published version; the earlier one, if this run has published already.
+
+    Raises:
+        GateError: If a gate is not met; evaluation and report are in `runs/<run>/publish/`, nothing else is changed.
+        DataError: If there is nothing to evaluate on, or the model's answers are not numbers.
+        RuntimeError: If what was exported does not answer as what was evaluated.
+    """
+    with workspace.metrics.stage("publish"):
+        published = _done(job, workspace)
+        if published:
+            workspace.progress.note("already published", model=published.uri)
+            return published
+        folder = workspace.scratch / "publish"
+        shutil.rmtree(folder, ignore_errors=True)  # what an earlier attempt left half done
+        folder.mkdir(parents=True)
+        assessed = _assess(job, classifier, dataset, workspace, folder)
+        outcome = _hold_gates(assessed.outcome, workspace)
+        outcome = _export(outcome, assessed, workspace, folder)
+        published = _hand_over(outcome, workspace, folder / "version")
+        shutil.rmtree(folder)
+        return published
+
+
+def _done(job: TransferJob, workspace: Workspace) -> Published | None:
+    data = workspace.storage.read(f"runs/{job.run}/publish/done.json")
+    if data is None:
+        return None
+    published = Published.model_validate_json(data)
+    # A version that somebody deleted is published again, under a new number.
+    standing = versions.published(workspace.storage, published.name, published.version)
+    return published if standing else None
+
+
+def _assess(
+    job: TransferJob, classifier: Classifier, dataset: StoredDataset, workspace: Workspace, folder: Path
+) -> "Assessed":
+    from topwork.stages.assessment import assess
+
+    assessed = assess(job, classifier, dataset, workspace, folder)
+    evaluation = assessed.outcome.evaluation
+    for name, value in evaluation.values.items():
+        if name == "loss":
+            workspace.metrics.loss(evaluation.split, value)
+        else:
+            workspace.metrics.metric(name, evaluation.split, value)
+    workspace.progress.note("evaluation", images=evaluation.images, split=evaluation.split, **assessed.outcome.metrics)
+    return assessed
+
+
+def _hold_gates(outcome: Outcome, workspace: Workspace) -> Outcome:
+    """Check the gates and keep evaluation and report with the run, whether or not they hold."""
+    latest = versions.latest(workspace.storage, outcome.job.model_name)
+    gates = gate_outcomes(
+        outcome.job.spec.evaluate.gates,
+        outcome.evaluation.values,
+        latest.metrics if latest else None,
+        f"{latest.name}/{latest.version}" if latest else "",
+    )
+    outcome = dataclasses.replace(outcome, gates=gates)
+    storage, prefix = workspace.storage, f"runs/{outcome.job.run}/publish"
+    storage.write(f"{prefix}/metrics.json", metrics_json(outcome), content_type="application/json")
+    storage.write(f"{prefix}/history.csv", history_csv(outcome.history), content_type="text/csv")
+    storage.write(f"{prefix}/report.html", report_html(outcome).encode(), content_type="text/html; charset=utf-8")
+    require_gates(gates, storage.uri_of(prefix))
+    return outcome
+
+
+def _export(outcome: Outcome, assessed: "Assessed", workspace: Workspace, folder: Path) -> Outcome:
+    from topwork.data.images import resize
+    from topwork.model.serving import export
+    from topwork.report.recheck import recheck
+
+    formats = outcome.job.spec.publish.formats
+    workspace.progress.note("export", formats=" ".join(formats))
+    version = folder / "version"
+    version.mkdir()
+    export(assessed.model, outcome.evaluation.class_names, formats, resize, version)
+    found = recheck(version, assessed.questions, formats)
+    workspace.progress.note(
+        "recheck",
+        images=found.images,
+        largest_difference=max(found.largest_difference.values()),
+        accepted=found.tolerance,
+    )
+    return dataclasses.replace(outcome, formats=formats, recheck=found)
+
+
+def _hand_over(outcome: Outcome, workspace: Workspace, folder: Path) -> Published:
+    """Take a number, upload, and make it visible: manifest, then pointer, then the mark that this run is done."""
+    storage, job = workspace.storage, outcome.job
+    number = versions.claim(storage, job.model_name, job.run)
+    prefix = versions.prefix_of(job.model_name, number)
+    uri = storage.uri_of(prefix)
+    outcome = dataclasses.replace(outcome, version=number, lineage={"Model": uri, **outcome.lineage})
+    _write_papers(outcome, folder)
+    version = Version(
+        name=job.model_name,
+        version=number,
+        uri=uri,
+        run=job.run,
+        published=versions.now(),
+        main_metric=outcome.main_metric,
+        metrics=outcome.evaluation.values,
+    )
+    manifest = write_whole(storage, prefix, folder, version.model_dump(mode="json"))
+    if manifest.facts != version.model_dump(mode="json"):
+        raise DataError(
+            f"{uri} was published by another process of {job.run} at the same time. Let one process at a time work on "
+            "a run, then start it again."
+        )
+    versions.move_latest(storage, job.model_name)
+    published = Published(
+        name=job.model_name,
+        version=number,
+        uri=uri,
+        report_uri=f"{uri}/report.html",
+        metrics=outcome.metrics,
+        split=outcome.evaluation.split,
+        images=outcome.evaluation.images,
+    )
+    storage.write(
+        f"runs/{job.run}/publish/done.json", published.model_dump_json().encode(), content_type="application/json"
+    )
+    return published
+
+
+def _write_papers(outcome: Outcome, folder: Path) -> None:
+    (folder / "labels.txt").write_text("".join(f"{name}\n" for name in outcome.evaluation.class_names), "utf-8")
+    (folder / "metrics.json").write_bytes(metrics_json(outcome))
+    (folder / "history.csv").write_bytes(history_csv(outcome.history))
+    (folder / "spec.yaml").write_text(spec_yaml(outcome.job), "utf-8")
+    (folder / "card.md").write_text(card_md(outcome), "utf-8")
+    (folder / "report.html").write_text(report_html(outcome), "utf-8")

@@ -1,0 +1,189 @@
+"""Publishing: from a trained classifier to a version that others load."""
+
+import csv
+import io
+import json
+import subprocess
+import sys
+from datetime import UTC, datetime
+
+import keras
+import numpy as np
+import pytest
+
+from topwork.errors import GateError
+from topwork.manifest import read_manifest
+from topwork.model.classifier import build
+from topwork.stages import publish as stage
+from topwork.stages import versions
+from topwork.stages.publish import publish
+from topwork.stages.pull import pull
+from topwork.training.trained import Classifier, Parameters
+
+HISTORY = [
+    {"stage": "transfer", "epoch": 1, "loss": 0.7, "accuracy": 0.5, "validation_loss": 0.69},
+    {"stage": "fine-tune", "epoch": 1, "loss": 0.6, "accuracy": 0.75},
+]
+MISSED = r"auc is [01]\.\d+, but the gate asks for at most 0; f1 is 0\.\d+, but the gate asks for at least 1\."
+PLAIN = """
+import json, sys
+import keras, numpy as np, tensorflow as tf
+folder, picture, images = sys.argv[1:]
+images = np.load(images)
+served = tf.saved_model.load(folder)
+encoded = served.signatures["encoded"](bytes=tf.constant([open(picture, "rb").read()]))
+print(json.dumps({
+    "keras": keras.models.load_model(folder + "/model.keras").predict(images, verbose=0).tolist(),
+    "image": served.signatures["serving_default"](image=tf.constant(images))["probabilities"].numpy().tolist(),
+    "encoded": {name: value.numpy().astype(str).tolist() for name, value in encoded.items()},
+}))
+"""
+
+
+@pytest.fixture
+def classifier_of(workspace, tmp_path):
+    """Store a small model as the outcome of the training of a job."""
+
+    def make(job):
+        keras.utils.set_random_seed(1)
+        model, _ = build(job.spec.model, job.spec.dataset.image_size, 2, None)
+        path = tmp_path / "trained.keras"
+        model.save(path)
+        key = f"runs/{job.run}/transfer/model.keras"
+        return Classifier(
+            stage="transfer",
+            key=key,
+            file=workspace.storage.upload(path, key),
+            class_names=("blue", "red"),
+            image_size=(32, 32),
+            history=HISTORY,
+            best_epoch=1,
+            parameters=Parameters(trainable=1, frozen=0),
+            started=datetime.now(UTC),
+            finished=datetime.now(UTC),
+            seconds=1.0,
+        )
+
+    return make
+
+
+def keys_below(storage, prefix):
+    return sorted(stored.key for stored in storage.list(prefix))
+
+
+def test_a_published_version_is_complete_and_loads_with_plain_libraries(
+    make_job, classifier_of, workspace, two_class_folder, tmp_path
+):
+    job = make_job()
+    dataset = pull(job, workspace)
+    classifier = classifier_of(job)
+    published = publish(job, classifier, dataset, workspace)
+    storage = workspace.storage
+
+    assert (published.name, published.version, published.uri) == ("tiny", 1, storage.uri_of("models/tiny/1"))
+    assert published.summary()[0].startswith("Published tiny version 1: accuracy ")
+    assert list(published.metrics) == ["accuracy", "f1", "auc", "loss"]
+    manifest = read_manifest(storage, "models/tiny/1")
+    assert manifest.facts == json.loads(storage.read("models/tiny/latest.json"))
+    assert {name for name in manifest.files if not name.startswith("variables/")} == {
+        "card.md", "fingerprint.pb", "history.csv", "labels.txt", "metrics.json", "model.keras", "report.html",
+        "saved_model.pb", "spec.yaml",
+    }  # fmt: skip
+    assert storage.read("models/tiny/1/labels.txt") == b"blue\nred\n"
+    rows = list(csv.DictReader(io.StringIO(storage.read("models/tiny/1/history.csv").decode())))
+    assert [(row["stage"], row["epoch"], row["validation_loss"]) for row in rows] == [
+        ("transfer", "1", "0.69"),
+        ("fine-tune", "1", ""),
+    ]
+    told = json.loads(storage.read("models/tiny/1/metrics.json"))
+    assert told["version"] == 1
+    assert told["recheck"]["images"] == told["evaluation"]["images"] == 8
+    assert set(told["recheck"]["largestDifference"]) == {"keras", "savedModel", "encoded"}
+    assert max(told["recheck"]["largestDifference"].values()) <= told["recheck"]["tolerance"] == 1e-4
+    assert published.uri in storage.read("models/tiny/1/card.md").decode()
+    assert b"data:image/jpeg;base64," in storage.read("models/tiny/1/report.html")
+
+    _same_probabilities_in_another_process(storage, classifier, two_class_folder / "red" / "01.png", tmp_path)
+
+    before = keys_below(storage, "")
+    assert publish(job, classifier, dataset, workspace) == published
+    assert keys_below(storage, "") == before
+
+
+def _same_probabilities_in_another_process(storage, classifier, picture, tmp_path):
+    from topwork.manifest import fetch_whole
+
+    fetch_whole(storage, "models/tiny/1", tmp_path / "model")
+    images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3)).astype(np.float32)
+    np.save(tmp_path / "images.npy", images)
+    storage.download(classifier.key, tmp_path / "logits.keras")
+    logits = keras.models.load_model(tmp_path / "logits.keras")(images).numpy()[:, 0]
+    red = 1 / (1 + np.exp(-logits))
+    wanted = np.stack([1 - red, red], axis=1)
+    command = [sys.executable, "-c", PLAIN, tmp_path / "model", picture, tmp_path / "images.npy"]
+    plain = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    np.testing.assert_allclose(plain["keras"], wanted, atol=1e-6)
+    np.testing.assert_allclose(plain["image"], wanted, atol=1e-6)
+    assert set(plain["encoded"]) == {"class", "probability", "classes", "probabilities"}
+    assert plain["encoded"]["classes"] == [["blue", "red"]]
+
+
+def test_a_gate_that_is_missed_leaves_nothing_to_see_and_says_the_same_again(make_job, classifier_of, workspace):
+    gates = [{"metric": "accuracy", "atLeast": 0.0}, {"metric": "auc", "atMost": 0.0}, {"metric": "f1", "atLeast": 1.0}]
+    job = make_job(evaluate={"metrics": ["accuracy", "auc", "f1"], "gates": gates})
+    dataset, classifier = pull(job, workspace), classifier_of(job)
+    said = []
+    for _ in range(2):
+        with pytest.raises(GateError, match=MISSED) as raised:
+            publish(job, classifier, dataset, workspace)
+        said.append(str(raised.value))
+    assert said[0] == said[1]
+    assert keys_below(workspace.storage, "models/") == []
+    assert keys_below(workspace.storage, f"runs/{job.run}/publish/") == [
+        f"runs/{job.run}/publish/{name}" for name in ("history.csv", "metrics.json", "report.html")
+    ]
+    kept = json.loads(workspace.storage.read(f"runs/{job.run}/publish/metrics.json"))
+    assert [gate["met"] for gate in kept["gates"]] == [True, False, False]
+
+
+def test_an_attempt_that_was_killed_before_its_manifest_is_taken_up_again(
+    make_job, classifier_of, workspace, monkeypatch
+):
+    job = make_job(publish={"formats": ["keras"]})
+    dataset, classifier = pull(job, workspace), classifier_of(job)
+
+    class Killed(BaseException):
+        pass
+
+    def upload_some(storage, prefix, folder, facts):
+        storage.upload(folder / "model.keras", f"{prefix}/model.keras")
+        storage.write(f"{prefix}/variables/leftover", b"of an earlier format")
+        raise Killed
+
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(stage, "write_whole", upload_some)
+        publish(job, classifier, dataset, workspace)
+    assert versions.numbers(workspace.storage, "tiny") == {1: False}
+    assert versions.latest(workspace.storage, "tiny") is None
+
+    assert publish(job, classifier, dataset, workspace).version == 1
+    assert versions.numbers(workspace.storage, "tiny") == {1: True}
+    assert "models/tiny/1/variables/leftover" not in keys_below(workspace.storage, "models/tiny/1/")
+
+
+def test_an_export_that_answers_otherwise_is_not_published(make_job, classifier_of, workspace, monkeypatch):
+    from topwork.model import serving
+
+    job = make_job(publish={"formats": ["keras"]})
+    dataset, classifier = pull(job, workspace), classifier_of(job)
+    export = serving.export
+
+    def tampered(model, *others):
+        copy = keras.models.clone_model(model)
+        copy.set_weights([weights + 0.1 for weights in model.get_weights()])
+        return export(copy, *others)
+
+    monkeypatch.setattr(serving, "export", tampered)
+    with pytest.raises(RuntimeError, match=r"probabilities differ in keras by [0-9.e-]+, and 0.0001 is accepted"):
+        publish(job, classifier, dataset, workspace)
+    assert keys_below(workspace.storage, "models/") == []
