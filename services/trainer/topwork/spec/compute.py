@@ -29,12 +29,14 @@ LabelKey = Annotated[
     StringConstraints(
         pattern=r"^([a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$"
     ),
-    Meaning("a Kubernetes label key: [prefix/]name, the name of at most 63 letters, digits, -, _ and ."),
+    Meaning("a Kubernetes label key: [prefix/]name, the name of at most 63 letters, digits, dash, underscore and dot"),
 ]
 LabelValue = Annotated[
     str,
     StringConstraints(pattern=r"^([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?$"),
-    Meaning("a Kubernetes label value: at most 63 letters, digits, -, _ and ., in quotes where YAML sees no text"),
+    Meaning(
+        "a Kubernetes label value: at most 63 letters, digits, dash, underscore and dot, in quotes where YAML sees no text"
+    ),
 ]
 FACTORS = {"k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 TOLERATION_KEYS = ("key", "operator", "value", "effect", "tolerationSeconds")
@@ -100,7 +102,7 @@ def in_bytes(quantity: str) -> float:
 
 @rule(Compute)
 def shared_memory_fits_into_memory(compute: Compute) -> Iterator[Refusal]:
-    """/dev/shm is a memory-backed volume: what fills it counts as memory of the pod, which is ended when it has none."""
+    """/dev/shm is a memory-backed volume: what fills it is memory of the pod, which is ended when it has none."""
     if in_bytes(compute.shared_memory) >= in_bytes(compute.memory):
         yield Refusal(
             "sharedMemory",

@@ -130,7 +130,8 @@ def either_slices_or_counts(splits: Splits) -> Iterator[Refusal]:
     given = [name for name in ("train", "validation", "test") if getattr(splits, name) is not None]
     if splits.per_class and given:
         yield Refusal(
-            "perClass", f"stands beside {listed(given)}. Give either counts per class or slices, and take the other out."
+            "perClass",
+            f"stands beside {listed(given)}. Give either counts per class or slices, and take the other out.",
         )
 
 

@@ -39,7 +39,9 @@ class SavedBase(Part):
 
     uri: ModelUri = Field(description="S3 object or local path of the saved model.")
     cut_at: (
-        Annotated[Annotated[LayerName, Tag("<name>")] | Annotated[LayerIndex, Tag("<index>")], Discriminator(_layer_kind)]
+        Annotated[
+            Annotated[LayerName, Tag("<name>")] | Annotated[LayerIndex, Tag("<index>")], Discriminator(_layer_kind)
+        ]
         | None
     ) = Field(
         default=None, description="Last layer that is kept, by name or index; without it the layer before the head."

@@ -1,6 +1,7 @@
 """Optimizers of Keras by name with their parameters, and how the learning rate moves."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -84,7 +85,7 @@ class Optimizer(Part):
     ema: Ema | None = Field(default=None, description="Average the weights.")
 
 
-def _given(part: Part, keys: dict[str, tuple[str, ...]]) -> dict[str, object]:
+def _given(part: Part, keys: Iterable[str]) -> dict[str, object]:
     """Values of those keys that differ from their default."""
     fields = {field.alias: (name, field.default) for name, field in type(part).model_fields.items()}
     values = {key: (getattr(part, fields[key][0]), fields[key][1]) for key in keys}
@@ -121,9 +122,11 @@ def exponential_schedule_falls(schedule: Schedule) -> Iterator[Refusal]:
 @rule(Schedule)
 def steps_go_forward(schedule: Schedule) -> Iterator[Refusal]:
     """The rate falls once after each epoch that is named."""
-    for index, (one, other) in enumerate(zip(schedule.at_epochs, schedule.at_epochs[1:], strict=False)):
+    for index, (one, other) in enumerate(pairwise(schedule.at_epochs)):
         if other <= one:
-            yield Refusal(f"atEpochs.{index + 1}", f"{other} is not after {one}, which stands before it. Sort the list.")
+            yield Refusal(
+                f"atEpochs.{index + 1}", f"{other} is not after {one}, which stands before it. Sort the list."
+            )
 
 
 @rule(Optimizer)
@@ -147,8 +150,7 @@ def nesterov_needs_momentum(optimizer: Optimizer) -> Iterator[Refusal]:
 @rule(Optimizer)
 def one_way_of_clipping(optimizer: Optimizer) -> Iterator[Refusal]:
     """Keras takes at most one of them."""
-    keys = {"clipnorm": (), "globalClipnorm": (), "clipvalue": ()}
-    given = list(_given(optimizer, keys))
+    given = list(_given(optimizer, ("clipnorm", "globalClipnorm", "clipvalue")))
     if len(given) > 1:
         yield Refusal(given[-1], f"stands beside {listed(given[:-1])}, and Keras clips in one way only. Keep one.")
 

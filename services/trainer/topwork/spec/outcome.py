@@ -34,9 +34,7 @@ class Evaluate(Part):
     metrics: tuple[MetricName, ...] = Field(
         default=("accuracy", "f1", "auc"), min_length=1, description="Metrics that are computed."
     )
-    gates: tuple[Gate, ...] = Field(
-        default=(), max_length=50, description="Conditions for publishing; all must hold."
-    )
+    gates: tuple[Gate, ...] = Field(default=(), max_length=50, description="Conditions for publishing; all must hold.")
 
 
 class Publish(Part):
@@ -59,7 +57,9 @@ def gate_has_a_condition(gate: Gate) -> Iterator[Refusal]:
 def gate_can_be_met(gate: Gate) -> Iterator[Refusal]:
     """No value is above and below at once."""
     if gate.at_least is not None and gate.at_most is not None and gate.at_least > gate.at_most:
-        yield Refusal("atMost", f"{shown(gate.at_most)} is below atLeast {shown(gate.at_least)}. No model can meet both.")
+        yield Refusal(
+            "atMost", f"{shown(gate.at_most)} is below atLeast {shown(gate.at_least)}. No model can meet both."
+        )
 
 
 @rule(Gate)

@@ -48,10 +48,10 @@ class Part(BaseModel):
 
     @model_validator(mode="after")
     def _keep_the_rules(self) -> Self:
-        refusals = [refusal for check in _RULES.get(type(self), ()) for refusal in check(self)]
-        if refusals:
-            words = "; ".join(f"{path}: {reason}" if path else reason for path, reason in refusals)
-            raise PydanticCustomError("rule", "{words}", {"words": words, "refusals": refusals})
+        refused = [refusal for check in refusals(self) for refusal in check]
+        if refused:
+            words = "; ".join(f"{path}: {reason}" if path else reason for path, reason in refused)
+            raise PydanticCustomError("rule", "{words}", {"words": words, "refusals": refused})
         return self
 
 
@@ -78,3 +78,7 @@ def rule(part: type[P]) -> Callable[[Callable[[P], Iterator[Refusal]]], Callable
 
     return register
 
+
+def refusals(part: Part) -> Iterator[Iterator[Refusal]]:
+    """Start each rule of a part, and give its refusals."""
+    return (check(part) for check in _RULES.get(type(part), ()))

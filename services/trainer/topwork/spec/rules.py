@@ -66,7 +66,9 @@ def fine_tuning_goes_gently(spec: JobSpec) -> Iterator[Refusal]:
     unfreeze = spec.fine_tune.unfreeze
     rates = {"optimizer.learningRate": whole.learning_rate}
     if isinstance(unfreeze, UnfreezeSteps):
-        rates = {f"unfreeze.steps.{index}.learningRate": step.learning_rate for index, step in enumerate(unfreeze.steps)}
+        rates = {
+            f"unfreeze.steps.{index}.learningRate": step.learning_rate for index, step in enumerate(unfreeze.steps)
+        }
     for path, rate in rates.items():
         if rate > head.learning_rate:
             yield Refusal(
@@ -93,14 +95,13 @@ def early_stopping_has_something_to_watch(spec: JobSpec) -> Iterator[Refusal]:
 
 @rule(JobSpec)
 def images_are_large_enough(spec: JobSpec) -> Iterator[Refusal]:
-    """Below some size nothing is left of an image after the base's pooling."""
-    base = spec.model.base
-    least = 2 ** len(base.cnn.filters) if base.cnn else LEAST_SIDE.get(base.application or "", 0)
-    name = f"cnn with {len(base.cnn.filters)} convolutions" if base.cnn else base.application
+    """Below some size nothing is left of an image after an application's pooling; Keras refuses to build it."""
+    application = spec.model.base.application
+    least = LEAST_SIDE[application] if application else 0
     for index, side in enumerate(spec.dataset.image_size):
         if side < least:
             yield Refusal(
-                f"dataset.imageSize.{index}", f"{side} is too small for {name}, which needs at least {least} pixels."
+                f"dataset.imageSize.{index}", f"{side} is too small for {application}: at least {least} pixels a side."
             )
 
 

@@ -1,4 +1,4 @@
-"""TFDS slicing, such as `train[:40%]` or `train[:100]+test`: reading it, and finding overlaps before any data is there."""
+"""TFDS slicing, such as `train[:40%]` or `train[:100]+test`: read, and searched for overlaps."""
 
 import re
 from dataclasses import dataclass

@@ -1,6 +1,7 @@
 """`spec.transfer` and `spec.fineTune`: how the head, then the base, is trained."""
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Annotated, Literal
 
 from pydantic import Discriminator, Field, StringConstraints, Tag
@@ -33,7 +34,7 @@ LossName = Literal["auto", "binaryCrossentropy", "categoricalCrossentropy", "spa
 class Loss(Part):
     """The loss that training minimises."""
 
-    name: LossName = Field(default="auto", description="auto is binary cross-entropy for two classes, else categorical.")
+    name: LossName = Field(default="auto", description="auto: binary cross-entropy for two classes, else categorical.")
     label_smoothing: Number = Field(default=0.0, ge=0.0, lt=1.0, description="Share of the label spread over classes.")
     gamma: Number = Field(default=2.0, ge=0.0, le=10.0, description="focal: how much easy examples count less.")
 
@@ -100,7 +101,7 @@ class UnfreezeSteps(Part):
     steps: tuple[UnfreezeStep, ...] = Field(min_length=1, max_length=100, description="The steps, in order.")
 
 
-UNFREEZE_KINDS = {"layers": UnfreezeLayers, "from": UnfreezeFrom, "steps": UnfreezeSteps}
+UNFREEZE_KINDS: dict[str, type[Part]] = {"layers": UnfreezeLayers, "from": UnfreezeFrom, "steps": UnfreezeSteps}
 
 
 def _unfreeze_kind(value: object) -> str | None:
@@ -115,7 +116,7 @@ def _unfreeze_kind(value: object) -> str | None:
 class FineTune(Part):
     """Stage 2: part or all of the base unfrozen, trained on at a very low learning rate."""
 
-    epochs: Epochs | None = Field(default=None, description="Epochs at most; with unfreeze.steps each step has its own.")
+    epochs: Epochs | None = Field(default=None, description="Epochs at most; with unfreeze.steps each has its own.")
     unfreeze: Annotated[
         Annotated[Literal["all"], Tag("<all>")]
         | Annotated[UnfreezeLayers, Tag("<layers>")]
@@ -185,7 +186,7 @@ def steps_go_down(fine_tune: FineTune) -> Iterator[Refusal]:
     """Each step unfreezes more than the one before; what has been unfrozen stays so."""
     if isinstance(fine_tune.unfreeze, UnfreezeSteps):
         steps = fine_tune.unfreeze.steps
-        for index, (one, other) in enumerate(zip(steps, steps[1:], strict=False)):
+        for index, (one, other) in enumerate(pairwise(steps)):
             if other.layers <= one.layers:
                 yield Refusal(
                     f"unfreeze.steps.{index + 1}.layers",

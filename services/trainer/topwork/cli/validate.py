@@ -1,0 +1,16 @@
+"""`topwork validate`: is a job spec right, and if not, what is wrong with it and where?"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from topwork.spec.reading import read_files
+
+
+def validate(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Job specs; - reads standard input.")],
+) -> None:
+    """Check job specs and name their runs; all that is wrong in all files is told at once."""
+    for path, job in read_files(files):
+        print(f"{path}: TransferJob {job.metadata.name} ok (run {job.run})")

@@ -1,0 +1,143 @@
+"""Reading job specs from YAML, with all that is wrong in all documents told at once."""
+
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from topwork.spec import TransferJob
+from topwork.spec.document import MOST_CHARACTERS, Document, read_documents
+from topwork.spec.problems import Problem, WrongSpec, dotted, findings
+from topwork.spec.words import shown
+
+# A character of UTF-8 has at most 4 bytes.
+MOST_BYTES = 4 * MOST_CHARACTERS
+STANDARD_INPUT = Path("-")
+
+
+def read_files(paths: Iterable[Path]) -> list[tuple[Path, TransferJob]]:
+    """Read all jobs of several YAML files; see `read_jobs`.
+
+    Args:
+        paths: Files; `-` is standard input.
+
+    Returns:
+        Each job with its file, in the order in which they stand.
+
+    Raises:
+        WrongSpec: With all that is wrong in all files.
+    """
+    jobs: list[tuple[Path, TransferJob]] = []
+    problems: list[Problem] = []
+    for path in paths:
+        try:
+            jobs += [(path, job) for job in read_jobs(path)]
+        except WrongSpec as error:
+            problems += error.problems
+    if problems:
+        raise WrongSpec(tuple(problems))
+    return jobs
+
+
+def read_jobs(path: Path) -> list[TransferJob]:
+    """Read all jobs of a YAML file.
+
+    Args:
+        path: File with one or more documents; `-` is standard input.
+
+    Returns:
+        The jobs in the order in which they stand; at least one.
+
+    Raises:
+        WrongSpec: With all that is wrong in all documents, or with why the file can't be read.
+    """
+    if path == STANDARD_INPUT:
+        return read_bytes(sys.stdin.buffer.read(MOST_BYTES + 1), "standard input")
+    try:
+        with path.open("rb") as file:
+            data = file.read(MOST_BYTES + 1)
+    except IsADirectoryError:
+        raise _whole(str(path), "is a folder. Name the YAML files in it.") from None
+    except FileNotFoundError:
+        raise _whole(str(path), "is not there. Check the path.") from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise _whole(str(path), f"can't be read: {reason}.") from None
+    return read_bytes(data, str(path))
+
+
+def read_bytes(data: bytes, name: str) -> list[TransferJob]:
+    """Read all jobs of what a file holds; see `read_jobs`.
+
+    Args:
+        data: Content of a YAML file.
+        name: Name of the file in messages.
+
+    Returns:
+        The jobs in the order in which they stand; at least one.
+
+    Raises:
+        WrongSpec: With all that is wrong.
+    """
+    if len(data) > MOST_BYTES:
+        raise _whole(name, f"holds more than {MOST_BYTES} bytes, which no spec does.")
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise _whole(name, "is UTF-16. Save it as UTF-8.")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        before = data[: error.start].decode("utf-8", "replace")
+        line, column = before.count("\n") + 1, len(before) - before.rfind("\n")
+        message = f"the byte 0x{data[error.start]:02x} is no UTF-8. Is this a YAML file? If so, save it as UTF-8."
+        raise WrongSpec((Problem(name, line, column, "", message),)) from None
+    return read_text(text, name)
+
+
+def read_text(text: str, name: str) -> list[TransferJob]:
+    """Read all jobs of a YAML text; see `read_jobs`.
+
+    Args:
+        text: One or more YAML documents.
+        name: Name of the file in messages.
+
+    Returns:
+        The jobs in the order in which they stand; at least one.
+
+    Raises:
+        WrongSpec: With all that is wrong.
+    """
+    jobs: list[TransferJob] = []
+    problems: list[Problem] = []
+    for document in read_documents(text):
+        # Nothing between two --- is what templates leave behind.
+        if document.data is not None or document.faults:
+            problems += _problems(document, name, jobs)
+    if problems:
+        raise WrongSpec(tuple(problems))
+    if not jobs:
+        raise _whole(name, "holds no job. A spec begins with apiVersion: topwork.dev/v1alpha1.")
+    return jobs
+
+
+def _problems(document: Document, name: str, jobs: list[TransferJob]) -> Iterator[Problem]:
+    """Check one document; a good one is added to the jobs."""
+    found = [Problem(name, *fault.place, dotted(fault.path), fault.message) for fault in document.faults]
+    broken = {fault.path for fault in document.faults}
+    if isinstance(document.data, dict):
+        try:
+            jobs.append(TransferJob.model_validate(document.data, by_alias=True, by_name=False))
+        except ValidationError as error:
+            for path, message, at_key in findings(error, document.data):
+                # What could not be read is missing afterwards: that has been said.
+                if not any(path[: len(above)] == above for above in broken):
+                    place = document.place(path, key=at_key)
+                    found.append(Problem(name, *place, dotted(path), message))
+    elif not found:
+        message = f"{shown(document.data)} is no job. A job is a mapping that begins with apiVersion."
+        found.append(Problem(name, *document.place(()), "", message))
+    yield from sorted(found, key=lambda problem: (problem.line, problem.column))
+
+
+def _whole(name: str, message: str) -> WrongSpec:
+    return WrongSpec((Problem(name, 0, 0, "", message),))
