@@ -1,0 +1,86 @@
+"""Random changes of the training images, decided by an explicit seed: (seed, step) alone gives the view."""
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from topwork.spec.model import Augmentation
+
+# images float32 (batch, height, width, 3) in 0..255, one-hot labels float32 (batch, classes), seed int32 (2,)
+Augment = Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor]]
+
+
+def augment(settings: Augmentation) -> Augment | None:
+    """Make the function that changes a batch of training images as `spec.augmentation` says.
+
+    The function has no state: the same images and seed give the same result, in any process and at any step.
+    MixUp and CutMix mix the labels too.
+
+    Args:
+        settings: Kinds and strengths of the changes.
+
+    Returns:
+        A function of (images float32 (batch, height, width, 3) in 0..255, one-hot labels float32 (batch, classes),
+        seed int32 (2,)) to changed images and labels of the same shapes; None where nothing is to be changed.
+    """
+    layers = _layers(settings)
+    if not layers:
+        return None
+
+    def apply(images: tf.Tensor, one_hot: tf.Tensor, seed: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        draws = _StepSeed(seed)
+        for layer in layers:
+            if isinstance(layer, keras.layers.RandAugment):
+                # It draws from its own generator, whatever seed it is called with. Set past Keras' tracking, which
+                # would keep a tensor of one graph for the next.
+                object.__setattr__(layer, "generator", draws)
+            change = layer.get_random_transformation(images, training=True, seed=draws)
+            images = layer.transform_images(images, change, training=True)
+            one_hot = layer.transform_labels(one_hot, change, training=True)
+        return tf.clip_by_value(images, 0.0, 255.0), one_hot
+
+    return apply
+
+
+def _layers(settings: Augmentation) -> list[Any]:
+    layers = keras.layers
+    chosen: list[Any] = []
+    if settings.flip != "none":
+        chosen.append(layers.RandomFlip("horizontal_and_vertical" if settings.flip == "both" else settings.flip))
+    if settings.rotation:
+        chosen.append(layers.RandomRotation(settings.rotation))
+    if settings.zoom:
+        chosen.append(layers.RandomZoom(settings.zoom))
+    if settings.translation:
+        chosen.append(layers.RandomTranslation(settings.translation, settings.translation))
+    if settings.contrast:
+        chosen.append(layers.RandomContrast(settings.contrast))
+    if settings.brightness:
+        chosen.append(layers.RandomBrightness(settings.brightness, value_range=(0, 255)))
+    if settings.rand_augment:
+        chosen.append(
+            layers.RandAugment(num_ops=settings.rand_augment.operations, factor=settings.rand_augment.magnitude)
+        )
+    if settings.mix_up:
+        chosen.append(layers.MixUp(settings.mix_up))
+    if settings.cut_mix:
+        cut_mix = layers.CutMix()
+        # Keras draws alpha from this range, and its constructor refuses the paper's values above 1.
+        cut_mix.factor = (settings.cut_mix, settings.cut_mix)
+        chosen.append(cut_mix)
+    return chosen
+
+
+class _StepSeed(keras.random.SeedGenerator):
+    """Gives Keras' layers one seed after another, all of them folded from the seed of the step."""
+
+    def __init__(self, seed: tf.Tensor) -> None:
+        # Keras' own constructor makes a variable, the state that must not be.
+        self._seed = seed
+        self._drawn = 0
+
+    def next(self, ordered: bool = True) -> tf.Tensor:
+        self._drawn += 1
+        return tf.random.experimental.stateless_fold_in(self._seed, self._drawn)

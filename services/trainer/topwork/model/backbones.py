@@ -1,0 +1,134 @@
+"""The classification models of keras.applications, each with the input scaling that its weights were trained on."""
+
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal
+
+import keras
+
+from topwork.errors import DataError, SpecError, UnavailableError
+
+# Scaling of raw pixels in 0..255, named as keras.applications.imagenet_utils names its modes; "inside" is done by the
+# model's own first layers.
+Scaling = Literal["tf", "torch", "caffe", "inside"]
+
+SCALINGS: dict[str, Scaling] = {
+    **dict.fromkeys(
+        ("ConvNeXtTiny", "ConvNeXtSmall", "ConvNeXtBase", "ConvNeXtLarge", "ConvNeXtXLarge"),
+        "inside",
+    ),
+    **dict.fromkeys(("DenseNet121", "DenseNet169", "DenseNet201"), "torch"),
+    **dict.fromkeys((f"EfficientNetB{size}" for size in range(8)), "inside"),
+    **dict.fromkeys((f"EfficientNetV2{size}" for size in ("B0", "B1", "B2", "B3", "S", "M", "L")), "inside"),
+    **dict.fromkeys(("InceptionResNetV2", "InceptionV3"), "tf"),
+    **dict.fromkeys(("MobileNet", "MobileNetV2"), "tf"),
+    **dict.fromkeys(("MobileNetV3Small", "MobileNetV3Large"), "inside"),
+    **dict.fromkeys(("NASNetMobile", "NASNetLarge"), "tf"),
+    **dict.fromkeys(("ResNet50", "ResNet101", "ResNet152"), "caffe"),
+    **dict.fromkeys(("ResNet50V2", "ResNet101V2", "ResNet152V2"), "tf"),
+    **dict.fromkeys(("VGG16", "VGG19"), "caffe"),
+    "Xception": "tf",
+}
+
+# ImageNet in keras.applications.imagenet_utils: RGB in 0..1 for torch, BGR in 0..255 for caffe.
+_TORCH_MEAN, _TORCH_DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_CAFFE_MEAN = (103.939, 116.779, 123.68)
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A model of keras.applications by name."""
+
+    name: str
+
+    @property
+    def scaling(self) -> Scaling:
+        """Scaling of raw pixels that the model's weights expect."""
+        return SCALINGS[self.name]
+
+    def build(self, image_size: tuple[int, int], weights: Literal["imagenet"] | Path | None) -> keras.Model:
+        """Build the model without its classification head.
+
+        Args:
+            image_size: Height and width in pixels.
+            weights: "imagenet" (downloaded by Keras), a file of weights of this model without its head, or None for
+                random ones.
+
+        Returns:
+            The model, named "base"; its input is what `scaled` gives.
+
+        Raises:
+            SpecError: If the model can't take images of this size.
+            DataError: If the file doesn't hold this model's weights.
+            UnavailableError: If the download failed.
+        """
+        base = self._build(image_size, "imagenet" if weights == "imagenet" else None)
+        if isinstance(weights, Path):
+            _load_weights(base, weights, self.name)
+        return base
+
+    def _build(self, image_size: tuple[int, int], weights: str | None) -> keras.Model:
+        application = getattr(keras.applications, self.name)
+        try:
+            return application(include_top=False, weights=weights, input_shape=(*image_size, 3), name="base")
+        except ValueError as error:
+            raise SpecError(
+                f"spec.model.base.application {self.name} can't be built for spec.dataset.imageSize "
+                f"[{image_size[0]}, {image_size[1]}]: {error}"
+            ) from error
+        except Exception as error:
+            # keras.utils.get_file raises a bare Exception for whatever ends a download.
+            if "URL fetch failure" not in str(error):
+                raise
+            raise UnavailableError(
+                f"The ImageNet weights of {self.name} could not be downloaded: {error}. Try again, or store a file of "
+                "weights (model.save_weights of the model without its head, or Keras' own *_notop.h5) in object "
+                "storage and name it in spec.model.base.weights: s3://…/x.weights.h5."
+            ) from error
+
+
+def backbone(name: str) -> Backbone:
+    """Find a model of keras.applications.
+
+    Raises:
+        SpecError: If there's no classification model of that name.
+    """
+    if name not in SCALINGS:
+        near = get_close_matches(name, SCALINGS, n=1, cutoff=0.4)
+        hint = f" Did you mean {near[0]}?" if near else f" Known are {', '.join(sorted(SCALINGS))}."
+        raise SpecError(f"spec.model.base.application is {name}, which keras.applications doesn't have.{hint}")
+    return Backbone(name)
+
+
+def scaled(image: Any, scaling: Scaling) -> Any:
+    """Scale raw pixels with built-in layers, so that a plain `keras.models.load_model` knows them all.
+
+    Args:
+        image: KerasTensor float32 (batch, height, width, 3), RGB in 0..255.
+        scaling: What the weights expect.
+
+    Returns:
+        KerasTensor of the same shape.
+    """
+    rescaling = keras.layers.Rescaling
+    if scaling == "tf":
+        return rescaling(1 / 127.5, offset=-1.0, name="input_scaling")(image)
+    if scaling == "torch":
+        scale = [1 / (255 * deviation) for deviation in _TORCH_DEVIATION]
+        offset = [-mean / deviation for mean, deviation in zip(_TORCH_MEAN, _TORCH_DEVIATION, strict=True)]
+        return rescaling(scale, offset=offset, name="input_scaling")(image)
+    if scaling == "caffe":
+        offset = [-mean for mean in _CAFFE_MEAN]
+        return rescaling(1.0, offset=offset, name="input_scaling")(keras.ops.flip(image, axis=-1))
+    return image
+
+
+def _load_weights(base: keras.Model, path: Path, name: str) -> None:
+    try:
+        base.load_weights(path)
+    except (ValueError, OSError, KeyError) as error:
+        raise DataError(
+            f"{path.name} doesn't hold the weights of {name} without its head (include_top=False): "
+            f"{str(error).splitlines()[0]} Save them with model.save_weights('{name}.weights.h5')."
+        ) from error

@@ -1,0 +1,351 @@
+"""A stage's epochs: one `fit` of Keras a phase, from wherever the last checkpoint left it."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from topwork.data.batches import training_batches
+from topwork.data.local import LocalDataset
+from topwork.errors import DataError, Stopped
+from topwork.model.augmentation import Augment
+from topwork.model.freezing import (
+    Unfrozen,
+    audit,
+    digest,
+    frozen_variables,
+    parameter_groups,
+    synchronize_batch_norm,
+    unfreeze,
+)
+from topwork.spec.training import EarlyStopping, Loss, Optimizer
+from topwork.training.checkpoints import Checkpoint, Checkpoints, read_values, write_values
+from topwork.training.course import Course
+from topwork.training.losses import accuracy, balanced_class_weights, loss, targets
+from topwork.training.optimizers import averages, optimizer
+from topwork.training.steps import Steps, StopAsked
+from topwork.training.strategy import jit_compile
+from topwork.training.trained import Row, StageName
+from topwork.training.validation import Validation
+from topwork.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Epochs with the same layers trained by the same optimizer.
+
+    Attributes:
+        unfrozen: What of the base is trained.
+        epochs: Epochs at most.
+        optimizer: Settings of a new optimizer.
+    """
+
+    unfrozen: Unfrozen
+    epochs: int
+    optimizer: Optimizer
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a stage does.
+
+    Attributes:
+        stage: Its name.
+        phases: What is trained, in order; each trains what the one before did, and more.
+        batch_size: Images a step over all replicas.
+        loss: Loss by name, or with its parameters.
+        balanced: Whether each class counts alike.
+        early_stopping: When to end a phase before its last epoch.
+        seed: Seed of the order of the images, their views and the new weights.
+        batch_norm: Whether the batch normalizations of the base are trained where they're unfrozen.
+    """
+
+    stage: StageName
+    phases: tuple[Phase, ...]
+    batch_size: int
+    loss: Loss | str
+    balanced: bool
+    early_stopping: EarlyStopping | None
+    seed: int
+    batch_norm: bool = False
+
+    @property
+    def epochs(self) -> int:
+        """Epochs at most over all phases."""
+        return sum(phase.epochs for phase in self.phases)
+
+    def end_of(self, phase: int) -> int:
+        """Epochs of the stage that are complete when a phase has run to its end."""
+        return sum(one.epochs for one in self.phases[: phase + 1])
+
+
+class Training:
+    """A model on its way through the phases of a stage."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        model: keras.Model,
+        data: LocalDataset,
+        workspace: Workspace,
+        checkpoints: Checkpoints,
+        augment: Augment | None,
+    ) -> None:
+        """Take the model as it is at the start of the stage, or as its newest checkpoint left it.
+
+        Args:
+            plan: What the stage does.
+            model: Classifier with its nested base; built in the scope of the strategy.
+            data: Training and validation images.
+            workspace: Progress, metrics and the sign to stop.
+            checkpoints: Where the stage keeps how far it is.
+            augment: Changes of the training images.
+
+        Raises:
+            DataError: If a split can't be used, or a checkpoint is of another model.
+        """
+        self._plan, self._model, self._data = plan, model, data
+        self._workspace, self._checkpoints, self._augment = workspace, checkpoints, augment
+        self._strategy = model.distribute_strategy
+        self._classes = len(data.class_names)
+        self._loss = loss(plan.loss, self._classes)
+        self._steps_per_epoch = data.train.size // plan.batch_size
+        if not self._steps_per_epoch:
+            raise DataError(
+                f"The training split has {data.train.size} images, fewer than batchSize {plan.batch_size}: not one "
+                f"whole batch. Use a batchSize of {data.train.size} at most."
+            )
+        unfreeze(self._base, plan.phases[-1].unfrozen, batch_norm=plan.batch_norm)
+        never_trained = frozen_variables(model)
+        kept = {id(variable) for variable in never_trained}
+        # Fixed for the whole stage, so that a checkpoint of any phase means the same variables.
+        self._moving = [variable for variable in model.variables if id(variable) not in kept]
+        self._frozen = digest(never_trained)
+        self._best: list[np.ndarray] = []
+        self._restored: Checkpoint | None = checkpoints.newest()
+        self.course = self._restored.course if self._restored else Course(frozen=self._frozen)
+        self._take_up()
+
+    @property
+    def _base(self) -> keras.Model:
+        return self._model.get_layer("base")
+
+    @cached_property
+    def _validation(self) -> Validation | None:
+        if self._data.validation is None or not self._data.validation.size:
+            return None
+        rule = self._plan.early_stopping
+        return Validation(
+            self._data.validation,
+            classes=self._classes,
+            batch_size=self._plan.batch_size,
+            auc=rule is not None and rule.monitor == "auc",
+        )
+
+    def _take_up(self) -> None:
+        if self._restored is None:
+            return
+        if self.course.frozen != self._frozen:
+            raise DataError(
+                f"The base isn't the one that this {self._plan.stage} stage was begun with, so its checkpoint can't be "
+                "used. Start over with --restart."
+            )
+        write_values(self._moving, self._restored.values["model"])
+        self._best = self._restored.values.get("best", [])
+        self._workspace.progress.note("resumed", stage=self._plan.stage, epoch=self.course.epoch, step=self.course.step)
+
+    def run(self) -> None:
+        """Train the phases that are left; the model ends with its best weights.
+
+        Raises:
+            Stopped: If asked to; the checkpoint is stored.
+            DataError: If the loss is no longer finite.
+        """
+        self._workspace.metrics.epochs_planned(self._plan.stage, self._plan.epochs)
+        while self.course.phase < len(self._plan.phases):
+            self._run_phase(self._plan.phases[self.course.phase])
+            write_values(self._moving, self._best)
+            self.course.next_phase()
+            self._restored = None
+
+    def _run_phase(self, phase: Phase) -> None:
+        self._compile(phase)
+        before = digest(frozen_variables(self._model))
+        show_parameters(self._model, self._plan.stage, self._workspace)
+        end = self._plan.end_of(self.course.phase)
+        try:
+            while self.course.epoch < end and not self.course.ended:
+                self._fit(end)
+        except StopAsked:
+            self._checkpoints.save_now(self.snapshot())
+            raise Stopped(
+                f"Stopped in epoch {self.course.epoch + 1} of {self._plan.stage} after step {self.course.step}; the "
+                "checkpoint is stored. Run the same job again to go on."
+            ) from None
+        finally:
+            synchronize_batch_norm(self._model, synchronized=False)
+        audit(self._model, before, self._plan.stage)
+
+    def _compile(self, phase: Phase) -> None:
+        """Compile with what is trained now; a change of `trainable` counts from here on."""
+        replicas = self._strategy.num_replicas_in_sync
+        with self._strategy.scope():
+            unfreeze(self._base, phase.unfrozen, batch_norm=self._plan.batch_norm)
+            synchronize_batch_norm(self._model, synchronized=replicas > 1)
+            self._accuracy = accuracy()
+            self._model.compile(
+                optimizer=optimizer(phase.optimizer, steps_per_epoch=self._steps_per_epoch, epochs=phase.epochs),
+                loss=self._loss,
+                metrics=[self._accuracy],
+                jit_compile=jit_compile(replicas),
+            )
+            made = self._model.optimizer
+            made.build(self._model.trainable_variables)
+            if self._restored is not None:
+                write_values(made.variables, self._restored.values["optimizer"])
+
+    def _fit(self, end: int) -> None:
+        """Run `fit` to the end of the phase, or of the epoch that a stop has cut in two."""
+        course = self.course
+        begun = course.step
+        steps = self._steps()
+        last = course.epoch + 1 if begun else end
+        total = (last - course.epoch) * self._steps_per_epoch - begun
+        with self._workspace.progress.track(self._plan.stage, total) as steps.tracker:
+            self._model.fit(
+                self._batches(),
+                initial_epoch=course.epoch,
+                epochs=last,
+                steps_per_epoch=self._steps_per_epoch - begun,
+                callbacks=[_Epochs(self)],
+                shuffle=False,
+                verbose=0,
+            )
+        # With an average of the weights Keras ends each fit by putting it in their place.
+        write_values(self._moving, self._last_values)
+
+    def _steps(self) -> Steps:
+        self._model.make_train_function(force=True)
+        steps = Steps(
+            self._model.train_function,
+            self.course,
+            self._workspace,
+            steps_per_epoch=self._steps_per_epoch,
+            batch_size=self._plan.batch_size,
+        )
+        # `fit` makes no other where there is one.
+        self._model.train_function = steps
+        return steps
+
+    def _batches(self) -> tf.data.Dataset:
+        """One endless iterator for the whole phase: a new one each epoch would wait for tf.data's autotuner."""
+        weights = balanced_class_weights(self._data.train.labels, self._classes) if self._plan.balanced else None
+        batches = training_batches(
+            self._data.train,
+            classes=self._classes,
+            batch_size=self._plan.batch_size,
+            seed=self._plan.seed,
+            first_step=self.course.epoch * self._steps_per_epoch + self.course.step,
+            augment=self._augment,
+            class_weights=weights,
+        )
+        return batches.map(lambda images, one_hot, weight: (images, targets(one_hot), weight))
+
+    def begin_epoch(self) -> None:
+        """Take up the running means of an epoch that was begun before a stop."""
+        if self._restored is not None and self.course.step:
+            write_values(self._running_means, self._restored.values["metrics"])
+        self._restored = None
+
+    def end_epoch(self, logs: dict[str, float]) -> None:
+        """Measure, keep what is best, write the row, store a checkpoint, and see whether to go on."""
+        course = self.course
+        rate = float(keras.ops.convert_to_numpy(self._model.optimizer.learning_rate))
+        seconds = course.epoch_seconds
+        course.epoch, course.step, course.epoch_seconds = course.epoch + 1, 0, 0.0
+        self._last_values = read_values(self._moving)
+        measured = self._judge()
+        row: Row = {
+            "stage": self._plan.stage,
+            "epoch": course.epoch,
+            "loss": logs["loss"],
+            "accuracy": logs["accuracy"],
+        }
+        row |= {f"validation_{name}": value for name, value in (measured or {}).items()}
+        images = self._steps_per_epoch * self._plan.batch_size
+        row |= {"learning_rate": rate, "seconds": seconds, "images_per_second": images / max(seconds, 1e-9)}
+        course.rows.append(row)
+        self._tell(row)
+        self._checkpoints.save(self.snapshot())
+        self._model.stop_training = course.ended
+        if self._workspace.stop.is_set() and not course.ended and course.epoch < self._plan.epochs:
+            raise StopAsked
+
+    def _judge(self) -> dict[str, float] | None:
+        """Measure the model with its averages, where it has them, and keep its values if they're the best."""
+        pairs = averages(self._model.optimizer)
+        for variable, average in pairs:
+            variable.assign(average)
+        measured = self._validation.measure(self._model, self._loss) if self._validation else None
+        if self.course.judge(measured, self._plan.early_stopping):
+            self._best = read_values(self._moving)
+        if pairs:
+            write_values(self._moving, self._last_values)
+        return measured
+
+    @property
+    def _running_means(self) -> list[Any]:
+        means = [metric for metric in self._model.metrics if metric.name == "loss"]
+        return [variable for metric in (*means, self._accuracy) for variable in metric.variables]
+
+    def snapshot(self) -> Checkpoint:
+        """Copy everything that training changes."""
+        values = {
+            "model": read_values(self._moving),
+            "optimizer": read_values(self._model.optimizer.variables),
+            "best": self._best,
+        }
+        if self.course.step:
+            values["metrics"] = read_values(self._running_means)
+        return Checkpoint(self.course.model_copy(deep=True), values)
+
+    def _tell(self, row: Row) -> None:
+        metrics = self._workspace.metrics
+        metrics.epoch(self._plan.stage, self.course.epoch)
+        metrics.learning_rate(float(row["learning_rate"]))
+        for split, prefix in (("train", ""), ("validation", "validation_")):
+            for name in ("loss", "accuracy", "auc"):
+                if (value := row.get(f"{prefix}{name}")) is not None:
+                    if name == "loss":
+                        metrics.loss(split, float(value))
+                    else:
+                        metrics.metric(name, split, float(value))
+        facts = {name: value for name, value in row.items() if name not in {"stage", "epoch"}}
+        self._workspace.progress.epoch(self._plan.stage, self.course.epoch, self._plan.epochs, **facts)
+
+
+class _Epochs(keras.callbacks.Callback):
+    """Hands the ends of Keras' epochs to the training."""
+
+    def __init__(self, training: Training) -> None:
+        super().__init__()
+        self._training = training
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        self._training.begin_epoch()
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        self._training.end_epoch(logs or {})
+
+
+def show_parameters(model: keras.Model, stage: StageName, workspace: Workspace) -> None:
+    """Say how many parameters of each layer group are trained and kept."""
+    groups = parameter_groups(model)
+    for group in groups:
+        workspace.progress.note(
+            "parameters", stage=stage, layers=group.name, trainable=group.trainable, frozen=group.frozen
+        )
+    workspace.metrics.parameters(sum(group.trainable for group in groups), sum(group.frozen for group in groups))

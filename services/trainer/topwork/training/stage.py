@@ -1,0 +1,127 @@
+"""A training stage from start, or from where it was left, to its `done.json`."""
+
+from collections.abc import Callable
+from datetime import UTC, datetime
+
+import keras
+
+from topwork.data.local import fetch
+from topwork.data.stored import StoredDataset
+from topwork.errors import SpecError
+from topwork.model.augmentation import augment
+from topwork.model.classifier import in_precision
+from topwork.model.freezing import parameter_groups
+from topwork.spec import TransferJob
+from topwork.training.checkpoints import Checkpoints
+from topwork.training.loop import Plan, Training
+from topwork.training.strategy import check_replicas, policy, strategy
+from topwork.training.trained import Classifier, Parameters, Row, stage_prefix, write_done
+from topwork.workspace import Workspace
+
+
+def train(
+    plan: Plan,
+    start: Callable[[], keras.Model],
+    earlier: list[Row],
+    job: TransferJob,
+    dataset: StoredDataset,
+    workspace: Workspace,
+) -> Classifier:
+    """Train a stage, or find that it is done.
+
+    Args:
+        plan: What the stage does.
+        start: Builds the classifier that the stage begins with, in float32; called in the scope of the strategy.
+        earlier: History of the stages before.
+        job: The job.
+        dataset: The stored dataset.
+        workspace: Storage, metrics, progress and scratch.
+
+    Returns:
+        The classifier with the best weights, stored.
+
+    Raises:
+        SpecError: If the settings don't go with the replicas or splits.
+        DataError: If the data or the base can't be used.
+        Stopped: If asked to stop; the checkpoint is stored.
+    """
+    distribution = strategy(workspace.replicas)
+    replicas = distribution.num_replicas_in_sync
+    for phase in plan.phases:
+        check_replicas(replicas, plan.batch_size, phase.optimizer)
+    data = fetch(dataset, job, workspace)
+    if plan.early_stopping and not (data.validation and data.validation.size):
+        raise SpecError(
+            f"earlyStopping of {plan.stage} watches the validation split, but spec.dataset.splits names none. "
+            "Add splits.validation or take earlyStopping out."
+        )
+    workspace.metrics.replicas(replicas)
+    keras.utils.clear_session()
+    keras.utils.set_random_seed(plan.seed)
+    with distribution.scope():
+        model = in_precision(start(), policy(job.spec.compute.precision))
+    prefix = stage_prefix(job.run, plan.stage)
+    with Checkpoints(workspace, prefix) as checkpoints:
+        training = Training(plan, model, data, workspace, checkpoints, augment(job.spec.augmentation))
+        training.run()
+        classifier = _store(training, model, plan, earlier, job, data.class_names, workspace)
+        checkpoints.clear()
+    return classifier
+
+
+def _store(
+    training: Training,
+    model: keras.Model,
+    plan: Plan,
+    earlier: list[Row],
+    job: TransferJob,
+    class_names: tuple[str, ...],
+    workspace: Workspace,
+) -> Classifier:
+    """Upload the model, then mark the stage as done."""
+    plain = in_precision(model, "float32")
+    path = workspace.scratch / f"{plan.stage}.keras"
+    # A model that was never compiled: no optimizer or loss of the training goes into the file.
+    keras.Model(plain.inputs[0], plain.outputs[0], name="classifier").save(path)
+    key = f"{stage_prefix(job.run, plan.stage)}/model.keras"
+    file = workspace.storage.upload(path, key)
+    path.unlink()
+    groups = parameter_groups(model)
+    course = training.course
+    return write_done(
+        workspace.storage,
+        job.run,
+        Classifier(
+            stage=plan.stage,
+            key=key,
+            file=file,
+            class_names=class_names,
+            image_size=job.spec.dataset.image_size,
+            history=[*earlier, *course.rows],
+            best_epoch=course.best_epoch,
+            parameters=Parameters(
+                trainable=sum(group.trainable for group in groups), frozen=sum(group.frozen for group in groups)
+            ),
+            started=course.started,
+            finished=datetime.now(UTC),
+            seconds=sum(float(row["seconds"]) for row in course.rows),
+        ),
+    )
+
+
+def found(classifier: Classifier, workspace: Workspace) -> Classifier:
+    """Say that a stage is done already, and repeat what it measured, so that its results are still scraped."""
+    rows = [row for row in classifier.history if row["stage"] == classifier.stage]
+    workspace.progress.note("already done", stage=classifier.stage, epochs=len(rows), best_epoch=classifier.best_epoch)
+    metrics = workspace.metrics
+    metrics.epochs_planned(classifier.stage, len(rows))
+    metrics.epoch(classifier.stage, len(rows))
+    metrics.parameters(classifier.parameters.trainable, classifier.parameters.frozen)
+    for name, value in (rows[-1] if rows else {}).items():
+        metric = name.removeprefix("validation_")
+        split = "validation" if name.startswith("validation_") else "train"
+        if metric == "loss":
+            metrics.loss(split, float(value))
+        elif metric in {"accuracy", "auc"}:
+            metrics.metric(metric, split, float(value))
+    return classifier

@@ -1,0 +1,130 @@
+"""On which devices the model is trained, and in which number format."""
+
+import threading
+from dataclasses import dataclass, field
+from typing import Any
+
+import tensorflow as tf
+
+from topwork.errors import SettingError, SpecError
+from topwork.spec.training import Optimizer
+
+# NVIDIA Ampere, the first GPUs that compute in bfloat16.
+BFLOAT16_COMPUTE_CAPABILITY = (8, 0)
+
+
+@dataclass
+class _Chosen:
+    """The one strategy of this process: one of another size aborts the collectives of the first."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    replicas: int | None = None
+    strategy: Any = None
+
+
+_chosen = _Chosen()
+
+
+def strategy(replicas: int | None) -> tf.distribute.Strategy:
+    """Give the strategy of this process, made at the first call.
+
+    Args:
+        replicas: Replicas of the model; None is one on each visible GPU, or one on the processor.
+
+    Returns:
+        MirroredStrategy for several replicas, else TensorFlow's default strategy.
+
+    Raises:
+        SettingError: If there are fewer GPUs, if this process has a strategy of another size, or if TensorFlow has
+            started before it could be told about the replicas.
+    """
+    with _chosen.lock:
+        gpus = tf.config.list_physical_devices("GPU")
+        count = replicas or max(1, len(gpus))
+        if _chosen.strategy is None:
+            _chosen.strategy = _make(count, gpus)
+            _chosen.replicas = count
+        if _chosen.replicas != count:
+            raise SettingError(
+                f"This process trains on {_chosen.replicas} replicas and can't train on {count} too: TensorFlow takes "
+                "one strategy a process. Start another process."
+            )
+        return _chosen.strategy
+
+
+def _make(count: int, gpus: list[Any]) -> tf.distribute.Strategy:
+    if gpus and count > len(gpus):
+        raise SettingError(f"--replicas {count} asks for more than the {len(gpus)} GPUs that are visible here.")
+    try:
+        for gpu in gpus:
+            # Otherwise the first process takes all of the memory.
+            tf.config.experimental.set_memory_growth(gpu, True)
+        if not gpus and count > 1:
+            processor = tf.config.list_physical_devices("CPU")[0]
+            tf.config.set_logical_device_configuration(processor, [tf.config.LogicalDeviceConfiguration()] * count)
+    except RuntimeError as error:
+        raise SettingError(
+            f"TensorFlow has started before it was told to train on {count} replicas: start another process."
+        ) from error
+    if count == 1:
+        return tf.distribute.get_strategy()
+    kind = "GPU" if gpus else "CPU"
+    return tf.distribute.MirroredStrategy([f"/{kind}:{index}" for index in range(count)])
+
+
+def check_replicas(replicas: int, batch_size: int, optimizer: Optimizer) -> None:
+    """Refuse what MirroredStrategy can't do with `fit`.
+
+    Args:
+        replicas: Replicas of the model.
+        batch_size: Images a step over all replicas.
+        optimizer: The optimizer's settings.
+
+    Raises:
+        SpecError: If the batch can't be divided, or the optimizer works on one replica only.
+    """
+    if replicas == 1:
+        return
+    if batch_size % replicas:
+        fitting = batch_size - batch_size % replicas or replicas
+        raise SpecError(
+            f"batchSize {batch_size} can't be divided by the {replicas} replicas that train here. Use {fitting}."
+        )
+    reasons = {
+        "gradientAccumulationSteps": (optimizer.gradient_accumulation_steps, "Keras crashes (keras#20582)"),
+        "globalClipnorm": (optimizer.global_clipnorm, "each replica clips before the gradients are added up"),
+    }
+    for key, (value, reason) in reasons.items():
+        if value is not None:
+            raise SpecError(
+                f"optimizer.{key} is {value}, but with {replicas} replicas {reason}. "
+                "Take it out or train on one GPU (clipnorm and clipvalue work everywhere)."
+            )
+
+
+def policy(precision: str) -> str:
+    """Choose the number format of the computation.
+
+    Args:
+        precision: `spec.compute.precision`; auto is mixed_bfloat16 on GPUs that have it, else float32.
+
+    Returns:
+        A Keras dtype policy.
+    """
+    if precision != "auto":
+        return precision
+    gpus = tf.config.list_physical_devices("GPU")
+    capable = [
+        tf.config.experimental.get_device_details(gpu).get("compute_capability", (0, 0)) >= BFLOAT16_COMPUTE_CAPABILITY
+        for gpu in gpus
+    ]
+    return "mixed_bfloat16" if gpus and all(capable) else "float32"
+
+
+def jit_compile(replicas: int) -> bool | str:
+    """Say whether XLA compiles the step: Keras decides on one GPU.
+
+    Under several replicas it fails or hangs (keras#20763); on processors it is 7 to 19 times slower with depthwise
+    convolutions.
+    """
+    return "auto" if replicas == 1 and tf.config.list_physical_devices("GPU") else False

@@ -1,0 +1,95 @@
+"""What a training stage hands to the next, and keeps in storage as its `done.json`."""
+
+from datetime import datetime
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from topwork.edge.storage import FileEntry, Storage
+from topwork.errors import DataError
+
+StageName = Literal["transfer", "fine-tune"]
+Row = dict[str, float | int | str]
+
+
+class Parameters(BaseModel):
+    """How many parameters were trained, and how many kept."""
+
+    model_config = ConfigDict(frozen=True)
+
+    trainable: int
+    frozen: int
+
+
+class Classifier(BaseModel):
+    """A trained classifier in storage.
+
+    Attributes:
+        stage: The stage that trained it.
+        key: The `.keras` file in storage: raw pixels in, logits out.
+        file: Its size and digest.
+        class_names: Names of the classes, in the order of the labels.
+        image_size: Height and width in pixels.
+        history: One row an epoch, of this stage and those before it: stage, epoch (from 1), loss, accuracy,
+            validation_loss and validation_accuracy where there's a validation split, learning_rate, seconds,
+            images_per_second.
+        best_epoch: Epoch of this stage whose weights were kept.
+        parameters: Counts at the end of the stage.
+        started: When the stage was first started.
+        finished: When its model was stored.
+        seconds: Time that its epochs took.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    stage: StageName
+    key: str
+    file: FileEntry
+    class_names: tuple[str, ...]
+    image_size: tuple[int, int]
+    history: list[Row]
+    best_epoch: int
+    parameters: Parameters
+    started: datetime
+    finished: datetime
+    seconds: float
+
+
+def stage_prefix(run: str, stage: StageName) -> str:
+    """Key of everything that a stage keeps in storage."""
+    return f"runs/{run}/{stage}"
+
+
+def read_done(storage: Storage, run: str, stage: StageName) -> Classifier | None:
+    """Find what a finished stage made.
+
+    Returns:
+        The classifier; None if the stage is not done.
+
+    Raises:
+        DataError: If `done.json` is none of topwork's.
+    """
+    key = f"{stage_prefix(run, stage)}/done.json"
+    data = storage.read(key)
+    if data is None:
+        return None
+    try:
+        return Classifier.model_validate_json(data)
+    except ValidationError as error:
+        raise DataError(
+            f"{storage.uri_of(key)} isn't what a finished stage of topwork leaves: {error.errors()[0]['msg']}. "
+            "Start over with --restart."
+        ) from error
+
+
+def write_done(storage: Storage, run: str, classifier: Classifier) -> Classifier:
+    """Mark a stage as done; of two writers the first one wins.
+
+    Returns:
+        The classifier that stands.
+    """
+    key = f"{stage_prefix(run, classifier.stage)}/done.json"
+    data = classifier.model_dump_json(indent=1).encode()
+    if storage.write(key, data, only_if_absent=True, content_type="application/json"):
+        return classifier
+    return read_done(storage, run, classifier.stage) or classifier
