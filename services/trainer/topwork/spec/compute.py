@@ -35,7 +35,7 @@ LabelValue = Annotated[
     str,
     StringConstraints(pattern=r"^([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?$"),
     Meaning(
-        "a Kubernetes label value: at most 63 letters, digits, dash, underscore and dot, in quotes where YAML sees no text"
+        "a Kubernetes label value: at most 63 letters, digits, dash, underscore and dot, in quotes if it is a number"
     ),
 ]
 FACTORS = {"k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
@@ -102,7 +102,7 @@ def in_bytes(quantity: str) -> float:
 
 @rule(Compute)
 def shared_memory_fits_into_memory(compute: Compute) -> Iterator[Refusal]:
-    """/dev/shm is a memory-backed volume: what fills it is memory of the pod, which is ended when it has none."""
+    """The volume at /dev/shm is memory: what fills it is memory of the pod, which is ended when it has none."""
     if in_bytes(compute.shared_memory) >= in_bytes(compute.memory):
         yield Refusal(
             "sharedMemory",

@@ -42,6 +42,8 @@ class Part(BaseModel):
         alias_generator=to_camel,
         validate_by_name=True,
         allow_inf_nan=False,
+        # Each part is built when it is first used: most are only ever used inside TransferJob.
+        defer_build=True,
         # An address may hold a password that somebody put there by mistake.
         hide_input_in_errors=True,
     )
@@ -81,4 +83,9 @@ def rule(part: type[P]) -> Callable[[Callable[[P], Iterator[Refusal]]], Callable
 
 def refusals(part: Part) -> Iterator[Iterator[Refusal]]:
     """Start each rule of a part, and give its refusals."""
-    return (check(part) for check in _RULES.get(type(part), ()))
+    return (check(part) for check in rules_of(type(part)))
+
+
+def rules_of(part: type[Part]) -> tuple[Callable[[Any], Iterator[Refusal]], ...]:
+    """Give the rules of a part in the order in which they run."""
+    return tuple(_RULES.get(part, ()))

@@ -9,7 +9,7 @@ from pydantic_core import PydanticUndefined
 
 from topwork.spec import shape
 from topwork.spec.job import TransferJob
-from topwork.spec.part import Part
+from topwork.spec.part import Part, rules_of
 
 INTRODUCTION = """\
 # The job spec
@@ -59,6 +59,12 @@ def _section(path: str, part: type[Part]) -> Iterator[str]:
         cells = [f"`{key}`", _allowed(field), _default(field), field.description or ""]
         yield f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
     yield ""
+    rules = rules_of(part)
+    if rules:
+        yield "Rules that cross these keys:"
+        yield ""
+        yield from (f"- {check.__name__.replace('_', ' ')}: {check.__doc__}" for check in rules)
+        yield ""
 
 
 def _allowed(field: FieldInfo) -> str:

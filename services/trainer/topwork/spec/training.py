@@ -182,6 +182,18 @@ def epochs_are_said_once(fine_tune: FineTune) -> Iterator[Refusal]:
 
 
 @rule(FineTune)
+def own_optimizer_names_its_rate(fine_tune: FineTune) -> Iterator[Refusal]:
+    """The default of an optimizer is made for a new head; for pretrained weights it is far too high."""
+    optimizer = fine_tune.optimizer
+    if "learning_rate" not in optimizer.model_fields_set and not isinstance(fine_tune.unfreeze, UnfreezeSteps):
+        yield Refusal(
+            "optimizer.learningRate",
+            f"missing. An optimizer of its own would begin at {shown(optimizer.learning_rate)}, which suits a new head "
+            "and washes out pretrained weights. Try 1e-05.",
+        )
+
+
+@rule(FineTune)
 def steps_go_down(fine_tune: FineTune) -> Iterator[Refusal]:
     """Each step unfreezes more than the one before; what has been unfrozen stays so."""
     if isinstance(fine_tune.unfreeze, UnfreezeSteps):
