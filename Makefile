@@ -23,7 +23,7 @@ $(SETUP): pyproject.toml requirements.lock
 	@$(PYTHON) -c "import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))" || { echo "Python 3.11, 3.12 or 3.13 is needed: make PYTHON=/path/to/python3.11"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
-	VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet --constraint requirements.lock --editable '.[cpu,local,demo]' --group dev
+	VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet --system-certs --constraint requirements.lock --editable '.[cpu,local,demo]' --group dev
 	touch $@
 
 .PHONY: demo
@@ -55,7 +55,7 @@ bench: $(SETUP) ## Measure side by side with what a user would use instead
 
 .PHONY: lock
 lock: $(SETUP) ## Resolve requirements.lock anew (hashed, universal, without any index address)
-	$(BIN)/uv pip compile pyproject.toml --all-extras --group dev --universal --python-version 3.11 \
+	$(BIN)/uv pip compile --system-certs pyproject.toml --all-extras --group dev --universal --python-version 3.11 \
 		--generate-hashes --no-emit-index-url --quiet --output-file requirements.lock
 
 .PHONY: clean
