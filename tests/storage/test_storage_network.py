@@ -159,8 +159,9 @@ def test_a_missing_bucket_is_named_with_its_endpoint(s3_settings: StorageSetting
     missing = Storage("s3://no-such-bucket/prefix", s3_settings)
     endpoint = s3_settings.endpoint_url
     sentence = (
-        f"The bucket no-such-bucket does not exist at {endpoint}. Make it (aws s3 mb s3://no-such-bucket --endpoint-url "
-        f"{endpoint}) or correct the storage URI, AWS_ENDPOINT_URL or AWS_REGION."
+        f"The bucket no-such-bucket does not exist at {endpoint}. Make it "
+        f"(aws s3 mb s3://no-such-bucket --endpoint-url {endpoint}) "
+        "or correct the storage URI, AWS_ENDPOINT_URL or AWS_REGION."
     )
     (tmp_path / "file").write_bytes(b"x")
     for use in (
@@ -231,7 +232,9 @@ def test_a_closed_port_is_unavailable(s3_settings: StorageSettings) -> None:
         endpoint = f"http://127.0.0.1:{closed.getsockname()[1]}"
     metrics = Metrics()
     gone = Storage("s3://topwork-test", replace(s3_settings, endpoint_url=endpoint, attempts=2), metrics)
-    with pytest.raises(UnavailableError, match=rf"^{endpoint} can't be reached for s3://topwork-test after all retries"):
+    with pytest.raises(
+        UnavailableError, match=rf"^{endpoint} can't be reached for s3://topwork-test after all retries"
+    ):
         gone.check()
     assert retries(metrics) == 1
 
@@ -317,12 +320,9 @@ def test_an_own_certificate_authority_is_trusted_when_it_is_named(
     storage: Storage, s3_settings: StorageSettings, front: Callable[..., Front], no_aws: Path, tmp_path: Path
 ) -> None:
     certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2"]
-        + ["-subj", "/CN=s3", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)],
-        check=True,
-        capture_output=True,
-    )
+    made = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=s3"
+    named = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run([*made.split(), *named], check=True, capture_output=True)
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     tls.load_cert_chain(certificate, key)
     settings = replace(s3_settings, endpoint_url=front([], tls).endpoint, attempts=1)

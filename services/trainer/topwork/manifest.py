@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -19,6 +19,7 @@ from topwork.errors import DataError
 FORMAT = 1
 NAME = "manifest.json"
 PARALLEL_FILES = 8
+Result = TypeVar("Result")
 
 
 class Manifest(BaseModel):
@@ -61,9 +62,15 @@ def write_whole(
     """
     if (standing := read_manifest(storage, prefix, name=name)) is not None:
         return standing
-    chosen = sorted(files if files is not None else _files_of(folder))
-    with ThreadPoolExecutor(PARALLEL_FILES, thread_name_prefix="upload") as pool:
-        entries = list(pool.map(lambda file: storage.upload(folder / file, _key(prefix, file)), chosen))
+    chosen = sorted(files if files is not None else _files_of(folder) - {name})
+
+    def send(file: str) -> FileEntry:
+        # Another writer can be done at any time; its files stay as its manifest says.
+        if storage.size(_key(prefix, name)) is not None:
+            return entry_of(folder / file)
+        return storage.upload(folder / file, _key(prefix, file))
+
+    entries = _in_parallel(send, chosen)
     manifest = Manifest(files=dict(zip(chosen, entries, strict=True)), facts=facts)
     data = json.dumps(manifest.model_dump(mode="json"), indent=1, sort_keys=True).encode()
     if storage.write(_key(prefix, name), data, only_if_absent=True, content_type="application/json"):
@@ -142,17 +149,27 @@ def fetch_whole(
         if not (path.is_file() and path.stat().st_size == entry.size and entry_of(path) == entry):
             storage.download(_key(prefix, file), path, entry)
 
-    with ThreadPoolExecutor(PARALLEL_FILES, thread_name_prefix="download") as pool:
-        list(pool.map(fetch, chosen))
+    _in_parallel(fetch, list(chosen))
     return manifest
+
+
+def _in_parallel(work: Callable[[str], Result], files: list[str]) -> list[Result]:
+    with ThreadPoolExecutor(PARALLEL_FILES, thread_name_prefix="storage") as pool:
+        futures = [pool.submit(work, file) for file in files]
+        try:
+            return [future.result() for future in futures]
+        except BaseException:
+            # What failed for one file after all retries is not tried again for a thousand others.
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def _key(prefix: str, name: str) -> str:
     return f"{prefix.strip('/')}/{name}".lstrip("/")
 
 
-def _files_of(folder: Path) -> list[str]:
-    return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+def _files_of(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
 def _is_inside(file: str) -> bool:

@@ -2,12 +2,15 @@
 
 import ipaddress
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 import boto3
+import botocore.session
 from botocore import exceptions as boto
 from botocore.config import Config
+from botocore.loaders import create_loader
 
 from topwork.edge.storage_errors import code_of, told
 from topwork.errors import SettingError
@@ -102,7 +105,7 @@ def connect(settings: StorageSettings, meter: Meter) -> Any:
 
 
 def _client(settings: StorageSettings, path_style: bool | None) -> Any:
-    session = boto3.session.Session(region_name=settings.region)
+    session = boto3.session.Session(region_name=settings.region, botocore_session=_session())
     endpoint = settings.endpoint_url
     config = Config(
         retries={"mode": "standard", "total_max_attempts": settings.attempts},
@@ -123,6 +126,18 @@ def _client(settings: StorageSettings, path_style: bool | None) -> Any:
         verify=settings.ca_bundle,
         config=config,
     )
+
+
+def _session() -> Any:
+    session = botocore.session.get_session()
+    session.register_component("data_loader", _descriptions())
+    return session
+
+
+@cache
+def _descriptions() -> Any:
+    """Keep the description of S3 once it is parsed: that takes most of the time that a client takes to make."""
+    return create_loader()
 
 
 def _is_amazon(endpoint: str) -> bool:

@@ -40,7 +40,7 @@ LISTENERS = (
 )
 S3_PORT = LISTENERS.index("s3.port")
 MASTER_PORT = LISTENERS.index("master.port")
-# The parts of the server trust each other by these keys: S3 is the only way in for other people of this machine.
+# The HTTP ports of the parts behind S3 answer only to tokens of these keys, not to other people of this machine.
 INNER_KEYS = ("jwt.signing", "jwt.signing.read", "jwt.filer_signing", "jwt.filer_signing.read")
 
 
@@ -60,20 +60,35 @@ def embedded_storage(state: Path) -> Iterator[StorageSettings]:
     """
     program = _program()
     state = state.absolute()
-    state.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with (state / "users.lock").open("a") as users:
-        # Waits while a server is being stopped.
-        fcntl.flock(users, fcntl.LOCK_SH)
+    with _share(state) as users:
         try:
             with (state / "start.lock").open("a") as starting:
                 fcntl.flock(starting, fcntl.LOCK_EX)
                 access_key, secret_key = _credentials(state)
                 endpoint = _running_server(state, program)
+        except OSError as error:
+            raise _unusable(state, error) from error
+        try:
             yield StorageSettings(
                 endpoint_url=endpoint, access_key=access_key, secret_key=secret_key, region="us-east-1", path_style=True
             )
         finally:
             _leave(state, users)
+
+
+def _share(state: Path) -> IO[str]:
+    """Take a share in the server, which keeps it running; waits while one is being stopped."""
+    try:
+        state.mkdir(mode=0o700, parents=True, exist_ok=True)
+        users = (state / "users.lock").open("a")
+        fcntl.flock(users, fcntl.LOCK_SH)
+    except OSError as error:
+        raise _unusable(state, error) from error
+    return users
+
+
+def _unusable(state: Path, error: OSError) -> SettingError:
+    return SettingError(f"The folder {state} of the embedded S3 server can't be used: {error}. Name another one.")
 
 
 def _program() -> str:
@@ -96,7 +111,7 @@ def _running_server(state: Path, program: str) -> str:
             endpoint = _endpoint(state)
             if endpoint and _answers(endpoint) and _has_volumes(state):
                 return endpoint
-        elif starts < STARTS:
+        elif starts == 0 or (starts < STARTS and "address already in use" in _log_tail(state)):
             # Ports are free when they are chosen, and can be taken when they are opened: then others are tried.
             _start(state, program, _ports(state, again=starts == 0))
             starts += 1

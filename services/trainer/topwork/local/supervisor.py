@@ -28,7 +28,7 @@ from typing import IO
 
 POLL_SECONDS = 0.25
 # A kill loses no completed write, so a server that is slow to close its connections is not waited for.
-STOP_SECONDS = 1.0
+STOP_SECONDS = 0.5
 SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of linux/prctl.h
 
 
@@ -66,6 +66,7 @@ def supervise(state: Path, endpoint: str, command: list[str]) -> None:
         while server.poll() is None and not stopped and not is_free(users):
             time.sleep(POLL_SECONDS)
         stop(server)
+        remove_sockets(command)
         (state / "server.json").unlink(missing_ok=True)
 
 
@@ -86,6 +87,15 @@ def stop(server: "subprocess.Popen[bytes]") -> None:
     except subprocess.TimeoutExpired:
         server.kill()
         server.wait()
+
+
+def remove_sockets(command: list[str]) -> None:
+    """Remove the Unix sockets that the server makes beside its ports, at a place of its own choice."""
+    for argument in command:
+        name, _, port = argument.partition("=")
+        if name.endswith(".port.grpc"):
+            part = name.strip("-").partition(".")[0]
+            Path(f"/tmp/seaweedfs-{part}-grpc-{port}.sock").unlink(missing_ok=True)  # noqa: S108
 
 
 def die_with_parent() -> None:
