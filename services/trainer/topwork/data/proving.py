@@ -8,6 +8,7 @@ import io
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import cast
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -158,7 +159,7 @@ def _jpeg_frames(data: bytes) -> Iterator[int]:
 
 def _eight_bit(image: Image.Image) -> Image.Image:
     if image.mode in _SIXTEEN_BIT:
-        low, high = (float(extreme) for extreme in image.getextrema())
+        low, high = cast("tuple[float, float]", image.getextrema())
         if low < 0 or high > 65535:
             raise Rejection(UNKNOWN_FORMAT, f"32-bit pixels from {low:g} to {high:g}; at most 16 bits are known")
         return image.convert("I").point(lambda value: value * (1 / 256)).convert("L")

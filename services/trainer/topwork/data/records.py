@@ -12,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
+from topwork.data.stored import TFDS_NAME
+
 _INDEX = "index-1.npz"
 # TFRecord: length (8 bytes), its checksum (4), the record, its checksum (4). The manifest's digests were checked.
 _HEAD, _TAIL = 12, 4
@@ -61,7 +63,7 @@ class Records:
             JPEG or PNG file.
         """
         start = int(self.offset[position])
-        return self._maps[self.shard[position]][start : start + int(self.length[position])]
+        return bytes(self._maps[self.shard[position]][start : start + int(self.length[position])])
 
     @cached_property
     def _names(self) -> list[str]:
@@ -89,7 +91,7 @@ def open_records(folder: Path, splits: list[str]) -> Records:
     Returns:
         Where each image lies.
     """
-    shards = {split: sorted(folder.glob(f"*-{split}.tfrecord-*")) for split in sorted(splits)}
+    shards = {split: sorted(folder.glob(f"{TFDS_NAME}-{split}.tfrecord-*")) for split in sorted(splits)}
     paths = tuple(path for files in shards.values() for path in files)
     index = folder / _INDEX
     if not index.exists():

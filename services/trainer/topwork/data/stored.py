@@ -5,6 +5,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+TFDS_NAME = "stored_images"
+"""Name of every stored dataset inside its TFDS files."""
+
 
 class RejectedImage(BaseModel):
     """An image that was left out.

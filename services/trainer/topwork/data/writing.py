@@ -13,7 +13,7 @@ import tensorflow_datasets as tfds
 from topwork.data.provers import Provers
 from topwork.data.proving import NO_LABEL, Rejection
 from topwork.data.sources import Item, Source
-from topwork.data.stored import RejectedImage
+from topwork.data.stored import TFDS_NAME, RejectedImage
 from topwork.errors import DataError
 
 
@@ -50,9 +50,10 @@ class Tally:
         return sum(counts.total() for counts in self.splits.values())
 
 
-class StoredImages(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+class StoredImages(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
     """The TFDS dataset that is stored: image, label, name and digest of the pixels."""
 
+    name = TFDS_NAME
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES: ClassVar[dict[str, str]] = {"1.0.0": "First."}
 

@@ -1,0 +1,138 @@
+"""The files inside an archive, one after the other: nothing is ever extracted to a path that the archive names."""
+
+import lzma
+import stat
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from topwork.data.proving import MAX_BYTES, TOO_LARGE, UNDECODABLE, UNSAFE, Rejection
+from topwork.errors import DataError
+
+_DAMAGE = (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, lzma.LZMAError, OSError)
+_ENCRYPTED = 0x1
+
+
+@dataclass(frozen=True)
+class Member:
+    """A file of an archive.
+
+    Attributes:
+        name: Its name, as the archive gives it.
+        parts: The parts of its path; empty where the name leads out of the archive.
+        read: Gives its bytes; raises `Rejection` for what is no plain file.
+    """
+
+    name: str
+    parts: tuple[str, ...]
+    read: Callable[[], bytes]
+
+
+@contextmanager
+def members(path: Path, shown: str, *, with_data: bool) -> Iterator[Iterator[Member]]:
+    """Go through an archive: zip, or tar with any of its compressions, told apart by content.
+
+    Args:
+        path: The archive.
+        shown: What it is called in an error.
+        with_data: Whether the members are read, or only named.
+
+    Yields:
+        Its files in their order, each read when its turn comes, so that one is in memory at a time.
+
+    Raises:
+        DataError: If it is no archive, damaged or encrypted.
+    """
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                yield _zip_members(archive, shown, with_data=with_data)
+        else:
+            with tarfile.open(path, "r|*") as archive:
+                yield _tar_members(archive, with_data=with_data)
+    except tarfile.ReadError as error:
+        if "not open" in str(error) or "could not be opened" in str(error):
+            raise DataError(
+                f"{shown} is no archive that can be read: expected zip, tar, tar.gz, tar.bz2 or tar.xz."
+            ) from error
+        raise _damaged(shown, error) from error
+    except _DAMAGE as error:
+        raise _damaged(shown, error) from error
+
+
+def _damaged(shown: str, error: BaseException) -> DataError:
+    return DataError(
+        f"{shown} is damaged or cut short: {error or type(error).__name__}. Fetch or make it anew; with "
+        f"spec.dataset.source.archive.sha256 a broken copy is told at once."
+    )
+
+
+def _zip_members(archive: zipfile.ZipFile, shown: str, *, with_data: bool) -> Iterator[Member]:
+    for info in archive.infolist():
+        if info.is_dir():
+            continue
+        if info.flag_bits & _ENCRYPTED:
+            raise DataError(f"{shown} is encrypted ({info.filename}). Store it without a password.")
+        read = _zip_reader(archive, info) if with_data else bytes
+        yield Member(info.filename, path_parts(info.filename), read)
+
+
+def _zip_reader(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Callable[[], bytes]:
+    kind = stat.S_IFMT(info.external_attr >> 16)
+    if kind not in (0, stat.S_IFREG):
+        return partial(_reject, Rejection(UNSAFE, "a link or device, not a file"))
+    if info.file_size > MAX_BYTES:
+        return partial(_reject, Rejection(TOO_LARGE, f"{info.file_size} bytes, at most {MAX_BYTES}"))
+    try:
+        with archive.open(info) as file:
+            data = file.read(MAX_BYTES + 1)
+    except (NotImplementedError, *_DAMAGE) as error:
+        # The other members have checksums of their own: they may well be whole.
+        return partial(_reject, Rejection(UNDECODABLE, f"in the archive: {error}"))
+    return lambda: data
+
+
+def _tar_members(archive: tarfile.TarFile, *, with_data: bool) -> Iterator[Member]:
+    while (info := archive.next()) is not None:
+        if not info.isdir():
+            yield Member(info.name, path_parts(info.name), _tar_reader(archive, info, with_data=with_data))
+        # tarfile remembers every member: a million of them are a gigabyte.
+        archive.members.clear()  # type: ignore[attr-defined]
+
+
+def _tar_reader(archive: tarfile.TarFile, info: tarfile.TarInfo, *, with_data: bool) -> Callable[[], bytes]:
+    if not info.isreg():
+        return partial(_reject, Rejection(UNSAFE, "a link or device, not a file"))
+    if info.size > MAX_BYTES:
+        return partial(_reject, Rejection(TOO_LARGE, f"{info.size} bytes, at most {MAX_BYTES}"))
+    if not with_data:
+        return bytes
+    file = archive.extractfile(info)
+    data = file.read() if file else b""
+    return lambda: data
+
+
+def _reject(rejection: Rejection) -> bytes:
+    raise rejection
+
+
+def path_parts(name: str) -> tuple[str, ...]:
+    """Split the name of a member.
+
+    Args:
+        name: As the archive gives it.
+
+    Returns:
+        The parts of its path; empty where it is absolute or leads upwards.
+    """
+    # Some Windows tools write backslashes.
+    path = name.replace("\\", "/") if "/" not in name else name
+    parts = tuple(part for part in path.split("/") if part not in ("", "."))
+    if path.startswith("/") or ".." in parts or (parts and len(parts[0]) == 2 and parts[0][1] == ":"):
+        return ()
+    return parts

@@ -1,0 +1,156 @@
+"""Images that a table names: CSV or JSON lines, each row with an image's address and its class."""
+
+import csv
+import hashlib
+import json
+import posixpath
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from topwork.data.proving import MAX_BYTES, MISSING, TOO_LARGE, Rejection
+from topwork.data.sources.source import TRAIN, Item, last_part, slug
+from topwork.errors import DataError
+from topwork.spec.dataset import TableSource
+from topwork.workspace import Workspace
+
+_JSON_LINES = (".jsonl", ".ndjson")
+
+
+class Table:
+    """A table whose rows name an image, relative to the table, on S3 or on a local disk, and its class."""
+
+    def __init__(self, source: TableSource, workspace: Workspace) -> None:
+        self._source = source
+        self._workspace = workspace
+        self._parent = source.uri.rpartition("/")[0] or ("/" if source.uri.startswith("/") else ".")
+        self._is_stored = source.uri.startswith("s3://")
+        self._is_json = source.uri.lower().endswith(_JSON_LINES)
+        self._path: Path | None = None
+        self._found: tuple[tuple[str, ...], int] | None = None
+        self._storages = {self._parent: workspace.storage.at(self._parent)} if self._is_stored else {}
+        self.name = slug(last_part(source.uri).rpartition(".")[0])
+
+    def description(self) -> dict[str, Any]:
+        """Say where the table is and which columns count."""
+        return {"table": self._source.model_dump(mode="json")}
+
+    def digest(self) -> str:
+        """Stand for the table: images that change behind the same address do not count."""
+        with self._local().open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def class_names(self) -> tuple[str, ...]:
+        """All classes of the column, sorted."""
+        return self._summary()[0]
+
+    def splits(self) -> Mapping[str, int | None]:
+        """One split with all rows."""
+        return {TRAIN: self._summary()[1]}
+
+    def items(self, split: str) -> Iterator[Item]:
+        """Yield the images in the order of the rows."""
+        for address, label in self._rows():
+            yield Item(address, label or None, partial(self._read, address))
+
+    def _summary(self) -> tuple[tuple[str, ...], int]:
+        if self._found is None:
+            classes, count = set(), 0
+            for _, label in self._rows():
+                count += 1
+                if label:
+                    classes.add(label)
+            if not count:
+                raise DataError(f"The table {self._source.uri} has no row.")
+            self._found = tuple(sorted(classes)), count
+        return self._found
+
+    def _local(self) -> Path:
+        if self._path is None:
+            path = Path(self._source.uri)
+            if self._is_stored:
+                key = last_part(self._source.uri)
+                path = self._workspace.scratch / "pull" / "table"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                if self._storages[self._parent].size(key) is None:
+                    raise self._missing()
+                self._storages[self._parent].download(key, path)
+            elif not path.is_file():
+                raise self._missing()
+            self._path = path
+        return self._path
+
+    def _missing(self) -> DataError:
+        return DataError(f"The table {self._source.uri} of spec.dataset.source.table.uri does not exist.")
+
+    def _rows(self) -> Iterator[tuple[str, str]]:
+        """Yield address and class of each row."""
+        source = self._source
+        # utf-8-sig: spreadsheets begin a CSV file with a byte order mark.
+        with self._local().open(encoding="utf-8-sig", newline="") as file:
+            try:
+                for line, row in self._parsed(file):
+                    for column in (source.image, source.label):
+                        if column not in row:
+                            raise DataError(
+                                f"{source.uri}, line {line}: no column {column}. There are {', '.join(map(str, row))}."
+                            )
+                    yield _text(row[source.image]), _text(row[source.label])
+            except UnicodeDecodeError as error:
+                raise DataError(f"{source.uri} is not UTF-8 text: {error}.") from error
+            except csv.Error as error:
+                raise DataError(f"{source.uri} is not a CSV table: {error}.") from error
+
+    def _parsed(self, file: Any) -> Iterator[tuple[int, dict[str, Any]]]:
+        if not self._is_json:
+            reader = csv.DictReader(file, restkey="further columns")
+            for row in reader:
+                yield reader.line_num, row
+            return
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise DataError(f"{self._source.uri}, line {number}: not JSON: {error}.") from error
+            if not isinstance(row, dict):
+                raise DataError(f"{self._source.uri}, line {number}: expected an object, found {line.strip()[:40]}.")
+            yield number, row
+
+    def _read(self, address: str) -> bytes:
+        if not address:
+            raise Rejection(MISSING, "the row names no image")
+        if address.startswith("s3://") or self._is_stored:
+            return self._read_stored(address)
+        return _read_local(Path(self._parent, address))
+
+    def _read_stored(self, address: str) -> bytes:
+        bucket, key = address[len("s3://") :].partition("/")[::2] if address.startswith("s3://") else ("", "")
+        if not bucket:
+            bucket, _, prefix = self._parent[len("s3://") :].partition("/")
+            key = posixpath.normpath(posixpath.join("/", prefix, address)).lstrip("/")
+        root = f"s3://{bucket}"
+        storage = self._storages.get(root) or self._storages.setdefault(root, self._workspace.storage.at(root))
+        size = storage.size(key)
+        if size is not None and size > MAX_BYTES:
+            raise Rejection(TOO_LARGE, f"{size} bytes, at most {MAX_BYTES}")
+        data = storage.read(key) if size is not None else None
+        if data is None:
+            raise Rejection(MISSING, f"{root}/{key} does not exist")
+        return data
+
+
+def _read_local(path: Path) -> bytes:
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise Rejection(TOO_LARGE, f"{path.stat().st_size} bytes, at most {MAX_BYTES}")
+        return path.read_bytes()
+    except OSError as error:
+        raise Rejection(MISSING, error.strerror or str(error)) from error
+
+
+def _text(value: Any) -> str:
+    """Turn a cell into text: 3 and "3" name one class."""
+    return "" if value is None else str(value).strip()

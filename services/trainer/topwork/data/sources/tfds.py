@@ -1,0 +1,159 @@
+"""Images of TensorFlow Datasets: downloaded by TFDS itself, or taken from a mirror in storage."""
+
+import contextlib
+import io
+from collections.abc import Iterator, Mapping
+from functools import cached_property, partial
+from typing import Any
+
+import tensorflow as tf
+import tensorflow_datasets as tfds
+from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential_jitter
+from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
+
+from topwork.data.sources.source import Item, slug
+from topwork.errors import DataError, UnavailableError
+from topwork.manifest import fetch_whole, read_manifest
+from topwork.workspace import Workspace
+
+ATTEMPTS = 3
+FIRST_WAIT_SECONDS = 5.0
+
+
+class TfdsSource:
+    """A dataset of the TFDS catalogue, or of any module that registers one."""
+
+    def __init__(self, name: str, workspace: Workspace) -> None:
+        self._workspace = workspace
+        self._folder = workspace.scratch / "pull" / "tfds"
+        try:
+            self._builder = tfds.builder(name, data_dir=self._folder / "data", try_gcs=False)
+        except tfds.core.DatasetNotFoundError as error:
+            raise DataError(
+                f"spec.dataset.source.tfds is {name}, which TensorFlow Datasets {tfds.__version__} does not know. "
+                f"Look it up at https://www.tensorflow.org/datasets/catalog."
+            ) from error
+        except (ValueError, AssertionError) as error:
+            raise DataError(f"spec.dataset.source.tfds is {name}: {error}") from error
+        self._image, self._label = _features(self._builder)
+        self.name = slug(self._builder.info.full_name.rpartition("/")[0])
+
+    def description(self) -> dict[str, Any]:
+        """Name the dataset with its configuration and version."""
+        return {"tfds": self._builder.info.full_name}
+
+    def digest(self) -> str:
+        """Stand for the dataset: a version of TFDS never changes its content."""
+        return str(self._builder.info.full_name)
+
+    def class_names(self) -> tuple[str, ...]:
+        """Classes in the order of the dataset's labels."""
+        return tuple(self._builder.info.features[self._label].names)
+
+    def splits(self) -> Mapping[str, int | None]:
+        """Splits of the dataset, which is downloaded now."""
+        return {name: int(split.num_examples) for name, split in self._prepared.info.splits.items()}
+
+    def items(self, split: str) -> Iterator[Item]:
+        """Yield the images in the order of the files."""
+        options = tf.data.Options()
+        options.autotune.enabled = False
+        # Decoders are kept off: the encoded file is proved like any other.
+        with tf.device("CPU:0"):
+            dataset = self._prepared.as_dataset(
+                split=split,
+                decoders={self._image: tfds.decode.SkipDecoding()},
+                shuffle_files=False,
+                read_config=tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False, options=options),
+            )
+        classes = self.class_names()
+        for number, example in enumerate(dataset.as_numpy_iterator()):
+            label = int(example[self._label])
+            # -1 stands for an unknown label.
+            name = classes[label] if label >= 0 else None
+            yield Item(f"{split}/{number}", name, partial(bytes, example[self._image]))
+
+    @cached_property
+    def _prepared(self) -> Any:
+        """The builder with its files on scratch."""
+        downloads = self._folder / "downloads"
+        mirrored = self._fetch_mirror()
+        if self._builder.MANUAL_DOWNLOAD_INSTRUCTIONS and not mirrored:
+            instructions = self._builder.MANUAL_DOWNLOAD_INSTRUCTIONS.strip()
+            raise DataError(
+                f"{self._builder.name} must be downloaded by hand. {instructions} Put the files below "
+                f"{self._mirror_uri}/manual/."
+            )
+        config = tfds.download.DownloadConfig(
+            try_download_gcs=False, compute_stats="skip", manual_dir=downloads / "manual"
+        )
+        retrying = Retrying(
+            retry=retry_if_exception(_is_of_the_network),
+            stop=stop_after_attempt(ATTEMPTS),
+            wait=wait_exponential_jitter(FIRST_WAIT_SECONDS, jitter=FIRST_WAIT_SECONDS),
+            reraise=True,
+        )
+        self._workspace.progress.note("TFDS dataset", name=self._builder.info.full_name, mirror=mirrored)
+        tfds.disable_progress_bar()
+        try:
+            # TFDS prints to standard output, which belongs to the commands.
+            with contextlib.redirect_stdout(io.StringIO()):
+                retrying(self._builder.download_and_prepare, download_dir=downloads, download_config=config)
+        except ImportError as error:
+            raise DataError(
+                f"{self._builder.name} can't be prepared: {error}. Add the module to the image, or hand the images in "
+                f"as a folder, archive or table."
+            ) from error
+        except Exception as error:
+            if not _is_of_the_network(error):
+                raise
+            raise UnavailableError(
+                f"{self._builder.name} could not be downloaded in {ATTEMPTS} attempts: {error} Where there is no "
+                f"internet, copy the TFDS download folder of a machine that has it to {self._mirror_uri}/."
+            ) from error
+        return self._builder
+
+    @property
+    def _mirror(self) -> str:
+        return f"mirror/tfds/{self._builder.name}"
+
+    @property
+    def _mirror_uri(self) -> str:
+        return self._workspace.storage.uri_of(self._mirror)
+
+    def _fetch_mirror(self) -> bool:
+        """Fetch the mirrored download folder, written whole or copied there by hand: TFDS checks what it holds."""
+        storage, folder = self._workspace.storage, self._folder / "downloads"
+        if read_manifest(storage, self._mirror):
+            fetch_whole(storage, self._mirror, folder)
+            return True
+        found = False
+        for stored in storage.list(f"{self._mirror}/"):
+            path = folder / stored.key.removeprefix(f"{self._mirror}/")
+            if not stored.key.endswith("/") and path.resolve().is_relative_to(folder.resolve()):
+                found = True
+                path.parent.mkdir(parents=True, exist_ok=True)
+                storage.download(stored.key, path)
+        return found
+
+
+def _features(builder: Any) -> tuple[str, str]:
+    """Find the image and its class: as the dataset is supervised, or the only ones of their kind."""
+    features, keys = builder.info.features, builder.info.supervised_keys
+    images = [name for name, feature in features.items() if type(feature) is tfds.features.Image]
+    labels = [name for name, feature in features.items() if type(feature) is tfds.features.ClassLabel]
+    if keys and len(keys) == 2 and keys[0] in images and keys[1] in labels:
+        return keys[0], keys[1]
+    if len(images) == len(labels) == 1:
+        return images[0], labels[0]
+    raise DataError(
+        f"{builder.name} is no dataset for image classification: expected one image and one class label, or that "
+        f"supervised_keys name them. It has the images {images} and the labels {labels}."
+    )
+
+
+def _is_of_the_network(error: BaseException) -> bool:
+    """Tell a failed download, with an OSError of requests or urllib, from a full disk, which has a number."""
+    if isinstance(error, NonMatchingChecksumError | tfds.download.DownloadError | ConnectionError | TimeoutError):
+        return True
+    return isinstance(error, OSError) and error.errno is None
