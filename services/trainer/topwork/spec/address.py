@@ -9,6 +9,7 @@ from pydantic import AfterValidator
 from pydantic_core import PydanticCustomError
 
 from topwork.spec.part import Meaning
+from topwork.spec.words import hint, shown
 
 # Bucket names of Amazon S3: 3 to 63 characters of a-z, 0-9, dot and dash.
 BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
@@ -51,16 +52,16 @@ def address(
         scheme = SCHEME.match(value)
         if scheme is None:
             if not local:
-                raise refused(f"{value!r} has no scheme. Allowed: {_forms(schemes, local)}")
+                raise refused(f"{shown(value)} has no scheme. Allowed: {_forms(schemes, local)}")
         elif scheme[1] not in schemes or not value.startswith(f"{scheme[1]}://"):
-            raise refused(f"begins with {scheme[1]}:/ . Allowed: {_forms(schemes, local)}")
+            raise refused(f"{shown(value)} is not allowed. Allowed: {_forms(schemes, local)}")
         elif scheme[1] == "s3":
             _check_s3(value, prefix)
         elif not urlsplit(value).hostname:
             raise refused("names no host")
         # An http(s) address may end in anything: its archive is told by its content.
         if endings and (scheme is None or scheme[1] == "s3") and not value.lower().endswith(endings):
-            raise refused(f"{value!r} does not end in one of {', '.join(endings)}")
+            raise refused(f"{shown(value)} does not end in one of {', '.join(endings)}")
         return value
 
     return check
@@ -94,13 +95,13 @@ def _refuse_secrets(value: str) -> None:
 def _check_s3(value: str, prefix: bool) -> None:
     bucket, _, key = value.removeprefix("s3://").partition("/")
     if not BUCKET.fullmatch(bucket):
-        raise refused(f"{bucket!r} is no bucket name: 3 to 63 characters of a-z, 0-9, dot and dash")
+        raise refused(f"{shown(bucket)} is no bucket name: 3 to 63 characters of a-z, 0-9, dot and dash")
     if "?" in key or "#" in key:
-        raise refused(f"{value.partition('?')[0].partition('#')[0]!r} is followed by ? or #, which no key here holds")
+        raise refused(f"{shown(value)} holds ? or # in its key, which no key here does")
     if not prefix and (not key or key.endswith("/")):
-        raise refused(f"{value!r} names no object: s3://bucket/key is expected")
+        raise refused(f"{shown(value)} names no object: s3://bucket/key is expected")
     if any(part in {"", ".", ".."} for part in key.removesuffix("/").split("/") if key):
-        raise refused(f"{value!r} has an empty part, . or .. in its key")
+        raise refused(f"{shown(value)} has an empty part, . or .. in its key")
 
 
 StorageUri = Annotated[str, AfterValidator(address("s3", prefix=True)), Meaning("s3://bucket or s3://bucket/prefix")]
@@ -124,12 +125,17 @@ ModelUri = Annotated[
 ]
 HttpUrl = Annotated[str, AfterValidator(address("http", "https")), Meaning("http(s)://host:port")]
 
+WEIGHTS = "imagenet, none, or s3://bucket/key or a local path, ending in .h5"
+
 
 def check_weights(value: str) -> str:
     """Refuse base weights that are neither a known word nor the address of a weights file."""
-    return value if value in {"imagenet", "none"} else address("s3", local=True, endings=(".h5",))(value)
+    if value in {"imagenet", "none"}:
+        return value
+    if not value.lower().endswith(".h5"):
+        known = hint(value, ("imagenet", "none"))
+        raise refused(f"{shown(value)} is not allowed.{known} Allowed: {WEIGHTS}.")
+    return address("s3", local=True)(value)
 
 
-Weights = Annotated[
-    str, AfterValidator(check_weights), Meaning("imagenet, none, or s3://bucket/key or a local path, ending in .h5")
-]
+Weights = Annotated[str, AfterValidator(check_weights), Meaning(WEIGHTS)]

@@ -17,7 +17,6 @@ ByteQuantity = Annotated[
 CpuText = Annotated[
     str,
     StringConstraints(pattern=r"^([1-9][0-9]{0,5}m?|[1-9][0-9]{0,5}\.[0-9]{1,3}|0\.[0-9]{0,2}[1-9])$"),
-    Meaning("a Kubernetes quantity such as 500m or 8"),
 ]
 DnsName = Annotated[
     str,
@@ -61,6 +60,7 @@ class Compute(Part):
         | Annotated[Whole, Field(ge=1, le=1024), Tag("<cores>")]
         | Annotated[Number, Field(gt=0.0, le=1024.0), Tag("<share>")],
         Discriminator(_cpu_kind),
+        Meaning("cores as a number above 0, at most 1024, or a Kubernetes quantity such as 500m"),
     ] = Field(default=4, description="CPU cores.")
     memory: ByteQuantity = Field(default="16Gi", description="Memory of the pod.")
     shared_memory: ByteQuantity = Field(default="2Gi", description="Size of /dev/shm; counts as memory of the pod.")

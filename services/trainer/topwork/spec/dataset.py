@@ -9,7 +9,7 @@ from pydantic import Field, StringConstraints
 from topwork.spec.address import ArchiveUri, FolderUri, TableUri
 from topwork.spec.part import Meaning, Number, Part, Refusal, Whole, rule
 from topwork.spec.slices import Slicing, parse_slices
-from topwork.spec.words import listed
+from topwork.spec.words import listed, shown
 
 Side = Annotated[Whole, Field(ge=16, le=2048)]
 Sha256 = Annotated[
@@ -84,7 +84,7 @@ class Splits(Part):
     @property
     def validates(self) -> bool:
         """Whether there is a validation split."""
-        return self.per_class.validation > 0 if self.per_class else self.validation is not None
+        return self.validation is not None or (self.per_class is not None and self.per_class.validation > 0)
 
 
 class Dataset(Part):
@@ -105,14 +105,16 @@ class Dataset(Part):
 def root_stays_inside_the_archive(archive: ArchiveSource) -> Iterator[Refusal]:
     """A path that climbs out of the archive names nothing in it."""
     if ".." in archive.root.split("/"):
-        yield Refusal("root", f"{archive.root!r} climbs out of the archive. Take the .. out.")
+        yield Refusal("root", f"{shown(archive.root)} climbs out of the archive. Take the .. out.")
 
 
 @rule(TableSource)
 def image_and_label_are_two_columns(table: TableSource) -> Iterator[Refusal]:
     """One column can't be both the picture and its class."""
     if table.image == table.label:
-        yield Refusal("label", f"{table.label!r} is spec.dataset.source.table.image too. Name the class's own column.")
+        yield Refusal(
+            "label", f"{shown(table.label)} is spec.dataset.source.table.image too. Name the class's own column."
+        )
 
 
 @rule(DatasetSource)

@@ -64,7 +64,11 @@ class Document:
 
 
 class _TooMuchError(Exception):
-    """The document is larger than any spec."""
+    """The document is larger than any spec; `path` is where it became so."""
+
+    def __init__(self, message: str, path: Path) -> None:
+        super().__init__(message)
+        self.path = path
 
 
 def read_documents(text: str) -> Iterator[Document]:
@@ -110,19 +114,19 @@ class _Reading:
                 self._document.data = self._value(node, (), _place(node))
             except _TooMuchError as error:
                 self._document.data = None
-                self._document.faults = [Fault(_place(node), (), str(error))]
+                self._document.faults = [Fault(self._document.place(error.path), error.path, str(error))]
         return self._document
 
     def _value(self, node: Node, path: Path, key: Place) -> Any:
         self._left -= 1
         if self._left < 0:
             raise _TooMuchError(
-                f"the document holds more than {MOST_VALUES} values, repeated aliases counted each time."
+                f"the document holds more than {MOST_VALUES} values, repeated aliases counted each time.", path
             )
         if len(path) > MOST_DEPTH:
-            raise _TooMuchError(f"the document is nested more than {MOST_DEPTH} levels deep.")
+            raise _TooMuchError(f"the document is nested more than {MOST_DEPTH} levels deep.", path)
         if id(node) in self._open:
-            raise _TooMuchError(f"the alias at {'.'.join(map(str, path))} holds itself.")
+            raise _TooMuchError("the alias stands inside of what it repeats.", path)
         # A block begins a line below its key, and people look for it at the key.
         is_block = isinstance(node, CollectionNode) and not node.flow_style
         is_empty = isinstance(node, ScalarNode) and node.value == "" and node.style is None

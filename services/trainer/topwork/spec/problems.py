@@ -12,7 +12,7 @@ from topwork.spec.document import Path
 from topwork.spec.job import TransferJob
 from topwork.spec.part import Part, Refusal
 from topwork.spec.sketch import late_refusals
-from topwork.spec.words import hint, shown
+from topwork.spec.words import hint, listed, shown
 
 YES_AND_NO = {"yes": "true", "on": "true", "no": "false", "off": "false"}
 
@@ -100,7 +100,8 @@ def _findings(details: ErrorDetails) -> Iterator[Finding]:
         found = shape.at(TransferJob, tagged[:-1])
         yield Finding(path[:-1], f"{shown(value)} is not allowed. Allowed: {shape.allowed(found)}.")
     elif kind == "missing":
-        yield Finding(path, f"missing. {_description(tagged)}")
+        found = shape.at(TransferJob, tagged)
+        yield Finding(path, f"missing. {_description(tagged)} Allowed: {shape.allowed(found)}.")
     elif kind == "refused":
         yield Finding(path, details["msg"].rstrip(".") + ".")
     elif "[key]" in details["loc"]:
@@ -119,7 +120,9 @@ def _unknown(path: Path) -> str:
     *above, key = path
     parts = [kind.of for kind in shape.at(TransferJob, tuple(above)) if isinstance(kind.of, type)]
     known = [key for part in parts if issubclass(part, Part) for key in shape.keys(part)]
-    return f"no such key.{hint(key, known)} Known: {', '.join(known)}."
+    homes = [path or "the document" for path, part in shape.parts(TransferJob) if key in shape.keys(part)]
+    where = f" It is a key of {listed(list(dict.fromkeys(homes))[:3], 'or')}." if homes else hint(key, known)
+    return f"no such key.{where} Known: {', '.join(known)}."
 
 
 def _not_allowed(value: object, found: tuple[shape.Kind, ...], details: ErrorDetails) -> str:

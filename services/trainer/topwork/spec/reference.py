@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator
-from typing import Any, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
@@ -28,24 +27,8 @@ def reference_text() -> str:
     Returns:
         Markdown with one table for each part, in the order of the spec; the same for the same models.
     """
-    sections = ["\n".join(_section(path, part)) for path, part in _parts("", TransferJob)]
+    sections = ["\n".join(_section(path, part)) for path, part in shape.parts(TransferJob)]
     return "\n".join([INTRODUCTION, *sections])
-
-
-def _parts(path: str, part: type[Part]) -> Iterator[tuple[str, type[Part]]]:
-    """Give a part and those below it, depth first, each with its path."""
-    yield path, part
-    for key, field in shape.keys(part).items():
-        for kind in shape.kinds(field.annotation):
-            for below, suffix in _parts_of(kind.of):
-                yield from _parts(f"{path}.{key}{suffix}".removeprefix("."), below)
-
-
-def _parts_of(annotation: Any) -> Iterator[tuple[type[Part], str]]:
-    if get_origin(annotation) is tuple:
-        yield from ((part, f"[]{suffix}") for inner in get_args(annotation)[:1] for part, suffix in _parts_of(inner))
-    elif isinstance(annotation, type) and issubclass(annotation, Part):
-        yield annotation, ""
 
 
 def _section(path: str, part: type[Part]) -> Iterator[str]:

@@ -109,7 +109,7 @@ def images_are_large_enough(spec: JobSpec) -> Iterator[Refusal]:
 def base_from_scratch_is_trained(spec: JobSpec) -> Iterator[Refusal]:
     """A frozen base with random weights keeps the head from learning much."""
     base = spec.model.base
-    if spec.transfer.train == "head" and not base.is_pretrained:
+    if spec.transfer.train == "head" and (base.cnn or base.application) and not base.is_pretrained:
         name = "cnn" if base.cnn else f"{base.application} with weights: none"
         yield Refusal(
             "transfer.train",

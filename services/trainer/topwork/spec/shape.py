@@ -66,6 +66,22 @@ def keys(part: type[Part]) -> dict[str, FieldInfo]:
     return {field.alias or name: field for name, field in part.model_fields.items()}
 
 
+def parts(root: type[Part], path: str = "") -> Iterator[tuple[str, type[Part]]]:
+    """Give a part and all below it, depth first, each with its path; `[]` stands for the index in a list."""
+    yield path, root
+    for key, field in keys(root).items():
+        for kind in kinds(field.annotation):
+            for below, suffix in _parts_of(kind.of):
+                yield from parts(below, f"{path}.{key}{suffix}".removeprefix("."))
+
+
+def _parts_of(annotation: Any) -> Iterator[tuple[type[Part], str]]:
+    if get_origin(annotation) is tuple:
+        yield from ((part, f"[]{suffix}") for inner in get_args(annotation)[:1] for part, suffix in _parts_of(inner))
+    elif isinstance(annotation, type) and issubclass(annotation, Part):
+        yield annotation, ""
+
+
 def allowed(found: Iterable[Kind]) -> str:
     """Say what may stand where one of these types is expected, such as `a whole number from 1 to 10000`."""
     found = tuple(found)
@@ -142,4 +158,4 @@ def _bounds(kind: Kind) -> Iterator[str]:
     if most:
         yield f"{'to' if least else 'and at most' if above else 'at most'} {most.le:.15g}"
     if below:
-        yield f"{'and ' if least or above else ''}below {below.lt:g}"
+        yield f"{'to ' if least else 'and ' if above else ''}below {below.lt:g}"

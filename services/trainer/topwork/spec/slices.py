@@ -9,6 +9,7 @@ from pydantic import AfterValidator
 
 from topwork.spec.address import refused
 from topwork.spec.part import Meaning
+from topwork.spec.words import shown
 
 TERM = re.compile(r"(?P<split>[A-Za-z0-9_.-]+?)(?:\[(?P<start>[^:\]]*):(?P<end>[^:\]]*)\])?")
 BOUNDARY = re.compile(r"(?P<value>-?[0-9][0-9_]{0,15})(?P<percent>%?)")
@@ -72,13 +73,13 @@ Slicing = Annotated[
 def _parse_term(term: str) -> Slice:
     found = TERM.fullmatch(term)
     if not found:
-        raise refused(f"{term!r} is no TFDS slice. Allowed: train, train[:40%], train[100:200], joined by +")
+        raise refused(f"{shown(term)} is no TFDS slice. Allowed: train, train[:40%], train[100:200], joined by +")
     if found["split"] == "all":
         raise refused("'all' takes in every split. Name the splits, such as train+test")
     start = _boundary(found["start"] or "", term, (0, 0))
     end = _boundary(found["end"] or "", term, (100, 0))
     if end[0] <= start[0] and end[1] <= start[1]:
-        raise refused(f"{term!r} holds no image: its end is not after its start")
+        raise refused(f"{shown(term)} holds no image: its end is not after its start")
     return Slice(term, found["split"], start, end)
 
 
@@ -87,13 +88,13 @@ def _boundary(text: str, term: str, default: tuple[int, int]) -> tuple[int, int]
         return default
     found = BOUNDARY.fullmatch(text.strip())
     if not found:
-        raise refused(f"{text!r} in {term!r} is no boundary: a whole number of images or whole percent is")
+        raise refused(f"{shown(text)} in {shown(term)} is no boundary: a whole number of images or whole percent is")
     value = int(found["value"].replace("_", ""))
     whole = 100 if text.strip().startswith("-") else 0
     if not found["percent"]:
         return whole, value
     if abs(value) > 100:
-        raise refused(f"{text!r} in {term!r} is beyond 100%")
+        raise refused(f"{shown(text)} in {shown(term)} is beyond 100%")
     return whole + value, 0
 
 
