@@ -12,7 +12,7 @@ import tensorflow as tf
 from topwork.errors import SpecError
 from topwork.model.classifier import in_precision
 
-# (images float32 (…, height, width, 3) in 0..255, (height, width)) -> the same, resized: the one resize of the pipeline.
+# The one resize of the pipeline: images (…, height, width, 3) in 0..255 and (height, width) to float32 of that size.
 Resize = Callable[[tf.Tensor, tuple[int, int]], tf.Tensor]
 
 # What each format of `spec.publish.formats` leaves in the folder of a version.

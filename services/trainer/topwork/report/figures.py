@@ -8,6 +8,7 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from topwork.report.evaluation import Bin
 from topwork.report.outcome import HistoryRow
@@ -113,7 +114,7 @@ def _curve(axes: Axes, history: Sequence[HistoryRow], name: str) -> None:
         axes.annotate(stage, (epoch - 0.4, 1.0), xycoords=("data", "axes fraction"), va="top", fontsize=9, alpha=0.7)
     axes.set(title=name, xlabel="epoch", xlim=(0.5, len(history) + 0.5))
     axes.margins(y=0.15)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(loc="best")
 
 

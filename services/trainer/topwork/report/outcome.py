@@ -80,7 +80,7 @@ class Outcome:
     def metrics(self) -> dict[str, float]:
         """The metrics that the job asks for, in its order, and the loss."""
         values = self.evaluation.values
-        asked = {name: values[name] for name in self.job.spec.evaluate.metrics if name in values}
+        asked: dict[str, float] = {name: values[name] for name in self.job.spec.evaluate.metrics if name in values}
         return {**asked, "loss": values["loss"]}
 
     @property
