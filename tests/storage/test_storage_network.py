@@ -7,6 +7,7 @@ import socket
 import ssl
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -135,6 +136,15 @@ def test_an_answer_that_breaks_off_is_read_again(
     assert retries(metrics) == 2
 
 
+def test_an_answer_that_always_breaks_off_is_unavailable(
+    storage: Storage, s3_settings: StorageSettings, front: Callable[..., Front]
+) -> None:
+    storage.write("key", bytes(10_000))
+    settings = replace(s3_settings, endpoint_url=front([2000] * 3).endpoint, attempts=2)
+    with pytest.raises(UnavailableError, match=r"after all retries \(the answer broke off: "):
+        Storage(storage.uri, settings).read("key")
+
+
 def test_a_download_that_breaks_off_goes_on_and_is_whole(
     storage: Storage, s3_settings: StorageSettings, front: Callable[..., Front], tmp_path: Path
 ) -> None:
@@ -245,6 +255,11 @@ def test_a_server_that_never_answers_is_unavailable(s3_settings: StorageSettings
         settings = replace(s3_settings, endpoint_url=endpoint, attempts=1, read_timeout_seconds=0.3)
         with pytest.raises(UnavailableError, match="can't be reached"):
             Storage("s3://topwork-test", settings).check()
+        # Waited for once: only a body that breaks off is asked for again beside the attempts of a request.
+        started = time.monotonic()
+        with pytest.raises(UnavailableError):
+            Storage("s3://topwork-test", replace(settings, attempts=2)).read("key")
+        assert time.monotonic() - started < 4 * 0.3 + 1.0
 
 
 def test_endpoint_and_credentials_come_from_the_aws_variables(

@@ -31,7 +31,12 @@ __all__ = ["FileEntry", "Meter", "Storage", "StorageSettings", "StoredObject", "
 REQUEST_OBJECTS = 1000
 READ_BYTES = 1 << 20
 PARALLEL_PARTS = 8
-BROKEN_READS = (boto.HTTPClientError, boto.IncompleteReadError, boto.FlexibleChecksumError)
+
+
+class BrokenBodyError(boto.HTTPClientError):
+    """The answer began well, and its body broke off or arrived damaged."""
+
+    fmt = "the answer broke off: {error}"
 
 
 @dataclass(frozen=True)
@@ -131,7 +136,7 @@ class Storage:
         with self._told(key):
             # botocore's own retries end with the header of an answer; its body can still break off.
             for attempt in Retrying(
-                retry=retry_if_exception_type(BROKEN_READS),
+                retry=retry_if_exception_type(BrokenBodyError),
                 stop=stop_after_attempt(self._settings.attempts),
                 wait=wait_random_exponential(multiplier=0.1, max=5),
                 before_sleep=lambda _: self._meter.storage_retry(),
@@ -152,7 +157,10 @@ class Storage:
             raise
         # Not `with answer["Body"]`: that hands out the bare stream, without checksum and length checked.
         with closing(answer["Body"]) as body:
-            return bytes(body.read())
+            try:
+                return bytes(body.read())
+            except (boto.HTTPClientError, boto.IncompleteReadError, boto.FlexibleChecksumError) as error:
+                raise BrokenBodyError(error=error) from error
 
     def write(self, key: str, data: bytes, *, only_if_absent: bool = False, content_type: str | None = None) -> bool:
         """Store a small object.

@@ -121,7 +121,8 @@ def _by_status(status: int) -> tuple[type[TopworkError], str]:
     if status == 501:
         return SettingError, (
             "{endpoint} does not offer what was asked for {target} ({code}: {said}). "
-            "For servers without checksum trailers set AWS_REQUEST_CHECKSUM_CALCULATION=when_required."
+            "topwork needs conditional writes (If-None-Match); for a server without checksum trailers set "
+            "AWS_REQUEST_CHECKSUM_CALCULATION=when_required."
         )
     if status >= 500 or status in {408, 429}:
         return UnavailableError, FAILED
