@@ -1,15 +1,14 @@
 """Files over http(s): what state they are in, and their download, with retries."""
 
-import base64
 import http.client
 import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, cast
-from urllib.parse import unquote, urlsplit, urlunsplit
+from urllib.parse import urlsplit, urlunsplit
 
-from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
+from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
 from topwork.errors import DataError, UnavailableError
 
@@ -29,17 +28,12 @@ class _TemporaryFailure(Exception):  # noqa: N818 - told as UnavailableError
 
 
 class Download:
-    """One file on a web server. A user name and password in its address are sent, and never shown."""
+    """One file on a web server. The query of its address, which may be a signature, is never shown."""
 
     def __init__(self, uri: str) -> None:
         parts = urlsplit(uri)
-        host = parts.netloc.rpartition("@")[2]
-        self._uri = urlunsplit((parts.scheme, host, parts.path, parts.query, ""))
-        self.shown = urlunsplit((parts.scheme, host, parts.path, "", ""))
-        self._credentials = None
-        if parts.username is not None:
-            pair = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
-            self._credentials = "Basic " + base64.b64encode(pair.encode()).decode()
+        self._uri = uri
+        self.shown = urlunsplit((parts.scheme, parts.netloc, parts.path, "", ""))
 
     def state(self) -> str | None:
         """Say in which state the file is, from the headers of its answer.
@@ -86,16 +80,13 @@ class Download:
 
     def _open(self, method: str) -> Any:
         request = urllib.request.Request(self._uri, method=method)  # noqa: S310 - http(s) by its caller
-        if self._credentials:
-            # Unredirected: another host is never told.
-            request.add_unredirected_header("Authorization", self._credentials)
         return urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS)  # noqa: S310
 
     def _repeated(self, action: Callable[[], T]) -> T:
         retrying = Retrying(
             retry=retry_if_exception_type(_TemporaryFailure),
             stop=stop_after_attempt(ATTEMPTS),
-            wait=wait_exponential_jitter(FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS, jitter=FIRST_WAIT_SECONDS),
+            wait=wait_random_exponential(FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS),
             reraise=True,
         )
         try:
@@ -115,7 +106,7 @@ class Download:
                     raise _TemporaryFailure(f"the server answered {error.code} {error.reason}") from error
                 raise DataError(
                     f"{self.shown} can't be fetched: the server answered {error.code} {error.reason}. "
-                    f"Check the address, and the credentials where it needs some."
+                    f"Check the address."
                 ) from error
         except urllib.error.URLError as error:
             raise _TemporaryFailure(str(error.reason)) from error

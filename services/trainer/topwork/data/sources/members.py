@@ -1,5 +1,7 @@
 """The files inside an archive, one after the other: nothing is ever extracted to a path that the archive names."""
 
+import bz2
+import gzip
 import lzma
 import stat
 import tarfile
@@ -10,12 +12,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import IO, cast
 
 from topwork.data.proving import MAX_BYTES, TOO_LARGE, UNDECODABLE, UNSAFE, Rejection
 from topwork.errors import DataError
 
 _DAMAGE = (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, lzma.LZMAError, OSError)
 _ENCRYPTED = 0x1
+_CHUNK = 2**20
 
 
 @dataclass(frozen=True)
@@ -53,16 +57,35 @@ def members(path: Path, shown: str, *, with_data: bool) -> Iterator[Iterator[Mem
             with zipfile.ZipFile(path) as archive:
                 yield _zip_members(archive, shown, with_data=with_data)
         else:
-            with tarfile.open(path, "r|*") as archive:
+            with _decompressed(path) as stream, _opened_tar(stream, shown) as archive:
                 yield _tar_members(archive, with_data=with_data)
-    except tarfile.ReadError as error:
-        if "not open" in str(error) or "could not be opened" in str(error):
-            raise DataError(
-                f"{shown} is no archive that can be read: expected zip, tar, tar.gz, tar.bz2 or tar.xz."
-            ) from error
-        raise _damaged(shown, error) from error
+                # To the very end, where compressed files have their checksum.
+                while stream.read(_CHUNK):
+                    pass
     except _DAMAGE as error:
         raise _damaged(shown, error) from error
+
+
+def _decompressed(path: Path) -> IO[bytes]:
+    """Open a tar by the first bytes of its compression. tarfile's own stream takes a cut gzip file for a whole one."""
+    with path.open("rb") as file:
+        head = file.read(6)
+    if head.startswith(b"\x1f\x8b"):
+        return cast("IO[bytes]", gzip.open(path))
+    if head.startswith(b"BZh"):
+        return cast("IO[bytes]", bz2.open(path))
+    if head.startswith(b"\xfd7zXZ\0"):
+        return cast("IO[bytes]", lzma.open(path))
+    return path.open("rb")
+
+
+def _opened_tar(stream: IO[bytes], shown: str) -> tarfile.TarFile:
+    try:
+        return tarfile.open(fileobj=stream, mode="r|")
+    except tarfile.ReadError as error:
+        raise DataError(
+            f"{shown} is no archive that can be read: expected zip, tar, tar.gz, tar.bz2 or tar.xz."
+        ) from error
 
 
 def _damaged(shown: str, error: BaseException) -> DataError:

@@ -8,7 +8,7 @@ from typing import Any
 
 import tensorflow as tf
 import tensorflow_datasets as tfds
-from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential_jitter
+from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
 
 from topwork.data.sources.source import Item, slug
@@ -90,7 +90,7 @@ class TfdsSource:
         retrying = Retrying(
             retry=retry_if_exception(_is_of_the_network),
             stop=stop_after_attempt(ATTEMPTS),
-            wait=wait_exponential_jitter(FIRST_WAIT_SECONDS, jitter=FIRST_WAIT_SECONDS),
+            wait=wait_random_exponential(FIRST_WAIT_SECONDS),
             reraise=True,
         )
         self._workspace.progress.note("TFDS dataset", name=self._builder.info.full_name, mirror=mirrored)

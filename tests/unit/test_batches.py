@@ -1,0 +1,102 @@
+"""Batches: their order, their resuming, and that images keep their labels."""
+
+from itertools import chain
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from topwork.data.batches import evaluation_batches, training_batches
+from topwork.data.local import Split
+from topwork.errors import DataError
+
+CLASSES = 3
+
+
+class _InMemory(Split):
+    """A split whose image number i is filled with the value i, and whose label is i modulo the classes."""
+
+    def __init__(self, size):
+        self.size = size
+        self.image_size = (4, 6)
+        self.labels = np.arange(size, dtype=np.int64) % CLASSES
+        self._pixels = np.repeat(np.arange(size, dtype=np.uint8), 4 * 6 * 3).reshape(size, 4, 6, 3)
+
+
+def _indices(batch):
+    images, one_hot, weights = (part.numpy() for part in batch)
+    indices = images[:, 0, 0, 0].astype(int)
+    assert images.shape == (len(indices), 4, 6, 3)
+    assert images.dtype == one_hot.dtype == weights.dtype == np.float32
+    assert (images == indices[:, None, None, None]).all()
+    return indices.tolist()
+
+
+def _steps(split, count, **options):
+    options = {"classes": CLASSES, "batch_size": 4, "seed": 7, **options}
+    return [_indices(batch) for batch in training_batches(split, **options).take(count)]
+
+
+def test_each_epoch_is_a_new_permutation_without_repeats_and_drops_the_remainder():
+    steps = _steps(_InMemory(14), 9)
+    epochs = [[*chain(*steps[start : start + 3])] for start in (0, 3, 6)]
+
+    assert [len(set(epoch)) for epoch in epochs] == [12, 12, 12]
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+
+
+def test_the_same_seed_gives_the_same_batches_and_another_seed_others():
+    split = _InMemory(14)
+    assert _steps(split, 5) == _steps(split, 5)
+    assert _steps(split, 5) != _steps(split, 5, seed=8)
+
+
+@pytest.mark.parametrize("first_step", [1, 3, 5])
+def test_training_goes_on_exactly_from_any_step(first_step):
+    split = _InMemory(14)
+    assert _steps(split, 9 - first_step, first_step=first_step) == _steps(split, 9)[first_step:]
+
+
+def test_labels_and_weights_fit_their_images():
+    weights = np.array([1.0, 2.0, 4.0], np.float32)
+    for images, one_hot, weight in training_batches(
+        _InMemory(14), classes=CLASSES, batch_size=4, seed=7, class_weights=weights
+    ).take(4):
+        labels = images.numpy()[:, 0, 0, 0].astype(int) % CLASSES
+        assert one_hot.numpy().tolist() == np.eye(CLASSES)[labels].tolist()
+        assert weight.numpy().tolist() == weights[labels].tolist()
+
+
+def test_augmentation_gets_a_seed_of_its_own_for_each_step_also_after_a_resume():
+    def augment(images, one_hot, seed):
+        return images + tf.random.stateless_uniform([], seed), one_hot
+
+    def noise(first_step, count):
+        batches = training_batches(
+            _InMemory(14), classes=CLASSES, batch_size=4, seed=7, first_step=first_step, augment=augment
+        )
+        return [float(images.numpy()[0, 0, 0, 0]) % 1 for images, _, _ in batches.take(count)]
+
+    straight = noise(0, 6)
+    assert len(set(straight)) == 6
+    assert noise(2, 4) == straight[2:]
+
+
+def test_a_split_smaller_than_a_batch_is_refused():
+    with pytest.raises(DataError, match=r"holds 3 images, less than one batch of 4\. Give a batchSize of at most 3"):
+        training_batches(_InMemory(3), classes=CLASSES, batch_size=4, seed=7)
+
+
+@pytest.mark.parametrize("size", [1, 7, 8, 9])
+def test_evaluation_covers_each_image_once_in_order(size):
+    seen, total = [], 0.0
+    for images, one_hot, weights in evaluation_batches(_InMemory(size), classes=CLASSES, batch_size=4):
+        assert images.shape == (4, 4, 6, 3)
+        real = weights.numpy() == 1
+        seen += images.numpy()[real, 0, 0, 0].astype(int).tolist()
+        assert one_hot.numpy()[real].argmax(axis=1).tolist() == [index % CLASSES for index in seen[-int(real.sum()) :]]
+        assert not images.numpy()[~real].any()
+        assert not one_hot.numpy()[~real].any()
+        total += float(weights.numpy().sum())
+    assert seen == list(range(size))
+    assert total == size
