@@ -4,10 +4,15 @@ import keras
 import numpy as np
 import pytest
 
+from topwork.data.local import fetch
+from topwork.errors import DataError, SpecError
 from topwork.model.freezing import leaves
+from topwork.spec.training import EarlyStopping, Optimizer
 from topwork.stages.fine_tune import fine_tune
 from topwork.stages.pull import pull
 from topwork.stages.transfer import transfer
+from topwork.training.loop import Phase, Plan
+from topwork.training.stage import train
 
 
 def load(classifier, workspace):
@@ -29,3 +34,168 @@ def test_a_small_base_from_scratch_learns_and_is_stored(make_job, workspace):
     assert [layer.name for layer in model.layers] == ["image", "input_scaling", "base", "pooling", "logits"]
     assert model.output_shape == (None, 1)
     assert not model.compiled
+
+
+def small_base(path):
+    """A functional model as a user has one: two paths, batch normalization, raw pixels in, a head of three classes."""
+    keras.utils.set_random_seed(1)
+    image = keras.Input((32, 32, 3))
+    pixels = keras.layers.Rescaling(1 / 255, name="scale")(image)
+    left = keras.layers.Conv2D(4, 3, padding="same", name="left")(pixels)
+    right = keras.layers.Conv2D(4, 5, padding="same", name="right")(pixels)
+    both = keras.layers.Concatenate(name="both")([left, right])
+    both = keras.layers.BatchNormalization(name="norm")(both)
+    maps = keras.layers.Conv2D(6, 3, strides=2, activation="relu", name="deep")(both)
+    top = keras.layers.Dense(3, name="classes")(keras.layers.Flatten(name="flat")(maps))
+    model = keras.Model(image, top)
+    # Statistics unlike those of the images: a normalization that is not in inference mode would move them.
+    model.get_layer("norm").moving_mean.assign(np.linspace(-1, 1, 8))
+    model.save(path)
+    return path
+
+
+def weights_by_layer(model):
+    return {layer.name: [np.array(value) for value in layer.get_weights()] for layer in leaves(model)}
+
+
+def changed(before, after):
+    assert before.keys() == after.keys()
+    same = {name: all(np.array_equal(a, b) for a, b in zip(before[name], after[name], strict=True)) for name in before}
+    return {name for name in before if before[name] and not same[name]}
+
+
+@pytest.fixture
+def saved_job(make_job, tmp_path):
+    file = small_base(tmp_path / "model_a.keras")
+
+    def make(**overrides):
+        return make_job(
+            **{
+                "model": {"base": {"saved": {"uri": str(file), "cutAt": "deep"}}, "head": {"pooling": "avg"}},
+                "transfer": {"epochs": 1, "batchSize": 5, "optimizer": {"learningRate": 0.01}},
+                **overrides,
+            }
+        )
+
+    return make
+
+
+def test_each_stage_changes_what_it_trains_and_not_a_bit_of_the_rest(saved_job, workspace, tmp_path):
+    original = (tmp_path / "model_a.keras").read_bytes()
+    job = saved_job(
+        fineTune={
+            "unfreeze": {"steps": [{"layers": 1, "epochs": 1, "learningRate": 0.01},
+                                   {"layers": 2, "epochs": 2, "learningRate": 0.005}]},
+        }
+    )  # fmt: skip
+    dataset = pull(job, workspace)
+    first = transfer(job, dataset, workspace)
+    source = weights_by_layer(keras.models.load_model(tmp_path / "model_a.keras"))
+    transferred = load(first, workspace)
+    after_transfer = weights_by_layer(transferred)
+    assert {name: after_transfer[name][0].shape for name in ("left", "right", "deep")} == {
+        "left": (3, 3, 3, 4), "right": (5, 5, 3, 4), "deep": (3, 3, 8, 6),
+    }  # fmt: skip
+    for name in ("left", "right", "norm", "deep"):
+        for kept, loaded in zip(source[name], after_transfer[name], strict=True):
+            np.testing.assert_array_equal(kept, loaded)
+    assert first.parameters.model_dump() == {"trainable": 7, "frozen": 112 + 304 + 32 + 438}
+
+    second = fine_tune(job, first, dataset, workspace)
+    tuned = load(second, workspace)
+    # The two layers from the top are deep and norm, and a batch normalization of the base stays as it is.
+    assert changed(after_transfer, weights_by_layer(tuned)) == {"deep", "logits"}
+    assert [(row["stage"], row["epoch"]) for row in second.history] == [
+        ("transfer", 1), ("fine-tune", 1), ("fine-tune", 2), ("fine-tune", 3),
+    ]  # fmt: skip
+    assert [row["learning_rate"] for row in second.history] == pytest.approx([0.01, 0.01, 0.005, 0.005])
+    assert (tmp_path / "model_a.keras").read_bytes() == original
+
+
+def test_all_unfrozen_trains_everything_but_batch_normalization(saved_job, workspace):
+    job = saved_job(fineTune={"epochs": 1, "optimizer": {"learningRate": 0.01}})
+    dataset = pull(job, workspace)
+    first = transfer(job, dataset, workspace)
+    second = fine_tune(job, first, dataset, workspace)
+    before, after = weights_by_layer(load(first, workspace)), weights_by_layer(load(second, workspace))
+    assert changed(before, after) == {"left", "right", "deep", "logits"}
+    assert second.parameters.model_dump() == {"trainable": 112 + 304 + 438 + 7, "frozen": 32}
+
+
+def test_a_stage_that_is_done_returns_at_once_without_its_data(saved_job, workspace, monkeypatch):
+    job = saved_job()
+    dataset = pull(job, workspace)
+    first = transfer(job, dataset, workspace)
+    monkeypatch.setattr("topwork.training.stage.fetch", lambda *_: pytest.fail("fetched again"))
+    assert transfer(job, dataset, workspace) == first
+    assert workspace.metrics.registry.get_sample_value("topwork_epoch", {"stage": "transfer"}) == 1.0
+
+
+def test_early_stopping_ends_the_stage_and_keeps_the_best_weights(make_job, workspace):
+    rate = {"name": "sgd", "learningRate": 5.0}
+    job = make_job(
+        transfer={"train": "all", "epochs": 8, "batchSize": 8, "optimizer": rate, "earlyStopping": {"patience": 2}}
+    )
+    dataset = pull(job, workspace)
+    classifier = transfer(job, dataset, workspace)
+    losses = [row["validation_loss"] for row in classifier.history]
+    best = int(np.argmin(losses)) + 1
+    assert classifier.best_epoch == best
+    assert len(losses) == best + 2 < 8
+    assert evaluate(load(classifier, workspace), job, dataset, workspace) == pytest.approx(losses[best - 1], rel=1e-5)
+
+
+def evaluate(model, job, dataset, workspace):
+    """Loss on the validation split, by plain Keras."""
+    split = fetch(dataset, job, workspace).validation
+    model.compile(loss=keras.losses.BinaryCrossentropy(from_logits=True))
+    images = split.images(np.arange(split.size)).astype(np.float32)
+    return model.evaluate(images, split.labels[:, None].astype(np.float32), batch_size=split.size, verbose=0)
+
+
+def test_the_average_of_the_weights_is_what_is_measured_and_kept(make_job, workspace):
+    optimizer = {"name": "sgd", "learningRate": 0.1, "ema": {"momentum": 0.9}}
+    job = make_job(
+        transfer={"train": "all", "epochs": 3, "batchSize": 8, "optimizer": optimizer, "classWeights": "balanced"}
+    )
+    dataset = pull(job, workspace)
+    classifier = transfer(job, dataset, workspace)
+    loss = classifier.history[classifier.best_epoch - 1]["validation_loss"]
+    assert evaluate(load(classifier, workspace), job, dataset, workspace) == pytest.approx(loss, rel=1e-5)
+    without = make_job(
+        transfer={"train": "all", "epochs": 3, "batchSize": 8, "optimizer": {"name": "sgd", "learningRate": 0.1}}
+    )
+    plain = transfer(without, dataset, workspace)
+    # The same training, seen without the average: the training losses agree, what is kept does not.
+    assert [row["loss"] for row in plain.history] == pytest.approx([row["loss"] for row in classifier.history], 1e-6)
+    assert plain.history[0]["validation_loss"] != pytest.approx(classifier.history[0]["validation_loss"], rel=1e-3)
+
+
+def test_mixed_precision_is_stored_in_float32(make_job, workspace):
+    job = make_job(compute={"gpus": 0, "precision": "mixed_bfloat16"})
+    model = load(transfer(job, pull(job, workspace), workspace), workspace)
+    assert {layer.dtype_policy.name for layer in leaves(model)} == {"float32"}
+
+
+def test_a_loss_that_is_lost_ends_with_what_to_do(make_job, workspace):
+    model = keras.Sequential([keras.Input((32, 32, 3)), keras.layers.Conv2D(2, 1, kernel_initializer="ones")])
+    model.layers[0].kernel.assign(np.full((1, 1, 3, 2), np.inf))
+    path = workspace.scratch / "broken.keras"
+    model.save(path)
+    job = make_job(model={"base": {"saved": {"uri": str(path), "cutAt": -1}}}, transfer={"epochs": 2, "batchSize": 8})
+    with pytest.raises(
+        DataError, match=r"The loss is (nan|inf) in epoch 1 by step 3: training has come apart\. Take a"
+    ):
+        transfer(job, pull(job, workspace), workspace)
+
+
+def test_early_stopping_without_a_validation_split_is_refused(make_job, workspace):
+    plan = Plan("transfer", (Phase("all", 1, Optimizer()),), 8, "auto", False, EarlyStopping(), 1)
+    job = make_job(
+        dataset={
+            **make_job().spec.dataset.model_dump(by_alias=True),
+            "splits": {"train": "train[:60%]", "test": "train[60%:]"},
+        }
+    )
+    with pytest.raises(SpecError, match="earlyStopping of transfer watches the validation split, but"):
+        train(plan, lambda: None, [], job, pull(job, workspace), workspace)

@@ -79,10 +79,10 @@ def _store(
     workspace: Workspace,
 ) -> Classifier:
     """Upload the model, then mark the stage as done."""
-    plain = in_precision(model, "float32")
-    path = workspace.scratch / f"{plan.stage}.keras"
     # A model that was never compiled: no optimizer or loss of the training goes into the file.
-    keras.Model(plain.inputs[0], plain.outputs[0], name="classifier").save(path)
+    plain = in_precision(keras.Model(model.inputs[0], model.outputs[0], name="classifier"), "float32")
+    path = workspace.scratch / f"{plan.stage}.keras"
+    plain.save(path)
     key = f"{stage_prefix(job.run, plan.stage)}/model.keras"
     file = workspace.storage.upload(path, key)
     path.unlink()

@@ -1,0 +1,196 @@
+"""A stage that was stopped or killed goes on from its last checkpoint, as if nothing had happened."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from contextlib import contextmanager
+from dataclasses import replace
+
+import keras
+import numpy as np
+import pytest
+
+from topwork.edge.metrics import Metrics
+from topwork.errors import Stopped
+from topwork.progress import Quiet
+from topwork.stages.fine_tune import fine_tune
+from topwork.stages.pull import pull
+from topwork.stages.transfer import transfer
+
+# Everything that has a state of its own: random views, dropout, a schedule, an average, early stopping, phases.
+SPEC = {
+    "augmentation": {"flip": "horizontal", "rotation": 0.1},
+    "model": {"base": {"cnn": {"filters": [4, 6]}}, "head": {"hidden": [8], "dropout": 0.4}},
+    "transfer": {
+        "train": "all", "epochs": 3, "batchSize": 5, "earlyStopping": {"patience": 2},
+        "optimizer": {
+            "learningRate": 0.01, "schedule": {"name": "cosine", "warmupEpochs": 1}, "ema": {"momentum": 0.8},
+        },
+    },
+    "fineTune": {
+        "unfreeze": {"steps": [{"layers": 1, "epochs": 2, "learningRate": 0.005},
+                               {"layers": 2, "epochs": 2, "learningRate": 0.002}]},
+        "optimizer": {"name": "rmsprop", "momentum": 0.5},
+    },
+}  # fmt: skip
+
+
+class Watched(Quiet):
+    """Keeps what was said, and does something at a chosen step or epoch of a stage."""
+
+    def __init__(self, at_step=None, at_epoch=None, act=lambda: None):
+        self.at_step, self.at_epoch, self.act = at_step, at_epoch, act
+        self.notes, self.steps = [], {}
+
+    def note(self, message, **facts):
+        self.notes.append((message, facts))
+
+    def epoch(self, stage, epoch, epochs, **facts):
+        if (stage, epoch) == self.at_epoch:
+            self.act()
+
+    @contextmanager
+    def track(self, what, total):
+        watched = self
+
+        class Count:
+            def advance(self, count=1, **facts):
+                watched.steps[what] = watched.steps.get(what, 0) + count
+                if (what, watched.steps[what]) == watched.at_step:
+                    watched.act()
+
+        yield Count()
+
+
+def place(workspace, name, progress):
+    """A workspace of its own: storage, scratch and metrics."""
+    scratch = workspace.scratch / f"{name}-{os.urandom(4).hex()}"
+    scratch.mkdir()
+    storage = workspace.storage.at(f"{workspace.storage.uri}/{name}")
+    return replace(
+        workspace, storage=storage, scratch=scratch, metrics=Metrics(), progress=progress, stop=threading.Event()
+    )
+
+
+def run(job, workspace):
+    dataset = pull(job, workspace)
+    classifier = fine_tune(job, transfer(job, dataset, workspace), dataset, workspace)
+    path = workspace.scratch / "end.keras"
+    workspace.storage.download(classifier.key, path, classifier.file)
+    return classifier, keras.models.load_model(path, compile=False).get_weights()
+
+
+def checkpoints(job, workspace, stage):
+    prefix = f"runs/{job.run}/{stage}/checkpoints/"
+    keys = [stored.key.removeprefix(prefix) for stored in workspace.storage.list(prefix)]
+    return sorted(key.removesuffix("/manifest.json") for key in keys if key.endswith("manifest.json"))
+
+
+def rows(classifier):
+    return [{k: v for k, v in row.items() if k not in {"seconds", "images_per_second"}} for row in classifier.history]
+
+
+@pytest.fixture(scope="module")
+def reference_of():
+    known = {}
+
+    def reference(job, workspace):
+        if not known:
+            known["run"] = run(job, place(workspace, "reference", Quiet()))
+        return known["run"]
+
+    return reference
+
+
+def assert_same_run(resumed, reference):
+    assert rows(resumed[0]) == rows(reference[0])
+    assert resumed[0].best_epoch == reference[0].best_epoch
+    for one, other in zip(resumed[1], reference[1], strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_stopped_within_and_between_epochs_it_goes_on_step_by_step(make_job, workspace, reference_of):
+    job = make_job(**SPEC)
+    reference = reference_of(job, workspace)
+    steps_per_epoch = 4
+
+    def stopped(expected_checkpoints, stage, **when):
+        progress = Watched(**when)
+        here = place(workspace, "stopped", progress)
+        progress.act = here.stop.set
+        with pytest.raises(Stopped, match="the checkpoint is stored"):
+            run(job, here)
+        assert checkpoints(job, here, stage)[-1:] == expected_checkpoints
+        assert not list(here.scratch.glob("checkpoint-*"))
+        return progress
+
+    # In the middle of the second epoch, then at the end of that epoch.
+    stopped(["00001-0000002"], "transfer", at_step=("transfer", steps_per_epoch + 2))
+    progress = stopped(["00002"], "transfer", at_epoch=("transfer", 2))
+    assert ("resumed", {"stage": "transfer", "epoch": 1, "step": 2}) in progress.notes
+    assert progress.steps["transfer"] == 2
+    # In the first phase of fine-tune, and at its end.
+    stopped(["00001-0000001"], "fine-tune", at_step=("fine-tune", steps_per_epoch + 1))
+    stopped(["00002"], "fine-tune", at_epoch=("fine-tune", 2))
+    last = Watched()
+    here = place(workspace, "stopped", last)
+    assert_same_run(run(job, here), reference)
+    assert last.steps["fine-tune"] == 2 * steps_per_epoch
+    assert [message for message, _ in last.notes if message in {"already done", "resumed"}] == [
+        "already done",
+        "resumed",
+    ]
+    assert checkpoints(job, here, "transfer") == checkpoints(job, here, "fine-tune") == []
+
+
+KILLED = """
+import os, signal, sys, time
+from pathlib import Path
+from topwork.edge.metrics import Metrics
+from topwork.edge.storage import Storage, StorageSettings
+from topwork.progress import Quiet
+from topwork.spec import TransferJob
+from topwork.stages.pull import pull
+from topwork.stages.transfer import transfer
+from topwork.workspace import Workspace
+
+class Killed(Quiet):
+    def epoch(self, stage, epoch, epochs, **facts):
+        print(stage, epoch, flush=True)
+        if epoch == 3:
+            time.sleep(30)
+
+job = TransferJob.model_validate_json(os.environ["JOB"])
+settings = StorageSettings(*os.environ["S3"].split())
+workspace = Workspace(Storage(os.environ["URI"], settings), Metrics(), Killed(), Path(os.environ["SCRATCH"]))
+transfer(job, pull(job, workspace), workspace)
+"""
+
+
+def test_killed_between_epochs_it_ends_as_if_it_had_not_been(make_job, workspace, reference_of, s3_settings):
+    job = make_job(**SPEC)
+    reference = reference_of(job, workspace)
+    progress = Watched()
+    here = place(workspace, "killed", progress)
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED],
+        env={
+            **os.environ,
+            "JOB": job.model_dump_json(by_alias=True),
+            "S3": f"{s3_settings.endpoint_url} {s3_settings.access_key} {s3_settings.secret_key}",
+            "URI": here.storage.uri,
+            "SCRATCH": str(here.scratch),
+        },
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        # The third epoch has ended; its checkpoint has not been written.
+        assert [line.strip() for line in iter(process.stdout.readline, "transfer 3\n")] == ["transfer 1", "transfer 2"]
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    assert_same_run(run(job, here), reference)
+    assert ("resumed", {"stage": "transfer", "epoch": 2, "step": 0}) in progress.notes
+    assert progress.steps["transfer"] == 4
