@@ -39,6 +39,7 @@ def main() -> None:
         os._exit(0)
     # A Ctrl-C reaches the whole foreground process group: the users still need storage for their last checkpoint.
     os.setsid()
+    os.chdir(state)
     supervise(state, endpoint, command)
 
 
