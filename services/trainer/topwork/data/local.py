@@ -19,7 +19,6 @@ from topwork.data.provers import usable_cores
 from topwork.data.records import Records, open_records
 from topwork.data.splits import NAMES, Examples, choose, missing_classes
 from topwork.data.stored import StoredDataset
-from topwork.errors import Stopped
 from topwork.manifest import fetch_whole
 from topwork.spec import TransferJob
 from topwork.spec.compute import in_bytes
@@ -118,10 +117,7 @@ class Split:
 
         Args:
             folder: Scratch of the dataset.
-            workspace: Progress, and the wish to stop.
-
-        Raises:
-            Stopped: If the process was asked to stop.
+            workspace: For its progress.
         """
         content = hashlib.sha256(repr(self.image_size).encode() + self._positions.tobytes()).hexdigest()[:16]
         path = folder / f"{_PIXELS}-{content}.u8"
@@ -139,8 +135,6 @@ class Split:
         )
         with workspace.progress.track("images: decode", self.size) as tracker, part.open("wb") as file:
             for some in fixed(dataset.batch(16).prefetch(2)).as_numpy_iterator():
-                if workspace.stop.is_set():
-                    raise Stopped("Stopped while decoding the images on scratch; the next run decodes them again.")
                 file.write(some.tobytes())
                 tracker.advance(len(some))
         part.replace(path)
@@ -180,7 +174,6 @@ def fetch(dataset: StoredDataset, job: TransferJob, workspace: Workspace) -> Loc
     Raises:
         DataError: If the splits can't be filled.
         UnavailableError: If storage can't be reached, or a file is not what the manifest says.
-        Stopped: If the process was asked to stop.
     """
     spec, facts = job.spec.dataset, dataset.facts
     folder = workspace.scratch / dataset.prefix

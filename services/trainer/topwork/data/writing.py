@@ -99,7 +99,7 @@ def write_tfds(source: Source, provers: Provers, folder: Path, advance: Callable
         source: Where the images come from.
         provers: Who proves them.
         folder: Empty local folder.
-        advance: Called after each image; may raise to end the work.
+        advance: Called after each image.
 
     Returns:
         Name of the folder inside `folder` that holds the dataset (it stands for its content), and the tally.

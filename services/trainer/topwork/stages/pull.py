@@ -12,7 +12,7 @@ from topwork.data.sources import Source, open_source
 from topwork.data.splits import check_splits
 from topwork.data.stored import DatasetFacts, StoredDataset
 from topwork.data.writing import shown_rejections, write_tfds
-from topwork.errors import DataError, Stopped
+from topwork.errors import DataError
 from topwork.manifest import read_manifest, write_whole
 from topwork.spec import TransferJob
 from topwork.workspace import Workspace
@@ -34,7 +34,6 @@ def pull(job: TransferJob, workspace: Workspace) -> StoredDataset:
     Raises:
         DataError: If the source holds no usable images, too many do not decode, or the splits do not fit it.
         UnavailableError: If the source or storage can't be reached.
-        Stopped: If the process was asked to stop.
     """
     with workspace.metrics.stage("pull"):
         source = open_source(job.spec.dataset.source, workspace)
@@ -84,13 +83,7 @@ def _written(source: Source, fingerprint: str, folder: Path, workspace: Workspac
     counts = list(source.splits().values())
     total = None if None in counts else sum(count or 0 for count in counts)
     with workspace.progress.track("pull: images", total) as tracker, Provers() as provers:
-
-        def advance() -> None:
-            if workspace.stop.is_set():
-                raise Stopped("Stopped while pulling the dataset; nothing of it is stored yet.")
-            tracker.advance()
-
-        name, tally = write_tfds(source, provers, folder, advance)
+        name, tally = write_tfds(source, provers, folder, tracker.advance)
     for reason, count in Counter(image.reason for image in tally.rejected).items():
         workspace.metrics.rejected(reason, count)
     return DatasetFacts(
