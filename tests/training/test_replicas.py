@@ -1,0 +1,114 @@
+"""Two replicas learn what one does: same global batches, same losses, same weights within float32 rounding."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+# 23 training and 11 validation images: neither the batch of 6 nor the 2 replicas divide them.
+SPLITS = {"train": "train[:23]", "validation": "train[23:34]", "test": "train[34:]"}
+
+RUN = """
+import json, os, sys
+from pathlib import Path
+import keras, numpy as np
+from topwork.edge.metrics import Metrics
+from topwork.edge.storage import Storage, StorageSettings
+from topwork.progress import Quiet
+from topwork.spec import TransferJob
+from topwork.spec.training import Optimizer
+from topwork.stages.fine_tune import fine_tune
+from topwork.stages.pull import pull
+from topwork.stages.transfer import transfer
+from topwork.training.loop import Phase, Plan
+from topwork.training.stage import train
+from topwork.workspace import Workspace
+
+replicas, out = int(sys.argv[1]), Path(sys.argv[2])
+job = TransferJob.model_validate_json(os.environ["JOB"])
+settings = StorageSettings(*os.environ["S3"].split())
+workspace = Workspace(
+    Storage(os.environ["URI"], settings), Metrics(), Quiet(), Path(os.environ["SCRATCH"]), replicas=replicas
+)
+
+def weights(classifier):
+    path = workspace.scratch / "end.keras"
+    workspace.storage.download(classifier.key, path, classifier.file)
+    return keras.models.load_model(path, compile=False).get_weights()
+
+def normalized():
+    image = keras.Input((32, 32, 3), name="image")
+    pixels = keras.Input((32, 32, 3))
+    maps = keras.layers.Conv2D(4, 3, strides=2, name="convolution")(pixels)
+    maps = keras.layers.ReLU(name="relu")(keras.layers.BatchNormalization(momentum=0.8, name="norm")(maps))
+    features = keras.Model(pixels, maps, name="base")(keras.layers.Rescaling(1 / 255, name="input_scaling")(image))
+    vector = keras.layers.GlobalAveragePooling2D(name="pooling")(features)
+    return keras.Model(image, keras.layers.Dense(1, name="logits")(vector))
+
+dataset = pull(job, workspace)
+first = transfer(job, dataset, workspace)
+second = fine_tune(job, first, dataset, workspace)
+optimizer = Optimizer(name="sgd", learning_rate=0.1)
+plan = Plan("transfer", (Phase("all", 3, optimizer),), 6, "auto", False, None, 1, batch_norm=True)
+other = job.model_copy(update={"metadata": job.metadata.model_copy(update={"name": "normalized"})})
+third = train(plan, normalized, [], other, dataset, workspace)
+assert workspace.metrics.registry.get_sample_value("topwork_replicas") == replicas
+np.savez(out / f"{replicas}.npz", *weights(second), *weights(third))
+(out / f"{replicas}.json").write_text(json.dumps([*second.history, *third.history]))
+"""
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory, s3_settings):
+    """Run the same job on one and on two replicas, each in a process of its own."""
+    yield lambda job, uri: _both(job, uri, tmp_path_factory.mktemp("replicas"), s3_settings)
+
+
+def _both(job, uri, folder, settings):
+    runs = []
+    for replicas in (1, 2):
+        scratch = folder / f"scratch-{replicas}"
+        scratch.mkdir()
+        env = {
+            **os.environ,
+            "JOB": job.model_dump_json(by_alias=True),
+            "S3": f"{settings.endpoint_url} {settings.access_key} {settings.secret_key}",
+            "URI": f"{uri}/{replicas}",
+            "SCRATCH": str(scratch),
+        }
+        ended = subprocess.run(
+            [sys.executable, "-c", RUN, str(replicas), str(folder)],
+            env=env,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert ended.returncode == 0, ended.stderr[-3000:]
+        with np.load(folder / f"{replicas}.npz") as arrays:
+            weights = [arrays[name] for name in arrays.files]
+        runs.append((json.loads((folder / f"{replicas}.json").read_text()), weights))
+    return runs
+
+
+def test_two_replicas_learn_what_one_does(both, make_job):
+    job = make_job(
+        dataset={**make_job().spec.dataset.model_dump(by_alias=True), "splits": SPLITS},
+        augmentation={"flip": "both", "mixUp": 0.3},
+        transfer={
+            "train": "all", "epochs": 3, "batchSize": 6, "classWeights": "balanced",
+            "optimizer": {"name": "sgd", "learningRate": 0.05, "momentum": 0.9},
+        },
+        fineTune={"epochs": 2, "optimizer": {"learningRate": 0.001, "ema": {"momentum": 0.5}}},
+    )  # fmt: skip
+    (one, weights_of_one), (two, weights_of_two) = both(job, job.spec.storage)
+    stages = [("transfer", 3), ("fine-tune", 2), ("transfer", 3)]
+    expected = [(stage, epoch) for stage, epochs in stages for epoch in range(1, epochs + 1)]
+    assert [(row["stage"], row["epoch"]) for row in two] == expected
+    for name in ("loss", "accuracy", "validation_loss", "validation_accuracy", "learning_rate"):
+        np.testing.assert_allclose([row[name] for row in two], [row[name] for row in one], rtol=2e-4, err_msg=name)
+    assert len({row["loss"] for row in one}) == len(one)
+    for first, second in zip(weights_of_one, weights_of_two, strict=True):
+        np.testing.assert_allclose(second, first, rtol=2e-4, atol=2e-5)
