@@ -1,0 +1,137 @@
+"""Every export format, loaded by its own library in another process, against the model that was exported."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from topwork.data.images import resize
+from topwork.errors import SpecError
+from topwork.model.serving import export, with_probabilities
+from topwork.report import recheck as module
+from topwork.report.loaded import load
+from topwork.report.recheck import recheck, spread, write_questions
+
+FORMATS = ("keras", "savedModel", "tflite", "onnx")
+
+
+def logits_model(classes, policy="float32"):
+    """Input scaling, a nested base with BatchNorm and depthwise convolution, and a head."""
+    keras.utils.set_random_seed(classes)
+    image = keras.Input((32, 32, 3), name="image")
+    scaled = keras.layers.Rescaling(1 / 127.5, offset=-1.0, name="input_scaling")(image)
+    seen = keras.Input((32, 32, 3))
+    features = keras.layers.Conv2D(8, 3, strides=2, dtype=policy)(seen)
+    features = keras.layers.BatchNormalization(dtype=policy)(features)
+    features = keras.layers.DepthwiseConv2D(3, activation="relu", dtype=policy)(features)
+    base = keras.Model(seen, features, name="base")
+    vector = keras.layers.GlobalAveragePooling2D(dtype=policy)(base(scaled))
+    units = 1 if classes == 2 else classes
+    return keras.Model(image, keras.layers.Dense(units, name="logits", dtype="float32")(vector))
+
+
+def ask(model, folder):
+    """Questions about 12 random images, half of them as PNG files too."""
+    random = np.random.default_rng(3)
+    images = random.integers(0, 256, (12, 32, 32, 3), dtype=np.uint8)
+    probabilities = model(images.astype(np.float32), training=False).numpy()
+    encoded = [(place, tf.io.encode_png(images[place]).numpy()) for place in range(0, 12, 2)]
+    write_questions(folder, images, probabilities, probabilities.argmax(axis=1), encoded)
+    return probabilities
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_every_format_answers_as_the_model_and_a_tampered_one_is_noticed(classes, tmp_path, capfd):
+    model = with_probabilities(logits_model(classes), classes)
+    probabilities = ask(model, tmp_path / "questions")
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1.0, atol=1e-6)
+    version = tmp_path / "version"
+    version.mkdir()
+    files = export(model, ("a", "b", "ünïcode")[:classes], FORMATS, resize, version)
+    assert capfd.readouterr().out == ""
+    assert files == ("model.keras", "saved_model.pb", "model.tflite", "model.onnx")
+    if classes == 2:  # one process is enough to prove the process
+        found = recheck(version, tmp_path / "questions", FORMATS)
+        assert (found.images, found.encoded_images) == (12, 6)
+        assert set(found.largest_difference) == {*FORMATS, "encoded"}
+        assert set(found.accuracy.values()) == {1.0}
+    else:
+        assert max(module.compare(version, tmp_path / "questions", FORMATS).largest_difference.values()) < 1e-5
+        _tamper(model)
+        model.save(version / "model.keras")
+        found = module.compare(version, tmp_path / "questions", FORMATS)
+        assert found.largest_difference["keras"] > module.TOLERANCE
+        assert found.largest_difference["savedModel"] < 1e-5
+
+
+def _tamper(model):
+    model.set_weights([weights * 1.05 for weights in model.get_weights()])
+
+
+def test_the_saved_model_takes_images_and_files_of_any_size(tmp_path):
+    model = with_probabilities(logits_model(3), 3)
+    export(model, ("a", "b", "ünïcode"), ("savedModel",), resize, tmp_path)
+    signatures = tf.saved_model.load(str(tmp_path)).signatures
+    sizes = [(50, 41), (32, 32), (20, 90)]
+    pictures = [tf.random.stateless_uniform((*size, 3), (0, 1), 0, 256, tf.int32) for size in sizes]
+    wanted = np.concatenate([model(resize(picture, (32, 32))[tf.newaxis]).numpy() for picture in pictures])
+    files = [tf.io.encode_png(tf.cast(picture, tf.uint8)) for picture in pictures]
+    answer = {name: value.numpy() for name, value in signatures["encoded"](bytes=tf.stack(files)).items()}
+    np.testing.assert_allclose(answer["probabilities"], wanted, atol=1e-6)
+    np.testing.assert_allclose(answer["probability"], wanted.max(axis=1), atol=1e-6)
+    names = np.array(["a", "b", "ünïcode"])
+    assert [name.decode() for name in answer["class"]] == names[wanted.argmax(axis=1)].tolist()
+    assert [[name.decode() for name in row] for row in answer["classes"]] == [names.tolist()] * 3
+    image = tf.cast(pictures[0], tf.float32)[tf.newaxis]
+    by_image = signatures["serving_default"](image=image)["probabilities"].numpy()
+    np.testing.assert_allclose(by_image, wanted[:1], atol=1e-6)
+
+
+def test_a_grey_file_is_answered_as_a_coloured_one(tmp_path):
+    model = with_probabilities(logits_model(2), 2)
+    export(model, ("a", "b"), ("savedModel",), resize, tmp_path)
+    encoded = tf.saved_model.load(str(tmp_path)).signatures["encoded"]
+    grey = tf.cast(tf.random.stateless_uniform((40, 40, 1), (0, 1), 0, 256, tf.int32), tf.uint8)
+    files = [tf.io.encode_png(grey), tf.io.encode_png(tf.repeat(grey, 3, axis=-1)), tf.io.encode_jpeg(grey)]
+    answers = encoded(bytes=tf.stack(files))["probabilities"].numpy()
+    np.testing.assert_array_equal(answers[0], answers[1])
+
+
+def test_a_model_trained_in_mixed_precision_is_published_in_float32(tmp_path):
+    mixed = logits_model(3, "mixed_bfloat16")
+    exact = logits_model(3)
+    exact.set_weights(mixed.get_weights())
+    images = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3)).astype(np.float32)
+    published = with_probabilities(mixed, 3)
+    np.testing.assert_array_equal(published(images).numpy(), with_probabilities(exact, 3)(images).numpy())
+    export(published, ("a", "b", "c"), ("keras", "tflite"), resize, tmp_path)
+    np.testing.assert_allclose(load(tmp_path, "tflite").predict(images), published(images).numpy(), atol=1e-5)
+
+
+def test_a_format_that_a_model_can_not_have_is_named(tmp_path, monkeypatch):
+    model = with_probabilities(logits_model(2), 2)
+
+    def refuse(*arguments, **named):
+        raise ValueError("no converter for Frobnicate\nand pages more")
+
+    monkeypatch.setattr(model, "export", refuse)
+    with pytest.raises(SpecError) as raised:
+        export(model, ("a", "b"), ("onnx",), resize, tmp_path)
+    assert str(raised.value) == (
+        "spec.publish.formats holds onnx, but this model can't be converted to it (ValueError: no converter for "
+        "Frobnicate). Leave onnx out."
+    )
+
+
+def test_a_file_that_does_not_load_stops_the_recheck(tmp_path):
+    model = with_probabilities(logits_model(2), 2)
+    ask(model, tmp_path / "questions")
+    (tmp_path / "model.keras").write_bytes(b"not a model")
+    with pytest.raises(RuntimeError, match="What was exported does not load in a fresh process"):
+        recheck(tmp_path, tmp_path / "questions", ("keras",))
+
+
+def test_indices_are_spread_over_the_whole_split():
+    assert spread(5, 10).tolist() == [0, 1, 2, 3, 4]
+    assert spread(101, 3).tolist() == [0, 50, 100]
+    assert spread(1, 3).tolist() == [0]
