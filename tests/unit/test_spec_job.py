@@ -1,0 +1,267 @@
+"""The job as Python sees it: its defaults, its digest and how strict it is."""
+
+from typing import Any
+
+import pytest
+from pydantic import Strict, ValidationError
+
+from topwork.spec import TransferJob, shape
+
+LEAST: dict[str, Any] = {
+    "apiVersion": "topwork.dev/v1alpha1",
+    "kind": "TransferJob",
+    "metadata": {"name": "least"},
+    "spec": {
+        "storage": "s3://bucket/prefix",
+        "dataset": {
+            "source": {"tfds": "cats_vs_dogs"},
+            "splits": {"train": "train[:80%]", "test": "train[80%:]"},
+            "imageSize": [96, 96],
+        },
+        "model": {"base": {"application": "MobileNetV2"}},
+        "fineTune": {"epochs": 1},
+    },
+}
+OPTIMIZER = {
+    "name": "adam",
+    "learningRate": 0.001,
+    "schedule": {
+        "name": "constant",
+        "warmupEpochs": 0.0,
+        "finalFraction": 0.0,
+        "rate": None,
+        "factor": None,
+        "atEpochs": [],
+    },
+    "momentum": None,
+    "nesterov": None,
+    "beta1": None,
+    "beta2": None,
+    "rho": None,
+    "epsilon": None,
+    "weightDecay": None,
+    "clipnorm": None,
+    "globalClipnorm": None,
+    "clipvalue": None,
+    "gradientAccumulationSteps": None,
+    "ema": None,
+}
+DEFAULTS = {
+    "dataset": {
+        "source": {"tfds": "cats_vs_dogs", "folder": None, "archive": None, "table": None},
+        "splits": {"train": "train[:80%]", "validation": None, "test": "train[80%:]", "perClass": None},
+        "imageSize": [96, 96],
+        "onCorruptImage": "skip",
+        "maxRejectedRatio": 0.2,
+    },
+    "model": {
+        "base": {"application": "MobileNetV2", "weights": None, "saved": None, "cnn": None},
+        "head": {"pooling": "avg", "hidden": [], "dropout": 0.2},
+    },
+    "augmentation": {
+        "flip": "none",
+        "rotation": 0.0,
+        "zoom": 0.0,
+        "translation": 0.0,
+        "contrast": 0.0,
+        "brightness": 0.0,
+        "randAugment": None,
+        "mixUp": 0.0,
+        "cutMix": 0.0,
+    },
+    "transfer": {
+        "train": "head",
+        "epochs": 10,
+        "batchSize": 64,
+        "optimizer": OPTIMIZER,
+        "loss": "auto",
+        "classWeights": "none",
+        "earlyStopping": None,
+        "featureCache": "auto",
+    },
+    "fineTune": {
+        "epochs": 1,
+        "unfreeze": "all",
+        "batchSize": None,
+        "optimizer": OPTIMIZER | {"learningRate": 1e-5},
+        "classWeights": None,
+        "earlyStopping": None,
+    },
+    "evaluate": {"metrics": ["accuracy", "f1", "auc"], "gates": []},
+    "publish": {"name": None, "formats": ["keras", "savedModel"]},
+    "compute": {
+        "gpus": 1,
+        "cpu": 4,
+        "memory": "16Gi",
+        "sharedMemory": "2Gi",
+        "scratch": "50Gi",
+        "precision": "auto",
+        "queue": None,
+        "deadlineSeconds": 86400,
+        "retries": 3,
+        "ttlSecondsAfterFinished": 86400,
+        "nodeSelector": {},
+        "tolerations": [],
+        "priorityClassName": None,
+    },
+    "metrics": {"pushgateway": None, "lingerSeconds": 0},
+    "seed": 42,
+    "storage": "s3://bucket/prefix",
+}
+
+
+def with_spec(**changes: Any) -> TransferJob:
+    return TransferJob.model_validate(LEAST | {"spec": LEAST["spec"] | changes})
+
+
+def test_defaults_are_these() -> None:
+    job = TransferJob.model_validate(LEAST)
+    assert job.model_dump(mode="json", by_alias=True)["spec"] == DEFAULTS
+
+
+def test_defaults_of_parts_that_are_left_out_are_these() -> None:
+    job = with_spec(
+        dataset={
+            "source": {"archive": {"uri": "a.zip"}},
+            "splits": {"perClass": {"train": 9, "validation": 1, "test": 3}},
+            "imageSize": [96, 96],
+        },
+        model={"base": {"saved": {"uri": "a.keras"}}},
+        augmentation={"randAugment": {}},
+        transfer={"loss": {}, "earlyStopping": {}, "optimizer": {"ema": {}}},
+    ).model_dump(mode="json", by_alias=True)["spec"]
+    assert job["dataset"]["source"]["archive"] == {"uri": "a.zip", "root": "", "sha256": None}
+    assert job["model"]["base"]["saved"] == {"uri": "a.keras", "cutAt": None}
+    assert job["augmentation"]["randAugment"] == {"operations": 2, "magnitude": 0.5}
+    assert job["transfer"]["loss"] == {"name": "auto", "labelSmoothing": 0.0, "gamma": 2.0}
+    assert job["transfer"]["earlyStopping"] == {"monitor": "loss", "patience": 3, "minDelta": 0.0}
+    assert job["transfer"]["optimizer"]["ema"] == {"momentum": 0.99}
+
+
+def test_digest_of_a_spec_never_changes() -> None:
+    # The digest names the run in storage. Another digest for the same spec orphans the checkpoints of every run that
+    # is under way and trains every finished one again. A new field, or another default, changes it: that needs
+    # an entry in the changelog that says so.
+    job = TransferJob.model_validate(LEAST)
+    assert job.digest == "ce288bae5516706c5538969085595b9d47ec75ff5d883945a4767f2cab2d7201"
+    assert job.run == f"least-{job.digest[:8]}"
+
+
+def test_digest_leaves_out_what_changes_no_result() -> None:
+    job = TransferJob.model_validate(LEAST | {"metadata": {"name": "least", "labels": {"team": "vision"}}})
+    moved = with_spec(compute={"gpus": 2, "cpu": "500m"}, metrics={"lingerSeconds": 5})
+    assert {job.digest, moved.digest} == {TransferJob.model_validate(LEAST).digest}
+
+
+@pytest.mark.parametrize("changes", [{"seed": 1}, {"transfer": {"epochs": 11}}, {"storage": "s3://bucket/other"}])
+def test_digest_tells_apart_what_changes_the_result(changes: dict[str, Any]) -> None:
+    assert with_spec(**changes).digest != TransferJob.model_validate(LEAST).digest
+
+
+def test_digest_is_that_of_the_value_and_not_of_its_notation() -> None:
+    written = with_spec(transfer={"optimizer": {"learningRate": 1}})
+    assert written.digest == with_spec(transfer={"optimizer": {"learningRate": 1.0}}).digest
+
+
+@pytest.mark.parametrize("by_alias", [True, False])
+def test_job_comes_back_from_what_it_is_written_as(by_alias: bool) -> None:
+    job = with_spec(
+        transfer={"loss": {"name": "focal", "gamma": 3.0}, "optimizer": {"schedule": {"name": "cosine"}}},
+        fineTune={"unfreeze": {"steps": [{"layers": 2, "epochs": 1, "learningRate": 1e-5}]}},
+        compute={"cpu": 0.5, "tolerations": [{"operator": "Exists"}]},
+    )
+    assert TransferJob.model_validate(job.model_dump(mode="json", by_alias=by_alias)) == job
+    assert TransferJob.model_validate_json(job.model_dump_json(by_alias=by_alias)) == job
+
+
+@pytest.mark.parametrize("unfreeze", ["all", {"layers": 3}, {"from": "block_13_expand"}], ids=["all", "layers", "from"])
+def test_unfreeze_takes_each_of_its_forms(unfreeze: Any) -> None:
+    job = with_spec(fineTune={"epochs": 1, "unfreeze": unfreeze})
+    assert job.model_dump(by_alias=True)["spec"]["fineTune"]["unfreeze"] == unfreeze
+
+
+@pytest.mark.parametrize("cut_at", ["flatten", -3])
+def test_cut_at_takes_a_name_or_an_index(cut_at: Any) -> None:
+    job = with_spec(model={"base": {"saved": {"uri": "s3://bucket/a.keras", "cutAt": cut_at}}})
+    assert job.spec.model.base.saved
+    assert job.spec.model.base.saved.cut_at == cut_at
+
+
+def test_job_is_frozen() -> None:
+    job = TransferJob.model_validate(LEAST)
+    with pytest.raises(ValidationError, match="frozen"):
+        job.spec.seed = 1  # type: ignore[misc]
+
+
+def test_every_number_and_boolean_is_strict() -> None:
+    lax = [
+        f"{path}.{key}"
+        for path, part in shape.parts(TransferJob)
+        for key, field in shape.keys(part).items()
+        for kind in shape.kinds(field.annotation, field.metadata)
+        if kind.of in {int, float, bool} and not kind.find(Strict)
+    ]
+    assert lax == []
+
+
+def test_every_key_is_described() -> None:
+    silent = [
+        f"{path}.{key}"
+        for path, part in shape.parts(TransferJob)
+        for key, field in shape.keys(part).items()
+        if not (field.description or "").endswith(".")
+    ]
+    assert silent == []
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        # Two stages of gradient descent, the second far gentler.
+        {
+            "transfer": {"optimizer": {"name": "sgd", "learningRate": 0.2, "momentum": 0.9}},
+            "fineTune": {"epochs": 5, "optimizer": {"name": "sgd", "learningRate": 0.01, "momentum": 0.9}},
+        },
+        # Rates of two optimizers can't be compared.
+        {"fineTune": {"epochs": 5, "optimizer": {"name": "sgd", "learningRate": 0.01}}},
+        # The same rate as before is no larger step.
+        {"fineTune": {"epochs": 5, "optimizer": {"learningRate": 0.001}}},
+        # A base that has learnt nothing has nothing to lose.
+        {
+            "model": {"base": {"cnn": {"filters": [8]}}},
+            "transfer": {"train": "all"},
+            "fineTune": {"epochs": 5, "optimizer": {"learningRate": 0.01}},
+        },
+    ],
+)
+def test_fine_tuning_at_a_fitting_rate_is_accepted(changes: dict[str, Any]) -> None:
+    with_spec(**changes)
+
+
+def test_one_gpu_may_accumulate_and_clip_globally_and_take_any_batch() -> None:
+    with_spec(
+        transfer={"batchSize": 7, "optimizer": {"gradientAccumulationSteps": 4, "globalClipnorm": 1.0}},
+        compute={"gpus": 1},
+    )
+
+
+def test_validation_may_serve_as_test() -> None:
+    splits = {"train": "train[:80%]", "validation": "train[80%:]"}
+    with_spec(dataset=LEAST["spec"]["dataset"] | {"splits": splits})
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        {"tfds": "mnist"},
+        {"tfds": "imagenet_resized/32x32:0.1.*"},
+        {"folder": {"uri": "s3://bucket"}},
+        {"folder": {"uri": "../photos of cats"}},
+        {"archive": {"uri": "https://host/download?id=12", "root": "PetImages"}},
+        {"archive": {"uri": "s3://bucket/a/b@c.tar.xz"}},
+        {"table": {"uri": "labels.JSONL"}},
+    ],
+    ids=str,
+)
+def test_source_takes_each_of_its_forms(source: dict[str, Any]) -> None:
+    with_spec(dataset=LEAST["spec"]["dataset"] | {"source": source})
