@@ -66,7 +66,10 @@ class Optimizer(Part):
         "adadelta", "adafactor", "adagrad", "adam", "adamax", "adamw", "ftrl", "lion", "nadam", "rmsprop", "sgd"
     ] = Field(default="adam", description="Optimizer of keras.optimizers.")
     learning_rate: LearningRate = Field(default=0.001, description="Learning rate at its peak.")
-    schedule: Schedule = Field(default=Schedule(name="constant"), description="Course of the learning rate.")
+    schedule: Schedule = Field(
+        default=Schedule(name="constant"),
+        description="Course of the learning rate; each of unfreeze.steps begins anew.",
+    )
     momentum: Share | None = Field(default=None, description="sgd, rmsprop: momentum.")
     nesterov: YesNo | None = Field(default=None, description="sgd: Nesterov momentum.")
     beta1: Share | None = Field(default=None, description="adam family, lion: decay of the mean.")

@@ -46,7 +46,7 @@ def _section(path: str, part: type[Part]) -> Iterator[str]:
     if rules:
         yield "Rules that cross these keys:"
         yield ""
-        yield from (f"- {check.__name__.replace('_', ' ')}: {check.__doc__}" for check in rules)
+        yield from (f"- **{check.__name__.replace('_', ' ')}**: {check.__doc__}" for check in rules)
         yield ""
 
 

@@ -166,8 +166,12 @@ def transfer_schedule_fits(transfer: Transfer) -> Iterator[Refusal]:
 
 @rule(FineTune)
 def fine_tune_schedule_fits(fine_tune: FineTune) -> Iterator[Refusal]:
-    """As in transfer."""
-    if fine_tune.epochs is not None:
+    """As in transfer; with steps, the schedule begins anew in each."""
+    if isinstance(fine_tune.unfreeze, UnfreezeSteps):
+        yield from _schedule_fits(
+            fine_tune.optimizer.schedule, min(step.epochs for step in fine_tune.unfreeze.steps), " of the shortest step"
+        )
+    elif fine_tune.epochs is not None:
         yield from _schedule_fits(fine_tune.optimizer.schedule, fine_tune.epochs)
 
 
@@ -207,26 +211,16 @@ def steps_go_down(fine_tune: FineTune) -> Iterator[Refusal]:
                 )
 
 
-@rule(FineTune)
-def steps_have_a_constant_rate(fine_tune: FineTune) -> Iterator[Refusal]:
-    """The steps are the course of the learning rate."""
-    schedule = fine_tune.optimizer.schedule
-    if isinstance(fine_tune.unfreeze, UnfreezeSteps) and schedule.name != "constant":
-        yield Refusal(
-            "optimizer.schedule",
-            f"{schedule.name} stands beside unfreeze.steps, each of which has its own learningRate. Take it out.",
-        )
-
-
-def _schedule_fits(schedule: Schedule, epochs: int) -> Iterator[Refusal]:
+def _schedule_fits(schedule: Schedule, epochs: int, of: str = "") -> Iterator[Refusal]:
     if schedule.warmup_epochs >= epochs:
         yield Refusal(
             "optimizer.schedule.warmupEpochs",
-            f"{shown(schedule.warmup_epochs)} is not below epochs {epochs}: the stage would end before the learning "
-            "rate is reached. Try a tenth of the epochs.",
+            f"{shown(schedule.warmup_epochs)} is not below epochs {epochs}{of}: it would end before the learning rate "
+            "is reached. Try a tenth of the epochs.",
         )
     if schedule.at_epochs and schedule.at_epochs[-1] >= epochs:
         yield Refusal(
             f"optimizer.schedule.atEpochs.{len(schedule.at_epochs) - 1}",
-            f"{schedule.at_epochs[-1]} is not before the last epoch, {epochs}: the step would never come. Take it out.",
+            f"{schedule.at_epochs[-1]} is not before the last epoch{of}, {epochs}: the step would never come. "
+            "Take it out.",
         )
