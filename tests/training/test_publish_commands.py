@@ -1,0 +1,183 @@
+"""`topwork predict` and `topwork models`, on a model in storage."""
+
+import csv
+import io
+import json
+import shutil
+
+import keras
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from topwork.cli import app
+from topwork.cli.addresses import ModelAddress, model_address
+from topwork.data.images import resize
+from topwork.errors import DataError, SettingError
+from topwork.manifest import write_whole
+from topwork.model.serving import export
+from topwork.stages import versions
+
+
+@pytest.fixture
+def command(s3_settings, monkeypatch):
+    """Run a command against the storage of the tests, as a user with an endpoint of their own would."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_settings.endpoint_url)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", s3_settings.access_key)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", s3_settings.secret_key)
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+
+    def run(*words):
+        ended = CliRunner().invoke(app, [str(word) for word in words])
+        if ended.exception and not isinstance(ended.exception, SystemExit):
+            raise ended.exception
+        return ended
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A version's folder with a model that tells red from blue by their mean, and not by training."""
+    folder = tmp_path_factory.mktemp("version")
+    image = keras.Input((32, 32, 3), name="image")
+    means = keras.layers.GlobalAveragePooling2D()(image)
+    dense = keras.layers.Dense(2)
+    logits = dense(means)
+    dense.set_weights([np.array([[-0.05, 0.05], [0, 0], [0.05, -0.05]]), np.zeros(2)])
+    model = keras.Model(image, keras.layers.Softmax()(logits))
+    export(model, ("blue", "red"), ("keras", "savedModel"), resize, folder)
+    (folder / "labels.txt").write_text("blue\nred\n")
+    return folder
+
+
+@pytest.fixture
+def published(storage, exported):
+    """Versions 1 and 2 of `colours`, the second of them the latest; version 3 is only begun."""
+    for number in (1, 2):
+        version = versions.Version(
+            name="colours", version=number, uri=storage.uri_of(f"models/colours/{number}"), run="colours-0123abcd",
+            published="2030-01-02T03:04:05Z", main_metric="auc", metrics={"auc": 0.9 + number / 100, "loss": 0.5},
+        )  # fmt: skip
+        write_whole(storage, versions.prefix_of("colours", number), exported, version.model_dump(mode="json"))
+    versions.move_latest(storage, "colours")
+    assert versions.claim(storage, "colours", "another") == 3
+    return storage
+
+
+def test_list_shows_each_model_with_its_latest_version(command, published):
+    lines = command("models", "list", published.uri).output.splitlines()
+    assert [line.split() for line in lines] == [
+        ["model", "latest", "versions", "metric", "published"],
+        ["colours", "2", "2", "auc", "0.9200", "2030-01-02T03:04:05Z"],
+    ]
+    (told,) = json.loads(command("models", "list", published.uri, "--json").output)
+    assert (told["name"], told["versions"], told["latest"]["version"]) == ("colours", [1, 2], 2)
+
+
+def test_list_of_an_empty_storage_says_so(command, storage):
+    assert command("models", "list", storage.uri).output == f"No models are published in {storage.uri}.\n"
+
+
+def test_show_takes_a_storage_and_a_name_or_an_address(command, published):
+    shown = command("models", "show", published.uri, "colours").output
+    assert shown.startswith(f"colours version 2\n  model      {published.uri}/models/colours/2\n")
+    assert "auc        0.9200" in shown
+    assert command("models", "show", f"{published.uri}/models/colours/latest").output == shown
+    first = json.loads(command("models", "show", f"{published.uri}/models/colours/1", "--json").output)
+    assert (first["version"], first["files"]["labels.txt"]) == (1, 9)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["colour"], "{uri} has no model colour. Published models: colours."),
+        (["colours", "--version", "3"], "{uri} has no version 3 of colours. Published: 1, 2."),
+        ([], "{uri} does not name a published model. Give its storage and its name, such as"),
+    ],
+)
+def test_show_names_what_there_is(command, published, words, message):
+    with pytest.raises(SettingError) as raised:
+        command("models", "show", published.uri, *words)
+    assert str(raised.value).startswith(message.format(uri=published.uri))
+
+
+def test_fetch_brings_the_whole_version_or_nothing(command, published, exported, tmp_path):
+    target = tmp_path / "fetched"
+    command("models", "fetch", published.uri, "colours", target, "--version", "1")
+    files = {path.relative_to(exported) for path in exported.rglob("*") if path.is_file()}
+    assert {path.relative_to(target) for path in target.rglob("*") if path.is_file()} == files
+    with pytest.raises(SettingError, match="exists already"):
+        command("models", "fetch", f"{published.uri}/models/colours", target)
+
+    published.write("models/colours/2/labels.txt", b"red\nblue\n")
+    with pytest.raises(Exception, match=r"labels\.txt is not what its manifest says"):
+        command("models", "fetch", f"{published.uri}/models/colours", tmp_path / "damaged")
+    assert [path.name for path in tmp_path.iterdir()] == ["fetched"]
+
+
+def test_an_address_in_one_word_may_hold_the_word_models_before():
+    assert model_address("s3://b/models/x/models/cats/3") == ModelAddress("s3://b/models/x", "cats", 3)
+    assert model_address("s3://b/models/cats/") == ModelAddress("s3://b", "cats")
+
+
+def pictures(folder):
+    """A red JPEG, a blue PNG, a file that is no image, and one that is not asked about."""
+    folder.mkdir()
+    Image.new("RGB", (50, 40), (220, 20, 30)).save(folder / "a-red.jpg")
+    Image.new("RGB", (40, 60), (20, 20, 200)).save(folder / "b-blue.png")
+    (folder / "c-broken.jpg").write_bytes(b"\xff\xd8\xff not a picture")
+    (folder / "notes.txt").write_text("not asked about")
+    return folder
+
+
+def test_predict_answers_what_can_be_read_and_reports_the_rest(command, published, tmp_path):
+    folder = pictures(tmp_path / "pictures")
+    with pytest.raises(DataError, match=r"1 of 3 images could not be read\.") as raised:
+        command("predict", f"{published.uri}/models/colours/latest", folder)
+    assert raised.value.exit_code == 2
+
+
+def test_predict_tells_classes_and_probabilities_as_lines_json_and_csv(command, exported, tmp_path):
+    folder = pictures(tmp_path / "pictures")
+    (folder / "c-broken.jpg").unlink()
+    lines = command("predict", exported, folder).output.splitlines()
+    assert lines == [f"{folder}/a-red.jpg: red 100.0 %", f"{folder}/b-blue.png: blue 100.0 %"]
+    red, blue = map(
+        json.loads, command("predict", exported / "model.keras", folder, "--json", "--top", 2).output.splitlines()
+    )
+    assert [entry["class"] for entry in red["classes"]] == ["red", "blue"]
+    assert sum(entry["probability"] for entry in blue["classes"]) == pytest.approx(1.0)
+    rows = list(csv.DictReader(io.StringIO(command("predict", exported, folder / "a-red.jpg", "--csv").output)))
+    assert [(row["rank"], row["class"]) for row in rows] == [("1", "red")]
+
+
+def test_predict_reads_images_from_storage(command, published, tmp_path):
+    folder = pictures(tmp_path / "pictures")
+    published.upload(folder / "a-red.jpg", "new/a-red.jpg")
+    published.upload(folder / "b-blue.png", "new/deep/b-blue.png")
+    model = f"{published.uri}/models/colours/1"
+    assert command("predict", model, published.uri_of("new/a-red.jpg")).output == (
+        f"{published.uri_of('new/a-red.jpg')}: red 100.0 %\n"
+    )
+    told = command("predict", model, published.uri_of("new/"), "--json").output.splitlines()
+    assert [json.loads(line)["classes"][0]["class"] for line in told] == ["red", "blue"]
+
+
+def test_predict_needs_no_keras_file(command, exported, tmp_path):
+    folder = pictures(tmp_path / "pictures")
+    shutil.copytree(exported, tmp_path / "served")
+    (tmp_path / "served" / "model.keras").unlink()
+    lines = command("predict", tmp_path / "served", folder / "b-blue.png", folder / "a-red.jpg").output.splitlines()
+    assert [line.split(": ")[1] for line in lines] == ["blue 100.0 %", "red 100.0 %"]
+
+
+def test_predict_says_what_is_no_model(command, tmp_path):
+    with pytest.raises(SettingError, match=r"nowhere does not exist\. Name an s3:// address, a \.keras file"):
+        command("predict", tmp_path / "nowhere", "image.jpg")
+    with pytest.raises(SettingError, match=r"holds no model: expected one of model\.keras, saved_model\.pb"):
+        command("predict", tmp_path, "image.jpg")
+    (tmp_path / "bad.keras").write_bytes(b"bad")
+    with pytest.raises(DataError, match=r"bad\.keras can't be loaded as a Keras model for RGB images: "):
+        command("predict", tmp_path / "bad.keras", "image.jpg")
