@@ -1,5 +1,6 @@
 """The classification models of keras.applications, each with the input scaling that its weights were trained on."""
 
+import warnings
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -126,8 +127,11 @@ def scaled(image: Any, scaling: Scaling) -> Any:
 
 def _load_weights(base: keras.Model, path: Path, name: str) -> None:
     try:
-        base.load_weights(path)
-    except (ValueError, OSError, KeyError) as error:
+        with warnings.catch_warnings():
+            # Keras only warns where a file lacks a layer, and leaves that layer at random values.
+            warnings.simplefilter("error", UserWarning)
+            base.load_weights(path)
+    except (ValueError, OSError, KeyError, UserWarning) as error:
         raise DataError(
             f"{path.name} doesn't hold the weights of {name} without its head (include_top=False): "
             f"{str(error).splitlines()[0]} Save them with model.save_weights('{name}.weights.h5')."

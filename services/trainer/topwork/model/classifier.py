@@ -7,6 +7,7 @@ import keras
 
 from topwork.model.bases import features
 from topwork.model.heads import logits
+from topwork.model.saved import with_dtype
 from topwork.spec.model import Model
 
 
@@ -46,10 +47,7 @@ def in_precision(model: keras.Model, policy: str) -> keras.Model:
         return model
 
     def copied(layer: Any) -> Any:
-        config = layer.get_config()
-        if not isinstance(layer, keras.Model):
-            config = {**config, "dtype": "float32" if layer.name in _ALWAYS_FLOAT32 else policy}
-        return layer.__class__.from_config(config)
+        return with_dtype(layer, "float32" if layer.name in _ALWAYS_FLOAT32 else policy)
 
     copy = keras.models.clone_model(model, clone_function=copied, recursive=True)
     copy.set_weights(model.get_weights())

@@ -68,7 +68,7 @@ def _chosen(base: keras.Model, what: Unfrozen) -> list[Any]:
     if isinstance(what, UnfreezeFrom):
         names = [layer.name for layer in layers]
         if what.from_layer not in names:
-            near = get_close_matches(what.from_layer, names, n=3, cutoff=0.4) or names[-5:]
+            near = get_close_matches(what.from_layer, names, n=2, cutoff=0.4) or names[-2:]
             raise DataError(
                 f"spec.fineTune.unfreeze.from is {what.from_layer}, but the base has no layer of that name. "
                 f"Did you mean {' or '.join(near)}?"

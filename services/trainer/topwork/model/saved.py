@@ -35,10 +35,12 @@ def cut(path: Path, cut_at: str | int | None, image_size: tuple[int, int]) -> ke
     try:
         copy, ends = _clone(model, image)
         output = ends.input_of(_last_with_weights(model, path)) if name is None else ends.output_of(name)
+        base = keras.Model(copy.inputs, output, name="base")
+        # Layer by layer: above the cut, a layer of another image size may not fit and isn't needed.
+        for layer in ends.layers_of(base):
+            layer.set_weights(model.get_layer(layer.name).get_weights())
     except ValueError as error:
         raise DataError(_size_refusal(model, path, image_size, error)) from error
-    copy.set_weights(model.get_weights())
-    base = keras.Model(copy.inputs, output, name="base")
     base.trainable = True
     return base
 
@@ -50,6 +52,7 @@ class _Ends:
         self._inputs: dict[str, Any] = {}
         self._outputs: dict[str, Any] = {}
         self._layers: dict[str, Any] = {}
+        self._cut: Any = None
 
     def call(self, layer: Any, *args: Any, **kwargs: Any) -> Any:
         """Call a layer of the copy and keep what went in and came out."""
@@ -62,11 +65,17 @@ class _Ends:
         """KerasTensor that goes into a layer."""
         return self._inputs[name]
 
+    def layers_of(self, base: keras.Model) -> list[Any]:
+        """Layers of the copy that a base is made of; where it's cut within a nested model, that model."""
+        inside = {id(layer) for layer in base.layers}
+        return [layer for layer in self._layers.values() if id(layer) in inside or layer is self._cut]
+
     def output_of(self, name: str) -> Any:
         """KerasTensor that comes out of a layer, also where the layer is one of a nested model."""
         if name in self._outputs:
             return self._outputs[name]
         outer = next(layer for layer in self._layers.values() if _holds(layer, name))
+        self._cut = outer
         below = keras.Model(outer.inputs, _tensor_of(outer, name), name=outer.name)
         return below(self._inputs[outer.name])
 
@@ -79,11 +88,24 @@ def _clone(model: keras.Model, image: Any) -> tuple[keras.Model, _Ends]:
     return copy, ends
 
 
-def _in_float32(layer: Any) -> Any:
+def with_dtype(layer: Any, policy: str) -> Any:
+    """Copy a layer without its weights into a number format.
+
+    Args:
+        layer: A layer, or an operation such as a flip, which has no format of its own and is copied as it is.
+        policy: Keras dtype policy.
+
+    Returns:
+        The copy.
+    """
     config = layer.get_config()
-    if isinstance(layer, keras.Model):
-        return layer.__class__.from_config(config)
-    return layer.__class__.from_config({**config, "dtype": "float32"})
+    if isinstance(layer, keras.layers.Layer) and not isinstance(layer, keras.Model):
+        config = {**config, "dtype": policy}
+    return layer.__class__.from_config(config)
+
+
+def _in_float32(layer: Any) -> Any:
+    return with_dtype(layer, "float32")
 
 
 def _holds(layer: Any, name: str) -> bool:
@@ -174,9 +196,9 @@ def _layer_name(model: keras.Model, cut_at: str | int | None, path: Path) -> str
                 f"lies between {-len(model.layers)} and {len(model.layers) - 1}."
             )
         return str(model.layers[cut_at].name)
-    names = all_names(model)
+    names = _all_names(model)
     if cut_at not in names:
-        near = get_close_matches(cut_at, names, n=3, cutoff=0.4) or names[-5:]
+        near = get_close_matches(cut_at, names, n=2, cutoff=0.4) or names[-2:]
         raise DataError(
             f"spec.model.base.saved.cutAt is {cut_at}, but {path.name} has no layer of that name. "
             f"Did you mean {' or '.join(near)}?"
@@ -184,13 +206,13 @@ def _layer_name(model: keras.Model, cut_at: str | int | None, path: Path) -> str
     return cut_at
 
 
-def all_names(model: keras.Model) -> list[str]:
+def _all_names(model: keras.Model) -> list[str]:
     """List the names of all layers of a model, those of nested models too, from input to output."""
     names: list[str] = []
     for layer in model.layers:
         names.append(layer.name)
         if isinstance(layer, keras.Model):
-            names += all_names(layer)
+            names += _all_names(layer)
     return names
 
 

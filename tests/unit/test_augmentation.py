@@ -1,0 +1,96 @@
+"""Views of the training images: decided by the seed of the step alone, and within 0..255."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from topwork.model.augmentation import augment
+from topwork.spec.model import Augmentation
+
+KINDS = {
+    "flip": {"flip": "both"},
+    "horizontal flip": {"flip": "horizontal"},
+    "rotation": {"rotation": 0.2},
+    "zoom": {"zoom": 0.4},
+    "translation": {"translation": 0.3},
+    "contrast": {"contrast": 0.5},
+    "brightness": {"brightness": 0.5},
+    "randAugment": {"randAugment": {"operations": 2, "magnitude": 0.6}},
+    "mixUp": {"mixUp": 0.4},
+    "cutMix": {"cutMix": 2.0},
+}
+MIXED = {"mixUp", "cutMix"}
+RANDOM = np.random.default_rng(0)
+IMAGES = RANDOM.integers(0, 256, (16, 16, 16, 3)).astype(np.float32)
+LABELS = np.eye(4, dtype=np.float32)[np.arange(16) % 4]
+
+
+def views(settings, seeds, images=IMAGES):
+    """Apply in graph mode inside tf.data, as training does."""
+    change = augment(Augmentation.model_validate(settings))
+    dataset = tf.data.Dataset.from_tensor_slices(np.array(seeds, np.int32))
+    dataset = dataset.map(lambda seed: change(tf.constant(images), tf.constant(LABELS), seed), num_parallel_calls=2)
+    return [(image.numpy(), label.numpy()) for image, label in dataset]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_seed_alone_decides(kind):
+    first, again, other = views(KINDS[kind], [(1, 2), (1, 2), (1, 3)])
+    (elsewhere,) = views(KINDS[kind], [(1, 2)])
+    for one, two in zip(first, again, strict=True):
+        np.testing.assert_array_equal(one, two)
+    for one, two in zip(first, elsewhere, strict=True):
+        np.testing.assert_array_equal(one, two)
+    assert not np.array_equal(first[0], other[0])
+    assert not np.array_equal(first[0], IMAGES)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_images_stay_images_and_labels_labels(kind):
+    for images, labels in views(KINDS[kind], [(n, n + 1) for n in range(4)]):
+        assert images.shape == IMAGES.shape
+        assert images.dtype == np.float32
+        assert images.min() >= 0.0
+        assert images.max() <= 255.0
+        assert np.isfinite(images).all()
+        np.testing.assert_allclose(labels.sum(axis=1), 1.0, rtol=1e-5)
+        if kind not in MIXED:
+            np.testing.assert_array_equal(labels, LABELS)
+
+
+@pytest.mark.parametrize("kind", sorted(set(KINDS) - MIXED))
+def test_each_image_has_its_own_view(kind):
+    same = np.repeat(IMAGES[:1], 16, axis=0)
+    ((images, _),) = views(KINDS[kind], [(5, 6)], same)
+    assert len({image.tobytes() for image in images}) > 1
+
+
+def test_horizontal_flip_mirrors_whole_images():
+    ((images, _),) = views({"flip": "horizontal"}, [(7, 8)])
+    flipped = [np.array_equal(image, original[:, ::-1]) for image, original in zip(images, IMAGES, strict=True)]
+    kept = [np.array_equal(image, original) for image, original in zip(images, IMAGES, strict=True)]
+    assert all(a != b for a, b in zip(flipped, kept, strict=True))
+    assert 2 < sum(flipped) < 14
+
+
+def test_mix_up_mixes_labels_as_it_mixes_images():
+    flat = np.zeros_like(IMAGES)
+    flat[np.arange(16) % 4 == 1] = 200.0
+    ((images, labels),) = views({"mixUp": 1.0}, [(3, 4)], flat)
+    np.testing.assert_allclose(images.mean(axis=(1, 2, 3)), 200.0 * labels[:, 1], rtol=1e-4, atol=1e-2)
+    assert len(np.unique(labels)) > 4
+
+
+def test_cut_mix_weighs_labels_by_area():
+    flat = np.zeros_like(IMAGES)
+    flat[np.arange(16) % 4 == 1] = 200.0
+    ((images, labels),) = views({"cutMix": 2.0}, [(3, 4)], flat)
+    np.testing.assert_allclose(images.mean(axis=(1, 2, 3)), 200.0 * labels[:, 1], atol=20.0)  # Keras rounds the patch
+    assert len(np.unique(labels)) > 4
+
+
+def test_several_changes_go_together_and_none_is_none():
+    settings = {"flip": "both", "rotation": 0.1, "randAugment": {}, "mixUp": 0.2}
+    first, again = views(settings, [(1, 2), (1, 2)])
+    np.testing.assert_array_equal(first[0], again[0])
+    assert augment(Augmentation()) is None

@@ -1,0 +1,110 @@
+"""Every model of keras.applications by name, with its own input scaling, and the heads that go on top."""
+
+import importlib
+
+import keras
+import numpy as np
+import pytest
+
+from topwork.errors import DataError, SpecError, UnavailableError
+from topwork.model.backbones import SCALINGS, Backbone, backbone, scaled
+from topwork.model.classifier import build, in_precision
+from topwork.spec.applications import LEAST_SIDE
+from topwork.spec.model import Head, Model
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3)).astype(np.float32)
+MODULES = {"tf": "xception", "torch": "densenet", "caffe": "vgg16"}
+
+
+def preprocess_input(name):
+    module = getattr(keras.applications, name).__module__.replace("keras.src.", "keras.")
+    return importlib.import_module(module).preprocess_input
+
+
+def test_the_table_names_every_classification_model_of_keras():
+    models = {name for name in dir(keras.applications) if name[0].isupper()}
+    assert set(SCALINGS) == models == set(LEAST_SIDE)
+
+
+@pytest.mark.parametrize("name", sorted(SCALINGS))
+def test_input_scaling_is_that_of_keras(name):
+    image = keras.Input((8, 8, 3))
+    model = keras.Model(image, scaled(image, SCALINGS[name]))
+    expected = preprocess_input(name)(PIXELS.copy())
+    np.testing.assert_allclose(model.predict_on_batch(PIXELS), expected, rtol=1e-5, atol=2e-5)
+
+
+def test_a_model_with_its_scaling_comes_back_from_its_file(tmp_path):
+    settings = Model.model_validate({"base": {"application": "VGG16", "weights": "none"}, "head": {"hidden": [4]}})
+    model = build(settings, (32, 32), 3, None)
+    names = [layer.name for layer in model.layers]
+    assert names == ["image", "input_scaling", "base", "pooling", "hidden_1", "dropout", "logits"]
+    assert model.output_shape == (None, 3)
+    # Only the scaling and the head, or the file would be large and the test slow.
+    image = keras.Input((8, 8, 3))
+    small = keras.Model(image, scaled(image, "caffe"))
+    small.save(tmp_path / "small.keras")
+    loaded = keras.models.load_model(tmp_path / "small.keras", safe_mode=True)
+    np.testing.assert_array_equal(loaded.predict_on_batch(PIXELS), small.predict_on_batch(PIXELS))
+    half = in_precision(model, "mixed_bfloat16")
+    assert half.get_layer("base").layers[1].compute_dtype == "bfloat16"
+    assert half.get_layer("logits").compute_dtype == half.get_layer("input_scaling").compute_dtype == "float32"
+    assert in_precision(model, "float32") is model
+
+
+def test_weights_come_from_a_file_of_the_model_without_its_head(tmp_path):
+    settings = {"base": {"application": "MobileNetV2", "weights": "none"}}
+    source = keras.applications.MobileNetV2(include_top=False, weights=None, input_shape=(32, 32, 3))
+    file = tmp_path / "mobile.weights.h5"
+    source.save_weights(file)
+    model = build(Model.model_validate(settings), (48, 48), 2, file)
+    for one, other in zip(model.get_layer("base").get_weights(), source.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert model.output_shape == (None, 1)
+
+
+def test_a_file_of_other_weights_is_refused(tmp_path):
+    file = tmp_path / "other.weights.h5"
+    keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)]).save_weights(file)
+    with pytest.raises(DataError, match=r"^other\.weights\.h5 doesn't hold the weights of MobileNet without its head"):
+        Backbone("MobileNet").build((32, 32), file)
+
+
+def test_an_unknown_model_is_told_with_the_nearest_name():
+    with pytest.raises(SpecError) as error:
+        backbone("Xeption")
+    assert str(error.value) == (
+        "spec.model.base.application is Xeption, which keras.applications doesn't have. Did you mean Xception?"
+    )
+
+
+def test_images_that_are_too_small_are_refused():
+    with pytest.raises(SpecError, match=r"Xception can't be built for spec\.dataset\.imageSize \[32, 48\]"):
+        Backbone("Xception").build((32, 48), None)
+
+
+def test_a_failed_download_says_how_to_bring_the_weights(monkeypatch):
+    def fails(**_):
+        raise Exception("URL fetch failure on https://host/x.h5: None -- timed out")  # noqa: TRY002 - as Keras does
+
+    monkeypatch.setattr(keras.applications, "Xception", fails)
+    with pytest.raises(UnavailableError, match=r"name it in spec\.model\.base\.weights: s3://…/x\.weights\.h5\."):
+        Backbone("Xception").build((96, 96), "imagenet")
+
+
+@pytest.mark.parametrize(("pooling", "names"), [("avg", ["pooling"]), ("max", ["pooling"]), ("flatten", ["flatten"])])
+def test_a_small_new_base_halves_the_side_with_each_convolution(pooling, names):
+    settings = {"base": {"cnn": {"filters": [2, 3, 4], "kernelSize": 5}}, "head": {"pooling": pooling, "dropout": 0}}
+    model = build(Model.model_validate(settings), (32, 40), 10, None)
+    base = model.get_layer("base")
+    assert base.output_shape == (None, 4, 5, 4)
+    assert [layer.name for layer in model.layers] == ["image", "input_scaling", "base", *names, "logits"]
+    assert base.get_layer("convolution_1").kernel.shape == (5, 5, 3, 2)
+    assert model.output_shape == (None, 10)
+
+
+def test_a_base_without_maps_or_vector_is_refused():
+    from topwork.model.heads import logits
+
+    with pytest.raises(DataError, match=r"^The base's output has the shape \(None, 4, 3\): a head needs feature maps"):
+        logits(keras.Input((4, 3)), Head(), 3)
