@@ -88,7 +88,7 @@ class TfdsSource:
             try_download_gcs=False, compute_stats="skip", manual_dir=downloads / "manual"
         )
         retrying = Retrying(
-            retry=retry_if_exception(_is_of_the_network),
+            retry=retry_if_exception(_is_worth_another_try),
             stop=stop_after_attempt(ATTEMPTS),
             wait=wait_random_exponential(FIRST_WAIT_SECONDS),
             reraise=True,
@@ -108,8 +108,8 @@ class TfdsSource:
             if not _is_of_the_network(error):
                 raise
             raise UnavailableError(
-                f"{self._builder.name} could not be downloaded in {ATTEMPTS} attempts: {error} Where there is no "
-                f"internet, copy the TFDS download folder of a machine that has it to {self._mirror_uri}/."
+                f"{self._builder.name} could not be downloaded, each file tried again and again: {error} "
+                f"Where there is no internet, copy the TFDS download folder of a machine that has it to {self._mirror_uri}/."
             ) from error
         return self._builder
 
@@ -150,6 +150,11 @@ def _features(builder: Any) -> tuple[str, str]:
         f"{builder.name} is no dataset for image classification: expected one image and one class label, or that "
         f"supervised_keys name them. It has the images {images} and the labels {labels}."
     )
+
+
+def _is_worth_another_try(error: BaseException) -> bool:
+    """Tell a download that broke off or was damaged from a server that TFDS itself called ten times in vain."""
+    return _is_of_the_network(error) and "Max retries exceeded" not in str(error)
 
 
 def _is_of_the_network(error: BaseException) -> bool:
