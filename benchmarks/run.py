@@ -68,7 +68,7 @@ def pictures(folder: Path) -> Path:
             for row in csv.DictReader(table):
                 target = folder / row["condition"]
                 target.mkdir(parents=True, exist_ok=True)
-                shutil.copy(row["path"], target)
+                shutil.copy(folder.parent / row["path"], target)
     return folder
 
 

@@ -14,7 +14,7 @@ CONDITIONS = {0.0: "sound", 1.0: "defective"}
 
 
 def write_tables(folder: Path = FOLDER) -> dict[str, int]:
-    """Write `mono.csv` and `poly.csv` with the columns path and condition.
+    """Write `mono.csv` and `poly.csv` with the columns path and condition, beside a link to the pictures.
 
     Args:
         folder: Where the tables are written.
@@ -27,12 +27,15 @@ def write_tables(folder: Path = FOLDER) -> dict[str, int]:
     for line in (data / "labels.csv").read_text().splitlines():
         picture, probability, kind = line.split()
         if condition := CONDITIONS.get(float(probability)):
-            rows[kind].append((str(data / picture), condition))
+            rows[kind].append((picture, condition))
     folder.mkdir(parents=True, exist_ok=True)
-    for kind, pictures in rows.items():
+    pictures = folder / "images"
+    pictures.unlink(missing_ok=True)
+    pictures.symlink_to(data / "images")
+    for kind, named in rows.items():
         with (folder / f"{kind}.csv").open("w", newline="") as table:
-            csv.writer(table).writerows([("path", "condition"), *pictures])
-    return {kind: len(pictures) for kind, pictures in rows.items()}
+            csv.writer(table).writerows([("path", "condition"), *named])
+    return {kind: len(named) for kind, named in rows.items()}
 
 
 if __name__ == "__main__":

@@ -15,9 +15,11 @@ def test_a_wish_to_stop_is_granted_at_once():
 
 def test_training_holds_the_wish_off_and_sees_it():
     stop = StopSignal()
-    with stop.held():
+    reached = False
+    with pytest.raises(Stopped), stop.held():
         stop.ask()
-        assert stop.is_set()
+        reached = stop.is_set()
+    assert reached
 
 
 def test_a_wish_after_training_is_granted_at_once_again():

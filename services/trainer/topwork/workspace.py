@@ -10,6 +10,8 @@ from topwork.edge.storage import Storage
 from topwork.errors import Stopped
 from topwork.progress import Progress
 
+STOPPED = "Stopped. Start the same job again to go on."
+
 
 class StopSignal:
     """The wish to stop, as SIGTERM brings it.
@@ -30,7 +32,7 @@ class StopSignal:
         """
         self._asked = True
         if not self._held:
-            raise Stopped("Stopped. Start the same job again to go on.")
+            raise Stopped(STOPPED)
 
     def is_set(self) -> bool:
         """Whether somebody asked to stop."""
@@ -38,12 +40,18 @@ class StopSignal:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Hold the wish off while the block runs; the block looks at `is_set` and ends in its own way."""
+        """Hold the wish off while the block runs; the block looks at `is_set` and ends in its own way.
+
+        Raises:
+            Stopped: At the end of a block that did not.
+        """
         self._held = True
         try:
             yield
         finally:
             self._held = False
+        if self._asked:
+            raise Stopped(STOPPED)
 
 
 @dataclass(frozen=True)

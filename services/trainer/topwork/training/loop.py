@@ -1,6 +1,5 @@
 """A stage's epochs: one `fit` of Keras a phase, from wherever the last checkpoint left it."""
 
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -13,7 +12,6 @@ from topwork.data.local import LocalDataset
 from topwork.errors import DataError, Stopped
 from topwork.model.augmentation import Augment
 from topwork.model.freezing import (
-    Unfrozen,
     audit,
     digest,
     frozen_variables,
@@ -21,65 +19,16 @@ from topwork.model.freezing import (
     synchronize_batch_norm,
     unfreeze,
 )
-from topwork.spec.training import EarlyStopping, Loss, Optimizer
 from topwork.training.checkpoints import Checkpoint, Checkpoints, read_values, write_values
 from topwork.training.course import Course
 from topwork.training.losses import accuracy, balanced_class_weights, loss, targets
 from topwork.training.optimizers import averages, optimizer
+from topwork.training.plan import Phase, Plan
 from topwork.training.steps import Steps, StopAsked
 from topwork.training.strategy import jit_compile
-from topwork.training.trained import Row, StageName
+from topwork.training.trained import Row
 from topwork.training.validation import Validation
 from topwork.workspace import Workspace
-
-
-@dataclass(frozen=True)
-class Phase:
-    """Epochs with the same layers trained by the same optimizer.
-
-    Attributes:
-        unfrozen: What of the base is trained.
-        epochs: Epochs at most.
-        optimizer: Settings of a new optimizer.
-    """
-
-    unfrozen: Unfrozen
-    epochs: int
-    optimizer: Optimizer
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a stage does.
-
-    Attributes:
-        stage: Its name.
-        phases: What is trained, in order; each trains what the one before did, and more.
-        batch_size: Images a step over all replicas.
-        loss: Loss by name, or with its parameters.
-        balanced: Whether each class counts alike.
-        early_stopping: When to end a phase before its last epoch.
-        seed: Seed of the order of the images, their views and the new weights.
-        batch_norm: Whether the batch normalizations of the base are trained where they're unfrozen.
-    """
-
-    stage: StageName
-    phases: tuple[Phase, ...]
-    batch_size: int
-    loss: Loss | str
-    balanced: bool
-    early_stopping: EarlyStopping | None
-    seed: int
-    batch_norm: bool = False
-
-    @property
-    def epochs(self) -> int:
-        """Epochs at most over all phases."""
-        return sum(phase.epochs for phase in self.phases)
-
-    def end_of(self, phase: int) -> int:
-        """Epochs of the stage that are complete when a phase has run to its end."""
-        return sum(one.epochs for one in self.phases[: phase + 1])
 
 
 class Training:
@@ -174,7 +123,7 @@ class Training:
     def _run_phase(self, phase: Phase) -> None:
         self._compile(phase)
         before = digest(frozen_variables(self._model))
-        show_parameters(self._model, self._plan.stage, self._workspace)
+        self._show_parameters()
         end = self._plan.end_of(self.course.phase)
         try:
             while self.course.epoch < end and not self.course.ended:
@@ -183,11 +132,24 @@ class Training:
             self._checkpoints.save_now(self.snapshot())
             raise Stopped(
                 f"Stopped in epoch {self.course.epoch + 1} of {self._plan.stage} after step {self.course.step}; the "
-                "checkpoint is stored. Run the same job again to go on."
+                "checkpoint is stored. Start the same job again to go on."
             ) from None
         finally:
             synchronize_batch_norm(self._model, synchronized=False)
         audit(self._model, before, self._plan.stage)
+
+    def _show_parameters(self) -> None:
+        """Say how many parameters of each layer group are trained and kept."""
+        groups = parameter_groups(self._model)
+        for group in groups:
+            self._workspace.progress.note(
+                "parameters",
+                stage=self._plan.stage,
+                layers=group.name,
+                trainable=group.trainable,
+                frozen=group.frozen,
+            )
+        self._workspace.metrics.parameters(sum(one.trainable for one in groups), sum(one.frozen for one in groups))
 
     def _compile(self, phase: Phase) -> None:
         """Compile with what is trained now; a change of `trainable` counts from here on."""
@@ -339,13 +301,3 @@ class _Epochs(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         self._training.end_epoch(logs or {})
-
-
-def show_parameters(model: keras.Model, stage: StageName, workspace: Workspace) -> None:
-    """Say how many parameters of each layer group are trained and kept."""
-    groups = parameter_groups(model)
-    for group in groups:
-        workspace.progress.note(
-            "parameters", stage=stage, layers=group.name, trainable=group.trainable, frozen=group.frozen
-        )
-    workspace.metrics.parameters(sum(group.trainable for group in groups), sum(group.frozen for group in groups))

@@ -13,7 +13,8 @@ from topwork.model.classifier import in_precision
 from topwork.model.freezing import parameter_groups
 from topwork.spec import TransferJob
 from topwork.training.checkpoints import Checkpoints
-from topwork.training.loop import Plan, Training
+from topwork.training.loop import Training
+from topwork.training.plan import Plan
 from topwork.training.strategy import check_replicas, policy, strategy
 from topwork.training.trained import Classifier, Parameters, Row, stage_prefix, write_done
 from topwork.workspace import Workspace
@@ -61,7 +62,7 @@ def train(
     with distribution.scope():
         model = in_precision(start(), policy(job.spec.compute.precision))
     prefix = stage_prefix(job.run, plan.stage)
-    with Checkpoints(workspace, prefix) as checkpoints:
+    with workspace.stop.held(), Checkpoints(workspace, prefix) as checkpoints:
         training = Training(plan, model, data, workspace, checkpoints, augment(job.spec.augmentation))
         training.run()
         classifier = _store(training, model, plan, earlier, job, data.class_names, workspace)
