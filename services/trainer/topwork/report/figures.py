@@ -7,6 +7,7 @@ from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -95,11 +96,13 @@ def confusion_picture(confusion: Sequence[Sequence[int]]) -> str:
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         shares = [[count / max(1, sum(row)) for count in row] for row in confusion]
-        axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+        # From nothing to full: on a dark page an empty cell stays dark.
+        colours = LinearSegmentedColormap.from_list("share", [to_rgba(TRAINING, 0.04), to_rgba(TRAINING, 1.0)])
+        axes.imshow(shares, cmap=colours, vmin=0, vmax=1, interpolation="nearest")
         axes.grid(visible=False)
         axes.set(xlabel="predicted class", ylabel="true class")
 
-    return _svg(draw, (6.4, 6.2))
+    return _svg(draw, (4.6, 4.5))
 
 
 def _curve(axes: Axes, history: Sequence[HistoryRow], name: str) -> None:

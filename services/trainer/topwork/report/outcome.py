@@ -145,3 +145,19 @@ def spec_yaml(job: TransferJob) -> str:
     yaml.width = 120
     yaml.dump(job.model_dump(mode="json", by_alias=True, exclude_none=True), text)
     return text.getvalue()
+
+
+def told(facts: Any) -> str:
+    """Say what a part of a spec holds in words: `cnn filters 4 8, kernelSize 3`.
+
+    Args:
+        facts: Mappings, lists and plain values, as JSON has them.
+
+    Returns:
+        One line; what is empty is left out.
+    """
+    if isinstance(facts, dict):
+        return ", ".join(f"{name} {told(value)}" for name, value in facts.items() if value not in ([], {}, None))
+    if isinstance(facts, list | tuple):
+        return " ".join(told(value) for value in facts)
+    return str(facts)

@@ -8,7 +8,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from topwork.report.figures import confusion_picture, curves, reliability_diagram
-from topwork.report.outcome import Outcome, spec_yaml
+from topwork.report.outcome import Outcome, spec_yaml, told
 
 # A confusion matrix of more classes than this is drawn as a picture: as a table nobody could read it.
 MOST_CLASSES_IN_A_TABLE = 16
@@ -75,7 +75,7 @@ def _render(template: str, outcome: Outcome, *, escape: bool, **more: Any) -> st
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters.update(md=_markdown_text, code=_code_text, number=_number, percent=_percent)
+    environment.filters.update(md=_markdown_text, code=_code_text, number=_number, percent=_percent, told=told)
     return environment.get_template(template).render(
         outcome=outcome,
         evaluation=outcome.evaluation,

@@ -19,7 +19,8 @@ from topwork.report.loaded import encoded_probabilities, load
 # a deep network moves by some 1e-6, a wrong weight or input scaling by far more than this.
 TOLERANCE = 1e-4
 # More images prove no more, and the formats that run on one core would take long over them.
-MOST_IMAGES = 2000
+MOST_IMAGES = 1000
+MOST_BYTES = 512 * 2**20
 MOST_ENCODED = 200
 
 

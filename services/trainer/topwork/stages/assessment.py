@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import keras
 import numpy as np
@@ -21,8 +20,8 @@ from topwork.data.stored import StoredDataset
 from topwork.errors import DataError
 from topwork.model.serving import with_probabilities
 from topwork.report.evaluation import evaluation
-from topwork.report.outcome import Mistake, Outcome
-from topwork.report.recheck import MOST_ENCODED, MOST_IMAGES, spread, write_questions
+from topwork.report.outcome import Mistake, Outcome, told
+from topwork.report.recheck import MOST_BYTES, MOST_ENCODED, MOST_IMAGES, spread, write_questions
 from topwork.spec import TransferJob
 from topwork.training.trained import Classifier
 from topwork.workspace import Workspace
@@ -170,18 +169,20 @@ def _thumbnail(pixels: NDArray[np.uint8]) -> str:
 
 def _ask(split: Split, probabilities: NDArray[np.float32], folder: Path) -> None:
     """Write some images of the split, spread evenly over it, and some of these as files too."""
-    chosen = spread(split.size, MOST_IMAGES)
+    height, width = split.image_size
+    chosen = spread(split.size, min(MOST_IMAGES, MOST_BYTES // (height * width * 3)))
     places = spread(len(chosen), MOST_ENCODED)
     encoded = [(int(place), split.encoded(int(chosen[place]))) for place in places]
     write_questions(folder, split.images(chosen), probabilities[chosen], split.labels[chosen], encoded)
 
 
 def _lineage(job: TransferJob, classifier: Classifier, dataset: StoredDataset, workspace: Workspace) -> dict[str, str]:
+    model = job.spec.model.model_dump(mode="json", by_alias=True, exclude_none=True)
     return {
         "Run": job.run,
         "Spec digest": job.digest,
-        "Base": _base(job),
-        "Head": _told(job.spec.model.head.model_dump(mode="json", by_alias=True, exclude_none=True)),
+        "Base": told(model["base"]),
+        "Head": told(model["head"]),
         "Stages": "transfer, fine-tune" if job.spec.fine_tune else "transfer",
         "Weights": f"{workspace.storage.uri_of(classifier.key)} (sha256 {classifier.file.sha256})",
         "Dataset": workspace.storage.uri_of(dataset.prefix),
@@ -190,14 +191,3 @@ def _lineage(job: TransferJob, classifier: Classifier, dataset: StoredDataset, w
         "TensorFlow": tf.__version__,
         "Keras": keras.__version__,
     }
-
-
-def _base(job: TransferJob) -> str:
-    base = job.spec.model.base.model_dump(mode="json", by_alias=True, exclude_none=True)
-    return _told({key: value for key, value in base.items() if not isinstance(value, dict)}) or "; ".join(
-        f"{kind}: {_told(value)}" for kind, value in base.items()
-    )
-
-
-def _told(facts: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in facts.items() if value not in ([], None))

@@ -196,7 +196,9 @@ def _hand_over(outcome: Outcome, workspace: Workspace, folder: Path) -> Publishe
 
 
 def _write_papers(outcome: Outcome, folder: Path) -> None:
-    (folder / "labels.txt").write_text("".join(f"{name}\n" for name in outcome.evaluation.class_names), "utf-8")
+    # One line a class, whatever characters the name of its folder has.
+    labels = [" ".join(name.splitlines()) for name in outcome.evaluation.class_names]
+    (folder / "labels.txt").write_text("".join(f"{label}\n" for label in labels), "utf-8")
     (folder / "metrics.json").write_bytes(metrics_json(outcome))
     (folder / "history.csv").write_bytes(history_csv(outcome.history))
     (folder / "spec.yaml").write_text(spec_yaml(outcome.job), "utf-8")
