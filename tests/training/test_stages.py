@@ -11,7 +11,7 @@ from topwork.spec.training import EarlyStopping, Optimizer
 from topwork.stages.fine_tune import fine_tune
 from topwork.stages.pull import pull
 from topwork.stages.transfer import transfer
-from topwork.training.loop import Phase, Plan
+from topwork.training.plan import Phase, Plan
 from topwork.training.stage import train
 
 

@@ -121,7 +121,7 @@ def test_refusals_say_what_to_do(tmp_path):
     assert refusal(path, "borth") == (
         "spec.model.base.saved.cutAt is borth, but a.keras has no layer of that name. Did you mean both or norm?"
     )
-    assert refusal(path, 50).endswith("but a.keras has 10 layers: an index lies between -10 and 9.")
+    assert refusal(path, 50).endswith("but a.keras has 8 layers: an index lies between -8 and 7.")
     (tmp_path / "b.keras").write_bytes(b"no model")
     assert refusal(tmp_path / "b.keras").startswith("b.keras is no Keras model: expected a .keras file, or a legacy")
     functional().save_weights(tmp_path / "c.weights.h5")

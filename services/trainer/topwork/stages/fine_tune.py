@@ -5,7 +5,7 @@ import keras
 from topwork.data.stored import StoredDataset
 from topwork.spec import TransferJob
 from topwork.spec.training import FineTune, UnfreezeLayers, UnfreezeSteps
-from topwork.training.loop import Phase, Plan
+from topwork.training.plan import Phase, Plan
 from topwork.training.stage import found, train
 from topwork.training.trained import Classifier, read_done
 from topwork.workspace import Workspace

@@ -7,7 +7,7 @@ from topwork.errors import SpecError
 from topwork.model.classifier import build
 from topwork.spec import TransferJob
 from topwork.training.base_files import base_file, mirror
-from topwork.training.loop import Phase, Plan
+from topwork.training.plan import Phase, Plan
 from topwork.training.stage import found, train
 from topwork.training.trained import Classifier, read_done
 from topwork.workspace import Workspace
