@@ -187,6 +187,12 @@ def test_cut_at_takes_a_name_or_an_index(cut_at: Any) -> None:
     assert job.spec.model.base.saved.cut_at == cut_at
 
 
+def test_errors_of_the_models_show_no_value_that_may_be_secret() -> None:
+    with pytest.raises(ValidationError) as caught:
+        with_spec(storage="s3://key:hush-hush@bucket/prefix", seed="hush-hush")
+    assert "hush-hush" not in str(caught.value)
+
+
 def test_job_is_frozen() -> None:
     job = TransferJob.model_validate(LEAST)
     with pytest.raises(ValidationError, match="frozen"):

@@ -82,6 +82,7 @@ WRONG: list[tuple[dict[str, str], list[str]]] = [
     ({"tfds: cats_vs_dogs": "table: {uri: s3://bucket/labels.xlsx}"}, ['11:20: spec.dataset.source.table.uri: "s3://bucket/labels.xlsx" does not end in one of .csv, .jsonl, .ndjson.', ]),
     ({"tfds: cats_vs_dogs": "table: {uri: labels.csv, image: path, label: path}"}, ["11:52: spec.dataset.source.table.label: \"path\" is spec.dataset.source.table.image too. Name the class's own column.", ]),
     ({"pushgateway: null": "pushgateway: http://admin:hush-hush@gateway:9091"}, ["50:26: spec.metrics.pushgateway: holds a user name or password (not shown here), and a spec is stored and shared. Take it out, and hand credentials over by the environment.", ]),
+    ({"onCorruptImage: skip": "onCorruptImage: https://me:hush-hush@host/a?token=hush-hush"}, ['17:21: spec.dataset.onCorruptImage: "https…host/a…" is not allowed. Allowed: skip, fail.', ]),
     ({"pushgateway: null": "pushgateway: gateway:9091"}, ['50:26: spec.metrics.pushgateway: "gateway:9091" has no scheme. Allowed: http://…, https://….', ]),
     ({"      tfds: cats_vs_dogs": "      tfds: cats_vs_dogs\n      folder: {uri: photos}"}, ["10:5: spec.dataset.source: tfds and folder are given, exactly one of tfds, folder, archive and table is needed.", ]),
     ({"      tfds: cats_vs_dogs": "      {}"}, ["11:7: spec.dataset.source: none is given, exactly one of tfds, folder, archive and table is needed.", ]),
