@@ -27,9 +27,6 @@ READY_SECONDS = 60.0
 LEAVE_SECONDS = 5.0
 POLL_SECONDS = 0.05
 STARTS = 3
-# Without these words in the log, the wait is as long as the wait for them was ever seen to be, and more.
-LOCKS_READY = "applying master ring update"
-SETTLE_SECONDS = 1.0
 LOG_LINES = 12
 LISTENERS = (
     "master.port",
@@ -113,8 +110,6 @@ def _running_server(state: Path, program: str) -> str:
         if _is_locked(state / "server.lock"):
             endpoint = _endpoint(state)
             if endpoint and _answers(endpoint) and _has_volumes(state):
-                if starts:
-                    _settle(state)
                 return endpoint
         elif starts == 0 or (starts < STARTS and "address already in use" in _log_tail(state)):
             # Ports are free when they are chosen, and can be taken when they are opened: then others are tried.
@@ -259,13 +254,6 @@ def _has_volumes(state: Path) -> bool:
             connection.request("GET", "/dir/status")
             return bool(json.load(connection.getresponse())["Topology"]["DataCenters"])
     return False
-
-
-def _settle(state: Path) -> None:
-    """Wait until the parts have agreed on who keeps the locks: a write before that was seen to hang for 13 seconds."""
-    deadline = time.monotonic() + SETTLE_SECONDS
-    while time.monotonic() < deadline and LOCKS_READY not in (state / "server.log").read_text(errors="replace"):
-        time.sleep(POLL_SECONDS)
 
 
 def _log_tail(state: Path) -> str:
