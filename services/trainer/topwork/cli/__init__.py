@@ -1,30 +1,52 @@
 """The command `topwork`: one module for each group of commands; here they are gathered and exit codes are picked."""
 
+import importlib
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from topwork import __version__
-from topwork.cli.models import app as models
-from topwork.cli.predict import predict
-from topwork.cli.run import run
-from topwork.cli.schema import schema
-from topwork.cli.validate import validate
 from topwork.errors import TopworkError
 
+COMMANDS = {
+    "run": "topwork.cli.run:run",
+    "validate": "topwork.cli.validate:validate",
+    "schema": "topwork.cli.schema:schema",
+    "predict": "topwork.cli.predict:predict",
+    "models": "topwork.cli.models:app",
+}
+
+
+class Commands(TyperGroup):
+    """Imports the module of a command when it is called: `validate` waits for no S3 client."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Name the commands, in the order of their use."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """Import a command; None if there is none of that name."""
+        if cmd_name not in COMMANDS:
+            return None
+        module, name = COMMANDS[cmd_name].split(":")
+        found = getattr(importlib.import_module(module), name)
+        if not isinstance(found, typer.Typer):
+            command = found
+            found = typer.Typer(rich_markup_mode=None, add_completion=False)
+            found.command(cmd_name)(command)
+        return typer.main.get_command(found)
+
+
 app = typer.Typer(
+    cls=Commands,
     help="Transfer learning for image classifiers: one YAML job spec in, an evaluated model in object storage out.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-app.command()(run)
-app.command()(validate)
-app.command()(schema)
-app.command()(predict)
-app.add_typer(models, name="models")
 
 
 def _print_version(wanted: bool) -> None:
@@ -47,5 +69,6 @@ def main() -> None:
     try:
         app()
     except TopworkError as error:
-        print(f"topwork: {error}", file=sys.stderr)
+        # The problems of a spec begin with the file and the line in it, as editors read them.
+        print(error if getattr(error, "problems", ()) else f"topwork: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
