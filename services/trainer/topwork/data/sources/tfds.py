@@ -108,8 +108,8 @@ class TfdsSource:
             if not _is_of_the_network(error):
                 raise
             raise UnavailableError(
-                f"{self._builder.name} could not be downloaded, each file tried again and again: {error} "
-                f"Where there is no internet, copy the TFDS download folder of a machine that has it to {self._mirror_uri}/."
+                f"{self._builder.name} could not be downloaded, each file tried again and again: {error} Where there "
+                f"is no internet, copy the TFDS download folder of a machine that has it to {self._mirror_uri}/."
             ) from error
         return self._builder
 
