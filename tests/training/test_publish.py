@@ -13,6 +13,7 @@ import pytest
 
 from topwork.errors import GateError
 from topwork.manifest import read_manifest
+from topwork.report import recheck
 from topwork.stages import publish as stage
 from topwork.stages import versions
 from topwork.stages.publish import publish
@@ -46,6 +47,12 @@ def untrained():
     base = keras.Model(seen, keras.layers.Conv2D(4, 3, activation="relu")(seen), name="base")
     vector = keras.layers.GlobalAveragePooling2D()(base(pixels))
     return keras.Model(image, keras.layers.Dense(1, name="logits")(vector))
+
+
+@pytest.fixture
+def recheck_here(monkeypatch):
+    """Recheck in this process: a fresh one is asserted elsewhere, and takes seconds to start."""
+    monkeypatch.setattr(recheck, "recheck", recheck.compare)
 
 
 @pytest.fixture
@@ -115,6 +122,9 @@ def test_a_published_version_is_complete_and_loads_with_plain_libraries(
 
     before = keys_below(storage, "")
     assert publish(job, classifier, dataset, workspace) == published
+    # As if the attempt had been killed right after its manifest.
+    storage.delete(["models/tiny/latest.json", f"runs/{job.run}/publish/done.json"])
+    assert publish(job, classifier, dataset, workspace) == published
     assert keys_below(storage, "") == before
 
 
@@ -155,7 +165,7 @@ def test_a_gate_that_is_missed_leaves_nothing_to_see_and_says_the_same_again(mak
 
 
 def test_an_attempt_that_was_killed_before_its_manifest_is_taken_up_again(
-    make_job, classifier_of, workspace, monkeypatch
+    make_job, classifier_of, workspace, recheck_here, monkeypatch
 ):
     job = make_job(publish={"formats": ["keras"]})
     dataset, classifier = pull(job, workspace), classifier_of(job)

@@ -56,9 +56,11 @@ def exported(tmp_path_factory):
 def published(storage, exported):
     """Versions 1 and 2 of `colours`, the second of them the latest; version 3 is only begun."""
     for number in (1, 2):
+        metrics = {"auc": 0.9 + number / 100, "loss": 0.5}
         version = versions.Version(
             name="colours", version=number, uri=storage.uri_of(f"models/colours/{number}"), run="colours-0123abcd",
-            published="2030-01-02T03:04:05Z", main_metric="auc", metrics={"auc": 0.9 + number / 100, "loss": 0.5},
+            weights="0a", split="test", images=8,
+            published="2030-01-02T03:04:05Z", main_metric="auc", metrics=metrics,
         )  # fmt: skip
         write_whole(storage, versions.prefix_of("colours", number), exported, version.model_dump(mode="json"))
     versions.move_latest(storage, "colours")

@@ -9,7 +9,8 @@ from topwork.stages import versions
 def finish(storage, number, name="tiny"):
     version = versions.Version(
         name=name, version=number, uri=storage.uri_of(versions.prefix_of(name, number)), run=f"tiny-{number}",
-        published="2030-01-01T00:00:00Z", main_metric="accuracy", metrics={"accuracy": 0.5},
+        weights="0a", split="test", images=8, published="2030-01-01T00:00:00Z",
+        main_metric="accuracy", metrics={"accuracy": 0.5},
     )  # fmt: skip
     manifest = {"format": 1, "files": {}, "facts": version.model_dump(mode="json")}
     storage.write(f"{versions.prefix_of(name, number)}/manifest.json", json.dumps(manifest).encode())
@@ -52,3 +53,11 @@ def test_models_lists_only_what_is_published(storage):
     versions.claim(storage, "tiny", "tiny-begun")
     versions.claim(storage, "begun", "begun")
     assert versions.models(storage) == {"another": [1], "tiny": [1, 2, 10]}
+
+
+def test_a_version_is_known_again_by_its_run_and_weights(storage):
+    first = finish(storage, 1)
+    finish(storage, 2)
+    assert versions.made_from(storage, "tiny", "tiny-1", "0a") == first
+    assert versions.made_from(storage, "tiny", "tiny-1", "0b") is None
+    assert versions.made_from(storage, "tiny", "tiny-3", "0a") is None

@@ -77,7 +77,7 @@ def publish(job: TransferJob, classifier: Classifier, dataset: StoredDataset, wo
         RuntimeError: If what was exported does not answer as what was evaluated.
     """
     with workspace.metrics.stage("publish"):
-        published = _done(job, workspace)
+        published = _done(job, classifier, workspace)
         if published:
             workspace.progress.note("already published", model=published.uri)
             return published
@@ -87,19 +87,20 @@ def publish(job: TransferJob, classifier: Classifier, dataset: StoredDataset, wo
         assessed = _assess(job, classifier, dataset, workspace, folder)
         outcome = _hold_gates(assessed.outcome, workspace)
         outcome = _export(outcome, assessed, workspace, folder)
-        published = _hand_over(outcome, workspace, folder / "version")
+        published = _hand_over(outcome, classifier.file.sha256, workspace, folder / "version")
         shutil.rmtree(folder)
         return published
 
 
-def _done(job: TransferJob, workspace: Workspace) -> Published | None:
-    data = workspace.storage.read(f"runs/{job.run}/publish/done.json")
-    if data is None:
-        return None
-    published = Published.model_validate_json(data)
-    # A version that somebody deleted is published again, under a new number.
-    standing = versions.published(workspace.storage, published.name, published.version)
-    return published if standing else None
+def _done(job: TransferJob, classifier: Classifier, workspace: Workspace) -> Published | None:
+    storage = workspace.storage
+    data = storage.read(f"runs/{job.run}/publish/done.json")
+    if data is not None:
+        published = Published.model_validate_json(data)
+        if versions.published(storage, published.name, published.version):
+            return published  # else somebody deleted the version, and it is published again under a new number
+    version = versions.made_from(storage, job.model_name, job.run, classifier.file.sha256)
+    return _finish(job, version, workspace) if version else None
 
 
 def _assess(
@@ -156,7 +157,7 @@ def _export(outcome: Outcome, assessed: "Assessed", workspace: Workspace, folder
     return dataclasses.replace(outcome, formats=formats, recheck=found)
 
 
-def _hand_over(outcome: Outcome, workspace: Workspace, folder: Path) -> Published:
+def _hand_over(outcome: Outcome, weights: str, workspace: Workspace, folder: Path) -> Published:
     """Take a number, upload, and make it visible: manifest, then pointer, then the mark that this run is done."""
     storage, job = workspace.storage, outcome.job
     number = versions.claim(storage, job.model_name, job.run)
@@ -169,9 +170,12 @@ def _hand_over(outcome: Outcome, workspace: Workspace, folder: Path) -> Publishe
         version=number,
         uri=uri,
         run=job.run,
+        weights=weights,
         published=versions.now(),
         main_metric=outcome.main_metric,
         metrics=outcome.evaluation.values,
+        split=outcome.evaluation.split,
+        images=outcome.evaluation.images,
     )
     manifest = write_whole(storage, prefix, folder, version.model_dump(mode="json"))
     if manifest.facts != version.model_dump(mode="json"):
@@ -179,19 +183,24 @@ def _hand_over(outcome: Outcome, workspace: Workspace, folder: Path) -> Publishe
             f"{uri} was published by another process of {job.run} at the same time. Let one process at a time work on "
             "a run, then start it again."
         )
-    versions.move_latest(storage, job.model_name)
+    return _finish(job, version, workspace)
+
+
+def _finish(job: TransferJob, version: Version, workspace: Workspace) -> Published:
+    """Move the pointer and mark the run as done; the version is whole already."""
+    versions.move_latest(workspace.storage, version.name)
+    asked: list[str] = [*job.spec.evaluate.metrics, "loss"]
     published = Published(
-        name=job.model_name,
-        version=number,
-        uri=uri,
-        report_uri=f"{uri}/report.html",
-        metrics=outcome.metrics,
-        split=outcome.evaluation.split,
-        images=outcome.evaluation.images,
+        name=version.name,
+        version=version.version,
+        uri=version.uri,
+        report_uri=f"{version.uri}/report.html",
+        metrics={name: version.metrics[name] for name in asked if name in version.metrics},
+        split=version.split,
+        images=version.images,
     )
-    storage.write(
-        f"runs/{job.run}/publish/done.json", published.model_dump_json().encode(), content_type="application/json"
-    )
+    key = f"runs/{job.run}/publish/done.json"
+    workspace.storage.write(key, published.model_dump_json().encode(), content_type="application/json")
     return published
 
 

@@ -16,6 +16,8 @@ from topwork.manifest import read_manifest
 ROOT = "models"
 CLAIM = "claim.json"
 LATEST = "latest.json"
+# An attempt that was killed is tried again before so many other runs have published.
+NEWEST = 20
 
 
 class Version(BaseModel):
@@ -26,9 +28,12 @@ class Version(BaseModel):
         version: Its number, from 1.
         uri: Where it lies.
         run: The run that made it.
+        weights: SHA-256, in hex, of the trained model that it was made from.
         published: When, as ISO 8601 in UTC.
         main_metric: The first metric that its job asked for.
         metrics: All single numbers of its evaluation, by their names in the job spec.
+        split: The split that they were measured on.
+        images: Images of that split.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -38,9 +43,12 @@ class Version(BaseModel):
     version: int
     uri: str
     run: str
+    weights: str
     published: str
     main_metric: str
     metrics: dict[str, float]
+    split: str
+    images: int
 
 
 def prefix_of(name: str, version: int) -> str:
@@ -140,6 +148,26 @@ def claim(storage: Storage, name: str, run: str) -> int:
         number = max(found, default=0) + 1
         if storage.write(f"{prefix_of(name, number)}/{CLAIM}", content, only_if_absent=True):
             return number
+
+
+def made_from(storage: Storage, name: str, run: str, weights: str) -> Version | None:
+    """Find the version that an earlier attempt of a run published before it could say so.
+
+    Args:
+        storage: Where the models are.
+        name: Name of the model.
+        run: Name of the run.
+        weights: SHA-256, in hex, of the trained model.
+
+    Returns:
+        The version; None if there is none among the newest ones.
+    """
+    whole = [number for number, is_whole in numbers(storage, name).items() if is_whole]
+    for number in reversed(whole[-NEWEST:]):
+        version = published(storage, name, number)
+        if version and (version.run, version.weights) == (run, weights):
+            return version
+    return None
 
 
 def move_latest(storage: Storage, name: str) -> Version:
