@@ -174,10 +174,10 @@ def test_equal_pictures_have_equal_digests_however_they_are_encoded():
     assert prove(_file(_halves(), "PNG")).sha256 != prove(_file(_halves(size=(24, 40)), "PNG")).sha256
 
 
-def _die_on_request(data: bytes) -> Proved:
+def _die_on_request(data: bytes, *, keep: bool) -> Proved:
     if data == b"die":
         os.abort()
-    return prove(data)
+    return prove(data, keep=keep)
 
 
 def test_an_image_that_kills_its_decoder_is_rejected_and_the_others_are_proved():
@@ -191,3 +191,14 @@ def test_an_image_that_kills_its_decoder_is_rejected_and_the_others_are_proved()
         "empty",
         "proved",
     ]
+
+
+def test_what_pillow_mends_and_tensorflow_does_not_is_encoded_anew():
+    from topwork.data.images import is_readable
+
+    whole = _file(_halves(), "PNG")
+    damaged = whole[:-1] + b"\0"  # the checksum of its last chunk
+    assert prove(damaged).encoded == damaged
+    with Provers(readable=is_readable, workers=1) as provers:
+        assert provers.prove(whole).encoded == whole
+        assert (_decoded_by_tensorflow(provers.prove(damaged)) == np.asarray(_halves())).all()

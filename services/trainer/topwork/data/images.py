@@ -15,6 +15,22 @@ def decode(encoded: tf.Tensor) -> tf.Tensor:
     return tf.io.decode_image(encoded, channels=3, dtype=tf.uint8, expand_animations=False)
 
 
+def is_readable(encoded: bytes) -> bool:
+    """Say whether TensorFlow decodes an image file.
+
+    Args:
+        encoded: The file.
+
+    Returns:
+        Whether `decode` will.
+    """
+    try:
+        decode(encoded)
+    except tf.errors.InvalidArgumentError:
+        return False
+    return True
+
+
 def resize(image: tf.Tensor, size: tuple[int, int]) -> tf.Tensor:
     """Resize to an exact size, without regard to the aspect ratio: bilinear, antialiased, rounded to whole values.
 

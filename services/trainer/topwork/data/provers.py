@@ -33,13 +33,21 @@ def usable_cores() -> int:
 class Provers:
     """A pool of processes, one a core, that survives an image which kills its decoder."""
 
-    def __init__(self, function: Callable[[bytes], Proved] = prove, workers: int | None = None) -> None:
+    def __init__(
+        self,
+        function: Callable[..., Proved] = prove,
+        readable: Callable[[bytes], bool] = bool,
+        workers: int | None = None,
+    ) -> None:
         """Make the pool; processes start with the first image.
 
         Args:
-            function: What a worker does with an image file; importable from its module.
+            function: What a worker does with an image file, as `prove` does; importable from its module.
+            readable: Whether an image that would keep its bytes can be read by those who train on it; where not, it is
+                encoded anew. Called from several threads of this process.
             workers: Processes; None is one a core.
         """
+        self._readable = readable
         self._function = function
         self._workers = workers or usable_cores()
         self._lock = threading.Lock()
@@ -58,6 +66,8 @@ class Provers:
     def prove(self, data: bytes) -> Proved:
         """Prove one image; may be called from several threads at once.
 
+        Decoders differ in what damage they mend: what keeps its bytes must be readable by the other one, too.
+
         Args:
             data: The image file.
 
@@ -67,20 +77,26 @@ class Provers:
         Raises:
             Rejection: If the image is left out; also when it kills the process that decodes it.
         """
+        proved = self._prove(data, keep=True)
+        if proved.encoded == data and not self._readable(data):
+            return self._prove(data, keep=False)
+        return proved
+
+    def _prove(self, data: bytes, *, keep: bool) -> Proved:
         pool = self._pool
         try:
-            return pool.submit(self._function, data).result()
+            return pool.submit(self._function, data, keep=keep).result()
         except BrokenProcessPool:
-            return self._prove_alone(pool, data)
+            return self._prove_alone(pool, data, keep=keep)
 
-    def _prove_alone(self, broken: ProcessPoolExecutor, data: bytes) -> Proved:
+    def _prove_alone(self, broken: ProcessPoolExecutor, data: bytes, *, keep: bool) -> Proved:
         """Prove an image in a process of its own: all that were in the broken pool come here, one is to blame."""
         with self._lock:
             if self._pool is broken:
                 self._pool = self._start(self._workers)
             with self._start(1) as alone:
                 try:
-                    return alone.submit(self._function, data).result()
+                    return alone.submit(self._function, data, keep=keep).result()
                 except BrokenProcessPool as error:
                     raise Rejection(CRASHED, "the process that decoded it died") from error
 

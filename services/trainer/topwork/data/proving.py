@@ -68,7 +68,7 @@ class Proved:
     sha256: str
 
 
-def prove(data: bytes) -> Proved:
+def prove(data: bytes, *, keep: bool = True) -> Proved:
     """Decode an image file whole.
 
     A plain upright JPEG or PNG keeps its bytes. Everything else is encoded anew as PNG, without loss: EXIF orientation
@@ -77,6 +77,7 @@ def prove(data: bytes) -> Proved:
 
     Args:
         data: The file.
+        keep: Whether a plain image may keep its bytes.
 
     Returns:
         What is stored.
@@ -93,17 +94,17 @@ def prove(data: bytes) -> Proved:
     Image.MAX_IMAGE_PIXELS = None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return _decode(data)
+        return _decode(data, keep=keep)
 
 
-def _decode(data: bytes) -> Proved:
+def _decode(data: bytes, *, keep: bool) -> Proved:
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise Rejection(TOO_LARGE, f"{image.width}x{image.height} pixels, at most {MAX_PIXELS}")
             image.load()
             orientation = _orientation(image)
-            keep = orientation == _UPRIGHT and _is_plain(image, data)
+            keep = keep and orientation == _UPRIGHT and _is_plain(image, data)
             pixels = _upright(_eight_bit(image), orientation)
     except Rejection:
         raise

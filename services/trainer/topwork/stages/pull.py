@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
+from topwork.data.images import is_readable
 from topwork.data.provers import Provers
 from topwork.data.sources import Source, open_source
 from topwork.data.splits import check_splits
@@ -82,7 +83,7 @@ def _store(source: Source, fingerprint: str, prefix: str, job: TransferJob, work
 def _written(source: Source, fingerprint: str, folder: Path, workspace: Workspace) -> DatasetFacts:
     counts = list(source.splits().values())
     total = None if None in counts else sum(count or 0 for count in counts)
-    with workspace.progress.track("pull: images", total) as tracker, Provers() as provers:
+    with workspace.progress.track("pull: images", total) as tracker, Provers(readable=is_readable) as provers:
         name, tally = write_tfds(source, provers, folder, tracker.advance)
     for reason, count in Counter(image.reason for image in tally.rejected).items():
         workspace.metrics.rejected(reason, count)
