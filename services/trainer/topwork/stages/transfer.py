@@ -3,10 +3,11 @@
 import keras
 
 from topwork.data.stored import StoredDataset
-from topwork.errors import SpecError
+from topwork.model.augmentation import augment
 from topwork.model.classifier import build
 from topwork.spec import TransferJob
 from topwork.training.base_files import base_file, mirror
+from topwork.training.features import views
 from topwork.training.plan import Phase, Plan
 from topwork.training.stage import found, train
 from topwork.training.trained import Classifier, read_done
@@ -34,8 +35,6 @@ def transfer(job: TransferJob, dataset: StoredDataset, workspace: Workspace) -> 
         if (done := read_done(workspace.storage, job.run, "transfer")) is not None:
             return found(done, workspace)
         spec = job.spec.transfer
-        if spec.feature_cache == "on":
-            raise SpecError("spec.transfer.featureCache: on is not available. Use auto or off.")
         plan = Plan(
             stage="transfer",
             phases=(Phase("all" if spec.train == "all" else "none", spec.epochs, spec.optimizer),),
@@ -44,6 +43,7 @@ def transfer(job: TransferJob, dataset: StoredDataset, workspace: Workspace) -> 
             balanced=spec.class_weights == "balanced",
             early_stopping=spec.early_stopping,
             seed=job.spec.seed,
+            views=views(job.spec, augmented=augment(job.spec.augmentation) is not None),
             batch_norm=not _pretrained(job),
         )
         return train(plan, lambda: _start(job, dataset, workspace), [], job, dataset, workspace)

@@ -42,6 +42,7 @@ class Training:
         workspace: Workspace,
         checkpoints: Checkpoints,
         augment: Augment | None,
+        head: keras.Model | None = None,
     ) -> None:
         """Take the model as it is at the start of the stage, or as its newest checkpoint left it.
 
@@ -52,11 +53,14 @@ class Training:
             workspace: Progress, metrics and the sign to stop.
             checkpoints: Where the stage keeps how far it is.
             augment: Changes of the training images.
+            head: The classifier's head alone, sharing its layers, where `data` holds features of the base.
 
         Raises:
             DataError: If a split can't be used, or a checkpoint is of another model.
         """
         self._plan, self._model, self._data = plan, model, data
+        # What runs in `fit`: the head alone where the base has done its part.
+        self._fitted = head or model
         self._workspace, self._checkpoints, self._augment = workspace, checkpoints, augment
         self._strategy = model.distribute_strategy
         self._classes = len(data.class_names)
@@ -158,14 +162,14 @@ class Training:
             unfreeze(self._base, phase.unfrozen, batch_norm=self._plan.batch_norm)
             synchronize_batch_norm(self._model, synchronized=replicas > 1)
             self._accuracy = accuracy()
-            self._model.compile(
+            self._fitted.compile(
                 optimizer=optimizer(phase.optimizer, steps_per_epoch=self._steps_per_epoch, epochs=phase.epochs),
                 loss=self._loss,
                 metrics=[self._accuracy],
                 jit_compile=jit_compile(replicas),
             )
-            made = self._model.optimizer
-            made.build(self._model.trainable_variables)
+            made = self._fitted.optimizer
+            made.build(self._fitted.trainable_variables)
             if self._restored is not None:
                 write_values(made.variables, self._restored.values["optimizer"])
 
@@ -177,7 +181,7 @@ class Training:
         last = course.epoch + 1 if begun else end
         total = (last - course.epoch) * self._steps_per_epoch - begun
         with self._workspace.progress.track(self._plan.stage, total) as steps.tracker:
-            self._model.fit(
+            self._fitted.fit(
                 self._batches(),
                 initial_epoch=course.epoch,
                 epochs=last,
@@ -190,16 +194,16 @@ class Training:
         write_values(self._moving, self._last_values)
 
     def _steps(self) -> Steps:
-        self._model.make_train_function(force=True)
+        self._fitted.make_train_function(force=True)
         steps = Steps(
-            self._model.train_function,
+            self._fitted.train_function,
             self.course,
             self._workspace,
             steps_per_epoch=self._steps_per_epoch,
             batch_size=self._plan.batch_size,
         )
         # `fit` makes no other where there is one.
-        self._model.train_function = steps
+        self._fitted.train_function = steps
         return steps
 
     def _batches(self) -> tf.data.Dataset:
@@ -225,7 +229,7 @@ class Training:
     def end_epoch(self, logs: dict[str, float]) -> None:
         """Measure, keep what is best, write the row, store a checkpoint, and see whether to go on."""
         course = self.course
-        rate = float(keras.ops.convert_to_numpy(self._model.optimizer.learning_rate))
+        rate = float(keras.ops.convert_to_numpy(self._fitted.optimizer.learning_rate))
         seconds = course.epoch_seconds
         course.epoch, course.step, course.epoch_seconds = course.epoch + 1, 0, 0.0
         self._last_values = read_values(self._moving)
@@ -242,16 +246,16 @@ class Training:
         course.rows.append(row)
         self._tell(row)
         self._checkpoints.save(self.snapshot())
-        self._model.stop_training = course.ended
+        self._fitted.stop_training = course.ended
         if self._workspace.stop.is_set() and not course.ended and course.epoch < self._plan.epochs:
             raise StopAsked
 
     def _judge(self) -> dict[str, float] | None:
         """Measure the model with its averages, where it has them, and keep its values if they're the best."""
-        pairs = averages(self._model.optimizer)
+        pairs = averages(self._fitted.optimizer)
         for variable, average in pairs:
             variable.assign(average)
-        measured = self._validation.measure(self._model, self._loss) if self._validation else None
+        measured = self._validation.measure(self._fitted, self._loss) if self._validation else None
         if self.course.judge(measured, self._plan.early_stopping):
             self._best = read_values(self._moving)
         if pairs:
@@ -260,14 +264,14 @@ class Training:
 
     @property
     def _running_means(self) -> list[Any]:
-        means = [metric for metric in self._model.metrics if metric.name == "loss"]
+        means = [metric for metric in self._fitted.metrics if metric.name == "loss"]
         return [variable for metric in (*means, self._accuracy) for variable in metric.variables]
 
     def snapshot(self) -> Checkpoint:
         """Copy everything that training changes."""
         values = {
             "model": read_values(self._moving),
-            "optimizer": read_values(self._model.optimizer.variables),
+            "optimizer": read_values(self._fitted.optimizer.variables),
             "best": self._best,
         }
         if self.course.step:

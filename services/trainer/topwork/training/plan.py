@@ -34,6 +34,7 @@ class Plan:
         balanced: Whether each class counts alike.
         early_stopping: When to end a phase before its last epoch.
         seed: Seed of the order of the images, their views and the new weights.
+        views: Views of each training image whose features are computed once; 0 runs the base in every epoch.
         batch_norm: Whether the batch normalizations of the base are trained where they're unfrozen.
     """
 
@@ -44,6 +45,7 @@ class Plan:
     balanced: bool
     early_stopping: EarlyStopping | None
     seed: int
+    views: int = 0
     batch_norm: bool = False
 
     @property

@@ -5,14 +5,15 @@ from datetime import UTC, datetime
 
 import keras
 
-from topwork.data.local import fetch
+from topwork.data.local import LocalDataset, fetch
 from topwork.data.stored import StoredDataset
-from topwork.errors import SpecError
+from topwork.errors import SettingError, SpecError
 from topwork.model.augmentation import augment
 from topwork.model.classifier import in_precision
 from topwork.model.freezing import parameter_groups
 from topwork.spec import TransferJob
 from topwork.training.checkpoints import Checkpoints
+from topwork.training.features import Head, bytes_needed, computed, fits, pick
 from topwork.training.loop import Training
 from topwork.training.plan import Plan
 from topwork.training.strategy import check_replicas, policy, strategy
@@ -63,11 +64,41 @@ def train(
         model = in_precision(start(), policy(job.spec.compute.precision))
     prefix = stage_prefix(job.run, plan.stage)
     with workspace.stop.held(), Checkpoints(workspace, prefix) as checkpoints:
-        training = Training(plan, model, data, workspace, checkpoints, augment(job.spec.augmentation))
+        training = _training(plan, model, data, job, workspace, checkpoints)
         training.run()
         classifier = _store(training, model, plan, earlier, job, data.class_names, workspace)
         checkpoints.clear()
     return classifier
+
+
+def _training(
+    plan: Plan,
+    model: keras.Model,
+    data: LocalDataset,
+    job: TransferJob,
+    workspace: Workspace,
+    checkpoints: Checkpoints,
+) -> Training:
+    """Set up the training on images or, where a frozen base is to run once only, on its features."""
+    change = augment(job.spec.augmentation)
+    if not plan.views:
+        return Training(plan, model, data, workspace, checkpoints, change)
+    with model.distribute_strategy.scope():
+        head = Head(model)
+    needed = bytes_needed(head.shape, data, plan.views)
+    if not fits(needed, workspace.scratch):
+        if job.spec.transfer.feature_cache == "on":
+            raise SettingError(
+                f"spec.transfer.featureCache is on, but the features take {needed / 2**30:.1f} GiB, more than half of "
+                f"what is free in {workspace.scratch}. Give it more scratch, use pooling: avg, or set "
+                "featureCache: auto."
+            )
+        return Training(plan, model, data, workspace, checkpoints, change)
+    features = computed(
+        head, data, change, count=plan.views, seed=plan.seed, batch_size=plan.batch_size, workspace=workspace
+    )
+    view = pick if plan.views > 1 else None
+    return Training(plan, model, features, workspace, checkpoints, view, head=head.model)
 
 
 def _store(
