@@ -1,6 +1,7 @@
 """The pull stage against a real S3 server."""
 
 import dataclasses
+import os
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -210,3 +211,17 @@ def _exposed(workspace):
     from prometheus_client import generate_latest
 
     return generate_latest(workspace.metrics.registry).decode()
+
+
+def test_file_names_that_are_no_utf_8_are_made_printable(make_job, workspace, two_class_folder):
+    for name, data in (
+        (b"\xff-empty.jpg", b""),
+        (b"\xfe-whole.jpg", (two_class_folder / "red" / "00.jpg").read_bytes()),
+    ):
+        (two_class_folder / "red" / os.fsdecode(name)).write_bytes(data)
+    job = make_job()
+    stored = pull(job, workspace)
+    assert [image.name for image in stored.facts.rejected] == ["red/?-empty.jpg"]
+    dataset = fetch(stored, job, workspace)
+    names = [name for split in (dataset.train, dataset.validation, dataset.test) for name in split.names]
+    assert "red/?-whole.jpg" in names

@@ -67,7 +67,7 @@ class Records:
 
     @cached_property
     def _names(self) -> list[str]:
-        return self.names.decode(errors="surrogateescape").split("\0")[:-1]
+        return self.names.decode().split("\0")[:-1]
 
     def names_of(self, positions: Whole) -> list[str]:
         """Give the origins of images.

@@ -139,7 +139,7 @@ def _examples(
                 {
                     "image": outcome.encoded,
                     "label": labels[item.label],
-                    "name": item.name.encode(errors="surrogateescape"),
+                    "name": item.name,
                     "sha256": outcome.sha256,
                 },
             )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from topwork.data.proving import MAX_BYTES, MISSING, TOO_LARGE, Rejection
-from topwork.data.sources.source import TRAIN, Item, class_of, last_part, slug
+from topwork.data.sources.source import TRAIN, Item, class_of, last_part, printable, slug
 from topwork.edge.storage import Storage
 from topwork.errors import DataError
 from topwork.spec.dataset import FolderSource
@@ -25,6 +25,10 @@ class _File:
     @property
     def path(self) -> str:
         return "/".join(self.parts)
+
+    @property
+    def label(self) -> str | None:
+        return class_of(tuple(map(printable, self.parts)))
 
 
 class Folder:
@@ -55,16 +59,16 @@ class Folder:
     def items(self, split: str) -> Iterator[Item]:
         """Yield the images by path."""
         for file in self._files():
-            label = class_of(file.parts)
+            label = file.label
             if label is not None:
-                yield Item(file.path, label, partial(self._read, file))
+                yield Item(printable(file.path), label, partial(self._read, file))
 
     def _summary(self) -> tuple[str, tuple[str, ...], int]:
         """Go through the names once: what is kept does not grow with the number of images."""
         if self._listed is None:
             digest, classes, count = hashlib.sha256(), set(), 0
             for file in self._files():
-                label = class_of(file.parts)
+                label = file.label
                 if label is not None:
                     digest.update(f"{file.path}\0{file.size}\0{file.state}\n".encode(errors="surrogateescape"))
                     classes.add(label)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, cast
 
 from topwork.data.proving import MAX_BYTES, TOO_LARGE, UNDECODABLE, UNSAFE, Rejection
+from topwork.data.sources.source import printable
 from topwork.errors import DataError
 
 _DAMAGE = (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, lzma.LZMAError, OSError)
@@ -102,7 +103,7 @@ def _zip_members(archive: zipfile.ZipFile, shown: str, *, with_data: bool) -> It
         if info.flag_bits & _ENCRYPTED:
             raise DataError(f"{shown} is encrypted ({info.filename}). Store it without a password.")
         read = _zip_reader(archive, info) if with_data else bytes
-        yield Member(info.filename, path_parts(info.filename), read)
+        yield Member(printable(info.filename), path_parts(info.filename), read)
 
 
 def _zip_reader(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Callable[[], bytes]:
@@ -123,7 +124,7 @@ def _zip_reader(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Callable[[],
 def _tar_members(archive: tarfile.TarFile, *, with_data: bool) -> Iterator[Member]:
     while (info := archive.next()) is not None:
         if not info.isdir():
-            yield Member(info.name, path_parts(info.name), _tar_reader(archive, info, with_data=with_data))
+            yield Member(printable(info.name), path_parts(info.name), _tar_reader(archive, info, with_data=with_data))
         # tarfile remembers every member: a million of them are a gigabyte.
         archive.members.clear()  # type: ignore[attr-defined]
 
@@ -154,7 +155,7 @@ def path_parts(name: str) -> tuple[str, ...]:
         The parts of its path; empty where it is absolute or leads upwards.
     """
     # Some Windows tools write backslashes.
-    path = name.replace("\\", "/") if "/" not in name else name
+    path = printable(name.replace("\\", "/") if "/" not in name else name)
     parts = tuple(part for part in path.split("/") if part not in ("", "."))
     if path.startswith("/") or ".." in parts or (parts and len(parts[0]) == 2 and parts[0][1] == ":"):
         return ()

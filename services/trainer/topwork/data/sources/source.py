@@ -63,6 +63,11 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9_]+", "-", text.lower()).strip("-_")[:60].strip("-_") or "dataset"
 
 
+def printable(text: str) -> str:
+    """Turn what is no Unicode in a name (half of a pair, or bytes that are no UTF-8) into question marks."""
+    return text.encode(errors="replace").decode()
+
+
 def last_part(uri: str) -> str:
     """Give the last part of a path or address, without a query."""
     return uri.split("?", maxsplit=1)[0].split("#", maxsplit=1)[0].rstrip("/").rsplit("/", 1)[-1]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from topwork.data.proving import MAX_BYTES, MISSING, TOO_LARGE, Rejection
-from topwork.data.sources.source import TRAIN, Item, last_part, slug
+from topwork.data.sources.source import TRAIN, Item, last_part, printable, slug
 from topwork.errors import DataError
 from topwork.spec.dataset import TableSource
 from topwork.workspace import Workspace
@@ -153,4 +153,4 @@ def _read_local(path: Path) -> bytes:
 
 def _text(value: Any) -> str:
     """Turn a cell into text: 3 and "3" name one class."""
-    return "" if value is None else str(value).strip()
+    return "" if value is None else printable(str(value)).strip()
