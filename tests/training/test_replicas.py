@@ -25,6 +25,7 @@ from topwork.stages.pull import pull
 from topwork.stages.transfer import transfer
 from topwork.training.plan import Phase, Plan
 from topwork.training.stage import train
+from topwork.training.strategy import strategy
 from topwork.workspace import Workspace
 
 replicas, out = int(sys.argv[1]), Path(sys.argv[2])
@@ -48,6 +49,7 @@ def normalized():
     vector = keras.layers.GlobalAveragePooling2D(name="pooling")(features)
     return keras.Model(image, keras.layers.Dense(1, name="logits")(vector))
 
+strategy(replicas)
 dataset = pull(job, workspace)
 first = transfer(job, dataset, workspace)
 second = fine_tune(job, first, dataset, workspace)
@@ -55,19 +57,22 @@ optimizer = Optimizer(name="sgd", learning_rate=0.1)
 plan = Plan("transfer", (Phase("all", 3, optimizer),), 6, "auto", False, None, 1, batch_norm=True)
 other = job.model_copy(update={"metadata": job.metadata.model_copy(update={"name": "normalized"})})
 third = train(plan, normalized, [], other, dataset, workspace)
+on_features = Plan("transfer", (Phase("none", 2, optimizer),), 6, "auto", False, None, 1, views=2)
+other = TransferJob.model_validate_json(os.environ["OTHER"])
+fourth = train(on_features, normalized, [], other, dataset, workspace)
 assert workspace.metrics.registry.get_sample_value("topwork_replicas") == replicas
-np.savez(out / f"{replicas}.npz", *weights(second), *weights(third))
-(out / f"{replicas}.json").write_text(json.dumps([*second.history, *third.history]))
+np.savez(out / f"{replicas}.npz", *weights(second), *weights(third), *weights(fourth))
+(out / f"{replicas}.json").write_text(json.dumps([*second.history, *third.history, *fourth.history]))
 """
 
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory, s3_settings):
     """Run the same job on one and on two replicas, each in a process of its own."""
-    yield lambda job, uri: _both(job, uri, tmp_path_factory.mktemp("replicas"), s3_settings)
+    yield lambda job, other: _both(job, other, tmp_path_factory.mktemp("replicas"), s3_settings)
 
 
-def _both(job, uri, folder, settings):
+def _both(job, other, folder, settings):
     runs = []
     for replicas in (1, 2):
         scratch = folder / f"scratch-{replicas}"
@@ -75,8 +80,9 @@ def _both(job, uri, folder, settings):
         env = {
             **os.environ,
             "JOB": job.model_dump_json(by_alias=True),
+            "OTHER": other.model_dump_json(by_alias=True),
             "S3": f"{settings.endpoint_url} {settings.access_key} {settings.secret_key}",
-            "URI": f"{uri}/{replicas}",
+            "URI": f"{job.spec.storage}/{replicas}",
             "SCRATCH": str(scratch),
         }
         ended = subprocess.run(
@@ -103,8 +109,9 @@ def test_two_replicas_learn_what_one_does(both, make_job):
         },
         fineTune={"epochs": 2, "optimizer": {"learningRate": 0.001, "ema": {"momentum": 0.5}}},
     )  # fmt: skip
-    (one, weights_of_one), (two, weights_of_two) = both(job, job.spec.storage)
-    stages = [("transfer", 3), ("fine-tune", 2), ("transfer", 3)]
+    other = make_job(dataset=job.spec.dataset.model_dump(by_alias=True), augmentation={"flip": "both"})
+    (one, weights_of_one), (two, weights_of_two) = both(job, other)
+    stages = [("transfer", 3), ("fine-tune", 2), ("transfer", 3), ("transfer", 2)]
     expected = [(stage, epoch) for stage, epochs in stages for epoch in range(1, epochs + 1)]
     assert [(row["stage"], row["epoch"]) for row in two] == expected
     for name in ("loss", "accuracy", "validation_loss", "validation_accuracy", "learning_rate"):

@@ -5,6 +5,7 @@ from topwork.stages.fine_tune import fine_tune
 from topwork.stages.publish import Published, publish
 from topwork.stages.pull import pull
 from topwork.stages.transfer import transfer
+from topwork.training.strategy import strategy
 from topwork.workspace import Workspace
 
 
@@ -24,6 +25,8 @@ def run(job: TransferJob, workspace: Workspace) -> Published:
     Raises:
         TopworkError: With the exit code that the cluster acts on; see `topwork.errors`.
     """
+    # First of all: TensorFlow takes no more replicas once pull has started it.
+    strategy(workspace.replicas)
     dataset = pull(job, workspace)
     classifier = transfer(job, dataset, workspace)
     if job.spec.fine_tune:
