@@ -45,6 +45,15 @@ def test_latest_does_not_move_backwards(storage):
     assert versions.latest(storage, "tiny") == newer
 
 
+def test_the_number_of_a_deleted_version_is_not_given_again(storage):
+    finish(storage, 1)
+    newest = finish(storage, 2)
+    versions.move_latest(storage, "tiny")
+    storage.delete(["models/tiny/2/manifest.json"])
+    assert versions.move_latest(storage, "tiny") == newest
+    assert versions.claim(storage, "tiny", "tiny-3") == 3
+
+
 def test_models_lists_only_what_is_published(storage):
     finish(storage, 1)
     finish(storage, 10)

@@ -145,7 +145,9 @@ def claim(storage: Storage, name: str, run: str) -> int:
             if _claimant(storage, name, number) == run:
                 _clear(storage, name, number)
                 return number
-        number = max(found, default=0) + 1
+        # A number that the pointer ever had is not given again, though its version was deleted.
+        standing = latest(storage, name)
+        number = max([*found, standing.version if standing else 0]) + 1
         if storage.write(f"{prefix_of(name, number)}/{CLAIM}", content, only_if_absent=True):
             return number
 
