@@ -22,7 +22,7 @@ from topwork.edge.metrics import Metrics
 from topwork.errors import SettingError
 from topwork.progress import BarProgress, LineProgress, Progress, Quiet
 from topwork.spec import TransferJob
-from topwork.spec.reading import read_jobs
+from topwork.spec.reading import read_files
 from topwork.workspace import StopSignal, Workspace
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def run(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show the final lines only.")] = False,
 ) -> None:
     """Pull, transfer, fine-tune and publish, here; a run that was begun goes on, a finished one says so."""
-    jobs = [job for file in files for job in read_jobs(file)]
+    jobs = [job for _, job in read_files(files)]
     progress = _progress(log_format, quiet)
     metrics = Metrics()
     if metrics_port is not None:
@@ -128,7 +128,7 @@ def _stopped_by_signals(stop: StopSignal) -> Iterator[None]:
     """Turn SIGTERM and SIGINT into the wish to stop; a second one ends the process as it would without."""
 
     def ask(number: int, _frame: FrameType | None) -> None:
-        signal.signal(number, before[number])
+        signal.signal(number, before[signal.Signals(number)])
         stop.ask()
 
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
