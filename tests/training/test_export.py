@@ -123,6 +123,14 @@ def test_a_format_that_a_model_can_not_have_is_named(tmp_path, monkeypatch):
     )
 
 
+def test_an_operation_that_onnx_does_not_know_is_named(tmp_path):
+    image = keras.Input((32, 32, 3), name="image")
+    features = keras.layers.Activation("gelu")(keras.layers.GlobalAveragePooling2D()(image))
+    model = with_probabilities(keras.Model(image, keras.layers.Dense(3)(features)), 3)
+    with pytest.raises(SpecError, match=r"holds onnx, but .* ONNX has no operation like Erfc\)\. Leave onnx out\."):
+        export(model, ("a", "b", "c"), ("onnx",), resize, tmp_path)
+
+
 def test_a_file_that_does_not_load_stops_the_recheck(tmp_path):
     model = with_probabilities(logits_model(2), 2)
     ask(model, tmp_path / "questions")

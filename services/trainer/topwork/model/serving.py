@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -62,6 +63,7 @@ def export(
     Raises:
         SpecError: If the model holds an operation that a format does not know.
     """
+    model(tf.zeros((1, *model.input_shape[1:])), training=False)  # Keras refuses to convert what was never called
     for name in formats:
         path = folder / EXPORTED[name]
         with _quietly():
@@ -123,6 +125,8 @@ def save_saved_model(model: keras.Model, class_names: Sequence[str], resize: Res
 def _convert(model: keras.Model, name: str, path: Path) -> None:
     try:
         model.export(str(path), format="litert" if name == "tflite" else name, verbose=False)
+        if name == "onnx":
+            _check_onnx(path)
     except Exception as error:
         raise SpecError(
             f"spec.publish.formats holds {name}, but this model can't be converted to it "
@@ -131,9 +135,25 @@ def _convert(model: keras.Model, name: str, path: Path) -> None:
         ) from error
 
 
+def _check_onnx(path: Path) -> None:
+    """Refuse what tf2onnx writes where it knows no counterpart of an operation: a file that nothing can run."""
+    import onnx
+
+    known = {schema.name for schema in onnx.defs.get_all_schemas()}
+    graph = onnx.load(path, load_external_data=False).graph
+    unknown = sorted({node.op_type for node in graph.node if node.domain in ("", "ai.onnx")} - known)
+    if unknown:
+        raise ValueError(f"ONNX has no operation like {', '.join(unknown)}")
+
+
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
     """Keep what the converters say away from the user: pages of tensor specs, and warnings about their own future."""
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        yield
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
