@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -18,6 +17,7 @@ from topwork.progress import Quiet
 from topwork.stages.fine_tune import fine_tune
 from topwork.stages.pull import pull
 from topwork.stages.transfer import transfer
+from topwork.workspace import StopSignal
 
 # Everything that has a state of its own: random views, dropout, a schedule, an average, early stopping, phases.
 SPEC = {
@@ -69,9 +69,7 @@ def place(workspace, name, progress):
     scratch = workspace.scratch / f"{name}-{os.urandom(4).hex()}"
     scratch.mkdir()
     storage = workspace.storage.at(f"{workspace.storage.uri}/{name}")
-    return replace(
-        workspace, storage=storage, scratch=scratch, metrics=Metrics(), progress=progress, stop=threading.Event()
-    )
+    return replace(workspace, storage=storage, scratch=scratch, metrics=Metrics(), progress=progress, stop=StopSignal())
 
 
 def run(job, workspace):
@@ -119,7 +117,7 @@ def test_stopped_within_and_between_epochs_it_goes_on_step_by_step(make_job, wor
     def stopped(expected_checkpoints, stage, **when):
         progress = Watched(**when)
         here = place(workspace, "stopped", progress)
-        progress.act = here.stop.set
+        progress.act = here.stop.ask
         with pytest.raises(Stopped, match="the checkpoint is stored"):
             run(job, here)
         assert checkpoints(job, here, stage)[-1:] == expected_checkpoints
@@ -154,6 +152,7 @@ from topwork.progress import Quiet
 from topwork.spec import TransferJob
 from topwork.stages.pull import pull
 from topwork.stages.transfer import transfer
+from topwork.workspace import StopSignal
 from topwork.workspace import Workspace
 
 class Killed(Quiet):
