@@ -1,7 +1,6 @@
 """`topwork run`: the whole pipeline on this machine."""
 
 import fcntl
-import importlib
 import os
 import shutil
 import signal
@@ -11,8 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from enum import StrEnum
 from pathlib import Path
-from types import FrameType, ModuleType
-from typing import TYPE_CHECKING, Annotated
+from types import FrameType
+from typing import Annotated
 
 import typer
 
@@ -23,10 +22,8 @@ from topwork.errors import SettingError
 from topwork.progress import BarProgress, LineProgress, Progress, Quiet
 from topwork.spec import TransferJob
 from topwork.spec.reading import read_files
+from topwork.stages.publish import Published, published_earlier
 from topwork.workspace import StopSignal, Workspace
-
-if TYPE_CHECKING:
-    from topwork.stages.publish import Published
 
 
 class LogFormat(StrEnum):
@@ -73,23 +70,27 @@ def _run(
     replicas: int | None,
     restart: bool,
     verbose: bool,
-) -> "Published":
+) -> Published:
     stop = StopSignal()
     with _scratch(state, job.run) as scratch, storage_at(job.spec.storage, state, metrics) as storage:
         workspace = Workspace(storage, metrics, progress, scratch, replicas, stop)
         progress.note("run", name=job.run, storage=storage.uri)
         if restart:
             storage.delete(stored.key for stored in storage.list(f"runs/{job.run}/"))
+        if published := published_earlier(job, storage):
+            progress.note("already published", model=published.uri)
+            return published
         with _stopped_by_signals(stop):
-            published: Published = _import_pipeline(verbose).run(job, workspace)
-        return published
+            return _run_pipeline(job, workspace, verbose)
 
 
-def _import_pipeline(verbose: bool) -> ModuleType:
-    """Import TensorFlow and all that stands on it, without its start-up talk unless that is wanted."""
+def _run_pipeline(job: TransferJob, workspace: Workspace, verbose: bool) -> Published:
+    """Import TensorFlow and all that stands on it, without its start-up talk unless that is wanted, and run."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "0" if verbose else "2")
     with nullcontext() if verbose else hushed():
-        return importlib.import_module("topwork.pipeline")
+        from topwork import pipeline
+
+    return pipeline.run(job, workspace)
 
 
 def _progress(log_format: LogFormat, quiet: bool) -> Progress:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, ConfigDict
 
 from topwork.data.stored import StoredDataset
+from topwork.edge.storage import Storage
 from topwork.errors import DataError
 from topwork.manifest import write_whole
 from topwork.report.gates import gate_outcomes, require_gates
@@ -92,14 +93,27 @@ def publish(job: TransferJob, classifier: Classifier, dataset: StoredDataset, wo
         return published
 
 
-def _done(job: TransferJob, classifier: Classifier, workspace: Workspace) -> Published | None:
-    storage = workspace.storage
+def published_earlier(job: TransferJob, storage: Storage) -> Published | None:
+    """Find what a run has published, without training libraries.
+
+    Args:
+        job: The job of the run.
+        storage: Storage of the job.
+
+    Returns:
+        The version; None if there is none, or if somebody has deleted it: it is then published under a new number.
+    """
     data = storage.read(f"runs/{job.run}/publish/done.json")
-    if data is not None:
-        published = Published.model_validate_json(data)
-        if versions.published(storage, published.name, published.version):
-            return published  # else somebody deleted the version, and it is published again under a new number
-    version = versions.made_from(storage, job.model_name, job.run, classifier.file.sha256)
+    if data is None:
+        return None
+    published = Published.model_validate_json(data)
+    return published if versions.published(storage, published.name, published.version) else None
+
+
+def _done(job: TransferJob, classifier: Classifier, workspace: Workspace) -> Published | None:
+    if published := published_earlier(job, workspace.storage):
+        return published
+    version = versions.made_from(workspace.storage, job.model_name, job.run, classifier.file.sha256)
     return _finish(job, version, workspace) if version else None
 
 
