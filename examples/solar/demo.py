@@ -1,7 +1,7 @@
 """`make demo`: three jobs on real pictures of solar cells, then the two that can be compared, side by side.
 
 1. solar-base learns to tell sound from defective monocrystalline cells, from scratch.
-2. solar-transfer moves it to polycrystalline cells, with 100 pictures a class.
+2. solar-transfer moves it to polycrystalline cells, with 10 pictures a class.
 3. solar-scratch is the second without transfer.
 """
 
@@ -27,7 +27,7 @@ def main() -> None:
     print("Pictures:", ", ".join(f"{count} {kind}crystalline cells" for kind, count in write_tables().items()))
     seconds = {name: run(name) for name in ("solar-base", *COMPARED)}
     metrics = {name: published_metrics(name) for name in COMPARED}
-    table = Table(title="Polycrystalline cells, 100 pictures a class, 500 to test")
+    table = Table(title="Polycrystalline cells: 10 pictures a class to train, 500 to test")
     for column in ("", "without transfer", "with transfer"):
         table.add_column(column, justify="left" if not column else "right")
     for metric in metrics["solar-transfer"]:
