@@ -1,10 +1,12 @@
-"""Prometheus series of a run: the only module that knows prometheus_client."""
+"""Prometheus series of a run; with `edge.gpus` the only module that knows prometheus_client."""
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, start_http_server
+
+from topwork.edge.gpus import visible_gpus
 
 # From a tiny model on a GPU to a large base on a processor.
 STEP_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -40,6 +42,8 @@ class Metrics:
         self._checkpoint = self._gauge(
             "checkpoint_last_success_timestamp_seconds", "Unix time at which the last checkpoint was stored."
         )
+        if gpus := visible_gpus():
+            self.registry.register(gpus)
 
     def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
         return Gauge(f"topwork_{name}", text, labels, registry=self.registry)

@@ -44,15 +44,10 @@ def transfer(job: TransferJob, dataset: StoredDataset, workspace: Workspace) -> 
             early_stopping=spec.early_stopping,
             seed=job.spec.seed,
             views=views(job.spec, augmented=augment(job.spec.augmentation) is not None),
-            batch_norm=not _pretrained(job),
+            # A new base must learn its statistics; a trained one has some worth keeping.
+            batch_norm=not job.spec.model.base.is_pretrained,
         )
         return train(plan, lambda: _start(job, dataset, workspace), [], job, dataset, workspace)
-
-
-def _pretrained(job: TransferJob) -> bool:
-    """Say whether the base has statistics worth keeping; a new one must learn them."""
-    base = job.spec.model.base
-    return base.saved is not None or (base.application is not None and base.weights != "none")
 
 
 def _start(job: TransferJob, dataset: StoredDataset, workspace: Workspace) -> keras.Model:
@@ -60,6 +55,6 @@ def _start(job: TransferJob, dataset: StoredDataset, workspace: Workspace) -> ke
     classes = len(dataset.facts.class_names)
     file = base_file(settings.base, workspace)
     model = build(settings, job.spec.dataset.image_size, classes, file)
-    if file is None and _pretrained(job):
+    if file is None and settings.base.is_pretrained:
         mirror(settings.base, model.get_layer("base"), workspace)
     return model

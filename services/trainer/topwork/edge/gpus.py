@@ -1,0 +1,75 @@
+"""Figures of the visible GPUs, read through NVML when Prometheus asks; absent where there is no GPU."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+Reading = Callable[[Any, Any], float]
+
+# Name, meaning and how NVML tells it, each in the base unit of its name.
+# https://docs.nvidia.com/deploy/nvml-api/group__nvmlDeviceQueries.html
+READINGS: dict[str, tuple[str, Reading]] = {
+    "topwork_gpu_utilization_ratio": (
+        "Share of the last sample period in which a kernel ran, 0..1.",
+        lambda nvml, gpu: nvml.nvmlDeviceGetUtilizationRates(gpu).gpu / 100,
+    ),
+    "topwork_gpu_memory_used_bytes": (
+        "Memory in use, by any process.",
+        lambda nvml, gpu: nvml.nvmlDeviceGetMemoryInfo(gpu).used,
+    ),
+    "topwork_gpu_memory_total_bytes": (
+        "Memory of the GPU.",
+        lambda nvml, gpu: nvml.nvmlDeviceGetMemoryInfo(gpu).total,
+    ),
+    "topwork_gpu_power_watts": (
+        "Power draw.",
+        lambda nvml, gpu: nvml.nvmlDeviceGetPowerUsage(gpu) / 1000,
+    ),
+    "topwork_gpu_temperature_celsius": (
+        "Temperature of the chip.",
+        lambda nvml, gpu: nvml.nvmlDeviceGetTemperature(gpu, nvml.NVML_TEMPERATURE_GPU),
+    ),
+}
+
+
+class Gpus(Collector):
+    """One series a GPU and reading; a reading that a GPU does not have is left out.
+
+    Args:
+        nvml: The module `pynvml`, initialised.
+    """
+
+    def __init__(self, nvml: Any) -> None:
+        self._nvml = nvml
+
+    def describe(self) -> Iterator[GaugeMetricFamily]:
+        """Name the families without asking the GPUs."""
+        for name, (meaning, _) in READINGS.items():
+            yield GaugeMetricFamily(name, meaning, labels=["gpu"])
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        """Ask every GPU."""
+        gpus = [self._nvml.nvmlDeviceGetHandleByIndex(index) for index in range(self._nvml.nvmlDeviceGetCount())]
+        for name, (meaning, read) in READINGS.items():
+            family = GaugeMetricFamily(name, meaning, labels=["gpu"])
+            for index, gpu in enumerate(gpus):
+                try:
+                    family.add_metric([str(index)], read(self._nvml, gpu))
+                except self._nvml.NVMLError:  # such as power on a slice of a GPU
+                    continue
+            yield family
+
+
+def visible_gpus() -> Gpus | None:
+    """Open NVML; None without its library, its driver or a GPU."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        return Gpus(pynvml) if pynvml.nvmlDeviceGetCount() else None
+    except ImportError:
+        return None
+    except pynvml.NVMLError:
+        return None

@@ -1,0 +1,49 @@
+"""GPU figures. NVML itself is stood in for: it can't be had without a GPU."""
+
+from types import SimpleNamespace
+
+from prometheus_client import CollectorRegistry
+
+from topwork.edge.gpus import Gpus, visible_gpus
+
+
+class NVMLError(Exception):
+    pass
+
+
+def refuse(gpu):
+    raise NVMLError
+
+
+TWO_GPUS = SimpleNamespace(
+    NVMLError=NVMLError,
+    NVML_TEMPERATURE_GPU=0,
+    nvmlDeviceGetCount=lambda: 2,
+    nvmlDeviceGetHandleByIndex=lambda index: index,
+    nvmlDeviceGetUtilizationRates=lambda gpu: SimpleNamespace(gpu=[97, 50][gpu], memory=10),
+    nvmlDeviceGetMemoryInfo=lambda gpu: SimpleNamespace(used=2**30, total=2**34),
+    nvmlDeviceGetPowerUsage=lambda gpu: 412_500 if gpu == 0 else refuse(gpu),
+    nvmlDeviceGetTemperature=lambda gpu, sensor: 61,
+)
+
+
+def test_every_gpu_is_read_in_base_units():
+    registry = CollectorRegistry()
+    registry.register(Gpus(TWO_GPUS))
+    assert registry.get_sample_value("topwork_gpu_utilization_ratio", {"gpu": "0"}) == 0.97
+    assert registry.get_sample_value("topwork_gpu_utilization_ratio", {"gpu": "1"}) == 0.5
+    assert registry.get_sample_value("topwork_gpu_memory_used_bytes", {"gpu": "1"}) == 2**30
+    assert registry.get_sample_value("topwork_gpu_memory_total_bytes", {"gpu": "1"}) == 2**34
+    assert registry.get_sample_value("topwork_gpu_power_watts", {"gpu": "0"}) == 412.5
+    assert registry.get_sample_value("topwork_gpu_temperature_celsius", {"gpu": "0"}) == 61
+
+
+def test_a_reading_that_a_gpu_does_not_have_is_left_out():
+    registry = CollectorRegistry()
+    registry.register(Gpus(TWO_GPUS))
+    assert registry.get_sample_value("topwork_gpu_power_watts", {"gpu": "1"}) is None
+
+
+def test_without_a_gpu_there_is_none():
+    gpus = visible_gpus()
+    assert gpus is None or len(list(gpus.collect())) == 5
