@@ -3,7 +3,9 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -37,6 +39,46 @@ def topwork(environment: dict[str, str], tmp_path: Path) -> Command:
         )
 
     return call
+
+
+class Running:
+    """A `topwork` that was started and not waited for; all it says goes to one file."""
+
+    def __init__(self, arguments: tuple[str | Path, ...], environment: dict[str, str], folder: Path) -> None:
+        self._log = folder / f"{uuid.uuid4().hex[:8]}.log"
+        with self._log.open("w") as log:
+            command = [sys.executable, "-m", "topwork", *map(str, arguments)]
+            self.process = subprocess.Popen(command, env=environment, cwd=folder, stdout=log, stderr=log)
+
+    @property
+    def output(self) -> str:
+        return self._log.read_text()
+
+    def wait_for(self, text: str, seconds: float = 180) -> None:
+        deadline = time.monotonic() + seconds
+        while text not in self.output:
+            assert time.monotonic() < deadline, self.output
+            assert self.process.poll() is None, self.output
+            time.sleep(0.1)
+
+    def stop(self, number: int) -> int:
+        self.process.send_signal(number)
+        return self.process.wait(timeout=60)
+
+
+@pytest.fixture
+def start(environment: dict[str, str], tmp_path: Path) -> Iterator[Callable[..., Running]]:
+    """Start `topwork` with arguments, in the test's folder; what still runs at the end is killed."""
+    started: list[Running] = []
+
+    def call(*arguments: str | Path) -> Running:
+        started.append(Running(arguments, environment, tmp_path))
+        return started[-1]
+
+    yield call
+    for running in started:
+        running.process.kill()
+        running.process.wait()
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 import urllib.request
 from pathlib import Path
 
@@ -59,14 +58,11 @@ def test_run_publishes_a_model_that_plain_libraries_load(topwork, job_file, two_
     assert "epoch=" not in again.stderr
 
 
-def test_a_run_that_was_killed_goes_on_where_it_was(topwork, job_file, environment, tmp_path):
+def test_a_run_that_was_killed_goes_on_where_it_was(topwork, start, job_file):
     job = job_file(transfer={"train": "all", "epochs": 6, "batchSize": 8})
-    with (tmp_path / "log").open("w+") as log:
-        command = [sys.executable, "-m", "topwork", "run", str(job)]
-        process = subprocess.Popen(command, env=environment, cwd=tmp_path, stderr=log, stdout=log)
-        wait_for(tmp_path / "log", "epoch=3")
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    running = start("run", job)
+    running.wait_for("epoch=3")
+    running.stop(signal.SIGKILL)
     ended = topwork("run", job)
     assert ended.returncode == 0, ended.stderr
     epochs = [line for line in ended.stderr.splitlines() if " epoch=" in line]
@@ -74,48 +70,27 @@ def test_a_run_that_was_killed_goes_on_where_it_was(topwork, job_file, environme
     assert "epoch=6" in epochs[-1]
 
 
-def test_sigterm_writes_a_checkpoint_and_ends_with_143(topwork, job_file, environment, tmp_path):
-    job = job_file(transfer={"train": "all", "epochs": 500, "batchSize": 8})
-    with (tmp_path / "log").open("w+") as log:
-        command = [sys.executable, "-m", "topwork", "run", str(job)]
-        process = subprocess.Popen(command, env=environment, cwd=tmp_path, stderr=log, stdout=log)
-        wait_for(tmp_path / "log", "epoch=3")
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=60) == 143
-    text = (tmp_path / "log").read_text()
-    assert "Start the same job again to go on" in text
-    assert "Traceback" not in text
+def test_sigterm_writes_a_checkpoint_and_ends_with_143(start, job_file):
+    running = start("run", job_file(transfer={"train": "all", "epochs": 500, "batchSize": 8}))
+    running.wait_for("epoch=3")
+    assert running.stop(signal.SIGTERM) == 143
+    assert "Start the same job again to go on" in running.output
+    assert "Traceback" not in running.output
 
 
-def test_two_runs_at_once_share_the_embedded_storage(topwork, job_file, environment, tmp_path):
-    files = [job_file("one.yaml", seed=1), job_file("two.yaml", seed=2)]
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-m", "topwork", "run", str(file)],
-            env=environment,
-            cwd=tmp_path,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for file in files
-    ]
-    outputs = [process.communicate(timeout=300)[0] for process in started]
-    assert [process.returncode for process in started] == [0, 0], outputs
-    assert {version_folder(output)[-1] for output in outputs} == {"1", "2"}
+def test_two_runs_at_once_share_the_embedded_storage(start, job_file):
+    runs = [start("run", job_file("one.yaml", seed=1)), start("run", job_file("two.yaml", seed=2))]
+    assert [running.process.wait(timeout=300) for running in runs] == [0, 0], [running.output for running in runs]
+    assert {version_folder(running.output)[-1] for running in runs} == {"1", "2"}
 
 
-def test_metrics_are_served_while_a_run_goes_on(job_file, environment, tmp_path):
-    job = job_file(transfer={"train": "all", "epochs": 500, "batchSize": 8})
-    with (tmp_path / "log").open("w+") as log:
-        command = [sys.executable, "-m", "topwork", "run", str(job), "--metrics-port", "0"]
-        process = subprocess.Popen(command, env=environment, cwd=tmp_path, stderr=log, stdout=log)
-        wait_for(tmp_path / "log", "epoch=2")
-        port = (tmp_path / "log").read_text().split("port=")[1].split()[0]
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
-            text = answer.read().decode()
-        process.send_signal(signal.SIGTERM)
-        process.wait(timeout=60)
+def test_metrics_are_served_while_a_run_goes_on(start, job_file):
+    running = start("run", job_file(transfer={"train": "all", "epochs": 500, "batchSize": 8}), "--metrics-port", "0")
+    running.wait_for("epoch=2")
+    port = running.output.split("port=")[1].split()[0]
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+        text = answer.read().decode()
+    running.stop(signal.SIGTERM)
     assert 'topwork_stage_running{stage="transfer"} 1.0' in text
     assert 'topwork_epochs_planned{stage="transfer"} 500.0' in text
     assert "topwork_checkpoint_last_success_timestamp_seconds" in text
@@ -163,10 +138,3 @@ def test_validate_loads_no_tensorflow(environment, tmp_path, job_file):
 def test_every_example_validates(topwork, example):
     ended = topwork("validate", example.absolute())
     assert ended.returncode == 0, ended.stderr
-
-
-def wait_for(path: Path, text: str, seconds: float = 180) -> None:
-    deadline = time.monotonic() + seconds
-    while text not in path.read_text():
-        assert time.monotonic() < deadline, path.read_text()
-        time.sleep(0.1)

@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from topwork import __version__
-from topwork.errors import TopworkError
+from topwork.errors import SettingError, TopworkError
 
 COMMANDS = {
     "run": "topwork.cli.run:run",
@@ -17,6 +17,8 @@ COMMANDS = {
     "predict": "topwork.cli.predict:predict",
     "models": "topwork.cli.models:app",
 }
+
+INSTALL = "To train and predict, install topwork[cpu] or topwork[gpu]; for the embedded S3 server, topwork[local]."
 
 
 class Commands(TyperGroup):
@@ -72,3 +74,8 @@ def main() -> None:
         # The problems of a spec begin with the file and the line in it, as editors read them.
         print(error if getattr(error, "problems", ()) else f"topwork: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except ModuleNotFoundError as error:
+        if not error.name or error.name.startswith("topwork"):
+            raise
+        print(f"topwork: {error.name} is not installed. {INSTALL}", file=sys.stderr)
+        sys.exit(SettingError.exit_code)

@@ -11,7 +11,7 @@ from contextlib import contextmanager, nullcontext
 from enum import StrEnum
 from pathlib import Path
 from types import FrameType
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,8 +22,10 @@ from topwork.errors import SettingError
 from topwork.progress import BarProgress, LineProgress, Progress, Quiet
 from topwork.spec import TransferJob
 from topwork.spec.reading import read_files
-from topwork.stages.publish import Published, published_earlier
 from topwork.workspace import StopSignal, Workspace
+
+if TYPE_CHECKING:
+    from topwork.stages.publish import Published
 
 
 class LogFormat(StrEnum):
@@ -70,7 +72,9 @@ def _run(
     replicas: int | None,
     restart: bool,
     verbose: bool,
-) -> Published:
+) -> "Published":
+    from topwork.stages.publish import published_earlier
+
     stop = StopSignal()
     with _scratch(state, job.run) as scratch, storage_at(job.spec.storage, state, metrics) as storage:
         workspace = Workspace(storage, metrics, progress, scratch, replicas, stop)
@@ -84,7 +88,7 @@ def _run(
             return _run_pipeline(job, workspace, verbose)
 
 
-def _run_pipeline(job: TransferJob, workspace: Workspace, verbose: bool) -> Published:
+def _run_pipeline(job: TransferJob, workspace: Workspace, verbose: bool) -> "Published":
     """Import TensorFlow and all that stands on it, without its start-up talk unless that is wanted, and run."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "0" if verbose else "2")
     with nullcontext() if verbose else hushed():
