@@ -1,7 +1,7 @@
 """`make bench`: topwork beside the plain Keras script that a user would write instead, on the same machine and images.
 
-Reported are the seconds of an epoch, validation included, without the first of each phase, which traces. Each contender
-runs in a process of its own, one after the other. Images: the solar cells of the demo.
+Reported are the seconds of an epoch's training steps, without validation and without the first epoch of each phase,
+which traces. Each contender runs in a process of its own, one after the other. Images: the solar cells of the demo.
 """
 
 import csv
@@ -28,7 +28,7 @@ spec:
   storage: s3://bench/topwork
   dataset:
     source: {{folder: {{uri: {folder}}}}}
-    splits: {{train: "train[:80%]", validation: "train[80%:]", test: "train[80%:]"}}
+    splits: {{train: "train[:80%]", validation: "train[80%:]"}}
     imageSize: [{side}, {side}]
   model: {{base: {{application: {base}, weights: none}}, head: {{dropout: 0.2}}}}
   augmentation: {{flip: horizontal}}
