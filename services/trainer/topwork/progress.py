@@ -73,7 +73,7 @@ class BarProgress:
         line = Text(message)
         for name, value in facts.items():
             line.append(f"  {name} ", style="dim").append(_shown(value))
-        self._console.print(line)
+        self._console.print(line, soft_wrap=True)
 
     def epoch(self, stage: str, epoch: int, epochs: int, **facts: Fact) -> None:
         """Print one line for the epoch."""
