@@ -27,8 +27,20 @@ def run(job: TransferJob, workspace: Workspace) -> Published:
     """
     # First of all: TensorFlow takes no more replicas once pull has started it.
     strategy(workspace.replicas)
+    clear_leftovers(job, workspace)
     dataset = pull(job, workspace)
     classifier = transfer(job, dataset, workspace)
     if job.spec.fine_tune:
         classifier = fine_tune(job, classifier, dataset, workspace)
     return publish(job, classifier, dataset, workspace)
+
+
+def clear_leftovers(job: TransferJob, workspace: Workspace) -> None:
+    """Give back what half-written uploads of killed processes hold: of this run all, of others what is a day old.
+
+    Args:
+        job: The job; no other process works on its run.
+        workspace: Storage of the run.
+    """
+    workspace.storage.abort_unfinished_uploads(f"runs/{job.run}/", older_than_seconds=0)
+    workspace.storage.abort_unfinished_uploads()
