@@ -13,7 +13,7 @@ from PIL import Image
 from topwork.data import local
 from topwork.data.local import fetch
 from topwork.errors import DataError, Stopped
-from topwork.manifest import fetch_whole
+from topwork.manifest import fetch_whole, read_manifest
 from topwork.progress import Quiet
 from topwork.stages.pull import pull
 
@@ -45,7 +45,7 @@ def test_the_stored_dataset_is_read_by_plain_tfds(make_job, workspace, two_class
     stored = pull(make_job(), workspace)
     fetch_whole(workspace.storage, stored.prefix, tmp_path / "plain")
 
-    builder = tfds.builder_from_directory(tmp_path / "plain" / stored.facts.folder)
+    builder = tfds.builder_from_directory(tmp_path / "plain")
     assert builder.info.features["label"].names == ["blue", "red"]
     examples = list(builder.as_dataset(split="train").as_numpy_iterator())
     assert len(examples) == 40
@@ -169,12 +169,19 @@ def test_two_pulls_at_once_end_with_one(make_job, workspace, tmp_path):
     assert fetch(stored[0], make_job(), one).train.size == 24
 
 
+def test_the_stored_files_depend_on_the_source_alone(make_job, workspace, tmp_path):
+    elsewhere = workspace.storage.at(f"{workspace.storage.uri}/elsewhere")
+    other = dataclasses.replace(workspace, storage=elsewhere, scratch=tmp_path / "other")
+    one, same = (read_manifest(each.storage, pull(make_job(), each).prefix) for each in (workspace, other))
+    assert one == same
+
+
 def test_a_pull_that_was_killed_is_done_again_over_what_it_left(make_job, workspace):
     job = make_job()
     stored = pull(job, workspace)
     # What a kill between two uploads leaves: files without a manifest, one of them cut short.
     workspace.storage.delete([f"{stored.prefix}/manifest.json"])
-    shard = f"{stored.prefix}/{stored.facts.folder}/stored_images-train.tfrecord-00000-of-00001"
+    shard = f"{stored.prefix}/stored_images-train.tfrecord-00000-of-00001"
     workspace.storage.write(shard, b"half")
     (workspace.scratch / "pull" / stored.facts.fingerprint / "building").mkdir(parents=True)
 

@@ -22,7 +22,6 @@ def _facts(**splits):
         name="pets",
         fingerprint="0" * 16,
         source={},
-        folder="f",
         class_names=CLASSES,
         splits={split: dict(zip(CLASSES, counts, strict=True)) for split, counts in splits.items()},
         images=sum(map(sum, splits.values())),

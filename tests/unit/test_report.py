@@ -65,7 +65,6 @@ def make_outcome(job, names):
             name="photos",
             fingerprint="0123456789abcdef",
             source={"folder": "s3://ml-artifacts/photos/"},
-            folder="photos/1.0.0",
             class_names=names,
             splits={"train": dict.fromkeys(names, 100)},
             images=100 * len(names),

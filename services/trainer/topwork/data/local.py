@@ -177,8 +177,8 @@ def fetch(dataset: StoredDataset, job: TransferJob, workspace: Workspace) -> Loc
     """
     spec, facts = job.spec.dataset, dataset.facts
     folder = workspace.scratch / dataset.prefix
-    fetch_whole(workspace.storage, dataset.prefix, folder, only=lambda file: file.startswith(f"{facts.folder}/"))
-    records = open_records(folder / facts.folder, list(facts.splits))
+    fetch_whole(workspace.storage, dataset.prefix, folder)
+    records = open_records(folder, list(facts.splits))
     sources = {
         name: Examples(first, records.labels[first : first + size]) for name, (first, size) in records.splits.items()
     }

@@ -32,7 +32,6 @@ class DatasetFacts(BaseModel):
         name: Name of the dataset, from its source.
         fingerprint: 16 hex digits that stand for the source and its content.
         source: Where the images came from, without credentials.
-        folder: Folder of the TFDS dataset, below the prefix of the manifest.
         class_names: Classes, in the order of their labels.
         splits: Images of each class in each split of the source.
         images: Images stored.
@@ -45,7 +44,6 @@ class DatasetFacts(BaseModel):
     name: str
     fingerprint: str
     source: dict[str, Any]
-    folder: str
     class_names: tuple[str, ...]
     splits: dict[str, dict[str, int]]
     images: int

@@ -1,6 +1,5 @@
 """Writes proved images as a TensorFlow Datasets dataset."""
 
-import hashlib
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -90,7 +89,7 @@ class StoredImages(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # 
         raise NotImplementedError  # every split has its generator
 
 
-def write_tfds(source: Source, provers: Provers, folder: Path, advance: Callable[[], None]) -> tuple[str, Tally]:
+def write_tfds(source: Source, provers: Provers, folder: Path, advance: Callable[[], None]) -> tuple[Path, Tally]:
     """Prove every image of a source and write those that decode.
 
     The files depend on the content of the source alone, not on when or where they are written.
@@ -102,7 +101,7 @@ def write_tfds(source: Source, provers: Provers, folder: Path, advance: Callable
         advance: Called after each image.
 
     Returns:
-        Name of the folder inside `folder` that holds the dataset (it stands for its content), and the tally.
+        The folder inside `folder` that holds the dataset, and the tally.
 
     Raises:
         DataError: If not one image of a split decodes, or the source holds a class that it did not name.
@@ -115,11 +114,8 @@ def write_tfds(source: Source, provers: Provers, folder: Path, advance: Callable
         download_dir=folder / "downloads",
         download_config=tfds.download.DownloadConfig(try_download_gcs=False, compute_stats="skip"),
     )
-    name = _content_name(Path(builder.data_dir))
-    Path(builder.data_dir).rename(folder / name)
-    for leftover in ("building", "downloads"):
-        shutil.rmtree(folder / leftover, ignore_errors=True)
-    return name, tally
+    shutil.rmtree(folder / "downloads", ignore_errors=True)
+    return Path(builder.data_dir), tally
 
 
 def _examples(
@@ -152,14 +148,6 @@ def _read(item: Item) -> bytes:
     if item.label is None:
         raise Rejection(NO_LABEL)
     return item.read()
-
-
-def _content_name(folder: Path) -> str:
-    digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        with path.open("rb") as file:
-            digest.update(f"{path.name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
-    return digest.hexdigest()[:12]
 
 
 def shown_rejections(rejected: list[RejectedImage], most: int = 20) -> str:

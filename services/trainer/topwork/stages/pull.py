@@ -72,40 +72,32 @@ def _store(source: Source, fingerprint: str, prefix: str, job: TransferJob, work
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:
-        facts = _written(source, fingerprint, folder, workspace)
+        written, facts = _written(source, fingerprint, folder, workspace)
         _check(facts, job)
-        manifest = write_whole(workspace.storage, prefix, folder, facts.model_dump(mode="json"))
-        return _settled(facts, DatasetFacts.model_validate(manifest.facts), prefix, folder, workspace)
+        # Another pull of the same source may write at the same time: the same files, since they depend on it alone.
+        manifest = write_whole(workspace.storage, prefix, written, facts.model_dump(mode="json"))
+        return DatasetFacts.model_validate(manifest.facts)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _written(source: Source, fingerprint: str, folder: Path, workspace: Workspace) -> DatasetFacts:
+def _written(source: Source, fingerprint: str, folder: Path, workspace: Workspace) -> tuple[Path, DatasetFacts]:
     counts = list(source.splits().values())
     total = None if None in counts else sum(count or 0 for count in counts)
     with workspace.progress.track("pull: images", total) as tracker, Provers(readable=is_readable) as provers:
-        name, tally = write_tfds(source, provers, folder, tracker.advance)
+        written, tally = write_tfds(source, provers, folder, tracker.advance)
     for reason, count in Counter(image.reason for image in tally.rejected).items():
         workspace.metrics.rejected(reason, count)
-    return DatasetFacts(
+    return written, DatasetFacts(
         name=source.name,
         fingerprint=fingerprint,
         source=source.description(),
-        folder=name,
         class_names=source.class_names(),
         splits={split: dict(sorted(counts.items())) for split, counts in sorted(tally.splits.items())},
         images=tally.images,
         rejected=tuple(tally.rejected),
         duplicates=tally.duplicates,
     )
-
-
-def _settled(ours: DatasetFacts, stands: DatasetFacts, prefix: str, folder: Path, workspace: Workspace) -> DatasetFacts:
-    """Take away what was uploaded in vain where another writer was first, with other bytes."""
-    if stands.folder != ours.folder:
-        uploaded = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-        workspace.storage.delete(f"{prefix}/{name}" for name in uploaded)
-    return stands
 
 
 def _check(facts: DatasetFacts, job: TransferJob) -> None:
