@@ -41,6 +41,15 @@ def test_pull_stores_a_folder_and_a_second_pull_takes_nothing_from_the_source(ma
     assert {found.key: found.etag for found in workspace.storage.list()} == before
 
 
+def test_a_run_keeps_its_images_when_its_source_changes_and_a_new_run_takes_the_new_ones(
+    make_job, workspace, two_class_folder
+):
+    stored = pull(make_job(), workspace)
+    (two_class_folder / "red" / "00.jpg").unlink()
+    assert pull(make_job(), workspace) == stored
+    assert pull(make_job(seed=7), workspace).facts.images == 39
+
+
 def test_the_stored_dataset_is_read_by_plain_tfds(make_job, workspace, two_class_folder, tmp_path):
     stored = pull(make_job(), workspace)
     fetch_whole(workspace.storage, stored.prefix, tmp_path / "plain")
@@ -164,7 +173,7 @@ def test_two_pulls_at_once_end_with_one(make_job, workspace, tmp_path):
     with ThreadPoolExecutor(2) as pool:
         stored = list(pool.map(lambda each: pull(make_job(), each), (one, other)))
     assert stored[0] == stored[1]
-    keys = [found.key for found in workspace.storage.list()]
+    keys = [found.key for found in workspace.storage.list("datasets/")]
     assert len(keys) == 5  # one shard, three TFDS descriptions and the manifest
     assert fetch(stored[0], make_job(), one).train.size == 24
 

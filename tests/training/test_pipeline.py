@@ -2,7 +2,8 @@
 
 import time
 
-from topwork.pipeline import clear_leftovers
+from topwork.pipeline import clear_leftovers, keep_spec
+from topwork.spec.reading import read_text
 
 
 def test_a_run_gives_back_its_own_half_written_uploads_and_spares_those_of_others(make_job, workspace):
@@ -14,3 +15,10 @@ def test_a_run_gives_back_its_own_half_written_uploads_and_spares_those_of_other
     clear_leftovers(job, workspace)
     left = storage._client.list_multipart_uploads(Bucket=storage._bucket, Prefix=base).get("Uploads", [])
     assert [upload["Key"] for upload in left] == [f"{base}/runs/other-12345678/transfer/model.keras"]
+
+
+def test_the_spec_of_a_run_is_kept_and_reads_as_the_same_run(make_job, workspace):
+    job = make_job()
+    keep_spec(job, workspace)
+    (kept,) = read_text(workspace.storage.read(f"runs/{job.run}/spec.yaml").decode(), "spec.yaml")
+    assert kept.run == job.run

@@ -1,5 +1,6 @@
 """The whole flow on one screen: pull, transfer, fine-tune, publish. Start reading here."""
 
+from topwork.report.outcome import spec_yaml
 from topwork.spec import TransferJob
 from topwork.stages.fine_tune import fine_tune
 from topwork.stages.publish import Published, publish
@@ -28,6 +29,7 @@ def run(job: TransferJob, workspace: Workspace) -> Published:
     # First of all: TensorFlow takes no more replicas once pull has started it.
     strategy(workspace.replicas)
     clear_leftovers(job, workspace)
+    keep_spec(job, workspace)
     dataset = pull(job, workspace)
     classifier = transfer(job, dataset, workspace)
     if job.spec.fine_tune:
@@ -44,3 +46,13 @@ def clear_leftovers(job: TransferJob, workspace: Workspace) -> None:
     """
     workspace.storage.abort_unfinished_uploads(f"runs/{job.run}/", older_than_seconds=0)
     workspace.storage.abort_unfinished_uploads()
+
+
+def keep_spec(job: TransferJob, workspace: Workspace) -> None:
+    """Store the spec of the run beside what it makes, so that its name can be read back.
+
+    Args:
+        job: The job.
+        workspace: Storage of the run.
+    """
+    workspace.storage.write(f"runs/{job.run}/spec.yaml", spec_yaml(job).encode(), content_type="application/yaml")

@@ -73,7 +73,7 @@ def publish(job: TransferJob, classifier: Classifier, dataset: StoredDataset, wo
         The published version; the earlier one, if this run has published already.
 
     Raises:
-        GateError: If a gate is not met; evaluation and report are in `runs/<run>/publish/`, nothing else is changed.
+        GateError: If a gate is not met; evaluation and report are in `runs/<run>/`, nothing else is changed.
         DataError: If there is nothing to evaluate on, or the model's answers are not numbers.
         RuntimeError: If what was exported does not answer as what was evaluated.
     """
@@ -143,7 +143,7 @@ def _hold_gates(outcome: Outcome, workspace: Workspace) -> Outcome:
         f"{latest.name}/{latest.version}" if latest else "",
     )
     outcome = dataclasses.replace(outcome, gates=gates)
-    storage, prefix = workspace.storage, f"runs/{outcome.job.run}/publish"
+    storage, prefix = workspace.storage, f"runs/{outcome.job.run}"
     storage.write(f"{prefix}/metrics.json", metrics_json(outcome), content_type="application/json")
     storage.write(f"{prefix}/history.csv", history_csv(outcome.history), content_type="text/csv")
     storage.write(f"{prefix}/report.html", report_html(outcome).encode(), content_type="text/html; charset=utf-8")

@@ -37,17 +37,42 @@ def pull(job: TransferJob, workspace: Workspace) -> StoredDataset:
         UnavailableError: If the source or storage can't be reached.
     """
     with workspace.metrics.stage("pull"):
-        source = open_source(job.spec.dataset.source, workspace)
-        fingerprint = _fingerprint(source)
-        prefix = f"datasets/{source.name}/{fingerprint}"
-        facts = _stored_facts(workspace, prefix)
-        if facts:
-            workspace.progress.note("dataset found", uri=workspace.storage.uri_of(prefix), images=facts.images)
-            _check(facts, job)
-        else:
-            facts = _store(source, fingerprint, prefix, job, workspace)
-        _report(facts, workspace)
-        return StoredDataset(prefix, facts)
+        dataset = _of_this_run(job, workspace) or _of_the_source(job, workspace)
+        _report(dataset.facts, workspace)
+        return dataset
+
+
+def _done_key(job: TransferJob) -> str:
+    return f"runs/{job.run}/pull/done.json"
+
+
+def _of_this_run(job: TransferJob, workspace: Workspace) -> StoredDataset | None:
+    """Find what this run has pulled before: it keeps its images, also where the source has changed since."""
+    data = workspace.storage.read(_done_key(job))
+    if data is None:
+        return None
+    prefix = str(json.loads(data)["dataset"])
+    facts = _stored_facts(workspace, prefix)
+    if facts is None:
+        return None  # somebody deleted the dataset
+    workspace.progress.note("already done", stage="pull", dataset=workspace.storage.uri_of(prefix))
+    return StoredDataset(prefix, facts)
+
+
+def _of_the_source(job: TransferJob, workspace: Workspace) -> StoredDataset:
+    """Find the dataset of the source in storage, or store it."""
+    source = open_source(job.spec.dataset.source, workspace)
+    fingerprint = _fingerprint(source)
+    prefix = f"datasets/{source.name}/{fingerprint}"
+    facts = _stored_facts(workspace, prefix)
+    if facts:
+        workspace.progress.note("dataset found", uri=workspace.storage.uri_of(prefix), images=facts.images)
+        _check(facts, job)
+    else:
+        facts = _store(source, fingerprint, prefix, job, workspace)
+    done = json.dumps({"format": FORMAT, "dataset": prefix})
+    workspace.storage.write(_done_key(job), done.encode(), content_type="application/json")
+    return StoredDataset(prefix, facts)
 
 
 def _fingerprint(source: Source) -> str:
