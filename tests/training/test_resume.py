@@ -136,9 +136,10 @@ def test_stopped_within_and_between_epochs_it_goes_on_step_by_step(make_job, wor
     here = place(workspace, "stopped", last)
     assert_same_run(run(job, here), reference)
     assert last.steps["fine-tune"] == 2 * steps_per_epoch
-    assert [message for message, _ in last.notes if message in {"already done", "resumed"}] == [
-        "already done",
-        "resumed",
+    assert [(message, facts["stage"]) for message, facts in last.notes if message in {"already done", "resumed"}] == [
+        ("already done", "pull"),
+        ("already done", "transfer"),
+        ("resumed", "fine-tune"),
     ]
     assert checkpoints(job, here, "transfer") == checkpoints(job, here, "fine-tune") == []
 
