@@ -9,8 +9,6 @@ BIN := $(VENV)/bin
 # uv installs what the lock names; its own version is that of the lock.
 UV_VERSION := $(shell sed -n 's/^uv==\([0-9.]*\).*/\1/p' requirements.lock)
 SETUP := $(VENV)/.complete
-# Everything below one folder, so that a laptop's own topwork state stays untouched by tests.
-PYTEST := $(BIN)/python -m pytest
 
 .PHONY: help
 help: ## Show this help
@@ -32,7 +30,7 @@ demo: $(SETUP) ## Train on real pictures of solar cells, with and without transf
 
 .PHONY: test
 test: $(SETUP) ## Run all tests
-	$(PYTEST) -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 .PHONY: check
 check: $(SETUP) ## Lint, types, import rules

@@ -1,6 +1,5 @@
 """Writes proved images as a TensorFlow Datasets dataset."""
 
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -114,7 +113,6 @@ def write_tfds(source: Source, provers: Provers, folder: Path, advance: Callable
         download_dir=folder / "downloads",
         download_config=tfds.download.DownloadConfig(try_download_gcs=False, compute_stats="skip"),
     )
-    shutil.rmtree(folder / "downloads", ignore_errors=True)
     return Path(builder.data_dir), tally
 
 
