@@ -14,10 +14,11 @@ from ruamel.yaml import YAML
 from topwork.data.stored import DatasetFacts, RejectedImage
 from topwork.report.evaluation import evaluation
 from topwork.report.figures import curves
-from topwork.report.outcome import Mistake, Outcome, history_csv, metrics_json, spec_yaml
+from topwork.report.outcome import Mistake, Outcome, history_csv, metrics_json
 from topwork.report.pages import card_md, confusions, report_html
 from topwork.report.recheck import Recheck
 from topwork.spec import TransferJob
+from topwork.spec.writing import yaml_text
 
 HOSTILE = '<script>alert("x")</script>|`$\\alpha$`'
 HISTORY = [
@@ -203,6 +204,6 @@ def test_history_leaves_empty_what_an_epoch_does_not_have():
 
 
 def test_the_spec_reads_back_as_the_same_job(job):
-    again = TransferJob.model_validate(YAML(typ="safe").load(spec_yaml(job)))
+    again = TransferJob.model_validate(YAML(typ="safe").load(yaml_text(job)))
     assert again == job
     assert again.run == job.run

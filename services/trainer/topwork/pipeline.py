@@ -1,7 +1,7 @@
 """The whole flow on one screen: pull, transfer, fine-tune, publish. Start reading here."""
 
-from topwork.report.outcome import spec_yaml
 from topwork.spec import TransferJob
+from topwork.spec.writing import yaml_text
 from topwork.stages.fine_tune import fine_tune
 from topwork.stages.publish import Published, publish
 from topwork.stages.pull import pull
@@ -55,4 +55,4 @@ def keep_spec(job: TransferJob, workspace: Workspace) -> None:
         job: The job.
         workspace: Storage of the run.
     """
-    workspace.storage.write(f"runs/{job.run}/spec.yaml", spec_yaml(job).encode(), content_type="application/yaml")
+    workspace.storage.write(f"runs/{job.run}/spec.yaml", yaml_text(job).encode(), content_type="application/yaml")

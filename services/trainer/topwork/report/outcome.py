@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ruamel.yaml import YAML
-
 from topwork.data.stored import DatasetFacts
 from topwork.report.evaluation import Evaluation
 from topwork.report.gates import GateOutcome
@@ -128,23 +126,6 @@ def history_csv(history: Sequence[HistoryRow]) -> bytes:
     writer.writeheader()
     writer.writerows(history)
     return text.getvalue().encode()
-
-
-def spec_yaml(job: TransferJob) -> str:
-    """Write a job spec in full: every key, defaults as well, in the order of the reference.
-
-    Args:
-        job: The job.
-
-    Returns:
-        YAML that reads back as the same job.
-    """
-    text = io.StringIO()
-    yaml = YAML()
-    yaml.default_flow_style = False
-    yaml.width = 120
-    yaml.dump(job.model_dump(mode="json", by_alias=True, exclude_none=True), text)
-    return text.getvalue()
 
 
 def told(facts: Any) -> str:

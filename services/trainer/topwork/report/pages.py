@@ -8,7 +8,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from topwork.report.figures import confusion_picture, curves, reliability_diagram
-from topwork.report.outcome import Outcome, spec_yaml, told
+from topwork.report.outcome import Outcome, told
+from topwork.spec.writing import yaml_text
 
 # A confusion matrix of more classes than this is drawn as a picture: as a table nobody could read it.
 MOST_CLASSES_IN_A_TABLE = 16
@@ -80,7 +81,7 @@ def _render(template: str, outcome: Outcome, *, escape: bool, **more: Any) -> st
         outcome=outcome,
         evaluation=outcome.evaluation,
         job=outcome.job,
-        spec=spec_yaml(outcome.job),
+        spec=yaml_text(outcome.job),
         confusions=confusions(outcome),
         rejected=outcome.facts.rejected[:MOST_REJECTED],
         rejected_reasons=_reasons(outcome),

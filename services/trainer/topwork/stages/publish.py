@@ -12,9 +12,10 @@ from topwork.edge.storage import Storage
 from topwork.errors import DataError
 from topwork.manifest import write_whole
 from topwork.report.gates import gate_outcomes, require_gates
-from topwork.report.outcome import Outcome, history_csv, metrics_json, spec_yaml
+from topwork.report.outcome import Outcome, history_csv, metrics_json
 from topwork.report.pages import card_md, report_html
 from topwork.spec import TransferJob
+from topwork.spec.writing import yaml_text
 from topwork.stages import versions
 from topwork.stages.versions import Version
 from topwork.training.trained import Classifier
@@ -224,6 +225,6 @@ def _write_papers(outcome: Outcome, folder: Path) -> None:
     (folder / "labels.txt").write_text("".join(f"{label}\n" for label in labels), "utf-8")
     (folder / "metrics.json").write_bytes(metrics_json(outcome))
     (folder / "history.csv").write_bytes(history_csv(outcome.history))
-    (folder / "spec.yaml").write_text(spec_yaml(outcome.job), "utf-8")
+    (folder / "spec.yaml").write_text(yaml_text(outcome.job), "utf-8")
     (folder / "card.md").write_text(card_md(outcome), "utf-8")
     (folder / "report.html").write_text(report_html(outcome), "utf-8")
