@@ -6,6 +6,7 @@ import pytest
 from pydantic import Strict, ValidationError
 
 from topwork.spec import TransferJob, shape
+from topwork.spec.compute import in_millicores
 
 LEAST: dict[str, Any] = {
     "apiVersion": "topwork.dev/v1alpha1",
@@ -102,7 +103,14 @@ DEFAULTS = {
         "ttlSecondsAfterFinished": 86400,
         "nodeSelector": {},
         "tolerations": [],
+        "affinity": {},
         "priorityClassName": None,
+        "serviceAccountName": None,
+        "imagePullSecrets": [],
+        "annotations": {},
+        "extraCA": None,
+        "prefetch": False,
+        "terminationGracePeriodSeconds": 300,
     },
     "metrics": {"pushgateway": None, "lingerSeconds": 0},
     "seed": 42,
@@ -129,6 +137,7 @@ def test_defaults_of_parts_that_are_left_out_are_these() -> None:
         model={"base": {"saved": {"uri": "a.keras"}}},
         augmentation={"randAugment": {}},
         transfer={"loss": {}, "earlyStopping": {}, "optimizer": {"ema": {}}},
+        compute={"extraCA": {"configMap": "company-ca"}},
     ).model_dump(mode="json", by_alias=True)["spec"]
     assert job["dataset"]["source"]["archive"] == {"uri": "a.zip", "root": "", "sha256": None}
     assert job["model"]["base"]["saved"] == {"uri": "a.keras", "cutAt": None}
@@ -136,6 +145,7 @@ def test_defaults_of_parts_that_are_left_out_are_these() -> None:
     assert job["transfer"]["loss"] == {"name": "auto", "labelSmoothing": 0.0, "gamma": 2.0}
     assert job["transfer"]["earlyStopping"] == {"monitor": "loss", "patience": 3, "minDelta": 0.0}
     assert job["transfer"]["optimizer"]["ema"] == {"momentum": 0.99}
+    assert job["compute"]["extraCA"] == {"configMap": "company-ca", "key": "ca.crt"}
 
 
 def test_digest_of_a_spec_never_changes() -> None:
@@ -149,7 +159,8 @@ def test_digest_of_a_spec_never_changes() -> None:
 
 def test_digest_leaves_out_what_changes_no_result() -> None:
     job = TransferJob.model_validate(LEAST | {"metadata": {"name": "least", "labels": {"team": "vision"}}})
-    moved = with_spec(compute={"gpus": 2, "cpu": "500m"}, metrics={"lingerSeconds": 5})
+    compute = {"gpus": 2, "cpu": "500m", "extraCA": {"configMap": "company-ca"}, "prefetch": True}
+    moved = with_spec(compute=compute, metrics={"lingerSeconds": 5})
     assert {job.digest, moved.digest} == {TransferJob.model_validate(LEAST).digest}
 
 
@@ -168,10 +179,17 @@ def test_job_comes_back_from_what_it_is_written_as(by_alias: bool) -> None:
     job = with_spec(
         transfer={"loss": {"name": "focal", "gamma": 3.0}, "optimizer": {"schedule": {"name": "cosine"}}},
         fineTune={"unfreeze": {"steps": [{"layers": 2, "epochs": 1, "learningRate": 1e-5}]}},
-        compute={"cpu": 0.5, "tolerations": [{"operator": "Exists"}]},
+        compute={"cpu": 0.5, "tolerations": [{"operator": "Exists"}], "extraCA": {"configMap": "company-ca"}},
     )
     assert TransferJob.model_validate(job.model_dump(mode="json", by_alias=by_alias)) == job
     assert TransferJob.model_validate_json(job.model_dump_json(by_alias=by_alias)) == job
+
+
+@pytest.mark.parametrize(
+    ("cpu", "thousandths"), [(4, 4000), (0.5, 500), (1.5, 1500), (1e-9, 1), (0.1, 100), ("500m", 500), ("2.25", 2250)]
+)
+def test_cores_are_counted_in_thousandths(cpu: Any, thousandths: int) -> None:
+    assert in_millicores(with_spec(compute={"cpu": cpu}).spec.compute.cpu) == thousandths
 
 
 @pytest.mark.parametrize("unfreeze", ["all", {"layers": 3}, {"from": "block_13_expand"}], ids=["all", "layers", "from"])

@@ -8,17 +8,16 @@ import typer
 from typer.core import TyperGroup
 
 from topwork import __version__
-from topwork.errors import SettingError, TopworkError
+from topwork.cli.failures import failure_of
 
 COMMANDS = {
     "run": "topwork.cli.run:run",
     "validate": "topwork.cli.validate:validate",
+    "render": "topwork.cli.render:render",
     "schema": "topwork.cli.schema:schema",
     "predict": "topwork.cli.predict:predict",
     "models": "topwork.cli.models:app",
 }
-
-INSTALL = "To train and predict, install topwork[cpu] or topwork[gpu]; for the embedded S3 server, topwork[local]."
 
 
 class Commands(TyperGroup):
@@ -70,12 +69,10 @@ def main() -> None:
     """Run the command line; a user's mistake ends with a sentence, a bug with its traceback."""
     try:
         app()
-    except TopworkError as error:
-        # The problems of a spec begin with the file and the line in it, as editors read them.
-        print(error if getattr(error, "problems", ()) else f"topwork: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except ModuleNotFoundError as error:
-        if not error.name or error.name.startswith("topwork"):
+    except Exception as error:
+        known = failure_of(error)
+        if known is None:
             raise
-        print(f"topwork: {error.name} is not installed. {INSTALL}", file=sys.stderr)
-        sys.exit(SettingError.exit_code)
+        # The problems of a spec begin with the file and the line in it, as editors read them.
+        print(known if getattr(known, "problems", ()) else f"topwork: {known}", file=sys.stderr)
+        sys.exit(known.exit_code)

@@ -1,11 +1,11 @@
 """`spec.evaluate` and `spec.publish`: how good is good enough, and what is handed over."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints
 
-from topwork.spec.part import Meaning, Number, Part, Refusal, rule
+from topwork.spec.part import Meaning, Number, Part, Refusal, named_once, rule
 from topwork.spec.words import shown
 
 MetricName = Literal["accuracy", "top5", "precision", "recall", "f1", "auc", "calibrationError"]
@@ -83,18 +83,12 @@ def gates_are_evaluated(evaluate: Evaluate) -> Iterator[Refusal]:
 
 
 @rule(Evaluate)
-def metrics_are_named_once(evaluate: Evaluate) -> Iterator[Refusal]:
+def metrics_arenamed_once(evaluate: Evaluate) -> Iterator[Refusal]:
     """A word that stands twice is a slip for another."""
-    yield from _named_once("metrics", evaluate.metrics)
+    yield from named_once("metrics", evaluate.metrics)
 
 
 @rule(Publish)
-def formats_are_named_once(publish: Publish) -> Iterator[Refusal]:
+def formats_arenamed_once(publish: Publish) -> Iterator[Refusal]:
     """As with the metrics."""
-    yield from _named_once("formats", publish.formats)
-
-
-def _named_once(key: str, words: Sequence[str]) -> Iterator[Refusal]:
-    for index, word in enumerate(words):
-        if word in words[:index]:
-            yield Refusal(f"{key}.{index}", f"{word} is named twice. Take one out.")
+    yield from named_once("formats", publish.formats)

@@ -1,6 +1,6 @@
 """The base of every part of the spec: frozen, camelCase outside, unknown keys refused, with rules that cross fields."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple, Self, TypeVar
 
@@ -89,3 +89,18 @@ def refusals(part: Part) -> Iterator[Iterator[Refusal]]:
 def rules_of(part: type[Part]) -> tuple[Callable[[Any], Iterator[Refusal]], ...]:
     """Give the rules of a part in the order in which they run."""
     return tuple(_RULES.get(part, ()))
+
+
+def named_once(key: str, words: Sequence[str]) -> Iterator[Refusal]:
+    """Refuse each word of a list that stands in it before.
+
+    Args:
+        key: Key of the list.
+        words: The list.
+
+    Yields:
+        One refusal for each repetition.
+    """
+    for index, word in enumerate(words):
+        if word in words[:index]:
+            yield Refusal(f"{key}.{index}", f"{word} is named twice. Take one out.")

@@ -1,0 +1,45 @@
+"""`topwork render`: the Kubernetes objects of a job, as `submit` would apply them."""
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from topwork.errors import SpecError
+from topwork.spec.problems import Problem, WrongSpec
+from topwork.spec.reading import read_files
+
+
+class Format(StrEnum):
+    """How objects are written."""
+
+    yaml = "yaml"
+    json = "json"
+
+
+def render(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Job specs; - reads standard input.")],
+    image: Annotated[
+        str | None,
+        typer.Option(envvar="TOPWORK_IMAGE", help="Image of all containers [default: the one that make image builds]."),
+    ] = None,
+    namespace: Annotated[
+        str | None, typer.Option("--namespace", "-n", help="Namespace of all objects [default: left to kubectl].")
+    ] = None,
+    output: Annotated[Format, typer.Option("--output", "-o", help="YAML documents, or one List.")] = Format.yaml,
+) -> None:
+    """Print what submit would apply: a ConfigMap and its Jobs for each spec, as kubectl takes them."""
+    from topwork.cluster import rendering, writing
+
+    placement = rendering.Placement(image, namespace)
+    objects, problems = [], []
+    for path, job in read_files(files):
+        try:
+            objects += rendering.render(job, placement).objects
+        except SpecError as error:
+            problems += [Problem(str(path), 0, 0, "", line) for line in str(error).splitlines()]
+    if problems:
+        raise WrongSpec(tuple(problems))
+    sys.stdout.write(writing.as_json(objects) if output is Format.json else writing.as_yaml(objects))
