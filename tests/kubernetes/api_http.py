@@ -1,0 +1,405 @@
+"""HTTP of the API server that tests use: paths, bodies, streams, and the faults that a test has planted."""
+
+import base64
+import contextlib
+import json
+import re
+import socket
+import struct
+import time
+from http.server import BaseHTTPRequestHandler
+from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import parse_qsl, urlsplit
+
+import api_logs
+import api_statuses
+from api_objects import KINDS, Happened, Key, Kind, Object, selected
+from api_statuses import Refused
+
+if TYPE_CHECKING:
+    from api_server import ApiServer
+
+PATH = re.compile(
+    r"/(?:api/(?P<core>v1)|apis/(?P<group>[^/]+)/(?P<version>[^/]+))"
+    r"(?:/namespaces/(?P<namespace>[^/]+)(?=/))?/(?P<plural>[^/]+)(?:/(?P<name>[^/]+)(?:/(?P<sub>[^/]+))?)?"
+)
+RFC_1123 = "a lowercase RFC 1123 subdomain must consist of lower case alphanumeric characters, '-' or '.'"
+NAME = re.compile(r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?")
+
+
+class BrokenOffError(Exception):
+    """A planted fault ends the connection here."""
+
+
+class Target(NamedTuple):
+    kind: Kind
+    namespace: str
+    name: str
+    sub: str
+
+    @property
+    def key(self) -> Key:
+        return Key(self.kind.name, self.namespace, self.name)
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One connection to the server."""
+
+    protocol_version = "HTTP/1.1"
+    timeout = 60
+
+    def setup(self) -> None:
+        if hasattr(self.request, "do_handshake"):
+            self.request.do_handshake()  # in the thread of the connection, so that a client that leaves stops no other
+        super().setup()
+
+    def handle(self) -> None:
+        with contextlib.suppress(OSError, BrokenOffError):
+            super().handle()
+
+    def finish(self) -> None:
+        with contextlib.suppress(OSError):
+            super().finish()
+
+    def log_message(self, *args: Any) -> None:
+        """Say nothing."""
+
+    @property
+    def api(self) -> "ApiServer":
+        return self.server.api  # type: ignore[attr-defined, no-any-return]
+
+    def do_GET(self) -> None:
+        self._serve(self._get)
+
+    def do_PATCH(self) -> None:
+        self._serve(self._apply)
+
+    def do_DELETE(self) -> None:
+        self._serve(self._delete)
+
+    def do_POST(self) -> None:
+        self._serve(self._create)
+
+    # ── One request ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _serve(self, answer: Any) -> None:
+        from api_server import Request
+
+        url = urlsplit(self.path)
+        length = int(self.headers.get("Content-Length") or 0)
+        data = self.rfile.read(length)
+        self.query = dict(parse_qsl(url.query, keep_blank_values=True))
+        self.body = json.loads(data) if data else {}
+        self.fault = self.api.fault_of(self.command, url.path)
+        self.sent = 0
+        self.asked = Request(self.command, url.path, self.query, dict(self.headers), self.body)
+        self.api.requests.append(self.asked)
+        time.sleep(self.fault.delay)
+        if self.fault.reset:
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.close_connection = True
+            self.connection.close()
+            raise BrokenOffError
+        try:
+            if not self._planted_answer():
+                self._authenticate()
+                answer(self._target(url.path))
+        except Refused as refused:
+            self._json(refused.status["code"], refused.status, {**refused.headers, **self.fault.headers})
+
+    def _planted_answer(self) -> bool:
+        if self.fault.answer and self.fault.body is None:
+            raise Refused(self.fault.answer)
+        if self.fault.body is None:
+            return False
+        code = self.fault.answer["code"] if self.fault.answer else 200
+        self._bytes(code, self.fault.body, {"Content-Type": "text/plain; charset=utf-8"} | self.fault.headers)
+        return True
+
+    def _authenticate(self) -> None:
+        token = self.api.settings.token
+        if token is None:
+            return
+        if self.headers.get("Authorization", "").removeprefix("Bearer ").removeprefix("bearer ") != token:
+            raise Refused(api_statuses.unauthorized())
+
+    def _target(self, path: str) -> Target:
+        found = PATH.fullmatch(path)
+        group = (found["group"] or "") if found else ""
+        version = (found["core"] or found["version"]) if found else ""
+        for kind in KINDS.values():
+            if found and (kind.group, kind.version, kind.plural) == (group, version, found["plural"]):
+                return Target(kind, found["namespace"] or "", found["name"] or "", found["sub"] or "")
+        raise Refused(api_statuses.no_such_api())
+
+    # ── Verbs ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _get(self, target: Target) -> None:
+        if target.sub == "log":
+            self._log(target)
+        elif target.name:
+            found = self.api.objects.get(target.key)
+            if found is None:
+                raise Refused(api_statuses.not_found(target.kind.full, target.name))
+            self._json(200, found)
+        elif self.query.get("watch") in {"1", "true", "True"}:
+            self._watch(target)
+        else:
+            self._list(target)
+
+    def _apply(self, target: Target) -> None:
+        if self.headers.get("Content-Type") != "application/apply-patch+yaml":
+            raise Refused(api_statuses.status(415, "UnsupportedMediaType", "this server takes server-side apply only"))
+        if not self.query.get("fieldManager"):
+            why = "Required value: is required for apply patch"
+            raise Refused(api_statuses.invalid("PatchOptions", "", "fieldManager", why, "meta.k8s.io"))
+        self._check(target)
+        existed = self.api.objects.get(target.key) is not None
+        stored = self.api.objects.apply(
+            target.key,
+            self.body,
+            self.query["fieldManager"],
+            force=self.query.get("force") == "true",
+            dry_run=self.query.get("dryRun") == "All",
+        )
+        self._json(200 if existed else 201, stored, warnings=self.api.settings.warnings)
+
+    def _create(self, target: Target) -> None:
+        name = self.body["metadata"]["name"]
+        target = target._replace(name=name)
+        self._check(target)
+        if self.api.objects.get(target.key):
+            details = {"name": name, "kind": target.kind.plural}
+            message = f'{target.kind.full} "{name}" already exists'
+            raise Refused(api_statuses.status(409, "AlreadyExists", message, details))
+        dry = self.query.get("dryRun") == "All"
+        self._json(201, self.api.objects.apply(target.key, self.body, "create", dry_run=dry))
+
+    def _check(self, target: Target) -> None:
+        if not NAME.fullmatch(target.name) or len(target.name) > 63:
+            why = f'Invalid value: "{target.name}": {RFC_1123}'
+            raise Refused(api_statuses.invalid(target.kind.name, target.name, "metadata.name", why, target.kind.group))
+        if self.body.get("metadata", {}).get("namespace", target.namespace) != target.namespace:
+            message = "the namespace of the provided object does not match the namespace sent on the request"
+            raise Refused(api_statuses.bad_request(message))
+
+    def _delete(self, target: Target) -> None:
+        options = {key: self.query[key] for key in ("propagationPolicy", "gracePeriodSeconds") if key in self.query}
+        options |= self.body
+        if "gracePeriodSeconds" in options:
+            options["gracePeriodSeconds"] = int(options["gracePeriodSeconds"])
+        self._json(200, self.api.deletion.delete(target.key, options))
+
+    # ── Lists and watches ───────────────────────────────────────────────────────────────────────────────────────────
+
+    def _selected(self, found: Object) -> bool:
+        return selected(found, self.query.get("labelSelector", ""), self.query.get("fieldSelector", ""))
+
+    def _list(self, target: Target) -> None:
+        with self.api.objects.changed:
+            version = self.api.objects.version
+            found = [each for each in self.api.objects.all(target.kind.name, target.namespace) if self._selected(each)]
+        start = 0
+        if token := self.query.get("continue"):
+            version, start = json.loads(base64.b64decode(token))
+            if version < self.api.objects.oldest:
+                raise Refused(
+                    api_statuses.expired(
+                        "The provided continue parameter is too old to display a consistent list result."
+                    )
+                )
+        limit = int(self.query.get("limit") or 0) or len(found)
+        limit = min(limit, self.api.settings.page)
+        metadata: Object = {"resourceVersion": str(version)}
+        if len(found) > start + limit:
+            metadata["continue"] = base64.b64encode(json.dumps([version, start + limit]).encode()).decode()
+            metadata["remainingItemCount"] = len(found) - start - limit
+        items = [
+            {key: value for key, value in each.items() if key not in {"apiVersion", "kind"}}
+            for each in found[start : start + limit]
+        ]
+        kind = target.kind
+        self._json(
+            200, {"kind": f"{kind.name}List", "apiVersion": kind.api_version, "metadata": metadata, "items": items}
+        )
+
+    def _watch(self, target: Target) -> None:
+        version = int(self.query.get("resourceVersion") or 0)
+        ends = time.monotonic() + float(self.query.get("timeoutSeconds") or 1800)
+        self._begin_stream("application/json")
+        if not version:
+            with self.api.objects.changed:
+                found = self.api.objects.all(target.kind.name, target.namespace)
+                version = self.api.objects.version
+            for each in found:
+                if self._selected(each):
+                    self._event("ADDED", each)
+        elif version < self.api.objects.oldest:
+            self._event(
+                "ERROR", api_statuses.expired(f"too old resource version: {version} ({self.api.objects.oldest})")
+            )
+            return self._end_stream()
+        self._events(target, version, ends)
+        return self._end_stream()
+
+    def _events(self, target: Target, version: int, ends: float) -> None:
+        objects, bookmarks = self.api.objects, self.api.bookmarks
+        while True:
+            with objects.changed:
+                news = objects.since(version)
+                asked = self.api.bookmarks
+                if not news and bookmarks == asked:
+                    if self.api.closing or time.monotonic() >= ends or self._hung_up():
+                        break
+                    objects.changed.wait(min(0.1, max(0.0, ends - time.monotonic())))
+                    continue
+                version = objects.version
+            for each in news:
+                self._tell(target, each)
+            if bookmarks != asked:
+                bookmarks = asked
+                self._bookmark(target, version)
+        if not self.api.closing:
+            self._bookmark(target, version)
+
+    def _bookmark(self, target: Target, version: int) -> None:
+        if self.query.get("allowWatchBookmarks") in {"1", "true", "True"}:
+            metadata = {"resourceVersion": str(version), "creationTimestamp": None}
+            kind = target.kind
+            self._event("BOOKMARK", {"kind": kind.name, "apiVersion": kind.api_version, "metadata": metadata})
+
+    def _tell(self, target: Target, happened: Happened) -> None:
+        """Tell one change as this watch sees it: what no longer meets its selectors is DELETED to it."""
+        now = happened.object
+        if happened.kind != target.kind.name or target.namespace not in {"", now["metadata"].get("namespace", "")}:
+            return
+        before = happened.before is not None and self._selected(happened.before)
+        after = happened.type != "DELETED" and self._selected(now)
+        if before and not after:
+            self._event("DELETED", now)
+        elif after:
+            self._event("MODIFIED" if before else "ADDED", now)
+
+    def _event(self, type_: str, found: Object) -> None:
+        self._stream(json.dumps({"type": type_, "object": found}).encode() + b"\n")
+
+    # ── Logs ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _log(self, target: Target) -> None:
+        pod = self.api.objects.get(target.key)
+        if pod is None:
+            raise Refused(api_statuses.not_found("pods", target.name))
+        container = self.query.get("container", "")
+        if not api_logs.has_container(pod, container):
+            raise Refused(api_statuses.bad_request(f"container {container} is not valid for pod {target.name}"))
+        if self.query.get("previous") in {"1", "true"}:
+            message = f'previous terminated container "{container}" in pod "{target.name}" not found'
+            raise Refused(api_statuses.bad_request(message))
+        log, state = self.api.logs.of(target.name, container), api_logs.state_of(pod, container)
+        if "waiting" in (state or {}) or (log is None and not state):
+            reason = (state or {}).get("waiting", {}).get("reason", "PodInitializing")
+            raise Refused(api_statuses.waiting(container, target.name, reason))
+        log = log or api_logs.Log()
+        self._begin_stream("text/plain")
+        with self.api.objects.changed:
+            lines, read = api_logs.wanted(log, self.query), len(log.lines)
+        self._lines(lines)
+        if self.query.get("follow") in {"1", "true", "True"}:
+            self._follow(target, container, read)
+        self._end_stream()
+
+    def _follow(self, target: Target, container: str, read: int) -> None:
+        while True:
+            with self.api.objects.changed:
+                log = self.api.logs.of(target.name, container) or api_logs.Log()
+                lines, read = log.lines[read:], len(log.lines)
+                if not lines:
+                    pod = self.api.objects.get(target.key)
+                    ended = pod is None or "terminated" in (api_logs.state_of(pod, container) or {})
+                    if log.ended or ended or self.api.closing or self._hung_up():
+                        return
+                    self.api.objects.changed.wait(0.1)
+                    continue
+            self._lines(lines)
+
+    def _lines(self, lines: list[tuple[str, str]]) -> None:
+        stamped = self.query.get("timestamps") in {"1", "true", "True"}
+        for at, line in lines:
+            self._stream((f"{at} {line}" if stamped else line).encode() + b"\n")
+
+    # ── Bytes ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _json(
+        self, code: int, content: Object, headers: dict[str, str] | None = None, warnings: list[str] | None = None
+    ) -> None:
+        stated = {"Content-Type": "application/json"} | (headers or {})
+        self._bytes(code, json.dumps(content).encode(), stated, warnings)
+
+    def _bytes(self, code: int, data: bytes, headers: dict[str, str], warnings: list[str] | None = None) -> None:
+        self.asked.code = code
+        self.send_response(code)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        for text in warnings or ():
+            self.send_header("Warning", f'299 - "{text}"')
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self._write(data)
+
+    def _begin_stream(self, content_type: str) -> None:
+        self.asked.code = 200
+        self.send_response(200)
+        self.send_header("Content-Type", content_type)
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        self.wfile.flush()
+
+    def _stream(self, data: bytes) -> None:
+        cut = self.fault.cut_after if self.fault.cut_after is not None else self.fault.stall_after
+        if cut is not None and self.sent + len(data) > cut:
+            part = data[: cut - self.sent]
+            if part:
+                self._write_chunk(part)
+            self._spoil()
+        self._write_chunk(data)
+        self.sent += len(data)
+
+    def _write_chunk(self, data: bytes) -> None:
+        self.wfile.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
+        self.wfile.flush()
+
+    def _end_stream(self) -> None:
+        if self.fault.cut_after is not None or self.fault.stall_after is not None:
+            self._spoil()
+        self.wfile.write(b"0\r\n\r\n")
+        self.wfile.flush()
+
+    def _write(self, data: bytes) -> None:
+        if self.fault.cut_after is not None and self.fault.cut_after < len(data):
+            self.wfile.write(data[: self.fault.cut_after])
+            self._spoil()
+        self.wfile.write(data)
+        self.wfile.flush()
+
+    def _spoil(self) -> None:
+        """End the connection in the middle, or leave it open and silent."""
+        self.wfile.flush()
+        while self.fault.stall_after is not None and not self.api.closing and not self._hung_up():
+            time.sleep(0.02)
+        self.close_connection = True
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_RDWR)
+        raise BrokenOffError
+
+    def _hung_up(self) -> bool:
+        """Whether the client has closed the connection."""
+        try:
+            self.connection.setblocking(False)
+            return self.connection.recv(1, socket.MSG_PEEK) == b""
+        except (BlockingIOError, ValueError):  # nothing to read; or TLS, which can't be peeked at
+            return False
+        except OSError:
+            return True
+        finally:
+            with contextlib.suppress(OSError):
+                self.connection.settimeout(self.timeout)

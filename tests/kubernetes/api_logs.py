@@ -1,0 +1,67 @@
+"""Logs of containers, for the API server that tests use."""
+
+import threading
+from datetime import UTC, datetime, timedelta
+
+from api_objects import Object
+
+
+class Log:
+    """Lines of one container, each with its time (RFC 3339 with nanoseconds); ended when the container has."""
+
+    def __init__(self) -> None:
+        self.lines: list[tuple[str, str]] = []
+        self.ended = False
+
+
+class Logs:
+    """Logs by pod and container."""
+
+    def __init__(self, changed: threading.Condition) -> None:
+        self.changed = changed
+        self._logs: dict[tuple[str, str], Log] = {}
+
+    def of(self, pod: str, container: str) -> Log | None:
+        return self._logs.get((pod, container))
+
+    def append(self, pod: str, container: str, lines: tuple[str, ...], at: str | None) -> None:
+        with self.changed:
+            log = self._logs.setdefault((pod, container), Log())
+            log.lines += [(at or now(), line) for line in lines]
+            self.changed.notify_all()
+
+    def end(self, pod: str, container: str) -> None:
+        with self.changed:
+            self._logs.setdefault((pod, container), Log()).ended = True
+            self.changed.notify_all()
+
+
+def now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%f000Z")
+
+
+def wanted(log: Log, query: dict[str, str]) -> list[tuple[str, str]]:
+    """Lines from `sinceTime` (whole seconds, as the kubelet gets it) or `sinceSeconds` on, the last `tailLines`."""
+    lines = log.lines
+    since = query.get("sinceTime", "")[:19]
+    if seconds := query.get("sinceSeconds"):
+        since = (datetime.now(UTC) - timedelta(seconds=int(seconds))).strftime("%Y-%m-%dT%H:%M:%S")
+    if since:
+        lines = [line for line in lines if line[0][:19] >= since]
+    if tail := query.get("tailLines"):
+        lines = lines[-int(tail) :] if int(tail) else []
+    return lines
+
+
+def state_of(pod: Object, container: str) -> dict[str, Object] | None:
+    """State of a container in the status of its pod, such as {"running": {...}}; None where it tells none."""
+    status = pod.get("status", {})
+    for each in status.get("initContainerStatuses", []) + status.get("containerStatuses", []):
+        if each["name"] == container:
+            return each.get("state", {})
+    return None
+
+
+def has_container(pod: Object, container: str) -> bool:
+    spec = pod.get("spec", {})
+    return any(each["name"] == container for each in spec.get("initContainers", []) + spec.get("containers", []))
