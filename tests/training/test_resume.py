@@ -17,7 +17,7 @@ from topwork.progress import Quiet
 from topwork.stages.fine_tune import fine_tune
 from topwork.stages.pull import pull
 from topwork.stages.transfer import transfer
-from topwork.workspace import StopSignal
+from topwork.stopping import StopSignal
 
 # Everything that has a state of its own: random views, dropout, a schedule, an average, early stopping, phases.
 SPEC = {
@@ -153,7 +153,7 @@ from topwork.progress import Quiet
 from topwork.spec import TransferJob
 from topwork.stages.pull import pull
 from topwork.stages.transfer import transfer
-from topwork.workspace import StopSignal
+from topwork.stopping import StopSignal
 from topwork.workspace import Workspace
 
 class Killed(Quiet):

@@ -1,5 +1,10 @@
-"""The whole flow on one screen: pull, transfer, fine-tune, publish. Start reading here."""
+"""The whole flow on one screen: pull, transfer, fine-tune, publish. Start reading here.
 
+`topwork run` calls `run`. In a cluster the containers of the Job call `run_pull`, `run_transfer` and `run`, one after
+the other: each finds in storage what those before it have done.
+"""
+
+from topwork.data.stored import StoredDataset
 from topwork.spec import TransferJob
 from topwork.spec.writing import yaml_text
 from topwork.stages.fine_tune import fine_tune
@@ -7,6 +12,7 @@ from topwork.stages.publish import Published, publish
 from topwork.stages.pull import pull
 from topwork.stages.transfer import transfer
 from topwork.training.strategy import strategy
+from topwork.training.trained import Classifier
 from topwork.workspace import Workspace
 
 
@@ -26,10 +32,7 @@ def run(job: TransferJob, workspace: Workspace) -> Published:
     Raises:
         TopworkError: With the exit code that the cluster acts on; see `topwork.errors`.
     """
-    # First of all: TensorFlow takes no more replicas once pull has started it.
-    strategy(workspace.replicas)
-    clear_leftovers(job, workspace)
-    keep_spec(job, workspace)
+    begin(job, workspace)
     dataset = pull(job, workspace)
     classifier = transfer(job, dataset, workspace)
     if job.spec.fine_tune:
@@ -37,11 +40,36 @@ def run(job: TransferJob, workspace: Workspace) -> Published:
     return publish(job, classifier, dataset, workspace)
 
 
+def run_transfer(job: TransferJob, workspace: Workspace) -> Classifier:
+    """Run a job as far as its transferred classifier; takes and raises what `run` does."""
+    begin(job, workspace)
+    return transfer(job, pull(job, workspace), workspace)
+
+
+def run_pull(job: TransferJob, workspace: Workspace) -> StoredDataset:
+    """Run a job as far as its stored dataset; another process may pull for the same run at the same time."""
+    keep_spec(job, workspace)
+    return pull(job, workspace)
+
+
+def begin(job: TransferJob, workspace: Workspace) -> None:
+    """Prepare to train: the only process that works on this run starts anew or goes on.
+
+    Args:
+        job: The job.
+        workspace: Storage of the run, and its replicas.
+    """
+    # First of all: TensorFlow takes no more replicas once pull has started it.
+    strategy(workspace.replicas)
+    clear_leftovers(job, workspace)
+    keep_spec(job, workspace)
+
+
 def clear_leftovers(job: TransferJob, workspace: Workspace) -> None:
     """Give back what half-written uploads of killed processes hold: of this run all, of others what is a day old.
 
     Args:
-        job: The job; no other process works on its run.
+        job: The job; no other process trains its run.
         workspace: Storage of the run.
     """
     workspace.storage.abort_unfinished_uploads(f"runs/{job.run}/", older_than_seconds=0)

@@ -1,6 +1,7 @@
 """What a person sees while a job runs: bars on a terminal, one line an epoch everywhere else."""
 
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -47,10 +48,15 @@ class LineProgress:
         """Write the message and its facts."""
         stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         if self._json:
+            facts = {name: _in_json(value) for name, value in facts.items()}
             line = json.dumps({"time": stamp, "message": message, **facts})
         else:
             line = " ".join([stamp, message, *(f"{name}={_shown(value)}" for name, value in facts.items())])
         print(line, file=self._stream, flush=True)
+
+    def text(self, text: str) -> None:
+        """Write lines as they are: a traceback is for people."""
+        print(text.rstrip(), file=self._stream, flush=True)
 
     def epoch(self, stage: str, epoch: int, epochs: int, **facts: Fact) -> None:
         """Write one line for the epoch."""
@@ -122,6 +128,11 @@ class _Bar:
         """Move the bar."""
         shown = " ".join(f"{name} {_shown(value)}" for name, value in facts.items())
         self._bars.update(self._task, advance=count, facts=shown)
+
+
+def _in_json(value: Fact) -> Fact:
+    """JSON knows no nan and no infinity."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _shown(value: Fact) -> str:

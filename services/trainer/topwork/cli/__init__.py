@@ -12,6 +12,7 @@ from topwork.cli.failures import failure_of
 
 COMMANDS = {
     "run": "topwork.cli.run:run",
+    "stage": "topwork.cli.stage:stage",
     "validate": "topwork.cli.validate:validate",
     "render": "topwork.cli.render:render",
     "schema": "topwork.cli.schema:schema",

@@ -1,28 +1,27 @@
 """`topwork run`: the whole pipeline on this machine."""
 
 import fcntl
-import os
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from topwork import __version__
-from topwork.cli.surroundings import default_state, hushed, storage_at
+from topwork.cli.signals import stopped_by_signals
+from topwork.cli.surroundings import default_state, quiet_start, serve, storage_at
 from topwork.edge.metrics import Metrics
 from topwork.errors import SettingError
 from topwork.progress import BarProgress, LineProgress, Progress, Quiet
 from topwork.spec import TransferJob
 from topwork.spec.reading import read_files
-from topwork.workspace import StopSignal, Workspace
+from topwork.stopping import StopSignal
+from topwork.workspace import Workspace
 
 if TYPE_CHECKING:
     from topwork.stages.publish import Published
@@ -54,7 +53,7 @@ def run(
     progress = _progress(log_format, quiet)
     metrics = Metrics()
     if metrics_port is not None:
-        progress.note("metrics", port=_serve(metrics, metrics_port))
+        progress.note("metrics", port=serve(metrics, metrics_port))
     for job in jobs:
         metrics.describe(job=job.metadata.name, run=job.run, version=__version__)
         published = _run(job, metrics, progress, state or default_state(), replicas, restart, verbose)
@@ -84,14 +83,13 @@ def _run(
         if published := published_earlier(job, storage):
             progress.note("already published", model=published.uri)
             return published
-        with _stopped_by_signals(stop):
+        with stopped_by_signals(stop):
             return _run_pipeline(job, workspace, verbose)
 
 
 def _run_pipeline(job: TransferJob, workspace: Workspace, verbose: bool) -> "Published":
     """Import TensorFlow and all that stands on it, without its start-up talk unless that is wanted, and run."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "0" if verbose else "2")
-    with nullcontext() if verbose else hushed():
+    with quiet_start(verbose=verbose):
         from topwork import pipeline
 
     return pipeline.run(job, workspace)
@@ -103,15 +101,6 @@ def _progress(log_format: LogFormat, quiet: bool) -> Progress:
     if sys.stderr.isatty():
         return BarProgress()
     return LineProgress(as_json=log_format is LogFormat.json)
-
-
-def _serve(metrics: Metrics, port: int) -> int:
-    try:
-        return metrics.serve(port)
-    except OSError as error:
-        raise SettingError(
-            f"--metrics-port {port} can't be listened on ({error.strerror}). Name another, or 0 for a free one."
-        ) from error
 
 
 @contextmanager
@@ -126,21 +115,3 @@ def _scratch(state: Path, run: str) -> Iterator[Path]:
             raise SettingError(f"{run} is being run by another process on this machine. Wait for it to end.") from error
         yield scratch
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-@contextmanager
-def _stopped_by_signals(stop: StopSignal) -> Iterator[None]:
-    """Turn SIGTERM and SIGINT into the wish to stop; a second one ends the process as it would without."""
-
-    def ask(number: int, _frame: FrameType | None) -> None:
-        signal.signal(number, before[signal.Signals(number)])
-        stop.ask()
-
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    for number in before:
-        signal.signal(number, ask)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

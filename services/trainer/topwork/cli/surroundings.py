@@ -4,11 +4,15 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from topwork.edge.storage import Meter, Storage, StorageSettings, make_bucket
-from topwork.local.server import embedded_storage
+from topwork.errors import SettingError
+
+if TYPE_CHECKING:
+    from topwork.edge.metrics import Metrics
+    from topwork.edge.storage import Meter, Storage
 
 # Any of these means that the user has an object storage of their own.
 STORAGE_VARIABLES = (
@@ -42,8 +46,29 @@ def has_own_storage(environment: Mapping[str, str] = os.environ) -> bool:
     return any(environment.get(name) for name in STORAGE_VARIABLES) or any(file.exists() for file in files)
 
 
+def own_storage(uri: str, meter: "Meter | None" = None) -> "Storage":
+    """Open the storage that the AWS variables, files or accounts give access to.
+
+    Args:
+        uri: `s3://bucket[/prefix]`.
+        meter: Where bytes and retries are counted.
+
+    Returns:
+        The storage, checked: the bucket is there and the credentials are good.
+
+    Raises:
+        SettingError: If the bucket is missing or the credentials are refused.
+        UnavailableError: If the endpoint can't be reached.
+    """
+    from topwork.edge.storage import Storage, StorageSettings
+
+    storage = Storage(uri, StorageSettings(), meter)
+    storage.check()
+    return storage
+
+
 @contextmanager
-def storage_at(uri: str, state: Path | None = None, meter: Meter | None = None) -> Iterator[Storage]:
+def storage_at(uri: str, state: Path | None = None, meter: "Meter | None" = None) -> "Iterator[Storage]":
     """Open the storage at an address: the user's own, or the embedded server where none is configured.
 
     Args:
@@ -58,14 +83,64 @@ def storage_at(uri: str, state: Path | None = None, meter: Meter | None = None) 
         SettingError: If the bucket is missing or the credentials are refused.
         UnavailableError: If the endpoint can't be reached.
     """
+    from topwork.edge.storage import Storage, make_bucket
+    from topwork.local.server import embedded_storage
+
     if has_own_storage():
-        storage = Storage(uri, StorageSettings(), meter)
-        storage.check()
-        yield storage
+        yield own_storage(uri, meter)
         return
     with embedded_storage(state or default_state()) as settings:
         make_bucket(settings, re.sub(r"^s3://", "", uri).split("/")[0])
         yield Storage(uri, settings, meter)
+
+
+def serve(metrics: "Metrics", port: int) -> int:
+    """Serve metrics for Prometheus.
+
+    Args:
+        metrics: The series.
+        port: TCP port; 0 takes a free one.
+
+    Returns:
+        The port.
+
+    Raises:
+        SettingError: If the port is taken or not allowed.
+    """
+    try:
+        return metrics.serve(port)
+    except OSError as error:
+        raise SettingError(
+            f"--metrics-port {port} can't be listened on ({error.strerror}). Name another, or 0 for a free one."
+        ) from error
+
+
+def without_secrets(text: str, environment: Mapping[str, str] = os.environ) -> str:
+    """Take out of a text what nobody may read in a log: values of secret variables, and passwords in URLs.
+
+    Args:
+        text: A message or traceback.
+        environment: The variables.
+
+    Returns:
+        The text with three asterisks in their places, and as proper Unicode.
+    """
+    secrets = [
+        value
+        for name, value in environment.items()
+        if value and re.search("SECRET|TOKEN|PASSWORD", name) and not name.endswith(("_FILE", "_URI"))
+    ]
+    for secret in sorted(secrets, key=len, reverse=True):
+        text = text.replace(secret, "***")
+    return re.sub(r"://[^/@\s]+@", "://***@", text).encode(errors="replace").decode()
+
+
+@contextmanager
+def quiet_start(*, verbose: bool = False) -> Iterator[None]:
+    """Keep TensorFlow's start-up talk away while it is imported, unless it is wanted."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "0" if verbose else "2")
+    with nullcontext() if verbose else hushed():
+        yield
 
 
 @contextmanager
@@ -81,7 +156,7 @@ def hushed() -> Iterator[None]:
     os.dup2(writing, 2)
     try:
         yield
-    except BaseException:
+    except Exception:
         sys.stderr.flush()
         os.set_blocking(reading, False)
         with suppress(BlockingIOError):

@@ -67,3 +67,20 @@ class StoredDataset:
 
     prefix: str
     facts: DatasetFacts
+
+
+def shown_rejections(rejected: list[RejectedImage], most: int = 20) -> str:
+    """Say which images were left out and why.
+
+    Args:
+        rejected: The images.
+        most: How many are named.
+
+    Returns:
+        One sentence with the total and the first names.
+    """
+    if not rejected:
+        return "None was left out."
+    named = "; ".join(f"{image.name} ({image.reason})" for image in rejected[:most])
+    more = f"; and {len(rejected) - most} more" if len(rejected) > most else ""
+    return f"{len(rejected)} left out: {named}{more}."

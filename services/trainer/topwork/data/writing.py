@@ -11,7 +11,7 @@ import tensorflow_datasets as tfds
 from topwork.data.provers import Provers
 from topwork.data.proving import NO_LABEL, Rejection
 from topwork.data.sources import Item, Source
-from topwork.data.stored import TFDS_NAME, RejectedImage
+from topwork.data.stored import TFDS_NAME, RejectedImage, shown_rejections
 from topwork.errors import DataError
 
 
@@ -146,20 +146,3 @@ def _read(item: Item) -> bytes:
     if item.label is None:
         raise Rejection(NO_LABEL)
     return item.read()
-
-
-def shown_rejections(rejected: list[RejectedImage], most: int = 20) -> str:
-    """Say which images were left out and why.
-
-    Args:
-        rejected: The images.
-        most: How many are named.
-
-    Returns:
-        One sentence with the total and the first names.
-    """
-    if not rejected:
-        return "None was left out."
-    named = "; ".join(f"{image.name} ({image.reason})" for image in rejected[:most])
-    more = f"; and {len(rejected) - most} more" if len(rejected) > most else ""
-    return f"{len(rejected)} left out: {named}{more}."

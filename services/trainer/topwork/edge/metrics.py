@@ -1,15 +1,25 @@
 """Prometheus series of a run; with `edge.gpus` the only module that knows prometheus_client."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, start_http_server
+from prometheus_client.samples import Sample
 
 from topwork.edge.gpus import visible_gpus
 
 # From a tiny model on a GPU to a large base on a processor.
 STEP_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+
+
+class Reached(NamedTuple):
+    """How far a training stage has come: complete epochs, and the best metric by its name in the history."""
+
+    epochs: int | None = None
+    metric: str | None = None
+    value: float | None = None
 
 
 class Metrics:
@@ -33,6 +43,7 @@ class Metrics:
         self._input_wait = self._counter("input_wait_seconds", "Time that training waited for its next batch.")
         self._loss = self._gauge("loss", "Loss of the last epoch.", "split")
         self._metric = self._gauge("metric", "Metric of the last epoch or evaluation.", "name", "split")
+        self._best = self._gauge("best_metric", "Metric of the epoch whose weights are kept.", "stage", "name", "split")
         self._learning_rate = self._gauge("learning_rate", "Learning rate of the last step.")
         self._parameters = self._gauge("parameters", "Parameters of the model.", "trainable")
         self._replicas = self._gauge("replicas", "Replicas that train in step.")
@@ -105,6 +116,28 @@ class Metrics:
         """Set a metric of the last epoch or evaluation on a split."""
         self._metric.labels(name, split).set(value)
 
+    def evaluation(self, split: str, values: Mapping[str, float]) -> None:
+        """Set what an evaluation on a split has measured, the loss among it."""
+        for name, value in values.items():
+            if name == "loss":
+                self.loss(split, value)
+            else:
+                self.metric(name, split, value)
+
+    def best(self, stage: str, name: str, split: str, value: float) -> None:
+        """Set a metric of the epoch of a stage whose weights are kept."""
+        self._best.labels(stage, name, split).set(value)
+
+    def reached(self, stage: str) -> Reached:
+        """Say how far a stage has come, by what was told here."""
+        epochs = [sample.value for sample in _samples(self._epoch) if sample.labels["stage"] == stage]
+        for sample in _samples(self._best):
+            if sample.labels["stage"] == stage:
+                split, name = sample.labels["split"], sample.labels["name"]
+                metric = name if split == "train" else f"{split}_{name}"
+                return Reached(int(epochs[0]) if epochs else None, metric, sample.value)
+        return Reached(int(epochs[0]) if epochs else None)
+
     def learning_rate(self, value: float) -> None:
         """Set the learning rate of the last step."""
         self._learning_rate.set(value)
@@ -133,3 +166,8 @@ class Metrics:
     def checkpoint_saved(self) -> None:
         """Say that a checkpoint is complete in storage now."""
         self._checkpoint.set_to_current_time()
+
+
+def _samples(gauge: Gauge) -> Iterator[Sample]:
+    for family in gauge.collect():
+        yield from family.samples

@@ -53,6 +53,10 @@ BY_CODE: dict[str, tuple[type[TopworkError], str]] = {
 }
 
 
+class NoCredentials(SettingError):  # noqa: N818 - the name of what is missing
+    """No credentials were found, or half of them."""
+
+
 @contextmanager
 def told(endpoint: str, bucket: str, target: str) -> Iterator[None]:
     """Turn errors of botocore into errors of topwork.
@@ -63,6 +67,7 @@ def told(endpoint: str, bucket: str, target: str) -> Iterator[None]:
         target: What they are about, as an s3:// URI.
 
     Raises:
+        NoCredentials: If there are none.
         SettingError: If the bucket is missing, or credentials, region or certificates are refused.
         DataError: If the object is missing.
         UnavailableError: If the server can't be reached or fails, after botocore's retries.
@@ -72,14 +77,16 @@ def told(endpoint: str, bucket: str, target: str) -> Iterator[None]:
     except boto.ClientError as error:
         raise refused(error, endpoint, bucket, target) from error
     except (boto.NoCredentialsError, boto.PartialCredentialsError) as error:
-        raise SettingError(
+        raise NoCredentials(
             f"No credentials for {target}: expected AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or a "
             f"service account with web identity, and found {_found(error)}. Set them for {endpoint}."
         ) from error
     except (boto.CredentialRetrievalError, boto.TokenRetrievalError, boto.UnauthorizedSSOTokenError) as error:
-        raise SettingError(
-            f"The credentials for {target} could not be fetched: {error}. Look at AWS_PROFILE."
-        ) from error
+        # The agent or metadata service of a pod or node is a server like others: it can be down for a while.
+        kind = UnavailableError if error.kwargs.get("provider") in {"container-role", "iam-role"} else SettingError
+        raise kind(f"The credentials for {target} could not be fetched: {error}. Look at AWS_PROFILE.") from error
+    except boto.InvalidConfigError as error:
+        raise SettingError(f"The AWS variables or files can't be used for {target}: {error}") from error
     except boto.SSLError as error:
         if "CERTIFICATE" not in str(error).upper():
             raise _unreachable(endpoint, target, error) from error

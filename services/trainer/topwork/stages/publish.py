@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, ConfigDict
 
 from topwork.data.stored import StoredDataset
+from topwork.edge.metrics import Metrics
 from topwork.edge.storage import Storage
 from topwork.errors import DataError
 from topwork.manifest import write_whole
@@ -50,6 +51,10 @@ class Published(BaseModel):
     metrics: dict[str, float]
     split: str
     images: int
+
+    def repeat(self, metrics: Metrics) -> None:
+        """Set the series of the evaluation, so that they are still scraped."""
+        metrics.evaluation(self.split, self.metrics)
 
     def summary(self) -> list[str]:
         """Say in a few lines what was published and how good it is."""
@@ -125,11 +130,7 @@ def _assess(
 
     assessed = assess(job, classifier, dataset, workspace, folder)
     evaluation = assessed.outcome.evaluation
-    for name, value in evaluation.values.items():
-        if name == "loss":
-            workspace.metrics.loss(evaluation.split, value)
-        else:
-            workspace.metrics.metric(name, evaluation.split, value)
+    workspace.metrics.evaluation(evaluation.split, evaluation.values)
     workspace.progress.note("evaluation", images=evaluation.images, split=evaluation.split, **assessed.outcome.metrics)
     return assessed
 

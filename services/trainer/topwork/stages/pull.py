@@ -4,15 +4,13 @@ import hashlib
 import json
 import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from topwork.data.images import is_readable
 from topwork.data.provers import Provers
 from topwork.data.sources import Source, open_source
 from topwork.data.splits import check_splits
-from topwork.data.stored import DatasetFacts, StoredDataset
-from topwork.data.writing import shown_rejections, write_tfds
+from topwork.data.stored import DatasetFacts, RejectedImage, StoredDataset, shown_rejections
 from topwork.errors import DataError
 from topwork.manifest import read_manifest, write_whole
 from topwork.spec import TransferJob
@@ -37,7 +35,7 @@ def pull(job: TransferJob, workspace: Workspace) -> StoredDataset:
         UnavailableError: If the source or storage can't be reached.
     """
     with workspace.metrics.stage("pull"):
-        dataset = _of_this_run(job, workspace) or _of_the_source(job, workspace)
+        dataset = pulled_earlier(job, workspace) or _of_the_source(job, workspace)
         _report(dataset.facts, workspace)
         return dataset
 
@@ -46,8 +44,16 @@ def _done_key(job: TransferJob) -> str:
     return f"runs/{job.run}/pull/done.json"
 
 
-def _of_this_run(job: TransferJob, workspace: Workspace) -> StoredDataset | None:
-    """Find what this run has pulled before: it keeps its images, also where the source has changed since."""
+def pulled_earlier(job: TransferJob, workspace: Workspace) -> StoredDataset | None:
+    """Find what a run has pulled, without training libraries: it keeps its images, also where the source has changed.
+
+    Args:
+        job: The job of the run.
+        workspace: Storage, metrics and progress.
+
+    Returns:
+        The dataset; None if there is none, or if somebody has deleted it.
+    """
     data = workspace.storage.read(_done_key(job))
     if data is None:
         return None
@@ -56,6 +62,7 @@ def _of_this_run(job: TransferJob, workspace: Workspace) -> StoredDataset | None
     if facts is None:
         return None  # somebody deleted the dataset
     workspace.progress.note("already done", stage="pull", dataset=workspace.storage.uri_of(prefix))
+    _count_rejected(facts.rejected, workspace)
     return StoredDataset(prefix, facts)
 
 
@@ -67,6 +74,7 @@ def _of_the_source(job: TransferJob, workspace: Workspace) -> StoredDataset:
     facts = _stored_facts(workspace, prefix)
     if facts:
         workspace.progress.note("dataset found", uri=workspace.storage.uri_of(prefix), images=facts.images)
+        _count_rejected(facts.rejected, workspace)
         _check(facts, job)
     else:
         facts = _store(source, fingerprint, prefix, job, workspace)
@@ -107,12 +115,14 @@ def _store(source: Source, fingerprint: str, prefix: str, job: TransferJob, work
 
 
 def _written(source: Source, fingerprint: str, folder: Path, workspace: Workspace) -> tuple[Path, DatasetFacts]:
+    from topwork.data.images import is_readable
+    from topwork.data.writing import write_tfds
+
     counts = list(source.splits().values())
     total = None if None in counts else sum(count or 0 for count in counts)
     with workspace.progress.track("pull: images", total) as tracker, Provers(readable=is_readable) as provers:
         written, tally = write_tfds(source, provers, folder, tracker.advance)
-    for reason, count in Counter(image.reason for image in tally.rejected).items():
-        workspace.metrics.rejected(reason, count)
+    _count_rejected(tally.rejected, workspace)
     return written, DatasetFacts(
         name=source.name,
         fingerprint=fingerprint,
@@ -123,6 +133,11 @@ def _written(source: Source, fingerprint: str, folder: Path, workspace: Workspac
         rejected=tuple(tally.rejected),
         duplicates=tally.duplicates,
     )
+
+
+def _count_rejected(rejected: Iterable[RejectedImage], workspace: Workspace) -> None:
+    for reason, count in Counter(image.reason for image in rejected).items():
+        workspace.metrics.rejected(reason, count)
 
 
 def _check(facts: DatasetFacts, job: TransferJob) -> None:

@@ -26,7 +26,7 @@ from topwork.training.optimizers import averages, optimizer
 from topwork.training.plan import Phase, Plan
 from topwork.training.steps import Steps, StopAsked
 from topwork.training.strategy import jit_compile
-from topwork.training.trained import Row
+from topwork.training.trained import Row, tell
 from topwork.training.validation import Validation
 from topwork.workspace import Workspace
 
@@ -108,6 +108,7 @@ class Training:
             )
         write_values(self._moving, self._restored.values["model"])
         self._best = self._restored.values.get("best", [])
+        tell(self.course.rows, self.course.best_epoch, self._workspace.metrics)
         self._workspace.progress.note("resumed", stage=self._plan.stage, epoch=self.course.epoch, step=self.course.step)
 
     def run(self) -> None:
@@ -279,16 +280,7 @@ class Training:
         return Checkpoint(self.course.model_copy(deep=True), values)
 
     def _tell(self, row: Row) -> None:
-        metrics = self._workspace.metrics
-        metrics.epoch(self._plan.stage, self.course.epoch)
-        metrics.learning_rate(float(row["learning_rate"]))
-        for split, prefix in (("train", ""), ("validation", "validation_")):
-            for name in ("loss", "accuracy", "auc"):
-                if (value := row.get(f"{prefix}{name}")) is not None:
-                    if name == "loss":
-                        metrics.loss(split, float(value))
-                    else:
-                        metrics.metric(name, split, float(value))
+        tell(self.course.rows, self.course.best_epoch, self._workspace.metrics)
         facts = {name: value for name, value in row.items() if name not in {"stage", "epoch"}}
         self._workspace.progress.epoch(self._plan.stage, self.course.epoch, self._plan.epochs, **facts)
 

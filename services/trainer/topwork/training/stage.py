@@ -17,7 +17,7 @@ from topwork.training.features import Head, bytes_needed, computed, fits, pick
 from topwork.training.loop import Training
 from topwork.training.plan import Plan
 from topwork.training.strategy import check_replicas, policy, strategy
-from topwork.training.trained import Classifier, Parameters, Row, stage_prefix, write_done
+from topwork.training.trained import Classifier, Parameters, Row, repeat, stage_prefix, write_done
 from topwork.workspace import Workspace
 
 
@@ -143,17 +143,8 @@ def _store(
 
 def found(classifier: Classifier, workspace: Workspace) -> Classifier:
     """Say that a stage is done already, and repeat what it measured, so that its results are still scraped."""
-    rows = [row for row in classifier.history if row["stage"] == classifier.stage]
-    workspace.progress.note("already done", stage=classifier.stage, epochs=len(rows), best_epoch=classifier.best_epoch)
-    metrics = workspace.metrics
-    metrics.epochs_planned(classifier.stage, len(rows))
-    metrics.epoch(classifier.stage, len(rows))
-    metrics.parameters(classifier.parameters.trainable, classifier.parameters.frozen)
-    for name, value in (rows[-1] if rows else {}).items():
-        metric = name.removeprefix("validation_")
-        split = "validation" if name.startswith("validation_") else "train"
-        if metric == "loss":
-            metrics.loss(split, float(value))
-        elif metric in {"accuracy", "auc"}:
-            metrics.metric(metric, split, float(value))
+    workspace.progress.note(
+        "already done", stage=classifier.stage, epochs=len(classifier.rows), best_epoch=classifier.best_epoch
+    )
+    repeat(classifier, workspace.metrics)
     return classifier

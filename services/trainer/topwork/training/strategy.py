@@ -7,6 +7,7 @@ from typing import Any
 import tensorflow as tf
 
 from topwork.errors import SettingError, SpecError
+from topwork.progress import Progress
 from topwork.spec.training import Optimizer
 
 # NVIDIA Ampere, the first GPUs that compute in bfloat16.
@@ -50,6 +51,39 @@ def strategy(replicas: int | None) -> tf.distribute.Strategy:
                 "one strategy a process. Start another process."
             )
         return _chosen.strategy
+
+
+def replicas_in_pod(asked: int, progress: Progress) -> int | None:
+    """Choose the replicas of a container of the Job, by the GPUs that it has and not by those that its spec names.
+
+    Args:
+        asked: `spec.compute.gpus`.
+        progress: Where it is said that there are others than asked for.
+
+    Returns:
+        What `strategy` takes: replicas on the processor; None is one on each visible GPU, or one on the processor.
+
+    Raises:
+        SettingError: If GPUs were asked for, TensorFlow could use them, and it sees none.
+    """
+    visible = len(tf.config.list_physical_devices("GPU"))
+    if visible or not asked:
+        if visible != asked:
+            progress.note("other GPUs than asked for", asked=asked, visible=visible)
+        return None
+    if tf.test.is_built_with_cuda():
+        raise SettingError(
+            f"spec.compute.gpus asks for {_gpus(asked)}, and TensorFlow sees none here. Look at the node's driver "
+            "(nvidia-smi), at its device plugin (kubectl describe node: is nvidia.com/gpu allocatable?), at the "
+            "RuntimeClass (nvidia, where it isn't the node's default) and at the image: its TensorFlow wants CUDA "
+            f"{tf.sysconfig.get_build_info().get('cuda_version', 'of its own')}, and a driver that has it."
+        )
+    progress.note("no GPU can be used by this build of TensorFlow: replicas on the processor", replicas=asked)
+    return asked
+
+
+def _gpus(count: int) -> str:
+    return f"{count} GPU{'s' * (count != 1)}"
 
 
 def _make(count: int, gpus: list[Any]) -> tf.distribute.Strategy:

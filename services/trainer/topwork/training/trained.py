@@ -5,6 +5,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from topwork.edge.metrics import Metrics
 from topwork.edge.storage import FileEntry, Storage
 from topwork.errors import DataError
 
@@ -54,6 +55,11 @@ class Classifier(BaseModel):
     finished: datetime
     seconds: float
 
+    @property
+    def rows(self) -> list[Row]:
+        """The history of this stage alone."""
+        return [row for row in self.history if row["stage"] == self.stage]
+
 
 def stage_prefix(run: str, stage: StageName) -> str:
     """Key of everything that a stage keeps in storage."""
@@ -93,3 +99,37 @@ def write_done(storage: Storage, run: str, classifier: Classifier) -> Classifier
     if storage.write(key, data, only_if_absent=True, content_type="application/json"):
         return classifier
     return read_done(storage, run, classifier.stage) or classifier
+
+
+def tell(rows: list[Row], best_epoch: int, metrics: Metrics) -> None:
+    """Set the series that tell how a stage does.
+
+    Args:
+        rows: History of the stage so far.
+        best_epoch: The epoch whose weights are kept, counted from 1.
+        metrics: Where they go.
+    """
+    for row in rows[-1:]:
+        metrics.epoch(str(row["stage"]), int(row["epoch"]))
+        metrics.learning_rate(float(row["learning_rate"]))
+        for split, prefix in (("train", ""), ("validation", "validation_")):
+            if (loss := row.get(f"{prefix}loss")) is not None:
+                metrics.loss(split, float(loss))
+            for name in ("accuracy", "auc"):
+                if (value := row.get(f"{prefix}{name}")) is not None:
+                    metrics.metric(name, split, float(value))
+    for row in (row for row in rows if row["epoch"] == best_epoch):
+        split = "validation" if "validation_accuracy" in row else "train"
+        metrics.best(str(row["stage"]), "accuracy", split, float(row.get("validation_accuracy", row["accuracy"])))
+
+
+def repeat(classifier: Classifier, metrics: Metrics) -> None:
+    """Set all series of a finished stage, so that its results are still scraped.
+
+    Args:
+        classifier: What the stage made.
+        metrics: Where they go.
+    """
+    metrics.epochs_planned(classifier.stage, len(classifier.rows))
+    metrics.parameters(classifier.parameters.trainable, classifier.parameters.frozen)
+    tell(classifier.rows, classifier.best_epoch, metrics)

@@ -1,0 +1,127 @@
+"""What a container of a job tells: lines of JSON while it runs, and its termination message when it ends."""
+
+import logging
+import os
+import signal
+import threading
+import traceback
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Never
+
+from topwork.cli.failures import failure_of
+from topwork.cli.surroundings import without_secrets
+from topwork.cluster.ending import Ending
+from topwork.cluster.names import StageName
+from topwork.errors import Stopped
+from topwork.progress import Fact, LineProgress
+from topwork.stopping import STOPPED
+
+if TYPE_CHECKING:
+    from topwork.edge.metrics import Metrics
+
+BUG = 1
+"""Exit code of what nobody foresaw."""
+
+
+class Container:
+    """One container of a pod.
+
+    Attributes:
+        stage: Its stage.
+        log: Where it tells how it goes.
+        run: Name of the run, as soon as it is known.
+        metrics: Its metrics, as soon as there are any: they know how far the stage has come.
+    """
+
+    def __init__(self, stage: StageName, termination_log: Path) -> None:
+        """Take over standard error, for lines of JSON.
+
+        Args:
+            stage: Its stage.
+            termination_log: File of the termination message; Kubernetes makes it, and where it is not, none is left.
+        """
+        self.stage = stage
+        # A descriptor of its own: what is said while TensorFlow's start-up talk is kept away must arrive, too.
+        self.log = LineProgress(os.fdopen(os.dup(2), "w"), as_json=True)
+        self.run = ""
+        self.metrics: Metrics | None = None
+        self._termination_log = termination_log
+        self._ending: Ending | None = None
+        self._lock = threading.Lock()
+        logging.basicConfig(level=logging.WARNING, handlers=[_Lines(self.log)])
+        logging.captureWarnings(True)
+
+    def done(self, *, metric: tuple[str, float] | None = None, model: str | None = None, **facts: Fact) -> None:
+        """Tell that the stage is done.
+
+        Args:
+            metric: Name and value of what counts; None takes the best one of the training.
+            model: Where the published model lies.
+            facts: What else the last line says.
+        """
+        name, value = metric or (None, None)
+        ending = Ending(stage=self.stage, outcome="done", exit_code=0, run=self.run, metric=name, value=value)
+        if self._end(ending.model_copy(update={"model": model})):
+            self.log.note("done", stage=self.stage, run=self.run, **({"model": model} if model else {}), **facts)
+
+    def failed(self, error: BaseException) -> int:
+        """Tell why the stage ended before it was done.
+
+        Args:
+            error: Why; what is none of topwork's is a bug and keeps its traceback.
+
+        Returns:
+            The exit code.
+        """
+        # The end is near: another signal would only spoil the message.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+        known = failure_of(error)
+        code = known.exit_code if known else _exit_code(error)
+        text = without_secrets(str(known) if known else traceback.format_exception_only(error)[-1].strip())
+        stopped = isinstance(known, Stopped)
+        outcome = "stopped" if stopped else "failed"
+        if self._end(Ending(stage=self.stage, outcome=outcome, exit_code=code, run=self.run, error=text)):
+            level = {} if stopped else {"level": "error"}
+            self.log.note(text, stage=self.stage, run=self.run, exit_code=code, **level)
+            if known is None:
+                self.log.text(without_secrets("".join(traceback.format_exception(error))))
+        return code
+
+    def overdue(self) -> Never:
+        """End the process as stopped, from another thread than the one that does not come to it."""
+        ending = Ending(stage=self.stage, outcome="stopped", exit_code=Stopped.exit_code, run=self.run, error=STOPPED)
+        if self._end(ending):
+            self.log.note(STOPPED, stage=self.stage, run=self.run, exit_code=Stopped.exit_code)
+        os._exit(self._ending.exit_code if self._ending else Stopped.exit_code)
+
+    def _end(self, ending: Ending) -> bool:
+        """Leave the termination message; only the first one counts."""
+        with self._lock:
+            if self._ending:
+                return False
+            epochs, metric, value = self.metrics.reached(self.stage) if self.metrics else (None, None, None)
+            if ending.metric is None:
+                ending = ending.model_copy(update={"metric": metric, "value": value})
+            self._ending = ending.model_copy(update={"epochs": epochs})
+            with suppress(OSError):
+                if self._termination_log.exists():
+                    self._termination_log.write_text(self._ending.text(), "utf-8")
+            return True
+
+
+class _Lines(logging.Handler):
+    """Turns what libraries log, and Python's warnings, into lines of JSON."""
+
+    def __init__(self, log: LineProgress) -> None:
+        super().__init__()
+        self._log = log
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = without_secrets(record.getMessage())
+        self._log.note(message, level=record.levelname.lower(), logger=record.name)
+
+
+def _exit_code(error: BaseException) -> int:
+    return error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else BUG

@@ -1,0 +1,167 @@
+"""`topwork stage`: one stage of a job, as the containers of its pod call it."""
+
+import os
+import sys
+import time
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from topwork import __version__
+from topwork.cli.signals import end_overdue, stopped_by_signals
+from topwork.cluster.names import JOB_FILE, JOB_FOLDER, METRICS_PORTS, SCRATCH, StageName
+from topwork.errors import SettingError
+from topwork.stopping import StopNow, StopSignal
+
+if TYPE_CHECKING:
+    from topwork.cli.container import Container
+    from topwork.data.stored import StoredDataset
+    from topwork.spec import TransferJob
+    from topwork.stages.publish import Published
+    from topwork.training.trained import Classifier
+    from topwork.workspace import Workspace
+
+# From the signal to the end of the process where nothing has to be stored first.
+STOP_SECONDS = 5.0
+
+
+def stage(
+    name: Annotated[StageName, typer.Argument(metavar="STAGE", help="pull, transfer or fine-tune.")],
+    job: Annotated[Path, typer.Option(help="Job spec; it holds one job.")] = Path(JOB_FOLDER) / JOB_FILE,
+    scratch: Annotated[Path, typer.Option(help="Folder that the stages share, and may lose.")] = Path(SCRATCH),
+    metrics_port: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            max=65535,
+            help="Serve Prometheus metrics here [default: 9101 pull, 9102 transfer, 9103 fine-tune].",
+            show_default=False,
+        ),
+    ] = None,
+    termination_log: Annotated[Path, typer.Option(hidden=True)] = Path("/dev/termination-log"),
+) -> None:
+    """Run one stage of a job in its container; fine-tune publishes, too. What is done already is found in storage."""
+    stop = StopSignal()
+    with stopped_by_signals(stop):
+        from topwork.cli.container import Container
+
+        container = Container(name, termination_log)
+        try:
+            end_overdue(stop, STOP_SECONDS, container.overdue)
+            port = METRICS_PORTS[name] if metrics_port is None else metrics_port
+            seconds = _run(container, job, scratch, port, stop)
+        except BaseException as error:
+            sys.exit(container.failed(error))
+        # Who waits for a last scrape has nothing to lose.
+        with suppress(StopNow):
+            time.sleep(seconds)
+
+
+def _run(container: "Container", file: Path, scratch: Path, port: int, stop: StopSignal) -> int:
+    """Run the stage and tell how it ended; says for how many seconds its metrics are wanted after the end."""
+    from topwork.cli.pods import check_variables, pod_storage, trust_extra_authority
+    from topwork.cli.surroundings import serve
+    from topwork.edge.metrics import Metrics
+    from topwork.workspace import Workspace
+
+    job = _only_job(file)
+    container.run = job.run
+    container.metrics = metrics = Metrics()
+    metrics.describe(job=job.metadata.name, run=job.run, version=__version__)
+    container.log.note("metrics", port=serve(metrics, port))
+    folder = _writable(scratch / job.run)
+    check_variables()
+    trust_extra_authority(folder)
+    storage = pod_storage(job.spec.storage, metrics)
+    container.log.note("run", name=job.run, stage=container.stage, storage=storage.uri)
+    workspace = Workspace(storage, metrics, container.log, folder, stop=stop)
+    if _found(container, job, workspace):
+        return 0
+    _work(container, job, workspace)
+    return job.spec.metrics.linger_seconds if container.stage == "fine-tune" else 0
+
+
+def _only_job(file: Path) -> "TransferJob":
+    from topwork.spec.reading import read_jobs
+
+    jobs = read_jobs(file)
+    if len(jobs) > 1:
+        names = ", ".join(job.metadata.name for job in jobs)
+        raise SettingError(f"{file} holds {len(jobs)} jobs ({names}), and a pod runs one. Give each a file of its own.")
+    return jobs[0]
+
+
+def _writable(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingError(
+            f"The scratch folder {folder} can't be made ({error.strerror}). Mount a volume that this user may write "
+            "to, or name another folder with --scratch."
+        ) from error
+    return folder
+
+
+def _found(container: "Container", job: "TransferJob", workspace: "Workspace") -> bool:
+    """Tell what earlier attempts have done already, without importing TensorFlow."""
+    from topwork.stages.publish import published_earlier
+    from topwork.stages.pull import pulled_earlier
+    from topwork.training.trained import read_done, repeat
+
+    if published := published_earlier(job, workspace.storage):
+        container.log.note("already published", model=published.uri)
+        for earlier in ("transfer", "fine-tune"):
+            if classifier := read_done(workspace.storage, job.run, earlier):
+                repeat(classifier, workspace.metrics)
+        published.repeat(workspace.metrics)
+        _tell(container, published, workspace)
+    elif container.stage == "pull" and (dataset := pulled_earlier(job, workspace)):
+        _tell(container, dataset, workspace)
+    elif container.stage == "transfer" and (classifier := read_done(workspace.storage, job.run, "transfer")):
+        container.log.note("already done", stage="transfer")
+        repeat(classifier, workspace.metrics)
+        _tell(container, classifier, workspace)
+    else:
+        return False
+    return True
+
+
+def _work(container: "Container", job: "TransferJob", workspace: "Workspace") -> None:
+    from topwork.cli.surroundings import quiet_start
+
+    if container.stage == "pull" or not job.spec.compute.gpus:
+        # Where the node's runtime shows all GPUs to every container, they are somebody else's.
+        os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
+    with quiet_start():
+        from topwork import pipeline
+        from topwork.training.strategy import replicas_in_pod
+
+    if container.stage == "pull":
+        return _tell(container, pipeline.run_pull(job, workspace), workspace)
+    workspace = replace(workspace, replicas=replicas_in_pod(job.spec.compute.gpus, container.log))
+    if container.stage == "transfer":
+        return _tell(container, pipeline.run_transfer(job, workspace), workspace)
+    return _tell(container, pipeline.run(job, workspace), workspace)
+
+
+def _tell(container: "Container", made: "StoredDataset | Classifier | Published", workspace: "Workspace") -> None:
+    from topwork.data.stored import StoredDataset
+    from topwork.training.trained import Classifier
+
+    if isinstance(made, StoredDataset):
+        container.done(dataset=workspace.storage.uri_of(made.prefix), images=made.facts.images)
+    elif isinstance(made, Classifier):
+        container.done(epochs=len(made.rows), best_epoch=made.best_epoch, weights=workspace.storage.uri_of(made.key))
+    else:
+        main = next(iter(made.metrics.items())) if container.stage == "fine-tune" else None
+        container.done(
+            metric=main,
+            model=made.uri,
+            report=made.report_uri,
+            split=made.split,
+            images=made.images,
+            **made.metrics,
+        )
