@@ -7,8 +7,8 @@ from topwork.errors import DataError, GateError, Stopped
 from topwork.spec import TransferJob
 
 # What can't be mended by another try (2 and 3), and what was stopped with its checkpoint stored (143).
-HOPELESS = sorted({DataError.exit_code, GateError.exit_code})
-STOPPED = [Stopped.exit_code]
+HOPELESS = (DataError.exit_code, GateError.exit_code)
+STOPPED = (Stopped.exit_code,)
 
 
 def job_manifest(job: TransferJob, role: Role, name: str, template: dict[str, Any]) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def job_manifest(job: TransferJob, role: Role, name: str, template: dict[str, An
 def failure_rules() -> list[dict[str, Any]]:
     """Say what the end of a pod means; the first rule that fits holds, and any other end counts as a retry."""
     return [
-        {"action": "FailJob", "onExitCodes": {"operator": "In", "values": HOPELESS}},
+        {"action": "FailJob", "onExitCodes": {"operator": "In", "values": list(HOPELESS)}},
         {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
-        {"action": "Ignore", "onExitCodes": {"operator": "In", "values": STOPPED}},
+        {"action": "Ignore", "onExitCodes": {"operator": "In", "values": list(STOPPED)}},
     ]

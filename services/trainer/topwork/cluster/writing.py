@@ -9,7 +9,6 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.nodes import ScalarNode
 from ruamel.yaml.representer import RoundTripRepresenter
-from ruamel.yaml.scalarstring import LiteralScalarString
 
 # kubectl reads YAML 1.1, where many a word and number is no text unless it stands in quotes: yes, 017, 1_000, 12:30.
 NO_TEXT = re.compile(r"(y|n|yes|no|on|off|true|false|null|~|=|<<|[-+.]?[0-9][0-9a-fA-FxXoO_.:eE+-]*)?", re.IGNORECASE)
@@ -23,10 +22,23 @@ class _Representer(RoundTripRepresenter):
         return True
 
     def represent_text(self, data: str) -> ScalarNode:
-        if "\n" in data:
-            return self.represent_literal_scalarstring(LiteralScalarString(data))
-        style = '"' if NO_TEXT.fullmatch(data) else None
+        style = None
+        if _is_block(data):
+            style = "|"
+        elif not data.isprintable() or NO_TEXT.fullmatch(data):
+            style = '"'
         return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
+
+
+def _is_block(text: str) -> bool:
+    """Whether a text of several lines can stand as they are, without a sign that a reader would have to know."""
+    lines = text.removesuffix("\n").split("\n")
+    return (
+        "\n" in text
+        and not text.startswith((" ", "\n"))
+        and all(line.isprintable() and not line.endswith(" ") for line in lines)
+        and lines[-1] != ""
+    )
 
 
 _Representer.add_representer(str, _Representer.represent_text)
