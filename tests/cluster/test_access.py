@@ -1,0 +1,70 @@
+"""Who may submit: the role of k8s/base is enough, and who lacks it is told so."""
+
+import pytest
+from tests.cluster.kubectl import Kubectl
+from tests.cluster.surroundings import GONE_SECONDS, RUN_SECONDS, as_account
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(2 * RUN_SECONDS)]
+
+ROLE = "topwork-submitter"
+LONG = {"train": "all", "epochs": 10_000, "batchSize": 8, "featureCache": "off"}
+
+
+@pytest.fixture
+def account(namespace: Kubectl, tmp_path):
+    """Make a service account, with the role or without, and give the kubeconfig that logs it in."""
+    made = []
+
+    def make(name: str, *, bound: bool):
+        namespace("create", "serviceaccount", name)
+        made.append(("serviceaccount", name))
+        if bound:
+            subject = f"--serviceaccount={namespace.namespace}:{name}"
+            namespace("create", "rolebinding", name, f"--role={ROLE}", subject)
+            made.append(("rolebinding", name))
+        token = namespace("create", "token", name, "--duration=1h").strip()
+        path = tmp_path / f"{name}.json"
+        path.write_text(as_account(namespace.config(), token))
+        path.chmod(0o600)
+        return path
+
+    yield make
+    for kind, name in made:
+        namespace("delete", kind, name, "--ignore-not-found")
+
+
+def test_the_role_is_enough_to_submit_watch_and_cancel(account, make_run, topwork):
+    kubeconfig = account("submitter", bound=True)
+    run = make_run(transfer=LONG)
+    submitted = topwork("submit", run.file, "--kubeconfig", kubeconfig)
+    assert submitted.code == 0, submitted.said
+    run.wait_for_epochs(run.wait_for_pod())
+    for command in (["status", run.name], ["list"], ["logs", run.name, "--stage", "transfer"]):
+        ended = topwork(*command, "--kubeconfig", kubeconfig)
+        assert ended.code == 0, ended.said
+        assert "transfer" in ended.said
+    followed = topwork.start("status", run.name, "--follow", "--kubeconfig", kubeconfig)
+    followed.wait_for("transfer", seconds=60)
+    cancelled = topwork("cancel", run.name, "--kubeconfig", kubeconfig, seconds=GONE_SECONDS)
+    assert cancelled.code == 0, cancelled.said
+    assert followed.wait(seconds=GONE_SECONDS).code == 143
+    run.wait_until_gone()
+
+
+def test_who_lacks_the_role_is_told_its_name(account, make_run, topwork):
+    kubeconfig = account("stranger", bound=False)
+    run = make_run()
+    refused = topwork("submit", run.file, "--kubeconfig", kubeconfig)
+    assert refused.code == 2, refused.said
+    assert ROLE in refused.said
+    assert "Traceback" not in refused.said
+    assert run.kubernetes_job() is None
+
+
+def test_a_token_that_is_none_is_told_to_log_in_again(namespace, make_run, topwork, tmp_path):
+    kubeconfig = tmp_path / "expired.json"
+    kubeconfig.write_text(as_account(namespace.config(), "not-a-token"))
+    refused = topwork("submit", make_run().file, "--kubeconfig", kubeconfig)
+    assert refused.code == 2, refused.said
+    assert "log in" in refused.said.lower()
+    assert "Traceback" not in refused.said

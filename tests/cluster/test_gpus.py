@@ -1,0 +1,55 @@
+"""Two GPUs that a node only claims to have: scheduling, requests, and the replicas of the build for processors."""
+
+import json
+
+import pytest
+from tests.cluster.kubectl import Kubectl, eventually
+from tests.cluster.surroundings import NOTICE_SECONDS, RUN_SECONDS
+
+from topwork.cluster.containers import GPU
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(2 * RUN_SECONDS)]
+
+
+def gpus(node: dict[str, object]) -> int:
+    return int(node["status"].get("allocatable", {}).get(GPU, 0))
+
+
+def claim(kubectl: Kubectl, node: str, count: str | None) -> None:
+    """Let a node claim GPUs, or none with None; the kubelet keeps what it does not know."""
+    status = {"status": {"capacity": {GPU: count}, "allocatable": {GPU: count}}}
+    kubectl("patch", "node", node, "--subresource=status", "--type=merge", "--patch", json.dumps(status))
+
+
+@pytest.fixture
+def two_gpus(cluster):
+    """A node with two GPUs: where none has any, one claims to."""
+    nodes = cluster.items("node")
+    if any(gpus(node) for node in nodes):
+        if max(map(gpus, nodes)) < 2:
+            pytest.skip("a node with real GPUs has fewer than two, and claims no others")
+        yield
+        return
+    free = [node for node in nodes if not node["spec"].get("unschedulable") and not node["spec"].get("taints")]
+    assert free, "every node is cordoned or tainted"
+    name = free[0]["metadata"]["name"]
+    claim(cluster, name, "2")
+    try:
+        eventually(lambda: gpus(cluster.get("node", name)) == 2, f"two GPUs on {name}", seconds=NOTICE_SECONDS)
+        yield
+    finally:
+        claim(cluster, name, None)
+
+
+def test_two_gpus_train_two_replicas(make_run, topwork, two_gpus):
+    run = make_run(compute={"gpus": 2})
+    ended = topwork("submit", run.file, "--follow")
+    assert ended.code == 0, ended.said
+    pod = run.pods()[-1]
+    asked = {
+        each["name"]: (each["resources"]["requests"].get(GPU), each["resources"]["limits"].get(GPU))
+        for each in pod["spec"]["initContainers"] + pod["spec"]["containers"]
+    }
+    assert asked == {"pull": (None, None), "transfer": ("2", "2"), "fine-tune": ("2", "2")}
+    logs = topwork("logs", run.name, "--stage", "transfer")
+    assert '"replicas": 2' in logs.out, logs.said

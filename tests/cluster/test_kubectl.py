@@ -1,0 +1,65 @@
+"""What a person does who has kubectl alone, and what Kubernetes makes of our objects."""
+
+import json
+
+import pytest
+from tests.cluster.manifests import ROOT, base_objects
+from tests.cluster.surroundings import RUN_SECONDS
+
+from topwork.cluster.names import RUN_LABEL
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(2 * RUN_SECONDS)]
+
+EXAMPLES = sorted((ROOT / "k8s" / "examples").glob("**/*.yaml"))
+
+
+def test_rendered_objects_train_when_kubectl_applies_them(make_run, topwork, namespace):
+    run = make_run()
+    rendered = topwork("render", run.file)
+    assert rendered.code == 0, rendered.said
+    namespace("apply", "-f", "-", stdin=rendered.out)
+    timeout = f"--timeout={RUN_SECONDS:.0f}s"
+    namespace("wait", "--for=condition=Complete", f"job/{run.object_name}", timeout, seconds=RUN_SECONDS + 30)
+    endings = run.endings(run.pods()[-1])
+    assert endings["fine-tune"].model == f"{run.job.spec.storage}/models/{run.name}/1"
+    # topwork finds what kubectl has made.
+    status = topwork("status", run.name)
+    assert status.code == 0, status.said
+    assert endings["fine-tune"].model in status.said
+
+
+def test_the_server_takes_what_it_is_only_asked_about(make_run, topwork):
+    run = make_run()
+    asked = topwork("submit", run.file, "--dry-run=server")
+    assert asked.code == 0, asked.said
+    assert run.kubernetes_job() is None
+
+
+def test_the_server_takes_all_of_k8s_base(namespace):
+    objects = {"apiVersion": "v1", "kind": "List", "items": base_objects(namespace.namespace)}
+    applied = namespace("apply", "--dry-run=server", "--validate=strict", "-f", "-", stdin=json.dumps(objects))
+    assert len(applied.splitlines()) == len(objects["items"])
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_the_server_takes_every_example(example, namespace):
+    applied = namespace("apply", "--dry-run=server", "--validate=strict", "-f", str(example))
+    assert "job.batch/" in applied
+
+
+def test_the_longest_name_makes_pods_of_its_own(make_run, topwork):
+    run = make_run(name="n" + 38 * "a" + "e", compute={"prefetch": True})
+    submitted = topwork("submit", run.file)
+    assert submitted.code == 0, submitted.said
+    pod = run.wait_for_pod()
+    assert len(run.name) == 40
+    found = run.kubectl.get("pod", pod)
+    assert found["metadata"]["labels"][RUN_LABEL] == run.object_name
+    assert topwork("status", run.name).code == 0
+
+
+def test_a_finished_job_goes_with_its_config_map_after_its_time(make_run, topwork):
+    run = make_run(compute={"ttlSecondsAfterFinished": 5})
+    ended = topwork("submit", run.file, "--follow")
+    assert ended.code in {0, 143}, ended.said
+    run.wait_until_gone()

@@ -1,0 +1,132 @@
+"""A run while it trains: what is told of it, and what can't be changed."""
+
+import time
+
+import pytest
+from ruamel.yaml import YAML
+from tests.cluster.runs import Run
+from tests.cluster.surroundings import NOTICE_SECONDS, RUN_SECONDS
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(2 * RUN_SECONDS)]
+
+# Far more than are trained while the tests look on.
+LONG = {"train": "all", "epochs": 10_000, "batchSize": 8, "featureCache": "off"}
+
+# Not from loopback: Prometheus comes to the address of the pod.
+SCRAPE = """
+import sys, urllib.request
+host = f"[{sys.argv[1]}]" if ":" in sys.argv[1] else sys.argv[1]
+print(urllib.request.urlopen(f"http://{host}:{sys.argv[2]}/metrics", timeout=20).read().decode())
+"""
+
+TOKEN = "import os; print(os.path.exists('/var/run/secrets/kubernetes.io'))"
+
+
+@pytest.fixture(scope="module")
+def training(make_shared_run, topwork) -> Run:
+    """A run whose transfer stage is under way, for longer than the tests of this module take."""
+    run = make_shared_run(transfer=LONG, compute={"deadlineSeconds": 7200})
+    submitted = topwork("submit", run.file)
+    assert submitted.code == 0, submitted.said
+    assert run.object_name in submitted.said
+    run.wait_for_epochs(run.wait_for_pod())
+    return run
+
+
+def the_pod(run):
+    return run.pods()[-1]
+
+
+def test_the_same_spec_again_says_that_it_runs(training, topwork):
+    before = training.kubernetes_job()["metadata"]["uid"]
+    again = topwork("submit", training.file)
+    assert again.code == 0, again.said
+    assert "running" in again.said
+    assert training.kubernetes_job()["metadata"]["uid"] == before
+
+
+def test_another_compute_is_refused_while_the_job_runs(training, topwork, tmp_path):
+    before = training.kubernetes_job()
+    content = YAML(typ="safe").load(training.file.read_text())
+    content["spec"]["compute"]["sharedMemory"] = "96Mi"
+    changed = tmp_path / "changed.yaml"
+    with changed.open("w") as opened:
+        YAML().dump(content, opened)
+    refused = topwork("submit", changed)
+    assert refused.code == 2, refused.said
+    assert "compute.sharedMemory" in refused.said
+    after = training.kubernetes_job()
+    assert (after["metadata"]["uid"], after["spec"]) == (before["metadata"]["uid"], before["spec"])
+
+
+def test_another_image_is_refused_while_the_job_runs(training, topwork):
+    refused = topwork("submit", training.file, "--image", "registry.invalid/topwork:other")
+    assert refused.code == 2, refused.said
+    assert "image" in refused.said
+
+
+def test_status_tells_stage_and_epoch(training, topwork):
+    status = topwork("status", training.name)
+    assert status.code == 0, status.said
+    assert "transfer" in status.said
+    assert "10000" in status.said
+
+
+def test_list_shows_the_run(training, topwork):
+    listed = topwork("list")
+    assert listed.code == 0, listed.said
+    line = next(line for line in listed.out.splitlines() if training.name in line)
+    assert "transfer" in line
+
+
+def test_logs_of_a_stage_that_has_ended_and_of_one_that_runs(training, topwork):
+    pulled = topwork("logs", training.name, "--stage", "pull")
+    assert pulled.code == 0, pulled.said
+    assert '"dataset"' in pulled.out
+    assert '"epoch"' not in pulled.out
+    trained = topwork("logs", training.name, "--stage", "transfer")
+    assert trained.code == 0, trained.said
+    assert '"epoch"' in trained.out
+
+
+def test_logs_that_are_followed_grow(training, topwork):
+    followed = topwork.start("logs", training.name, "--stage", "transfer", "-f")
+    followed.wait_for('"epoch"', seconds=NOTICE_SECONDS)
+    seen = len(followed.said)
+    time.sleep(10)
+    assert len(followed.said) > seen
+    assert followed.process.poll() is None
+    followed.interrupt()
+
+
+def test_logs_that_are_followed_from_the_start_cross_from_pull_to_transfer(training, topwork):
+    followed = topwork.start("logs", training.name, "-f")
+    followed.wait_for('"dataset"', '"stage": "transfer"', seconds=NOTICE_SECONDS)
+    followed.interrupt()
+
+
+def test_an_interrupted_follow_leaves_the_job_and_says_how_to_come_back(training, topwork):
+    before = training.kubernetes_job()["metadata"]["uid"]
+    followed = topwork.start("status", training.name, "--follow")
+    followed.wait_for("transfer", seconds=NOTICE_SECONDS)
+    ended = followed.interrupt()
+    assert ended.code == 130, ended.said
+    assert f"topwork status {training.name}" in ended.said
+    assert "--follow" in ended.said
+    assert "Traceback" not in ended.said
+    job = training.kubernetes_job()
+    assert job["metadata"]["uid"] == before
+    assert "deletionTimestamp" not in job["metadata"]
+
+
+def test_metrics_answer_at_the_address_of_the_pod(training, namespace):
+    pod = the_pod(training)
+    name, address = pod["metadata"]["name"], pod["status"]["podIP"]
+    text = namespace.python(name, "transfer", SCRAPE, address, "9102")
+    assert 'topwork_stage_running{stage="transfer"} 1.0' in text
+    assert 'topwork_epochs_planned{stage="transfer"} 10000.0' in text
+
+
+def test_the_process_finds_no_token_of_the_api_server(training, namespace):
+    name = the_pod(training)["metadata"]["name"]
+    assert namespace.python(name, "transfer", TOKEN).strip() == "False"

@@ -1,0 +1,197 @@
+"""Runs that are stopped, killed and evicted: the next attempt goes on from the checkpoint of the last."""
+
+import json
+
+import pytest
+from tests.cluster.kubectl import eventually
+from tests.cluster.runs import Run
+from tests.cluster.surroundings import GONE_SECONDS, NOTICE_SECONDS, RUN_SECONDS, START_SECONDS
+
+from topwork.cluster.names import RUN_LABEL
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(3 * RUN_SECONDS)]
+
+LONG = {"train": "all", "epochs": 10_000, "batchSize": 8, "featureCache": "off"}
+# A minute or more: time to be killed after the first epochs, and to go on to the end.
+BEARABLE = LONG | {"epochs": 1000}
+
+
+@pytest.fixture
+def train(make_run, topwork):
+    """Submit a run and wait until it has trained some epochs; gives the run, its pod and their numbers."""
+
+    def start(**spec):
+        run = make_run(**{"transfer": LONG, **spec})
+        submitted = topwork("submit", run.file)
+        assert submitted.code == 0, submitted.said
+        pod = run.wait_for_pod()
+        return run, pod, run.wait_for_epochs(pod, 3)
+
+    return start
+
+
+def checkpoints(run: Run, storage) -> list[str]:
+    below = storage.open(run.job.spec.storage)
+    return [found.key for found in below.list(f"runs/{run.object_name}/transfer/checkpoints/")]
+
+
+def failures(run: Run) -> int:
+    return int(run.status().get("failed", 0))
+
+
+def test_cancel_keeps_a_checkpoint_removes_everything_and_submit_goes_on(train, topwork, storage_of_pods):
+    run, _, epochs = train()
+    cancelled = topwork("cancel", run.name, seconds=GONE_SECONDS)
+    assert cancelled.code == 0, cancelled.said
+    run.wait_until_gone()
+    assert checkpoints(run, storage_of_pods)
+
+    again = topwork("submit", run.file)
+    assert again.code == 0, again.said
+    resumed = run.wait_for_epochs(run.wait_for_pod())
+    assert resumed[0] > epochs[-1]
+
+
+def test_cancel_now_does_not_wait_for_the_pod(train, topwork):
+    run, _, _ = train()
+    cancelled = topwork("cancel", run.name, "--now", seconds=GONE_SECONDS)
+    assert cancelled.code == 0, cancelled.said
+    run.wait_until_gone()
+
+
+def test_cancel_of_nothing_says_so(topwork):
+    cancelled = topwork("cancel", "never-submitted")
+    assert cancelled.code == 2, cancelled.said
+    assert "never-submitted" in cancelled.said
+    assert "Traceback" not in cancelled.said
+
+
+def test_follow_of_a_run_that_is_cancelled_ends_with_143(train, topwork):
+    run, _, _ = train()
+    followed = topwork.start("status", run.name, "--follow")
+    followed.wait_for("transfer", seconds=NOTICE_SECONDS)
+    assert topwork("cancel", run.name, seconds=GONE_SECONDS).code == 0
+    ended = followed.wait(seconds=GONE_SECONDS)
+    assert ended.code == 143, ended.said
+
+
+def test_a_killed_process_counts_as_a_failure_and_the_second_attempt_publishes(train, topwork):
+    run, pod, _ = train(transfer=BEARABLE)
+    followed = topwork.start("status", run.name, "--follow")
+    run.kill_process(pod, "transfer")
+    other = run.wait_for_pod(other_than=pod)
+    resumed = run.wait_for_epochs(other)
+    assert resumed[0] > 1
+    assert failures(run) == 1
+    ended = followed.wait(seconds=RUN_SECONDS)
+    assert ended.code == 0, ended.said
+    assert f"{run.job.spec.storage}/models/{run.name}/1" in ended.said
+    # A pod that failed stays, with its log: both attempts are shown.
+    logs = topwork("logs", run.name, "--stage", "transfer")
+    assert logs.code == 0, logs.said
+    assert '"epoch": 1,' in logs.out
+    assert f'"epoch": {resumed[-1]},' in logs.out
+
+
+def test_a_pod_that_is_deleted_by_force_is_replaced_and_goes_on(train, namespace):
+    run, pod, _ = train()
+    namespace("delete", "pod", pod, "--grace-period=0", "--force", "--wait=false")
+    other = run.wait_for_pod(other_than=pod)
+    assert run.wait_for_epochs(other)[0] > 1
+
+
+def test_sigterm_stores_a_checkpoint_and_is_not_counted(train, namespace):
+    run, pod, epochs = train()
+    namespace("delete", "pod", pod, "--wait=false")
+    other = run.wait_for_pod(other_than=pod)
+    assert run.wait_for_epochs(other)[0] > epochs[-1]
+    assert failures(run) == 0
+
+
+def test_an_evicted_pod_is_not_counted_and_follow_says_evicted(train, namespace, topwork):
+    run, pod, epochs = train(compute={"retries": 0})
+    followed = topwork.start("status", run.name, "--follow")
+    followed.wait_for("transfer", seconds=NOTICE_SECONDS)
+    namespace.evict(pod)
+    other = run.wait_for_pod(other_than=pod)
+    assert run.wait_for_epochs(other)[0] > epochs[-1]
+    # backoffLimit 0: a single failure that counted would have ended the Job.
+    assert failures(run) == 0
+    assert run.condition("Failed") is None
+    followed.wait_for("evicted", seconds=NOTICE_SECONDS)
+    followed.interrupt()
+
+
+def test_a_drained_node_gives_the_pod_back_with_its_checkpoint(train, namespace):
+    run, pod, epochs = train(compute={"retries": 0})
+    node = namespace.get("pod", pod)["spec"]["nodeName"]
+    cordoned = namespace.get("node", node)["spec"].get("unschedulable", False)
+    only_ours = f"--pod-selector={RUN_LABEL}={run.object_name}"
+    try:
+        drained = ("--delete-emptydir-data", "--ignore-daemonsets", f"--timeout={GONE_SECONDS:.0f}s")
+        namespace("drain", node, only_ours, *drained, seconds=GONE_SECONDS + 30)
+    finally:
+        if not cordoned:
+            namespace("uncordon", node)
+    other = run.wait_for_pod(other_than=pod)
+    assert run.wait_for_epochs(other)[0] > epochs[-1]
+    assert failures(run) == 0
+
+
+def test_the_ending_of_a_stopped_container_says_stopped(train, namespace):
+    run, pod, _ = train()
+    # Without a deletion, so that the pod stays to be looked at: the process alone is asked to stop.
+    run.kill_process(pod, "transfer", "SIGTERM")
+
+    def ended():
+        found = namespace.get("pod", pod)
+        return run.endings(found).get("transfer") if found else None
+
+    ending = eventually(ended, "the termination message of transfer", seconds=START_SECONDS)
+    assert (ending.stage, ending.outcome, ending.exit_code) == ("transfer", "stopped", 143)
+    assert run.wait_for_epochs(run.wait_for_pod(other_than=pod))[0] > 1
+    assert failures(run) == 0
+
+
+def test_a_suspended_job_says_so_and_goes_on_when_it_is_resumed(train, namespace, topwork):
+    run, _, epochs = train()
+    namespace("patch", "job", run.object_name, "--patch", json.dumps({"spec": {"suspend": True}}))
+    eventually(lambda: not run.pods(), "the end of the pod", seconds=GONE_SECONDS)
+    status = topwork("status", run.name)
+    assert "suspended" in status.said
+    namespace("patch", "job", run.object_name, "--patch", json.dumps({"spec": {"suspend": False}}))
+    assert run.wait_for_epochs(run.wait_for_pod())[0] > epochs[-1]
+    assert failures(run) == 0
+
+
+def test_interrupting_submit_leaves_the_job(make_run, topwork):
+    run = make_run(transfer=LONG)
+    followed = topwork.start("submit", run.file, "--follow")
+    run.wait_for_pod()
+    followed.wait_for("pull", seconds=NOTICE_SECONDS)
+    ended = followed.interrupt()
+    assert ended.code == 130, ended.said
+    assert f"topwork status {run.name}" in ended.said
+    assert "deletionTimestamp" not in run.kubernetes_job()["metadata"]
+
+
+def test_a_failed_run_is_replaced_and_goes_on(train, topwork):
+    run, pod, _ = train(compute={"retries": 0})
+    run.kill_process(pod, "transfer")
+    eventually(lambda: run.condition("Failed"), "the end of the Job", seconds=NOTICE_SECONDS)
+    before = run.kubernetes_job()["metadata"]["uid"]
+    again = topwork("submit", run.file)
+    assert again.code == 0, again.said
+    assert "checkpoint" in again.said
+    assert run.kubernetes_job()["metadata"]["uid"] != before
+    other = run.wait_for_pod(other_than=pod)
+    assert run.wait_for_epochs(other)[0] > 1
+
+
+def test_two_submits_at_once_make_one_job(make_run, topwork):
+    run = make_run(transfer=LONG)
+    both = [topwork.start("submit", run.file), topwork.start("submit", run.file)]
+    ended = [each.wait(seconds=NOTICE_SECONDS) for each in both]
+    assert [each.code for each in ended] == [0, 0], [each.said for each in ended]
+    run.wait_for_pod()
+    assert len(run.pods()) == 1

@@ -1,0 +1,148 @@
+"""A run from `topwork submit` to its published model, in a namespace that enforces Pod Security restricted."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from tests.cluster.commands import Ended
+from tests.cluster.runs import Run
+from tests.cluster.surroundings import RUN_SECONDS
+
+from topwork.cluster.names import STAGES
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(2 * RUN_SECONDS)]
+
+FINE_TUNE = {"epochs": 1, "unfreeze": "all", "optimizer": {"name": "adam", "learningRate": 0.0001}}
+
+# No topwork needed, as the README says.
+PLAIN_KERAS = """
+import json, sys
+import keras, numpy as np
+model = keras.models.load_model(sys.argv[1])
+print(json.dumps(model.predict(np.full((1, 32, 32, 3), 128.0, "float32"), verbose=0)[0].tolist()))
+"""
+
+
+@pytest.fixture(scope="module")
+def published(make_shared_run, topwork) -> tuple[Run, Ended]:
+    """A run that was submitted and followed to its end, and what that said."""
+    run = make_shared_run(fineTune=FINE_TUNE, publish={"formats": ["keras", "savedModel"]})
+    ended = topwork("submit", run.file, "--follow")
+    assert ended.code == 0, ended.said
+    return run, ended
+
+
+def the_pod(run):
+    pods = run.pods()
+    assert len(pods) == 1, [pod["metadata"]["name"] for pod in pods]
+    return pods[0]
+
+
+def test_follow_tells_every_stage_and_where_the_model_is(published):
+    run, ended = published
+    assert all(stage in ended.said for stage in STAGES), ended.said
+    assert f"{run.job.spec.storage}/models/{run.name}/1" in ended.said
+    assert "Traceback" not in ended.said
+
+
+def test_the_model_is_fetched_and_loaded_with_keras_alone(published, topwork, storage_of_pods, tmp_path):
+    run, _ = published
+    where = f"{run.job.spec.storage}/models/{run.name}/1"
+    fetched = topwork.here("models", "fetch", where, tmp_path / "model", **storage_of_pods.here)
+    assert fetched.code == 0, fetched.said
+    loaded = subprocess.run(
+        [sys.executable, "-c", PLAIN_KERAS, tmp_path / "model" / "model.keras"],
+        capture_output=True,
+        text=True,
+        timeout=RUN_SECONDS,
+        check=False,
+    )
+    assert loaded.returncode == 0, loaded.stderr
+    assert sum(json.loads(loaded.stdout)) == pytest.approx(1, abs=1e-3)
+    assert (tmp_path / "model" / "saved_model.pb").is_file()
+
+
+def test_every_container_leaves_its_termination_message(published):
+    run, _ = published
+    endings = run.endings(the_pod(run))
+    told = {
+        name: ending and (ending.stage, ending.outcome, ending.exit_code, ending.run)
+        for name, ending in endings.items()
+    }
+    assert told == {stage: (stage, "done", 0, run.object_name) for stage in STAGES}
+    assert (endings["transfer"].epochs, endings["fine-tune"].epochs) == (2, 1)
+    assert endings["fine-tune"].model == f"{run.job.spec.storage}/models/{run.name}/1"
+
+
+def test_the_namespace_enforces_restricted_and_took_the_pod(published, namespace):
+    run, _ = published
+    labels = namespace.get("namespace", namespace.namespace)["metadata"]["labels"]
+    assert labels["pod-security.kubernetes.io/enforce"] == "restricted"
+    assert the_pod(run)["status"]["phase"] == "Succeeded"
+
+
+def test_the_pod_has_no_token_of_a_service_account(published):
+    run, _ = published
+    pod = the_pod(run)["spec"]
+    assert pod["automountServiceAccountToken"] is False
+    volumes = [volume for volume in pod["volumes"] if "projected" in volume or "secret" in volume]
+    mounts = [mount for each in pod["initContainers"] + pod["containers"] for mount in each["volumeMounts"]]
+    assert volumes == []
+    assert [mount for mount in mounts if "serviceaccount" in mount["mountPath"]] == []
+
+
+def test_the_config_map_goes_with_its_job(published, namespace):
+    run, _ = published
+    owners = namespace.get("configmap", run.object_name)["metadata"]["ownerReferences"]
+    job = run.kubernetes_job()
+    assert [(owner["kind"], owner["name"], owner["uid"]) for owner in owners] == [
+        ("Job", run.object_name, job["metadata"]["uid"])
+    ]
+
+
+def test_the_same_spec_again_starts_nothing(published, topwork):
+    run, _ = published
+    before = run.kubernetes_job()
+    again = topwork("submit", run.file, "--follow")
+    assert again.code == 0, again.said
+    assert run.object_name in again.said
+    after = run.kubernetes_job()
+    assert after["metadata"]["uid"] == before["metadata"]["uid"]
+    assert after["spec"] == before["spec"]
+    assert len(run.pods()) == 1
+
+
+def test_a_finished_run_is_shown_by_status_and_list(published, topwork):
+    run, _ = published
+    status = topwork("status", run.name)
+    assert status.code == 0, status.said
+    assert f"{run.job.spec.storage}/models/{run.name}/1" in status.said
+    assert "accuracy" in status.said
+    listed = topwork("list")
+    assert listed.code == 0, listed.said
+    assert run.name in listed.said
+
+
+def test_logs_of_a_finished_run_hold_all_stages_in_their_order(published, topwork):
+    run, _ = published
+    logs = topwork("logs", run.name)
+    assert logs.code == 0, logs.said
+    pulled, transferred = logs.out.find('"dataset"'), logs.out.find('"stage": "transfer"')
+    fine_tuned, published_at = logs.out.find('"stage": "fine-tune"'), logs.out.find('"evaluation"')
+    assert -1 < pulled < transferred < fine_tuned < published_at, logs.said
+
+
+def test_logs_of_one_stage_hold_no_other(published, topwork):
+    run, _ = published
+    logs = topwork("logs", run.name, "--stage", "fine-tune")
+    assert logs.code == 0, logs.said
+    assert '"stage": "fine-tune"' in logs.out
+    assert '"stage": "transfer"' not in logs.out
+
+
+def test_logs_that_are_followed_end_with_the_run(published, topwork):
+    run, _ = published
+    logs = topwork("logs", run.name, "-f", seconds=120)
+    assert logs.code == 0, logs.said
+    assert '"stage": "fine-tune"' in logs.out
