@@ -32,12 +32,17 @@ demo: $(SETUP) ## Train on real pictures of solar cells, with and without transf
 test: $(SETUP) ## Run all tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
+.PHONY: test-image
+test-image: $(SETUP) ## Build the image and run the containers of a rendered Job with podman
+	$(BIN)/python -m pytest -m image tests/image
+
 .PHONY: check
 check: $(SETUP) ## Lint, types, import rules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/hadolint Dockerfile
 
 .PHONY: generate
 generate: $(SETUP) ## Write everything that is generated
@@ -50,6 +55,29 @@ verify: generate ## Prove that what is generated is up to date
 .PHONY: bench
 bench: $(SETUP) ## Measure side by side with what a user would use instead
 	$(BIN)/python benchmarks/run.py
+
+# What `topwork render` names where no other image is asked for.
+ACCELERATOR ?= gpu
+VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+IMAGE ?= topwork:$(VERSION)-$(ACCELERATOR)
+BUILDER = $(shell docker info >/dev/null 2>&1 && echo docker || command -v podman || command -v buildah)
+
+.PHONY: image
+# CA: a bundle of certificates to trust; PIP_CONF and UV_CONF: a pip.conf and a uv.toml that say where packages come
+# from. These leave no trace in the image. BASE: the Python image in another registry; SOURCE: the address of this code.
+image: ## Build the image: [ACCELERATOR=cpu] [IMAGE=name:tag] [CA=bundle.pem] [BASE=image]
+	@test "$(ACCELERATOR)" = gpu || test "$(ACCELERATOR)" = cpu || { echo "ACCELERATOR is $(ACCELERATOR): expected gpu or cpu."; exit 1; }
+	@test -n "$(BUILDER)" || { echo "Neither docker (with its engine running) nor podman nor buildah is here: install one of them, on Debian or Ubuntu with make podman."; exit 1; }
+	DOCKER_BUILDKIT=1 $(BUILDER) build --tag $(IMAGE) --build-arg ACCELERATOR=$(ACCELERATOR) --build-arg VERSION=$(VERSION) \
+		--build-arg REVISION="$$(git describe --always --dirty --abbrev=40)" \
+		$${CA:+--secret "id=ca,src=$$CA"} $${PIP_CONF:+--secret "id=pip,src=$$PIP_CONF"} $${UV_CONF:+--secret "id=uv,src=$$UV_CONF"} \
+		$${BASE:+--build-arg "BASE=$$BASE"} $${SOURCE:+--build-arg "SOURCE=$$SOURCE"} .
+
+.PHONY: podman
+podman: ## Install what make test-image needs (Debian, Ubuntu)
+	@command -v apt-get >/dev/null || { echo "make podman knows apt-get alone. Install podman and runc with the tools of this system."; exit 1; }
+	which podman runc debootstrap >/dev/null || { sudo=$$(test "$$(id -u)" = 0 || echo sudo); $$sudo apt-get update --quiet; \
+		$$sudo env DEBIAN_FRONTEND=noninteractive apt-get install --quiet --yes podman runc debootstrap; }
 
 .PHONY: lock
 lock: $(SETUP) ## Resolve requirements.lock anew (hashed, universal, without any index address)
