@@ -11,6 +11,11 @@ from topwork.errors import SpecError
 from topwork.spec.problems import Problem, WrongSpec
 from topwork.spec.reading import read_files
 
+SAME_RUN = (
+    "makes the objects of {run}, as {first} does: the two differ in nothing that changes the result. Leave one out, or "
+    "change metadata.name."
+)
+
 
 class Format(StrEnum):
     """How objects are written."""
@@ -34,12 +39,17 @@ def render(
     from topwork.cluster import rendering, writing
 
     placement = rendering.Placement(image, namespace)
-    objects, problems = [], []
+    objects: list[rendering.Manifest] = []
+    problems: list[Problem] = []
+    files_of_runs: dict[str, Path] = {}
     for path, job in read_files(files):
         try:
             objects += rendering.render(job, placement).objects
         except SpecError as error:
             problems += [Problem(str(path), 0, 0, "", line) for line in str(error).splitlines()]
+        if first := files_of_runs.get(job.run):
+            problems.append(Problem(str(path), 0, 0, "", SAME_RUN.format(run=job.run, first=first)))
+        files_of_runs[job.run] = path
     if problems:
         raise WrongSpec(tuple(problems))
     sys.stdout.write(writing.as_json(objects) if output is Format.json else writing.as_yaml(objects))

@@ -1,0 +1,135 @@
+"""`topwork render`, as a user calls it."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+from standards import check_object
+
+from topwork.cluster.rendering import Placement, render
+from topwork.spec.reading import read_jobs
+
+REPOSITORY = Path(__file__).parents[2]
+EXAMPLES = sorted((REPOSITORY / "examples").glob("*.yaml"))
+GOLDEN = Path(__file__).with_name("golden")
+FULL = GOLDEN / "full" / "job.yaml"
+HEAVY = {"tensorflow", "keras", "tensorflow_datasets", "numpy", "boto3", "botocore", "kubernetes", "prometheus_client"}
+IMAGE = "registry.example.com/topwork:1"
+
+
+def topwork(*arguments: object, stdin: bytes = b"", **environment: str) -> "subprocess.CompletedProcess[bytes]":
+    return subprocess.run(
+        [sys.executable, "-m", "topwork", *map(str, arguments)],
+        input=stdin,
+        env=os.environ | environment,
+        capture_output=True,
+        check=False,
+    )
+
+
+def test_render_prints_yaml_as_people_write_it() -> None:
+    ended = topwork("render", GOLDEN / "least-cpu" / "job.yaml")
+    assert (ended.returncode, ended.stderr) == (0, b"")
+    assert ended.stdout.decode() == (GOLDEN / "least-cpu" / "objects.yaml").read_text()
+    documents = ended.stdout.decode().split("---\n")
+    assert all(document.startswith("apiVersion: ") for document in documents)
+    assert "  job.yaml: |\n    apiVersion: topwork.dev/v1alpha1\n    kind: TransferJob\n" in documents[0]
+
+
+def test_render_prints_json_as_one_list() -> None:
+    (job,) = read_jobs(FULL)
+    ended = topwork("render", FULL, "-o", "json", "--image", IMAGE, "-n", "vision")
+    objects = render(job, Placement(IMAGE, "vision")).objects
+    assert json.loads(ended.stdout) == {"apiVersion": "v1", "kind": "List", "items": objects}
+
+
+def test_render_takes_the_image_from_the_environment_and_rather_from_its_option() -> None:
+    least = GOLDEN / "least-cpu" / "job.yaml"
+    assert b"image: registry.example.com/topwork:1\n" in topwork("render", least, TOPWORK_IMAGE=IMAGE).stdout
+    assert b"image: other:2\n" in topwork("render", least, "--image", "other:2", TOPWORK_IMAGE=IMAGE).stdout
+
+
+def test_render_reads_standard_input_with_several_jobs() -> None:
+    text = b"---\n".join((GOLDEN / case / "job.yaml").read_bytes() for case in ("least-cpu", "prefetch"))
+    kinds = [document["kind"] for document in YAML(typ="safe").load_all(topwork("render", "-", stdin=text).stdout)]
+    assert kinds == ["ConfigMap", "Job", "ConfigMap", "Job", "Job"]
+
+
+def test_render_refuses_all_local_paths_of_all_files_at_once_and_prints_nothing(tmp_path: Path) -> None:
+    text = (GOLDEN / "least-cpu" / "job.yaml").read_text()
+    one, two = tmp_path / "one.yaml", tmp_path / "two.yaml"
+    one.write_text(text.replace("{tfds: cats_vs_dogs}", "{folder: {uri: photos}}"))
+    two.write_text(
+        text.replace("{tfds: cats_vs_dogs}", "{table: {uri: labels.csv}}").replace(
+            "{application: MobileNetV2}", "{saved: {uri: /models/old.keras}}"
+        )
+    )
+    ended = topwork("render", FULL, one, two)
+    told = "is a path on this machine: a pod can't read it. Put it into object storage: s3://…"
+    assert (ended.returncode, ended.stdout) == (2, b"")
+    assert ended.stderr.decode().splitlines() == [
+        f'{one}: spec.dataset.source.folder.uri: "photos" {told}',
+        f'{two}: spec.dataset.source.table.uri: "labels.csv" {told}',
+        f'{two}: spec.model.base.saved.uri: "/models/old.keras" {told}',
+    ]
+
+
+def test_render_refuses_two_specs_of_one_run(tmp_path: Path) -> None:
+    other = tmp_path / "other.yaml"
+    other.write_text(FULL.read_text().replace("gpus: 2", "gpus: 4"))
+    ended = topwork("render", FULL, other)
+    assert (ended.returncode, ended.stdout) == (2, b"")
+    (job,) = read_jobs(FULL)
+    assert ended.stderr.decode() == (
+        f"{other}: makes the objects of {job.run}, as {FULL} does: the two differ in nothing that changes the result. "
+        "Leave one out, or change metadata.name.\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "told"),
+    [("--image", "a b", 'topwork: the image "a b" is no'), ("--namespace", "A", 'topwork: the namespace "A" can')],
+)
+def test_render_refuses_a_wrong_option_without_a_traceback(option: str, value: str, told: str) -> None:
+    ended = topwork("render", FULL, option, value)
+    assert (ended.returncode, ended.stdout) == (2, b"")
+    assert ended.stderr.decode().startswith(told)
+    assert b"Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_every_example_renders_objects_that_every_version_takes(example: Path) -> None:
+    ended = topwork("render", example)
+    assert ended.returncode == 0, ended.stderr
+    for manifest in YAML(typ="safe").load_all(ended.stdout):
+        check_object(manifest)
+
+
+def test_all_examples_together_take_less_than_1500_ms_of_processor() -> None:
+    def seconds() -> float:
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return used.ru_utime + used.ru_stime
+
+    taken = []
+    for _ in range(3):  # the first may have to compile; and others are at work on this machine
+        before = seconds()
+        assert topwork("render", *EXAMPLES).returncode == 0
+        taken.append(seconds() - before)
+    assert min(taken) < 1.5
+
+
+def test_render_imports_nothing_heavy() -> None:
+    ended = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "topwork", "render", FULL],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    modules = {line.split("|")[-1].strip() for line in ended.stderr.splitlines()}
+    assert "topwork.cluster.rendering" in modules
+    assert not HEAVY & modules
