@@ -36,6 +36,11 @@ test: $(SETUP) ## Run all tests
 test-image: $(SETUP) ## Build the image and run the containers of a rendered Job with podman
 	$(BIN)/python -m pytest -m image tests/image
 
+.PHONY: test-cluster
+test-cluster: $(SETUP) ## Run the tests in the cluster that KUBECONFIG names, with the image TOPWORK_IMAGE
+	@test -n "$${KUBECONFIG:-}$${KUBERNETES_SERVICE_HOST:-}" || { echo "make test-cluster needs a cluster: set KUBECONFIG to an administrator's kubeconfig, and load the image into the nodes (CONTRIBUTING.md names all that can be set)."; exit 1; }
+	$(BIN)/python -m pytest -m cluster tests/cluster
+
 .PHONY: check
 check: $(SETUP) ## Lint, types, import rules
 	$(BIN)/ruff check .

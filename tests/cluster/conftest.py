@@ -37,14 +37,19 @@ def pytest_runtest_makereport(
 
 
 @pytest.fixture(scope="session")
-def cluster(pytestconfig: pytest.Config) -> Kubectl:
+def cluster(pytestconfig: pytest.Config) -> Iterator[Kubectl]:
     """kubectl against the cluster, in whatever namespace."""
     if not surroundings.has_cluster():
         pytest.skip(surroundings.NO_CLUSTER)
     pytestconfig.stash[Namespaces] = []
-    kubectl = Kubectl()
-    kubectl("version", seconds=60)
-    return kubectl
+    with pytest.MonkeyPatch.context() as patch:
+        if files := os.environ.get("KUBECONFIG"):
+            # The commands are called in folders of their own.
+            absolute = [str(Path(file).absolute()) for file in files.split(os.pathsep) if file]
+            patch.setenv("KUBECONFIG", os.pathsep.join(absolute))
+        kubectl = Kubectl()
+        kubectl("version", seconds=60)
+        yield kubectl
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ NOTICE_SECONDS = 120.0
 
 ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 NO_CLUSTER = (
-    "set KUBECONFIG to a kubeconfig of a cluster whose administrator you are, and load the image into its nodes "
+    "set KUBECONFIG to an administrator's kubeconfig, and load the image into the nodes "
     "(CONTRIBUTING.md names all that can be set)"
 )
 # No packet goes there: the address (RFC 5737) only makes the kernel choose the way out of this machine.
