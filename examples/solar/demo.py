@@ -11,17 +11,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+from pictures import STORAGE, write_pictures
 from rich.console import Console
 from rich.table import Table
-from tables import FOLDER, write_tables
 
-STORAGE = "s3://topwork/solar"
+from topwork.cli.surroundings import storage_at
+
+FOLDER = Path("build/solar")
 COMPARED = {"solar-scratch": "without transfer", "solar-transfer": "with transfer"}
 
 
 def main() -> None:
     """Run the jobs, fetch what they published and print how good it is."""
-    print("Pictures:", ", ".join(f"{count} {kind}crystalline cells" for kind, count in write_tables().items()))
+    with storage_at(STORAGE) as storage:
+        counts = write_pictures(storage)
+    print("Pictures:", ", ".join(f"{count} {kind}crystalline cells" for kind, count in counts.items()))
     for name in ("solar-base", *COMPARED):
         topwork("run", f"examples/{name}.yaml")
     folders = {name: fetched(name) for name in COMPARED}
