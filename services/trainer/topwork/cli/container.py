@@ -2,7 +2,6 @@
 
 import logging
 import os
-import signal
 import threading
 import traceback
 from contextlib import suppress
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Never
 
 from topwork.cli.failures import failure_of
+from topwork.cli.signals import ignore_signals
 from topwork.cli.surroundings import without_secrets
 from topwork.cluster.ending import Ending
 from topwork.cluster.names import StageName
@@ -60,9 +60,8 @@ class Container:
             model: Where the published model lies.
             facts: What else the last line says.
         """
-        name, value = metric or (None, None)
-        ending = Ending(stage=self.stage, outcome="done", exit_code=0, run=self.run, metric=name, value=value)
-        if self._end(ending.model_copy(update={"model": model})):
+        told: dict[str, Fact] = dict(zip(("metric", "value"), metric, strict=True)) if metric else {}
+        if self._end("done", 0, **told, model=model):
             self.log.note("done", stage=self.stage, run=self.run, **({"model": model} if model else {}), **facts)
 
     def failed(self, error: BaseException) -> int:
@@ -72,39 +71,34 @@ class Container:
             error: Why; what is none of topwork's is a bug and keeps its traceback.
 
         Returns:
-            The exit code.
+            The exit code: that of the message, should the stage be done and the process be stopped on its last steps.
         """
-        # The end is near: another signal would only spoil the message.
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_IGN)
+        ignore_signals()
         known = failure_of(error)
         code = known.exit_code if known else _exit_code(error)
-        text = without_secrets(str(known) if known else traceback.format_exception_only(error)[-1].strip())
+        text = without_secrets(str(known) if known else f"{type(error).__name__}: {error}")
         stopped = isinstance(known, Stopped)
-        outcome = "stopped" if stopped else "failed"
-        if self._end(Ending(stage=self.stage, outcome=outcome, exit_code=code, run=self.run, error=text)):
+        if self._end("stopped" if stopped else "failed", code, error=text):
             level = {} if stopped else {"level": "error"}
             self.log.note(text, stage=self.stage, run=self.run, exit_code=code, **level)
             if known is None:
                 self.log.text(without_secrets("".join(traceback.format_exception(error))))
-        return code
+        return self._ending.exit_code if self._ending else code
 
     def overdue(self) -> Never:
         """End the process as stopped, from another thread than the one that does not come to it."""
-        ending = Ending(stage=self.stage, outcome="stopped", exit_code=Stopped.exit_code, run=self.run, error=STOPPED)
-        if self._end(ending):
+        if self._end("stopped", Stopped.exit_code, error=STOPPED):
             self.log.note(STOPPED, stage=self.stage, run=self.run, exit_code=Stopped.exit_code)
         os._exit(self._ending.exit_code if self._ending else Stopped.exit_code)
 
-    def _end(self, ending: Ending) -> bool:
+    def _end(self, outcome: str, exit_code: int, **told: Fact) -> bool:
         """Leave the termination message; only the first one counts."""
         with self._lock:
             if self._ending:
                 return False
-            epochs, metric, value = self.metrics.reached(self.stage) if self.metrics else (None, None, None)
-            if ending.metric is None:
-                ending = ending.model_copy(update={"metric": metric, "value": value})
-            self._ending = ending.model_copy(update={"epochs": epochs})
+            reached = self.metrics.reached(self.stage)._asdict() if self.metrics else {}
+            facts = {"stage": self.stage, "run": self.run, "outcome": outcome, "exit_code": exit_code}
+            self._ending = Ending.model_validate({**facts, **reached, **told})
             with suppress(OSError):
                 if self._termination_log.exists():
                     self._termination_log.write_text(self._ending.text(), "utf-8")
@@ -124,4 +118,4 @@ class _Lines(logging.Handler):
 
 
 def _exit_code(error: BaseException) -> int:
-    return error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else BUG
+    return error.code if isinstance(error, SystemExit) and isinstance(error.code, int) and error.code else BUG

@@ -42,6 +42,12 @@ def stopped_by_signals(stop: StopSignal) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def ignore_signals() -> None:
+    """Let nothing disturb the last moments of a process that has said how it ended."""
+    for number in NUMBERS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def end_overdue(stop: StopSignal, seconds: float, end: Callable[[], None]) -> None:
     """See to it that a stop is granted: the main thread may be deep in a library that hears no signal for minutes.
 

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from topwork import __version__
-from topwork.cli.signals import end_overdue, stopped_by_signals
+from topwork.cli.container import Container
+from topwork.cli.signals import end_overdue, ignore_signals, stopped_by_signals
 from topwork.cluster.names import JOB_FILE, JOB_FOLDER, METRICS_PORTS, SCRATCH, StageName
 from topwork.errors import SettingError
 from topwork.stopping import StopNow, StopSignal
 
 if TYPE_CHECKING:
-    from topwork.cli.container import Container
     from topwork.data.stored import StoredDataset
     from topwork.spec import TransferJob
     from topwork.stages.publish import Published
@@ -45,22 +45,22 @@ def stage(
 ) -> None:
     """Run one stage of a job in its container; fine-tune publishes, too. What is done already is found in storage."""
     stop = StopSignal()
-    with stopped_by_signals(stop):
-        from topwork.cli.container import Container
-
-        container = Container(name, termination_log)
-        try:
+    container = Container(name, termination_log)
+    try:
+        with stopped_by_signals(stop):
             end_overdue(stop, STOP_SECONDS, container.overdue)
             port = METRICS_PORTS[name] if metrics_port is None else metrics_port
             seconds = _run(container, job, scratch, port, stop)
-        except BaseException as error:
-            sys.exit(container.failed(error))
-        # Who waits for a last scrape has nothing to lose.
-        with suppress(StopNow):
-            time.sleep(seconds)
+            # Who waits for a last scrape has nothing to lose.
+            with suppress(StopNow):
+                time.sleep(seconds)
+    except BaseException as error:
+        sys.exit(container.failed(error))
+    finally:
+        ignore_signals()
 
 
-def _run(container: "Container", file: Path, scratch: Path, port: int, stop: StopSignal) -> int:
+def _run(container: Container, file: Path, scratch: Path, port: int, stop: StopSignal) -> int:
     """Run the stage and tell how it ended; says for how many seconds its metrics are wanted after the end."""
     from topwork.cli.pods import check_variables, pod_storage, trust_extra_authority
     from topwork.cli.surroundings import serve
@@ -105,7 +105,7 @@ def _writable(folder: Path) -> Path:
     return folder
 
 
-def _found(container: "Container", job: "TransferJob", workspace: "Workspace") -> bool:
+def _found(container: Container, job: "TransferJob", workspace: "Workspace") -> bool:
     """Tell what earlier attempts have done already, without importing TensorFlow."""
     from topwork.stages.publish import published_earlier
     from topwork.stages.pull import pulled_earlier
@@ -129,7 +129,7 @@ def _found(container: "Container", job: "TransferJob", workspace: "Workspace") -
     return True
 
 
-def _work(container: "Container", job: "TransferJob", workspace: "Workspace") -> None:
+def _work(container: Container, job: "TransferJob", workspace: "Workspace") -> None:
     from topwork.cli.surroundings import quiet_start
 
     if container.stage == "pull" or not job.spec.compute.gpus:
@@ -147,7 +147,7 @@ def _work(container: "Container", job: "TransferJob", workspace: "Workspace") ->
     return _tell(container, pipeline.run(job, workspace), workspace)
 
 
-def _tell(container: "Container", made: "StoredDataset | Classifier | Published", workspace: "Workspace") -> None:
+def _tell(container: Container, made: "StoredDataset | Classifier | Published", workspace: "Workspace") -> None:
     from topwork.data.stored import StoredDataset
     from topwork.training.trained import Classifier
 
