@@ -117,7 +117,9 @@ class Objects:
             owned = self._owned.get(key, {})
             if old is not None and not force:
                 _refuse_conflicts(manifest["apiVersion"], old, wanted, owned, manager)
-            new = copy.deepcopy(old) if old else {"apiVersion": manifest["apiVersion"], "kind": key.kind}
+            new = (
+                copy.deepcopy(old) if old else {"apiVersion": manifest["apiVersion"], "kind": key.kind, "metadata": {}}
+            )
             others = set().union(*(paths for name, paths in owned.items() if name != manager))
             for path in owned.get(manager, set()) - wanted.keys() - others:
                 _drop(new, path)
@@ -125,7 +127,7 @@ class Objects:
                 _put(new, path, value)
             self._validate(key, new, old)
             now = dict(owned) | {manager: set(wanted)}
-            new.setdefault("metadata", {})["managedFields"] = _managed_fields(manifest["apiVersion"], now, old)
+            new["metadata"]["managedFields"] = _managed_fields(manifest["apiVersion"], now, old)
             if dry_run:
                 return self._with_metadata(key, new, old)
             stored = self.store(key, new)

@@ -3,6 +3,7 @@
 import ipaddress
 import logging
 import os
+import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from topwork.errors import SettingError
 DEFAULT_FILE = "~/.kube/config"
 # Keys of a kubeconfig that hold a path, which is relative to the file that it stands in.
 PATHS = ("certificate-authority", "client-certificate", "client-key", "tokenFile")
+LOG_IN = "Log in again as you do for kubectl."
 POD_ACCOUNT = "the pod's service account"
 
 
@@ -122,7 +124,8 @@ def _from_files(files: list[Path], settings: ClusterSettings) -> Connection:
     if user.get("as-groups") or user.get("as-user-extra"):
         raise SettingError(f"{where}: the user {context['user']} impersonates groups (as-groups); only `as` is known.")
     configuration = _configuration()
-    with _usable(where, name):
+    hint = (user.get("exec") or {}).get("installHint") or ""
+    with _usable(where, name), renewing(f"{where}: the login of the context {name}", hint):
         load_kube_config_from_dict(merged, name, configuration, persist_config=False)
     if not configuration.host:
         raise SettingError(f"{where}: the cluster {context['cluster']} has no server. Expected its URL.")
@@ -130,6 +133,9 @@ def _from_files(files: list[Path], settings: ClusterSettings) -> Connection:
         configuration.no_proxy = None  # kubectl takes a proxy of the file for every address
     elif _is_loopback(configuration.host):
         configuration.proxy = None
+    if configuration.host.startswith("http:") and not _is_loopback(configuration.host):  # in the clear, for all to see
+        configuration.api_key.clear()
+        configuration.refresh_api_key_hook = None
     client = _client(configuration)
     if user.get("as"):
         client.set_default_header("Impersonate-User", user["as"])
@@ -173,6 +179,11 @@ def _absolute(content: dict[str, Any], file: Path) -> dict[str, Any]:
     command = (content.get("exec") or {}).get("command") or ""
     if "/" in command:  # a bare name is looked up in PATH
         found["exec"] = content["exec"] | {"command": str(folder / command)}
+    if found.get("tokenFile"):  # the client would send the newline at its end, too
+        try:
+            found["token"] = Path(found.pop("tokenFile")).read_text().strip()
+        except OSError as error:
+            raise SettingError(f"{file}: tokenFile can't be read: {error}") from error
     return found
 
 
@@ -221,8 +232,23 @@ def _client(configuration: Configuration) -> ApiClient:
     if not configuration.verify_ssl:  # the kubeconfig says so: not again on every request
         urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)
     client = ApiClient(configuration)
+    client.rest_client.pool_manager.connection_pool_kw["ssl_context"] = _tls(configuration)
     client.user_agent = f"topwork/{__version__}"
     return client
+
+
+def _tls(configuration: Configuration) -> ssl.SSLContext:
+    """Check certificates as kubectl does.
+
+    From 3.13 on, Python refuses authorities without key identifiers, which is what the clusters of some providers have
+    (kubernetes-client/python#2394).
+    """
+    needed = ssl.CERT_REQUIRED if configuration.verify_ssl else ssl.CERT_NONE
+    context = urllib3.util.ssl_.create_urllib3_context(cert_reqs=needed)
+    context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+    if not configuration.ssl_ca_cert:
+        context.load_default_certs()
+    return context
 
 
 def _is_loopback(url: str) -> bool:
@@ -236,28 +262,41 @@ def _is_loopback(url: str) -> bool:
 @contextmanager
 def _usable(where: str, context: str) -> Iterator[None]:
     """Turn what the client finds wrong with a kubeconfig into a sentence."""
+    try:
+        yield
+    except (ConfigException, ValueError, KeyError, TypeError, OSError) as error:
+        raise SettingError(f"{where} can't be used: context {context}: {_one_line(error)}.") from error
+
+
+@contextmanager
+def renewing(login: str, hint: str = "") -> Iterator[None]:
+    """Notice that a plugin did not give a login: the client only logs that, and goes on without one.
+
+    Args:
+        login: Whose login it is, for the message.
+        hint: How the plugin is installed, as the kubeconfig says.
+
+    Raises:
+        SettingError: If it did not.
+    """
     failures = _Failures()
     root = logging.getLogger()
     root.addHandler(failures)
     try:
         yield
-    except (ConfigException, ValueError, KeyError, TypeError, OSError) as error:
-        raise SettingError(f"{where} can't be used: context {context}: {_said(error)}") from error
     finally:
         root.removeHandler(failures)
     if failures.said:
-        raise SettingError(f"{where}: the login of the context {context} failed: {failures.said}. Log in again.")
+        raise SettingError(f"{login} failed: {failures.said}. {_one_line(hint) or LOG_IN}")
 
 
 class _Failures(logging.Handler):
-    """The client only logs that an exec plugin failed, and goes on without a login: this notices."""
-
     said = ""
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.name == "root" and record.levelno >= logging.ERROR:
-            self.said = " ".join(record.getMessage().split()).rstrip(".")
+            self.said = _one_line(record.getMessage()).rstrip(".")
 
 
-def _said(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+def _one_line(said: object) -> str:
+    return " ".join(str(said).split())

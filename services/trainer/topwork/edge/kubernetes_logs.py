@@ -11,7 +11,7 @@ from topwork.edge.kubernetes_errors import MissingError, NotStartedError, Passin
 from topwork.edge.kubernetes_requests import KINDS, Api, Asked
 
 # 2026-01-02T03:04:05.123456789Z text
-STAMPED = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.\d+)?(Z|[+-]\d\d:\d\d) ")
+STAMPED = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(\.\d+)?(Z|[+-]\d\d:\d\d) ")
 
 
 class Position:
@@ -24,6 +24,7 @@ class Position:
     def __init__(self, since: str | None) -> None:
         self.since = since
         self.begun = False
+        self._first = ""
         self._seen: Counter[str] = Counter()
         self._again: Counter[str] = Counter()
 
@@ -37,9 +38,12 @@ class Position:
             self._again[line] -= 1
             return False
         if found := STAMPED.match(line):
-            second = found[1] + found[2]
+            second = found[1] + found[3]
+            if found[0] < self._first:  # of the same second, and before the last lines that were asked for
+                return False
             if second != self.since or not self.begun:
                 self._seen.clear()
+            self._first = self._first or found[0]
             self.since, self.begun = second, True
             self._seen[line] += 1
         return True

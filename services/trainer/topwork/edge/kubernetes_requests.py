@@ -12,8 +12,9 @@ import urllib3
 from kubernetes.client import ApiException
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt
 
-from topwork.edge.kubernetes_config import ClusterSettings, open_connection
+from topwork.edge.kubernetes_config import ClusterSettings, open_connection, renewing
 from topwork.edge.kubernetes_errors import GoneError, PassingError, Place, QuietError, broken, garbage, refused
+from topwork.errors import SettingError
 
 Answer = TypeVar("Answer")
 
@@ -259,6 +260,7 @@ class Api:
         response = self._send_once(asked, read_seconds)
         if response.status == 401:
             before = self.connection.credentials
+            self.connection.client.close()
             self.connection = open_connection(self.settings)
             if self.connection.credentials != before:
                 response.close()
@@ -270,14 +272,19 @@ class Api:
         headers = {"Accept": "application/json"}
         if asked.body is not None:
             headers["Content-Type"] = APPLY if asked.method == "PATCH" else "application/json"
-        # Tokens that run out are renewed here, by the client.
         try:
-            request = client.param_serialize(
-                asked.method, asked.path, header_params=headers, body=asked.body, auth_settings=["BearerToken"]
-            )
+            with renewing(f"The login of {self.connection.login}"):  # the client does it, when a token is about to end
+                request = client.param_serialize(
+                    asked.method, asked.path, header_params=headers, body=asked.body, auth_settings=["BearerToken"]
+                )
             response = client.call_api(*request, _request_timeout=(self.settings.timeout_seconds, read_seconds))
         except (urllib3.exceptions.HTTPError, ApiException, OSError) as error:
             raise broken(error, self.place(asked)) from error
+        except ValueError:  # its text would be the token
+            raise SettingError(
+                f"The token of {self.connection.login} holds a newline or another character that none may hold. "
+                "Log in again as you do for kubectl."
+            ) from None
         self._note(response.headers.getlist("Warning"))
         return response.response
 
