@@ -85,6 +85,8 @@ class LogReader:
                 return
             # A stream can end before its container does. When both have, one more look: nothing may have been missed.
             follow = not self._is_over()
+            if follow:
+                time.sleep(self._api.settings.pause_seconds)
 
     def _lines(self, position: Position, follow: bool, tail: int | None) -> Iterator[str]:
         query: dict[str, Any] = {"container": self._container, "timestamps": "true"}
