@@ -21,6 +21,26 @@ SYSCTLS = {
     "net.ipv4.tcp_keepalive_probes",
 }
 
+# Texts that YAML 1.1 or 1.2 takes for something else, or that a line of YAML can't hold as they stand.
+ODD = ["yes", "No", "on", "y", "~", "null", "1", "010", "0o7", "1_000", "12:30", "1e3", ".5", "=", "<<", "- a", "a: b"]
+ODD += [
+    "a #b",
+    "",
+    " a ",
+    "a\nb",
+    "a\n",
+    "\n",
+    " a\nb\n",
+    "a \nb",
+    "\ta",
+    "ä",
+    "\u2028",
+    "\x07",
+    "\U0001f431",
+    "{{a}}",
+    "*a",
+]
+
 
 def check_object(manifest: dict[str, Any], versions: tuple[str, ...] = VERSIONS) -> None:
     """Fail unless each of the versions takes an object as it stands, and its pods are restricted."""

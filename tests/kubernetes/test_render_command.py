@@ -6,10 +6,11 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ruamel.yaml import YAML
-from standards import check_object
+from standards import ODD, check_object
 
 from topwork.cluster.rendering import Placement, render
 from topwork.spec.reading import read_jobs
@@ -17,6 +18,7 @@ from topwork.spec.reading import read_jobs
 REPOSITORY = Path(__file__).parents[2]
 EXAMPLES = sorted((REPOSITORY / "examples").glob("*.yaml"))
 GOLDEN = Path(__file__).with_name("golden")
+KUBECTL = Path(sys.executable).with_name("kubectl")
 FULL = GOLDEN / "full" / "job.yaml"
 HEAVY = {"tensorflow", "keras", "tensorflow_datasets", "numpy", "boto3", "botocore", "kubernetes", "prometheus_client"}
 IMAGE = "registry.example.com/topwork:1"
@@ -133,3 +135,58 @@ def test_render_imports_nothing_heavy() -> None:
     modules = {line.split("|")[-1].strip() for line in ended.stderr.splitlines()}
     assert "topwork.cluster.rendering" in modules
     assert not HEAVY & modules
+
+
+# Without a server, this is the one command of kubectl that reads an object as the server would.
+LOCALLY = ("annotate", "--local", "--filename=-", "--output=json", "read-by=kubectl")
+
+
+def read_by_kubectl(text: bytes) -> list[dict[str, Any]]:
+    ended = subprocess.run([KUBECTL, *LOCALLY], input=text, capture_output=True, check=True)
+    found, decoder, rest = [], json.JSONDecoder(), ended.stdout.decode().strip()
+    while rest:
+        manifest, end = decoder.raw_decode(rest)
+        rest = rest[end:].strip()
+        manifests = manifest["items"] if manifest["kind"] == "List" else [manifest]
+        for one in manifests:
+            del one["metadata"]["annotations"]["read-by"]
+        found += manifests
+    return found
+
+
+def as_kubectl_writes(value: Any, *, amount: bool = False) -> Any:
+    """Amounts as text, as Kubernetes has them; and no mapping that is empty."""
+    if isinstance(value, dict):
+        amounts = value.keys() & {"requests", "limits"}
+        found = {key: as_kubectl_writes(inner, amount=amount or key in amounts) for key, inner in value.items()}
+        return {key: inner for key, inner in found.items() if inner != {}}
+    if isinstance(value, list):
+        return [as_kubectl_writes(inner) for inner in value]
+    return str(value) if amount else value
+
+
+@pytest.mark.parametrize("output", ["yaml", "json"])
+@pytest.mark.parametrize("case", ["least-cpu", "prefetch", "full"])
+def test_kubectl_reads_every_object_as_it_was_rendered(case: str, output: str) -> None:
+    (job,) = read_jobs(GOLDEN / case / "job.yaml")
+    ended = topwork("render", GOLDEN / case / "job.yaml", "--output", output)
+    found = as_kubectl_writes(read_by_kubectl(ended.stdout))
+    for manifest in found:
+        manifest.pop("status", None)
+        # The server sets these; a client only writes out that they are not set.
+        for metadata in (manifest["metadata"], manifest.get("spec", {}).get("template", {}).get("metadata", {})):
+            metadata.pop("creationTimestamp", None)
+    assert found == as_kubectl_writes(render(job, Placement()).objects)
+
+
+def test_kubectl_reads_odd_annotations_as_they_were_written(tmp_path: Path) -> None:
+    spec = tmp_path / "odd.yaml"
+    odd = {f"k{index}": text for index, text in enumerate(ODD)}
+    # JSON is YAML, but for what it writes of characters beyond 16 bits.
+    compute = json.dumps({"annotations": odd}, ensure_ascii=False).replace("\u2028", "\\u2028")
+    spec.write_text((GOLDEN / "least-cpu" / "job.yaml").read_text().replace("{gpus: 0}", compute))
+    for output in ("yaml", "json"):
+        ended = topwork("render", spec, "-o", output)
+        assert ended.returncode == 0, ended.stderr
+        job = read_by_kubectl(ended.stdout)[1]
+        assert job["spec"]["template"]["metadata"]["annotations"] == odd

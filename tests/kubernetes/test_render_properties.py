@@ -9,32 +9,13 @@ from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from ruamel.yaml import YAML
-from standards import VERSIONS, check_object
+from standards import ODD, VERSIONS, check_object
 
 from topwork.cluster.rendering import Placement, render
 from topwork.cluster.writing import as_json, as_yaml
 from topwork.spec import TransferJob
 from topwork.spec.reading import read_text
 
-# Texts that YAML 1.1 or 1.2 takes for something else, or that a line of YAML can't hold as they stand.
-ODD = ["yes", "No", "on", "y", "~", "null", "1", "010", "0o7", "1_000", "12:30", "1e3", ".5", "=", "<<", "- a", "a: b"]
-ODD += [
-    "a #b",
-    "",
-    " a ",
-    "a\nb",
-    "a\n",
-    "\n",
-    " a\nb\n",
-    "a \nb",
-    "\ta",
-    "ä",
-    "\u2028",
-    "\x07",
-    "\U0001f431",
-    "{{a}}",
-    "*a",
-]
 TEXT = st.text(max_size=20) | st.sampled_from(ODD)
 NAME = st.from_regex(r"[a-z0-9]([-a-z0-9]{0,20}[a-z0-9])?", fullmatch=True)
 KEY = st.from_regex(r"([a-z]{1,5}\.[a-z]{1,3}/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,20}[A-Za-z0-9])?", fullmatch=True)

@@ -30,7 +30,8 @@ def volumes(job: TransferJob, *, training: bool) -> list[dict[str, Any]]:
     if training:
         found.append({"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": compute.shared_memory}})
     if compute.extra_ca:
-        found.append({"name": "ca", "configMap": {"name": compute.extra_ca.config_map}})
+        # One that is missing must not keep the pod waiting, with its GPUs: the process ends with 2 and names it.
+        found.append({"name": "ca", "configMap": {"name": compute.extra_ca.config_map, "optional": True}})
     return found
 
 

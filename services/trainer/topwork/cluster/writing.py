@@ -7,16 +7,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from ruamel.yaml import YAML
-from ruamel.yaml.nodes import ScalarNode
+from ruamel.yaml.nodes import ScalarNode, SequenceNode
 from ruamel.yaml.representer import RoundTripRepresenter
 
 # kubectl reads YAML 1.1, where many a word and number is no text unless it stands in quotes: yes, 017, 1_000, 12:30.
 NO_TEXT = re.compile(r"(y|n|yes|no|on|off|true|false|null|~|=|<<|[-+.]?[0-9][0-9a-fA-FxXoO_.:eE+-]*)?", re.IGNORECASE)
 WIDE = 2**16
+LONGEST_ON_ONE_LINE = 80
 
 
 class _Representer(RoundTripRepresenter):
-    """Writes every object out, texts of several lines as blocks, and in quotes what kubectl would take for no text."""
+    """Writes as people do: short lists on one line, texts of several lines as blocks, quotes where they are needed."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -28,6 +29,14 @@ class _Representer(RoundTripRepresenter):
         elif not data.isprintable() or NO_TEXT.fullmatch(data):
             style = '"'
         return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
+
+    def represent_items(self, data: list[Any]) -> SequenceNode:
+        words = [str(item) for item in data if isinstance(item, str | int)]
+        on_one_line = len(words) == len(data) and sum(map(len, words)) <= LONGEST_ON_ONE_LINE
+        return self.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=on_one_line)
+
+    def represent_nothing(self, data: None) -> ScalarNode:
+        return self.represent_scalar("tag:yaml.org,2002:null", "null")
 
 
 def _is_block(text: str) -> bool:
@@ -42,6 +51,8 @@ def _is_block(text: str) -> bool:
 
 
 _Representer.add_representer(str, _Representer.represent_text)
+_Representer.add_representer(list, _Representer.represent_items)
+_Representer.add_representer(type(None), _Representer.represent_nothing)
 
 
 def as_yaml(objects: Sequence[dict[str, Any]]) -> str:
