@@ -4,6 +4,7 @@ import ipaddress
 import logging
 import os
 import ssl
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ class ClusterSettings:
         attempts: Requests at most for one call, with growing pauses between them.
         pause_seconds: The first pause.
         stream_seconds: Silence after which a stream is taken up again, so that a dead connection is noticed.
+        patience_seconds: How long a log that is followed may stay broken off, such as while an API server is upgraded.
         service_account: Folder with the service account of the pod.
     """
 
@@ -50,6 +52,7 @@ class ClusterSettings:
     attempts: int = 5
     pause_seconds: float = 0.5
     stream_seconds: float = 60.0
+    patience_seconds: float = 300.0
     service_account: str = "/var/run/secrets/kubernetes.io/serviceaccount"
 
 
@@ -291,10 +294,13 @@ def renewing(login: str, hint: str = "") -> Iterator[None]:
 
 
 class _Failures(logging.Handler):
-    said = ""
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.said = ""
+        self._thread = threading.get_ident()
 
     def emit(self, record: logging.LogRecord) -> None:
-        if record.name == "root" and record.levelno >= logging.ERROR:
+        if record.name == "root" and record.thread == self._thread:
             self.said = _one_line(record.getMessage()).rstrip(".")
 
 

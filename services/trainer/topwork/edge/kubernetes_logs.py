@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+from topwork.edge.kubernetes_config import ClusterSettings
 from topwork.edge.kubernetes_errors import MissingError, NotStartedError, PassingError, QuietError
 from topwork.edge.kubernetes_requests import KINDS, Api, Asked
 
@@ -49,6 +50,24 @@ class Position:
         return True
 
 
+class Breaks:
+    """How often, and for how long, a log was broken off without a line between."""
+
+    def __init__(self, settings: ClusterSettings) -> None:
+        self._settings = settings
+        self.over()
+
+    def over(self) -> None:
+        """It goes on."""
+        self.count, self._since = 0, time.monotonic()
+
+    def are_enough(self, follow: bool) -> bool:
+        """Count one more break, and say whether that is enough to give up."""
+        self.count += 1
+        too_long = time.monotonic() - self._since >= self._settings.patience_seconds
+        return self.count >= self._settings.attempts and (too_long or not follow)
+
+
 class LogReader:
     """Reads the log of one container.
 
@@ -64,22 +83,22 @@ class LogReader:
     def read(self, *, follow: bool, since: str | None, tail: int | None, timestamps: bool) -> Iterator[str]:
         """Yield lines; see `Cluster.logs`."""
         position = Position(since)
-        failures = 0
+        breaks = Breaks(self._api.settings)
         while True:
             try:
                 for line in self._lines(position, follow, tail):
-                    failures = 0
+                    breaks.over()
                     yield line if timestamps else STAMPED.sub("", line, count=1)
+                breaks.over()
             except (NotStartedError, MissingError):
                 return
             except QuietError:
                 if not follow:
                     raise
             except PassingError as error:
-                failures += 1
-                if failures >= self._api.settings.attempts:
+                if breaks.are_enough(follow):
                     raise
-                time.sleep(self._api.pause(failures, error))
+                time.sleep(self._api.pause(breaks.count, error))
                 continue
             if not follow:
                 return

@@ -2,6 +2,7 @@
 
 import json
 import random
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -133,7 +134,7 @@ class Lines:
 
 
 class Api:
-    """Speaks HTTP to the API server that the settings name.
+    """Speaks HTTP to the API server that the settings name; from several threads, too.
 
     Attributes:
         connection: The client in use; made anew when its login has run out.
@@ -144,6 +145,7 @@ class Api:
         self.settings = settings
         self.connection = open_connection(settings)
         self.warnings: list[str] = []
+        self._renewal = threading.Lock()
 
     def ask(self, asked: Asked) -> dict[str, Any]:
         """Ask until there is an answer or the attempts are used up.
@@ -257,15 +259,18 @@ class Api:
 
     def _send(self, asked: Asked, read_seconds: float) -> Any:
         """Send once; once more where a fresh login may help."""
+        used = self.connection
+        before = used.credentials
         response = self._send_once(asked, read_seconds)
-        if response.status == 401:
-            before = self.connection.credentials
-            self.connection.client.close()
-            self.connection = open_connection(self.settings)
-            if self.connection.credentials != before:
-                response.close()
-                return self._send_once(asked, read_seconds)
-        return response
+        if response.status != 401:
+            return response
+        with self._renewal:  # another thread may have been quicker
+            if self.connection is used and used.credentials == before:
+                self.connection = open_connection(self.settings)
+        if self.connection.credentials == before:
+            return response
+        response.close()
+        return self._send_once(asked, read_seconds)
 
     def _send_once(self, asked: Asked, read_seconds: float) -> Any:
         client = self.connection.client
