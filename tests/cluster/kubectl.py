@@ -48,9 +48,10 @@ class Kubectl:
             raise KubectlError(f"kubectl {' '.join(arguments)} ended with {ended.returncode}: {ended.stderr}")
         return ended.stdout
 
-    def apply(self, *manifests: Manifest) -> None:
-        """Apply objects as `kubectl apply -f -` does."""
-        self("apply", "-f", "-", stdin=json.dumps({"apiVersion": "v1", "kind": "List", "items": manifests}))
+    def apply(self, *manifests: Manifest, options: tuple[str, ...] = ()) -> str:
+        """Apply objects, and give what kubectl says: a line for each."""
+        documents = "\n---\n".join(json.dumps(each) for each in manifests)  # JSON is YAML
+        return self("apply", "--filename", "-", *options, stdin=documents)
 
     def get(self, kind: str, name: str) -> Manifest | None:
         """An object; None where it is gone."""

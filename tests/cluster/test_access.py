@@ -10,17 +10,27 @@ ROLE = "topwork-submitter"
 LONG = {"train": "all", "epochs": 10_000, "batchSize": 8, "featureCache": "off"}
 
 
+def binding(name, namespace):
+    """Give an account the role."""
+    return {
+        "apiVersion": "rbac.authorization.k8s.io/v1",
+        "kind": "RoleBinding",
+        "metadata": {"name": name},
+        "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": ROLE},
+        "subjects": [{"kind": "ServiceAccount", "name": name, "namespace": namespace}],
+    }
+
+
 @pytest.fixture
 def account(namespace: Kubectl, tmp_path):
     """Make a service account, with the role or without, and give the kubeconfig that logs it in."""
     made = []
 
     def make(name: str, *, bound: bool):
-        namespace("create", "serviceaccount", name)
+        namespace.apply({"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": name}})
         made.append(("serviceaccount", name))
         if bound:
-            subject = f"--serviceaccount={namespace.namespace}:{name}"
-            namespace("create", "rolebinding", name, f"--role={ROLE}", subject)
+            namespace.apply(binding(name, namespace.namespace))
             made.append(("rolebinding", name))
         token = namespace("create", "token", name, "--duration=1h").strip()
         path = tmp_path / f"{name}.json"

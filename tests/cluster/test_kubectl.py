@@ -1,7 +1,5 @@
 """What a person does who has kubectl alone, and what Kubernetes makes of our objects."""
 
-import json
-
 import pytest
 from tests.cluster.manifests import ROOT, base_objects
 from tests.cluster.surroundings import RUN_SECONDS
@@ -36,9 +34,9 @@ def test_the_server_takes_what_it_is_only_asked_about(make_run, topwork):
 
 
 def test_the_server_takes_all_of_k8s_base(namespace):
-    objects = {"apiVersion": "v1", "kind": "List", "items": base_objects(namespace.namespace)}
-    applied = namespace("apply", "--dry-run=server", "--validate=strict", "-f", "-", stdin=json.dumps(objects))
-    assert len(applied.splitlines()) == len(objects["items"])
+    objects = base_objects(namespace.namespace)
+    applied = namespace.apply(*objects, options=("--dry-run=server", "--validate=strict"))
+    assert len(applied.splitlines()) == len(objects)
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
@@ -61,5 +59,5 @@ def test_the_longest_name_makes_pods_of_its_own(make_run, topwork):
 def test_a_finished_job_goes_with_its_config_map_after_its_time(make_run, topwork):
     run = make_run(compute={"ttlSecondsAfterFinished": 5})
     ended = topwork("submit", run.file, "--follow")
-    assert ended.code in {0, 143}, ended.said
+    assert ended.code == 0, ended.said
     run.wait_until_gone()
