@@ -81,6 +81,11 @@ def test_render_refuses_all_local_paths_of_all_files_at_once_and_prints_nothing(
     ]
 
 
+def test_render_names_standard_input_as_validate_does() -> None:
+    text = (GOLDEN / "least-cpu" / "job.yaml").read_bytes().replace(b"{tfds: cats_vs_dogs}", b"{folder: {uri: photos}}")
+    assert topwork("render", "-", stdin=text).stderr.startswith(b"standard input: spec.dataset.source.folder.uri: ")
+
+
 def test_render_refuses_two_specs_of_one_run(tmp_path: Path) -> None:
     other = tmp_path / "other.yaml"
     other.write_text(FULL.read_text().replace("gpus: 2", "gpus: 4"))

@@ -14,6 +14,7 @@ from topwork.spec.words import shown
 # A character of UTF-8 has at most 4 bytes.
 MOST_BYTES = 4 * MOST_CHARACTERS
 STANDARD_INPUT = Path("-")
+STANDARD_INPUT_NAME = "standard input"
 
 
 def read_files(paths: Iterable[Path]) -> list[tuple[Path, TransferJob]]:
@@ -53,7 +54,7 @@ def read_jobs(path: Path) -> list[TransferJob]:
         WrongSpec: With all that is wrong in all documents, or with why the file can't be read.
     """
     if path == STANDARD_INPUT:
-        return read_bytes(sys.stdin.buffer.read(MOST_BYTES + 1), "standard input")
+        return read_bytes(sys.stdin.buffer.read(MOST_BYTES + 1), STANDARD_INPUT_NAME)
     try:
         with path.open("rb") as file:
             data = file.read(MOST_BYTES + 1)
