@@ -1,23 +1,20 @@
 """HTTP of the API server that tests use: paths, bodies, streams, and the faults that a test has planted."""
 
 import base64
-import contextlib
 import json
 import re
 import socket
 import struct
 import time
-from http.server import BaseHTTPRequestHandler
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, urlsplit
 
 import api_logs
 import api_statuses
-from api_objects import KINDS, Happened, Key, Kind, Object, selected
+from api_objects import KINDS, Happened, Key, Kind, Object
+from api_selectors import selected
 from api_statuses import Refused
-
-if TYPE_CHECKING:
-    from api_server import ApiServer
+from api_wire import BrokenOffError, Wire
 
 PATH = re.compile(
     r"/(?:api/(?P<core>v1)|apis/(?P<group>[^/]+)/(?P<version>[^/]+))"
@@ -25,10 +22,6 @@ PATH = re.compile(
 )
 RFC_1123 = "a lowercase RFC 1123 subdomain must consist of lower case alphanumeric characters, '-' or '.'"
 NAME = re.compile(r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?")
-
-
-class BrokenOffError(Exception):
-    """A planted fault ends the connection here."""
 
 
 class Target(NamedTuple):
@@ -42,31 +35,8 @@ class Target(NamedTuple):
         return Key(self.kind.name, self.namespace, self.name)
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(Wire):
     """One connection to the server."""
-
-    protocol_version = "HTTP/1.1"
-    timeout = 60
-
-    def setup(self) -> None:
-        if hasattr(self.request, "do_handshake"):
-            self.request.do_handshake()  # in the thread of the connection, so that a client that leaves stops no other
-        super().setup()
-
-    def handle(self) -> None:
-        with contextlib.suppress(OSError, BrokenOffError):
-            super().handle()
-
-    def finish(self) -> None:
-        with contextlib.suppress(OSError):
-            super().finish()
-
-    def log_message(self, *args: Any) -> None:
-        """Say nothing."""
-
-    @property
-    def api(self) -> "ApiServer":
-        return self.server.api  # type: ignore[attr-defined, no-any-return]
 
     def do_GET(self) -> None:
         self._serve(self._get)
@@ -326,80 +296,3 @@ class Handler(BaseHTTPRequestHandler):
         stamped = self.query.get("timestamps") in {"1", "true", "True"}
         for at, line in lines:
             self._stream((f"{at} {line}" if stamped else line).encode() + b"\n")
-
-    # ── Bytes ───────────────────────────────────────────────────────────────────────────────────────────────────────
-
-    def _json(
-        self, code: int, content: Object, headers: dict[str, str] | None = None, warnings: list[str] | None = None
-    ) -> None:
-        stated = {"Content-Type": "application/json"} | (headers or {})
-        self._bytes(code, json.dumps(content).encode(), stated, warnings)
-
-    def _bytes(self, code: int, data: bytes, headers: dict[str, str], warnings: list[str] | None = None) -> None:
-        self.asked.code = code
-        self.send_response(code)
-        for name, value in headers.items():
-            self.send_header(name, value)
-        for text in warnings or ():
-            self.send_header("Warning", f'299 - "{text}"')
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self._write(data)
-
-    def _begin_stream(self, content_type: str) -> None:
-        self.asked.code = 200
-        self.send_response(200)
-        self.send_header("Content-Type", content_type)
-        self.send_header("Transfer-Encoding", "chunked")
-        self.end_headers()
-        self.wfile.flush()
-
-    def _stream(self, data: bytes) -> None:
-        cut = self.fault.cut_after if self.fault.cut_after is not None else self.fault.stall_after
-        if cut is not None and self.sent + len(data) > cut:
-            part = data[: cut - self.sent]
-            if part:
-                self._write_chunk(part)
-            self._spoil()
-        self._write_chunk(data)
-        self.sent += len(data)
-
-    def _write_chunk(self, data: bytes) -> None:
-        self.wfile.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
-        self.wfile.flush()
-
-    def _end_stream(self) -> None:
-        if self.fault.cut_after is not None or self.fault.stall_after is not None:
-            self._spoil()
-        self.wfile.write(b"0\r\n\r\n")
-        self.wfile.flush()
-
-    def _write(self, data: bytes) -> None:
-        if self.fault.cut_after is not None and self.fault.cut_after < len(data):
-            self.wfile.write(data[: self.fault.cut_after])
-            self._spoil()
-        self.wfile.write(data)
-        self.wfile.flush()
-
-    def _spoil(self) -> None:
-        """End the connection in the middle, or leave it open and silent."""
-        self.wfile.flush()
-        while self.fault.stall_after is not None and not self.api.closing and not self._hung_up():
-            time.sleep(0.02)
-        self.close_connection = True
-        with contextlib.suppress(OSError):
-            self.connection.shutdown(socket.SHUT_RDWR)
-        raise BrokenOffError
-
-    def _hung_up(self) -> bool:
-        """Whether the client has closed the connection."""
-        try:
-            self.connection.setblocking(False)
-            return self.connection.recv(1, socket.MSG_PEEK) == b""
-        except (BlockingIOError, ValueError):  # nothing to read; or TLS, which can't be peeked at
-            return False
-        except OSError:
-            return True
-        finally:
-            with contextlib.suppress(OSError):
-                self.connection.settimeout(self.timeout)

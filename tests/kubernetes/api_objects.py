@@ -1,18 +1,14 @@
-"""The objects of the API server that tests use: kinds, selectors, server-side apply, and what happened when."""
+"""The objects of the API server that tests use: their kinds, their versions, and what happened when."""
 
 import copy
 import json
 import threading
 import uuid
-from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from api_statuses import Refused, field_conflict, invalid, no_namespace
-
-Object = dict[str, Any]
-Path = tuple[str, ...]
+from api_apply import Object, Path, applied, leaves, timestamp
+from api_statuses import Refused, invalid, no_namespace
 
 
 @dataclass(frozen=True)
@@ -113,25 +109,12 @@ class Objects:
         with self.changed:
             self._require_namespace(key)
             old = self._objects.get(key)
-            wanted = leaves(manifest)
-            owned = self._owned.get(key, {})
-            if old is not None and not force:
-                _refuse_conflicts(manifest["apiVersion"], old, wanted, owned, manager)
-            new = (
-                copy.deepcopy(old) if old else {"apiVersion": manifest["apiVersion"], "kind": key.kind, "metadata": {}}
-            )
-            others = set().union(*(paths for name, paths in owned.items() if name != manager))
-            for path in owned.get(manager, set()) - wanted.keys() - others:
-                _drop(new, path)
-            for path, value in wanted.items():
-                _put(new, path, value)
+            new, owned = applied(old, manifest, self._owned.get(key, {}), manager, force=force)
             self._validate(key, new, old)
-            now = dict(owned) | {manager: set(wanted)}
-            new["metadata"]["managedFields"] = _managed_fields(manifest["apiVersion"], now, old)
             if dry_run:
                 return self._with_metadata(key, new, old)
             stored = self.store(key, new)
-            self._owned[key] = now
+            self._owned[key] = owned
             return stored
 
     def own(self, key: Key, manager: str, manifest: Object) -> None:
@@ -186,10 +169,6 @@ class Objects:
                 raise Refused(invalid("Job", key.name, f"spec.{field}", why, group="batch"))
 
 
-def timestamp() -> str:
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
 def _without_version(found: Object) -> Object:
     metadata = {
         key: value for key, value in found["metadata"].items() if key not in {"resourceVersion", "managedFields"}
@@ -212,123 +191,3 @@ def _complete_job(job: Object) -> None:
     spec.setdefault("selector", {"matchLabels": {"batch.kubernetes.io/controller-uid": uid}})
     spec.setdefault("template", {}).setdefault("metadata", {}).setdefault("labels", {}).update(ours)
     job.setdefault("status", {})
-
-
-# ── Server-side apply ───────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def leaves(manifest: Object) -> dict[Path, Any]:
-    """Fields that a manifest states. Lists are whole fields, but for ownerReferences, which merge by uid."""
-
-    def walk(value: Any, path: Path) -> Iterator[tuple[Path, Any]]:
-        if isinstance(value, dict) and value:
-            for key, each in value.items():
-                yield from walk(each, (*path, key))
-        elif path == ("metadata", "ownerReferences"):
-            for each in value:
-                yield (*path, each["uid"]), each
-        else:
-            yield path, value
-
-    skipped = {("apiVersion",), ("kind",), ("metadata", "name"), ("metadata", "namespace")}
-    return {path: value for path, value in walk(manifest, ()) if path not in skipped}
-
-
-def _get(found: Any, path: Path) -> Any:
-    for name in path:
-        if isinstance(found, list):
-            found = next((each for each in found if each.get("uid") == name), None)
-        else:
-            found = (found or {}).get(name)
-    return found
-
-
-def _put(found: Object, path: Path, value: Any) -> None:
-    if path[:2] == ("metadata", "ownerReferences"):
-        owners = [each for each in found["metadata"].get("ownerReferences", []) if each["uid"] != path[2]]
-        found["metadata"]["ownerReferences"] = [*owners, value]
-        return
-    for name in path[:-1]:
-        below = found.get(name)
-        found[name] = below if isinstance(below, dict) else {}
-        found = found[name]
-    if not (value == {} and isinstance(found.get(path[-1]), dict)):  # an empty mapping adds nothing to a full one
-        found[path[-1]] = copy.deepcopy(value)
-
-
-def _drop(found: Object, path: Path) -> None:
-    if path[:2] == ("metadata", "ownerReferences"):
-        owners = [each for each in found["metadata"].get("ownerReferences", []) if each["uid"] != path[2]]
-        found["metadata"]["ownerReferences"] = owners
-        return
-    above = _get(found, path[:-1])
-    if isinstance(above, dict):
-        above.pop(path[-1], None)
-
-
-def _refuse_conflicts(
-    version: str, old: Object, wanted: dict[Path, Any], owned: dict[str, set[Path]], manager: str
-) -> None:
-    for other, paths in owned.items():
-        taken = sorted(path for path in paths & wanted.keys() if other != manager and _get(old, path) != wanted[path])
-        if taken:
-            raise Refused(field_conflict(other, version, *("." + ".".join(path) for path in taken)))
-
-
-def _managed_fields(version: str, owned: dict[str, set[Path]], old: Object | None) -> list[Object]:
-    times = {each["manager"]: each for each in (old or {}).get("metadata", {}).get("managedFields", [])}
-    entries = []
-    for manager, paths in owned.items():
-        fields: Object = {}
-        for path in sorted(paths):
-            below = fields
-            for name in path:
-                below = below.setdefault(f"f:{name}", {})
-        entry = {"manager": manager, "operation": "Apply", "apiVersion": version, "time": timestamp()}
-        entry |= {"fieldsType": "FieldsV1", "fieldsV1": fields}
-        same = times.get(manager, {}).get("fieldsV1") == fields
-        entries.append(times[manager] if same else entry)
-    return entries
-
-
-# ── Selectors ───────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def selected(found: Object, labels: str, fields: str) -> bool:
-    """Whether an object meets a labelSelector (`a=b`, `a!=b`, `a in (b,c)`, `a`, `!a`) and a fieldSelector."""
-    own = found.get("metadata", {}).get("labels", {}) or {}
-    return all(_meets(own, part) for part in _parts(labels)) and all(
-        _meets_field(found, part) for part in _parts(fields)
-    )
-
-
-def _parts(selector: str) -> list[str]:
-    parts, depth = [""], 0
-    for letter in selector:
-        depth += {"(": 1, ")": -1}.get(letter, 0)
-        if letter == "," and not depth:
-            parts.append("")
-        else:
-            parts[-1] += letter
-    return [part.strip() for part in parts if part.strip()]
-
-
-def _meets(labels: dict[str, str], part: str) -> bool:
-    if " notin " in part or " in " in part:
-        word = " notin " if " notin " in part else " in "
-        name, _, values = part.partition(word)
-        among = labels.get(name.strip()) in {each.strip() for each in values.strip(" ()").split(",")}
-        return among != (word == " notin ")
-    if "!=" in part:
-        name, _, value = part.partition("!=")
-        return labels.get(name) != value
-    if "=" in part:
-        name, _, value = part.replace("==", "=").partition("=")
-        return labels.get(name) == value
-    return part[1:] not in labels if part.startswith("!") else part in labels
-
-
-def _meets_field(found: Object, part: str) -> bool:
-    equal = "!=" not in part
-    name, _, value = part.replace("!=", "=").replace("==", "=").partition("=")
-    return (str(_get(found, tuple(name.split("."))) or "") == value) == equal

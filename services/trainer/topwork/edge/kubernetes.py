@@ -7,10 +7,11 @@ again and leaves as `UnavailableError` in the end; `edge.kubernetes_errors` says
 from collections.abc import Iterator
 from typing import Any
 
+from topwork.edge.kubernetes_asked import KINDS, Asked
 from topwork.edge.kubernetes_config import ClusterSettings
 from topwork.edge.kubernetes_errors import MissingError, PassingError, ReplacedError
 from topwork.edge.kubernetes_logs import LogReader
-from topwork.edge.kubernetes_requests import KINDS, Api, Asked
+from topwork.edge.kubernetes_requests import Api
 from topwork.edge.kubernetes_watch import Change, Watch
 
 __all__ = ["Change", "Cluster", "ClusterSettings", "Manifest", "connect"]

@@ -16,15 +16,12 @@ import urllib3
 from kubernetes.client import ApiClient, Configuration
 from kubernetes.config import ConfigException, load_kube_config_from_dict
 from kubernetes.config.incluster_config import InClusterConfigLoader
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
 from topwork import __version__
+from topwork.edge.kubernetes_files import merge, named
 from topwork.errors import SettingError
 
 DEFAULT_FILE = "~/.kube/config"
-# Keys of a kubeconfig that hold a path, which is relative to the file that it stands in.
-PATHS = ("certificate-authority", "client-certificate", "client-key", "tokenFile")
 LOG_IN = "Log in again as you do for kubectl."
 POD_ACCOUNT = "the pod's service account"
 
@@ -116,14 +113,14 @@ def _files(settings: ClusterSettings) -> list[Path]:
 
 
 def _from_files(files: list[Path], settings: ClusterSettings) -> Connection:
-    merged = _merge(files)
+    merged = merge(files)
     where = ", ".join(map(str, files))
     name = settings.context or merged["current-context"]
-    context = _named(merged, "contexts", name, f"the context {name}", where)["context"]
-    cluster = _named(merged, "clusters", context.get("cluster"), f"the cluster of the context {name}", where)["cluster"]
+    context = named(merged, "contexts", name, f"the context {name}", where)["context"]
+    cluster = named(merged, "clusters", context.get("cluster"), f"the cluster of the context {name}", where)["cluster"]
     user: dict[str, Any] = {}
     if context.get("user"):
-        user = _named(merged, "users", context["user"], f"the user of the context {name}", where)["user"] or {}
+        user = named(merged, "users", context["user"], f"the user of the context {name}", where)["user"] or {}
     if user.get("as-groups") or user.get("as-user-extra"):
         raise SettingError(f"{where}: the user {context['user']} impersonates groups (as-groups); only `as` is known.")
     configuration = _configuration()
@@ -143,64 +140,6 @@ def _from_files(files: list[Path], settings: ClusterSettings) -> Connection:
     if user.get("as"):
         client.set_default_header("Impersonate-User", user["as"])
     return Connection(client, settings.namespace or context.get("namespace") or "default", f"the context {name}")
-
-
-def _merge(files: list[Path]) -> dict[str, Any]:
-    """Merge as kubectl does: of a name, and of current-context, the first file that has one counts."""
-    merged: dict[str, Any] = {"apiVersion": "v1", "kind": "Config", "current-context": ""}
-    lists: dict[str, dict[str, Any]] = {"clusters": {}, "contexts": {}, "users": {}}
-    for file in files:
-        content = _read(file)
-        merged["current-context"] = merged["current-context"] or content.get("current-context") or ""
-        for kind, entries in lists.items():
-            for entry in content.get(kind) or []:
-                if not isinstance(entry, dict) or not entry.get("name"):
-                    raise SettingError(f"{file} is no kubeconfig: an entry of {kind} has no name.")
-                entries.setdefault(entry["name"], entry | {kind[:-1]: _absolute(entry.get(kind[:-1]) or {}, file)})
-    return merged | {kind: list(entries.values()) for kind, entries in lists.items()}
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        content = YAML(typ="safe").load(file.read_text())
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingError(f"{file} can't be read: {error}") from error
-    except YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"line {mark.line + 1}: " if mark else ""
-        raise SettingError(f"{file} is no kubeconfig: {where}{getattr(error, 'problem', error)}") from error
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise SettingError(f"{file} is no kubeconfig: expected a mapping with clusters, contexts and users.")
-    return content
-
-
-def _absolute(content: dict[str, Any], file: Path) -> dict[str, Any]:
-    folder = file.absolute().parent
-    found = content | {key: str(folder / content[key]) for key in PATHS if content.get(key)}
-    command = (content.get("exec") or {}).get("command") or ""
-    if "/" in command:  # a bare name is looked up in PATH
-        found["exec"] = content["exec"] | {"command": str(folder / command)}
-    if found.get("tokenFile"):  # the client would send the newline at its end, too
-        try:
-            found["token"] = Path(found.pop("tokenFile")).read_text().strip()
-        except OSError as error:
-            raise SettingError(f"{file}: tokenFile can't be read: {error}") from error
-    return found
-
-
-def _named(merged: dict[str, Any], kind: str, name: str | None, what: str, where: str) -> dict[str, Any]:
-    names = [entry["name"] for entry in merged[kind]]
-    if not name:
-        raise SettingError(
-            f"{where} names no current context. Choose one with --context or kubectl config use-context: "
-            f"{', '.join(names) or 'there is none'}."
-        )
-    for entry in merged[kind]:
-        if entry["name"] == name:
-            return dict(entry)
-    raise SettingError(f"{where} has not {what}: {name!r} is none of its {kind} ({', '.join(names) or 'it has none'}).")
 
 
 # ── The pod's own account ───────────────────────────────────────────────────────────────────────────────────────────

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+from topwork.edge.kubernetes_asked import KINDS, Asked
 from topwork.edge.kubernetes_config import ClusterSettings
 from topwork.edge.kubernetes_errors import MissingError, NotStartedError, PassingError, QuietError
-from topwork.edge.kubernetes_requests import KINDS, Api, Asked
+from topwork.edge.kubernetes_requests import Api
 
 # 2026-01-02T03:04:05.123456789Z text
 STAMPED = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(\.\d+)?(Z|[+-]\d\d:\d\d) ")

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from topwork.edge.kubernetes_asked import Asked
 from topwork.edge.kubernetes_errors import GoneError, PassingError, QuietError, garbage, refused
-from topwork.edge.kubernetes_requests import Api, Asked, Lines
+from topwork.edge.kubernetes_requests import Api, Lines
 
 Manifest = dict[str, Any]
 
