@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from topwork.cluster.names import JOB_LABEL, MANAGER, ROLE_LABEL, RUN_LABEL
+from topwork.cluster.names import JOB_LABEL, MANAGER, RUN_LABEL
 from topwork.cluster.objects import Manifest, RunObjects, condition, has_begun, label, name_of
 from topwork.errors import SettingError
 
@@ -101,28 +101,3 @@ def _is_open(job: Manifest) -> bool:
 
 def _is_waiting(pod: Manifest) -> bool:
     return (pod.get("status") or {}).get("phase") in {None, "Pending"} and not has_begun(pod)
-
-
-def grouped(jobs: Iterable[Manifest], pods: Iterable[Manifest], events: Sequence[Manifest]) -> list[RunObjects]:
-    """Sort the Jobs and pods of many runs into runs, the newest first.
-
-    Args:
-        jobs: Jobs, of several namespaces too.
-        pods: Their pods.
-        events: Events about them.
-
-    Returns:
-        The objects of each run.
-    """
-    runs: dict[tuple[str, str], RunObjects] = {}
-    for job in sorted(jobs, key=lambda job: str(job["metadata"].get("creationTimestamp")), reverse=True):
-        if label(job, RUN_LABEL) and label(job, ROLE_LABEL):
-            runs.setdefault(_key(job), RunObjects([], [], events)).jobs.append(job)  # type: ignore[attr-defined]
-    for pod in pods:
-        if _key(pod) in runs:
-            runs[_key(pod)].pods.append(pod)  # type: ignore[attr-defined]
-    return list(runs.values())
-
-
-def _key(thing: Manifest) -> tuple[str, str]:
-    return str(thing["metadata"].get("namespace")), str(label(thing, RUN_LABEL))

@@ -12,6 +12,7 @@ from topwork.errors import GateError, SpecError, Stopped, UnavailableError
 Phase = Literal["pending", "pulling ahead", "running", "stopping", "succeeded", "failed", "suspended"]
 FINAL = {SpecError.exit_code, GateError.exit_code}
 """Exit codes that no retry follows."""
+FOLLOWS = "a new pod follows"
 UNKNOWN = 1
 """Exit code of a run that failed without a word."""
 
@@ -75,7 +76,7 @@ def _active(objects: RunObjects, job: Manifest, attempts: tuple[Attempt, ...]) -
     if job["spec"].get("suspend"):
         return Standing("suspended", reason)
     if last:
-        reason = f"{_told(last)}; {reason or 'a new pod follows'}"
+        reason = f"{ended(last)}; {reason or FOLLOWS}"
     return Standing("pending", reason)
 
 
@@ -88,7 +89,8 @@ def _deleted(last: Attempt | None) -> Standing:
     return Standing("failed", exit_code=Stopped.exit_code, error="its Job was deleted")
 
 
-def _told(attempt: Attempt) -> str:
+def ended(attempt: Attempt) -> str:
+    """Say how an attempt ended."""
     code = f" with exit code {attempt.exit_code}" if attempt.exit_code else ""
     return f"{attempt.pod} ended{code}: {attempt.error or 'no reason given'}"
 

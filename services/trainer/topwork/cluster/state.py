@@ -107,6 +107,7 @@ def job_state(objects: RunObjects, job: Manifest, epoch: Epoch | None = None) ->
     status = job.get("status") or {}
     last = attempts[-1] if attempts else None
     current = last.current if last else None
+    epoch = epoch if epoch and current and current.stage == epoch.stage and current.state == "running" else None
     best = _best(attempts, epoch)
     standing = read_standing(objects, job, attempts)
     return RunState(
@@ -118,7 +119,7 @@ def job_state(objects: RunObjects, job: Manifest, epoch: Epoch | None = None) ->
         attempts=attempts,
         failures=int(status.get("failed") or 0),
         retries=int(job["spec"].get("backoffLimit") or 0),
-        epoch=epoch if epoch and current and current.stage == epoch.stage else None,
+        epoch=epoch,
         metric=best[0],
         value=best[1],
         model=_model(attempts),

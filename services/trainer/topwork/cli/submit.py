@@ -1,0 +1,199 @@
+"""`topwork submit`: run job specs in a Kubernetes cluster."""
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NamedTuple
+
+import typer
+
+from topwork.cli.clusters import Context, Kubeconfig, Namespace, open_cluster
+from topwork.errors import SettingError, SpecError
+from topwork.spec import TransferJob
+from topwork.spec.problems import Problem, WrongSpec
+from topwork.spec.reading import read_files
+
+if TYPE_CHECKING:
+    from topwork.cli.following import Where
+    from topwork.cluster.rendering import Rendered
+    from topwork.cluster.submission import Outcome
+    from topwork.edge.kubernetes import Cluster
+
+
+class DryRun(StrEnum):
+    """How much is tried without anything being changed."""
+
+    client = "client"
+    server = "server"
+
+
+class Wanted(NamedTuple):
+    """A job to submit."""
+
+    path: Path
+    job: TransferJob
+    rendered: "Rendered"
+
+
+def submit(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Job specs; - reads standard input.")],
+    image: Annotated[
+        str | None,
+        typer.Option(envvar="TOPWORK_IMAGE", help="Image of all containers [default: the one that make image builds]."),
+    ] = None,
+    namespace: Namespace = None,
+    context: Context = None,
+    kubeconfig: Kubeconfig = None,
+    dry_run: Annotated[
+        DryRun | None,
+        typer.Option(help="client prints what would be applied; server lets the API server check it."),
+    ] = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Show the runs until they are over; ends with their exit code.")
+    ] = False,
+    wait_for_data: Annotated[
+        bool,
+        typer.Option("--wait-for-data", help="Pull first, and take GPUs when all is there (spec.compute.prefetch)."),
+    ] = False,
+) -> None:
+    """Run job specs in the cluster; one that is there already is left alone, one that failed goes on.
+
+    Nothing is applied if one of the files is wrong. Exit codes with --follow: that of the first run that is not 0:
+    2 spec, data or setting wrong, 3 a gate was not met, 75 storage or the network failed, or the deadline was over,
+    143 the Job was deleted; 130 after Ctrl-C, which leaves the runs alone.
+    """
+    if dry_run and (follow or wait_for_data):
+        raise SettingError("--dry-run starts nothing that --follow or --wait-for-data could wait for. Leave one out.")
+    wanted = _rendered(files, image, namespace, wait_for_data)
+    if dry_run is DryRun.client:
+        from topwork.spec.writing import as_yaml
+
+        sys.stdout.write(as_yaml([manifest for each in wanted for manifest in each.rendered.objects]))
+        return
+    from topwork.cli.following import Where
+
+    cluster = open_cluster(namespace, context, kubeconfig)
+    if dry_run is DryRun.server:
+        for each in wanted:
+            _try(cluster, each)
+        return
+    where = Where(cluster.namespace, context, kubeconfig)
+    code = _submit_all(cluster, wanted, where, follow, wait_for_data)
+    if code:
+        raise typer.Exit(code)
+
+
+def _rendered(files: list[Path], image: str | None, namespace: str | None, wait_for_data: bool) -> list[Wanted]:
+    """Read and render everything before anything is applied."""
+    from topwork.cluster.rendering import Placement, render
+
+    placement = Placement(image, namespace)
+    wanted: dict[str, Wanted] = {}
+    problems: list[Problem] = []
+    for path, job in read_files(files):
+        try:
+            rendered = render(job, placement)
+        except SpecError as error:
+            problems += [Problem(str(path), 0, 0, "", line) for line in str(error).splitlines()]
+            continue
+        if job.run in wanted:
+            raise SettingError(f"{wanted[job.run].path} and {path} are the same run {job.run}. Leave one out.")
+        if wait_for_data and rendered.prefetch is None:
+            raise SettingError(f"--wait-for-data needs spec.compute.prefetch: true, which {path} does not have.")
+        wanted[job.run] = Wanted(path, job, rendered)
+    if problems:
+        raise WrongSpec(tuple(problems))
+    return list(wanted.values())
+
+
+def _submit_all(cluster: "Cluster", wanted: list[Wanted], where: "Where", follow: bool, wait_for_data: bool) -> int:
+    """Submit all, wait for their data and follow them, one after the other."""
+    from topwork.cli import following
+
+    codes = []
+    outcomes = [_submit(cluster, each, where, ahead=wait_for_data) for each in wanted]
+    for each, outcome in zip(wanted, outcomes, strict=True):
+        code = 0
+        if wait_for_data and outcome in {"submitted", "replaced"}:
+            code = _wait_for_data(cluster, each, where)
+            if code == 0:
+                _submit(cluster, each, where)
+        if follow and code == 0:
+            _next(each, where, follow=True)
+            code = following.follow(cluster, each.job.run, where)
+        codes.append(code)
+        if code == following.INTERRUPTED:
+            break
+    if not follow and not wait_for_data:
+        for each, outcome in zip(wanted, outcomes, strict=True):
+            if outcome != "complete":
+                _next(each, where, follow=False)
+    return next((code for code in codes if code), 0)
+
+
+def _submit(cluster: "Cluster", each: Wanted, where: "Where", *, ahead: bool = False) -> "Outcome":
+    from topwork.cluster.submission import Submission
+
+    warned = len(cluster.warnings)
+    outcome = Submission(cluster, each.rendered, print).submit(ahead=ahead)
+    for warning in cluster.warnings[warned:]:
+        print(f"Warning: {warning}", file=sys.stderr)
+    run, name = each.job.run, each.job.metadata.name
+    if outcome == "running":
+        print(f"transferjob {name} unchanged: job.batch/{run} in namespace {where.namespace} is there already")
+    elif outcome == "complete":
+        print(f"transferjob {name} unchanged: job.batch/{run} in namespace {where.namespace} is complete")
+        for line in _model(cluster, run):
+            print(line)
+    elif ahead:
+        print(f"transferjob {name} pulls ahead as job.batch/{run}-pull in namespace {where.namespace}")
+    else:
+        print(f"transferjob {name} submitted as job.batch/{run} in namespace {where.namespace}")
+        if each.rendered.prefetch:
+            print(f"  job.batch/{run}-pull pulls ahead")
+    return outcome
+
+
+def _model(cluster: "Cluster", run: str) -> list[str]:
+    from topwork.cluster.runs import read_run
+    from topwork.cluster.state import run_state
+
+    objects = read_run(cluster, run)
+    model = run_state(objects).model if objects.jobs else None
+    return [f"  model  {model}"] if model else []
+
+
+def _wait_for_data(cluster: "Cluster", each: Wanted, where: "Where") -> int:
+    from topwork.cli import following
+
+    code = following.follow(cluster, each.job.run, where, "prefetch")
+    if code:
+        again = where.command(f"submit {each.path}", "--wait-for-data")
+        print(f"transferjob {each.job.metadata.name} is not submitted yet. Go on with: {again}")
+    return code
+
+
+def _next(each: Wanted, where: "Where", *, follow: bool) -> None:
+    run = each.job.run
+    if follow:
+        print(f"following {run}; Ctrl-C leaves it running", flush=True)
+    else:
+        print(f"  follow  {where.command(f'status {run}', '--follow')}")
+        print(f"  logs    {where.command(f'logs {run}', '-f')}")
+
+
+def _try(cluster: "Cluster", each: Wanted) -> None:
+    """Let the API server check what would be applied."""
+    from topwork.cluster.submission import Submission, called
+
+    there, outcome = Submission(cluster, each.rendered, print).preview()
+    if there is not None and outcome:
+        print(f"{called(there)} unchanged, {outcome} (server dry run)")
+        return
+    if there is not None:
+        print(f"{called(there)} would be replaced: it has failed or is being deleted (server dry run)")
+        return
+    for manifest in each.rendered.objects:
+        cluster.apply(manifest, dry_run=True)
+        kind = "job.batch" if manifest["kind"] == "Job" else "configmap"
+        print(f"{kind}/{manifest['metadata']['name']} serverside-applied (server dry run)")
