@@ -2,37 +2,20 @@
 
 import base64
 import json
-import re
 import socket
 import struct
 import time
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 import api_logs
 import api_statuses
-from api_objects import KINDS, Happened, Key, Kind, Object
+from api_discovery import discovery
+from api_objects import Happened, Object
 from api_selectors import selected
 from api_statuses import Refused
+from api_target import Target, check, target_of
 from api_wire import BrokenOffError, Wire
-
-PATH = re.compile(
-    r"/(?:api/(?P<core>v1)|apis/(?P<group>[^/]+)/(?P<version>[^/]+))"
-    r"(?:/namespaces/(?P<namespace>[^/]+)(?=/))?/(?P<plural>[^/]+)(?:/(?P<name>[^/]+)(?:/(?P<sub>[^/]+))?)?"
-)
-RFC_1123 = "a lowercase RFC 1123 subdomain must consist of lower case alphanumeric characters, '-' or '.'"
-NAME = re.compile(r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?")
-
-
-class Target(NamedTuple):
-    kind: Kind
-    namespace: str
-    name: str
-    sub: str
-
-    @property
-    def key(self) -> Key:
-        return Key(self.kind.name, self.namespace, self.name)
 
 
 class Handler(Wire):
@@ -59,7 +42,8 @@ class Handler(Wire):
         length = int(self.headers.get("Content-Length") or 0)
         data = self.rfile.read(length)
         self.query = dict(parse_qsl(url.query, keep_blank_values=True))
-        self.body = json.loads(data) if data else {}
+        json_body = data[:1] in {b"", b"{"}  # kubectl create writes protobuf
+        self.body = json.loads(data) if data and json_body else {}
         self.fault = self.api.fault_of(self.command, url.path)
         self.sent = 0
         self.asked = Request(self.command, url.path, self.query, dict(self.headers), self.body)
@@ -73,7 +57,12 @@ class Handler(Wire):
         try:
             if not self._planted_answer():
                 self._authenticate()
-                answer(self._target(url.path))
+                if not json_body:
+                    raise Refused(api_statuses.status(415, "UnsupportedMediaType", "the body must be JSON"))
+                if found := discovery(url.path):
+                    self._json(200, found)
+                else:
+                    answer(target_of(url.path))
         except Refused as refused:
             self._json(refused.status["code"], refused.status, {**refused.headers, **self.fault.headers})
 
@@ -92,15 +81,6 @@ class Handler(Wire):
             return
         if self.headers.get("Authorization", "").removeprefix("Bearer ").removeprefix("bearer ") != token:
             raise Refused(api_statuses.unauthorized())
-
-    def _target(self, path: str) -> Target:
-        found = PATH.fullmatch(path)
-        group = (found["group"] or "") if found else ""
-        version = (found["core"] or found["version"]) if found else ""
-        for kind in KINDS.values():
-            if found and (kind.group, kind.version, kind.plural) == (group, version, found["plural"]):
-                return Target(kind, found["namespace"] or "", found["name"] or "", found["sub"] or "")
-        raise Refused(api_statuses.no_such_api())
 
     # ── Verbs ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -123,7 +103,7 @@ class Handler(Wire):
         if not self.query.get("fieldManager"):
             why = "Required value: is required for apply patch"
             raise Refused(api_statuses.invalid("PatchOptions", "", "fieldManager", why, "meta.k8s.io"))
-        self._check(target)
+        check(target, self.body)
         existed = self.api.objects.get(target.key) is not None
         stored = self.api.objects.apply(
             target.key,
@@ -137,21 +117,13 @@ class Handler(Wire):
     def _create(self, target: Target) -> None:
         name = self.body["metadata"]["name"]
         target = target._replace(name=name)
-        self._check(target)
+        check(target, self.body)
         if self.api.objects.get(target.key):
             details = {"name": name, "kind": target.kind.plural}
             message = f'{target.kind.full} "{name}" already exists'
             raise Refused(api_statuses.status(409, "AlreadyExists", message, details))
         dry = self.query.get("dryRun") == "All"
         self._json(201, self.api.objects.apply(target.key, self.body, "create", dry_run=dry))
-
-    def _check(self, target: Target) -> None:
-        if not NAME.fullmatch(target.name) or len(target.name) > 63:
-            why = f'Invalid value: "{target.name}": {RFC_1123}'
-            raise Refused(api_statuses.invalid(target.kind.name, target.name, "metadata.name", why, target.kind.group))
-        if self.body.get("metadata", {}).get("namespace", target.namespace) != target.namespace:
-            message = "the namespace of the provided object does not match the namespace sent on the request"
-            raise Refused(api_statuses.bad_request(message))
 
     def _delete(self, target: Target) -> None:
         options = {key: self.query[key] for key in ("propagationPolicy", "gracePeriodSeconds") if key in self.query}
@@ -197,13 +169,8 @@ class Handler(Wire):
         version = int(self.query.get("resourceVersion") or 0)
         ends = time.monotonic() + float(self.query.get("timeoutSeconds") or 1800)
         self._begin_stream("application/json")
-        if not version:
-            with self.api.objects.changed:
-                found = self.api.objects.all(target.kind.name, target.namespace)
-                version = self.api.objects.version
-            for each in found:
-                if self._selected(each):
-                    self._event("ADDED", each)
+        if not version or self.query.get("sendInitialEvents") == "true":
+            version = self._there(target)
         elif version < self.api.objects.oldest:
             self._event(
                 "ERROR", api_statuses.expired(f"too old resource version: {version} ({self.api.objects.oldest})")
@@ -211,6 +178,18 @@ class Handler(Wire):
             return self._end_stream()
         self._events(target, version, ends)
         return self._end_stream()
+
+    def _there(self, target: Target) -> int:
+        """Tell what is there; the version of it."""
+        with self.api.objects.changed:
+            found = self.api.objects.all(target.kind.name, target.namespace)
+            version = self.api.objects.version
+        for each in found:
+            if self._selected(each):
+                self._event("ADDED", each)
+        if self.query.get("sendInitialEvents") == "true":
+            self._bookmark(target, version, {"k8s.io/initial-events-end": "true"})
+        return version
 
     def _events(self, target: Target, version: int, ends: float) -> None:
         objects, bookmarks = self.api.objects, self.api.bookmarks
@@ -232,9 +211,10 @@ class Handler(Wire):
         if not self.api.closing:
             self._bookmark(target, version)
 
-    def _bookmark(self, target: Target, version: int) -> None:
+    def _bookmark(self, target: Target, version: int, annotations: dict[str, str] | None = None) -> None:
         if self.query.get("allowWatchBookmarks") in {"1", "true", "True"}:
-            metadata = {"resourceVersion": str(version), "creationTimestamp": None}
+            metadata: Object = {"resourceVersion": str(version), "creationTimestamp": None}
+            metadata |= {"annotations": annotations} if annotations else {}
             kind = target.kind
             self._event("BOOKMARK", {"kind": kind.name, "apiVersion": kind.api_version, "metadata": metadata})
 
