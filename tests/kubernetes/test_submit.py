@@ -114,9 +114,9 @@ def test_other_settings_of_a_running_job_are_refused_key_by_key(submission, api_
         submission(gpus=1, memory="64Gi", image="other:2").submit()
     assert str(raised.value) == (
         f"job.batch/{RUN} in namespace team-a is not finished and has other settings: spec.compute.gpus is 2, now 1, "
-        f"spec.compute.memory is 32Gi, now 64Gi, the image is {IMAGE}, now other:2. A Job is not changed while it "
-        f"runs. Wait for its end, or stop it with: topwork cancel {RUN} -n team-a; submitted again, it goes on from its "
-        "checkpoint."
+        f"spec.compute.memory is 32Gi, now 64Gi, the image is {IMAGE}, now other:2. A Job is not changed while "
+        f"it runs. Wait for its end, or stop it with: topwork cancel {RUN} -n team-a; submitted again, it goes on from "
+        "its checkpoint."
     )
     assert written(api_server) == before
 

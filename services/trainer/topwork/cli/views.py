@@ -12,13 +12,20 @@ GAP = "   "
 
 
 def duration(seconds: float) -> str:
-    """Write a time span as kubectl does: two units at most, one from 10 of the larger on."""
+    """Write a time span as kubectl does: 119s, 5m10s, 11m, 4h1m, 25h, 2d2h, 10d."""
     whole = max(0, int(seconds))
-    for size, unit, below, part in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
-        if whole >= 2 * size or (whole >= size and unit != "m"):
-            rest = whole % size // below
-            return f"{whole // size}{unit}" + (f"{rest}{part}" if rest and whole < 10 * size else "")
-    return f"{whole}s"
+    minutes, hours, days = whole // 60, whole // 3600, whole // 86400
+    if whole < 120:
+        return f"{whole}s"
+    if minutes < 180:
+        return _two(f"{minutes}m", whole % 60, "s") if minutes < 10 else f"{minutes}m"
+    if hours < 48:
+        return _two(f"{hours}h", minutes % 60, "m") if hours < 8 else f"{hours}h"
+    return _two(f"{days}d", hours % 24, "h") if days < 8 else f"{days}d"
+
+
+def _two(first: str, rest: int, unit: str) -> str:
+    return f"{first}{rest}{unit}" if rest else first
 
 
 def since(then: datetime | None, until: datetime | None = None) -> str:
