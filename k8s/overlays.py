@@ -7,7 +7,7 @@ from manifests import LABELS, NAMESPACE, TEMPLATE, Manifest, kustomization, meta
 from topwork import __version__
 from topwork.cluster.containers import GPU
 from topwork.cluster.names import QUEUE_LABEL, ROLE_LABEL
-from topwork.cluster.writing import as_yaml
+from topwork.spec.writing import as_yaml
 
 EXAMPLES = "../../examples"
 QUEUE = "topwork"

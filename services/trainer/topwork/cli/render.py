@@ -1,5 +1,6 @@
 """`topwork render`: the Kubernetes objects of a job, as `submit` would apply them."""
 
+import json
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -40,10 +41,13 @@ def render(
 ) -> None:
     """Print what submit would apply: a ConfigMap and its Jobs for each spec, as kubectl takes them."""
     from topwork.cluster.rendering import Placement
-    from topwork.cluster.writing import as_json, as_yaml
+    from topwork.spec.writing import as_yaml
 
     objects = _objects(files, Placement(image, namespace))
-    sys.stdout.write(as_json(objects) if output is Format.json else as_yaml(objects))
+    if output is Format.json:
+        print(json.dumps({"apiVersion": "v1", "kind": "List", "items": objects}, indent=2, ensure_ascii=False))
+    else:
+        sys.stdout.write(as_yaml(objects))
 
 
 def _objects(files: list[Path], placement: "Placement") -> "list[Manifest]":
