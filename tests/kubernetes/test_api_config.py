@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 from api_server import TOKEN, ApiServer
+from kubernetes.config import ConfigException
 
 from topwork.edge.kubernetes import Cluster, ClusterSettings, connect
 from topwork.errors import SettingError
@@ -347,6 +348,23 @@ def test_a_plugin_that_fails_later_is_told(plugin: Callable[..., Path], capfd: p
         "The login of the context a failed: exec: process returned 1. logged out. Log in again as you do for kubectl."
     )
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_token_that_is_renewed_in_vain_is_told(
+    api_server: ApiServer, kubeconfig: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Such as that of a pod whose file has been emptied: the client reads it anew every minute."""
+    cluster = opened(kubeconfig=str(kubeconfig))
+
+    def renew(_: object) -> None:
+        raise ConfigException("Token file exists but empty.")
+
+    cluster._api.connection.client.configuration.refresh_api_key_hook = renew
+    with pytest.raises(SettingError) as caught:
+        cluster.list("Job")
+    assert str(caught.value) == (
+        "The login of the context tests failed: Token file exists but empty. Log in again as you do for kubectl."
+    )
 
 
 # ── Proxies ─────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -10,10 +10,11 @@ from typing import Any, TypeVar
 
 import urllib3
 from kubernetes.client import ApiException
+from kubernetes.config import ConfigException
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt
 
 from topwork.edge.kubernetes_asked import Asked
-from topwork.edge.kubernetes_config import ClusterSettings, open_connection, renewing
+from topwork.edge.kubernetes_config import LOG_IN, ClusterSettings, open_connection, renewing
 from topwork.edge.kubernetes_errors import GoneError, PassingError, Place, QuietError, broken, garbage, refused
 from topwork.errors import SettingError
 
@@ -211,10 +212,13 @@ class Api:
             response = client.call_api(*request, _request_timeout=(self.settings.timeout_seconds, read_seconds))
         except (urllib3.exceptions.HTTPError, ApiException, OSError) as error:
             raise broken(error, self.place(asked)) from error
+        except ConfigException as error:  # such as the token of a pod that is no longer there
+            said = str(error).rstrip(".")
+            raise SettingError(f"The login of {self.connection.login} failed: {said}. {LOG_IN}") from error
         except ValueError:  # its text would be the token
             raise SettingError(
                 f"The token of {self.connection.login} holds a newline or another character that none may hold. "
-                "Log in again as you do for kubectl."
+                f"{LOG_IN}"
             ) from None
         self._note(response.headers.getlist("Warning"))
         return response.response
