@@ -232,6 +232,18 @@ def test_a_profile_that_is_not_there_is_named(no_aws: Path, monkeypatch: pytest.
         Storage("s3://topwork-test")
 
 
+def test_a_role_whose_agent_is_down_is_worth_another_try(no_aws: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_CONTAINER_CREDENTIALS_FULL_URI", "http://127.0.0.1:9/role")
+    with pytest.raises(UnavailableError, match=r"^The credentials for storage could not be fetched: .* container-role"):
+        Storage("s3://topwork-test")
+
+
+def test_a_web_identity_without_its_role_is_named(no_aws: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", __file__)
+    with pytest.raises(SettingError, match=r"^The AWS variables or files can't be used for storage: .*AWS_ROLE_ARN"):
+        Storage("s3://topwork-test")
+
+
 def test_an_endpoint_that_is_no_url_is_named(no_aws: Path) -> None:
     with pytest.raises(SettingError, match=r"^The endpoint of storage is not a URL: .*minio.*AWS_ENDPOINT_URL\.$"):
         Storage("s3://topwork-test", StorageSettings(endpoint_url="minio:9000"))

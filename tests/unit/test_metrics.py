@@ -4,7 +4,7 @@ import urllib.request
 
 import pytest
 
-from topwork.edge.metrics import Metrics
+from topwork.edge.metrics import Metrics, Reached
 
 
 def value(metrics: Metrics, name: str, **labels: str) -> float | None:
@@ -55,3 +55,15 @@ def test_a_taken_port_is_an_error():
     port = metrics.serve(0, "127.0.0.1")
     with pytest.raises(OSError, match="in use"):
         Metrics().serve(port, "127.0.0.1")
+
+
+def test_how_far_a_stage_has_come_can_be_asked_for():
+    metrics = Metrics()
+    assert metrics.reached("transfer") == Reached(None, None, None)
+    metrics.epoch("transfer", 4)
+    metrics.best("transfer", "accuracy", "train", 0.5)
+    metrics.epoch("fine-tune", 1)
+    metrics.best("fine-tune", "accuracy", "validation", 0.75)
+    assert metrics.reached("transfer") == Reached(4, "accuracy", 0.5)
+    assert metrics.reached("fine-tune") == Reached(1, "validation_accuracy", 0.75)
+    assert metrics.reached("pull") == Reached(None, None, None)

@@ -3,6 +3,7 @@
 import io
 import json
 
+import pytest
 from rich.console import Console
 
 from topwork.progress import BarProgress, LineProgress
@@ -26,6 +27,17 @@ def test_json_lines_keep_numbers_whole():
     line = json.loads(stream.getvalue())
     assert line.pop("time").endswith("Z")
     assert line == {"message": "epoch", "stage": "transfer", "epoch": 2, "epochs": 3, "loss": 0.123456}
+
+
+def test_a_loss_that_is_lost_is_still_json():
+    stream = io.StringIO()
+    LineProgress(stream, as_json=True).note("epoch", loss=float("nan"), best=float("inf"))
+    assert json.loads(stream.getvalue(), parse_constant=pytest.fail) | {"time": ""} == {
+        "time": "",
+        "message": "epoch",
+        "loss": "nan",
+        "best": "inf",
+    }
 
 
 def test_a_bar_shows_how_far_and_the_facts_beside_it():

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 import threading
 import traceback
 from contextlib import suppress
@@ -89,7 +90,17 @@ class Container:
         """End the process as stopped, from another thread than the one that does not come to it."""
         if self._end("stopped", Stopped.exit_code, error=STOPPED):
             self.log.note(STOPPED, stage=self.stage, run=self.run, exit_code=Stopped.exit_code)
-        os._exit(self._ending.exit_code if self._ending else Stopped.exit_code)
+        self.leave(self._ending.exit_code if self._ending else Stopped.exit_code)
+
+    def leave(self, code: int) -> Never:
+        """End the process at once: all is said, and TensorFlow's own end takes seconds that could spoil the exit code.
+
+        Args:
+            code: Exit code.
+        """
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
     def _end(self, outcome: str, exit_code: int, **told: Fact) -> bool:
         """Leave the termination message; only the first one counts."""

@@ -104,8 +104,10 @@ def _certificates(path: str) -> str:
     try:
         text = Path(path).read_text("utf-8")
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=text)
-    except OSError as error:  # ssl.SSLError is one, too
-        raise SettingError(f"The authorities in {path} can't be used: {error.strerror or error}. {expected}") from error
-    except ValueError as error:
-        raise SettingError(f"The authorities in {path} can't be used: no certificate in it. {expected}") from error
+    except (ssl.SSLError, ValueError) as error:
+        raise SettingError(
+            f"The authorities in {path} can't be used: no certificate can be read. {expected}"
+        ) from error
+    except OSError as error:
+        raise SettingError(f"The authorities in {path} can't be used: {error.strerror}. {expected}") from error
     return text

@@ -1,7 +1,6 @@
 """`topwork stage`: one stage of a job, as the containers of its pod call it."""
 
 import os
-import sys
 import time
 from contextlib import suppress
 from dataclasses import replace
@@ -12,7 +11,7 @@ import typer
 
 from topwork import __version__
 from topwork.cli.container import Container
-from topwork.cli.signals import end_overdue, ignore_signals, stopped_by_signals
+from topwork.cli.signals import end_overdue, stopped_by_signals
 from topwork.cluster.names import JOB_FILE, JOB_FOLDER, METRICS_PORTS, SCRATCH, StageName
 from topwork.errors import SettingError
 from topwork.stopping import StopNow, StopSignal
@@ -55,9 +54,8 @@ def stage(
             with suppress(StopNow):
                 time.sleep(seconds)
     except BaseException as error:
-        sys.exit(container.failed(error))
-    finally:
-        ignore_signals()
+        container.leave(container.failed(error))
+    container.leave(0)
 
 
 def _run(container: Container, file: Path, scratch: Path, port: int, stop: StopSignal) -> int:

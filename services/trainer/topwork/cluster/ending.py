@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 # Kubernetes keeps no more of a container's message.
 MOST_BYTES = 4096
+CUT = 32
 
 
 class Ending(BaseModel):
@@ -38,11 +39,12 @@ class Ending(BaseModel):
     def text(self) -> str:
         """Write the message, with its error cut where it would be too long for Kubernetes."""
         text = self.model_dump_json(exclude_none=True)
-        excess = len(text.encode()) - MOST_BYTES
-        if excess <= 0 or self.error is None:
-            return text
+        kept = MOST_BYTES
         # Quotes and characters beyond ASCII take more room in JSON than they look: cut until it fits.
-        return self.model_copy(update={"error": self.error[: len(self.error) - max(excess, 8) - 1] + "…"}).text()
+        while len(text.encode()) > MOST_BYTES and self.error and kept > 0:
+            kept -= CUT
+            text = self.model_copy(update={"error": f"{self.error[:kept]}…"}).model_dump_json(exclude_none=True)
+        return text
 
 
 def read_ending(text: str) -> Ending | None:
