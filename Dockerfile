@@ -51,7 +51,8 @@ RUN apt-get update \
     && apt-get install --yes --no-install-recommends tini \
     && rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/log/apt /var/log/*.log \
     && groupadd --gid 65532 topwork \
-    && useradd --uid 65532 --gid 65532 --no-log-init --create-home topwork \
+    && useradd --uid 65532 --gid 65532 --no-log-init --home-dir /home/topwork --shell /usr/sbin/nologin topwork \
+    && install --directory --owner 65532 --group 65532 /home/topwork \
     # Images of Python come without the byte code of its standard library.
     && python3 -m compileall -qq "$(python3 -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')"
 # A layer of its own for what is large and seldom changes: nodes pull it once for many versions of topwork.
@@ -72,7 +73,7 @@ ARG VERSION=""
 ARG REVISION=""
 ARG SOURCE=""
 LABEL org.opencontainers.image.title="topwork" \
-    org.opencontainers.image.description="Transfer learning for image classifiers as a batch service on Kubernetes" \
+    org.opencontainers.image.description="Transfer learning for image classifiers as a batch service on Kubernetes: one YAML job spec in, an evaluated model in object storage out." \
     org.opencontainers.image.version="$VERSION" \
     org.opencontainers.image.revision="$REVISION" \
     org.opencontainers.image.source="$SOURCE" \
