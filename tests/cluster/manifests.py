@@ -25,7 +25,11 @@ except OSError as error:
 
 def base_objects(namespace: str) -> list[Manifest]:
     """The objects of k8s/base, in a namespace of another name."""
-    text = Kubectl()("kustomize", str(BASE))
+    return moved(Kubectl()("kustomize", str(BASE)), namespace)
+
+
+def moved(text: str, namespace: str) -> list[Manifest]:
+    """Objects in YAML, in a namespace of another name."""
     # By way of JSON: anchors and the types of the YAML reader are gone.
     objects: list[Manifest] = json.loads(json.dumps([each for each in YAML(typ="safe").load_all(text) if each]))
     for each in objects:

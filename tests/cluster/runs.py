@@ -15,11 +15,12 @@ from topwork.spec import TransferJob
 
 # The child of tini is the stage; what kubectl exec starts has no parent in the container.
 PROCESS_OF_THE_STAGE = """
-import os, pathlib, signal, sys
+import contextlib, os, pathlib, signal, sys
 for stat in pathlib.Path('/proc').glob('[0-9]*/stat'):
-    fields = stat.read_text().rpartition(')')[2].split()
-    if fields[1] == '1':
-        os.kill(int(stat.parent.name), getattr(signal, sys.argv[1]))
+    with contextlib.suppress(OSError):  # some processes end meanwhile
+        parent = stat.read_text().rpartition(')')[2].split()[1]
+        if parent == '1':
+            os.kill(int(stat.parent.name), getattr(signal, sys.argv[1]))
 """
 
 

@@ -96,12 +96,20 @@ def forwarded(host: str, target: int) -> Iterator[int]:
 
     The S3 server itself stays on loopback with all its inner ports.
     """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.create_server((host, 0), family=family, backlog=128) as listener:
+    with _listen(host) as listener:
         threading.Thread(target=_accept, args=(listener, target), daemon=True).start()
         yield int(listener.getsockname()[1])
         with suppress(OSError):
             listener.shutdown(socket.SHUT_RDWR)  # wakes the thread that waits for the next connection
+
+
+def _listen(host: str) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, 0), family=family, backlog=128)
+    except OSError:
+        # An address by which others see this machine, and that none of its interfaces has.
+        return socket.create_server(("", 0), backlog=128)
 
 
 def _accept(listener: socket.socket, target: int) -> None:

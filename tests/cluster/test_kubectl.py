@@ -1,14 +1,17 @@
 """What a person does who has kubectl alone, and what Kubernetes makes of our objects."""
 
 import pytest
-from tests.cluster.manifests import ROOT, base_objects
+from tests.cluster.manifests import ROOT, base_objects, moved
 from tests.cluster.surroundings import RUN_SECONDS
 
 from topwork.cluster.names import RUN_LABEL
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(2 * RUN_SECONDS)]
 
-EXAMPLES = sorted((ROOT / "k8s" / "examples").glob("**/*.yaml"))
+K8S = ROOT / "k8s"
+EXAMPLES = [path for path in sorted((K8S / "examples").glob("*.yaml")) if path.name != "kustomization.yaml"]
+OVERLAYS = sorted(path.parent for path in (K8S / "overlays").glob("*/kustomization.yaml"))
+TEMPLATES = sorted((K8S / "base").glob("*.example"))
 
 
 def test_rendered_objects_train_when_kubectl_applies_them(make_run, topwork, namespace):
@@ -39,10 +42,18 @@ def test_the_server_takes_all_of_k8s_base(namespace):
     assert len(applied.splitlines()) == len(objects)
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
-def test_the_server_takes_every_example(example, namespace):
-    applied = namespace("apply", "--dry-run=server", "--validate=strict", "-f", str(example))
-    assert "job.batch/" in applied
+@pytest.mark.parametrize("path", [*TEMPLATES, *EXAMPLES], ids=lambda path: path.stem)
+def test_the_server_takes_every_manifest(path, namespace):
+    objects = moved(path.read_text(), namespace.namespace)
+    applied = namespace.apply(*objects, options=("--dry-run=server", "--validate=strict"))
+    assert len(applied.splitlines()) == len(objects)
+
+
+@pytest.mark.parametrize("path", OVERLAYS, ids=lambda path: path.name)
+def test_the_server_takes_every_overlay(path, namespace):
+    objects = moved(namespace("kustomize", str(path)), namespace.namespace)
+    applied = namespace.apply(*objects, options=("--dry-run=server", "--validate=strict"))
+    assert len(applied.splitlines()) == len(objects)
 
 
 def test_the_longest_name_makes_pods_of_its_own(make_run, topwork):

@@ -12,8 +12,8 @@ from topwork.cluster.names import RUN_LABEL
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(3 * RUN_SECONDS)]
 
 LONG = {"train": "all", "epochs": 10_000, "batchSize": 8, "featureCache": "off"}
-# A minute or more: time to be killed after the first epochs, and to go on to the end.
-BEARABLE = LONG | {"epochs": 1000}
+# Half a minute or more: time to be killed after the first epochs, and to go on to the end.
+BEARABLE = LONG | {"epochs": 500}
 
 
 @pytest.fixture
