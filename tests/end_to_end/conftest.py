@@ -1,16 +1,26 @@
-"""The command `topwork` as a user runs it: a process of its own, an embedded S3 below a state folder."""
+"""The command `topwork` as a user or a pod runs it: a process of its own, with an embedded or a real S3."""
 
+import json
 import os
+import select
+import signal
+import socket
+import socketserver
+import ssl
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ruamel.yaml import YAML
 
+from topwork.cluster.ending import Ending
 from topwork.spec import TransferJob
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -93,3 +103,141 @@ def job_file(make_job: Callable[..., TransferJob], tmp_path: Path) -> Callable[.
         return tmp_path / name
 
     return write
+
+
+class Container:
+    """A container's process."""
+
+    def __init__(self, arguments: list[str], environment: dict[str, str], folder: Path, ending: Path) -> None:
+        self._log = folder / f"{time.monotonic_ns()}.log"
+        self._ending = ending
+        with self._log.open("w") as log:
+            command = [sys.executable, "-m", "topwork", "stage", *arguments]
+            self.process = subprocess.Popen(command, env=environment, cwd=folder, stdout=log, stderr=log)
+
+    @property
+    def output(self) -> str:
+        return self._log.read_text()
+
+    @property
+    def lines(self) -> list[dict[str, Any]]:
+        """All lines; one that is no JSON fails the test."""
+        return [json.loads(line) for line in self.output.splitlines()]
+
+    @property
+    def messages(self) -> list[str]:
+        return [line["message"] for line in self.lines]
+
+    def fact(self, message: str, name: str) -> Any:
+        return next(line[name] for line in self.lines if line["message"] == message)
+
+    def wait_for(self, seen: Callable[[], bool], seconds: float = 180) -> None:
+        deadline = time.monotonic() + seconds
+        while not seen():
+            assert time.monotonic() < deadline, self.output
+            assert self.process.poll() is None, self.output
+            time.sleep(0.02)
+
+    def wait_for_line(self, text: str) -> None:
+        self.wait_for(lambda: text in self.output)
+
+    def end(self, seconds: float = 240) -> tuple[int, Ending]:
+        code = self.process.wait(timeout=seconds)
+        return code, Ending.model_validate_json(self._ending.read_text())
+
+    def stop(self, seconds: float) -> tuple[int, Ending]:
+        self.process.send_signal(signal.SIGTERM)
+        return self.end(seconds)
+
+
+class Pod:
+    """Volumes and variables that the containers of a pod share."""
+
+    def __init__(self, folder: Path, environment: dict[str, str]) -> None:
+        self.scratch = folder / "scratch"
+        self.variables = environment
+        self.folder = folder / "empty"
+        self.folder.mkdir()
+        self._ending = folder / "termination-log"
+        self.started: list[Container] = []
+
+    def start(self, stage: str, job: Path, **variables: str | None) -> Container:
+        self._ending.write_text("")
+        changed = {**self.variables, **variables}
+        environment = {name: value for name, value in changed.items() if value is not None}
+        arguments = [stage, "--job", job, "--scratch", self.scratch, "--metrics-port", "0"]
+        arguments += ["--termination-log", self._ending]
+        self.started.append(Container([*map(str, arguments)], environment, self.folder, self._ending))
+        return self.started[-1]
+
+    def run(self, stage: str, job: Path, **variables: str | None) -> tuple[int, Ending, Container]:
+        process = self.start(stage, job, **variables)
+        return *process.end(), process
+
+
+@pytest.fixture
+def pod(environment, s3_settings, tmp_path) -> Iterator[Pod]:
+    """A pod with the variables of the Secret topwork-s3."""
+    secret = {
+        "AWS_ENDPOINT_URL": s3_settings.endpoint_url,
+        "AWS_ACCESS_KEY_ID": s3_settings.access_key,
+        "AWS_SECRET_ACCESS_KEY": s3_settings.secret_key,
+    }
+    pod = Pod(tmp_path, environment | secret | {"AWS_EC2_METADATA_DISABLED": "true"})
+    yield pod
+    for process in pod.started:
+        process.process.kill()
+        process.process.wait()
+
+
+@pytest.fixture
+def write(make_job, tmp_path) -> Callable[..., Path]:
+    """Write a tiny job for the storage of the test; keyword arguments replace whole keys of `spec`."""
+
+    def write_job(**overrides: object) -> Path:
+        path = tmp_path / "job.yaml"
+        path.write_text(make_job(**overrides).model_dump_json(by_alias=True, exclude_unset=True))
+        return path
+
+    return write_job
+
+
+@pytest.fixture
+def proxy(s3_settings) -> Callable[..., AbstractContextManager[int]]:
+    """Forward a port to the S3 server: over TLS if a context is given, and a silent one never answers."""
+
+    @contextmanager
+    def serve(*, tls: ssl.SSLContext | None = None, silent: bool = False) -> Iterator[int]:
+        ended = threading.Event()
+        target = s3_settings.endpoint_url.removeprefix("http://").split(":")
+
+        class Handler(socketserver.BaseRequestHandler):
+            def handle(self) -> None:
+                with suppress(OSError):
+                    if silent:
+                        ended.wait()
+                    elif tls:
+                        with tls.wrap_socket(self.request.dup(), server_side=True) as client:
+                            forward(client, target)
+                    else:
+                        forward(self.request, target)
+
+        with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            yield server.server_address[1]
+            ended.set()
+            server.shutdown()
+
+    return serve
+
+
+def forward(client: socket.socket, target: list[str]) -> None:
+    """Carry bytes both ways until either side has closed."""
+    with socket.create_connection((target[0], int(target[1]))) as server:
+        other = {client: server, server: client}
+        while True:
+            decrypted = isinstance(client, ssl.SSLSocket) and client.pending()
+            for source in [client] if decrypted else select.select([client, server], [], [])[0]:
+                if not (data := source.recv(65536)):
+                    return
+                other[source].sendall(data)

@@ -1,0 +1,74 @@
+"""`topwork stage` is stopped, at any moment, and goes on the next time."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from topwork.cluster.ending import Ending
+from topwork.spec.reading import read_jobs
+
+FINE_TUNE = {"epochs": 12, "unfreeze": "all", "optimizer": {"name": "adam", "learningRate": 0.0001}}
+TRANSFER = {"train": "all", "epochs": 12, "batchSize": 8, "featureCache": "off"}
+STOPPED = "Stopped. Start the same job again to go on."
+# TensorFlow is imported next.
+BEGUN = '"message": "run"'
+
+
+def stopped(pod, stage: str, job: Path, moment: str | Callable[[], bool], seconds: float = 20):
+    """Start a container, stop it when a moment has come, and give its ending and its process."""
+    process = pod.start(stage, job)
+    process.wait_for(moment if callable(moment) else lambda: moment in process.output)
+    code, ending = process.stop(seconds)
+    assert (code, ending.outcome, ending.exit_code, ending.run) == (143, "stopped", 143, run_of(job)), process.output
+    # The last line says so, and no line is anything but JSON.
+    assert (process.lines[-1]["message"], process.lines[-1]["exit_code"]) == (ending.error, 143)
+    return ending, process
+
+
+def run_of(job: Path) -> str:
+    return read_jobs(job)[0].run
+
+
+def test_pull_is_stopped_before_and_while_it_reads_images(pod, write):
+    job = write()
+    ending, _ = stopped(pod, "pull", job, BEGUN)
+    assert ending == Ending(stage="pull", outcome="stopped", exit_code=143, run=run_of(job), error=STOPPED)
+    stopped(pod, "pull", job, (pod.scratch / run_of(job) / "pull").exists)
+    code, _, process = pod.run("pull", job)
+    assert (code, process.fact("done", "images")) == (0, 40)
+
+
+def test_transfer_stores_a_checkpoint_and_goes_on_from_it(pod, write):
+    job = write(transfer=TRANSFER)
+    stopped(pod, "transfer", job, BEGUN)
+    ending, _ = stopped(pod, "transfer", job, '"epoch": 3, ', seconds=60)
+    assert 3 <= ending.epochs < 12
+    assert ending.metric == "validation_accuracy"
+    assert ending.error.endswith("the checkpoint is stored. Start the same job again to go on.")
+    code, done, process = pod.run("transfer", job)
+    assert (code, done.epochs) == (0, 12), process.output
+    assert process.fact("resumed", "epoch") == ending.epochs
+    trained = [line["epoch"] for line in process.lines if line["message"] == "epoch"]
+    assert trained == list(range(ending.epochs + 1, 13))
+
+
+def test_fine_tune_is_stopped_in_training_export_and_upload_and_publishes_once(pod, write, storage):
+    job = write(fineTune=FINE_TUNE)
+    ending, _ = stopped(pod, "fine-tune", job, '"stage": "fine-tune", "epoch": 3, ', seconds=60)
+    assert 3 <= ending.epochs < 12
+    ending, process = stopped(pod, "fine-tune", job, '"message": "evaluation"')
+    assert ("resumed" in process.messages, ending.epochs) == (True, 12)
+    stopped(pod, "fine-tune", job, '"message": "recheck"')
+    code, ending, process = pod.run("fine-tune", job)
+    assert (code, ending.model) == (0, storage.uri_of("models/tiny/1")), process.output
+    manifests = [stored.key for stored in storage.list("models/") if stored.key.endswith("/manifest.json")]
+    assert manifests == ["models/tiny/1/manifest.json"]
+
+
+def test_a_stop_is_granted_while_storage_does_not_answer(pod, write, proxy):
+    with proxy(silent=True) as port:
+        process = pod.start("pull", write(), AWS_ENDPOINT_URL=f"http://127.0.0.1:{port}")
+        process.wait_for_line('"message": "metrics"')
+        time.sleep(2)
+        code, ending = process.stop(seconds=20)
+    assert (code, ending.outcome, ending.error) == (143, "stopped", STOPPED)
