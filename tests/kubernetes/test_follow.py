@@ -32,13 +32,14 @@ from states import (
     waiting,
 )
 
+from topwork.cli.narration import Narration
 from topwork.cluster.following import Following, Trouble
 from topwork.cluster.sources import Pace
 from topwork.cluster.state import RunState
 from topwork.edge.kubernetes import Cluster
 from topwork.errors import SettingError, UnavailableError
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(180)
 
 POD = f"{RUN}-abcde"
 STARTED = f"started on node gpu-1 (pod {POD})"
@@ -290,6 +291,69 @@ def job(cluster: Cluster, played: Played) -> None:
     from topwork.cluster.submission import Submission
 
     assert Submission(cluster, render(transfer_job(), Placement(IMAGE)), print).submit() == "submitted"
+
+
+def test_the_end_of_a_job_that_is_told_before_that_of_its_pod_still_has_its_error(
+    job: None, make_cluster: Callable[..., Cluster], played: Played
+):
+    class Deaf(Cluster):
+        """A cluster whose pods change without a word."""
+
+        def watch(self, kind, **selection):
+            return iter(()) if kind == "Pod" else super().watch(kind, **selection)
+
+    deaf = Deaf(make_cluster()._api)
+    states = Following(deaf, RUN, pace=Pace(survey_seconds=60.0)).states()
+    assert next(states).phase == "pending"
+    played.pod({"pull": failed("pull", 2, "no such bucket")}, phase="Failed")
+    played.status(by_policy("pull", 2), failed=1)
+    last = list(states)[-1]
+    assert (last.exit_code, last.error) == (2, "no such bucket")
+
+
+def test_a_log_that_is_read_again_after_a_break_tells_no_epoch_twice(
+    job: None, make_cluster: Callable[..., Cluster], played: Played
+):
+    class Broken(Cluster):
+        """A cluster whose node loses the log once, beyond what the edge can mend."""
+
+        reads = 0
+
+        def logs(self, *_, **options):
+            Broken.reads += 1
+            yield from (epoch_line("transfer", epoch, 3, 0.8) for epoch in (1, 2))
+            if Broken.reads == 1:
+                raise UnavailableError("the node does not answer")
+            yield epoch_line("transfer", 3, 3, 0.9)
+
+    states = Following(Broken(make_cluster()._api), RUN, pace=PACE).states()
+    played.pod(PULLED | {"transfer": running(100)})
+    epochs = []
+    while len(epochs) < 3:
+        state = next(states)
+        if state.epoch and state.epoch.epoch not in epochs[-1:]:
+            epochs.append(state.epoch.epoch)
+    assert (epochs, Broken.reads) == ([1, 2, 3], 2)
+
+
+def test_the_epochs_of_an_earlier_attempt_are_not_those_of_the_next(job: None, cluster: Cluster, played: Played):
+    states = Following(cluster, RUN, pace=PACE).states()
+    played.pod(PULLED | {"transfer": running(100)})
+    played.server.log(POD, "transfer", epoch_line("transfer", 2, 3, 0.8))
+    assert eventually(lambda: next(states).epoch, "epoch").epoch == 2
+    played.pod(PULLED | {"transfer": stopped("transfer", 100)}, phase="Failed")
+    played.pod(PULLED | {"transfer": running(300)}, suffix="again", created=200)
+    state = eventually(lambda: (now := next(states)).running == (f"{RUN}-again", "transfer") and now, "second attempt")
+    assert state.epoch is None
+
+
+def test_what_was_told_is_not_told_again_when_it_comes_back():
+    narration = Narration()
+    states = [
+        RunState("flowers", RUN, "team-a", "pending", reason=reason) for reason in ("one", "other", "one", "other")
+    ]
+    told = [line for state in states for line in narration.lines(state)]
+    assert told == ["pending: one", "pending: other"]
 
 
 def test_a_server_that_is_away_for_a_while_is_told_of_once_and_once_when_it_is_back(

@@ -6,8 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 from topwork.cluster.epochs import Epoch
-from topwork.cluster.names import ROLE_LABEL
-from topwork.cluster.objects import Manifest, RunObjects, condition, has_begun, label
+from topwork.cluster.objects import Manifest, RunObjects, condition, has_begun
 from topwork.cluster.sources import WATCHED, Changed, Events, Failure, Kind, News, Pace, Sources, Survey
 from topwork.cluster.state import RunState, job_state, run_state
 from topwork.errors import SettingError, UnavailableError
@@ -65,7 +64,6 @@ class Following:
         self._seen = _Seen()
         self._objects: RunObjects | None = None
         self._epoch: Epoch | None = None
-        self._job: str | None = None
         self._silent_since: float | None = None
         self._sources = Sources(cluster, run, self._pace, self._waiting, self._seen.known)
 
@@ -110,11 +108,8 @@ class Following:
 
     def _state(self) -> RunState:
         seen = self._seen
-        of_role = [uid for uid, job in seen.things["Job"].items() if label(job, ROLE_LABEL) == self._role]
-        if self._job is None and of_role:
-            self._job = of_role[-1]
-        # A second Job of the name is another submission: the end of the first is what is waited for.
-        jobs = [job for uid, job in seen.things["Job"].items() if uid not in of_role or uid == self._job]
+        # The first Job that was seen in a role is the one: a later one of its name is another submission.
+        jobs = list(seen.things["Job"].values())
         if not jobs:
             raise SettingError(f"there is no Job of {self._run} in namespace {self._namespace} any more.")
         self._objects = RunObjects(jobs, list(seen.things["Pod"].values()), seen.events, frozenset(seen.gone))
