@@ -207,7 +207,7 @@ def broken(error: BaseException, place: Place) -> TopworkError:
         place: Where the request went.
     """
     why = _why(error)
-    if "certificate verify failed" in why.lower() or "certificate_verify_failed" in why.lower():
+    if "certificate verify failed" in why.lower():
         return SettingError(
             f"The certificate of {place.server} is not trusted ({why}). The kubeconfig names its authority in "
             "certificate-authority or certificate-authority-data: fetch the kubeconfig anew."
