@@ -6,6 +6,12 @@
 # optional, leave no trace in the image: ca (bundle of certificates that are trusted), pip (a pip.conf) and uv (a uv.toml).
 ARG BASE=docker.io/library/python:3.11-slim-bookworm
 
+# What is installed, without the settings of the linters, at whose every change all would be installed anew.
+FROM ${BASE} AS requirements
+WORKDIR /source
+COPY pyproject.toml requirements.lock ./
+RUN sed --in-place '/^\[tool\./,$d' pyproject.toml
+
 FROM ${BASE} AS dependencies
 ARG ACCELERATOR=gpu
 ENV PATH=/opt/topwork/bin:/opt/uv/bin:$PATH \
@@ -19,7 +25,7 @@ ENV PATH=/opt/topwork/bin:/opt/uv/bin:$PATH \
     # come along unchanged.
     PYC_INVALIDATION_MODE=UNCHECKED_HASH
 WORKDIR /source
-COPY pyproject.toml requirements.lock ./
+COPY --from=requirements /source ./
 # uv in the version and with the hashes of the lock.
 RUN --mount=type=secret,id=ca,target=/etc/ssl/certs/ca-certificates.crt \
     --mount=type=secret,id=pip,target=/etc/pip.conf \
@@ -36,7 +42,7 @@ RUN --mount=type=secret,id=ca,target=/etc/ssl/certs/ca-certificates.crt \
     && rm -rf "$VIRTUAL_ENV"/lib/python3*/site-packages/tensorflow/include
 
 FROM dependencies AS package
-COPY LICENSE README.md ./
+COPY LICENSE README.md pyproject.toml ./
 COPY services services
 RUN --mount=type=secret,id=ca,target=/etc/ssl/certs/ca-certificates.crt \
     --mount=type=secret,id=uv,target=/etc/uv/uv.toml \
@@ -54,7 +60,7 @@ RUN apt-get update \
     && useradd --uid 65532 --gid 65532 --no-log-init --home-dir /home/topwork --shell /usr/sbin/nologin topwork \
     && install --directory --owner 65532 --group 65532 /home/topwork \
     # Images of Python come without the byte code of its standard library.
-    && python3 -m compileall -qq "$(python3 -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')"
+    && python3 -m compileall -qq -x /site-packages/ "$(python3 -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')"
 # A layer of its own for what is large and seldom changes: nodes pull it once for many versions of topwork.
 COPY --from=dependencies /opt/topwork /opt/topwork
 COPY --from=package /package /opt/topwork

@@ -75,13 +75,14 @@ BUILDER = $(shell docker info >/dev/null 2>&1 && echo docker || command -v podma
 .PHONY: image
 # CA: a bundle of certificates to trust; PIP_CONF and UV_CONF: a pip.conf and a uv.toml that say where packages come
 # from. These leave no trace in the image. BASE: the Python image in another registry; SOURCE: the address of this code.
+# BUILD_OPTIONS: whatever else the builder shall be told, such as --network=host or --platform.
 image: ## Build the image: [ACCELERATOR=cpu] [IMAGE=name:tag] [CA=bundle.pem] [BASE=image]
 	@test "$(ACCELERATOR)" = gpu || test "$(ACCELERATOR)" = cpu || { echo "ACCELERATOR is $(ACCELERATOR): expected gpu or cpu."; exit 1; }
 	@test -n "$(BUILDER)" || { echo "Neither docker (with its engine running) nor podman nor buildah is here: install one of them, on Debian or Ubuntu with make podman."; exit 1; }
 	DOCKER_BUILDKIT=1 $(BUILDER) build --tag $(IMAGE) --build-arg ACCELERATOR=$(ACCELERATOR) --build-arg VERSION=$(VERSION) \
 		--build-arg REVISION="$$(git describe --always --dirty --abbrev=40)" \
 		$${CA:+--secret "id=ca,src=$$CA"} $${PIP_CONF:+--secret "id=pip,src=$$PIP_CONF"} $${UV_CONF:+--secret "id=uv,src=$$UV_CONF"} \
-		$${BASE:+--build-arg "BASE=$$BASE"} $${SOURCE:+--build-arg "SOURCE=$$SOURCE"} .
+		$${BASE:+--build-arg "BASE=$$BASE"} $${SOURCE:+--build-arg "SOURCE=$$SOURCE"} $(BUILD_OPTIONS) .
 
 .PHONY: podman
 podman: ## Install what make test-image needs (Debian, Ubuntu)

@@ -13,14 +13,14 @@ pytestmark = [pytest.mark.image, pytest.mark.timeout(1800)]
 
 MOST_BYTES = 2.6e9
 BUILD_TOOLS = ("gcc", "cc", "g++", "clang", "ld", "make", "uv", "git")
-# A module that Python has to compile anew at every start, since it can't keep the result.
+# Prints every module that Python had to compile anew at every start, since it can't keep the result.
 UNCOMPILED = """
-import importlib.util, pathlib, site, sys, sysconfig
-roots = [sysconfig.get_path("stdlib"), *site.getsitepackages()]
-for root in roots:
-    for path in pathlib.Path(root).rglob("*.py"):
-        if not pathlib.Path(importlib.util.cache_from_source(path)).exists():
-            print(path)
+import importlib.util, pathlib, site, sysconfig
+library = pathlib.Path(sysconfig.get_path("stdlib"))
+own = [path for path in library.rglob("*.py") if "site-packages" not in path.parts]
+for path in [*own, *(path for root in site.getsitepackages() for path in pathlib.Path(root).rglob("*.py"))]:
+    if not pathlib.Path(importlib.util.cache_from_source(path)).exists():
+        print(path)
 """
 
 

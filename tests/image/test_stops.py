@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.image, pytest.mark.timeout(1800)]
 
 # Epochs of milliseconds: enough of them that a stop can't come too late.
 TRANSFER = {"train": "head", "epochs": 150, "batchSize": 10}
-FINE_TUNE = {"unfreeze": {"steps": [{"layers": 1, "epochs": 100}, {"layers": 2, "epochs": 50}]}}
+STEPS = [{"layers": 1, "epochs": 100, "learningRate": 1e-4}, {"layers": 2, "epochs": 50, "learningRate": 1e-5}]
 DOWNLOADED = 'topwork_storage_bytes_total{direction="download"}'
 
 
@@ -27,7 +27,7 @@ def job(solar, solar_base):
         "solar-transfer",
         dataset={"source": source, "splits": splits, "imageSize": [96, 96]},
         transfer=TRANSFER,
-        fineTune=FINE_TUNE,
+        fineTune={"unfreeze": {"steps": STEPS}},
         evaluate={"metrics": ["accuracy"]},
         seed=7,
     )
