@@ -28,6 +28,7 @@ an ownerReference, as real ones have: `owned_by(job)` writes it.
 
 import json
 import ssl
+import sys
 import threading
 from dataclasses import dataclass, field
 from http.server import ThreadingHTTPServer
@@ -72,6 +73,16 @@ class Settings:
     warnings: list[str] = field(default_factory=list)
 
 
+class _Http(ThreadingHTTPServer):
+    daemon_threads = True
+    block_on_close = False
+
+    def handle_error(self, *arguments: Any) -> None:
+        """Say nothing of a client that left or whose certificate was refused."""
+        if not isinstance(sys.exception(), OSError):
+            super().handle_error(*arguments)
+
+
 class ApiServer:
     """The server, and the hand that plays the cluster; see the module.
 
@@ -91,9 +102,7 @@ class ApiServer:
         self._planted: list[Planted] = []
         for name in ("default", NAMESPACE):
             self.put({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}})
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._http.daemon_threads = True
-        self._http.block_on_close = False
+        self._http = _Http(("127.0.0.1", 0), Handler)
         self._http.api = self  # type: ignore[attr-defined]
         if tls:
             self._http.socket = tls.wrap_socket(self._http.socket, server_side=True, do_handshake_on_connect=False)
