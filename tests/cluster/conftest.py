@@ -32,7 +32,8 @@ def pytest_runtest_makereport(
     report = yield
     if report.failed and report.when != "teardown":
         for namespace in item.config.stash.get(Namespaces, []):
-            report.sections.append((f"namespace {namespace}", account(namespace)))
+            if told := account(namespace):
+                report.sections.append((f"namespace {namespace}", told))
     return report
 
 

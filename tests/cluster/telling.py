@@ -15,9 +15,12 @@ def account(namespace: str) -> str:
         namespace: Namespace of the test.
 
     Returns:
-        Objects, pods as `kubectl describe` shows them, the last events, and the end of every log.
+        Objects, pods as `kubectl describe` shows them, the last events, and the end of every log; empty where nothing
+        of that is left.
     """
     kubectl = Kubectl(namespace)
+    if not _told(kubectl, "get", "jobs,pods,resourcequotas,events", "--output", "name", "--ignore-not-found").strip():
+        return ""
     parts = [
         _part(kubectl, "get", "jobs,pods,configmaps,resourcequotas", "--output", "wide"),
         _part(kubectl, "describe", "pods", "--selector", OURS),

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from tests.cluster.kubectl import Kubectl
+from tests.cluster.kubectl import Kubectl, eventually
 from tests.cluster.runs import Run
 from tests.cluster.surroundings import GONE_SECONDS, NOTICE_SECONDS, RUN_SECONDS, START_SECONDS
 
@@ -74,7 +74,13 @@ def quota(hard: dict[str, str]) -> dict[str, object]:
 
 
 def wait_for_quota(kubectl: Kubectl) -> None:
-    kubectl("wait", "resourcequota/tight", "--for=jsonpath={.status.hard}", "--timeout=60s", seconds=90)
+    """Until the quota controller has counted for the first time, everything or nothing may be let in."""
+
+    def counted() -> object:
+        found = kubectl.get("resourcequota", "tight")
+        return found and found.get("status", {}).get("used")
+
+    eventually(counted, "the first count of the quota", seconds=60)
 
 
 def test_a_quota_without_room_for_the_pod_is_told_in_words(make_run, make_namespace, topwork, storage_of_pods):
