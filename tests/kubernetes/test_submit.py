@@ -363,7 +363,10 @@ def test_two_files_of_one_run_are_refused(topwork, tmp_path, api_server):
     one, two = spec_file(tmp_path / "one.yaml"), spec_file(tmp_path / "two.yaml", gpus=1)
     assert topwork("submit", one, two) == (
         2,
-        [f"topwork: {one} and {two} are the same run {RUN}. Leave one out."],
+        [
+            f"{two}: makes the objects of {RUN}, as {one} does: the two differ in nothing that changes the result. Leave "
+            "one out, or change metadata.name."
+        ],
     )
 
 

@@ -3,19 +3,17 @@
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from topwork.cli.clusters import Context, Kubeconfig, Namespace, open_cluster
-from topwork.errors import SettingError, SpecError
-from topwork.spec import TransferJob
-from topwork.spec.problems import Problem, WrongSpec
-from topwork.spec.reading import read_files
+from topwork.cli.rendered import RenderedJob, read_and_render
+from topwork.cluster.rendering import Placement
+from topwork.errors import SettingError
 
 if TYPE_CHECKING:
     from topwork.cli.following import Where
-    from topwork.cluster.rendering import Rendered
     from topwork.cluster.submission import Outcome
     from topwork.edge.kubernetes import Cluster
 
@@ -25,14 +23,6 @@ class DryRun(StrEnum):
 
     client = "client"
     server = "server"
-
-
-class Wanted(NamedTuple):
-    """A job to submit."""
-
-    path: Path
-    job: TransferJob
-    rendered: "Rendered"
 
 
 def submit(
@@ -64,7 +54,7 @@ def submit(
     """
     if dry_run and (follow or wait_for_data):
         raise SettingError("--dry-run starts nothing that --follow or --wait-for-data could wait for. Leave one out.")
-    wanted = _rendered(files, image, namespace, wait_for_data)
+    wanted = _rendered(files, Placement(image, namespace), wait_for_data)
     if dry_run is DryRun.client:
         from topwork.spec.writing import as_yaml
 
@@ -83,30 +73,18 @@ def submit(
         raise typer.Exit(code)
 
 
-def _rendered(files: list[Path], image: str | None, namespace: str | None, wait_for_data: bool) -> list[Wanted]:
+def _rendered(files: list[Path], placement: Placement, wait_for_data: bool) -> list[RenderedJob]:
     """Read and render everything before anything is applied."""
-    from topwork.cluster.rendering import Placement, render
-
-    placement = Placement(image, namespace)
-    wanted: dict[str, Wanted] = {}
-    problems: list[Problem] = []
-    for path, job in read_files(files):
-        try:
-            rendered = render(job, placement)
-        except SpecError as error:
-            problems += [Problem(str(path), 0, 0, "", line) for line in str(error).splitlines()]
-            continue
-        if job.run in wanted:
-            raise SettingError(f"{wanted[job.run].path} and {path} are the same run {job.run}. Leave one out.")
+    found = read_and_render(files, placement)
+    for path, _, rendered in found:
         if wait_for_data and rendered.prefetch is None:
             raise SettingError(f"--wait-for-data needs spec.compute.prefetch: true, which {path} does not have.")
-        wanted[job.run] = Wanted(path, job, rendered)
-    if problems:
-        raise WrongSpec(tuple(problems))
-    return list(wanted.values())
+    return found
 
 
-def _submit_all(cluster: "Cluster", wanted: list[Wanted], where: "Where", follow: bool, wait_for_data: bool) -> int:
+def _submit_all(
+    cluster: "Cluster", wanted: list[RenderedJob], where: "Where", follow: bool, wait_for_data: bool
+) -> int:
     """Submit all, wait for their data and follow them, one after the other."""
     from topwork.cli import following
 
@@ -131,7 +109,7 @@ def _submit_all(cluster: "Cluster", wanted: list[Wanted], where: "Where", follow
     return next((code for code in codes if code), 0)
 
 
-def _submit(cluster: "Cluster", each: Wanted, where: "Where", *, ahead: bool = False) -> "Outcome":
+def _submit(cluster: "Cluster", each: RenderedJob, where: "Where", *, ahead: bool = False) -> "Outcome":
     from topwork.cluster.submission import Submission
 
     warned = len(cluster.warnings)
@@ -163,7 +141,7 @@ def _model(cluster: "Cluster", run: str) -> list[str]:
     return [f"  model  {model}"] if model else []
 
 
-def _wait_for_data(cluster: "Cluster", each: Wanted, where: "Where") -> int:
+def _wait_for_data(cluster: "Cluster", each: RenderedJob, where: "Where") -> int:
     from topwork.cli import following
 
     code = following.follow(cluster, each.job.run, where, "prefetch")
@@ -173,7 +151,7 @@ def _wait_for_data(cluster: "Cluster", each: Wanted, where: "Where") -> int:
     return code
 
 
-def _next(each: Wanted, where: "Where", *, follow: bool) -> None:
+def _next(each: RenderedJob, where: "Where", *, follow: bool) -> None:
     run = each.job.run
     if follow:
         print(f"following {run}; Ctrl-C leaves it running", flush=True)
@@ -182,7 +160,7 @@ def _next(each: Wanted, where: "Where", *, follow: bool) -> None:
         print(f"  logs    {where.command(f'logs {run}', '-f')}")
 
 
-def _try(cluster: "Cluster", each: Wanted) -> None:
+def _try(cluster: "Cluster", each: RenderedJob) -> None:
     """Let the API server check what would be applied."""
     from topwork.cluster.submission import Submission, called
 
