@@ -47,9 +47,10 @@ def test_two_gpus_train_two_replicas(make_run, topwork, two_gpus):
     assert ended.code == 0, ended.said
     pod = run.pods()[-1]
     asked = {
-        each["name"]: (each["resources"]["requests"].get(GPU), each["resources"]["limits"].get(GPU))
+        each["name"]: {kind: amounts.get(GPU) for kind, amounts in each["resources"].items()}
         for each in pod["spec"]["initContainers"] + pod["spec"]["containers"]
     }
-    assert asked == {"pull": (None, None), "transfer": ("2", "2"), "fine-tune": ("2", "2")}
+    none, two = {"requests": None, "limits": None}, {"requests": "2", "limits": "2"}
+    assert asked == {"pull": none, "transfer": two, "fine-tune": two}
     logs = topwork("logs", run.name, "--stage", "transfer")
     assert '"replicas": 2' in logs.out, logs.said
