@@ -7,15 +7,17 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
+import tensorflow as tf
 import tensorflow_datasets as tfds
 from PIL import Image
 
 from topwork.data import local
 from topwork.data.local import fetch
-from topwork.errors import DataError, Stopped
+from topwork.errors import DataError
 from topwork.manifest import fetch_whole, read_manifest
 from topwork.progress import Quiet
 from topwork.stages.pull import pull
+from topwork.stopping import StopNow
 
 
 class _Listening(Quiet):
@@ -63,6 +65,15 @@ def test_the_stored_dataset_is_read_by_plain_tfds(make_job, workspace, two_class
         with Image.open(two_class_folder / name) as image:
             assert np.abs(np.asarray(image).astype(int) - example["image"]).mean() < 2
         assert name.startswith(builder.info.features["label"].int2str(example["label"]))
+
+
+def test_records_are_the_same_bytes_in_every_process(make_job, workspace, tmp_path):
+    stored = pull(make_job(), workspace)
+    fetch_whole(workspace.storage, stored.prefix, tmp_path / "dataset")
+    (file,) = (tmp_path / "dataset").glob("*.tfrecord*")
+    for record in tf.data.TFRecordDataset(str(file)).as_numpy_iterator():
+        # Left to itself, protobuf writes the features in another order in each process.
+        assert tf.train.Example.FromString(record).SerializeToString(deterministic=True) == record
 
 
 def test_fetch_gives_the_splits_of_the_spec(make_job, workspace):
@@ -217,7 +228,7 @@ class _Impatient(Quiet):
 
 def test_a_pull_that_is_asked_to_stop_leaves_nothing_behind(make_job, workspace):
     impatient = dataclasses.replace(workspace, progress=_Impatient(workspace.stop))
-    with pytest.raises(Stopped):
+    with pytest.raises(StopNow):
         pull(make_job(), impatient)
     assert list(workspace.scratch.rglob("*.*")) == []
     assert list(workspace.storage.list()) == []

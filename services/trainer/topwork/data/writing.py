@@ -15,6 +15,15 @@ from topwork.data.stored import TFDS_NAME, RejectedImage, shown_rejections
 from topwork.errors import DataError
 
 
+def _serialized(serializer: tfds.core.ExampleSerializer, example: dict[str, Any]) -> bytes:
+    data: bytes = serializer.get_tf_example(example).SerializeToString(deterministic=True)
+    return data
+
+
+# protobuf orders the features of an example anew in each process: two that pull at once must write the same bytes.
+tfds.core.ExampleSerializer.serialize_example = _serialized
+
+
 @dataclass
 class Tally:
     """What became of the images of a source so far.
