@@ -364,8 +364,8 @@ def test_two_files_of_one_run_are_refused(topwork, tmp_path, api_server):
     assert topwork("submit", one, two) == (
         2,
         [
-            f"{two}: makes the objects of {RUN}, as {one} does: the two differ in nothing that changes the result. Leave "
-            "one out, or change metadata.name."
+            f"{two}: makes the objects of {RUN}, as {one} does: the two differ in nothing that changes the result. "
+            "Leave one out, or change metadata.name."
         ],
     )
 
