@@ -1,6 +1,7 @@
 """`topwork stage`, as the containers of a pod call it: processes of their own, storage by its AWS variables alone."""
 
 import json
+import os
 import urllib.request
 from pathlib import Path
 
@@ -22,7 +23,7 @@ def without_tensorflow(tmp_path) -> dict[str, str]:
     folder = tmp_path / "without"
     folder.mkdir()
     (folder / "tensorflow.py").write_text("raise KeyError('tensorflow was imported')")
-    return {"PYTHONPATH": str(folder)}
+    return {"PYTHONPATH": os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])}
 
 
 def scraped(process) -> str:

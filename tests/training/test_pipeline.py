@@ -2,7 +2,7 @@
 
 import time
 
-from topwork.pipeline import clear_leftovers, keep_spec
+from topwork.pipeline import clear_leftovers, keep_spec, run_pull
 from topwork.spec.reading import read_text
 
 
@@ -22,3 +22,14 @@ def test_the_spec_of_a_run_is_kept_and_reads_as_the_same_run(make_job, workspace
     keep_spec(job, workspace)
     (kept,) = read_text(workspace.storage.read(f"runs/{job.run}/spec.yaml").decode(), "spec.yaml")
     assert kept.run == job.run
+
+
+def test_a_pull_alone_keeps_the_spec_and_leaves_the_uploads_of_others_to_them(make_job, workspace):
+    job, storage = make_job(), workspace.storage
+    key = f"{storage.uri.removeprefix(f's3://{storage._bucket}/')}/runs/{job.run}/transfer/model.keras"
+    storage._client.create_multipart_upload(Bucket=storage._bucket, Key=key)
+    time.sleep(1.1)  # the server tells whole seconds
+    assert run_pull(job, workspace).facts.images == 40
+    left = storage._client.list_multipart_uploads(Bucket=storage._bucket, Prefix=key).get("Uploads", [])
+    assert [upload["Key"] for upload in left] == [key]
+    assert storage.size(f"runs/{job.run}/spec.yaml") > 0
