@@ -13,9 +13,9 @@ import pytest
 
 NO_KEYS = {"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None, "AWS_EC2_METADATA_DISABLED": None}
 MISSING = (
-    "No credentials for {uri}: {names} is not set. Put {names} into the Secret topwork-s3 of the pod's namespace "
-    "(kubectl create secret generic topwork-s3 --from-literal=AWS_ACCESS_KEY_ID=…), or name a service account that has "
-    "access to the bucket in spec.compute.serviceAccountName."
+    "No credentials for {uri}: the container lacks {names}. Put {names} into the Secret topwork-s3 of the pod's "
+    "namespace (kubectl create secret generic topwork-s3 --from-literal=AWS_ACCESS_KEY_ID=…), or name a service "
+    "account that has access to the bucket in spec.compute.serviceAccountName."
 )
 WRONG_SECRET = "{endpoint} refused the signature. Look at AWS_SECRET_ACCESS_KEY and AWS_REGION."
 
@@ -73,7 +73,7 @@ def test_a_pod_without_any_variable_says_which_the_secret_takes(pod, write, stor
         f"Put {names} and, for a server that isn't Amazon's, AWS_ENDPOINT_URL into the Secret topwork-s3 of the pod's"
     )
     assert code == 2
-    assert ending.error.startswith(f"No credentials for {storage.uri}: {names} is not set. {more}")
+    assert ending.error.startswith(f"No credentials for {storage.uri}: the container lacks {names}. {more}")
 
 
 def test_credentials_of_the_node_are_found(pod, write, s3_settings):

@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import tempfile
 
 MISSING = "podman is not here, and the image can't be run without it. Install it with: make podman"
 
@@ -25,6 +26,7 @@ def podman(
     ended = subprocess.run(
         ["podman", *RUNTIME, *arguments],
         env=os.environ | variables,
+        cwd=tempfile.gettempdir(),  # podman's monitor leaves an empty file `oom` where it was started
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

@@ -70,7 +70,7 @@ def pod_storage(uri: str, meter: "Meter") -> "Storage":
             "" if os.environ.get("AWS_ENDPOINT_URL") else " and, for a server that isn't Amazon's, AWS_ENDPOINT_URL"
         )
         raise SettingError(
-            f"No credentials for {uri}: {missing} is not set. Put {missing}{endpoint} into the Secret "
+            f"No credentials for {uri}: the container lacks {missing}. Put {missing}{endpoint} into the Secret "
             f"{STORAGE_SECRET} of the pod's namespace (kubectl create secret generic {STORAGE_SECRET} "
             "--from-literal=AWS_ACCESS_KEY_ID=…), or name a service account that has access to the bucket in "
             "spec.compute.serviceAccountName."
