@@ -80,7 +80,7 @@ image: ## Build the image: [ACCELERATOR=cpu] [IMAGE=name:tag] [CA=bundle.pem] [B
 	@test "$(ACCELERATOR)" = gpu || test "$(ACCELERATOR)" = cpu || { echo "ACCELERATOR is $(ACCELERATOR): expected gpu or cpu."; exit 1; }
 	@test -n "$(BUILDER)" || { echo "Neither docker (with its engine running) nor podman nor buildah is here: install one of them, on Debian or Ubuntu with make podman."; exit 1; }
 	DOCKER_BUILDKIT=1 $(BUILDER) build --tag $(IMAGE) --build-arg ACCELERATOR=$(ACCELERATOR) --build-arg VERSION=$(VERSION) \
-		--build-arg REVISION="$$(git describe --always --dirty --abbrev=40)" \
+		--build-arg REVISION="$$(git describe --always --dirty --abbrev=40 --exclude="*" 2>/dev/null)" \
 		$${CA:+--secret "id=ca,src=$$CA"} $${PIP_CONF:+--secret "id=pip,src=$$PIP_CONF"} $${UV_CONF:+--secret "id=uv,src=$$UV_CONF"} \
 		$${BASE:+--build-arg "BASE=$$BASE"} $${SOURCE:+--build-arg "SOURCE=$$SOURCE"} $(BUILD_OPTIONS) .
 
