@@ -16,11 +16,11 @@ fi
 echo "$name can't be pulled: making a stand-in with debootstrap"
 release=bookworm
 packages=ca-certificates,netbase,python3,python3-venv,tzdata
-# The mirror that this machine itself uses, or Debian's own.
-mirror=$(apt-get indextargets --format '$(CODENAME) $(REPO_URI)' 2>/dev/null | awk -v release=$release '$1 == release { print $2; exit }')
+# The mirror that this machine itself uses; debootstrap knows Debian's own.
+mirror=$(apt-get indextargets --format '$(CODENAME) $(REPO_URI)' | awk -v release=$release '$1 == release && !found++ { print $2 }')
 
 root=$(mktemp --directory)
 trap 'rm -rf "$root"' EXIT
-debootstrap --variant=minbase --include="$packages" "$release" "$root" "${mirror:-http://deb.debian.org/debian/}"
+debootstrap --variant=minbase --include="$packages" "$release" "$root" ${mirror:+"$mirror"}
 rm -rf "$root"/var/cache/apt/archives/*.deb "$root"/var/lib/apt/lists/*
 tar --create --directory "$root" . | podman import --change 'CMD ["python3"]' - "$name"
