@@ -1,5 +1,6 @@
 """`topwork stage` is stopped, at any moment, and goes on the next time."""
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -72,3 +73,16 @@ def test_a_stop_is_granted_while_storage_does_not_answer(pod, write, proxy):
         time.sleep(2)
         code, ending = process.stop(seconds=20)
     assert (code, ending.outcome, ending.error) == (143, "stopped", STOPPED)
+
+
+def test_a_library_that_hears_no_signal_is_ended_all_the_same(pod, write, tmp_path):
+    deaf = "import time\nwhile True:\n    try: time.sleep(60)\n    except BaseException: pass"
+    (tmp_path / "deaf").mkdir()
+    (tmp_path / "deaf" / "tensorflow.py").write_text(deaf)
+    path = os.pathsep.join([str(tmp_path / "deaf"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    process = pod.start("transfer", write(), PYTHONPATH=path)
+    process.wait_for_line(BEGUN)
+    time.sleep(2)
+    code, ending = process.stop(seconds=30)
+    assert (code, ending.outcome, ending.error) == (143, "stopped", STOPPED)
+    assert process.messages[-1] == STOPPED
