@@ -1,4 +1,4 @@
-"""Options that say which cluster and namespace is meant, as kubectl has them."""
+"""Options that say which cluster, namespace and image is meant, as kubectl has them."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,6 +14,11 @@ Namespace = Annotated[
 Context = Annotated[str | None, typer.Option(help="Context of the kubeconfig [default: the current one].")]
 Kubeconfig = Annotated[
     Path | None, typer.Option(help="kubeconfig file [default: $KUBECONFIG, ~/.kube/config, or the pod's own account].")
+]
+
+Image = Annotated[
+    str | None,
+    typer.Option(envvar="TOPWORK_IMAGE", help="Image of all containers [default: the one that make image builds]."),
 ]
 
 

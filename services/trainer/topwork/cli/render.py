@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from topwork.cli.clusters import Image
 from topwork.cli.rendered import read_and_render
 from topwork.cluster.rendering import Placement
 from topwork.spec.writing import as_yaml
@@ -22,10 +23,7 @@ class Format(StrEnum):
 
 def render(
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Job specs; - reads standard input.")],
-    image: Annotated[
-        str | None,
-        typer.Option(envvar="TOPWORK_IMAGE", help="Image of all containers [default: the one that make image builds]."),
-    ] = None,
+    image: Image = None,
     namespace: Annotated[
         str | None, typer.Option("--namespace", "-n", help="Namespace of all objects [default: left to kubectl].")
     ] = None,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from topwork.cli.clusters import Context, Kubeconfig, Namespace, open_cluster
+from topwork.cli.clusters import Context, Image, Kubeconfig, Namespace, open_cluster
 from topwork.cli.rendered import RenderedJob, read_and_render
 from topwork.cluster.rendering import Placement
 from topwork.errors import SettingError
@@ -27,10 +27,7 @@ class DryRun(StrEnum):
 
 def submit(
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Job specs; - reads standard input.")],
-    image: Annotated[
-        str | None,
-        typer.Option(envvar="TOPWORK_IMAGE", help="Image of all containers [default: the one that make image builds]."),
-    ] = None,
+    image: Image = None,
     namespace: Namespace = None,
     context: Context = None,
     kubeconfig: Kubeconfig = None,
