@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from api_server import ApiServer
 
+from topwork.cli import main
 from topwork.edge.kubernetes import Cluster, ClusterSettings, connect
 
 CLUSTER_VARIABLES = ("KUBECONFIG", "KUBERNETES_SERVICE_HOST", "KUBERNETES_SERVICE_PORT")
@@ -45,3 +47,20 @@ def make_cluster(kubeconfig: Path) -> Callable[..., Cluster]:
 @pytest.fixture
 def cluster(make_cluster: Callable[..., Cluster]) -> Cluster:
     return make_cluster()
+
+
+@pytest.fixture
+def topwork(
+    kubeconfig: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Any]:
+    """Call the command here; its exit code and the lines that it printed."""
+
+    def call(*words: object) -> tuple[int, list[str]]:
+        monkeypatch.setenv("KUBECONFIG", str(kubeconfig))
+        monkeypatch.setattr("sys.argv", ["topwork", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        captured = capsys.readouterr()
+        return int(ended.value.code or 0), (captured.out + captured.err).splitlines()
+
+    return call

@@ -3,9 +3,7 @@
 import copy
 import json
 import time
-from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any
 
 import api_statuses
@@ -15,7 +13,6 @@ from api_server import ApiServer, Fault
 from played import Command, Played
 from states import MODEL, NO_GPUS, PULLED, QUOTA, RUN, epoch_line, failed, running
 
-from topwork.cli import main
 from topwork.cli.views import duration
 
 pytestmark = pytest.mark.timeout(180)
@@ -28,23 +25,6 @@ NEXT = [
     f"follow  topwork status {RUN} -n team-a --follow",
     f"stop    topwork cancel {RUN} -n team-a",
 ]
-
-
-@pytest.fixture
-def topwork(
-    kubeconfig: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., Any]:
-    """Call the command here; its exit code and the lines that it printed."""
-
-    def call(*words: object) -> tuple[int, list[str]]:
-        monkeypatch.setenv("KUBECONFIG", str(kubeconfig))
-        monkeypatch.setattr("sys.argv", ["topwork", *map(str, words)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        captured = capsys.readouterr()
-        return int(ended.value.code or 0), (captured.out + captured.err).splitlines()
-
-    return call
 
 
 @pytest.fixture

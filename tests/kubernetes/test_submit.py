@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import api_statuses
@@ -12,7 +11,6 @@ from api_server import ApiServer, Fault
 from played import Command, Played, eventually, spec_file
 from states import IMAGE, MODEL, RUN, by_policy, done, failed, running, transfer_job
 
-from topwork.cli import main
 from topwork.cluster.differences import differences
 from topwork.cluster.rendering import Placement, Rendered, render
 from topwork.cluster.submission import Submission
@@ -38,23 +36,6 @@ def submission(cluster: Cluster, told: list[str]) -> Callable[..., Submission]:
         return Submission(cluster, rendered(**compute), told.append, deletion_seconds=1.0)
 
     return make
-
-
-@pytest.fixture
-def topwork(
-    kubeconfig: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., Any]:
-    """Call the command here; its exit code and the lines that it printed."""
-
-    def call(*words: object) -> tuple[int, list[str]]:
-        monkeypatch.setenv("KUBECONFIG", str(kubeconfig))
-        monkeypatch.setattr("sys.argv", ["topwork", *map(str, words)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        captured = capsys.readouterr()
-        return int(ended.value.code or 0), (captured.out + captured.err).splitlines()
-
-    return call
 
 
 def rendered(image: str = IMAGE, **compute: Any) -> Rendered:
