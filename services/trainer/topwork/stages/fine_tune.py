@@ -4,6 +4,7 @@ import keras
 
 from topwork.data.stored import StoredDataset
 from topwork.spec import TransferJob
+from topwork.spec.job import JobSpec
 from topwork.spec.training import FineTune, UnfreezeLayers, UnfreezeSteps
 from topwork.training.plan import Phase, Plan
 from topwork.training.stage import found, train
@@ -35,19 +36,33 @@ def fine_tune(job: TransferJob, classifier: Classifier, dataset: StoredDataset, 
     with workspace.metrics.stage("fine-tune"):
         if (done := read_done(workspace.storage, job.run, "fine-tune")) is not None:
             return found(done, workspace)
-        settings, first = job.spec.fine_tune, job.spec.transfer
-        if settings is None:
+        plan = fine_tune_plan(job.spec)
+        if plan is None:
             return classifier
-        plan = Plan(
-            stage="fine-tune",
-            phases=_phases(settings, first.epochs),
-            batch_size=settings.batch_size or first.batch_size,
-            loss=first.loss,
-            balanced=(settings.class_weights or first.class_weights) == "balanced",
-            early_stopping=settings.early_stopping,
-            seed=(job.spec.seed + _SEED_OFFSET) % 2**31,
-        )
         return train(plan, lambda: _start(classifier, workspace), classifier.history, job, dataset, workspace)
+
+
+def fine_tune_plan(spec: JobSpec) -> Plan | None:
+    """Say what the stage does.
+
+    Args:
+        spec: The job's `spec`.
+
+    Returns:
+        Its phases and settings; None without `spec.fineTune`.
+    """
+    settings, first = spec.fine_tune, spec.transfer
+    if settings is None:
+        return None
+    return Plan(
+        stage="fine-tune",
+        phases=_phases(settings, first.epochs),
+        batch_size=settings.batch_size or first.batch_size,
+        loss=first.loss,
+        balanced=(settings.class_weights or first.class_weights) == "balanced",
+        early_stopping=settings.early_stopping,
+        seed=(spec.seed + _SEED_OFFSET) % 2**31,
+    )
 
 
 def _phases(settings: FineTune, default_epochs: int) -> tuple[Phase, ...]:

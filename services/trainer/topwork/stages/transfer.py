@@ -6,6 +6,7 @@ from topwork.data.stored import StoredDataset
 from topwork.model.augmentation import augment
 from topwork.model.classifier import build
 from topwork.spec import TransferJob
+from topwork.spec.job import JobSpec
 from topwork.training.base_files import base_file, mirror
 from topwork.training.features import views
 from topwork.training.plan import Phase, Plan
@@ -34,20 +35,34 @@ def transfer(job: TransferJob, dataset: StoredDataset, workspace: Workspace) -> 
     with workspace.metrics.stage("transfer"):
         if (done := read_done(workspace.storage, job.run, "transfer")) is not None:
             return found(done, workspace)
-        spec = job.spec.transfer
-        plan = Plan(
-            stage="transfer",
-            phases=(Phase("all" if spec.train == "all" else "none", spec.epochs, spec.optimizer),),
-            batch_size=spec.batch_size,
-            loss=spec.loss,
-            balanced=spec.class_weights == "balanced",
-            early_stopping=spec.early_stopping,
-            seed=job.spec.seed,
-            views=views(job.spec, augmented=augment(job.spec.augmentation) is not None),
-            # A new base must learn its statistics; a trained one has some worth keeping.
-            batch_norm=not job.spec.model.base.is_pretrained,
-        )
-        return train(plan, lambda: _start(job, dataset, workspace), [], job, dataset, workspace)
+        return train(transfer_plan(job.spec), lambda: _start(job, dataset, workspace), [], job, dataset, workspace)
+
+
+def transfer_plan(spec: JobSpec) -> Plan:
+    """Say what the stage does.
+
+    Args:
+        spec: The job's `spec`.
+
+    Returns:
+        Its phases and settings.
+
+    Raises:
+        SpecError: If `featureCache: on` can't be had.
+    """
+    settings = spec.transfer
+    return Plan(
+        stage="transfer",
+        phases=(Phase("all" if settings.train == "all" else "none", settings.epochs, settings.optimizer),),
+        batch_size=settings.batch_size,
+        loss=settings.loss,
+        balanced=settings.class_weights == "balanced",
+        early_stopping=settings.early_stopping,
+        seed=spec.seed,
+        views=views(spec, augmented=augment(spec.augmentation) is not None),
+        # A new base must learn its statistics; a trained one has some worth keeping.
+        batch_norm=not spec.model.base.is_pretrained,
+    )
 
 
 def _start(job: TransferJob, dataset: StoredDataset, workspace: Workspace) -> keras.Model:
