@@ -4,9 +4,10 @@ from collections.abc import Iterator
 
 from topwork.spec.applications import LEAST_SIDE
 from topwork.spec.job import JobSpec
+from topwork.spec.model import Augmentation
 from topwork.spec.optimizer import Optimizer
 from topwork.spec.part import Refusal, rule
-from topwork.spec.training import Loss, UnfreezeSteps
+from topwork.spec.training import FeatureCache, Loss, UnfreezeSteps
 from topwork.spec.words import shown
 
 
@@ -113,6 +114,40 @@ def cnn_is_trained(spec: JobSpec) -> Iterator[Refusal]:
             "transfer.train",
             "head would keep a base frozen that has learnt nothing: cnn starts from random weights. Set train: all.",
         )
+
+
+@rule(JobSpec)
+def mixtures_are_not_kept(spec: JobSpec) -> Iterator[Refusal]:
+    """MixUp and CutMix mix other images at each step: what the base gives for them can't be computed ahead."""
+    mixed = [
+        key for key, alpha in (("mixUp", spec.augmentation.mix_up), ("cutMix", spec.augmentation.cut_mix)) if alpha
+    ]
+    for stage, cache in _caches(spec).items():
+        if mixed and cache.use == "on":
+            yield Refusal(
+                f"{stage}.featureCache",
+                f"on can't be had with augmentation.{mixed[0]}, which mixes other images at each step: features of "
+                f"mixtures can't be kept. Set featureCache: auto, or take {mixed[0]} out.",
+            )
+
+
+@rule(JobSpec)
+def views_differ(spec: JobSpec) -> Iterator[Refusal]:
+    """Views of an image are made by augmentation."""
+    if spec.augmentation != Augmentation():
+        return
+    for stage, cache in _caches(spec).items():
+        if cache.views is not None and cache.views > 1:
+            yield Refusal(
+                f"{stage}.featureCache.views",
+                f"{cache.views} views of an image would all be alike: spec.augmentation changes nothing. Take views "
+                "out, or say in spec.augmentation what is to be changed.",
+            )
+
+
+def _caches(spec: JobSpec) -> dict[str, FeatureCache]:
+    caches = {"transfer": spec.transfer.cache}
+    return caches | ({"fineTune": spec.fine_tune.cache} if spec.fine_tune else {})
 
 
 @rule(JobSpec)

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Discriminator, Field, StringConstraints, Tag
 
+from topwork.spec.feature_cache import CacheSetting, FeatureCache, views_are_seen
 from topwork.spec.optimizer import Ema, LearningRate, Optimizer, Schedule
 from topwork.spec.part import Meaning, Number, Part, Refusal, Whole, rule
 from topwork.spec.words import shown
@@ -13,6 +14,7 @@ from topwork.spec.words import shown
 __all__ = [
     "EarlyStopping",
     "Ema",
+    "FeatureCache",
     "FineTune",
     "Loss",
     "Optimizer",
@@ -67,9 +69,15 @@ class Transfer(Part):
         default="none", description="balanced: each class counts alike, however many images it has."
     )
     early_stopping: EarlyStopping | None = Field(default=None, description="When to end before the last epoch.")
-    feature_cache: Literal["auto", "on", "off"] = Field(
-        default="auto", description="Compute the output of the frozen base once instead of once an epoch."
+    feature_cache: CacheSetting = Field(
+        default="auto",
+        description="Compute what the frozen base gives once instead of once an epoch: auto, on, off or {use, views}.",
     )
+
+    @property
+    def cache(self) -> FeatureCache:
+        """The feature cache with all its settings."""
+        return FeatureCache.of(self.feature_cache)
 
 
 class UnfreezeLayers(Part):
@@ -129,6 +137,23 @@ class FineTune(Part):
     optimizer: Optimizer = Field(default=Optimizer(learning_rate=1e-5), description="Optimizer of the whole.")
     class_weights: Literal["none", "balanced"] | None = Field(default=None, description="As in transfer.")
     early_stopping: EarlyStopping | None = Field(default=None, description="When to end before the last epoch.")
+    feature_cache: CacheSetting = Field(
+        default="auto",
+        description="Compute what the layers below the unfrozen ones give once instead of once an epoch, as in "
+        "transfer.",
+    )
+
+    @property
+    def cache(self) -> FeatureCache:
+        """The feature cache with all its settings."""
+        return FeatureCache.of(self.feature_cache)
+
+    @property
+    def most_epochs(self) -> int:
+        """Epochs at most, over all steps."""
+        if isinstance(self.unfreeze, UnfreezeSteps):
+            return sum(step.epochs for step in self.unfreeze.steps)
+        return self.epochs or 0
 
 
 @rule(Loss)
@@ -152,10 +177,32 @@ def gamma_belongs_to_focal_loss(loss: Loss) -> Iterator[Refusal]:
 @rule(Transfer)
 def cache_needs_a_frozen_base(transfer: Transfer) -> Iterator[Refusal]:
     """The features of a base that learns are others after each step."""
-    if transfer.feature_cache == "on" and transfer.train == "all":
+    if transfer.cache.use == "on" and transfer.train == "all":
         yield Refusal(
             "featureCache", "on needs a frozen base, but train is all. Set featureCache: auto, or train: head."
         )
+
+
+@rule(FineTune)
+def cache_needs_frozen_layers(fine_tune: FineTune) -> Iterator[Refusal]:
+    """With all of the base unfrozen there's nothing below what is trained."""
+    if fine_tune.cache.use == "on" and fine_tune.unfreeze == "all":
+        yield Refusal(
+            "featureCache",
+            "on needs layers that stay frozen, but unfreeze is all. Set featureCache: auto, or unfreeze the top alone.",
+        )
+
+
+@rule(Transfer)
+def transfer_sees_all_views(transfer: Transfer) -> Iterator[Refusal]:
+    """Each epoch takes one view of an image."""
+    yield from views_are_seen(transfer.cache, transfer.epochs)
+
+
+@rule(FineTune)
+def fine_tune_sees_all_views(fine_tune: FineTune) -> Iterator[Refusal]:
+    """As in transfer."""
+    yield from views_are_seen(fine_tune.cache, fine_tune.most_epochs)
 
 
 @rule(Transfer)
