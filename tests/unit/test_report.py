@@ -14,10 +14,11 @@ from ruamel.yaml import YAML
 from topwork.data.stored import DatasetFacts, RejectedImage
 from topwork.report.evaluation import evaluation
 from topwork.report.figures import curves
-from topwork.report.outcome import Mistake, Outcome, history_csv, metrics_json
+from topwork.report.outcome import Mistake, Outcome, history_csv, metrics_json, step_seconds
 from topwork.report.pages import card_md, confusions, report_html
 from topwork.report.recheck import Recheck
 from topwork.spec import TransferJob
+from topwork.spec.training import FineTune
 from topwork.spec.writing import yaml_text
 
 HOSTILE = '<script>alert("x")</script>|`$\\alpha$`'
@@ -192,6 +193,26 @@ def test_metrics_json_tells_every_number(outcome):
     }  # fmt: skip
     assert told["evaluation"]["classNames"][2] == HOSTILE
     assert told["recheck"]["largestDifference"] == {"keras": 0.0, "savedModel": 1.2e-7}
+
+
+def epochs(stage, *rates):
+    return [{"stage": stage, "epoch": number, "images_per_second": rate} for number, rate in enumerate(rates, 1)]
+
+
+def test_a_step_of_a_stage_takes_the_median_of_its_epochs(job):
+    whole = job.spec.model_copy(update={"fine_tune": FineTune(epochs=2, batch_size=16)})
+    job = job.model_copy(update={"spec": whole})
+    # The first epoch of a stage holds the tracing of its graph: of two, the faster one tells.
+    history = epochs("transfer", 20.0, 160.0, 128.0) + epochs("fine-tune", 2.0, 8.0)
+    assert step_seconds(job, history) == {"transfer": 64 / 128, "fine-tune": 16 / 8}
+    assert step_seconds(job, HISTORY) == {}
+
+
+def test_metrics_json_and_card_tell_what_a_step_took(outcome):
+    measured = dataclasses.replace(outcome, history=epochs("transfer", 128.0))
+    assert json.loads(metrics_json(measured))["stepSeconds"] == {"transfer": 0.5}
+    assert "Seconds of a training step, the median of the epochs: transfer 0.5.\n" in card_md(measured)
+    assert "Seconds of a training step" not in card_md(outcome)
 
 
 def test_history_leaves_empty_what_an_epoch_does_not_have():

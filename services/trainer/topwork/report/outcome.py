@@ -5,6 +5,7 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median_low
 from typing import Any
 
 from topwork.data.stored import DatasetFacts
@@ -86,6 +87,36 @@ class Outcome:
         """The first metric that the job asks for and that is defined."""
         return next(iter(self.metrics))
 
+    @property
+    def step_seconds(self) -> dict[str, float]:
+        """Seconds of a typical training step, by stage; see `step_seconds`."""
+        return step_seconds(self.job, self.history)
+
+
+def batch_sizes(job: TransferJob) -> dict[str, int]:
+    """Images of a training step over all replicas, by the stages that the job has."""
+    first, second = job.spec.transfer, job.spec.fine_tune
+    return {"transfer": first.batch_size} | ({"fine-tune": second.batch_size or first.batch_size} if second else {})
+
+
+def step_seconds(job: TransferJob, history: Sequence[HistoryRow]) -> dict[str, float]:
+    """Say how long a training step took, over the epochs of each stage.
+
+    Args:
+        job: The job.
+        history: Rows of the stages, each with the images_per_second of its epoch.
+
+    Returns:
+        Median of the epochs' mean step, in seconds, by stage. Of two epochs it is the faster one: the first step of a
+        stage traces the graph, which belongs to no other step.
+    """
+    images, found = batch_sizes(job), dict[str, list[float]]()
+    for row in history:
+        stage = str(row["stage"])
+        if stage in images and "images_per_second" in row:
+            found.setdefault(stage, []).append(images[stage] / float(row["images_per_second"]))
+    return {stage: median_low(seconds) for stage, seconds in found.items()}
+
 
 def metrics_json(outcome: Outcome) -> bytes:
     """Write `metrics.json`: every number of the evaluation, the gates and the recheck.
@@ -103,6 +134,7 @@ def metrics_json(outcome: Outcome) -> bytes:
         "run": outcome.job.run,
         "mainMetric": outcome.main_metric,
         "metrics": outcome.evaluation.values,
+        "stepSeconds": outcome.step_seconds,
         "gates": [gate.model_dump(by_alias=True) for gate in outcome.gates],
         "evaluation": outcome.evaluation.model_dump(mode="json", by_alias=True),
         "recheck": outcome.recheck.model_dump(by_alias=True) if outcome.recheck else None,

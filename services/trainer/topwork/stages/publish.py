@@ -13,20 +13,38 @@ from topwork.edge.storage import Storage
 from topwork.errors import DataError
 from topwork.manifest import write_whole
 from topwork.report.gates import gate_outcomes, require_gates
-from topwork.report.outcome import Outcome, history_csv, metrics_json
+from topwork.report.outcome import Outcome, batch_sizes, history_csv, metrics_json, step_seconds
 from topwork.report.pages import card_md, report_html
 from topwork.spec import TransferJob
 from topwork.spec.writing import yaml_text
 from topwork.stages import versions
 from topwork.stages.versions import Version
-from topwork.training.trained import Classifier
+from topwork.training.trained import Classifier, StageName, read_done
 from topwork.workspace import Workspace
 
 if TYPE_CHECKING:
     from topwork.stages.assessment import Assessed
 
+# Those that train, in their order.
+STAGES: tuple[StageName, ...] = ("transfer", "fine-tune")
 # Figures of a last line: the rest is in the report.
 SHOWN_METRICS = 4
+
+
+class Effort(BaseModel):
+    """What a training stage took.
+
+    Attributes:
+        trainable: Parameters that were trained at its end.
+        batch_size: Images of a step over all replicas.
+        step_seconds: Seconds of a typical step; None where no epoch was measured.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    trainable: int
+    batch_size: int
+    step_seconds: float | None
 
 
 class Published(BaseModel):
@@ -40,6 +58,7 @@ class Published(BaseModel):
         metrics: The metrics that the job asked for, in its order, and the loss.
         split: The split that they were measured on.
         images: Images of that split.
+        stages: What each of its training stages took, in their order.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -51,6 +70,7 @@ class Published(BaseModel):
     metrics: dict[str, float]
     split: str
     images: int
+    stages: dict[str, Effort] = {}
 
     def repeat(self, metrics: Metrics) -> None:
         """Set the series of the evaluation, so that they are still scraped."""
@@ -59,10 +79,12 @@ class Published(BaseModel):
     def summary(self) -> list[str]:
         """Say in a few lines what was published and how good it is."""
         shown = ", ".join(f"{name} {value:.4f}" for name, value in list(self.metrics.items())[:SHOWN_METRICS])
+        steps = [f"{stage} {took.step_seconds:.3g} s" for stage, took in self.stages.items() if took.step_seconds]
         return [
             f"Published {self.name} version {self.version}: {shown} on {self.images} images of the {self.split} split",
             f"  model   {self.uri}",
             f"  report  {self.report_uri}",
+            *([f"  a step  {', '.join(steps)}"] if steps else []),
         ]
 
 
@@ -214,10 +236,23 @@ def _finish(job: TransferJob, version: Version, workspace: Workspace) -> Publish
         metrics={name: version.metrics[name] for name in asked if name in version.metrics},
         split=version.split,
         images=version.images,
+        stages=_efforts(job, workspace.storage),
     )
     key = f"runs/{job.run}/publish/done.json"
     workspace.storage.write(key, published.model_dump_json().encode(), content_type="application/json")
     return published
+
+
+def _efforts(job: TransferJob, storage: Storage) -> dict[str, Effort]:
+    efforts: dict[str, Effort] = {}
+    for stage in STAGES:
+        if (done := read_done(storage, job.run, stage)) is not None:
+            efforts[stage] = Effort(
+                trainable=done.parameters.trainable,
+                batch_size=batch_sizes(job)[stage],
+                step_seconds=step_seconds(job, done.rows).get(stage),
+            )
+    return efforts
 
 
 def _write_papers(outcome: Outcome, folder: Path) -> None:

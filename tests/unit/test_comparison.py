@@ -1,0 +1,54 @@
+"""The table that `topwork run` ends with when it has run several jobs."""
+
+from topwork.cli.comparison import comparison
+from topwork.stages.publish import Effort, Published
+
+
+def published(name: str, accuracy: float, **stages: Effort) -> Published:
+    return Published(
+        name=name,
+        version=1,
+        uri=f"s3://ml-artifacts/topwork/models/{name}/1",
+        report_uri=f"s3://ml-artifacts/topwork/models/{name}/1/report.html",
+        metrics={"accuracy": accuracy, "loss": 0.3},
+        split="test",
+        images=100,
+        stages={stage.replace("_", "-"): effort for stage, effort in stages.items()},
+    )
+
+
+def effort(trainable: int, step_seconds: float | None, batch_size: int = 32) -> Effort:
+    return Effort(trainable=trainable, batch_size=batch_size, step_seconds=step_seconds)
+
+
+def test_comparison_shows_what_a_step_of_each_job_takes():
+    frozen = published("frozen", 0.9, transfer=effort(10_245, 0.5))
+    every = published("every", 0.95, transfer=effort(23_544_837, 2.0))
+    assert list(comparison([frozen, every])) == [
+        "",
+        "MODEL      METRIC            STAGE      TRAINABLE    IMAGES A STEP   SECONDS A STEP   TO THE FASTEST",
+        "frozen/1   accuracy 0.9000   transfer   10,245       32              0.5              1.00",
+        "every/1    accuracy 0.9500   transfer   23,544,837   32              2                4.00",
+    ]
+
+
+def test_comparison_holds_each_stage_against_the_same_stage_and_steps_of_other_sizes_by_their_images():
+    one = published("one", 0.9, transfer=effort(10, 1.0), fine_tune=effort(99, 3.0))
+    two = published("two", 0.9, transfer=effort(10, 1.0, batch_size=64), fine_tune=effort(99, 4.5, batch_size=16))
+    ratios = [line.split()[-1] for line in list(comparison([one, two]))[2:]]
+    assert ratios == ["2.00", "1.00", "1.00", "3.00"]
+
+
+def test_comparison_leaves_empty_what_was_not_measured():
+    lines = list(comparison([published("one", 0.9, transfer=effort(10, None)), published("two", 0.9)]))
+    assert lines[2:] == ["one/1   accuracy 0.9000   transfer   10          32", "two/1   accuracy 0.9000"]
+
+
+def test_one_model_is_compared_with_nothing():
+    assert list(comparison([published("one", 0.9, transfer=effort(10, 1.0))])) == []
+
+
+def test_summary_says_what_a_step_took():
+    one = published("one", 0.9, transfer=effort(10, 0.51234), fine_tune=effort(99, 3.0))
+    assert one.summary()[-1] == "  a step  transfer 0.512 s, fine-tune 3 s"
+    assert len(published("two", 0.9).summary()) == 3
