@@ -1,5 +1,6 @@
 """Job specs as they are rendered: all of all files, or all that is wrong with them."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,19 +17,21 @@ SAME_RUN = (
 
 
 class RenderedJob(NamedTuple):
-    """A job of a file, and its objects."""
+    """A job of a file, with what was set in it, and its objects."""
 
     path: Path
     job: TransferJob
     rendered: Rendered
+    overrides: tuple[str, ...] = ()
 
 
-def read_and_render(files: list[Path], placement: Placement) -> list[RenderedJob]:
+def read_and_render(files: list[Path], placement: Placement, overrides: Sequence[str] = ()) -> list[RenderedJob]:
     """Read all jobs of all files and render them.
 
     Args:
         files: Job specs; `-` is standard input.
         placement: Image and namespace.
+        overrides: `PATH=VALUE` each, set in all of them.
 
     Returns:
         The jobs in the order in which they stand, each another run.
@@ -39,10 +42,10 @@ def read_and_render(files: list[Path], placement: Placement) -> list[RenderedJob
     found: list[RenderedJob] = []
     problems: list[Problem] = []
     files_of_runs: dict[str, str] = {}
-    for path, job in read_files(files):
+    for path, job in read_files(files, overrides):
         name = STANDARD_INPUT_NAME if path == STANDARD_INPUT else str(path)
         try:
-            found.append(RenderedJob(path, job, render(job, placement)))
+            found.append(RenderedJob(path, job, render(job, placement), tuple(overrides)))
         except SpecError as error:
             problems += [Problem(name, 0, 0, "", line) for line in str(error).splitlines()]
         if first := files_of_runs.get(job.run):

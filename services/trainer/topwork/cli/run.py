@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from topwork import __version__
+from topwork.cli.overrides import Overrides
 from topwork.cli.signals import stopped_by_signals
 from topwork.cli.surroundings import default_state, quiet_start, serve, storage_at
 from topwork.edge.metrics import Metrics
@@ -36,6 +37,7 @@ class LogFormat(StrEnum):
 
 def run(
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Job specs; - reads standard input.")],
+    overrides: Overrides = None,
     replicas: Annotated[
         int | None, typer.Option(min=1, max=64, help="Replicas on the processor; without it all GPUs, or one device.")
     ] = None,
@@ -49,7 +51,7 @@ def run(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show the final lines only.")] = False,
 ) -> None:
     """Pull, transfer, fine-tune and publish, here; a run that was begun goes on, a finished one says so."""
-    jobs = [job for _, job in read_files(files)]
+    jobs = [job for _, job in read_files(files, overrides or ())]
     progress = _progress(log_format, quiet)
     metrics = Metrics()
     if metrics_port is not None:

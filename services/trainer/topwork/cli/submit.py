@@ -1,6 +1,7 @@
 """`topwork submit`: run job specs in a Kubernetes cluster."""
 
 import sys
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from topwork.cli.clusters import Context, Image, Kubeconfig, Namespace, open_cluster
+from topwork.cli.overrides import Overrides, as_options
 from topwork.cli.rendered import RenderedJob, read_and_render
 from topwork.cluster.rendering import Placement
 from topwork.errors import SettingError
@@ -27,6 +29,7 @@ class DryRun(StrEnum):
 
 def submit(
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Job specs; - reads standard input.")],
+    overrides: Overrides = None,
     image: Image = None,
     namespace: Namespace = None,
     context: Context = None,
@@ -51,7 +54,7 @@ def submit(
     """
     if dry_run and (follow or wait_for_data):
         raise SettingError("--dry-run starts nothing that --follow or --wait-for-data could wait for. Leave one out.")
-    wanted = _rendered(files, Placement(image, namespace), wait_for_data)
+    wanted = _rendered(files, Placement(image, namespace), overrides or (), wait_for_data)
     if dry_run is DryRun.client:
         from topwork.spec.writing import as_yaml
 
@@ -70,12 +73,14 @@ def submit(
         raise typer.Exit(code)
 
 
-def _rendered(files: list[Path], placement: Placement, wait_for_data: bool) -> list[RenderedJob]:
+def _rendered(
+    files: list[Path], placement: Placement, overrides: Sequence[str], wait_for_data: bool
+) -> list[RenderedJob]:
     """Read and render everything before anything is applied."""
-    found = read_and_render(files, placement)
-    for path, _, rendered in found:
-        if wait_for_data and rendered.prefetch is None:
-            raise SettingError(f"--wait-for-data needs spec.compute.prefetch: true, which {path} does not have.")
+    found = read_and_render(files, placement, overrides)
+    for each in found:
+        if wait_for_data and each.rendered.prefetch is None:
+            raise SettingError(f"--wait-for-data needs spec.compute.prefetch: true, which {each.path} does not have.")
     return found
 
 
@@ -143,7 +148,7 @@ def _wait_for_data(cluster: "Cluster", each: RenderedJob, where: "Where") -> int
 
     code = following.follow(cluster, each.job.run, where, "prefetch")
     if code:
-        again = where.command(f"submit {each.path}", "--wait-for-data")
+        again = where.command(f"submit {each.path}", *as_options(each.overrides), "--wait-for-data")
         print(f"transferjob {each.job.metadata.name} is not submitted yet. Go on with: {again}")
     return code
 

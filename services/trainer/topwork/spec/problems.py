@@ -21,7 +21,7 @@ class Problem(NamedTuple):
     """One thing that is wrong with a spec.
 
     Attributes:
-        file: Name of the file as it was handed in.
+        file: Name of the file as it was handed in, or the `--set …` that is at fault.
         line: Line, counted from 1; 0 where the file as a whole is meant.
         column: Column, counted from 1.
         path: Path of the key, such as `spec.transfer.epochs`; empty where the document is meant.
@@ -43,8 +43,9 @@ class WrongSpec(SpecError):  # noqa: N818 - an error by its base
     """All that is wrong with one or more specs."""
 
     def __init__(self, problems: tuple[Problem, ...]) -> None:
-        super().__init__("\n".join(map(str, problems)))
-        self.problems = problems
+        # An option that is wrong is so for each document.
+        self.problems = tuple(dict.fromkeys(problems))
+        super().__init__("\n".join(map(str, self.problems)))
 
 
 class Finding(NamedTuple):
@@ -95,7 +96,7 @@ def _findings(details: ErrorDetails) -> Iterator[Finding]:
     if kind == "rule":
         yield from (_of_rule(path, refusal) for refusal in details["ctx"]["refusals"])
     elif kind == "extra_forbidden":
-        yield Finding(path, _unknown(tagged), at_key=True)
+        yield Finding(path, unknown_key(tagged), at_key=True)
     elif kind == "missing" and isinstance(path[-1], int):
         found = shape.at(TransferJob, tagged[:-1])
         yield Finding(path[:-1], f"{shown(value)} is not allowed. Allowed: {shape.allowed(found)}.")
@@ -116,7 +117,15 @@ def _is_tag(step: str | int) -> bool:
     return isinstance(step, str) and step.startswith("<")
 
 
-def _unknown(path: Path) -> str:
+def unknown_key(path: Path) -> str:
+    """Say that there is no such key, where there is one, or which one was probably meant.
+
+    Args:
+        path: The key with all above it, which is known; tags as in pydantic's errors are allowed.
+
+    Returns:
+        One or more sentences.
+    """
     *above, key = path
     parts = [kind.of for kind in shape.at(TransferJob, tuple(above)) if isinstance(kind.of, type)]
     known = [key for part in parts if issubclass(part, Part) for key in shape.keys(part)]

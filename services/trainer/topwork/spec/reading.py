@@ -1,13 +1,14 @@
 """Reading job specs from YAML, with all that is wrong in all documents told at once."""
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from topwork.spec import TransferJob
 from topwork.spec.document import MOST_CHARACTERS, Document, read_documents
+from topwork.spec.overrides import Applied, Override, apply_overrides, parse_overrides
 from topwork.spec.problems import Problem, WrongSpec, dotted, findings
 from topwork.spec.words import shown
 
@@ -17,23 +18,25 @@ STANDARD_INPUT = Path("-")
 STANDARD_INPUT_NAME = "standard input"
 
 
-def read_files(paths: Iterable[Path]) -> list[tuple[Path, TransferJob]]:
+def read_files(paths: Iterable[Path], overrides: Sequence[str] = ()) -> list[tuple[Path, TransferJob]]:
     """Read all jobs of several YAML files; see `read_jobs`.
 
     Args:
         paths: Files; `-` is standard input.
+        overrides: `PATH=VALUE` each, set in every document of every file before it is checked.
 
     Returns:
         Each job with its file, in the order in which they stand.
 
     Raises:
-        WrongSpec: With all that is wrong in all files.
+        WrongSpec: With all that is wrong in all files, or with all overrides that can't be read.
     """
+    wanted = parse_overrides(overrides)
     jobs: list[tuple[Path, TransferJob]] = []
     problems: list[Problem] = []
     for path in paths:
         try:
-            jobs += [(path, job) for job in read_jobs(path)]
+            jobs += [(path, job) for job in read_jobs(path, wanted)]
         except WrongSpec as error:
             problems += error.problems
     if problems:
@@ -41,11 +44,12 @@ def read_files(paths: Iterable[Path]) -> list[tuple[Path, TransferJob]]:
     return jobs
 
 
-def read_jobs(path: Path) -> list[TransferJob]:
+def read_jobs(path: Path, overrides: Sequence[Override] = ()) -> list[TransferJob]:
     """Read all jobs of a YAML file.
 
     Args:
         path: File with one or more documents; `-` is standard input.
+        overrides: Values that are set in every document before it is checked.
 
     Returns:
         The jobs in the order in which they stand; at least one.
@@ -54,7 +58,7 @@ def read_jobs(path: Path) -> list[TransferJob]:
         WrongSpec: With all that is wrong in all documents, or with why the file can't be read.
     """
     if path == STANDARD_INPUT:
-        return read_bytes(sys.stdin.buffer.read(MOST_BYTES + 1), STANDARD_INPUT_NAME)
+        return read_bytes(sys.stdin.buffer.read(MOST_BYTES + 1), STANDARD_INPUT_NAME, overrides)
     try:
         with path.open("rb") as file:
             data = file.read(MOST_BYTES + 1)
@@ -65,15 +69,16 @@ def read_jobs(path: Path) -> list[TransferJob]:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise _whole(str(path), f"can't be read: {reason}.") from None
-    return read_bytes(data, str(path))
+    return read_bytes(data, str(path), overrides)
 
 
-def read_bytes(data: bytes, name: str) -> list[TransferJob]:
+def read_bytes(data: bytes, name: str, overrides: Sequence[Override] = ()) -> list[TransferJob]:
     """Read all jobs of what a file holds; see `read_jobs`.
 
     Args:
         data: Content of a YAML file.
         name: Name of the file in messages.
+        overrides: As in `read_jobs`.
 
     Returns:
         The jobs in the order in which they stand; at least one.
@@ -92,15 +97,16 @@ def read_bytes(data: bytes, name: str) -> list[TransferJob]:
         line, column = before.count("\n") + 1, len(before) - before.rfind("\n")
         message = f"the byte 0x{data[error.start]:02x} is no UTF-8. Is this a YAML file? If so, save it as UTF-8."
         raise WrongSpec((Problem(name, line, column, "", message),)) from None
-    return read_text(text, name)
+    return read_text(text, name, overrides)
 
 
-def read_text(text: str, name: str) -> list[TransferJob]:
+def read_text(text: str, name: str, overrides: Sequence[Override] = ()) -> list[TransferJob]:
     """Read all jobs of a YAML text; see `read_jobs`.
 
     Args:
         text: One or more YAML documents.
         name: Name of the file in messages.
+        overrides: As in `read_jobs`.
 
     Returns:
         The jobs in the order in which they stand; at least one.
@@ -113,7 +119,7 @@ def read_text(text: str, name: str) -> list[TransferJob]:
     for document in read_documents(text):
         # Nothing between two --- is what templates leave behind.
         if document.data is not None or document.faults:
-            problems += _problems(document, name, jobs)
+            problems += _problems(document, name, overrides, jobs)
     if problems:
         raise WrongSpec(tuple(problems))
     if not jobs:
@@ -121,23 +127,34 @@ def read_text(text: str, name: str) -> list[TransferJob]:
     return jobs
 
 
-def _problems(document: Document, name: str, jobs: list[TransferJob]) -> Iterator[Problem]:
+def _problems(
+    document: Document, name: str, overrides: Sequence[Override], jobs: list[TransferJob]
+) -> Iterator[Problem]:
     """Check one document; a good one is added to the jobs."""
     found = [Problem(name, *fault.place, dotted(fault.path), fault.message) for fault in document.faults]
-    broken = {fault.path for fault in document.faults}
     if isinstance(document.data, dict):
-        try:
-            jobs.append(TransferJob.model_validate(document.data, by_alias=True, by_name=False))
-        except ValidationError as error:
-            for path, message, at_key in findings(error, document.data):
-                # What could not be read is missing afterwards: that has been said.
-                if not any(path[: len(above)] == above for above in broken):
-                    place = document.place(path, key=at_key)
-                    found.append(Problem(name, *place, dotted(path), message))
+        applied = apply_overrides(document.data, overrides, name)
+        found += applied.problems or _refused(document, name, applied, jobs)
     elif not found:
         message = f"{shown(document.data)} is no job. A job is a mapping that begins with apiVersion."
         found.append(Problem(name, *document.place(()), "", message))
     yield from sorted(found, key=lambda problem: (problem.line, problem.column))
+
+
+def _refused(document: Document, name: str, applied: Applied, jobs: list[TransferJob]) -> Iterator[Problem]:
+    """Say what is wrong with the values, each at its place in the file or on the command line."""
+    broken = {fault.path for fault in document.faults}
+    try:
+        jobs.append(TransferJob.model_validate(applied.data, by_alias=True, by_name=False))
+    except ValidationError as error:
+        for path, message, at_key in findings(error, applied.data):
+            # What could not be read is missing afterwards: that has been said.
+            if any(path[: len(above)] == above for above in broken):
+                continue
+            if override := applied.origin(path):
+                yield override.problem(path, message)
+            else:
+                yield Problem(name, *document.place(path, key=at_key), dotted(path), message)
 
 
 def _whole(name: str, message: str) -> WrongSpec:

@@ -78,8 +78,18 @@ def parts(root: type[Part], path: str = "") -> Iterator[tuple[str, type[Part]]]:
 def _parts_of(annotation: Any) -> Iterator[tuple[type[Part], str]]:
     if get_origin(annotation) is tuple:
         yield from ((part, f"[]{suffix}") for inner in get_args(annotation)[:1] for part, suffix in _parts_of(inner))
-    elif isinstance(annotation, type) and issubclass(annotation, Part):
+    elif is_part(annotation):
         yield annotation, ""
+
+
+def is_part(annotation: Any) -> bool:
+    """Whether a type is a mapping of the spec."""
+    return isinstance(annotation, type) and issubclass(annotation, Part)
+
+
+def is_list(annotation: Any) -> bool:
+    """Whether a type is a list."""
+    return get_origin(annotation) is tuple
 
 
 def allowed(found: Iterable[Kind]) -> str:
