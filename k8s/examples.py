@@ -30,11 +30,11 @@ def files() -> Iterator[tuple[str, str]]:
     """Give each file with its text."""
     specs = sorted(SPECS.glob("*.yaml"))
     for path in specs:
-        (job,) = read_jobs(path)
-        rendered = render(job, Placement(namespace=NAMESPACE))
-        (container,) = rendered.training["spec"]["template"]["spec"]["containers"]
+        jobs = read_jobs(path)
+        rendered = [render(job, Placement(namespace=NAMESPACE)) for job in jobs]
+        (container,) = rendered[0].training["spec"]["template"]["spec"]["containers"]
         words = EXAMPLE_WORDS.format(
-            file=path.name, name=job.metadata.name, namespace=NAMESPACE, image=container["image"]
+            file=path.name, name=jobs[0].metadata.name, namespace=NAMESPACE, image=container["image"]
         )
-        yield path.name, text(words, *rendered.objects)
+        yield path.name, text(words, *(one for each in rendered for one in each.objects))
     yield "kustomization.yaml", text(ALL_WORDS, kustomization(*(path.name for path in specs)))

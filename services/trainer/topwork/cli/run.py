@@ -1,11 +1,7 @@
 """`topwork run`: the whole pipeline on this machine."""
 
-import fcntl
-import shutil
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from topwork import __version__
+from topwork.cli.comparison import comparison
 from topwork.cli.overrides import Overrides
 from topwork.cli.signals import stopped_by_signals
-from topwork.cli.surroundings import default_state, quiet_start, serve, storage_at
+from topwork.cli.surroundings import default_state, quiet_start, scratch_of, serve, storage_at
 from topwork.edge.metrics import Metrics
-from topwork.errors import SettingError
 from topwork.progress import BarProgress, LineProgress, Progress, Quiet
 from topwork.spec import TransferJob
 from topwork.spec.reading import read_files
@@ -56,11 +52,14 @@ def run(
     metrics = Metrics()
     if metrics_port is not None:
         progress.note("metrics", port=serve(metrics, metrics_port))
+    published = []
     for job in jobs:
         metrics.describe(job=job.metadata.name, run=job.run, version=__version__)
-        published = _run(job, metrics, progress, state or default_state(), replicas, restart, verbose)
-        for line in published.summary():
+        published.append(_run(job, metrics, progress, state or default_state(), replicas, restart, verbose))
+        for line in published[-1].summary():
             print(line)
+    for line in comparison(published):
+        print(line)
     if metrics_port is not None:
         time.sleep(max(job.spec.metrics.linger_seconds for job in jobs))
 
@@ -77,7 +76,7 @@ def _run(
     from topwork.stages.publish import published_earlier
 
     stop = StopSignal()
-    with _scratch(state, job.run) as scratch, storage_at(job.spec.storage, state, metrics) as storage:
+    with scratch_of(state, job.run) as scratch, storage_at(job.spec.storage, state, metrics) as storage:
         workspace = Workspace(storage, metrics, progress, scratch, replicas, stop)
         progress.note("run", name=job.run, storage=storage.uri)
         if restart:
@@ -103,17 +102,3 @@ def _progress(log_format: LogFormat, quiet: bool) -> Progress:
     if sys.stderr.isatty():
         return BarProgress()
     return LineProgress(as_json=log_format is LogFormat.json)
-
-
-@contextmanager
-def _scratch(state: Path, run: str) -> Iterator[Path]:
-    """Scratch of a run, for this process alone; kept after a failure, since a checkpoint's data may be in it."""
-    scratch = state / "scratch" / run
-    scratch.mkdir(parents=True, exist_ok=True)
-    with (state / "scratch" / f"{run}.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise SettingError(f"{run} is being run by another process on this machine. Wait for it to end.") from error
-        yield scratch
-        shutil.rmtree(scratch, ignore_errors=True)
