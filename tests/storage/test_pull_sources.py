@@ -177,7 +177,10 @@ def test_tfds_is_downloaded_then_from_a_mirror_without_internet(
 
     _stop(server)
     downloads = (workspace.scratch / "pull" / "tfds").rename(tmp_path / "downloaded") / "downloads"
-    message = r"tiny_pictures could not be downloaded, .*: .*127\.0\.0\.1.* copy the TFDS download folder of a machine"
+    message = (
+        r"tiny_pictures could not be downloaded, .*: .*127\.0\.0\.1.* run `topwork mirror tfds s3://\S+ tiny_pictures` "
+        r"on a machine that has it, or copy the TFDS download folder of such a machine to s3://\S+/mirror/tfds/tiny"
+    )
     with pytest.raises(UnavailableError, match=message):
         pull(tiny_job, workspace)
 
@@ -189,9 +192,12 @@ def test_tfds_is_downloaded_then_from_a_mirror_without_internet(
 def test_a_mirror_that_was_copied_by_hand_is_used(tiny_job, workspace, storage, tmp_path):
     (tmp_path / "downloads").mkdir()
     storage.write("mirror/tfds/tiny_pictures/some/file.zip", b"content")
+    storage.write("mirror/tfds/tiny_pictures/9.9.9/a-prepared-one", b"of another version")
     source = _open(workspace, tfds="tiny_pictures")
-    assert source._fetch_mirror()
-    assert (workspace.scratch / "pull/tfds/downloads/some/file.zip").read_bytes() == b"content"
+    assert source._fetch_downloads()
+    downloads = workspace.scratch / "pull/tfds/downloads"
+    assert [path.relative_to(downloads).as_posix() for path in downloads.rglob("*.*")] == ["some/file.zip"]
+    assert (downloads / "some/file.zip").read_bytes() == b"content"
 
 
 def test_an_unknown_tfds_name_is_refused(workspace):

@@ -1,30 +1,117 @@
 """Weights and saved models in storage, and the mirror of downloaded weights."""
 
+import functools
+import http.server
+import shutil
+import threading
+
+import h5py
 import keras
 import numpy as np
 import pytest
+from keras.src.applications import efficientnet, mobilenet
+from keras.src.legacy.saving import legacy_h5_format
 
-from topwork.errors import DataError
+from topwork.errors import DataError, UnavailableError
+from topwork.model.backbones import backbone
+from topwork.model.classifier import in_precision
 from topwork.model.freezing import leaves
 from topwork.spec.model import Base
 from topwork.stages.fine_tune import fine_tune
 from topwork.stages.pull import pull
 from topwork.stages.transfer import transfer
-from topwork.training.base_files import base_file, mirror
+from topwork.training import base_files
+from topwork.training.base_files import base_file, mirror_weights
 
 
-def test_downloaded_weights_are_mirrored_once_and_found_again(workspace):
-    base = Base(application="MobileNet")
-    assert base_file(base, workspace) is None
-    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(3, name="dense")])
-    mirror(base, model, workspace)
-    file = base_file(base, workspace)
-    assert file.name == "MobileNet.weights.h5"
-    other = keras.Sequential([keras.Input((2,)), keras.layers.Dense(3, name="dense")])
-    mirror(base, other, workspace)
-    other.load_weights(base_file(base, workspace))
-    np.testing.assert_array_equal(other.get_weights()[0], model.get_weights()[0])
+@pytest.fixture
+def weights(tmp_path):
+    """A file of MobileNet's weights without its head."""
+    model = keras.applications.MobileNet(weights=None, include_top=False)
+    model.save_weights(tmp_path / "own.weights.h5")
+    return tmp_path / "own.weights.h5", model.get_weights()
+
+
+def test_weights_of_a_file_are_mirrored_once_and_found(workspace, weights):
+    file, values = weights
+    assert mirror_weights("MobileNet", workspace, file) is False
+    assert mirror_weights("MobileNet", workspace, file) is True
+    found = base_file(Base(application="MobileNet"), workspace)
+    assert found.name == "MobileNet.weights.h5"
+    model = backbone("MobileNet").build((64, 48), found)
+    for mine, given in zip(model.get_weights(), values, strict=True):
+        np.testing.assert_array_equal(mine, given)
     assert base_file(Base(application="MobileNet", weights="none"), workspace) is None
+
+
+def test_weights_of_another_model_are_refused_and_nothing_is_stored(workspace, weights):
+    with pytest.raises(DataError, match=r"^own\.weights\.h5 doesn't hold the weights of MobileNetV2 without its head"):
+        mirror_weights("MobileNetV2", workspace, weights[0])
+    (weights[0].parent / "text.weights.h5").write_text("no weights")
+    with pytest.raises(DataError, match=r"^text\.weights\.h5 doesn't hold the weights of MobileNet without"):
+        mirror_weights("MobileNet", workspace, weights[0].parent / "text.weights.h5")
+    assert list(workspace.storage.list("weights/")) == []
+
+
+def test_the_files_that_keras_itself_offers_are_taken(workspace, tmp_path):
+    model = keras.applications.MobileNet(weights=None, include_top=False)
+    with h5py.File(tmp_path / "mobilenet_1_0_224_tf_no_top.h5", "w") as file:
+        legacy_h5_format.save_weights_to_hdf5_group(file, model)
+    mirror_weights("MobileNet", workspace, tmp_path / "mobilenet_1_0_224_tf_no_top.h5")
+    other = backbone("MobileNet").build((32, 32), base_file(Base(application="MobileNet"), workspace))
+    for mine, given in zip(other.get_weights(), model.get_weights(), strict=True):
+        np.testing.assert_array_equal(mine, given)
+
+
+def test_weights_that_can_not_be_downloaded_end_soon_and_name_the_command(workspace, monkeypatch, tmp_path):
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path))
+    monkeypatch.setattr(base_files, "LONGEST_WAIT_SECONDS", 0.1)
+    # Keras' own address, on a port of this machine that nobody listens on.
+    monkeypatch.setattr(mobilenet, "BASE_WEIGHT_PATH", "http://127.0.0.1:9/")
+    with pytest.raises(UnavailableError) as error:
+        base_file(Base(application="MobileNet"), workspace)
+    assert f"run `topwork mirror weights {workspace.storage.uri} MobileNet` on a machine that has it" in str(
+        error.value
+    )
+    assert "URL fetch failure on http://127.0.0.1:9/mobilenet_1_0_224_tf_no_top.h5" in str(error.value)
+
+
+def test_a_download_is_kept_for_the_next_run(workspace, weights, monkeypatch, tmp_path, capsys):
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
+    model = keras.applications.MobileNet(weights=None, include_top=False)
+    with h5py.File(tmp_path / "mobilenet_1_0_224_tf_no_top.h5", "w") as file:
+        legacy_h5_format.save_weights_to_hdf5_group(file, model)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("KERAS_HOME", str(tmp_path / "home"))
+        monkeypatch.setattr(mobilenet, "BASE_WEIGHT_PATH", f"http://127.0.0.1:{server.server_port}/")
+        first = base_file(Base(application="MobileNet"), workspace).read_bytes()
+        server.shutdown()
+    shutil.rmtree(tmp_path / "home", ignore_errors=True)
+    assert base_file(Base(application="MobileNet"), workspace).read_bytes() == first
+    assert capsys.readouterr().out == ""
+
+
+def test_imagenet_weights_of_efficientnet_mean_the_same_from_a_file_as_from_keras(workspace, tmp_path, monkeypatch):
+    """Keras adds a layer of scaling for weights="imagenet" that it leaves out for weights from a file."""
+    model = keras.applications.EfficientNetB0(weights=None, include_top=False)
+    norm = next(layer for layer in model.layers if isinstance(layer, keras.layers.Normalization))
+    # What stands in Keras' file: the deviation in the place of the variance.
+    norm.set_weights([np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225]), np.int32(0)])
+    with h5py.File(tmp_path / "efficientnetb0_notop.h5", "w") as file:
+        legacy_h5_format.save_weights_to_hdf5_group(file, model)
+    monkeypatch.setattr(efficientnet.file_utils, "get_file", lambda name, *args, **kwargs: str(tmp_path / name))
+    by_keras = keras.applications.EfficientNetB0(weights="imagenet", include_top=False, input_shape=(32, 32, 3))
+    mirror_weights("EfficientNetB0", workspace, tmp_path / "efficientnetb0_notop.h5")
+    mirrored = backbone("EfficientNetB0").build((32, 32), base_file(Base(application="EfficientNetB0"), workspace))
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3)).astype(np.float32)
+    expected = by_keras.predict_on_batch(pixels)
+    np.testing.assert_allclose(mirrored.predict_on_batch(pixels), expected, rtol=1e-4, atol=1e-6)
+    # In half precision the model is a copy, whose normalization must not go back to mean 0 and variance 1.
+    image = keras.Input((32, 32, 3), name="image")
+    classifier = in_precision(keras.Model(image, mirrored(image)), "mixed_bfloat16")
+    norms = [x for x in classifier.layers[-1].layers if isinstance(x, keras.layers.Normalization)]
+    np.testing.assert_allclose(np.asarray(norms[0].mean, np.float32).ravel(), [0.485, 0.456, 0.406], rtol=1e-2)
 
 
 def test_files_come_from_storage_or_from_disk(workspace, tmp_path):
@@ -44,13 +131,14 @@ def test_a_file_that_is_not_there_is_named(workspace):
         base_file(Base.model_validate({"saved": {"uri": "/nowhere/a.h5"}}), workspace)
 
 
-def test_a_mirrored_backbone_goes_through_both_stages_with_its_statistics_untouched(make_job, workspace):
+def test_a_mirrored_backbone_goes_through_both_stages_with_its_statistics_untouched(make_job, workspace, tmp_path):
     source = keras.applications.MobileNetV2(include_top=False, weights=None, input_shape=(32, 32, 3))
     for layer in leaves(source):
         if isinstance(layer, keras.layers.BatchNormalization):
             # Unlike those of the images: one normalization that is not in inference mode would move them.
             layer.moving_mean.assign(np.full(layer.moving_mean.shape, 0.1))
-    mirror(Base(application="MobileNetV2"), source, workspace)
+    source.save_weights(tmp_path / "source.weights.h5")
+    mirror_weights("MobileNetV2", workspace, tmp_path / "source.weights.h5")
     job = make_job(
         model={"base": {"application": "MobileNetV2"}},
         transfer={"epochs": 2, "batchSize": 8, "optimizer": {"learningRate": 0.01}},

@@ -20,9 +20,11 @@ COMMANDS = {
     "list": "topwork.cli.status:list_runs",
     "logs": "topwork.cli.logs:logs",
     "cancel": "topwork.cli.cancel:cancel",
+    "backbones": "topwork.cli.backbones:backbones",
     "schema": "topwork.cli.schema:schema",
     "predict": "topwork.cli.predict:predict",
     "models": "topwork.cli.models:app",
+    "mirror": "topwork.cli.mirror:app",
 }
 
 

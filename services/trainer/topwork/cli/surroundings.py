@@ -1,7 +1,9 @@
 """What the commands find around them: the environment is read here, once, and nowhere else."""
 
+import fcntl
 import os
 import re
+import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
@@ -92,6 +94,33 @@ def storage_at(uri: str, state: Path | None = None, meter: "Meter | None" = None
     with embedded_storage(state or default_state()) as settings:
         make_bucket(settings, re.sub(r"^s3://", "", uri).split("/")[0])
         yield Storage(uri, settings, meter)
+
+
+@contextmanager
+def scratch_of(state: Path, name: str) -> Iterator[Path]:
+    """Hold the scratch of a run for this process alone.
+
+    Args:
+        state: State folder.
+        name: Name of the run.
+
+    Yields:
+        The folder; kept after a failure, since a checkpoint's data or half a download may be in it.
+
+    Raises:
+        SettingError: If another process holds it.
+    """
+    scratch = state / "scratch" / name
+    scratch.mkdir(parents=True, exist_ok=True)
+    with (state / "scratch" / f"{name}.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise SettingError(
+                f"{name} is being run by another process on this machine. Wait for it to end."
+            ) from error
+        yield scratch
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def serve(metrics: "Metrics", port: int) -> int:

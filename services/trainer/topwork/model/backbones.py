@@ -1,6 +1,5 @@
 """The classification models of keras.applications, each with the input scaling that its weights were trained on."""
 
-import warnings
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -8,7 +7,8 @@ from typing import Any, Literal
 
 import keras
 
-from topwork.errors import DataError, SpecError, UnavailableError
+from topwork.errors import SpecError, UnavailableError
+from topwork.model.weights import load_weights
 
 # Scaling of raw pixels in 0..255, named as keras.applications.imagenet_utils names its modes; "inside" is done by the
 # model's own first layers.
@@ -66,7 +66,7 @@ class Backbone:
         """
         base = self._build(image_size, "imagenet" if weights == "imagenet" else None)
         if isinstance(weights, Path):
-            _load_weights(base, weights, self.name)
+            load_weights(base, weights, self.name)
         return base
 
     def _build(self, image_size: tuple[int, int], weights: str | None) -> keras.Model:
@@ -82,11 +82,7 @@ class Backbone:
             # keras.utils.get_file raises a bare Exception for whatever ends a download.
             if "URL fetch failure" not in str(error):
                 raise
-            raise UnavailableError(
-                f"The ImageNet weights of {self.name} could not be downloaded: {error}. Try again, or store a file of "
-                "weights (model.save_weights of the model without its head, or Keras' own *_notop.h5) in object "
-                "storage and name it in spec.model.base.weights: s3://…/x.weights.h5."
-            ) from error
+            raise UnavailableError(f"The ImageNet weights of {self.name} could not be downloaded: {error}.") from error
 
 
 def backbone(name: str) -> Backbone:
@@ -123,16 +119,3 @@ def scaled(image: Any, scaling: Scaling) -> Any:
         offset = [-mean for mean in _CAFFE_MEAN]
         return rescaling(1.0, offset=offset, name="input_scaling")(keras.ops.flip(image, axis=-1))
     return image
-
-
-def _load_weights(base: keras.Model, path: Path, name: str) -> None:
-    try:
-        with warnings.catch_warnings():
-            # Keras only warns where a file lacks a layer, and leaves that layer at random values.
-            warnings.simplefilter("error", UserWarning)
-            base.load_weights(path)
-    except (ValueError, OSError, KeyError, UserWarning) as error:
-        raise DataError(
-            f"{path.name} doesn't hold the weights of {name} without its head (include_top=False): "
-            f"{str(error).splitlines()[0]} Save them with model.save_weights('{name}.weights.h5')."
-        ) from error

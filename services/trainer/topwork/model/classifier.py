@@ -8,6 +8,7 @@ import keras
 from topwork.model.bases import features
 from topwork.model.heads import logits
 from topwork.model.saved import with_dtype
+from topwork.model.weights import copy_weights
 from topwork.spec.model import Model
 
 
@@ -50,7 +51,7 @@ def in_precision(model: keras.Model, policy: str) -> keras.Model:
         return with_dtype(layer, "float32" if layer.name in _ALWAYS_FLOAT32 else policy)
 
     copy = keras.models.clone_model(model, clone_function=copied, recursive=True)
-    copy.set_weights(model.get_weights())
+    copy_weights(model, copy)
     return copy
 
 

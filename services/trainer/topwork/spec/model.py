@@ -70,6 +70,11 @@ class Base(Part):
         """Whether the base has learnt anything before this job."""
         return self.saved is not None or (self.application is not None and self.weights != "none")
 
+    @property
+    def needs_imagenet(self) -> bool:
+        """Whether the base starts from ImageNet weights, which are downloaded unless they are mirrored."""
+        return self.application is not None and self.weights in {None, "imagenet"}
+
 
 class Head(Part):
     """The new top: pooling, hidden layers, dropout, one output a class (one in all for two classes)."""

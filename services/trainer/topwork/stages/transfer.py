@@ -1,5 +1,7 @@
 """Stage 1: the base frozen and a new head trained, or all of a new model."""
 
+from pathlib import Path
+
 import keras
 
 from topwork.data.stored import StoredDataset
@@ -7,7 +9,7 @@ from topwork.model.augmentation import augment
 from topwork.model.classifier import build
 from topwork.spec import TransferJob
 from topwork.spec.job import JobSpec
-from topwork.training.base_files import base_file, mirror
+from topwork.training.base_files import base_file
 from topwork.training.features import views
 from topwork.training.plan import Phase, Plan
 from topwork.training.stage import found, train
@@ -35,7 +37,8 @@ def transfer(job: TransferJob, dataset: StoredDataset, workspace: Workspace) -> 
     with workspace.metrics.stage("transfer"):
         if (done := read_done(workspace.storage, job.run, "transfer")) is not None:
             return found(done, workspace)
-        return train(transfer_plan(job.spec), lambda: _start(job, dataset, workspace), [], job, dataset, workspace)
+        file = base_file(job.spec.model.base, workspace)
+        return train(transfer_plan(job.spec), lambda: _start(job, dataset, file), [], job, dataset, workspace)
 
 
 def transfer_plan(spec: JobSpec) -> Plan:
@@ -65,11 +68,6 @@ def transfer_plan(spec: JobSpec) -> Plan:
     )
 
 
-def _start(job: TransferJob, dataset: StoredDataset, workspace: Workspace) -> keras.Model:
-    settings = job.spec.model
-    classes = len(dataset.facts.class_names)
-    file = base_file(settings.base, workspace)
-    model = build(settings, job.spec.dataset.image_size, classes, file)
-    if file is None and settings.base.is_pretrained:
-        mirror(settings.base, model.get_layer("base"), workspace)
-    return model
+def _start(job: TransferJob, dataset: StoredDataset, file: Path | None) -> keras.Model:
+    settings = job.spec
+    return build(settings.model, settings.dataset.image_size, len(dataset.facts.class_names), file)

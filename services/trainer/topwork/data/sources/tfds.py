@@ -4,13 +4,16 @@ import contextlib
 import io
 from collections.abc import Iterator, Mapping
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import tensorflow as tf
 import tensorflow_datasets as tfds
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
+from tensorflow_datasets.core.download import downloader
 from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
 
+from topwork.data.mirror import ROOT, AskedName, fetch_facts, fetch_images, is_prepared, mirrored
 from topwork.data.sources.source import Item, slug
 from topwork.errors import DataError, UnavailableError
 from topwork.manifest import fetch_whole, read_manifest
@@ -18,6 +21,8 @@ from topwork.workspace import Workspace
 
 ATTEMPTS = 3
 FIRST_WAIT_SECONDS = 5.0
+# About 12 seconds for one file. With TFDS' own 10, a pod that has no way out holds its GPUs for 3 minutes more.
+downloader.MAX_RETRIES = 6
 
 
 class TfdsSource:
@@ -25,18 +30,34 @@ class TfdsSource:
 
     def __init__(self, name: str, workspace: Workspace) -> None:
         self._workspace = workspace
+        self._asked = AskedName.parse(name)
         self._folder = workspace.scratch / "pull" / "tfds"
-        try:
-            self._builder = tfds.builder(name, data_dir=self._folder / "data", try_gcs=False)
-        except tfds.core.DatasetNotFoundError as error:
-            raise DataError(
-                f"spec.dataset.source.tfds is {name}, which TensorFlow Datasets {tfds.__version__} does not know. "
-                f"Look it up at https://www.tensorflow.org/datasets/catalog."
-            ) from error
-        except (ValueError, AssertionError) as error:
-            raise DataError(f"spec.dataset.source.tfds is {name}: {error}") from error
-        self._image, self._label = _features(self._builder)
+        known = known_to_tfds(name, self._folder / "data")
+        made = None if isinstance(known, Exception) else str(known.info.full_name)
+        self._mirrored = self._asked.pick(mirrored(workspace.storage, self._asked.name), made)
+        if self._mirrored:
+            folder = fetch_facts(workspace.storage, self._mirrored, self._folder / "mirrored")
+            self._builder = tfds.builder_from_directory(folder)
+        elif isinstance(known, Exception):
+            raise self._unknown(name, known) from known
+        else:
+            self._builder = known
+        self._image, self._label = image_and_label(self._builder)
         self.name = slug(self._builder.info.full_name.rpartition("/")[0])
+
+    def _unknown(self, name: str, error: Exception) -> DataError:
+        if not isinstance(error, tfds.core.DatasetNotFoundError):
+            return DataError(f"spec.dataset.source.tfds is {name}: {error}{self._others}")
+        return DataError(
+            f"spec.dataset.source.tfds is {name}, which TensorFlow Datasets {tfds.__version__} does not know. "
+            f"Look it up at https://www.tensorflow.org/datasets/catalog, or bring a dataset of your own, prepared by "
+            f"TFDS, into storage: {self._command} --data-dir DIR.{self._others}"
+        )
+
+    @property
+    def mirrored(self) -> bool:
+        """Whether the dataset is in storage, prepared."""
+        return self._mirrored is not None
 
     def description(self) -> dict[str, Any]:
         """Name the dataset with its configuration and version."""
@@ -76,9 +97,13 @@ class TfdsSource:
     @cached_property
     def _prepared(self) -> Any:
         """The builder with its files on scratch."""
+        if self._mirrored:
+            self._workspace.progress.note("TFDS dataset", name=self._mirrored, mirror=True)
+            fetch_images(self._workspace.storage, self._mirrored, self._folder / "mirrored")
+            return self._builder
         downloads = self._folder / "downloads"
-        mirrored = self._fetch_mirror()
-        if self._builder.MANUAL_DOWNLOAD_INSTRUCTIONS and not mirrored:
+        found = self._fetch_downloads()
+        if self._builder.MANUAL_DOWNLOAD_INSTRUCTIONS and not found:
             instructions = self._builder.MANUAL_DOWNLOAD_INSTRUCTIONS.strip()
             raise DataError(
                 f"{self._builder.name} must be downloaded by hand. {instructions} Put the files below "
@@ -93,7 +118,7 @@ class TfdsSource:
             wait=wait_random_exponential(FIRST_WAIT_SECONDS),
             reraise=True,
         )
-        self._workspace.progress.note("TFDS dataset", name=self._builder.info.full_name, mirror=mirrored)
+        self._workspace.progress.note("TFDS dataset", name=self._builder.info.full_name, mirror=found)
         tfds.disable_progress_bar()
         try:
             # TFDS prints to standard output, which belongs to the commands.
@@ -109,19 +134,36 @@ class TfdsSource:
                 raise
             raise UnavailableError(
                 f"{self._builder.name} could not be downloaded, each file tried again and again: {error} Where there "
-                f"is no internet, copy the TFDS download folder of a machine that has it to {self._mirror_uri}/."
+                f"is no internet, run `{self._command}` on a machine that has it, or copy the TFDS download folder of "
+                f"such a machine to {self._mirror_uri}/.{self._others}"
             ) from error
         return self._builder
 
     @property
+    def folder(self) -> Path:
+        """Local folder of the prepared dataset, which is downloaded now."""
+        return Path(self._prepared.data_dir)
+
+    @property
+    def _command(self) -> str:
+        version = f":{self._asked.version}" if self._asked.version else ""
+        config = f"/{self._asked.config}" if self._asked.config else ""
+        return f"topwork mirror tfds {self._workspace.storage.uri} {self._asked.name}{config}{version}"
+
+    @property
+    def _others(self) -> str:
+        others = mirrored(self._workspace.storage, self._asked.name)
+        return f" Mirrored are {', '.join(others)}." if others else ""
+
+    @property
     def _mirror(self) -> str:
-        return f"mirror/tfds/{self._builder.name}"
+        return f"{ROOT}/{self._builder.name}"
 
     @property
     def _mirror_uri(self) -> str:
         return self._workspace.storage.uri_of(self._mirror)
 
-    def _fetch_mirror(self) -> bool:
+    def _fetch_downloads(self) -> bool:
         """Fetch the mirrored download folder, written whole or copied there by hand: TFDS checks what it holds."""
         storage, folder = self._workspace.storage, self._folder / "downloads"
         if read_manifest(storage, self._mirror):
@@ -130,15 +172,42 @@ class TfdsSource:
         found = False
         for stored in storage.list(f"{self._mirror}/"):
             path = folder / stored.key.removeprefix(f"{self._mirror}/")
-            if not stored.key.endswith("/") and path.resolve().is_relative_to(folder.resolve()):
+            inside = path.resolve().is_relative_to(folder.resolve())
+            if inside and not stored.key.endswith("/") and not is_prepared(stored.key):
                 found = True
                 path.parent.mkdir(parents=True, exist_ok=True)
                 storage.download(stored.key, path)
         return found
 
 
-def _features(builder: Any) -> tuple[str, str]:
-    """Find the image and its class: as the dataset is supervised, or the only ones of their kind."""
+def known_to_tfds(name: str, data_dir: Path) -> Any:
+    """Ask TFDS for the builder of a dataset.
+
+    Args:
+        name: `name[/config][:version]`.
+        data_dir: Local folder for datasets.
+
+    Returns:
+        The builder, or the exception that says why there is none.
+    """
+    try:
+        return tfds.builder(name, data_dir=data_dir, try_gcs=False)
+    except (ValueError, AssertionError) as error:
+        return error
+
+
+def image_and_label(builder: Any) -> tuple[str, str]:
+    """Find the image and its class: as the dataset is supervised, or the only ones of their kind.
+
+    Args:
+        builder: A builder of TFDS.
+
+    Returns:
+        Names of both features.
+
+    Raises:
+        DataError: If it is no dataset for image classification.
+    """
     features, keys = builder.info.features, builder.info.supervised_keys
     images = [name for name, feature in features.items() if type(feature) is tfds.features.Image]
     labels = [name for name, feature in features.items() if type(feature) is tfds.features.ClassLabel]
