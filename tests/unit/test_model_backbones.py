@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from topwork.errors import DataError, SpecError, UnavailableError
-from topwork.model.backbones import SCALINGS, Backbone, backbone, scaled
+from topwork.model.backbones import Backbone, backbone, scaled
 from topwork.model.classifier import build, in_precision
-from topwork.spec.applications import LEAST_SIDE
+from topwork.model.freezing import leaves
+from topwork.spec.applications import APPLICATIONS
 from topwork.spec.model import Head, Model
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3)).astype(np.float32)
@@ -23,13 +24,41 @@ def preprocess_input(name):
 
 def test_the_table_names_every_classification_model_of_keras():
     models = {name for name in dir(keras.applications) if name[0].isupper()}
-    assert set(SCALINGS) == models == set(LEAST_SIDE)
+    assert set(APPLICATIONS) == models
 
 
-@pytest.mark.parametrize("name", sorted(SCALINGS))
+def shapes_alone(name, **arguments):
+    """Build a model whose variables have shapes and no values: ConvNeXtXLarge takes no gigabyte."""
+    keras.utils.clear_session()
+    with keras.StatelessScope(initialize_variables=False):
+        return getattr(keras.applications, name)(weights=None, **arguments)
+
+
+@pytest.mark.parametrize("name", APPLICATIONS)
+def test_the_figures_of_the_table_are_those_of_the_model(name):
+    known = APPLICATIONS[name]
+    whole = shapes_alone(name)
+    assert whole.count_params() == known.parameters
+    assert sum(bool(layer.weights) for layer in leaves(whole)) == known.depth
+    # MobileNetV3 is built for any size; 224 is in the names of its weights.
+    assert whole.input_shape[1:3] in {(known.default_side, known.default_side), (None, None)}
+    base = shapes_alone(name, include_top=False, input_shape=(known.least_side, known.least_side, 3))
+    assert base.count_params() == known.parameters_without_top
+    assert min(base.output_shape[1:3]) >= 1
+
+
+@pytest.mark.parametrize("name", APPLICATIONS)
+def test_sizes_and_accuracies_are_of_the_right_order(name):
+    known = APPLICATIONS[name]
+    # Files of weights hold four bytes a parameter, and those of EfficientNet some more.
+    assert known.parameters * 4 / 2**20 <= known.size_mb * 1.05 <= known.parameters * 4 / 2**20 * 1.6
+    assert 0.65 < known.top1 < (known.top5 or 1) < 0.98 or known.top5 is None
+
+
+@pytest.mark.parametrize("name", sorted(APPLICATIONS))
 def test_input_scaling_is_that_of_keras(name):
     image = keras.Input((8, 8, 3))
-    model = keras.Model(image, scaled(image, SCALINGS[name]))
+    model = keras.Model(image, scaled(image, APPLICATIONS[name].scaling))
     expected = preprocess_input(name)(PIXELS.copy())
     np.testing.assert_allclose(model.predict_on_batch(PIXELS), expected, rtol=1e-5, atol=2e-5)
 
@@ -83,12 +112,12 @@ def test_images_that_are_too_small_are_refused():
         Backbone("Xception").build((32, 48), None)
 
 
-def test_a_failed_download_says_how_to_bring_the_weights(monkeypatch):
+def test_a_failed_download_is_told_as_such(monkeypatch):
     def fails(**_):
         raise Exception("URL fetch failure on https://host/x.h5: None -- timed out")  # noqa: TRY002 - as Keras does
 
     monkeypatch.setattr(keras.applications, "Xception", fails)
-    with pytest.raises(UnavailableError, match=r"name it in spec\.model\.base\.weights: s3://…/x\.weights\.h5\."):
+    with pytest.raises(UnavailableError, match=r"^The ImageNet weights of Xception could not be downloaded: URL"):
         Backbone("Xception").build((96, 96), "imagenet")
 
 

@@ -9,28 +9,7 @@ import keras
 
 from topwork.errors import SpecError, UnavailableError
 from topwork.model.weights import load_weights
-
-# Scaling of raw pixels in 0..255, named as keras.applications.imagenet_utils names its modes; "inside" is done by the
-# model's own first layers.
-Scaling = Literal["tf", "torch", "caffe", "inside"]
-
-SCALINGS: dict[str, Scaling] = {
-    **dict.fromkeys(
-        ("ConvNeXtTiny", "ConvNeXtSmall", "ConvNeXtBase", "ConvNeXtLarge", "ConvNeXtXLarge"),
-        "inside",
-    ),
-    **dict.fromkeys(("DenseNet121", "DenseNet169", "DenseNet201"), "torch"),
-    **dict.fromkeys((f"EfficientNetB{size}" for size in range(8)), "inside"),
-    **dict.fromkeys((f"EfficientNetV2{size}" for size in ("B0", "B1", "B2", "B3", "S", "M", "L")), "inside"),
-    **dict.fromkeys(("InceptionResNetV2", "InceptionV3"), "tf"),
-    **dict.fromkeys(("MobileNet", "MobileNetV2"), "tf"),
-    **dict.fromkeys(("MobileNetV3Small", "MobileNetV3Large"), "inside"),
-    **dict.fromkeys(("NASNetMobile", "NASNetLarge"), "tf"),
-    **dict.fromkeys(("ResNet50", "ResNet101", "ResNet152"), "caffe"),
-    **dict.fromkeys(("ResNet50V2", "ResNet101V2", "ResNet152V2"), "tf"),
-    **dict.fromkeys(("VGG16", "VGG19"), "caffe"),
-    "Xception": "tf",
-}
+from topwork.spec.applications import APPLICATIONS, Scaling
 
 # ImageNet in keras.applications.imagenet_utils: RGB in 0..1 for torch, BGR in 0..255 for caffe.
 _TORCH_MEAN, _TORCH_DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -46,7 +25,7 @@ class Backbone:
     @property
     def scaling(self) -> Scaling:
         """Scaling of raw pixels that the model's weights expect."""
-        return SCALINGS[self.name]
+        return APPLICATIONS[self.name].scaling
 
     def build(self, image_size: tuple[int, int], weights: Literal["imagenet"] | Path | None) -> keras.Model:
         """Build the model without its classification head.
@@ -91,9 +70,9 @@ def backbone(name: str) -> Backbone:
     Raises:
         SpecError: If there's no classification model of that name.
     """
-    if name not in SCALINGS:
-        near = get_close_matches(name, SCALINGS, n=1, cutoff=0.4)
-        hint = f" Did you mean {near[0]}?" if near else f" Known are {', '.join(sorted(SCALINGS))}."
+    if name not in APPLICATIONS:
+        near = get_close_matches(name, APPLICATIONS, n=1, cutoff=0.4)
+        hint = f" Did you mean {near[0]}?" if near else f" Known are {', '.join(sorted(APPLICATIONS))}."
         raise SpecError(f"spec.model.base.application is {name}, which keras.applications doesn't have.{hint}")
     return Backbone(name)
 

@@ -1,46 +1,85 @@
 """The classification models of keras.applications (Keras 3.15), known without importing Keras."""
 
-# Least image side of each model without its top: `min_size` in keras/src/applications/<model>.py.
-# The names and sides are compared with the installed Keras by a test.
-LEAST_SIDE: dict[str, int] = {
-    "ConvNeXtBase": 32,
-    "ConvNeXtLarge": 32,
-    "ConvNeXtSmall": 32,
-    "ConvNeXtTiny": 32,
-    "ConvNeXtXLarge": 32,
-    "DenseNet121": 32,
-    "DenseNet169": 32,
-    "DenseNet201": 32,
-    "EfficientNetB0": 32,
-    "EfficientNetB1": 32,
-    "EfficientNetB2": 32,
-    "EfficientNetB3": 32,
-    "EfficientNetB4": 32,
-    "EfficientNetB5": 32,
-    "EfficientNetB6": 32,
-    "EfficientNetB7": 32,
-    "EfficientNetV2B0": 32,
-    "EfficientNetV2B1": 32,
-    "EfficientNetV2B2": 32,
-    "EfficientNetV2B3": 32,
-    "EfficientNetV2L": 32,
-    "EfficientNetV2M": 32,
-    "EfficientNetV2S": 32,
-    "InceptionResNetV2": 75,
-    "InceptionV3": 75,
-    "MobileNet": 32,
-    "MobileNetV2": 32,
-    "MobileNetV3Large": 32,
-    "MobileNetV3Small": 32,
-    "NASNetLarge": 32,
-    "NASNetMobile": 32,
-    "ResNet101": 32,
-    "ResNet101V2": 32,
-    "ResNet152": 32,
-    "ResNet152V2": 32,
-    "ResNet50": 32,
-    "ResNet50V2": 32,
-    "VGG16": 32,
-    "VGG19": 32,
-    "Xception": 71,
+from dataclasses import dataclass
+from typing import Literal
+
+# Scaling of raw pixels in 0..255, named as keras.applications.imagenet_utils names its modes; "inside" is done by the
+# model's own first layers.
+Scaling = Literal["tf", "torch", "caffe", "inside"]
+
+
+@dataclass(frozen=True)
+class Application:
+    """What is known of a classification model of keras.applications.
+
+    Size and accuracies are those of the table of https://keras.io/api/applications/. It leaves out top-5 of ConvNeXt
+    and all of MobileNetV3, whose top-1 is that of the docstring of keras/src/applications/mobilenet_v3.py, and whose
+    size is that of its parameters in float32. A test builds every model and compares the rest.
+
+    Attributes:
+        scaling: Scaling of raw pixels that the weights expect.
+        default_side: Side in pixels of the images that the weights were trained on.
+        least_side: Least side in pixels without the top: `min_size` in keras/src/applications/<model>.py.
+        parameters: Parameters with the top of 1,000 classes.
+        parameters_without_top: Parameters of the base alone.
+        depth: Layers with weights, with the top.
+        size_mb: Size of the weights with the top in MB.
+        top1: Top-1 accuracy on ImageNet's validation images, 0 to 1.
+        top5: Top-5 accuracy, 0 to 1; None where that table has none.
+    """
+
+    scaling: Scaling
+    default_side: int
+    least_side: int
+    parameters: int
+    parameters_without_top: int
+    depth: int
+    size_mb: float
+    top1: float
+    top5: float | None
+
+
+APPLICATIONS: dict[str, Application] = {
+    "ConvNeXtBase": Application("inside", 224, 32, 88_591_464, 87_566_464, 190, 338.58, 0.853, None),
+    "ConvNeXtLarge": Application("inside", 224, 32, 197_767_336, 196_230_336, 190, 755.07, 0.863, None),
+    "ConvNeXtSmall": Application("inside", 224, 32, 50_223_688, 49_454_688, 190, 192.29, 0.823, None),
+    "ConvNeXtTiny": Application("inside", 224, 32, 28_589_128, 27_820_128, 100, 109.42, 0.813, None),
+    "ConvNeXtXLarge": Application("inside", 224, 32, 350_196_968, 348_147_968, 190, 1310, 0.867, None),
+    "DenseNet121": Application("torch", 224, 32, 8_062_504, 7_037_504, 242, 33, 0.750, 0.923),
+    "DenseNet169": Application("torch", 224, 32, 14_307_880, 12_642_880, 338, 57, 0.762, 0.932),
+    "DenseNet201": Application("torch", 224, 32, 20_242_984, 18_321_984, 402, 80, 0.773, 0.936),
+    "EfficientNetB0": Application("inside", 224, 32, 5_330_571, 4_049_571, 132, 29, 0.771, 0.933),
+    "EfficientNetB1": Application("inside", 240, 32, 7_856_239, 6_575_239, 186, 31, 0.791, 0.944),
+    "EfficientNetB2": Application("inside", 260, 32, 9_177_569, 7_768_569, 186, 36, 0.801, 0.949),
+    "EfficientNetB3": Application("inside", 300, 32, 12_320_535, 10_783_535, 210, 48, 0.816, 0.957),
+    "EfficientNetB4": Application("inside", 380, 32, 19_466_823, 17_673_823, 258, 75, 0.829, 0.964),
+    "EfficientNetB5": Application("inside", 456, 32, 30_562_527, 28_513_527, 312, 118, 0.836, 0.967),
+    "EfficientNetB6": Application("inside", 528, 32, 43_265_143, 40_960_143, 360, 166, 0.840, 0.968),
+    "EfficientNetB7": Application("inside", 600, 32, 66_658_687, 64_097_687, 438, 256, 0.843, 0.970),
+    "EfficientNetV2B0": Application("inside", 224, 32, 7_200_312, 5_919_312, 151, 29, 0.787, 0.943),
+    "EfficientNetV2B1": Application("inside", 240, 32, 8_212_124, 6_931_124, 185, 34, 0.798, 0.950),
+    "EfficientNetV2B2": Application("inside", 260, 32, 10_178_374, 8_769_374, 193, 42, 0.805, 0.951),
+    "EfficientNetV2B3": Application("inside", 300, 32, 14_467_622, 12_930_622, 225, 59, 0.820, 0.958),
+    "EfficientNetV2L": Application("inside", 480, 32, 119_027_848, 117_746_848, 557, 479, 0.857, 0.975),
+    "EfficientNetV2M": Application("inside", 480, 32, 54_431_388, 53_150_388, 403, 220, 0.853, 0.974),
+    "EfficientNetV2S": Application("inside", 384, 32, 21_612_360, 20_331_360, 281, 88, 0.839, 0.967),
+    "InceptionResNetV2": Application("tf", 299, 75, 55_873_736, 54_336_736, 449, 215, 0.803, 0.953),
+    "InceptionV3": Application("tf", 299, 75, 23_851_784, 21_802_784, 189, 92, 0.779, 0.937),
+    "MobileNet": Application("tf", 224, 32, 4_253_864, 3_228_864, 55, 16, 0.704, 0.895),
+    "MobileNetV2": Application("tf", 224, 32, 3_538_984, 2_257_984, 105, 14, 0.713, 0.901),
+    "MobileNetV3Large": Application("inside", 224, 32, 5_507_432, 2_996_352, 110, 21, 0.756, None),
+    "MobileNetV3Small": Application("inside", 224, 32, 2_554_968, 939_120, 88, 10, 0.681, None),
+    "NASNetLarge": Application("tf", 331, 32, 88_949_818, 84_916_818, 533, 343, 0.825, 0.960),
+    "NASNetMobile": Application("tf", 224, 32, 5_326_716, 4_269_716, 389, 23, 0.744, 0.919),
+    "ResNet101": Application("caffe", 224, 32, 44_707_176, 42_658_176, 209, 171, 0.764, 0.928),
+    "ResNet101V2": Application("tf", 224, 32, 44_675_560, 42_626_560, 205, 171, 0.772, 0.938),
+    "ResNet152": Application("caffe", 224, 32, 60_419_944, 58_370_944, 311, 232, 0.766, 0.931),
+    "ResNet152V2": Application("tf", 224, 32, 60_380_648, 58_331_648, 307, 232, 0.780, 0.942),
+    "ResNet50": Application("caffe", 224, 32, 25_636_712, 23_587_712, 107, 98, 0.749, 0.921),
+    "ResNet50V2": Application("tf", 224, 32, 25_613_800, 23_564_800, 103, 98, 0.760, 0.930),
+    "VGG16": Application("caffe", 224, 32, 138_357_544, 14_714_688, 16, 528, 0.713, 0.901),
+    "VGG19": Application("caffe", 224, 32, 143_667_240, 20_024_384, 19, 549, 0.713, 0.900),
+    "Xception": Application("tf", 299, 71, 22_910_480, 20_861_480, 81, 88, 0.790, 0.945),
 }
+
+LEAST_SIDE = {name: application.least_side for name, application in APPLICATIONS.items()}

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Discriminator, Field, StringConstraints, Tag
 
 from topwork.spec.address import ModelUri, Weights, refused
-from topwork.spec.applications import LEAST_SIDE
+from topwork.spec.applications import APPLICATIONS
 from topwork.spec.part import Meaning, Number, Part, Refusal, Whole, rule
 from topwork.spec.words import hint, listed, shown
 
@@ -15,15 +15,15 @@ Units = Annotated[Whole, Field(ge=1, le=65536)]
 
 def check_application(name: str) -> str:
     """Refuse what is no classification model of keras.applications."""
-    if name not in LEAST_SIDE:
-        raise refused(f"{shown(name)} is not allowed.{hint(name, LEAST_SIDE)} Allowed: {', '.join(LEAST_SIDE)}.")
+    if name not in APPLICATIONS:
+        raise refused(f"{shown(name)} is not allowed.{hint(name, APPLICATIONS)} Allowed: {', '.join(APPLICATIONS)}.")
     return name
 
 
 Application = Annotated[
     str,
     AfterValidator(check_application),
-    Field(json_schema_extra={"enum": list(LEAST_SIDE)}),
+    Field(json_schema_extra={"enum": list(APPLICATIONS)}),
     Meaning("a classification model of keras.applications, such as Xception or ResNet50"),
 ]
 LayerName = Annotated[str, StringConstraints(min_length=1, max_length=200), Meaning("the name of a layer")]
