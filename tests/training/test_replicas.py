@@ -23,6 +23,7 @@ from topwork.spec.training import Optimizer
 from topwork.stages.fine_tune import fine_tune
 from topwork.stages.pull import pull
 from topwork.stages.transfer import transfer
+from topwork.training.caching import Caching
 from topwork.training.plan import Phase, Plan
 from topwork.training.stage import train
 from topwork.training.strategy import strategy
@@ -54,10 +55,10 @@ dataset = pull(job, workspace)
 first = transfer(job, dataset, workspace)
 second = fine_tune(job, first, dataset, workspace)
 optimizer = Optimizer(name="sgd", learning_rate=0.1)
-plan = Plan("transfer", (Phase("all", 3, optimizer),), 6, "auto", False, None, 1, batch_norm=True)
+plan = Plan("transfer", (Phase("all", 3, optimizer),), 6, "auto", False, None, 1, Caching(), batch_norm=True)
 other = job.model_copy(update={"metadata": job.metadata.model_copy(update={"name": "normalized"})})
 third = train(plan, normalized, [], other, dataset, workspace)
-on_features = Plan("transfer", (Phase("none", 2, optimizer),), 6, "auto", False, None, 1, views=2)
+on_features = Plan("transfer", (Phase("none", 2, optimizer),), 6, "auto", False, None, 1, Caching(2, asked=True))
 other = TransferJob.model_validate_json(os.environ["OTHER"])
 fourth = train(on_features, normalized, [], other, dataset, workspace)
 assert workspace.metrics.registry.get_sample_value("topwork_replicas") == replicas

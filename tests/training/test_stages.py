@@ -11,6 +11,7 @@ from topwork.spec.training import EarlyStopping, Optimizer
 from topwork.stages.fine_tune import fine_tune
 from topwork.stages.pull import pull
 from topwork.stages.transfer import transfer
+from topwork.training.caching import Caching
 from topwork.training.plan import Phase, Plan
 from topwork.training.stage import train
 
@@ -193,7 +194,7 @@ def test_a_loss_that_is_lost_ends_with_what_to_do(make_job, workspace):
 
 
 def test_early_stopping_without_a_validation_split_is_refused(make_job, workspace):
-    plan = Plan("transfer", (Phase("all", 1, Optimizer()),), 8, "auto", False, EarlyStopping(), 1)
+    plan = Plan("transfer", (Phase("all", 1, Optimizer()),), 8, "auto", False, EarlyStopping(), 1, Caching())
     job = make_job(
         dataset={
             **make_job().spec.dataset.model_dump(by_alias=True),

@@ -65,12 +65,15 @@ def training_batches(
 
     def choose(step: np.int64) -> tuple[Indices, npt.NDArray[np.int64], npt.NDArray[np.int32]]:
         indices = _indices(int(step), split.size, batch_size, seed)
-        return indices, split.labels[indices], _view_seed(int(step), seed)
+        epoch = int(step) // (split.size // batch_size)
+        # Kept views take turns, and not all images are at the same one.
+        places = indices + split.size * ((indices + epoch) % split.views)
+        return places, split.labels[indices], _view_seed(int(step), seed)
 
     def batch(step: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        indices, labels, view_seed = tf.numpy_function(choose, [step], [tf.int64, tf.int64, tf.int32], stateful=False)
+        places, labels, view_seed = tf.numpy_function(choose, [step], [tf.int64, tf.int64, tf.int32], stateful=False)
         labels = tf.ensure_shape(labels, (batch_size,))
-        images = split.gather(tf.ensure_shape(indices, (batch_size,)))
+        images = split.gather(tf.ensure_shape(places, (batch_size,)))
         one_hot = tf.one_hot(labels, classes)
         if augment is not None:
             images, one_hot = augment(images, one_hot, tf.ensure_shape(view_seed, (2,)))
@@ -93,6 +96,43 @@ def evaluation_batches(split: Split, *, classes: int, batch_size: int) -> Any:
         tf.data.Dataset of (images float32 (batch, height, width, 3) in 0..255, one_hot float32 (batch, classes),
         weights float32 (batch,), 1 or 0).
     """
+    batch = _in_order(split, classes, batch_size)
+    return _batches(tf.data.Dataset.range(-(-split.size // batch_size)), batch)
+
+
+def view_batches(
+    split: Split, *, classes: int, batch_size: int, views: int, first: int = 0, augment: Augment | None, seed: int
+) -> Any:
+    """Make full batches of one view after another of all images, each view in order.
+
+    Args:
+        split: The images.
+        classes: Classes.
+        batch_size: Images a batch, over all replicas. The last batch of each view is filled up with black images.
+        views: Views of each image.
+        first: Batch to begin with, counted over all views.
+        augment: Changes the images; None leaves them.
+        seed: Of the views.
+
+    Returns:
+        tf.data.Dataset of images float32 (batch, height, width, 3) in 0..255.
+    """
+    in_view = -(-split.size // batch_size)
+    in_order = _in_order(split, classes, batch_size)
+
+    def batch(number: tf.Tensor) -> tf.Tensor:
+        images, one_hot, _ = in_order(number % in_view)
+        if augment is not None:
+            view_seed = tf.numpy_function(lambda one: _view_seed(int(one), seed), [number], tf.int32, stateful=False)
+            images, _ = augment(images, one_hot, tf.ensure_shape(view_seed, (2,)))
+        return images
+
+    return _batches(tf.data.Dataset.range(first, in_view * views), batch)
+
+
+def _in_order(
+    split: Split, classes: int, batch_size: int
+) -> Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor, tf.Tensor]]:
     labels = tf.constant(split.labels)
 
     def batch(step: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
@@ -100,14 +140,15 @@ def evaluation_batches(split: Split, *, classes: int, batch_size: int) -> Any:
         real = indices < split.size
         weights = tf.cast(real, tf.float32)
         within = tf.minimum(indices, split.size - 1)
-        images = split.gather(within) * weights[:, tf.newaxis, tf.newaxis, tf.newaxis]
+        images = split.gather(within)
+        images *= tf.reshape(weights, (batch_size, *[1] * (len(images.shape) - 1)))
         one_hot = tf.one_hot(tf.gather(labels, within), classes) * weights[:, tf.newaxis]
         return images, one_hot, weights
 
-    return _batches(tf.data.Dataset.range(-(-split.size // batch_size)), batch)
+    return batch
 
 
-def _batches(steps: Any, batch: Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor, tf.Tensor]]) -> Any:
+def _batches(steps: Any, batch: Callable[[tf.Tensor], Any]) -> Any:
     parallel = min(usable_cores(), 8)
     return fixed(steps.map(batch, num_parallel_calls=parallel, deterministic=True).prefetch(_AHEAD))
 

@@ -41,7 +41,10 @@ class Split:
         size: Images.
         labels: int64 (size,), values 0 … classes-1.
         image_size: Height and width in pixels.
+        views: Kept views of each image; the place of image i in view v is v * size + i.
     """
+
+    views = 1
 
     def __init__(self, records: Records, positions: Indices, image_size: tuple[int, int]) -> None:
         self.size = len(positions)

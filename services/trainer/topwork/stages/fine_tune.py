@@ -6,6 +6,7 @@ from topwork.data.stored import StoredDataset
 from topwork.spec import TransferJob
 from topwork.spec.job import JobSpec
 from topwork.spec.training import FineTune, UnfreezeLayers, UnfreezeSteps
+from topwork.training.caching import caching
 from topwork.training.plan import Phase, Plan
 from topwork.training.stage import found, train
 from topwork.training.trained import Classifier, read_done
@@ -62,6 +63,9 @@ def fine_tune_plan(spec: JobSpec) -> Plan | None:
         balanced=(settings.class_weights or first.class_weights) == "balanced",
         early_stopping=settings.early_stopping,
         seed=(spec.seed + _SEED_OFFSET) % 2**31,
+        caching=caching(
+            settings.cache, settings.most_epochs, spec.augmentation, all_trained=settings.unfreeze == "all"
+        ),
     )
 
 

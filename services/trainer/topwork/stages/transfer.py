@@ -5,12 +5,11 @@ from pathlib import Path
 import keras
 
 from topwork.data.stored import StoredDataset
-from topwork.model.augmentation import augment
 from topwork.model.classifier import build
 from topwork.spec import TransferJob
 from topwork.spec.job import JobSpec
 from topwork.training.base_files import base_file
-from topwork.training.features import views
+from topwork.training.caching import caching
 from topwork.training.plan import Phase, Plan
 from topwork.training.stage import found, train
 from topwork.training.trained import Classifier, read_done
@@ -49,9 +48,6 @@ def transfer_plan(spec: JobSpec) -> Plan:
 
     Returns:
         Its phases and settings.
-
-    Raises:
-        SpecError: If `featureCache: on` can't be had.
     """
     settings = spec.transfer
     return Plan(
@@ -62,7 +58,7 @@ def transfer_plan(spec: JobSpec) -> Plan:
         balanced=settings.class_weights == "balanced",
         early_stopping=settings.early_stopping,
         seed=spec.seed,
-        views=views(spec, augmented=augment(spec.augmentation) is not None),
+        caching=caching(settings.cache, settings.epochs, spec.augmentation, all_trained=settings.train == "all"),
         # A new base must learn its statistics; a trained one has some worth keeping.
         batch_norm=not spec.model.base.is_pretrained,
     )

@@ -1,211 +1,272 @@
-"""The output of a frozen base, computed once for each view of an image instead of once an epoch."""
+"""What the frozen half of a classifier gives, computed once for each view of an image instead of once an epoch."""
 
-import shutil
+import hashlib
 import time
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 from typing import Any
 
-import keras
 import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
-from topwork.data.batches import evaluation_batches
-from topwork.data.local import LocalDataset, Split
-from topwork.errors import SpecError, Stopped
+from topwork.data.batches import view_batches
+from topwork.data.local import Indices, LocalDataset, Split
+from topwork.errors import SettingError, Stopped
 from topwork.model.augmentation import Augment
-from topwork.spec.job import JobSpec
+from topwork.model.freezing import digest
+from topwork.model.halves import Halves
+from topwork.spec import TransferJob
+from topwork.training.extraction import Extraction
+from topwork.training.feature_files import MOST_BYTES, FeatureFiles
+from topwork.training.plan import Plan
+from topwork.training.room import Place, place_for
+from topwork.training.trained import stage_prefix
 from topwork.workspace import Workspace
 
-# Views of each training image at most: more of them cost as much as the epochs that they save.
-MOST_VIEWS = 4
-# Share of the free scratch that features may take.
-SCRATCH_SHARE = 0.5
+# float16 keeps three digits of what lies in this range; other features are kept in float32.
+HALF_RANGE = (1e-2, 1e4)
+# Images of one piece in storage: no more than these are computed again after a stop.
+PIECE_IMAGES = 1024
 
-
-def views(spec: JobSpec, *, augmented: bool) -> int:
-    """Say how many views of each training image are kept as features.
-
-    Args:
-        spec: The job's `spec`.
-        augmented: Whether training images are changed at random.
-
-    Returns:
-        0 where the base runs in every epoch; 1 without augmentation.
-
-    Raises:
-        SpecError: If `featureCache: on` can't be had.
-    """
-    settings = spec.transfer
-    if settings.feature_cache == "off" or settings.train == "all":
-        return 0
-    if spec.augmentation.mix_up or spec.augmentation.cut_mix:
-        if settings.feature_cache == "on":
-            raise SpecError(
-                "spec.transfer.featureCache is on, but mixUp and cutMix mix other images at each step, and features of "
-                "mixtures can't be kept. Set featureCache: auto, or take them out of spec.augmentation."
-            )
-        return 0
-    count = min(settings.epochs, MOST_VIEWS) if augmented else 1
-    return count if settings.feature_cache == "on" or settings.epochs > count else 0
+Array = npt.NDArray[Any]
 
 
 class FeatureSplit(Split):
-    """Features in the place of images: maps float32 (height, width, channels), a view or several of each image."""
+    """Features in the place of images, a view or several of each."""
 
-    def __init__(self, values: npt.NDArray[np.float32], labels: npt.NDArray[np.int64]) -> None:
+    def __init__(self, values: Array, labels: npt.NDArray[np.int64]) -> None:
         """Take features.
 
         Args:
-            values: float32 (images, views, height, width, channels).
+            values: float16 or float32 (views * images, *features), one view of all images after another.
             labels: int64 (images,).
         """
         self.size = len(labels)
         self.labels = labels
+        self.views = len(values) // len(labels)
         self._values = values
 
     def gather(self, indices: tf.Tensor) -> tf.Tensor:
         """Give features inside tf.data.
 
         Args:
-            indices: int64 (n,).
+            indices: int64 (n,), each a place: view * size + image.
 
         Returns:
-            float32 (n, height, width, channels), or (n, views, height, width, channels) where there are several.
+            float32 (n, *features).
         """
-        single = self._values.shape[1] == 1
-        shape = (*self._values.shape[2:],) if single else self._values.shape[1:]
 
-        def take(chosen: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-            return np.take(self._values, chosen, axis=0).reshape(len(chosen), *shape)
+        def take(chosen: Indices) -> npt.NDArray[np.float32]:
+            return np.take(self._values, chosen, axis=0).astype(np.float32)
 
         features = tf.numpy_function(take, [indices], tf.float32, stateful=False)
-        return tf.ensure_shape(features, (*indices.shape, *shape))
+        return tf.ensure_shape(features, (*indices.shape, *self._values.shape[1:]))
 
 
-def pick(features: tf.Tensor, one_hot: tf.Tensor, seed: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """Choose one of the views of each image, in the place of augmentation."""
-    count, kept = features.shape[0], features.shape[1]
-    chosen = tf.random.stateless_uniform((count,), seed, 0, kept, tf.int32)
-    return tf.gather(features, chosen, batch_dims=1), one_hot
+@dataclass(frozen=True)
+class _Part:
+    """A split whose features are computed."""
+
+    name: str
+    split: Split
+    views: int
+    augment: Augment | None
 
 
-class Head:
-    """The head of a classifier, apart from its base: trained on features, it is trained in the classifier too."""
+@dataclass(frozen=True)
+class FeatureJob:
+    """What features depend on, and who computes them.
 
-    def __init__(self, model: keras.Model) -> None:
-        """Cut a classifier in two; call it in the scope of the strategy.
+    Attributes:
+        job: The job.
+        plan: The stage.
+        data: Its images.
+        halves: The classifier; features are what its lower half gives.
+        augment: Changes of the training images.
+        workspace: Storage, scratch, progress and the sign to stop.
+    """
 
-        Args:
-            model: Classifier whose head is a chain of layers above "base". Its layers are shared, not copied.
-        """
-        above = model.layers[model.layers.index(model.get_layer("base")) + 1 :]
-        pooled = above[0].name == "pooling"
-        tensor = above[0].output if pooled else above[0].input
-        self.extractor = keras.Model(model.inputs[0], tensor, name="extractor")
-        # A vector is kept as a map of one pixel, whose pooling is the vector again.
-        self.shape = (1, 1, int(tensor.shape[-1])) if len(tensor.shape) == 2 else tuple(tensor.shape[1:])
-        maps = keras.Input(self.shape, name="features")
-        outputs: Any = maps
-        if len(above[0].input.shape) == 2:
-            outputs = keras.layers.Flatten(name="vector")(outputs)
-        for layer in above:
-            outputs = layer(outputs)
-        self.model = keras.Model(maps, outputs, name="head")
+    job: TransferJob
+    plan: Plan
+    data: LocalDataset
+    halves: Halves
+    augment: Augment | None
+    workspace: Workspace
+
+    @property
+    def images(self) -> int:
+        """Images that the lower half runs over, each view counted."""
+        return sum(part.split.size * part.views for part in self.parts)
+
+    @property
+    def parts(self) -> tuple[_Part, ...]:
+        """The training images in their views, and the validation images as they are."""
+        train = _Part("train", self.data.train, self.plan.caching.views, self.augment)
+        if self.data.validation is None or not self.data.validation.size:
+            return (train,)
+        return train, _Part("validation", self.data.validation, 1, None)
+
+    @property
+    def prefix(self) -> str:
+        """Key in storage that stands for all that the features depend on."""
+        facts = (
+            digest(self.halves.lower.variables),
+            self.plan.seed,
+            self.plan.caching.views,
+            self.halves.feature_shape,
+        )
+        content = hashlib.sha256(repr((*facts, self.job.spec.compute.precision)).encode())
+        for part in self.parts:
+            content.update(part.split.digests.tobytes())
+        return f"{features_prefix(self.job, self.plan)}/{content.hexdigest()[:16]}"
 
 
-def bytes_needed(shape: tuple[int, ...], data: LocalDataset, count: int) -> int:
-    """Say how many bytes of scratch the features of a dataset take: 4 a value."""
-    validation = data.validation.size if data.validation else 0
-    return 4 * prod(shape) * (data.train.size * count + validation)
+def features_prefix(job: TransferJob, plan: Plan) -> str:
+    """Key of all features that a stage keeps in storage while it runs."""
+    return f"{stage_prefix(job.run, plan.stage)}/features"
 
 
-def fits(needed: int, scratch: Path) -> bool:
-    """Say whether scratch has room for features."""
-    return needed <= SCRATCH_SHARE * shutil.disk_usage(scratch).free
+def computed(work: FeatureJob) -> LocalDataset | None:
+    """Run the frozen half over the training views and the validation images.
 
-
-def computed(
-    head: Head,
-    data: LocalDataset,
-    augment: Augment | None,
-    *,
-    count: int,
-    seed: int,
-    batch_size: int,
-    workspace: Workspace,
-) -> LocalDataset:
-    """Run the base over the training views and the validation images.
+    Pieces that an earlier process stored are taken from there.
 
     Args:
-        head: The classifier, cut in two.
-        data: Its images.
-        augment: Changes of the training images.
-        count: Views of each training image.
-        seed: Seed of the views.
-        batch_size: Images a step over all replicas.
-        workspace: Scratch, progress and the sign to stop.
+        work: What is to be computed.
 
     Returns:
-        The same splits as features on scratch; the test split is None.
+        The same splits as features; the test split is None. None where they have no room, and weren't asked for.
 
     Raises:
-        Stopped: If asked to stop; features are computed again by the next run.
+        SettingError: If they were asked for and have no room.
+        Stopped: If asked to stop; what is stored is not computed again.
     """
     began = time.monotonic()
-    run = _Run(head, batch_size, workspace)
-    train = run(data.train, "features-train.f32", len(data.class_names), augment, count, seed)
-    validation = data.validation and run(
-        data.validation, "features-validation.f32", len(data.class_names), None, 1, seed
+    extraction = Extraction(
+        work.halves.lower,
+        precision=work.job.spec.compute.precision,
+        images=work.images,
+        progress=work.workspace.progress,
     )
-    workspace.progress.note("features of the frozen base", views=count, seconds=time.monotonic() - began)
-    return LocalDataset(data.class_names, train, validation or None, None)
+    dtype = _dtype(work, extraction)
+    needed = dtype.itemsize * prod(work.halves.feature_shape) * work.images
+    place = place_for(needed, work.workspace.scratch, work.job)
+    if place is None:
+        _tell_without_room(work, needed)
+        return None
+    splits = {}
+    for part in work.parts:
+        shape = (part.split.size * part.views, *work.halves.feature_shape)
+        values = _room(work, part.name, shape, dtype, place)
+        with _files(work, part, needed) as files:
+            _Filling(work, extraction, part, files).fill(values)
+        splits[part.name] = FeatureSplit(values, part.split.labels)
+    work.workspace.progress.note(
+        "features of the frozen layers",
+        stage=work.plan.stage,
+        views=work.plan.caching.views,
+        shape="x".join(map(str, work.halves.feature_shape)),
+        kept_in=place,
+        mebibytes=needed / 2**20,
+        seconds=time.monotonic() - began,
+    )
+    return LocalDataset(work.data.class_names, splits["train"], splits.get("validation"), None)
 
 
-class _Run:
-    """Runs an extractor over splits, on all replicas."""
+class _Filling:
+    """Fills the features of one split, batch by batch."""
 
-    def __init__(self, head: Head, batch_size: int, workspace: Workspace) -> None:
-        self._head = head
-        self._batch_size = batch_size
-        self._workspace = workspace
-        self._strategy = head.extractor.distribute_strategy
-        extractor = head.extractor
-        self._step = tf.function(
-            lambda images: self._strategy.run(
-                lambda one: tf.cast(extractor(one, training=False), tf.float32), (images,)
-            )
+    def __init__(self, work: FeatureJob, extraction: Extraction, part: _Part, files: FeatureFiles | None) -> None:
+        self._work, self._extraction, self._part, self._files = work, extraction, part, files
+        self._batch_size = work.plan.batch_size
+        self._batches_a_view = -(-part.split.size // self._batch_size)
+
+    def fill(self, values: Array) -> None:
+        """Take what is stored, and compute the rest.
+
+        Args:
+            values: (views * images, *features), to be filled.
+        """
+        row = stored = self._take(values)
+        first = self._number_of(row)
+        total = self._batches_a_view * self._part.views
+        with self._work.workspace.progress.track(f"features: {self._part.name}", total - first) as tracker:
+            for number, images in zip(range(first, total), self._images(first), strict=True):
+                features = self._extraction(images)[: self._rows_of(number)]
+                limit = np.finfo(values.dtype).max
+                values[row : row + len(features)] = np.clip(features, -limit, limit)
+                row += len(features)
+                stopped = self._work.workspace.stop.is_set()
+                if self._files and (row - stored >= PIECE_IMAGES or row == len(values) or stopped):
+                    self._files.write(stored, values[stored:row].copy())
+                    stored = row
+                if stopped:
+                    raise Stopped("Stopped while computing features of the frozen layers; start the same job to go on.")
+                tracker.advance()
+
+    def _take(self, values: Array) -> int:
+        row = 0
+        for piece in self._files.read(values.shape[1:], values.dtype) if self._files else ():
+            if row + len(piece) > len(values):
+                break
+            values[row : row + len(piece)] = piece
+            row += len(piece)
+        return row
+
+    def _number_of(self, row: int) -> int:
+        view, image = divmod(row, self._part.split.size)
+        return view * self._batches_a_view + image // self._batch_size
+
+    def _rows_of(self, number: int) -> int:
+        return min(self._batch_size, self._part.split.size - number % self._batches_a_view * self._batch_size)
+
+    def _images(self, first: int) -> Any:
+        batches = _batches(self._work, self._part, first)
+        return self._work.halves.lower.distribute_strategy.experimental_distribute_dataset(batches)
+
+
+def _batches(work: FeatureJob, part: _Part, first: int) -> Any:
+    return view_batches(
+        part.split,
+        classes=len(work.data.class_names),
+        batch_size=work.plan.batch_size,
+        views=part.views,
+        first=first,
+        augment=part.augment,
+        seed=work.plan.seed,
+    )
+
+
+def _dtype(work: FeatureJob, extraction: Extraction) -> np.dtype[Any]:
+    """Half precision, unless the features of a first batch are too large or too small for it."""
+    part = work.parts[-1]
+    images = work.halves.lower.distribute_strategy.experimental_distribute_dataset(_batches(work, part, 0))
+    largest = float(np.abs(extraction(next(iter(images)))).max())
+    return np.dtype(np.float16 if HALF_RANGE[0] <= largest <= HALF_RANGE[1] else np.float32)
+
+
+def _files(work: FeatureJob, part: _Part, needed: int) -> AbstractContextManager[FeatureFiles | None]:
+    if needed > MOST_BYTES:
+        return nullcontext()
+    return FeatureFiles(work.workspace, f"{work.prefix}/{part.name}")
+
+
+def _room(work: FeatureJob, name: str, shape: tuple[int, ...], dtype: np.dtype[Any], place: Place) -> Array:
+    if place == "memory":
+        return np.empty(shape, dtype)
+    return np.memmap(work.workspace.scratch / f"features-{name}.bin", dtype, "w+", shape=shape).view(np.ndarray)
+
+
+def _tell_without_room(work: FeatureJob, needed: int) -> None:
+    words = (
+        f"the features take {needed / 2**30:.1f} GiB: more than a quarter of the free memory, than half of what is "
+        f"free in {work.workspace.scratch} and than a quarter of spec.compute.scratch"
+    )
+    if work.plan.caching.asked:
+        raise SettingError(
+            f"featureCache of {work.plan.stage} is on, but {words}. Give more memory or scratch, keep fewer views, use "
+            "pooling: avg, or set featureCache: auto."
         )
-
-    def __call__(
-        self, split: Split, file: str, classes: int, augment: Augment | None, count: int, seed: int
-    ) -> FeatureSplit:
-        path = self._workspace.scratch / file
-        values = np.memmap(path, np.float32, "w+", shape=(split.size, count, *self._head.shape))
-        batches = evaluation_batches(split, classes=classes, batch_size=self._batch_size)
-        total = -(-split.size // self._batch_size) * count
-        with self._workspace.progress.track("features", total) as tracker:
-            for view in range(count):
-                images = self._strategy.experimental_distribute_dataset(
-                    _viewed(batches, augment, (seed + view) % 2**31)
-                )
-                for start, batch in zip(range(0, split.size, self._batch_size), images, strict=True):
-                    if self._workspace.stop.is_set():
-                        raise Stopped("Stopped while computing features of the frozen base; run the same job again.")
-                    parts = self._strategy.experimental_local_results(self._step(batch))
-                    features = np.concatenate([part.numpy() for part in parts])[: split.size - start]
-                    values[start : start + len(features), view] = features.reshape(len(features), *self._head.shape)
-                    tracker.advance()
-        return FeatureSplit(values.view(np.ndarray), split.labels)
-
-
-def _viewed(batches: tf.data.Dataset, augment: Augment | None, seed: int) -> tf.data.Dataset:
-    if augment is None:
-        return batches.map(lambda images, *_: images)
-
-    def change(step: tf.Tensor, batch: tuple[tf.Tensor, tf.Tensor, tf.Tensor]) -> tf.Tensor:
-        images, one_hot, _ = batch
-        return augment(images, one_hot, tf.stack([tf.constant(seed), tf.cast(step, tf.int32)]))[0]
-
-    return batches.enumerate().map(change)
+    work.workspace.progress.note("feature cache", stage=work.plan.stage, used=False, reason=words)

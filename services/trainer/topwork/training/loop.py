@@ -38,29 +38,27 @@ class Training:
         self,
         plan: Plan,
         model: keras.Model,
+        fitted: keras.Model,
         data: LocalDataset,
         workspace: Workspace,
         checkpoints: Checkpoints,
         augment: Augment | None,
-        head: keras.Model | None = None,
     ) -> None:
         """Take the model as it is at the start of the stage, or as its newest checkpoint left it.
 
         Args:
             plan: What the stage does.
             model: Classifier with its nested base; built in the scope of the strategy.
-            data: Training and validation images.
+            fitted: What runs in `fit` and shares the model's layers: all of it, or its upper half on features.
+            data: Training and validation images, or features in their place.
             workspace: Progress, metrics and the sign to stop.
             checkpoints: Where the stage keeps how far it is.
             augment: Changes of the training images.
-            head: The classifier's head alone, sharing its layers, where `data` holds features of the base.
 
         Raises:
             DataError: If a split can't be used, or a checkpoint is of another model.
         """
-        self._plan, self._model, self._data = plan, model, data
-        # What runs in `fit`: the head alone where the base has done its part.
-        self._fitted = head or model
+        self._plan, self._model, self._fitted, self._data = plan, model, fitted, data
         self._workspace, self._checkpoints, self._augment = workspace, checkpoints, augment
         self._strategy = model.distribute_strategy
         self._classes = len(data.class_names)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from topwork.model.freezing import Unfrozen
 from topwork.spec.training import EarlyStopping, Loss, Optimizer
+from topwork.training.caching import Caching
 from topwork.training.trained import StageName
 
 
@@ -34,7 +35,7 @@ class Plan:
         balanced: Whether each class counts alike.
         early_stopping: When to end a phase before its last epoch.
         seed: Seed of the order of the images, their views and the new weights.
-        views: Views of each training image whose features are computed once; 0 runs the base in every epoch.
+        caching: Whether features of the frozen layers may be computed once, and in how many views.
         batch_norm: Whether the batch normalizations of the base are trained where they're unfrozen.
     """
 
@@ -45,7 +46,7 @@ class Plan:
     balanced: bool
     early_stopping: EarlyStopping | None
     seed: int
-    views: int = 0
+    caching: Caching
     batch_norm: bool = False
 
     @property

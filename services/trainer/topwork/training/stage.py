@@ -7,13 +7,15 @@ import keras
 
 from topwork.data.local import LocalDataset, fetch
 from topwork.data.stored import StoredDataset
-from topwork.errors import SettingError, SpecError
+from topwork.errors import SpecError
 from topwork.model.augmentation import augment
 from topwork.model.classifier import in_precision
-from topwork.model.freezing import parameter_groups
+from topwork.model.freezing import parameter_groups, unfreeze
+from topwork.model.halves import halves
 from topwork.spec import TransferJob
+from topwork.training.caching import keeps_features
 from topwork.training.checkpoints import Checkpoints
-from topwork.training.features import Head, bytes_needed, computed, fits, pick
+from topwork.training.features import FeatureJob, computed, features_prefix
 from topwork.training.loop import Training
 from topwork.training.plan import Plan
 from topwork.training.strategy import check_replicas, policy, strategy
@@ -68,6 +70,7 @@ def train(
         training.run()
         classifier = _store(training, model, plan, earlier, job, data.class_names, workspace)
         checkpoints.clear()
+        workspace.storage.delete(stored.key for stored in workspace.storage.list(f"{features_prefix(job, plan)}/"))
     return classifier
 
 
@@ -79,26 +82,17 @@ def _training(
     workspace: Workspace,
     checkpoints: Checkpoints,
 ) -> Training:
-    """Set up the training on images or, where a frozen base is to run once only, on its features."""
-    change = augment(job.spec.augmentation)
-    if not plan.views:
-        return Training(plan, model, data, workspace, checkpoints, change)
+    """Set up the training on images or, where the frozen layers are to run once only, on their features."""
     with model.distribute_strategy.scope():
-        head = Head(model)
-    needed = bytes_needed(head.shape, data, plan.views)
-    if not fits(needed, workspace.scratch):
-        if job.spec.transfer.feature_cache == "on":
-            raise SettingError(
-                f"spec.transfer.featureCache is on, but the features take {needed / 2**30:.1f} GiB, more than half of "
-                f"what is free in {workspace.scratch}. Give it more scratch, use pooling: avg, or set "
-                "featureCache: auto."
-            )
-        return Training(plan, model, data, workspace, checkpoints, change)
-    features = computed(
-        head, data, change, count=plan.views, seed=plan.seed, batch_size=plan.batch_size, workspace=workspace
-    )
-    view = pick if plan.views > 1 else None
-    return Training(plan, model, features, workspace, checkpoints, view, head=head.model)
+        unfreeze(model.get_layer("base"), plan.phases[-1].unfrozen, batch_norm=plan.batch_norm)
+        cut = halves(model)
+        whole = cut.joined() if cut else model
+    change = augment(job.spec.augmentation)
+    kept, reason = keeps_features(plan.caching, plan.epochs, cut)
+    workspace.progress.note("feature cache", stage=plan.stage, used=kept, reason=reason)
+    if cut and kept and (features := computed(FeatureJob(job, plan, data, cut, change, workspace))):
+        return Training(plan, model, cut.upper, features, workspace, checkpoints, None)
+    return Training(plan, model, whole, data, workspace, checkpoints, change)
 
 
 def _store(
