@@ -14,6 +14,7 @@ COMMANDS = {
     "run": "topwork.cli.run:run",
     "stage": "topwork.cli.stage:stage",
     "validate": "topwork.cli.validate:validate",
+    "describe": "topwork.cli.describe:describe",
     "render": "topwork.cli.render:render",
     "submit": "topwork.cli.submit:submit",
     "status": "topwork.cli.status:status",

@@ -50,6 +50,32 @@ def check_splits(splits: Splits, facts: DatasetFacts) -> None:
             _ranges(name, text, sizes)
 
 
+def count_images(splits: Splits, sizes: Mapping[str, int], classes: int | None) -> dict[str, int | None]:
+    """Count the images of each split, before any is there.
+
+    Args:
+        splits: `spec.dataset.splits`.
+        sizes: Images of the source's own splits, as far as they are known.
+        classes: Number of classes; None where it isn't known.
+
+    Returns:
+        Images of each split that the spec names; None where that can't be told.
+
+    Raises:
+        DataError: If a slice reaches beyond what there is, or is empty.
+    """
+    if splits.per_class:
+        counts = {name: getattr(splits.per_class, name) for name in NAMES}
+        return {name: classes and count * classes for name, count in counts.items() if count}
+    images: dict[str, int | None] = {}
+    for name in NAMES:
+        if text := getattr(splits, name):
+            is_known = all(piece.split in sizes for piece in parse_slices(text))
+            ranges = _ranges(name, text, sizes) if is_known else []
+            images[name] = sum(end - start for _, start, end in ranges) if is_known else None
+    return images
+
+
 def choose(
     splits: Splits, sources: Mapping[str, Examples], class_names: tuple[str, ...], seed: int
 ) -> dict[str, Positions]:

@@ -1,0 +1,338 @@
+"""`topwork describe`: what each stage trains, as the stages themselves say it when they train."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import pytest
+
+from topwork.cli.describe import describe
+from topwork.edge.metrics import Metrics
+from topwork.edge.storage import Storage, make_bucket
+from topwork.errors import DataError
+from topwork.local.server import embedded_storage
+from topwork.progress import Quiet
+from topwork.spec.applications import APPLICATIONS
+from topwork.spec.reading import read_files
+from topwork.spec.writing import yaml_text
+from topwork.stages.fine_tune import fine_tune
+from topwork.stages.pull import pull
+from topwork.stages.transfer import transfer
+from topwork.workspace import Workspace
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+STEPS = {"unfreeze": {"steps": [{"layers": n, "epochs": 1, "learningRate": 10**-n} for n in (3, 6)]}}
+
+
+@pytest.fixture(autouse=True)
+def no_storage(monkeypatch, tmp_path):
+    """Neither an account nor anything that an earlier run has stored on this machine."""
+    for name in ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("TOPWORK_STATE", str(tmp_path / "state"))
+
+
+@pytest.fixture
+def own_storage(monkeypatch, s3_settings):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_settings.endpoint_url)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", s3_settings.access_key)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", s3_settings.secret_key)
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+
+
+@pytest.fixture
+def described(capsys):
+    """Describe jobs with `--json`."""
+
+    def call(*files, sets=(), **options):
+        describe(list(files), list(sets), as_json=True, **options)
+        return json.loads(capsys.readouterr().out)
+
+    return call
+
+
+@pytest.fixture
+def write_job(make_job, tmp_path):
+    def write(**overrides):
+        path = tmp_path / "job.yaml"
+        path.write_text(yaml_text(make_job(**overrides)))
+        return path
+
+    return write
+
+
+def application(name, weights="none"):
+    return {"base": {"application": name, "weights": weights}, "head": {"dropout": 0.0}}
+
+
+class Notes(Quiet):
+    """Keeps what a run says."""
+
+    def __init__(self):
+        self.notes = []
+
+    def note(self, message, **facts):
+        self.notes.append((message, facts))
+
+
+def trained(job, workspace):
+    """Train a job for real, and give what was noted about parameters and the feature cache, and the steps done."""
+    noting = Workspace(workspace.storage, workspace.metrics, Notes(), workspace.scratch)
+    dataset = pull(job, noting)
+    fine_tune(job, transfer(job, dataset, noting), dataset, noting)
+    notes = noting.progress.notes
+    counts = [(facts.pop("stage"), facts) for message, facts in notes if message == "parameters"]
+    caches = {
+        facts["stage"]: (facts["used"], facts["reason"]) for message, facts in notes if message == "feature cache"
+    }
+    return counts, caches
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {
+            "model": application("MobileNet"),
+            "transfer": {"epochs": 2, "batchSize": 8, "featureCache": "on"},
+            "fineTune": STEPS,
+        },
+        {"transfer": {"train": "all", "epochs": 1, "batchSize": 8}},
+    ],
+    ids=["gradual unfreezing", "a new base"],
+)
+def test_a_run_trains_what_was_described(settings, write_job, described, workspace, own_storage):
+    path = write_job(**settings)
+    before = described(path, images=40, classes=2)[0]
+    counts, caches = trained(read_files([path])[0][1], workspace)
+    assert [
+        (stage["stage"], group) for stage in before["stages"] for phase in stage["phases"] for group in phase["layers"]
+    ] == counts
+    assert {
+        stage["stage"]: (stage["featureCache"]["used"], stage["featureCache"]["reason"]) for stage in before["stages"]
+    } == caches
+    steps = workspace.metrics.registry.get_sample_value("topwork_steps_total")
+    assert sum(stage["steps"] for stage in before["stages"]) == steps
+    # And once it is stored, the dataset says the same.
+    after = described(path)[0]
+    assert after["data"].pop("dataset").startswith(workspace.storage.uri)
+    assert before["data"].pop("dataset") is None
+    assert after == before
+
+
+@pytest.mark.parametrize("name", APPLICATIONS)
+def test_every_application_is_described_without_its_weights(name, monkeypatch, write_job, described):
+    def fails(*_, **__):
+        raise AssertionError("nothing is downloaded")
+
+    monkeypatch.setattr(keras.src.utils.file_utils, "get_file", fails)
+    side = APPLICATIONS[name].default_side
+    fine = {"epochs": 1, "unfreeze": {"layers": 2}, "optimizer": {"learningRate": 1e-5}}
+    path = write_job(transfer={"train": "head"}, fineTune=fine)
+    (found,) = described(
+        path,
+        sets=[
+            f"spec.model.base={{application: {name}}}",
+            f"spec.dataset.imageSize=[{side}, {side}]",
+        ],
+    )
+    parameters = APPLICATIONS[name].parameters_without_top
+    assert found["base"]["parameters"] == parameters
+    assert found["base"]["weights"] == "ImageNet"
+    (whole,), (top,) = (stage["phases"] for stage in found["stages"])
+    head = whole["trainable"]
+    assert whole["frozen"] == parameters
+    assert sum(group["frozen"] for group in whole["layers"]) == parameters
+    assert top["trainable"] + top["frozen"] == parameters + head
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_example_is_described(path, described):
+    for one in described(path, images=10_000):
+        assert one["stages"]
+        # What another job has to publish first isn't there.
+        assert (one["base"]["parameters"] is None) == one["base"]["name"].startswith("s3://")
+
+
+def test_gradual_unfreezing_counts_each_step(described):
+    (found,) = described(EXAMPLES / "lab-4-vgg16-gradual.yaml", classes=5, images=3670)
+    first, second = found["stages"]
+    assert [phase["trained"] for phase in (*first["phases"], *second["phases"])] == [
+        "the head alone",
+        "the head and the last 3 layers of the base",
+        "the head and the last 6 layers of the base",
+        "the head and the last 9 layers of the base",
+        "the head and the last 13 layers of the base",
+    ]
+    head = 512 * 256 + 256 + 256 * 5 + 5
+    blocks = [7_079_424, 5_899_776, 1_475_328, 221_440 + 38_720]
+    assert first["phases"][0]["trainable"] == head
+    assert [phase["trainable"] for phase in second["phases"]] == [head + sum(blocks[: n + 1]) for n in range(4)]
+    assert [phase["frozen"] for phase in second["phases"]] == [sum(blocks[n + 1 :]) for n in range(4)]
+    assert second["phases"][0]["layers"][-3:] == [
+        {"layers": "base/block4", "trainable": 0, "frozen": 5_899_776},
+        {"layers": "base/block5", "trainable": 7_079_424, "frozen": 0},
+        {"layers": "head", "trainable": head, "frozen": 0},
+    ]
+    assert (second["stepsPerEpoch"], second["epochs"], second["steps"]) == (2936 // 32, 14, 14 * (2936 // 32))
+
+
+def test_batch_normalization_of_a_trained_base_stays_frozen(write_job, described):
+    fine = {"epochs": 1, "unfreeze": "all", "optimizer": {"learningRate": 1e-5}}
+    path = write_job(model=application("ResNet50", "imagenet"), transfer={"epochs": 1}, fineTune=fine)
+    (phase,) = described(path)[0]["stages"][1]["phases"]
+    # 26,560 channels are normalized, with four parameters each.
+    assert phase["frozen"] == 4 * 26_560
+
+
+def test_the_course_of_the_learning_rate_is_told(described):
+    sets = [
+        "spec.transfer={epochs: 5, batchSize: 30, optimizer: {name: sgd, momentum: 0.9, learningRate: 0.2}}",
+        "spec.transfer.optimizer.schedule={name: inverseTime, rate: 0.01}",
+    ]
+    path = EXAMPLES / "cats-vs-dogs.yaml"
+    phase = described(path, sets=[*sets, "spec.fineTune=null"], images=750)[0]["stages"][0]["phases"][0]
+    assert phase["steps"] == 50
+    assert phase["learningRate"] == {
+        "peak": 0.2,
+        "schedule": "inverseTime",
+        "first": pytest.approx(0.2),
+        "last": pytest.approx(0.2 / (1 + 0.01 * 49)),
+    }
+    unknown = described(path, sets=[*sets, "spec.fineTune=null"])[0]["stages"][0]["phases"][0]
+    assert unknown["steps"] is None
+    assert unknown["learningRate"] == {"peak": 0.2, "schedule": "inverseTime", "first": None, "last": None}
+
+
+def test_what_is_not_known_is_said(write_job, capsys):
+    path = write_job(model={"base": {"cnn": {"filters": [4, 8]}}, "head": {"hidden": [3], "dropout": 0.0}})
+    describe([path])
+    run = read_files([path])[0][1].run
+    assert capsys.readouterr().out == (
+        f"tiny (run {run})\n"
+        "  base  a small new one; 408 parameters, weights: random; images of 32x32 pixels, scaling: to 0..1\n"
+        "  data  ? classes; images: ? train, ? validation, ? test\n"
+        "  note  The classes aren't known before the dataset is pulled: the head is counted for 2. Say --classes N.\n"
+        "  note  The training images aren't counted before the dataset is pulled, nor are the steps. Say --images N.\n"
+        "\n"
+        "transfer: 2 epochs of ? steps, ? in all; batches of 8; loss auto\n"
+        "  feature cache not used: featureCache is off\n"
+        "  trains the head and all of the base; adam, learning rate 0.001; 2 epochs, ? steps\n"
+        "    layers              trainable  frozen\n"
+        "    base/convolution_1        112       0\n"
+        "    base/convolution_2        296       0\n"
+        "    head                       31       0\n"
+        "    total                     439       0\n"
+    )
+
+
+def test_counts_a_class_need_the_classes_alone(write_job, described):
+    splits = "spec.dataset.splits={perClass: {train: 100, test: 50}}"
+    found = described(write_job(), sets=[splits], classes=3)[0]
+    assert found["data"]["images"] == {"train": 300, "test": 150}
+    assert found["stages"][0]["steps"] == 2 * (300 // 8)
+    assert found["stages"][0]["loss"] == "categorical_crossentropy"
+    assert described(write_job(), sets=[splits])[0]["data"]["images"] == {"train": None, "test": None}
+
+
+def test_images_are_those_of_the_train_split(write_job, described):
+    path = write_job()
+    sets = ["spec.dataset.source={tfds: cifar10}", "spec.dataset.splits={train: 'train[:40%]', test: test}"]
+    found = described(path, sets=sets, images=50_000, classes=10)[0]
+    assert found["data"]["images"] == {"train": 20_000, "test": None}
+
+
+def test_fewer_images_than_a_batch_are_noted(write_job, described):
+    (found,) = described(write_job(), images=10, classes=2)
+    assert found["notes"] == ["transfer has fewer training images than its batchSize 8: it will refuse to train."]
+
+
+def test_a_layer_that_is_not_there_is_told_before_any_training(write_job, described):
+    fine = {"epochs": 1, "unfreeze": {"layers": 30}, "optimizer": {"learningRate": 1e-5}}
+    with pytest.raises(DataError, match="asks for the last 30 layers with weights, but the base has 2"):
+        described(write_job(fineTune=fine))
+
+
+def test_another_job_s_dataset_of_the_same_source_is_found(make_job, write_job, described, workspace, own_storage):
+    pull(make_job(), workspace)
+    (found,) = described(write_job(seed=7), classes=5)
+    assert found["data"]["classes"] == 2
+    assert found["data"]["images"] == {"train": 24, "validation": 8, "test": 8}
+    assert found["data"]["dataset"].startswith(f"{workspace.storage.uri}/datasets/photos/")
+    assert found["notes"] == ["--classes 5 is not needed: the stored dataset has 2."]
+
+
+def saved_model(path):
+    image = keras.Input((32, 32, 3))
+    maps = keras.layers.Conv2D(4, 3, name="block_1")(image)
+    model = keras.Model(image, keras.layers.Dense(3)(keras.layers.Flatten()(maps)))
+    model.save(path)
+    return path
+
+
+def test_a_saved_base_is_read_from_its_file(write_job, described, tmp_path):
+    path = saved_model(tmp_path / "model.keras")
+    before = path.read_bytes()
+    sets = [f"spec.model.base={{saved: {{uri: {path}, cutAt: block_1}}}}", "spec.transfer={epochs: 1}"]
+    (found,) = described(write_job(), sets=sets, classes=2, images=1000)
+    assert found["stages"][0]["phases"][0]["layers"] == [
+        {"layers": "base/block_1", "trainable": 0, "frozen": 112},
+        {"layers": "head", "trainable": 5, "frozen": 0},
+    ]
+    assert found["notes"] == []
+    assert path.read_bytes() == before
+
+
+def test_a_saved_base_is_read_from_storage(write_job, described, workspace, own_storage, tmp_path):
+    workspace.storage.upload(saved_model(tmp_path / "model.keras"), "bases/model.keras")
+    uri = workspace.storage.uri_of("bases/model.keras")
+    (found,) = described(write_job(), sets=[f"spec.model.base={{saved: {{uri: '{uri}', cutAt: block_1}}}}"])
+    assert found["base"]["parameters"] == 112
+
+
+def test_a_saved_base_that_is_not_there_leaves_the_rest(write_job, described, workspace, own_storage):
+    uri = workspace.storage.uri_of("none.keras")
+    (found,) = described(write_job(), sets=[f"spec.model.base={{saved: {{uri: '{uri}'}}}}"], classes=2, images=100)
+    assert found["notes"] == [
+        f"spec.model.base.saved.uri is {uri}, and there's no such object in storage. The layers of the base aren't "
+        "known without it."
+    ]
+    assert found["base"]["parameters"] is None
+    (stage,) = found["stages"]
+    assert (stage["stepsPerEpoch"], stage["featureCache"], stage["phases"][0]["layers"]) == (60 // 8, None, [])
+
+
+def test_storage_that_does_not_answer_is_noted(write_job, described, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
+    (found,) = described(write_job(), classes=2, images=100)
+    assert found["notes"][0].startswith("http://127.0.0.1:9 can't be reached for s3://")
+    assert found["stages"][0]["phases"][0]["trainable"]
+
+
+def test_embedded_storage_of_an_earlier_run_is_read_and_none_is_made(write_job, described, tmp_path):
+    described(write_job())
+    assert not (tmp_path / "state").exists()
+    path = write_job()
+    ((_, job),) = read_files([path])
+    with embedded_storage(tmp_path / "state") as settings:
+        make_bucket(settings, "topwork-test")
+        storage = Storage(job.spec.storage, settings)
+        pull(job, Workspace(storage, Metrics(), Quiet(), tmp_path))
+    assert described(path)[0]["data"]["classes"] == 2
+
+
+def test_the_command_prints_nothing_but_its_answer(write_job):
+    path = write_job()
+    ended = subprocess.run(
+        [sys.executable, "-m", "topwork", "describe", path, "--set", "spec.transfer.epochs=3", "--classes", "4"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert "transfer: 3 epochs of ? steps" in ended.stdout
+    assert "  data  4 classes; images: ? train" in ended.stdout
