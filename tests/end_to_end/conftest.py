@@ -19,8 +19,10 @@ from typing import Any
 
 import pytest
 from ruamel.yaml import YAML
+from tests.end_to_end.seeds import STORAGE, Seeds
 
 from topwork.cluster.ending import Ending
+from topwork.edge.storage import Storage, StorageSettings, make_bucket
 from topwork.spec import TransferJob
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -241,3 +243,21 @@ def forward(client: socket.socket, target: list[str]) -> None:
                 if not (data := source.recv(65536)):
                     return
                 other[source].sendall(data)
+
+
+@pytest.fixture(scope="session")
+def seeds(tmp_path_factory: pytest.TempPathFactory, s3_settings: StorageSettings) -> Seeds:
+    """A machine of its own for the fourteen systems, with the storage that the examples name."""
+    folder = tmp_path_factory.mktemp("seeds")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "TOPWORK_"))}
+    variables = {
+        "HOME": str(folder / "home"),
+        "TOPWORK_STATE": str(folder / "state"),
+        "NO_COLOR": "1",
+        "AWS_ENDPOINT_URL": s3_settings.endpoint_url or "",
+        "AWS_ACCESS_KEY_ID": s3_settings.access_key or "",
+        "AWS_SECRET_ACCESS_KEY": s3_settings.secret_key or "",
+        "AWS_REGION": "us-east-1",
+    }
+    make_bucket(s3_settings, "ml-artifacts")
+    return Seeds(folder, kept | variables, Storage(STORAGE, s3_settings))
