@@ -99,9 +99,10 @@ def trained(job, workspace):
             "transfer": {"epochs": 2, "batchSize": 8, "featureCache": "on"},
             "fineTune": STEPS,
         },
+        {"model": application("MobileNet"), "transfer": {"train": "all", "epochs": 1, "batchSize": 8}},
         {"transfer": {"train": "all", "epochs": 1, "batchSize": 8}},
     ],
-    ids=["gradual unfreezing", "a new base"],
+    ids=["gradual unfreezing", "all of a blank model", "a small new base"],
 )
 def test_a_run_trains_what_was_described(settings, write_job, described, workspace, own_storage):
     path = write_job(**settings)
@@ -130,7 +131,7 @@ def test_every_application_is_described_without_its_weights(name, monkeypatch, w
     monkeypatch.setattr(keras.src.utils.file_utils, "get_file", fails)
     side = APPLICATIONS[name].default_side
     fine = {"epochs": 1, "unfreeze": {"layers": 2}, "optimizer": {"learningRate": 1e-5}}
-    path = write_job(transfer={"train": "head"}, fineTune=fine)
+    path = write_job(model=application("VGG16"), transfer={"train": "head"}, fineTune=fine)
     (found,) = described(
         path,
         sets=[

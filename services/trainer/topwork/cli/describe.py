@@ -58,7 +58,7 @@ def describe(
 
 def _describe(job: TransferJob, state: Path, classes: int | None, images: int | None) -> "Description":
     with quiet_start():
-        from topwork.stages.description import describe as described
+        from topwork.stages.describing import describe as described
         from topwork.stages.known import known_data
 
     with ExitStack() as stack:
