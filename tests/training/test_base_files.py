@@ -102,16 +102,28 @@ def test_imagenet_weights_of_efficientnet_mean_the_same_from_a_file_as_from_kera
         legacy_h5_format.save_weights_to_hdf5_group(file, model)
     monkeypatch.setattr(efficientnet.file_utils, "get_file", lambda name, *args, **kwargs: str(tmp_path / name))
     by_keras = keras.applications.EfficientNetB0(weights="imagenet", include_top=False, input_shape=(32, 32, 3))
-    mirror_weights("EfficientNetB0", workspace, tmp_path / "efficientnetb0_notop.h5")
     mirrored = backbone("EfficientNetB0").build((32, 32), base_file(Base(application="EfficientNetB0"), workspace))
+    of_file = backbone("EfficientNetB0").build((32, 32), tmp_path / "efficientnetb0_notop.h5")
     pixels = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3)).astype(np.float32)
     expected = by_keras.predict_on_batch(pixels)
     np.testing.assert_allclose(mirrored.predict_on_batch(pixels), expected, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(of_file.predict_on_batch(pixels), expected, rtol=1e-4, atol=1e-6)
     # In half precision the model is a copy, whose normalization must not go back to mean 0 and variance 1.
     image = keras.Input((32, 32, 3), name="image")
     classifier = in_precision(keras.Model(image, mirrored(image)), "mixed_bfloat16")
     norms = [x for x in classifier.layers[-1].layers if isinstance(x, keras.layers.Normalization)]
     np.testing.assert_allclose(np.asarray(norms[0].mean, np.float32).ravel(), [0.485, 0.456, 0.406], rtol=1e-2)
+
+
+def test_pixels_are_scaled_as_keras_does_whatever_a_model_is_called():
+    """EfficientNetV2 of Keras takes another scaling for a name that begins with b."""
+
+    def scaling(model):
+        kinds = (keras.layers.Rescaling, keras.layers.Normalization)
+        return [layer.get_config() | {"name": ""} for layer in model.layers if isinstance(layer, kinds)]
+
+    by_keras = keras.applications.EfficientNetV2S(weights=None, include_top=False, input_shape=(32, 32, 3))
+    assert scaling(backbone("EfficientNetV2S").build((32, 32), None)) == scaling(by_keras)
 
 
 def test_files_come_from_storage_or_from_disk(workspace, tmp_path):

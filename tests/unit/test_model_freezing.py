@@ -14,6 +14,7 @@ from topwork.model.freezing import (
     synchronize_batch_norm,
     unfreeze,
 )
+from topwork.model.nested import walk
 from topwork.spec.training import UnfreezeFrom, UnfreezeLayers
 
 
@@ -31,6 +32,10 @@ def model():
     vector = keras.layers.Flatten(name="flatten")(base(image))
     vector = keras.layers.Dropout(0.5, name="dropout")(vector)
     return keras.Model(image, keras.layers.Dense(3, name="logits")(vector))
+
+
+def from_layer(name):
+    return UnfreezeFrom.model_validate({"from": name})
 
 
 def trained(model):
@@ -68,7 +73,7 @@ def test_counts_are_those_of_keras(model):
     assert (len(norm.trainable_weights), len(norm.non_trainable_weights)) == (2, 2)
     assert parameter_groups(model) == [
         LayerGroup("base/block1", 112, 0),
-        LayerGroup("base/other", 8, 8),
+        LayerGroup("base/inner", 8, 8),
         LayerGroup("base/block2", 10, 0),
         LayerGroup("head", 387, 0),
     ]
@@ -106,7 +111,7 @@ def test_layers_that_are_not_there_are_refused(model):
     with pytest.raises(DataError, match=r"asks for the last 4 layers with weights, but the base has 3\. Use 3 at most"):
         unfreeze(base, UnfreezeLayers(layers=4))
     with pytest.raises(DataError) as error:
-        unfreeze(base, UnfreezeFrom.model_validate({"from": "block2_cnv"}))
+        unfreeze(base, from_layer("block2_cnv"))
     assert str(error.value) == (
         "spec.fineTune.unfreeze.from is block2_cnv, but the base has no layer of that name. "
         "Did you mean block2_conv or block1_conv?"
@@ -122,3 +127,123 @@ def test_only_a_normalization_that_is_trained_shares_its_statistics(model):
     unfreeze(base, "all", batch_norm=True)
     synchronize_batch_norm(model, synchronized=True)
     assert norm.synchronized is True
+
+
+@pytest.fixture
+def deep():
+    """A base within a base within a base, with layers of one name in two of them."""
+    first_in = keras.Input((8, 8, 3))
+    first = keras.Sequential(
+        [keras.Input((8, 8, 3)), keras.layers.Conv2D(3, 1, name="low"), keras.layers.BatchNormalization(name="norm")],
+        name="first",
+    )
+    middle = keras.Model(first_in, keras.layers.Conv2D(3, 1, name="same")(first(first_in)), name="middle")
+    outer_in = keras.Input((8, 8, 3))
+    last = keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Conv2D(2, 1, name="same")], name="last")
+    base = keras.Model(outer_in, last(middle(outer_in)), name="base")
+    image = keras.Input((8, 8, 3), name="image")
+    vector = keras.layers.Flatten(name="flatten")(base(image))
+    return keras.Model(image, keras.layers.Dense(2, name="logits")(vector))
+
+
+def trained_in(model):
+    return [f"{path[-2]}/{path[-1]}" for path, layer in walk(model.get_layer("base"), ("base",)) if weighs(layer)]
+
+
+def weighs(layer):
+    return not isinstance(layer, keras.Model) and bool(layer.trainable_variables)
+
+
+@pytest.mark.parametrize(
+    ("what", "expected"),
+    [
+        ("none", []),
+        ("all", ["first/low", "middle/same", "last/same"]),
+        (UnfreezeLayers(layers=1), ["last/same"]),
+        (UnfreezeLayers(layers=2), ["middle/same", "last/same"]),
+        # The batch normalization counts as a layer with weights, and stays frozen.
+        (UnfreezeLayers(layers=3), ["middle/same", "last/same"]),
+        (UnfreezeLayers(layers=4), ["first/low", "middle/same", "last/same"]),
+        (from_layer("norm"), ["middle/same", "last/same"]),
+        (from_layer("low"), ["first/low", "middle/same", "last/same"]),
+        (from_layer("middle/same"), ["middle/same", "last/same"]),
+        (from_layer("last"), ["last/same"]),
+        (from_layer("middle/first/norm"), ["middle/same", "last/same"]),
+    ],
+)
+def test_layers_of_nested_bases_count_and_are_named_like_others(deep, what, expected):
+    unfreeze(deep.get_layer("base"), what)
+    assert trained_in(deep) == expected
+    norm = deep.get_layer("base").get_layer("middle").get_layer("first").get_layer("norm")
+    assert (len(norm.trainable_weights), len(norm.non_trainable_weights)) == (0, 4)
+
+
+def test_a_name_of_several_nested_layers_is_refused_with_their_paths(deep):
+    with pytest.raises(DataError) as error:
+        unfreeze(deep.get_layer("base"), from_layer("same"))
+    assert str(error.value) == (
+        "spec.fineTune.unfreeze.from is same, and the base has 2 layers of that name: middle/same and last/same. "
+        "Name one."
+    )
+
+
+def test_groups_of_a_nested_base_are_its_models(deep):
+    unfreeze(deep.get_layer("base"), UnfreezeLayers(layers=2))
+    assert parameter_groups(deep) == [
+        LayerGroup("base/middle", 12, 24),
+        LayerGroup("base/last", 8, 0),
+        LayerGroup("head", 258, 0),
+    ]
+
+
+def test_a_base_of_hundreds_of_layers_has_a_few_groups():
+    pixels = maps = keras.Input((4, 4, 3))
+    for index in range(130):
+        maps = keras.layers.Conv2D(3, 1, name=f"layer{index}")(maps)
+    base = keras.Model(pixels, maps, name="base")
+    image = keras.Input((4, 4, 3))
+    groups = parameter_groups(keras.Model(image, keras.layers.Flatten()(base(image))))
+    assert len(groups) == 33
+    assert groups[0] == LayerGroup("base/layer0..layer3", 48, 0)
+
+
+def test_a_change_of_trainable_counts_from_the_next_compile_on(deep):
+    images, labels = np.random.default_rng(0).random((4, 8, 8, 3)).astype(np.float32), np.array([0, 1, 0, 1])
+    base, head = deep.get_layer("base"), deep.get_layer("logits")
+    low = base.get_layer("middle").get_layer("first").get_layer("low")
+
+    def moves(*layers):
+        before = [layer.get_weights() for layer in layers]
+        deep.fit(images, labels, epochs=1, verbose=0)
+        after = [layer.get_weights() for layer in layers]
+        return [any((a != b).any() for a, b in zip(*pair, strict=True)) for pair in zip(before, after, strict=True)]
+
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    unfreeze(base, "none")
+    deep.compile(optimizer=keras.optimizers.SGD(0.01), loss=loss)
+    assert moves(low, head) == [False, True]
+    unfreeze(base, "all")
+    # Keras goes on with the step that it compiled.
+    assert moves(low, head) == [False, True]
+    deep.compile(optimizer=keras.optimizers.SGD(0.01), loss=loss)
+    assert moves(low, head) == [True, True]
+
+
+def test_a_frozen_batch_normalization_is_in_inference_mode_and_stays_so_when_the_base_is_unfrozen(deep):
+    images = np.random.default_rng(0).normal(5, 3, (8, 8, 8, 3)).astype(np.float32)
+    norm = deep.get_layer("base").get_layer("middle").get_layer("first").get_layer("norm")
+    for what in ("none", "all"):
+        unfreeze(deep.get_layer("base"), what)
+        deep.compile(optimizer="sgd", loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+        before = norm.get_weights()
+        deep.fit(images, np.zeros(8), epochs=2, verbose=0)
+        for then, now in zip(before, norm.get_weights(), strict=True):
+            np.testing.assert_array_equal(then, now)
+        np.testing.assert_array_equal(norm(images, training=True), norm(images, training=False))
+
+
+def test_a_wrapped_batch_normalization_stays_frozen_too():
+    pixels = keras.Input((2, 4, 4, 3))
+    base = keras.Model(pixels, keras.layers.TimeDistributed(keras.layers.BatchNormalization())(pixels), name="base")
+    unfreeze(base, "all")
+    assert base.trainable_variables == []

@@ -1,5 +1,9 @@
 """Models that somebody saved, cut and used as a base; code in them is never run."""
 
+import hashlib
+import json
+import shutil
+import zipfile
 from pathlib import Path
 
 import keras
@@ -7,6 +11,8 @@ import numpy as np
 import pytest
 
 from topwork.errors import DataError
+from topwork.model.classifier import in_precision
+from topwork.model.nested import leaves
 from topwork.model.saved import cut
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3)).astype(np.float32)
@@ -44,6 +50,57 @@ def topwork_model():
     vector = keras.layers.GlobalAveragePooling2D(name="pooling")(features)
     logits = keras.layers.Dense(1, name="logits")(vector)
     return keras.Model(image, keras.layers.Activation("sigmoid", name="probabilities")(logits))
+
+
+def sequential_of(*layers, name, size=(16, 16, 3)):
+    return keras.Sequential([keras.Input(size), *layers], name=name)
+
+
+def nested_three_deep():
+    """Branches and a shared layer in the innermost of three models, each of another kind."""
+    pixels = keras.Input((16, 16, 3))
+    left = keras.layers.Conv2D(3, 3, padding="same", name="left")(pixels)
+    right = keras.layers.Conv2D(3, 1, activation="relu", name="right")(pixels)
+    shared = keras.layers.Conv2D(4, 3, padding="same", name="shared")
+    both = keras.layers.Concatenate(name="both")([shared(left), shared(right)])
+    inmost = keras.Model(pixels, keras.layers.BatchNormalization(name="norm")(both), name="inmost")
+    middle = sequential_of(
+        keras.layers.Rescaling(1 / 255, name="scaling"),
+        inmost,
+        keras.layers.DepthwiseConv2D(3, padding="same", name="deep"),
+        name="middle",
+    )
+    image = keras.Input((16, 16, 3), name="image")
+    maps = keras.layers.MaxPooling2D(name="pool")(middle(image))
+    vector = keras.layers.GlobalAveragePooling2D(name="average")(maps)
+    top = sequential_of(
+        keras.layers.Dense(6, name="hidden"), keras.layers.Dense(3, name="classes"), name="top", size=(8,)
+    )
+    model = keras.Model(image, top(vector), name="outer")
+    random = np.random.default_rng(1)
+    # Statistics that the base would not have if it were made anew.
+    model.set_weights([np.abs(random.normal(0.5, 0.3, weight.shape)) for weight in model.get_weights()])
+    return model
+
+
+def inside(model, name):
+    """What nested_three_deep gives at a layer in it, computed by hand."""
+    image = keras.Input((16, 16, 3))
+    scaled = model.get_layer("middle").get_layer("scaling")(image)
+    inmost = model.get_layer("middle").get_layer("inmost")
+    outputs = {
+        "left": lambda: inmost.get_layer("left")(scaled),
+        "both": lambda: keras.Model(inmost.inputs, inmost.get_layer("both").output)(scaled),
+        "norm": lambda: inmost(scaled),
+        "inmost": lambda: inmost(scaled),
+        "deep": lambda: model.get_layer("middle")(image),
+        "middle": lambda: model.get_layer("middle")(image),
+        "average": lambda: keras.Model(model.inputs, model.get_layer("average").output)(image),
+        "hidden": lambda: model.get_layer("top").get_layer("hidden")(
+            keras.Model(model.inputs, model.get_layer("average").output)(image)
+        ),
+    }
+    return keras.Model(image, outputs[name]()).predict_on_batch(PIXELS)
 
 
 def reference(model, layer):
@@ -106,6 +163,126 @@ def test_a_cut_below_the_flat_layers_takes_another_size(tmp_path):
     np.testing.assert_allclose(given, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("suffix", ["keras", "h5"])
+@pytest.mark.parametrize(
+    ("cut_at", "same_as"),
+    [
+        ("left", "left"),
+        ("middle/inmost/both", "both"),
+        ("norm", "norm"),
+        ("inmost", "inmost"),
+        ("deep", "deep"),
+        ("middle", "middle"),
+        (-2, "average"),
+        ("hidden", "hidden"),
+        # Without a name: all below the last layer with weights, which lies in a nested model here.
+        (None, "hidden"),
+    ],
+)
+def test_models_within_models_are_cut_at_any_depth(tmp_path, suffix, cut_at, same_as):
+    keras.utils.clear_session()
+    model = nested_three_deep()
+    path = tmp_path / f"a.{suffix}"
+    model.save(path)
+    before = hashlib.sha256(path.read_bytes()).hexdigest()
+    base = cut(path, cut_at, (16, 16))
+    np.testing.assert_allclose(base.predict_on_batch(PIXELS), inside(model, same_as), rtol=1e-4, atol=1e-5)
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == before
+
+
+def test_training_the_base_leaves_the_model_and_its_file_as_they_were(tmp_path):
+    model = nested_three_deep()
+    path = tmp_path / "a.keras"
+    model.save(path)
+    before = hashlib.sha256(path.read_bytes()).hexdigest()
+    base = cut(path, "average", (16, 16))
+    classifier = keras.Sequential([base, keras.layers.Dense(2, activation="softmax")])
+    classifier.compile(optimizer=keras.optimizers.SGD(0.1), loss="sparse_categorical_crossentropy")
+    kept = base.get_weights()
+    classifier.fit(PIXELS, np.array([0, 1]), epochs=2, verbose=0)
+    assert any((a != b).any() for a, b in zip(kept, base.get_weights(), strict=True))
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == before
+    again = cut(path, "average", (16, 16)).get_weights()
+    for first, second in zip(kept, again, strict=True):
+        np.testing.assert_array_equal(first, second)
+
+
+def test_a_shared_layer_stays_one_layer(tmp_path):
+    nested_three_deep().save(tmp_path / "a.keras")
+    base = cut(tmp_path / "a.keras", "both", (16, 16))
+    assert sum(weight.path.endswith("shared/kernel") for weight in base.weights) == 1
+    # A layer that is called twice gives what its last call gives.
+    at_shared = cut(tmp_path / "a.keras", "shared", (16, 16))
+    assert at_shared.output_shape == (None, 16, 16, 4)
+
+
+def test_a_nested_model_without_dense_layers_takes_another_size(tmp_path):
+    model = nested_three_deep()
+    model.save(tmp_path / "a.keras")
+    base = cut(tmp_path / "a.keras", "average", (24, 32))
+    assert base.output_shape == (None, 8)
+    pixels = np.tile(PIXELS[:, :8, :8], (1, 3, 4, 1))
+    assert base.predict_on_batch(pixels).shape == (2, 8)
+    deep = cut(tmp_path / "a.keras", "middle", (8, 8)).predict_on_batch(PIXELS[:, :8, :8])
+    np.testing.assert_allclose(deep[:, :5, :5], inside(model, "deep")[:, :5, :5], rtol=1e-4, atol=1e-5)
+
+
+def test_layers_that_prepare_images_are_kept_and_those_that_augment_them_are_left_out(tmp_path):
+    normalization = keras.layers.Normalization(name="normalization")
+    normalization.adapt(PIXELS)
+    augmentation = sequential_of(
+        keras.layers.RandomFlip(name="flip"), keras.layers.RandomRotation(0.2, name="rotation"), name="augmentation"
+    )
+    model = keras.Sequential(
+        [
+            keras.Input((16, 16, 3)),
+            augmentation,
+            keras.layers.Resizing(12, 12, name="resizing"),
+            normalization,
+            keras.layers.RandomContrast(0.5),
+            keras.layers.Conv2D(2, 3, name="convolution"),
+            keras.layers.GlobalAveragePooling2D(),
+            keras.layers.Dense(2, name="classes"),
+        ]
+    )
+    model.save(tmp_path / "a.keras")
+    base = cut(tmp_path / "a.keras", "convolution", (16, 16))
+    expected = reference(model, "convolution")
+    np.testing.assert_allclose(base.predict_on_batch(PIXELS), expected, rtol=1e-4, atol=1e-5)
+    # Also in training: what is done to images is said by spec.augmentation alone.
+    np.testing.assert_allclose(base(PIXELS, training=True), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        in_precision(classifier_on(base), "mixed_bfloat16").predict_on_batch(PIXELS),
+        classifier_on(base).predict_on_batch(PIXELS),
+        atol=0.05,
+    )
+    with pytest.raises(DataError, match=r"cutAt is rotation, and a\.keras up to there gives no layer with weights"):
+        cut(tmp_path / "a.keras", "rotation", (16, 16))
+
+
+def classifier_on(base):
+    image = keras.Input((16, 16, 3), name="image")
+    return keras.Model(image, keras.layers.Flatten(name="flatten")(base(image)), name="classifier")
+
+
+def test_a_model_of_half_precision_becomes_a_base_of_float32(tmp_path):
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        inner = sequential_of(keras.layers.Conv2D(3, 3, name="inner"), name="nested")
+        image = keras.Input((16, 16, 3))
+        maps = keras.layers.TimeDistributed(keras.layers.Dense(3), name="wrapped")(inner(image))
+        model = keras.Model(image, keras.layers.Dense(2)(keras.layers.Flatten()(maps)))
+        model.save(tmp_path / "a.keras")
+    finally:
+        keras.config.set_dtype_policy("float32")
+    base = cut(tmp_path / "a.keras", "wrapped", (16, 16))
+    layers = [layer for layer in leaves(base) if layer.weights]
+    assert {layer.compute_dtype for layer in [*layers, layers[-1].layer]} == {"float32"}
+    assert base.predict_on_batch(PIXELS).dtype == np.float32
+    expected = keras.Model(model.inputs, model.get_layer("wrapped").output).predict_on_batch(PIXELS)
+    np.testing.assert_allclose(base.predict_on_batch(PIXELS), expected, rtol=0.05, atol=2)
+
+
 def refusal(path, cut_at=None, size=(16, 16)):
     with pytest.raises(DataError) as error:
         cut(path, cut_at, size)
@@ -131,24 +308,103 @@ def test_refusals_say_what_to_do(tmp_path):
     assert refusal(tmp_path / "d.keras").startswith("d.keras takes (None, 16, 16, 1): a base takes one batch of RGB")
 
 
-@keras.saving.register_keras_serializable("elsewhere")
-class Custom(keras.layers.Layer):
-    def call(self, inputs):
-        return inputs
-
-
+@pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("suffix", ["keras", "h5"])
-def test_code_in_a_model_is_refused_and_never_run(tmp_path, suffix):
+def test_code_in_a_model_is_refused_and_never_run(tmp_path, suffix, nested):
     ran = tmp_path / "ran"
     image = keras.Input((16, 16, 3))
     spy = keras.layers.Lambda(lambda x, path=str(ran): (Path(path).touch(), x)[1], output_shape=(16, 16, 3), name="spy")
-    keras.Model(image, keras.layers.Conv2D(2, 1)(spy(image))).save(tmp_path / f"a.{suffix}")
+    within = sequential_of(spy, name="within") if nested else spy
+    model = keras.Model(image, keras.layers.Conv2D(2, 1)(within(image)))
+    model.save(tmp_path / f"a.{suffix}")
+    model.predict_on_batch(PIXELS)
+    # It leaves its trace wherever it is run.
+    assert ran.exists()
     ran.unlink(missing_ok=True)
     assert "a Lambda (spy)" in refusal(tmp_path / f"a.{suffix}")
     assert not ran.exists()
 
 
-def test_a_layer_from_outside_keras_is_refused(tmp_path):
+@keras.saving.register_keras_serializable("elsewhere")
+class Writes(keras.layers.Layer):
+    """Known to this process by its registered name, and leaves a trace wherever it is made."""
+
+    trace = None
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        if self.trace:
+            self.trace.touch()
+
+    def call(self, inputs):
+        return inputs
+
+
+@pytest.mark.parametrize("suffix", ["keras", "h5"])
+def test_a_layer_from_outside_keras_is_refused_and_never_made(tmp_path, suffix, monkeypatch):
     image = keras.Input((16, 16, 3))
-    keras.Model(image, keras.layers.Conv2D(2, 1)(Custom()(image))).save(tmp_path / "a.keras")
-    assert refusal(tmp_path / "a.keras").startswith("a.keras holds ")
+    keras.Model(image, keras.layers.Conv2D(2, 1)(Writes()(image))).save(tmp_path / f"a.{suffix}")
+    monkeypatch.setattr(Writes, "trace", tmp_path / "made")
+    assert refusal(tmp_path / f"a.{suffix}").startswith(f"a.{suffix} holds ")
+    assert "Writes" in refusal(tmp_path / f"a.{suffix}")
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_registered_name_is_refused_whatever_module_the_file_claims(tmp_path, monkeypatch):
+    image = keras.Input((16, 16, 3))
+    keras.Model(image, keras.layers.Conv2D(2, 1)(Writes()(image))).save(tmp_path / "a.keras")
+    with zipfile.ZipFile(tmp_path / "a.keras") as given, zipfile.ZipFile(tmp_path / "b.keras", "w") as changed:
+        for name in given.namelist():
+            data = given.read(name)
+            if name == "config.json":
+                config = json.loads(data)
+                layer = next(x for x in config["config"]["layers"] if x["class_name"] == "Writes")
+                layer["module"] = "keras.layers"
+                data = json.dumps(config).encode()
+            changed.writestr(name, data)
+    monkeypatch.setattr(Writes, "trace", tmp_path / "made")
+    assert refusal(tmp_path / "b.keras").startswith("b.keras holds elsewhere>Writes: a base is made of Keras' built-in")
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_function_of_somebody_is_refused_and_their_loss_is_not_even_read(tmp_path):
+    def own(values):
+        return values
+
+    image = keras.Input((16, 16, 3))
+    maps = keras.layers.Conv2D(2, 1, name="convolution", activation=own)(image)
+    keras.Model(image, maps).save(tmp_path / "a.keras")
+    assert "a function (own)" in refusal(tmp_path / "a.keras", "convolution")
+
+    def own_loss(true, predicted):
+        return keras.ops.mean(predicted)
+
+    model = functional()
+    model.compile(optimizer="sgd", loss=own_loss)
+    model.save(tmp_path / "b.keras")
+    assert cut(tmp_path / "b.keras", "both", (16, 16)).output_shape == (None, 16, 16, 6)
+
+
+def test_a_cut_in_the_input_keeps_nothing(tmp_path):
+    functional().save(tmp_path / "a.keras")
+    assert refusal(tmp_path / "a.keras", 0) == (
+        "spec.model.base.saved.cutAt is 0, and a.keras up to there gives no layer with weights. Name another layer."
+    )
+
+
+def test_a_name_of_two_nested_layers_is_refused_with_their_paths(tmp_path):
+    first = sequential_of(keras.layers.Conv2D(3, 1, name="same"), name="first")
+    second = sequential_of(keras.layers.Conv2D(3, 1, name="same"), name="second")
+    sequential_of(first, second, name="both").save(tmp_path / "a.keras")
+    assert refusal(tmp_path / "a.keras", "same") == (
+        "spec.model.base.saved.cutAt is same, and a.keras has 2 layers of that name: first/same and second/same. "
+        "Name one."
+    )
+    assert cut(tmp_path / "a.keras", "first/same", (16, 16)).count_params() == 12
+
+
+def test_a_broken_file_is_told_as_one(tmp_path):
+    functional().save(tmp_path / "a.keras")
+    shutil.copy(tmp_path / "a.keras", tmp_path / "b.keras")
+    (tmp_path / "b.keras").write_bytes((tmp_path / "a.keras").read_bytes()[:2000])
+    assert refusal(tmp_path / "b.keras").startswith("b.keras is no Keras model")

@@ -51,7 +51,8 @@ class Backbone:
     def _build(self, image_size: tuple[int, int], weights: str | None) -> keras.Model:
         application = getattr(keras.applications, self.name)
         try:
-            return application(include_top=False, weights=weights, input_shape=(*image_size, 3), name="base")
+            # Named "base" later: by the name Keras finds the file of EfficientNet and the scaling of EfficientNetV2.
+            model = application(include_top=False, weights=weights, input_shape=(*image_size, 3))
         except ValueError as error:
             raise SpecError(
                 f"spec.model.base.application {self.name} can't be built for spec.dataset.imageSize "
@@ -62,6 +63,7 @@ class Backbone:
             if "URL fetch failure" not in str(error):
                 raise
             raise UnavailableError(f"The ImageNet weights of {self.name} could not be downloaded: {error}.") from error
+        return keras.Model(model.inputs[0], model.outputs[0], name="base")
 
 
 def backbone(name: str) -> Backbone:

@@ -6,8 +6,8 @@ from typing import Any
 import keras
 
 from topwork.model.bases import features
+from topwork.model.copying import with_dtype
 from topwork.model.heads import logits
-from topwork.model.saved import with_dtype
 from topwork.model.weights import copy_weights
 from topwork.spec.model import Model
 

@@ -1,16 +1,18 @@
 """What is trained and what is kept: freezing, unfreezing, counting, and the proof that the kept did not change."""
 
 import hashlib
-import re
-from collections.abc import Iterator
 from dataclasses import dataclass
-from difflib import get_close_matches
+from math import prod
 from typing import Any, Literal
 
 import keras
 
 from topwork.errors import DataError
+from topwork.model.blocks import blocks
+from topwork.model.nested import find, leaves
 from topwork.spec.training import UnfreezeFrom, UnfreezeLayers
+
+__all__ = ["LayerGroup", "Unfrozen", "audit", "digest", "frozen_variables", "leaves", "parameter_groups", "unfreeze"]
 
 Unfrozen = Literal["all", "none"] | UnfreezeLayers | UnfreezeFrom
 
@@ -24,21 +26,14 @@ class LayerGroup:
     frozen: int
 
 
-def leaves(layer: Any) -> Iterator[Any]:
-    """Give the layers of a model from input to output, those of nested models in their place."""
-    if isinstance(layer, keras.Model):
-        for inner in layer.layers:
-            yield from leaves(inner)
-    else:
-        yield layer
-
-
 def unfreeze(base: keras.Model, what: Unfrozen, *, batch_norm: bool = False) -> None:
     """Set which layers of the base are trained; it counts from the next compile on.
 
     Args:
         base: The base of a classifier.
-        what: "none", "all", the last layers with weights counted from the top, or a layer and all above it.
+        what: "none", "all", the last layers with weights counted from the top, or a layer and all above it. Layers
+            of nested models count and are named like those of the base itself; a nested model's name stands for its
+            first layer.
         batch_norm: Whether batch normalization is trained too. A pretrained one stays in inference mode: small batches
             would erase its statistics, and `training=False` at the call does not hold in `fit` (keras#20285).
 
@@ -49,8 +44,13 @@ def unfreeze(base: keras.Model, what: Unfrozen, *, batch_norm: bool = False) -> 
     # The containers first: Keras hands a container's `trainable` down to every layer in it.
     base.trainable = what != "none"
     for layer in leaves(base):
-        is_norm = isinstance(layer, keras.layers.BatchNormalization)
-        layer.trainable = id(layer) in chosen and (batch_norm or not is_norm)
+        layer.trainable = id(layer) in chosen and (batch_norm or not _is_batch_norm(layer))
+
+
+def _is_batch_norm(layer: Any) -> bool:
+    while isinstance(layer, keras.layers.Wrapper):
+        layer = layer.layer
+    return isinstance(layer, keras.layers.BatchNormalization)
 
 
 def _chosen(base: keras.Model, what: Unfrozen) -> list[Any]:
@@ -66,14 +66,8 @@ def _chosen(base: keras.Model, what: Unfrozen) -> list[Any]:
             )
         return layers[layers.index(with_weights[-what.layers]) :]
     if isinstance(what, UnfreezeFrom):
-        names = [layer.name for layer in layers]
-        if what.from_layer not in names:
-            near = get_close_matches(what.from_layer, names, n=2, cutoff=0.4) or names[-2:]
-            raise DataError(
-                f"spec.fineTune.unfreeze.from is {what.from_layer}, but the base has no layer of that name. "
-                f"Did you mean {' or '.join(near)}?"
-            )
-        return layers[names.index(what.from_layer) :]
+        _, first = find(base, what.from_layer, "spec.fineTune.unfreeze.from", "the base")
+        return layers[layers.index(next(leaves(first))) :]
     return []
 
 
@@ -97,8 +91,7 @@ def frozen_variables(model: keras.Model) -> list[Any]:
         variable
         for layer in leaves(model)
         for variable in layer.weights
-        if id(variable) not in trainable
-        and not (isinstance(layer, keras.layers.BatchNormalization) and layer.trainable)
+        if id(variable) not in trainable and not (_is_batch_norm(layer) and layer.trainable)
     ]
 
 
@@ -135,26 +128,15 @@ def parameter_groups(model: keras.Model) -> list[LayerGroup]:
     Returns:
         One group for each block of the base, from input to output, and one for the head.
     """
-    counts: dict[str, list[int]] = {}
     base = model.get_layer("base")
-    for owner, layers in (("base", leaves(base)), ("head", (x for x in model.layers if x is not base))):
-        for layer in layers:
-            group = f"base/{_block(layer.name)}" if owner == "base" else "head"
-            trainable = {id(variable) for variable in layer.trainable_variables}
-            for variable in layer.weights:
-                count = counts.setdefault(group, [0, 0])
-                count[id(variable) not in trainable] += _size(variable)
+    groups = [(layer, f"base/{block}") for layer, block in blocks(base)]
+    groups += [(layer, "head") for layer in model.layers if layer is not base]
+    counts: dict[str, list[int]] = {}
+    seen: set[int] = set()
+    for layer, group in groups:
+        trainable = {id(variable) for variable in layer.trainable_variables}
+        for variable in layer.weights:
+            if id(variable) not in seen:
+                seen.add(id(variable))
+                counts.setdefault(group, [0, 0])[id(variable) not in trainable] += prod(variable.shape)
     return [LayerGroup(name, trainable, frozen) for name, (trainable, frozen) in counts.items()]
-
-
-def _block(layer: str) -> str:
-    """Name the block that a layer of keras.applications belongs to, such as block14, conv4, stage_2."""
-    found = re.match(r"(?:convnext_\w+?_)?((?:block|conv|stage|convolution)_?\d+)(?![\dd])", layer)
-    return found.group(1) if found else "other"
-
-
-def _size(variable: Any) -> int:
-    size = 1
-    for side in variable.shape:
-        size *= int(side)
-    return size
