@@ -326,14 +326,27 @@ def test_embedded_storage_of_an_earlier_run_is_read_and_none_is_made(write_job, 
     assert described(path)[0]["data"]["classes"] == 2
 
 
-def test_the_command_prints_nothing_but_its_answer(write_job):
-    path = write_job()
+MEASURED = """
+import resource, sys
+from topwork.cli import main
+sys.argv = ["topwork", "describe", *sys.argv[1:]]
+try:
+    main()
+finally:
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, file=sys.stderr)
+"""
+
+
+def test_the_largest_model_is_described_without_room_for_its_weights(write_job):
+    path = write_job(model=application("ConvNeXtXLarge", "imagenet"), transfer={"epochs": 3})
     ended = subprocess.run(
-        [sys.executable, "-m", "topwork", "describe", path, "--set", "spec.transfer.epochs=3", "--classes", "4"],
+        [sys.executable, "-c", MEASURED, path, "--set", "spec.transfer.epochs=4", "--classes", "4"],
         capture_output=True,
         text=True,
         check=False,
     )
-    assert (ended.returncode, ended.stderr) == (0, "")
-    assert "transfer: 3 epochs of ? steps" in ended.stdout
+    assert ended.returncode == 0
+    assert "transfer: 4 epochs of ? steps" in ended.stdout
     assert "  data  4 classes; images: ? train" in ended.stdout
+    # Nothing else on standard error than the peak in MiB; with its weights it would be 2,200.
+    assert int(ended.stderr) < 1500

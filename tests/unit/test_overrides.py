@@ -9,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from topwork.cli.overrides import as_options
 from topwork.spec import TransferJob
 from topwork.spec.overrides import apply_overrides, parse_overrides
 from topwork.spec.problems import WrongSpec
@@ -228,6 +229,19 @@ def test_the_same_problem_in_several_documents_is_told_once() -> None:
 
 def test_all_overrides_that_can_t_be_read_are_told_at_once() -> None:
     assert len(told("nothing", "=", "sepc=1")) == 3
+
+
+def test_what_a_later_override_replaces_is_no_longer_at_fault() -> None:
+    assert [line.split(": ")[0] for line in told("spec.transfer.epochs=3", "spec.transfer={epochs: 0}")] == [
+        "--set spec.transfer={epochs"
+    ]
+
+
+def test_a_command_that_is_shown_can_be_typed_again() -> None:
+    assert as_options(["spec.seed=1", "spec.transfer={epochs: 1}"]) == [
+        "--set spec.seed=1",
+        "--set 'spec.transfer={epochs: 1}'",
+    ]
 
 
 def test_a_password_in_an_override_is_not_shown() -> None:
