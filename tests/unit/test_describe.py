@@ -9,10 +9,12 @@ import keras
 import pytest
 
 from topwork.cli.describe import describe
+from topwork.data.stored import DatasetFacts
 from topwork.edge.metrics import Metrics
 from topwork.edge.storage import Storage, make_bucket
 from topwork.errors import DataError
 from topwork.local.server import embedded_storage
+from topwork.manifest import write_whole
 from topwork.progress import Quiet
 from topwork.spec.applications import APPLICATIONS
 from topwork.spec.reading import read_files
@@ -263,6 +265,29 @@ def test_another_job_s_dataset_of_the_same_source_is_found(make_job, write_job, 
     assert found["data"]["images"] == {"train": 24, "validation": 8, "test": 8}
     assert found["data"]["dataset"].startswith(f"{workspace.storage.uri}/datasets/photos/")
     assert found["notes"] == ["--classes 5 is not needed: the stored dataset has 2."]
+
+
+def test_a_stored_tfds_dataset_is_found_by_its_name(write_job, described, workspace, own_storage, tmp_path):
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "features.json").write_text("{}")
+    for config, classes in (("small", ("a", "b", "c")), ("large", ("a", "b", "c", "d"))):
+        facts = DatasetFacts(
+            name="plants",
+            fingerprint=config,
+            source={"tfds": f"plants/{config}/1.0.0"},
+            class_names=classes,
+            splits={"train": dict.fromkeys(classes, 100)},
+            images=100 * len(classes),
+            rejected=(),
+            duplicates=0,
+        )
+        write_whole(workspace.storage, f"datasets/plants/{config}", tmp_path / "files", facts.model_dump(mode="json"))
+    found = {
+        name: described(write_job(), sets=[f"spec.dataset.source={{tfds: {name}}}"])[0]["data"]
+        for name in ("plants/small", "plants/large:1.0.0", "plants/large:2.0.0", "plants")
+    }
+    assert [data["classes"] for data in found.values()] == [3, 4, None, None]
+    assert found["plants/small"]["images"] == {"train": 180, "validation": 60, "test": 60}
 
 
 def saved_model(path):

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from topwork.data.mirror import AskedName
 from topwork.data.splits import check_splits, count_images
 from topwork.data.stored import DatasetFacts, StoredDataset
+from topwork.errors import DataError
 from topwork.manifest import NAME, read_manifest
 from topwork.spec import TransferJob
 from topwork.spec.dataset import DatasetSource
@@ -82,7 +83,10 @@ def _stored(job: TransferJob, workspace: Workspace) -> StoredDataset | None:
 def _of_source(source: DatasetSource, found: list[StoredDataset]) -> StoredDataset | None:
     if source.tfds:
         by_name = {str(one.facts.source["tfds"]): one for one in found if "tfds" in one.facts.source}
-        name = AskedName.parse(source.tfds).pick(by_name, None)
+        try:
+            name = AskedName.parse(source.tfds).pick(by_name, None)
+        except DataError:
+            return None  # several configurations are there, and only TFDS itself knows which is the default
         return by_name[name] if name else None
     kind, settings = next((kind, part) for kind, part in source if part is not None)
     asked = settings.model_dump(mode="json")
