@@ -8,7 +8,7 @@ from topwork.errors import DataError, SettingError, SpecError
 from topwork.spec.training import Loss, Optimizer, Schedule
 from topwork.training.losses import accuracy, balanced_class_weights, correct, loss, targets
 from topwork.training.optimizers import CLASSES, averages, learning_rate, optimizer
-from topwork.training.strategy import check_replicas, policy, strategy
+from topwork.training.strategy import check_replicas, strategy
 
 
 @pytest.mark.parametrize("name", sorted(CLASSES))
@@ -161,8 +161,3 @@ def test_one_strategy_a_process():
     assert strategy(None) is strategy(1)
     with pytest.raises(SettingError, match="trains on 1 replicas and can't train on 2 too"):
         strategy(2)
-
-
-def test_precision_is_float32_without_a_gpu_unless_named():
-    assert policy("auto") == "float32"
-    assert policy("mixed_bfloat16") == "mixed_bfloat16"

@@ -12,7 +12,6 @@ import tensorflow as tf
 from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
 from topwork.model.classifier import in_precision
-from topwork.model.freezing import leaves
 from topwork.model.halves import multiplications
 from topwork.progress import Progress
 from topwork.training.strategy import processor_has_bfloat16
@@ -64,23 +63,26 @@ class Extraction:
 
     def _choose(self, sample: Any) -> Step:
         plain = self._on_replicas(self._called(self._lower))
+        if not self._auto:
+            return self._on_replicas(self._constant(self._lower)) if self._compiles else plain
+        with self._strategy.scope():
+            lower = in_precision(self._lower, "float32")
+        exact = self._on_replicas(self._called(lower))
         if self._compiles:
-            constant = self._constant()
-            exact = self._on_replicas(constant)
-            if not (self._auto and processor_has_bfloat16()):
-                return exact
-            fast = _with_onednn_bfloat16(self._on_replicas(constant))
-        elif self._auto and any(layer.compute_dtype == "bfloat16" for layer in leaves(self._lower)):
-            with self._strategy.scope():
-                exact, fast = self._on_replicas(self._called(in_precision(self._lower, "float32"))), plain
-        else:
-            return plain
-        difference = _relative(fast(sample), plain(sample) if self._compiles else exact(sample))
-        agree = difference <= BFLOAT16_TOLERANCE
+            constant = self._constant(lower)
+            if not processor_has_bfloat16():
+                return self._on_replicas(constant)
+            return self._agreeing(_with_onednn_bfloat16(self._on_replicas(constant)), exact, sample)
+        return plain if lower is self._lower else self._agreeing(plain, exact, sample)
+
+    def _agreeing(self, fast: Step, exact: Step, sample: Any) -> Step:
+        """Take the fast way where its features of a sample are those of the exact one, within its precision."""
+        difference = _relative(fast(sample), exact(sample))
+        agrees = difference <= BFLOAT16_TOLERANCE
         self._progress.note(
-            "precision of the frozen layers", computed_in="bfloat16" if agree else "float32", difference=difference
+            "precision of the frozen layers", computed_in="bfloat16" if agrees else "float32", difference=difference
         )
-        return fast if agree else exact
+        return fast if agrees else exact
 
     def _called(self, model: keras.Model) -> Callable[[tf.Tensor], tf.Tensor]:
         return lambda images: model(images, training=False)
@@ -96,10 +98,10 @@ class Extraction:
 
         return step
 
-    def _constant(self) -> Callable[[tf.Tensor], tf.Tensor]:
+    def _constant(self, lower: keras.Model) -> Callable[[tf.Tensor], tf.Tensor]:
         """Turn the variables into constants, which oneDNN lays out once and folds into one another."""
-        images = tf.TensorSpec((None, *self._lower.input_shape[1:]), tf.float32)
-        traced = tf.function(self._called(self._lower)).get_concrete_function(images)
+        images = tf.TensorSpec((None, *lower.input_shape[1:]), tf.float32)
+        traced = tf.function(self._called(lower)).get_concrete_function(images)
         constant = convert_variables_to_constants_v2(traced)
         return lambda one: constant(one)[0]
 

@@ -26,7 +26,7 @@ from topwork.training.trained import stage_prefix
 from topwork.workspace import Workspace
 
 # float16 keeps three digits of what lies in this range; other features are kept in float32.
-HALF_RANGE = (1e-2, 1e4)
+HALF_RANGE = (1e-3, 1e4)
 # Images of one piece in storage: no more than these are computed again after a stop.
 PIECE_IMAGES = 1024
 

@@ -11,7 +11,7 @@ from topwork.errors import SpecError
 from topwork.model.augmentation import augment
 from topwork.model.classifier import in_precision
 from topwork.model.freezing import parameter_groups, unfreeze
-from topwork.model.halves import halves
+from topwork.model.halves import halves, multiplications
 from topwork.spec import TransferJob
 from topwork.training.caching import keeps_features
 from topwork.training.checkpoints import Checkpoints
@@ -63,7 +63,7 @@ def train(
     keras.utils.clear_session()
     keras.utils.set_random_seed(plan.seed)
     with distribution.scope():
-        model = in_precision(start(), policy(job.spec.compute.precision))
+        model = _in_best_precision(start(), plan, job)
     prefix = stage_prefix(job.run, plan.stage)
     with workspace.stop.held(), Checkpoints(workspace, prefix) as checkpoints:
         training = _training(plan, model, data, job, workspace, checkpoints)
@@ -72,6 +72,15 @@ def train(
         checkpoints.clear()
         workspace.storage.delete(stored.key for stored in workspace.storage.list(f"{features_prefix(job, plan)}/"))
     return classifier
+
+
+def _in_best_precision(model: keras.Model, plan: Plan, job: TransferJob) -> keras.Model:
+    """Copy the model into the number format that suits what runs in each step."""
+    unfreeze(model.get_layer("base"), plan.phases[-1].unfrozen, batch_norm=plan.batch_norm)
+    cut = halves(model)
+    kept, _ = keeps_features(plan.caching, plan.epochs, cut)
+    work = multiplications(cut.upper if cut and kept else model)
+    return in_precision(model, policy(job.spec.compute.precision, work))
 
 
 def _training(

@@ -1,0 +1,121 @@
+"""`make bench-cache`: many frozen epochs with and without the feature cache, beside the plain Keras script.
+
+First a base is trained on one kind of solar cell, so that it has learnt something. Then a head is trained on it for
+the other kind, by topwork and by the script of Keras' guide, on the same images, each contender in a process of its
+own, one after the other. Seconds are those of the whole stage (topwork) and of the whole `fit` (script), tracing and
+validation included, the start of Python and TensorFlow not. A cache of augmented views is another method than a new
+view in each epoch, and stands in a row of its own.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from solar import last_line, pictures, split_folders
+
+APPLICATION = "Xception"
+JOB = """
+apiVersion: topwork.dev/v1alpha1
+kind: TransferJob
+metadata: {{name: {name}}}
+spec:
+  storage: s3://bench/topwork
+  dataset:
+    source: {{folder: {{uri: {folder}}}}}
+    splits: {{train: "train[:65%]", validation: "train[65%:75%]", test: "train[75%:]"}}
+    imageSize: [{side}, {side}]
+  model: {{base: {{application: {application}, weights: {weights}}}, head: {{dropout: 0.2}}}}
+  augmentation: {augmentation}
+  transfer: {transfer}
+  evaluate: {{metrics: [accuracy]}}
+  publish: {{formats: [keras]}}
+  compute: {{gpus: 0, scratch: 50Gi}}
+"""
+AUGMENTATION = {"flip": "horizontal", "rotation": 0.1}
+
+
+class Bench:
+    """The pictures, the base and the contenders."""
+
+    def __init__(self, folder: Path, options: argparse.Namespace) -> None:
+        self._folder, self._options = folder, options
+        self._mono = pictures(folder / "mono", ("mono",))
+        self._poly = pictures(folder / "poly", ("poly",))
+        self._weights = folder / "base.weights.h5"
+        self.train_base()
+
+    def train_base(self) -> None:
+        transfer = {"train": "all", "epochs": self._options.base_epochs, "batchSize": 32}
+        job = self.job("base", self._mono, "none", transfer, AUGMENTATION)
+        self.stages(job, "--base-weights", self._weights)
+
+    def job(self, name: str, folder: Path, weights: Any, transfer: dict[str, Any], changes: dict[str, Any]) -> Path:
+        path = self._folder / f"{name}.yaml"
+        words = {"transfer": json.dumps(transfer), "augmentation": json.dumps(changes), "side": self._options.side}
+        path.write_text(JOB.format(name=name, folder=folder, application=APPLICATION, weights=weights, **words))
+        return path
+
+    def stages(self, job: Path, *options: Any) -> dict[str, Any]:
+        return last_line([sys.executable, "benchmarks/stages.py", job, self._folder / "state", *options])
+
+    def topwork(self, name: str, cache: Any, changes: dict[str, Any]) -> dict[str, Any]:
+        transfer = {"epochs": self._options.epochs, "batchSize": 32, "featureCache": cache}
+        job = self.job(name, self._poly, self._weights, transfer, changes)
+        return self.stages(job, "--lists", self._folder / "lists.json")
+
+    def script(self, *options: str) -> dict[str, Any]:
+        split = self._folder / "split"
+        if not split.exists():
+            split_folders(self._poly, self._folder / "lists.json", split)
+        command = [sys.executable, "benchmarks/plain_keras.py", split, "--base", APPLICATION, "--side"]
+        command += [self._options.side, "--weights", self._weights, "--epochs", self._options.epochs]
+        return last_line([*command, "--phases", "transfer", *options])
+
+
+def main() -> None:
+    """Run all contenders and print the table."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--base-epochs", type=int, default=6)
+    parser.add_argument("--side", type=int, default=150)
+    options = parser.parse_args()
+    console = Console()
+    table = Table(title=f"{APPLICATION} {options.side}x{options.side}, {options.epochs} epochs with the base frozen")
+    for column in ("contender", "augmentation", "seconds", "times faster", "test accuracy"):
+        table.add_column(column, justify="left" if column in {"contender", "augmentation"} else "right")
+    with tempfile.TemporaryDirectory() as temporary:
+        bench = Bench(Path(temporary), options)
+        rotation = ("--rotation", str(AUGMENTATION["rotation"]))
+        views = {"use": "on", "views": min(4, options.epochs)}
+        contenders = [
+            ("topwork, cache", "none", lambda: bench.topwork("cache", "on", {})),
+            (
+                f"topwork, cache of {views['views']} views",
+                "flip, rotation",
+                lambda: bench.topwork("views", views, AUGMENTATION),
+            ),
+            ("topwork, no cache", "none", lambda: bench.topwork("plain", "off", {})),
+            ("script, autotuner on", "none", lambda: bench.script("--no-flip")),
+            ("script, autotuner off", "none", lambda: bench.script("--no-flip", "--no-autotune")),
+            ("script, autotuner off", "flip, rotation", lambda: bench.script(*rotation, "--no-autotune")),
+        ]
+        measured = []
+        for name, changes, run in contenders:
+            result = run()
+            measured.append((name, changes, result["seconds"]["transfer"], result["accuracy"]))
+            console.print(f"{name}, augmentation {changes}: {measured[-1][2]:.1f} s {result.get('facts', '')}")
+    # The fastest script with the same augmentation is what a user would have.
+    scripts = [row for row in measured if row[0].startswith("script")]
+    for name, changes, seconds, accuracy in measured:
+        fastest = min(row[2] for row in scripts if row[1] == changes)
+        table.add_row(name, changes, f"{seconds:.1f}", f"{fastest / seconds:.1f}", f"{accuracy:.3f}")
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()
