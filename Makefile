@@ -9,6 +9,7 @@ BIN := $(VENV)/bin
 # uv installs what the lock names; its own version is that of the lock.
 UV_VERSION := $(shell sed -n 's/^uv==\([0-9.]*\).*/\1/p' requirements.lock)
 SETUP := $(VENV)/.complete
+TORCH := .venv-torch
 
 .PHONY: help
 help: ## Show this help
@@ -66,6 +67,20 @@ verify: generate ## Prove that what is generated is up to date
 bench: $(SETUP) ## Measure side by side with what a user would use instead
 	$(BIN)/python benchmarks/run.py
 
+.PHONY: bench-cache
+bench-cache: $(SETUP) ## Measure the feature cache beside the plain Keras script: half an hour on two cores
+	$(BIN)/python benchmarks/cache.py
+
+.PHONY: bench-train
+bench-train: $(SETUP) $(TORCH)/.complete ## Measure training of all layers beside plain Keras, and PyTorch with timm
+	$(BIN)/python benchmarks/train.py --torch $(TORCH)/bin/python
+
+# 5 GB: what PyPI has of PyTorch for Linux brings CUDA with it.
+$(TORCH)/.complete: benchmarks/torch.lock | $(SETUP)
+	test -x $(TORCH)/bin/python || $(PYTHON) -m venv $(TORCH)
+	VIRTUAL_ENV=$(TORCH) $(BIN)/uv pip install --quiet --system-certs --require-hashes --requirement benchmarks/torch.lock
+	touch $@
+
 # What `topwork render` names where no other image is asked for.
 ACCELERATOR ?= gpu
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
@@ -91,10 +106,12 @@ podman: ## Install what make test-image needs (Debian, Ubuntu)
 		$$sudo env DEBIAN_FRONTEND=noninteractive apt-get install --quiet --yes podman runc debootstrap; }
 
 .PHONY: lock
-lock: $(SETUP) ## Resolve requirements.lock anew (hashed, universal, without any index address)
+lock: $(SETUP) ## Resolve the locks anew (hashed, universal, without any index address)
 	$(BIN)/uv pip compile --system-certs pyproject.toml --all-extras --group dev --universal --python-version 3.11 \
 		--generate-hashes --no-emit-index-url --quiet --output-file requirements.lock
+	$(BIN)/uv pip compile --system-certs benchmarks/torch.in --python-platform linux --python-version 3.11 \
+		--generate-hashes --no-emit-index-url --quiet --output-file benchmarks/torch.lock
 
 .PHONY: clean
 clean: ## Remove what was built
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build
+	rm -rf $(VENV) $(TORCH) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build

@@ -16,26 +16,9 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from solar import last_line, pictures, split_folders
+from solar import JOB, last_line, pictures, split_folders
 
 APPLICATION = "Xception"
-JOB = """
-apiVersion: topwork.dev/v1alpha1
-kind: TransferJob
-metadata: {{name: {name}}}
-spec:
-  storage: s3://bench/topwork
-  dataset:
-    source: {{folder: {{uri: {folder}}}}}
-    splits: {{train: "train[:65%]", validation: "train[65%:75%]", test: "train[75%:]"}}
-    imageSize: [{side}, {side}]
-  model: {{base: {{application: {application}, weights: {weights}}}, head: {{dropout: 0.2}}}}
-  augmentation: {augmentation}
-  transfer: {transfer}
-  evaluate: {{metrics: [accuracy]}}
-  publish: {{formats: [keras]}}
-  compute: {{gpus: 0, scratch: 50Gi}}
-"""
 AUGMENTATION = {"flip": "horizontal", "rotation": 0.1}
 
 

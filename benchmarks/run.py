@@ -4,10 +4,8 @@ Reported are the seconds of an epoch's training steps, without validation and wi
 which traces. Each contender runs in a process of its own, one after the other. Images: the solar cells of the demo.
 """
 
-import csv
 import json
 import resource
-import shutil
 import statistics
 import subprocess
 import sys
@@ -17,84 +15,54 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from solar import JOB, last_line, pictures, split_folders
 
-SIDE, BATCH, EPOCHS, BASE = 96, 32, 4, "MobileNetV2"
-
-JOB = """
-apiVersion: topwork.dev/v1alpha1
-kind: TransferJob
-metadata: {{name: bench}}
-spec:
-  storage: s3://bench/topwork
-  dataset:
-    source: {{folder: {{uri: {folder}}}}}
-    splits: {{train: "train[:80%]", validation: "train[80%:]"}}
-    imageSize: [{side}, {side}]
-  model: {{base: {{application: {base}, weights: none}}, head: {{dropout: 0.2}}}}
-  augmentation: {{flip: horizontal}}
-  transfer: {{epochs: {epochs}, batchSize: {batch}, featureCache: "off"}}
-  fineTune: {{epochs: {epochs}, optimizer: {{learningRate: 1.0e-5}}}}
-  compute: {{gpus: 0}}
-"""
+SIDE, EPOCHS, BASE = 96, 4, "MobileNetV2"
 
 
 def main() -> None:
     """Run all contenders and print the table."""
     with tempfile.TemporaryDirectory() as temporary:
-        folder = pictures(Path(temporary) / "pictures")
-        topwork = topwork_seconds(Path(temporary), folder)
-        plain = plain_seconds(folder)
-        plain_fixed = plain_seconds(folder, "--no-autotune")
-    table = Table(title=f"{BASE} {SIDE}x{SIDE}, batch {BATCH}: seconds an epoch after the first, median")
+        folder = Path(temporary)
+        ours = topwork_seconds(folder)
+        split = split_folders(folder / "pictures", folder / "lists.json", folder / "split")
+        on, off = plain_seconds(split), plain_seconds(split, "--no-autotune")
+    table = Table(title=f"{BASE} {SIDE}x{SIDE}, batch 32: seconds an epoch after the first, median")
     for column in ("phase", "topwork", "plain, autotuner on", "plain, autotuner off", "ratio on", "ratio off"):
         table.add_column(column, justify="right")
-    for phase, ours in topwork.items():
-        on, off = (statistics.median(each[phase][1:]) for each in (plain, plain_fixed))
-        mine = statistics.median(ours[1:])
-        table.add_row(phase, *(f"{value:.2f}" for value in (mine, on, off, on / mine, off / mine)))
+    for phase, seconds in ours.items():
+        mine, *theirs = (statistics.median(each[1:]) for each in (seconds, on[phase], off[phase]))
+        table.add_row(phase, *(f"{value:.2f}" for value in (mine, *theirs, *(other / mine for other in theirs))))
     console = Console()
     console.print(table)
     console.print(f"topwork validate: {validate_seconds():.2f} s of CPU")
 
 
-def pictures(folder: Path) -> Path:
-    """Copy the solar cells that experts were sure of into class folders."""
-    sys.path.insert(0, "examples/solar")
-    from pictures import DATA, labelled
-
-    for picture, condition in (row for rows in labelled().values() for row in rows):
-        target = folder / condition
-        target.mkdir(parents=True, exist_ok=True)
-        shutil.copy(DATA / picture, target)
-    return folder
-
-
-def topwork_seconds(temporary: Path, folder: Path) -> dict[str, list[float]]:
-    """Seconds of each epoch of `topwork run`, by stage, from the history that it publishes."""
-    job = temporary / "job.yaml"
-    job.write_text(JOB.format(folder=folder, side=SIDE, base=BASE, epochs=EPOCHS, batch=BATCH))
-    state = str(temporary / "state")
-    command = [sys.executable, "-m", "topwork"]
-    subprocess.run([*command, "run", job, "--state", state, "--quiet"], check=True, stdout=subprocess.DEVNULL)
-    fetched = temporary / "model"
-    subprocess.run(
-        [*command, "models", "fetch", "s3://bench/topwork", "bench", fetched, "--state", state],
-        check=True,
-        stdout=subprocess.DEVNULL,
+def topwork_seconds(folder: Path) -> dict[str, list[float]]:
+    """Seconds of each epoch by stage; the pictures and the lists of what each split holds stay in the folder."""
+    job = folder / "job.yaml"
+    transfer = json.dumps({"epochs": EPOCHS, "batchSize": 32, "featureCache": "off"})
+    text = JOB.format(
+        name="bench",
+        folder=pictures(folder / "pictures"),
+        application=BASE,
+        weights="none",
+        augmentation='{"flip": "horizontal"}',
+        transfer=transfer,
+        side=SIDE,
     )
+    job.write_text(f"{text}  fineTune: {{epochs: {EPOCHS}, optimizer: {{learningRate: 1.0e-5}}}}\n")
+    ended = last_line([sys.executable, "benchmarks/stages.py", job, folder / "state", "--lists", folder / "lists.json"])
     seconds: dict[str, list[float]] = {}
-    with (fetched / "history.csv").open() as history:
-        for row in csv.DictReader(history):
-            seconds.setdefault(row["stage"], []).append(float(row["seconds"]))
+    for row in ended["epochs"]:
+        seconds.setdefault(row["stage"], []).append(row["seconds"])
     return seconds
 
 
-def plain_seconds(folder: Path, *options: str) -> dict[str, list[float]]:
+def plain_seconds(split: Path, *options: str) -> dict[str, list[float]]:
     """Seconds of each epoch of the plain script, by phase."""
-    command = [sys.executable, "benchmarks/plain_keras.py", folder, "--base", BASE, "--side", str(SIDE)]
-    command += ["--batch", str(BATCH), "--epochs", str(EPOCHS), *options]
-    ended = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    return json.loads(ended.stdout.splitlines()[-1])
+    command = [sys.executable, "benchmarks/plain_keras.py", split, "--base", BASE, "--side", SIDE, "--epochs", EPOCHS]
+    return last_line([*command, *options])["epochs"]
 
 
 def validate_seconds() -> float:

@@ -7,7 +7,23 @@ import sys
 from pathlib import Path
 from typing import Any
 
-PROGRAM = [sys.executable, "-m", "topwork"]
+JOB = """
+apiVersion: topwork.dev/v1alpha1
+kind: TransferJob
+metadata: {{name: {name}}}
+spec:
+  storage: s3://bench/topwork
+  dataset:
+    source: {{folder: {{uri: {folder}}}}}
+    splits: {{train: "train[:65%]", validation: "train[65%:75%]", test: "train[75%:]"}}
+    imageSize: [{side}, {side}]
+  model: {{base: {{application: {application}, weights: {weights}}}, head: {{dropout: 0.2}}}}
+  augmentation: {augmentation}
+  transfer: {transfer}
+  evaluate: {{metrics: [accuracy]}}
+  publish: {{formats: [keras]}}
+  compute: {{gpus: 0, scratch: 50Gi}}
+"""
 
 
 def pictures(folder: Path, kinds: tuple[str, ...] = ("mono", "poly")) -> Path:
@@ -37,14 +53,6 @@ def last_line(command: list[Any], **options: Any) -> Any:
     if ended.returncode:
         raise SystemExit(f"{' '.join(map(str, command))}\n{ended.stderr[-3000:]}")
     return json.loads(ended.stdout.splitlines()[-1])
-
-
-def topwork(*arguments: Any) -> str:
-    """Run a command of topwork to its end, and give what it printed."""
-    ended = subprocess.run([*PROGRAM, *map(str, arguments)], check=False, capture_output=True, text=True)
-    if ended.returncode:
-        raise SystemExit(f"topwork {' '.join(map(str, arguments))}\n{ended.stderr[-3000:]}")
-    return ended.stdout
 
 
 def split_folders(pictures: Path, lists: Path, target: Path) -> Path:
