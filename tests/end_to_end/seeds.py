@@ -217,13 +217,16 @@ def untrained(application: str, side: int) -> Any:
     """
     import keras
 
+    from topwork.model.backbones import backbone, scaled
+
     keras.utils.set_random_seed(3)
     model = getattr(keras.applications, application)(include_top=False, weights=None, input_shape=(side, side, 3))
     normalizations = [layer for layer in model.layers if isinstance(layer, keras.layers.BatchNormalization)]
     for layer in normalizations:
         layer.momentum = 0.0
     if normalizations:
-        model(np.random.default_rng(3).normal(0, 1, (8, side, side, 3)).astype(np.float32), training=True)
+        noise = np.random.default_rng(3).integers(0, 256, (8, side, side, 3)).astype(np.float32)
+        model(scaled(keras.ops.convert_to_tensor(noise), backbone(application).scaling), training=True)
     return model
 
 

@@ -182,7 +182,7 @@ def test_the_base_answers_as_the_model_did_at_that_layer(functional, paths):
     import keras
 
     pixels = functional.data.test.images(np.arange(4)).astype("float32")
-    wanted = keras.Model(paths.inputs, paths.get_layer("joined").output)(pixels).numpy()
+    wanted = keras.Model(paths.inputs[0], paths.get_layer("joined").output)(pixels).numpy()
     assert functional.model("transfer").get_layer("base")(pixels).numpy() == pytest.approx(wanted, abs=1e-5)
 
 

@@ -18,7 +18,8 @@ import tensorflow as tf
 folder, *pictures = sys.argv[1:]
 served = tf.saved_model.load(folder)
 answer = served.signatures["encoded"](bytes=tf.constant([open(picture, "rb").read() for picture in pictures]))
-print(json.dumps({"topwork": "topwork" in sys.modules, **{name: value.numpy().astype(str).tolist() for name, value in answer.items()}}))
+told = {name: value.numpy().astype(str).tolist() for name, value in answer.items()}
+print(json.dumps({"topwork": "topwork" in sys.modules, **told}))
 """
 
 

@@ -14,6 +14,7 @@ OVERRIDES = (
     # One step, by which Adam can be told.
     "spec.fineTune.batchSize=40",
     "spec.evaluate.gates=[]",
+    "spec.compute.precision=float32",
     "spec.publish.formats=[keras]",
 )
 

@@ -1,0 +1,78 @@
+"""The lighter workflow: the frozen base runs once over the data, also with augmentation, and the head is trained."""
+
+import numpy as np
+import pytest
+from tests.end_to_end.seeds import same, values
+
+
+@pytest.fixture(scope="module")
+def lighter(seeds):
+    seeds.mirror_weights("Xception", side=71)
+    seeds.mirror_tfds("cats_vs_dogs", version="4.0.1", classes=("cat", "dog"), splits={"train": 100}, size=(80, 96))
+    return seeds.run_one(
+        "lighter-workflow",
+        "spec.dataset.imageSize=[75, 75]",
+        "spec.transfer.epochs=6",
+        "spec.transfer.batchSize=20",
+        "spec.transfer.featureCache.views=2",
+        "spec.publish.formats=[keras]",
+    )
+
+
+def test_the_example_keeps_eight_augmented_views(seeds):
+    spec = seeds.read("lighter-workflow").spec
+    assert (spec.transfer.cache.use, spec.transfer.cache.views) == ("on", 8)
+    assert (spec.augmentation.flip, spec.augmentation.rotation) == ("horizontal", 0.1)
+
+
+def test_the_base_runs_once_over_each_view_and_its_output_is_kept(lighter):
+    told = [note for note in lighter.notes if note["message"] == "features of the frozen layers"]
+    assert [(note["stage"], note["views"], note["shape"]) for note in told] == [("transfer", 2, "2048")]
+
+
+def test_the_views_of_an_image_differ(lighter):
+    from topwork.data.batches import view_batches
+    from topwork.model.augmentation import augment
+
+    batches = view_batches(
+        lighter.data.train,
+        classes=2,
+        batch_size=20,
+        views=2,
+        augment=augment(lighter.job.spec.augmentation),
+        seed=lighter.job.spec.seed,
+    )
+    images = [batch.numpy() for batch in batches]
+    first, second = np.concatenate(images[:2]), np.concatenate(images[2:])
+    assert first.shape == second.shape == (40, 75, 75, 3)
+    assert all(np.abs(one - other).mean() > 1 for one, other in zip(first, second, strict=True))
+
+
+def test_an_epoch_of_the_head_takes_a_fraction_of_the_pass_of_the_base(lighter):
+    took = lighter.note("features of the frozen layers")["seconds"]
+    rows = lighter.rows("transfer")
+    assert len(rows) == 6
+    # The first epoch holds the tracing of the graph.
+    assert all(row["seconds"] < took / 5 for row in rows[1:])
+
+
+def test_only_the_head_is_trained(lighter, seeds):
+    import keras
+
+    (groups,) = lighter.phases("transfer")
+    assert {name for name, (trainable, _) in groups.items() if trainable} == {"head"}
+    given = keras.applications.Xception(include_top=False, weights=None, input_shape=(75, 75, 3))
+    given.load_weights(seeds.weights_file("Xception"))
+    before, after = values(given), values(lighter.model("transfer").get_layer("base"))
+    assert all(same(before[name], after[name]) for name in before)
+
+
+def test_a_head_that_was_trained_on_kept_outputs_stands_on_the_base_as_any_other(lighter):
+    validation = lighter.data.validation
+    pixels = validation.images(np.arange(validation.size)).astype("float32")
+    logits = lighter.model("transfer").predict(pixels, verbose=0)[:, 0]
+    best = lighter.rows("transfer")[lighter.done("transfer").best_epoch - 1]
+    loss = np.mean(np.logaddexp(0, logits) - validation.labels * logits)
+    # Outputs are kept in half precision.
+    assert best["validation_loss"] == pytest.approx(loss, rel=0.02)
+    assert lighter.figures["evaluation"]["images"] == 10

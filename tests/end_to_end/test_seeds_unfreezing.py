@@ -1,0 +1,129 @@
+"""Training in steps: VGG16 unfrozen from the top, block by block, and Xception with two stages of SGD."""
+
+import numpy as np
+import pytest
+from tests.end_to_end.seeds import same, values
+
+BLOCKS = [f"base/block{number}" for number in range(1, 6)]
+
+
+# Gradual unfreezing.
+
+
+@pytest.fixture(scope="module")
+def vgg16(seeds):
+    seeds.mirror_weights("VGG16")
+    seeds.mirror_flowers()
+    return seeds.run_one(
+        "lab-4-vgg16-gradual",
+        "spec.dataset.imageSize=[32, 32]",
+        "spec.transfer.epochs=1",
+        "spec.transfer.batchSize=40",
+        *(f"spec.fineTune.unfreeze.steps.{step}.epochs={epochs}" for step, epochs in enumerate((1, 2, 1, 1))),
+        "spec.publish.formats=[keras]",
+        "spec.dataset.splits.validation=null",
+    )
+
+
+def trained_blocks(groups):
+    return [name for name in BLOCKS if groups[name][0]]
+
+
+def test_the_added_layers_are_trained_first(vgg16, seeds):
+    import keras
+
+    (groups,) = vgg16.phases("transfer")
+    assert {name for name, (trainable, _) in groups.items() if trainable} == {"head"}
+    given = keras.applications.VGG16(include_top=False, weights=None, input_shape=(32, 32, 3))
+    given.load_weights(seeds.weights_file("VGG16"))
+    before, after = values(given), values(vgg16.model("transfer").get_layer("base"))
+    assert all(same(before[name], after[name]) for name in before)
+
+
+def test_then_the_base_is_unfrozen_from_the_top_block_by_block(vgg16):
+    phases = vgg16.phases("fine-tune")
+    assert [trained_blocks(groups) for groups in phases] == [BLOCKS[4:], BLOCKS[3:], BLOCKS[2:], BLOCKS]
+    trained = [sum(trainable for trainable, _ in groups.values()) for groups in phases]
+    assert trained == sorted(set(trained))
+    assert trained[-1] == vgg16.model("fine-tune").count_params()
+
+
+def test_each_step_has_its_own_epochs_and_learning_rate(vgg16):
+    rows = vgg16.rows("fine-tune")
+    assert [row["epoch"] for row in rows] == [1, 2, 3, 4, 5]
+    assert [row["learning_rate"] for row in rows] == pytest.approx([1e-4, 5e-5, 5e-5, 2e-5, 1e-5])
+
+
+def test_the_example_itself_has_four_steps_of_several_epochs(seeds):
+    steps = seeds.read("lab-4-vgg16-gradual").spec.fine_tune.unfreeze.steps
+    assert [(step.layers, step.epochs) for step in steps] == [(3, 4), (6, 4), (9, 3), (13, 3)]
+    rates = [step.learning_rate for step in steps]
+    assert rates == sorted(rates, reverse=True)
+
+
+def test_layers_that_were_trained_in_more_steps_have_moved_further(vgg16):
+    before, after = (values(vgg16.model(stage).get_layer("base")) for stage in ("transfer", "fine-tune"))
+    moved = [float(np.mean(np.abs(after[name][1] - before[name][1]))) for name in before]
+    assert len(moved) == 13
+    assert 0 < np.mean(moved[:4]) < np.mean(moved[4:7]) < np.mean(moved[7:10]) < np.mean(moved[10:])
+
+
+# Two stages of SGD.
+
+
+@pytest.fixture(scope="module")
+def xception(seeds):
+    seeds.mirror_weights("Xception", side=71)
+    seeds.mirror_flowers()
+    return seeds.run_one(
+        "xception-sgd",
+        "spec.dataset.imageSize=[71, 71]",
+        "spec.transfer.batchSize=25",
+        "spec.fineTune.epochs=1",
+        # One step: at this rate, a base that has never learnt anything comes apart after a few.
+        "spec.fineTune.batchSize=75",
+        "spec.publish.formats=[keras]",
+        "spec.dataset.splits.validation=null",
+    )
+
+
+def test_a_softmax_stands_on_average_pooling(xception):
+    names = [layer.name for layer in xception.published.layers]
+    assert names == ["image", "input_scaling", "base", "pooling", "logits", "probabilities"]
+    kinds = [type(layer).__name__ for layer in xception.published.layers[2:]]
+    assert kinds == ["Functional", "GlobalAveragePooling2D", "Dense", "Softmax"]
+    answers = xception.published.predict(xception.data.test.images(np.arange(10)).astype("float32"), verbose=0)
+    assert answers.shape == (10, 5)
+    assert answers.sum(axis=1) == pytest.approx(np.ones(10), abs=1e-5)
+
+
+def test_stage_1_is_five_frozen_epochs_of_sgd_at_a_rate_that_decays_from_a_fifth(xception):
+    (groups,) = xception.phases("transfer")
+    assert {name for name, (trainable, _) in groups.items() if trainable} == {"head"}
+    rows = xception.rows("transfer")
+    assert len(rows) == 5
+    # 75 images in three steps an epoch.
+    assert [row["learning_rate"] for row in rows] == pytest.approx(
+        [0.2 / (1 + 0.01 * 3 * epoch) for epoch in range(1, 6)]
+    )
+
+
+def test_stage_2_trains_everything_with_sgd_at_a_hundredth(xception):
+    (groups,) = xception.phases("fine-tune")
+    assert all(trainable for trainable, _ in groups.values())
+    (row,) = xception.rows("fine-tune")
+    assert row["learning_rate"] == pytest.approx(0.01 / (1 + 0.001))
+    before, after = (values(xception.model(stage).get_layer("base")) for stage in ("transfer", "fine-tune"))
+    for name in before:
+        assert same(before[name], after[name]) == name.endswith("BatchNormalization"), name
+
+
+def test_both_optimizers_are_sgd_with_a_momentum_of_nine_tenths(xception):
+    from topwork.stages.fine_tune import fine_tune_plan
+    from topwork.stages.transfer import transfer_plan
+    from topwork.training.optimizers import optimizer
+
+    for plan in (transfer_plan(xception.job.spec), fine_tune_plan(xception.job.spec)):
+        (phase,) = plan.phases
+        made = optimizer(phase.optimizer, steps_per_epoch=3, epochs=phase.epochs)
+        assert (type(made).__name__, made.momentum, made.nesterov) == ("SGD", 0.9, False)
