@@ -8,7 +8,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ class Ran:
     printed: str
     storage: Storage
     folder: Path
+    _loaded: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def done(self, stage: StageName) -> Classifier:
         done = read_done(self.storage, self.job.run, stage)
@@ -58,7 +59,7 @@ class Ran:
         """The model that a stage stored: raw pixels in, logits out."""
         return self._load(self.done(stage).key)
 
-    @cached_property
+    @property
     def published(self) -> Any:
         """The published model: raw pixels in, probabilities out."""
         return self._load(f"{self.version}/model.keras")
@@ -119,9 +120,11 @@ class Ran:
     def _load(self, key: str) -> Any:
         import keras
 
-        path = self.folder / "loaded.keras"
-        self.storage.download(key, path)
-        return keras.models.load_model(path, compile=False)
+        if key not in self._loaded:
+            path = self.folder / "loaded.keras"
+            self.storage.download(key, path)
+            self._loaded[key] = keras.models.load_model(path, compile=False)
+        return self._loaded[key]
 
 
 class Seeds:
@@ -131,7 +134,9 @@ class Seeds:
         self.folder, self.storage = folder, storage
         self._environment = dict(environment)
         self._ran: dict[tuple[str, ...], list[Ran]] = {}
-        self._mirrored: set[str] = set()
+        self._datasets: set[str] = set()
+        self.given: dict[str, Any] = {}
+        """The models whose weights lie in the mirror, by name."""
 
     def topwork(self, *arguments: str | Path) -> "subprocess.CompletedProcess[str]":
         return subprocess.run(
@@ -178,10 +183,10 @@ class Seeds:
 
     def mirror_tfds(self, name: str, **pictures: Any) -> None:
         """Put a dataset of small pictures under a real name into the mirror, with its real classes and splits."""
-        if name not in self._mirrored:
+        if name not in self._datasets:
             from topwork.data.mirroring import mirror_tfds
 
-            self._mirrored.add(name)
+            self._datasets.add(name)
             prepare(self.folder / "tfds", name, **pictures)
             mirror_tfds(name, self.workspace, self.folder / "tfds")
 
@@ -192,15 +197,13 @@ class Seeds:
     def mirror_weights(self, *names: str, side: int = 32) -> None:
         """Put weights of untrained models into the mirror, as if they were those of ImageNet."""
         for name in names:
-            if name not in self._mirrored:
+            if name not in self.given:
                 from topwork.training.base_files import mirror_weights
 
-                self._mirrored.add(name)
-                untrained(name, side).save_weights(self.weights_file(name))
-                mirror_weights(name, self.workspace, self.weights_file(name))
-
-    def weights_file(self, name: str) -> Path:
-        return self.folder / f"{name}.weights.h5"
+                file = self.folder / f"{name}.weights.h5"
+                self.given[name] = untrained(name, side)
+                self.given[name].save_weights(file)
+                mirror_weights(name, self.workspace, file)
 
     @property
     def workspace(self) -> Workspace:

@@ -111,12 +111,7 @@ def test_vgg16_without_its_dense_layers_stands_below_own_ones(assignment, seeds)
 
 
 def test_frozen_vgg16_is_the_one_that_was_mirrored(assignment, seeds):
-    import keras
-
-    base = assignment.model("transfer").get_layer("base")
-    given = keras.applications.VGG16(include_top=False, weights=None, input_shape=(32, 32, 3))
-    given.load_weights(seeds.weights_file("VGG16"))
-    found, wanted = values(base), values(given)
+    found, wanted = values(assignment.model("transfer").get_layer("base")), values(seeds.given["VGG16"])
     assert len(wanted) == 13
     assert all(same(found[name], wanted[name]) for name in wanted)
 

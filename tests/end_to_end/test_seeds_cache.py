@@ -57,13 +57,9 @@ def test_an_epoch_of_the_head_takes_a_fraction_of_the_pass_of_the_base(lighter):
 
 
 def test_only_the_head_is_trained(lighter, seeds):
-    import keras
-
     (groups,) = lighter.phases("transfer")
     assert {name for name, (trainable, _) in groups.items() if trainable} == {"head"}
-    given = keras.applications.Xception(include_top=False, weights=None, input_shape=(75, 75, 3))
-    given.load_weights(seeds.weights_file("Xception"))
-    before, after = values(given), values(lighter.model("transfer").get_layer("base"))
+    before, after = values(seeds.given["Xception"]), values(lighter.model("transfer").get_layer("base"))
     assert all(same(before[name], after[name]) for name in before)
 
 

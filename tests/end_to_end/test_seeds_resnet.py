@@ -30,12 +30,8 @@ def every(both):
 
 
 @pytest.fixture(scope="module")
-def resnet(seeds):
-    import keras
-
-    model = keras.applications.ResNet50(include_top=False, weights=None, input_shape=(32, 32, 3))
-    model.load_weights(seeds.weights_file("ResNet50"))
-    return model
+def resnet(both, seeds):
+    return seeds.given["ResNet50"]
 
 
 def test_both_are_resnet50_with_imagenet_weights_at_224x224(both):

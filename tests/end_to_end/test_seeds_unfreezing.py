@@ -30,13 +30,9 @@ def trained_blocks(groups):
 
 
 def test_the_added_layers_are_trained_first(vgg16, seeds):
-    import keras
-
     (groups,) = vgg16.phases("transfer")
     assert {name for name, (trainable, _) in groups.items() if trainable} == {"head"}
-    given = keras.applications.VGG16(include_top=False, weights=None, input_shape=(32, 32, 3))
-    given.load_weights(seeds.weights_file("VGG16"))
-    before, after = values(given), values(vgg16.model("transfer").get_layer("base"))
+    before, after = values(seeds.given["VGG16"]), values(vgg16.model("transfer").get_layer("base"))
     assert all(same(before[name], after[name]) for name in before)
 
 
