@@ -51,7 +51,7 @@ def _blocks(model: keras.Model) -> list[tuple[Any, str]]:
     for layer, name, block in zip(model.layers, own, spread, strict=True):
         if not isinstance(layer, keras.Model):
             found.append((layer, block))
-        elif any(_named(inner.name) for inner in layer.layers):
+        elif not name and any(_named(inner.name) for inner in layer.layers):
             found += [(leaf, f"{layer.name}/{inner}") for leaf, inner in _blocks(layer)]
         else:
             whole = name or re.sub(r"^convnext_[a-z]+_", "", layer.name)
