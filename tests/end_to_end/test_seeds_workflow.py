@@ -173,7 +173,7 @@ def test_the_test_split_is_evaluated(cats):
 def test_run_shows_for_each_stage_what_of_every_layer_group_is_trained(cats, transferred, fine_tuned):
     for stage, model in (("transfer", transferred), ("fine-tune", fine_tuned)):
         (groups,) = cats.phases(stage)
-        assert groups.keys() == {"head", "base/other", *(f"base/block{number}" for number in range(1, 15))}
+        assert groups.keys() == {"head", *(f"base/block{number}" for number in range(1, 15))}
         assert sum(trainable + frozen for trainable, frozen in groups.values()) == model.count_params()
     (frozen,), (unfrozen,) = cats.phases("transfer"), cats.phases("fine-tune")
     assert {name: sum(counts) for name, counts in frozen.items()} == {

@@ -50,7 +50,7 @@ def features(settings: Base, image_size: tuple[int, int], file: Path | None) -> 
     if settings.cnn:
         return Features(image, _cnn(settings.cnn, image_size)(_unit(image)))
     model = backbone(settings.application or "")
-    base = model.build(image_size, file or ("imagenet" if settings.weights in {None, "imagenet"} else None))
+    base = model.build(image_size, file or ("imagenet" if settings.needs_imagenet else None))
     return Features(image, base(scaled(image, model.scaling)))
 
 
