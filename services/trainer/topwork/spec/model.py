@@ -44,7 +44,9 @@ class SavedBase(Part):
         ]
         | None
     ) = Field(
-        default=None, description="Last layer that is kept, by name or index; without it the layer before the head."
+        default=None,
+        description="Last layer that is kept: its name (`outer/inner` where nested models share a name) or "
+        "its index; without it the layer before the head. Layers that augment images are left out.",
     )
 
 
