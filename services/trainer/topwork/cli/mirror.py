@@ -40,8 +40,6 @@ def weights(
         Path | None,
         typer.Option(
             help="Take this file (model.save_weights without the head, or Keras' *_notop.h5) instead of downloading.",
-            exists=True,
-            dir_okay=False,
         ),
     ] = None,
     state: State = None,
@@ -52,6 +50,8 @@ def weights(
             raise SettingError(f"{name} is no classification model of keras.applications.{hint(name, LEAST_SIDE)}")
     if file and len(names) > 1:
         raise SettingError(f"--file holds the weights of one model, and {len(names)} are named. Name one.")
+    if file and not file.is_file():
+        raise SettingError(f"--file {file} is no file here.")
     with _workspace(storage_uri, state) as workspace:
         for name in names:
             _weights(name, workspace, file)
@@ -65,13 +65,13 @@ def tfds(
         Path | None,
         typer.Option(
             help="Take the dataset that tfds.load(…, data_dir=DIR) left here instead of downloading.",
-            exists=True,
-            file_okay=False,
         ),
     ] = None,
     state: State = None,
 ) -> None:
     """Copy a dataset as TFDS prepares it; one that is there stays."""
+    if data_dir and not data_dir.is_dir():
+        raise SettingError(f"--data-dir {data_dir} is no folder here.")
     with _workspace(storage_uri, state) as workspace:
         _tfds(name, workspace, data_dir)
 
