@@ -1,0 +1,183 @@
+"""One model of each family of keras.applications, transferred and fine-tuned: what is frozen stays bit for bit."""
+
+import io
+import uuid
+import zipfile
+
+import h5py
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+
+from topwork.edge.metrics import Metrics
+from topwork.edge.storage import Storage
+from topwork.model.backbones import backbone
+from topwork.model.blocks import blocks
+from topwork.model.nested import leaves
+from topwork.progress import Quiet
+from topwork.spec import TransferJob
+from topwork.spec.applications import LEAST_SIDE
+from topwork.stages.fine_tune import fine_tune
+from topwork.stages.pull import pull
+from topwork.stages.transfer import transfer
+from topwork.training.base_files import mirror_key
+from topwork.workspace import Workspace
+
+
+def numbered(word, first, last):
+    return " ".join(f"{word}{number}" for number in range(first, last + 1))
+
+
+# The smallest model of each family, what is unfrozen, and its blocks from input to output.
+FAMILIES = {
+    "ConvNeXtTiny": (
+        {"layers": 3},
+        "stem stage_0 downsampling_block_0 stage_1 downsampling_block_1 stage_2 downsampling_block_2 stage_3",
+    ),
+    "DenseNet121": ({"layers": 4}, numbered("conv", 1, 5)),
+    "EfficientNetB0": ({"layers": 4}, f"stem {numbered('block', 1, 7)} top"),
+    "EfficientNetV2B0": ({"from": "block6h_project_conv"}, f"stem {numbered('block', 1, 6)} top"),
+    "InceptionResNetV2": ({"layers": 2}, "stem mixed_5b block35 mixed_6a block17 mixed_7a block8"),
+    "InceptionV3": ({"layers": 4}, f"stem {numbered('mixed', 0, 9)}"),
+    "MobileNet": ({"from": "conv_pw_12"}, f"conv1 {numbered('conv_', 1, 13)}"),
+    "MobileNetV2": ({"from": "block_16_project"}, f"Conv1 expanded_conv {numbered('block_', 1, 16)} Conv_1"),
+    "MobileNetV3Small": ("all", f"expanded_conv {numbered('expanded_conv_', 1, 10)} conv_1"),
+    "NASNetMobile": (
+        {"layers": 6},
+        f"stem cell_stem_1 cell_stem_2 {numbered('cell_', 0, 3)} cell_reduce_4 {numbered('cell_', 5, 8)} "
+        f"cell_reduce_8 {numbered('cell_', 9, 12)}",
+    ),
+    "ResNet50": ({"from": "conv5_block3_2_conv"}, numbered("conv", 1, 5)),
+    "ResNet50V2": ({"layers": 3}, f"{numbered('conv', 1, 5)} post"),
+    "VGG16": ("all", numbered("block", 1, 5)),
+    "Xception": ({"layers": 4}, numbered("block", 1, 14)),
+}
+
+
+OF_MANY_LAYERS = {
+    "ConvNeXtTiny",
+    "DenseNet121",
+    "EfficientNetB0",
+    "EfficientNetV2B0",
+    "InceptionResNetV2",
+    "InceptionV3",
+    "NASNetMobile",
+}
+
+
+@pytest.fixture(scope="module")
+def surroundings(s3_settings, tmp_path_factory):
+    """Storage, scratch and a folder of images that all families share."""
+    folder = tmp_path_factory.mktemp("families")
+    random = np.random.default_rng(0)
+    for channel, name in ((2, "blue"), (0, "red")):
+        (folder / "photos" / name).mkdir(parents=True)
+        for index in range(10):
+            pixels = random.integers(0, 120, (40, 36, 3), dtype=np.uint8)
+            pixels[..., channel] += 120
+            Image.fromarray(pixels).save(folder / "photos" / name / f"{index}.png")
+    storage = Storage(f"s3://topwork-test/{uuid.uuid4().hex[:12]}", s3_settings)
+    (folder / "scratch").mkdir()
+    return Workspace(storage, Metrics(), Quiet(), folder / "scratch"), folder / "photos"
+
+
+def job_of(name, unfreeze, workspace, photos):
+    spec = {
+        "storage": workspace.storage.uri,
+        "dataset": {
+            "source": {"folder": {"uri": str(photos)}},
+            "splits": {"train": "train[:12]", "test": "train[12:]"},
+            "imageSize": [LEAST_SIDE[name], LEAST_SIDE[name]],
+        },
+        "model": {"base": {"application": name, "weights": "imagenet"}, "head": {"dropout": 0.0}},
+        "transfer": {"epochs": 1, "batchSize": 6, "featureCache": "off"},
+        "fineTune": {"epochs": 1, "unfreeze": unfreeze, "optimizer": {"learningRate": 0.0001}},
+        "compute": {"gpus": 0},
+    }
+    return TransferJob.model_validate(
+        {"apiVersion": "topwork.dev/v1alpha1", "kind": "TransferJob", "metadata": {"name": "family"}, "spec": spec}
+    )
+
+
+def upload_weights(name, workspace, folder):
+    """Put weights where `topwork mirror weights` puts them, with statistics that no image would leave as they are."""
+    model = backbone(name).build((LEAST_SIDE[name], LEAST_SIDE[name]), None)
+    random = np.random.default_rng(0)
+    for layer in leaves(model):
+        if isinstance(layer, keras.layers.BatchNormalization):
+            layer.moving_mean.assign(random.normal(0, 0.05, layer.moving_mean.shape))
+            layer.moving_variance.assign(random.uniform(0.8, 1.2, layer.moving_variance.shape))
+    path = folder / f"{name}.weights.h5"
+    model.save_weights(path)
+    workspace.storage.upload(path, mirror_key(name))
+    return model, path
+
+
+def by_layer(file):
+    """Read the arrays of each layer from a weights file of Keras, without Keras."""
+    found = {}
+
+    def visit(path, item):
+        if isinstance(item, h5py.Dataset):
+            found.setdefault(item.parent.attrs["name"], {})[path.rsplit("/", 1)[1]] = item[()]
+
+    with h5py.File(file) as content:
+        content.visititems(visit)
+    return found
+
+
+def stored(classifier, workspace):
+    """Read the arrays of each layer of a classifier in storage."""
+    with zipfile.ZipFile(io.BytesIO(workspace.storage.read(classifier.key))) as content:
+        return by_layer(io.BytesIO(content.read("model.weights.h5")))
+
+
+def changed(before, after):
+    """Name the layers of which a single bit is another."""
+    return {
+        name
+        for name, arrays in before.items()
+        if any(value.tobytes() != after[name][key].tobytes() for key, value in arrays.items())
+    }
+
+
+def unfrozen(model, what):
+    """Name the layers that `spec.fineTune.unfreeze` asks for, counted by hand; batch normalization stays frozen."""
+    layers = [layer for layer in leaves(model) if layer.weights]
+    if what != "all":
+        names = [layer.name for layer in layers]
+        layers = layers[-what["layers"] :] if "layers" in what else layers[names.index(what["from"]) :]
+    return {layer.name for layer in layers if not isinstance(layer, keras.layers.BatchNormalization)}
+
+
+@pytest.fixture(params=FAMILIES)
+def name(request):
+    """A family; of the largest ones the steps run operation by operation, as building their graphs takes minutes."""
+    tf.config.run_functions_eagerly(request.param in OF_MANY_LAYERS)
+    yield request.param
+    tf.config.run_functions_eagerly(False)
+
+
+@pytest.mark.filterwarnings("ignore:Even though the `tf.config.experimental_run_functions_eagerly`:UserWarning")
+def test_what_is_frozen_stays_bit_for_bit_and_the_rest_learns(name, surroundings):
+    workspace, photos = surroundings
+    what, names = FAMILIES[name]
+    keras.utils.clear_session()
+    model, file = upload_weights(name, workspace, photos.parent)
+    assert list(dict.fromkeys(block for _, block in blocks(model))) == names.split()
+    job = job_of(name, what, workspace, photos)
+    dataset = pull(job, workspace)
+    first = transfer(job, dataset, workspace)
+    second = fine_tune(job, first, dataset, workspace)
+
+    given, transferred, tuned = by_layer(file), stored(first, workspace), stored(second, workspace)
+    # Two arrays of the head were trained: its bias began at nought.
+    assert (transferred["logits"]["1"] != 0).all()
+    assert changed(given, transferred) == set()
+    expected, moved = unfrozen(model, what), changed(given, tuned)
+    assert moved <= expected
+    # A layer of random weights may have nothing to learn from, where no signal comes through.
+    assert len(moved) > len(expected) / 2
+    assert changed(transferred, tuned) == moved | {"logits"}
