@@ -44,6 +44,17 @@ def test_weights_of_a_file_are_mirrored_once_and_found(workspace, weights):
     assert base_file(Base(application="MobileNet", weights="none"), workspace) is None
 
 
+def test_weights_that_the_spec_names_are_taken_from_a_local_path_and_from_storage(workspace, weights):
+    file, values = weights
+    workspace.storage.upload(file, "bases/own.weights.h5")
+    for where in (str(file), f"{workspace.storage.uri}/bases/own.weights.h5"):
+        found = base_file(Base(application="MobileNet", weights=where), workspace)
+        for mine, given in zip(backbone("MobileNet").build((32, 32), found).get_weights(), values, strict=True):
+            np.testing.assert_array_equal(mine, given)
+    with pytest.raises(DataError, match=r"^spec\.model\.base\.weights is /no/w\.h5, and there's no such file here"):
+        base_file(Base(application="MobileNet", weights="/no/w.h5"), workspace)
+
+
 def test_weights_of_another_model_are_refused_and_nothing_is_stored(workspace, weights):
     with pytest.raises(DataError, match=r"^own\.weights\.h5 doesn't hold the weights of MobileNetV2 without its head"):
         mirror_weights("MobileNetV2", workspace, weights[0])

@@ -39,7 +39,7 @@ def base_file(base: Base, workspace: Workspace) -> Path | None:
     """
     if base.saved:
         return _fetched(base.saved.uri, "spec.model.base.saved.uri", workspace)
-    if base.weights and base.weights.startswith("s3://"):
+    if base.weights not in {None, "imagenet", "none"}:
         return _fetched(base.weights, "spec.model.base.weights", workspace)
     if not base.needs_imagenet:
         return None
