@@ -1,6 +1,7 @@
 """What the commands find around them: the environment is read here, once, and nowhere else."""
 
 import fcntl
+import logging
 import os
 import re
 import shutil
@@ -168,6 +169,9 @@ def without_secrets(text: str, environment: Mapping[str, str] = os.environ) -> s
 def quiet_start(*, verbose: bool = False) -> Iterator[None]:
     """Keep TensorFlow's start-up talk away while it is imported, unless it is wanted."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "0" if verbose else "2")
+    if not verbose:
+        # Each phase of a stage traces a step of its own, which TensorFlow takes for a mistake.
+        logging.getLogger("tensorflow").setLevel(logging.ERROR)
     with nullcontext() if verbose else hushed():
         yield
 

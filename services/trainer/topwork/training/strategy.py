@@ -14,8 +14,8 @@ from topwork.spec.training import Optimizer
 
 # NVIDIA Ampere, the first GPUs that compute in bfloat16.
 BFLOAT16_COMPUTE_CAPABILITY = (8, 0)
-# Multiplications for one image, forward. Measured on two cores with AMX: a training step of Xception at 150 pixels (2e9)
-# takes 0.69 of the time in float32, one of ResNet50 at 224 (4e9) 0.53, one of MobileNetV2 at 96 (6e7) more than it.
+# Multiplications for one image, forward. Measured on two cores with AMX: a training step of Xception at 150 pixels
+# (2e9) takes 0.69 of the time in float32, one of ResNet50 at 224 (4e9) 0.53, one of MobileNetV2 at 96 (6e7) more.
 WORTH_BFLOAT16 = 1e9
 
 
