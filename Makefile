@@ -29,15 +29,16 @@ $(SETUP): pyproject.toml requirements.lock
 demo: $(SETUP) ## Train on real pictures of solar cells, with and without transfer, on an embedded S3
 	$(BIN)/python examples/solar/demo.py
 
-# One model of each family of keras.applications, and every system of the teaching documents from its example.
-SYSTEMS := tests/training/test_families.py $(wildcard tests/end_to_end/test_seeds_*.py)
+# Every system of the teaching documents from its example, every model of keras.applications, and a machine offline.
+SYSTEMS := $(wildcard tests/end_to_end/test_seeds_*.py) tests/end_to_end/test_offline.py tests/training/test_families.py \
+	tests/unit/test_describe_backbones.py tests/unit/test_model_backbones.py
 
 .PHONY: test
 test: $(SETUP) ## Run the tests, but for those of whole systems
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(addprefix --ignore=,$(SYSTEMS))
 
 .PHONY: test-systems
-test-systems: $(SETUP) ## Run each example as its user would, and one model of each family of keras.applications
+test-systems: $(SETUP) ## Run each example as its user would, and the models of keras.applications
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(SYSTEMS)
 
 .PHONY: test-image

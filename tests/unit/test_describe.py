@@ -16,7 +16,6 @@ from topwork.errors import DataError
 from topwork.local.server import embedded_storage
 from topwork.manifest import write_whole
 from topwork.progress import Quiet
-from topwork.spec.applications import APPLICATIONS
 from topwork.spec.reading import read_files
 from topwork.spec.writing import yaml_text
 from topwork.stages.fine_tune import fine_tune
@@ -123,32 +122,6 @@ def test_a_run_trains_what_was_described(settings, write_job, described, workspa
     assert after["data"].pop("dataset").startswith(workspace.storage.uri)
     assert before["data"].pop("dataset") is None
     assert after == before
-
-
-@pytest.mark.parametrize("name", APPLICATIONS)
-def test_every_application_is_described_without_its_weights(name, monkeypatch, write_job, described):
-    def fails(*_, **__):
-        raise AssertionError("nothing is downloaded")
-
-    monkeypatch.setattr(keras.src.utils.file_utils, "get_file", fails)
-    side = APPLICATIONS[name].default_side
-    fine = {"epochs": 1, "unfreeze": {"layers": 2}, "optimizer": {"learningRate": 1e-5}}
-    path = write_job(model=application("VGG16"), transfer={"train": "head"}, fineTune=fine)
-    (found,) = described(
-        path,
-        sets=[
-            f"spec.model.base={{application: {name}}}",
-            f"spec.dataset.imageSize=[{side}, {side}]",
-        ],
-    )
-    parameters = APPLICATIONS[name].parameters_without_top
-    assert found["base"]["parameters"] == parameters
-    assert found["base"]["weights"] == "ImageNet"
-    (whole,), (top,) = (stage["phases"] for stage in found["stages"])
-    head = whole["trainable"]
-    assert whole["frozen"] == parameters
-    assert sum(group["frozen"] for group in whole["layers"]) == parameters
-    assert top["trainable"] + top["frozen"] == parameters + head
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)

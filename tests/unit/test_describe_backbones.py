@@ -1,0 +1,38 @@
+"""`topwork describe` for every model of keras.applications."""
+
+import json
+
+import keras
+import pytest
+
+from topwork.cli.describe import describe
+from topwork.spec.applications import APPLICATIONS
+from topwork.spec.writing import yaml_text
+
+
+@pytest.mark.parametrize("name", APPLICATIONS)
+def test_every_application_is_described_without_its_weights(name, monkeypatch, make_job, tmp_path, capsys):
+    def fails(*_, **__):
+        raise AssertionError("nothing is downloaded")
+
+    monkeypatch.setattr(keras.src.utils.file_utils, "get_file", fails)
+    monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("TOPWORK_STATE", str(tmp_path / "state"))
+    side = APPLICATIONS[name].default_side
+    fine = {"epochs": 1, "unfreeze": {"layers": 2}, "optimizer": {"learningRate": 1e-5}}
+    job = make_job(
+        model={"base": {"application": "VGG16", "weights": "none"}}, transfer={"train": "head"}, fineTune=fine
+    )
+    (tmp_path / "job.yaml").write_text(yaml_text(job))
+    sets = [f"spec.model.base={{application: {name}}}", f"spec.dataset.imageSize=[{side}, {side}]"]
+    describe([tmp_path / "job.yaml"], sets, as_json=True)
+    (found,) = json.loads(capsys.readouterr().out)
+    parameters = APPLICATIONS[name].parameters_without_top
+    assert found["base"]["parameters"] == parameters
+    assert found["base"]["weights"] == "ImageNet"
+    (whole,), (top,) = (stage["phases"] for stage in found["stages"])
+    head = whole["trainable"]
+    assert whole["frozen"] == parameters
+    assert sum(group["frozen"] for group in whole["layers"]) == parameters
+    assert top["trainable"] + top["frozen"] == parameters + head
