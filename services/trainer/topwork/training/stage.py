@@ -11,7 +11,7 @@ from topwork.errors import SpecError
 from topwork.model.augmentation import augment
 from topwork.model.classifier import in_precision
 from topwork.model.freezing import parameter_groups, unfreeze
-from topwork.model.halves import halves, multiplications
+from topwork.model.halves import Halves, halves, multiplications
 from topwork.spec import TransferJob
 from topwork.training.caching import keeps_features
 from topwork.training.checkpoints import Checkpoints
@@ -63,10 +63,10 @@ def train(
     keras.utils.clear_session()
     keras.utils.set_random_seed(plan.seed)
     with distribution.scope():
-        model = _in_best_precision(start(), plan, job)
+        model, cut = _in_best_precision(start(), plan, job)
     prefix = stage_prefix(job.run, plan.stage)
     with workspace.stop.held(), Checkpoints(workspace, prefix) as checkpoints:
-        training = _training(plan, model, data, job, workspace, checkpoints)
+        training = _training(plan, model, cut, data, job, workspace, checkpoints)
         training.run()
         classifier = _store(training, model, plan, earlier, job, data.class_names, workspace)
         checkpoints.clear()
@@ -74,33 +74,37 @@ def train(
     return classifier
 
 
-def _in_best_precision(model: keras.Model, plan: Plan, job: TransferJob) -> keras.Model:
-    """Copy the model into the number format that suits what runs in each step."""
-    unfreeze(model.get_layer("base"), plan.phases[-1].unfrozen, batch_norm=plan.batch_norm)
-    cut = halves(model)
+def _in_best_precision(model: keras.Model, plan: Plan, job: TransferJob) -> tuple[keras.Model, Halves | None]:
+    """Copy the model into the number format that suits what runs in each step, and cut it below all that is trained."""
+    cut = _cut(model, plan)
     kept, _ = keeps_features(plan.caching, plan.epochs, cut)
     work = multiplications(cut.upper if cut and kept else model)
-    return in_precision(model, policy(job.spec.compute.precision, work))
+    best = in_precision(model, policy(job.spec.compute.precision, work))
+    return best, cut if best is model else _cut(best, plan)
+
+
+def _cut(model: keras.Model, plan: Plan) -> Halves | None:
+    unfreeze(model.get_layer("base"), plan.phases[-1].unfrozen, batch_norm=plan.batch_norm)
+    return halves(model)
 
 
 def _training(
     plan: Plan,
     model: keras.Model,
+    cut: Halves | None,
     data: LocalDataset,
     job: TransferJob,
     workspace: Workspace,
     checkpoints: Checkpoints,
 ) -> Training:
     """Set up the training on images or, where the frozen layers are to run once only, on their features."""
-    with model.distribute_strategy.scope():
-        unfreeze(model.get_layer("base"), plan.phases[-1].unfrozen, batch_norm=plan.batch_norm)
-        cut = halves(model)
-        whole = cut.joined() if cut else model
     change = augment(job.spec.augmentation)
     kept, reason = keeps_features(plan.caching, plan.epochs, cut)
     workspace.progress.note("feature cache", stage=plan.stage, used=kept, reason=reason)
     if cut and kept and (features := computed(FeatureJob(job, plan, data, cut, change, workspace))):
         return Training(plan, model, cut.upper, features, workspace, checkpoints, None)
+    with model.distribute_strategy.scope():
+        whole = cut.joined() if cut else model
     return Training(plan, model, whole, data, workspace, checkpoints, change)
 
 
