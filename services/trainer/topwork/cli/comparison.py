@@ -3,11 +3,12 @@
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from topwork.cli.views import aligned
+from topwork.cli.tables import lines
 
 if TYPE_CHECKING:
     from topwork.stages.publish import Published
 
+GAP = 3
 HEADER = ("MODEL", "METRIC", "STAGE", "TRAINABLE", "IMAGES A STEP", "SECONDS A STEP", "TO THE FASTEST")
 
 
@@ -24,7 +25,7 @@ def comparison(published: Sequence["Published"]) -> Iterator[str]:
     if len(published) < 2:
         return
     yield ""
-    yield from aligned([HEADER, *_rows(published)])
+    yield from lines(HEADER, list(_rows(published)), words=len(HEADER), gap=GAP)
 
 
 def _rows(published: Sequence["Published"]) -> Iterator[tuple[str, ...]]:

@@ -4,11 +4,13 @@ from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+from topwork.cli.tables import lines
 from topwork.cluster.attempts import Attempt, Container
 from topwork.cluster.state import RunState
 
 LONGEST_STATUS = 100
-GAP = "   "
+GAP = 3
+STAGES = ("STAGE", "STATE", "DURATION", "EPOCHS", "BEST")
 
 
 def duration(seconds: float) -> str:
@@ -57,14 +59,7 @@ def table(states: Sequence[RunState], *, namespaces: bool = False) -> Iterator[s
     if namespaces:
         header = ["NAMESPACE", *header]
         rows = [[state.namespace, *row] for state, row in zip(states, rows, strict=True)]
-    return aligned([header, *rows])
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Write rows in columns."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        yield GAP.join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+    return lines(header, rows, words=len(header), gap=GAP)
 
 
 def status(state: RunState) -> str:
@@ -104,7 +99,7 @@ def detail(state: RunState, others: int = 0) -> Iterator[str]:
             yield f"  {name:<8}  {fact}"
     if state.attempts:
         yield ""
-        yield from aligned([["STAGE", "STATE", "DURATION", "EPOCHS", "BEST"], *_stages(state)])
+        yield from lines(STAGES, list(_stages(state)), words=len(STAGES), gap=GAP)
     for attempt in state.attempts[:-1]:
         yield from ("", *_earlier(attempt)) if attempt is state.attempts[0] else _earlier(attempt)
 
