@@ -206,10 +206,13 @@ def write(make_job, tmp_path) -> Callable[..., Path]:
 
 @pytest.fixture
 def proxy(s3_settings) -> Callable[..., AbstractContextManager[int]]:
-    """Forward a port to the S3 server: over TLS if a context is given, and a silent one never answers."""
+    """Forward a port to the S3 server.
+
+    Over TLS if a context is given; a silent one never answers; with `stall` it falls silent when a client sends that.
+    """
 
     @contextmanager
-    def serve(*, tls: ssl.SSLContext | None = None, silent: bool = False) -> Iterator[int]:
+    def serve(*, tls: ssl.SSLContext | None = None, silent: bool = False, stall: bytes | None = None) -> Iterator[int]:
         ended = threading.Event()
         target = s3_settings.endpoint_url.removeprefix("http://").split(":")
 
@@ -222,7 +225,7 @@ def proxy(s3_settings) -> Callable[..., AbstractContextManager[int]]:
                         with tls.wrap_socket(self.request.dup(), server_side=True) as client:
                             forward(client, target)
                     else:
-                        forward(self.request, target)
+                        forward(self.request, target, stall, ended)
 
         with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
             threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -233,7 +236,9 @@ def proxy(s3_settings) -> Callable[..., AbstractContextManager[int]]:
     return serve
 
 
-def forward(client: socket.socket, target: list[str]) -> None:
+def forward(
+    client: socket.socket, target: list[str], stall: bytes | None = None, ended: threading.Event | None = None
+) -> None:
     """Carry bytes both ways until either side has closed."""
     with socket.create_connection((target[0], int(target[1]))) as server:
         other = {client: server, server: client}
@@ -242,6 +247,8 @@ def forward(client: socket.socket, target: list[str]) -> None:
             for source in [client] if decrypted else select.select([client, server], [], [])[0]:
                 if not (data := source.recv(65536)):
                     return
+                if stall and ended and source is client and stall in data:
+                    ended.wait()
                 other[source].sendall(data)
 
 

@@ -15,9 +15,9 @@ STOPPED = "Stopped. Start the same job again to go on."
 BEGUN = '"message": "run"'
 
 
-def stopped(pod, stage: str, job: Path, moment: str | Callable[[], bool], seconds: float = 20):
+def stopped(pod, stage: str, job: Path, moment: str | Callable[[], bool], seconds: float = 20, **variables: str):
     """Start a container, stop it when a moment has come, and give its ending and its process."""
-    process = pod.start(stage, job)
+    process = pod.start(stage, job, **variables)
     process.wait_for(moment if callable(moment) else lambda: moment in process.output)
     code, ending = process.stop(seconds)
     assert (code, ending.outcome, ending.exit_code, ending.run) == (143, "stopped", 143, run_of(job)), process.output
@@ -53,13 +53,16 @@ def test_transfer_stores_a_checkpoint_and_goes_on_from_it(pod, write):
     assert trained == list(range(ending.epochs + 1, 13))
 
 
-def test_fine_tune_is_stopped_in_training_export_and_upload_and_publishes_once(pod, write, storage):
+def test_fine_tune_is_stopped_in_training_export_and_upload_and_publishes_once(pod, write, storage, proxy):
     job = write(fineTune=FINE_TUNE)
     ending, _ = stopped(pod, "fine-tune", job, '"stage": "fine-tune", "epoch": 3, ', seconds=60)
     assert 3 <= ending.epochs < 12
     ending, process = stopped(pod, "fine-tune", job, '"message": "evaluation"')
     assert ("resumed" in process.messages, ending.epochs) == (True, 12)
-    stopped(pod, "fine-tune", job, '"message": "recheck"')
+    stopped(pod, "fine-tune", job, '"message": "export"')
+    with proxy(stall=b"models/tiny/1/saved_model.pb") as port:
+        address = f"http://127.0.0.1:{port}"
+        stopped(pod, "fine-tune", job, '"message": "recheck"', AWS_ENDPOINT_URL=address)
     code, ending, process = pod.run("fine-tune", job)
     assert (code, ending.model) == (0, storage.uri_of("models/tiny/1")), process.output
     manifests = [stored.key for stored in storage.list("models/") if stored.key.endswith("/manifest.json")]

@@ -74,8 +74,14 @@ def test_the_files_that_keras_itself_offers_are_taken(workspace, tmp_path):
         np.testing.assert_array_equal(mine, given)
 
 
+def no_downloads_before(monkeypatch, folder):
+    """Keras looks in its home first, and reads KERAS_HOME once, when it is imported."""
+    folder.mkdir(exist_ok=True)
+    monkeypatch.setattr(keras.src.backend.config, "_KERAS_DIR", str(folder))
+
+
 def test_weights_that_can_not_be_downloaded_end_soon_and_name_the_command(workspace, monkeypatch, tmp_path):
-    monkeypatch.setenv("KERAS_HOME", str(tmp_path))
+    no_downloads_before(monkeypatch, tmp_path)
     monkeypatch.setattr(base_files, "LONGEST_WAIT_SECONDS", 0.1)
     # Keras' own address, on a port of this machine that nobody listens on.
     monkeypatch.setattr(mobilenet, "BASE_WEIGHT_PATH", "http://127.0.0.1:9/")
@@ -94,11 +100,11 @@ def test_a_download_is_kept_for_the_next_run(workspace, weights, monkeypatch, tm
         legacy_h5_format.save_weights_to_hdf5_group(file, model)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setenv("KERAS_HOME", str(tmp_path / "home"))
+        no_downloads_before(monkeypatch, tmp_path / "home")
         monkeypatch.setattr(mobilenet, "BASE_WEIGHT_PATH", f"http://127.0.0.1:{server.server_port}/")
         first = base_file(Base(application="MobileNet"), workspace).read_bytes()
         server.shutdown()
-    shutil.rmtree(tmp_path / "home", ignore_errors=True)
+    shutil.rmtree(tmp_path / "home")
     assert base_file(Base(application="MobileNet"), workspace).read_bytes() == first
     assert capsys.readouterr().out == ""
 
