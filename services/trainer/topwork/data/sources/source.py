@@ -8,7 +8,9 @@ from typing import Any, Protocol
 TRAIN = "train"
 """The one split of every source but TFDS."""
 
-_IGNORED_NAMES = {"thumbs.db", "desktop.ini", "icon\r", "__macosx", "lost+found"}
+# Control characters, separators of lines, and the marks that change the direction of a text.
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+_IGNORED_NAMES = {"thumbs.db", "desktop.ini", "icon\r", "icon?", "__macosx", "lost+found"}
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,11 @@ def slug(text: str) -> str:
 
 
 def printable(text: str) -> str:
-    """Turn what is no Unicode in a name (half of a pair, or bytes that are no UTF-8) into question marks."""
-    return text.encode(errors="replace").decode()
+    """Turn what is no Unicode in a name (half of a pair, or bytes that are no UTF-8) into question marks.
+
+    The same becomes of what would write over a terminal, break a line of `labels.txt` or turn a text around.
+    """
+    return _UNPRINTABLE.sub("?", text.encode(errors="replace").decode())
 
 
 def last_part(uri: str) -> str:
