@@ -1,6 +1,7 @@
 """Servers that mean harm, or are merely broken: where a download may lead, and how long it may take."""
 
 import http.server
+import io
 import itertools
 import random
 import ssl
@@ -14,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from topwork.data.sources import download, http as requests
+from topwork.data.sources import download
+from topwork.data.sources import http as requests
 from topwork.data.sources.download import Download
 from topwork.edge.hosts import allow_plain_http, check_plain_http, is_forbidden
 from topwork.errors import DataError, SettingError, UnavailableError
@@ -260,7 +262,7 @@ def test_a_server_that_says_nothing_is_given_up(serve, tmp_path, monkeypatch):
 
 def test_a_full_disk_is_no_failure_of_the_network(serve, tmp_path, monkeypatch):
     server = serve(lambda handler: send(handler, CONTENT))
-    monkeypatch.setattr(Path, "open", lambda self, mode: open("/dev/full", mode, 0))
+    monkeypatch.setattr(Path, "open", lambda self, mode: io.FileIO("/dev/full", mode))
     with pytest.raises(OSError, match="No space left on device"):
         Download(server.uri).fetch(tmp_path / "a.zip")
     assert len(server.seen) == 1
@@ -268,8 +270,9 @@ def test_a_full_disk_is_no_failure_of_the_network(serve, tmp_path, monkeypatch):
 
 # Plain HTTP
 
-NEAR = ["localhost", "127.0.0.1", "[::1]", "10.1.2.3", "172.31.0.1", "192.168.1.9", "[fd12::1]", "minio", "s3.store.svc",
-        "s3.store.svc.cluster.local", "s3.store.svc.other.example", "a.localhost", "s3.cluster.local"]  # fmt: skip
+NEAR = ["localhost", "127.0.0.1", "[::1]", "10.1.2.3", "172.31.0.1", "192.168.1.9", "[fd12::1]", "minio",
+        "s3.store.svc", "s3.store.svc.cluster.local", "s3.store.svc.other.example", "a.localhost",
+        "s3.cluster.local"]  # fmt: skip
 FAR = ["example.com", "8.8.8.8", "172.32.0.1", "minio.internal", "store.local", "svc.example.com", "[2001:db8::1]",
        "100.64.0.1", "evil.svc-cluster.local", "localhost.example.com"]  # fmt: skip
 
