@@ -114,6 +114,8 @@ class Provers:
                 self._pool = self._start(self._workers)
             with self._start(1) as alone:
                 try:
+                    # The time of an image begins where its process runs.
+                    alone.submit(os.getpid).result()
                     return alone.submit(self._function, data, keep=keep).result(IMAGE_SECONDS)
                 except BrokenProcessPool as error:
                     raise Rejection(CRASHED, "the process that decoded it died") from error
