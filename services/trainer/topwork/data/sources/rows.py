@@ -37,10 +37,12 @@ class Labels:
             DataError: If an earlier row gives the same image another class: nobody can tell which one is right.
         """
         self.rows += 1
+        if not (address and label):
+            return  # it is left out, with that as the reason
         key, short = _short(address), _short(label)
-        before = self._seen.setdefault(key, short)
-        if self.rows > len(self._seen) + self.repeated:
-            self.repeated += 1
+        if (before := self._seen.setdefault(key, short)) is short:
+            return
+        self.repeated += 1
         if before != short:
             raise DataError(
                 f"{self._table}, line {line}: {address[:200]} is of the class {label[:100]!r} here and of another one "
