@@ -3,6 +3,9 @@
 from topwork.errors import SettingError, Stopped, TopworkError
 from topwork.stopping import STOPPED, StopNow
 
+BUG = 1
+"""Exit code of what nobody foresaw."""
+
 INSTALL = "To train and predict, install topwork[cpu] or topwork[gpu]; for the embedded S3 server, topwork[local]."
 
 

@@ -12,6 +12,7 @@ from botocore import exceptions as boto
 from botocore.config import Config
 from botocore.loaders import create_loader
 
+from topwork.edge.hosts import check_plain_http
 from topwork.edge.storage_errors import code_of, told
 from topwork.errors import SettingError
 
@@ -78,7 +79,8 @@ def connect(settings: StorageSettings, meter: Meter) -> Any:
         meter: Counts the requests that are tried again.
 
     Raises:
-        SettingError: If the profile is not there, the endpoint is no URL or a half of the credentials is missing.
+        SettingError: If the profile is not there, the endpoint is no URL or a half of the credentials is missing, or
+            if it is plain HTTP on the open network.
     """
     path_style = settings.path_style
     if path_style is None and settings.endpoint_url:
@@ -94,6 +96,8 @@ def connect(settings: StorageSettings, meter: Meter) -> Any:
         raise SettingError(f"AWS_PROFILE names a profile that is not there: {error}.") from error
     except ValueError as error:
         raise SettingError(f"The endpoint of storage is not a URL: {error}. Look at AWS_ENDPOINT_URL.") from error
+
+    check_plain_http(str(client.meta.endpoint_url), "The endpoint of storage (AWS_ENDPOINT_URL)")
 
     def count(attempts: int, **_: object) -> None:
         # Asked after each attempt: from the second on, one more was a retry.

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from topwork.data.provers import Provers
 from topwork.data.sources import Source, open_source
+from topwork.data.sources.source import lookalikes
 from topwork.data.splits import check_splits
 from topwork.data.stored import DatasetFacts, RejectedImage, StoredDataset, shown_rejections
 from topwork.errors import DataError
@@ -169,6 +170,8 @@ def _report(facts: DatasetFacts, workspace: Workspace) -> None:
         rejected=len(facts.rejected),
     )
     workspace.progress.note("images of each class", counts=_shown(counts))
+    if alike := lookalikes(facts.class_names):
+        workspace.progress.note("classes that differ by case or spaces alone", classes="; ".join(alike[:20]))
     if facts.rejected:
         reasons = Counter(image.reason for image in facts.rejected)
         workspace.progress.note("images left out", reasons=_shown(reasons))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from topwork.data.proving import UNSAFE, Rejection
+from topwork.data.sources.bounds import MAX_DEPTH, MAX_NAME
 from topwork.data.sources.download import Download
 from topwork.data.sources.members import Member, members, path_parts
 from topwork.data.sources.source import TRAIN, Item, class_of, last_part, slug
@@ -136,7 +137,11 @@ class Archive:
 
 
 def _refuse(name: str) -> bytes:
-    raise Rejection(UNSAFE, f"the path {name!r} leads out of the archive")
+    raise Rejection(
+        UNSAFE,
+        f"the path {name[:100]!r} is absolute, leads out of the archive, has more than {MAX_NAME} characters or "
+        f"{MAX_DEPTH} folders",
+    )
 
 
 def _sha256(path: Path) -> str:
