@@ -54,13 +54,11 @@ def stage(
     try:
         grace = _grace_seconds()
         with stopped_by_signals(stop, patient=grace is not None):
-            late = LATE.format(grace=grace)
-            end_overdue(
-                stop,
-                STOP_SECONDS,
-                lambda: container.overdue(late if stop.is_held() else STOPPED),
-                grace_seconds=grace,
-            )
+
+            def end() -> None:
+                container.overdue(LATE.format(grace=grace) if stop.is_held() else STOPPED)
+
+            end_overdue(stop, STOP_SECONDS, end, grace_seconds=grace)
             port = METRICS_PORTS[name] if metrics_port is None else metrics_port
             seconds = _run(container, job, scratch, port, stop)
             # Who waits for a last scrape has nothing to lose.
