@@ -71,7 +71,9 @@ def test_storage_that_is_too_slow_for_the_grace_period_costs_no_checkpoint(pod, 
     assert time.monotonic() - began < 5
     assert (code, late.outcome, late.exit_code) == (143, "stopped", 143), process.output
     assert "took longer than a grace period of 9 s leaves. What was stored before is kept" in late.error
-    assert {one.key: one.etag for one in storage.list(stored)} == before
+    left = {one.key: one.etag for one in storage.list(stored)}
+    assert before.items() <= left.items()
+    assert not [key for key in left.keys() - before.keys() if key.endswith("manifest.json")]
     code, done, process = pod.run("transfer", job)
     assert (code, done.epochs, process.fact("resumed", "epoch")) == (0, 12, ending.epochs), process.output
 
