@@ -333,3 +333,68 @@ def test_a_checkpoint_of_another_format_is_an_error_that_says_so(make_job, works
     with pytest.raises(FormatError, match=rf"00001 has format {found}, and this topwork reads format 1\. Go on with"):
         run(job, place_again(here, Quiet()))
     assert checkpoints(job, here, "transfer") == ["00001"]
+
+
+ON_TWO_REPLICAS = """
+import os
+from contextlib import contextmanager
+from pathlib import Path
+from topwork.edge.metrics import Metrics
+from topwork.edge.storage import Storage, StorageSettings
+from topwork.errors import Stopped
+from topwork.pipeline import run_transfer
+from topwork.progress import Quiet
+from topwork.spec import TransferJob
+from topwork.workspace import Workspace
+
+class Stopping(Quiet):
+    steps = 0
+
+    @contextmanager
+    def track(self, what, total):
+        if what == "transfer":
+            yield self
+        else:
+            with super().track(what, total) as tracker:
+                yield tracker
+
+    def advance(self, count=1, **facts):
+        self.steps += 1
+        if self.steps == 6:
+            workspace.stop.ask()
+
+job = TransferJob.model_validate_json(os.environ["JOB"])
+storage = Storage(os.environ["URI"], StorageSettings(*os.environ["S3"].split()))
+workspace = Workspace(storage, Metrics(), Stopping(), Path(os.environ["SCRATCH"]), replicas=2)
+try:
+    run_transfer(job, workspace)
+except Stopped as stopped:
+    print(stopped, workspace.metrics.registry.get_sample_value("topwork_replicas"))
+"""
+
+
+def test_a_run_goes_on_with_another_number_of_replicas(make_job, workspace, s3_settings):
+    # Dropout draws for each replica by itself: without, both numbers compute the same but for rounding.
+    model = {"base": SPEC["model"]["base"], "head": {"hidden": [8], "dropout": 0.0}}
+    job = make_job(**{**SPEC, "model": model, "transfer": {**SPEC["transfer"], "batchSize": 6}})
+    alone = rows(train_head(job, place(workspace, "one", Quiet())))
+    here = place(workspace, "two-then-one", Quiet())
+    s3 = f"{s3_settings.endpoint_url} {s3_settings.access_key} {s3_settings.secret_key}"
+    variables = {"URI": here.storage.uri, "S3": s3, "SCRATCH": str(here.scratch)}
+    variables["JOB"] = job.model_dump_json(by_alias=True)
+    ended = subprocess.run(
+        [sys.executable, "-c", ON_TWO_REPLICAS],
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.stdout.startswith("Stopped in epoch 2 of transfer after step 2"), ended.stderr[-3000:]
+    assert ended.stdout.endswith(" 2.0\n")
+    again = Watched()
+    together = rows(train_head(job, place_again(here, again)))
+    assert ("resumed", {"stage": "transfer", "epoch": 1, "step": 2}) in again.notes
+    assert again.steps["transfer"] == 3 * 4 - 6
+    assert [row["epoch"] for row in together] == [row["epoch"] for row in alone]
+    for name in ("loss", "accuracy", "validation_loss", "validation_accuracy", "learning_rate"):
+        np.testing.assert_allclose([row[name] for row in together], [row[name] for row in alone], rtol=2e-4)

@@ -53,7 +53,7 @@ class Validation:
             each = np.asarray(loss.call(tf.constant(labels), tf.constant(logits)))
             if len(odd := np.flatnonzero(~np.isfinite(each)).tolist()):
                 names = [self._split.names[index] for index in odd]
-                raise lost(f"The loss on {len(odd)} validation images is {each[odd[0]]}", names)
+                raise lost(f"The loss is {each[odd[0]]} on {len(odd)} of {len(each)} validation images", names)
             right = np.asarray(correct(tf.constant(labels), tf.constant(logits)))
         measured = {"loss": float(each.mean(dtype=np.float64)), "accuracy": float(right.mean(dtype=np.float64))}
         if self._auc:
