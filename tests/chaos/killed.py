@@ -26,9 +26,11 @@ from topwork.spec import TransferJob
 BUCKET = "topwork-chaos"
 STAGES = ("pull", "transfer", "fine-tune")
 TRAINING = '"message": "parameters"'
-# Where a stage is hit: a time from its start, or from the first line that holds a text.
-MARKS = {"pull": ("", '"message": "run"'), "transfer": ("", TRAINING, TRAINING), "fine-tune": ("", TRAINING, TRAINING)}
-MARKS["fine-tune"] += ('"message": "evaluation"',)
+EVALUATION = '"message": "evaluation"'
+# Where a stage is hit: at a time after its start, or after the first line that holds a text.
+MARKS = {"pull": ("",), "transfer": ("", TRAINING, TRAINING), "fine-tune": ("", TRAINING, TRAINING)}
+# What a stage trained it does not train again: hits that come soon leave room for others.
+SOON = 3
 TIMES = {"seconds", "stepSeconds", "images_per_second", "started", "finished"}
 
 # All that has a state of its own; fine-tune trains on features, or on images.
@@ -280,7 +282,21 @@ def without_times(value: Any) -> Any:
     return [without_times(part) for part in value] if isinstance(value, list) else value
 
 
-def moment(stage: str, chance: random.Random, spans: dict[str, float]) -> tuple[str, float]:
+def spans(stage: str, seen: dict[str, float], end: float) -> dict[str, float]:
+    """Say how many seconds after each mark of a stage a hit may come.
+
+    Args:
+        stage: The stage.
+        seen: When its marks were reached in a run that nobody interrupted; "" is its start.
+        end: When that ended.
+    """
+    if stage == "pull":
+        return {"": end - seen[""]}
+    found = {"": seen[TRAINING] - seen[""], TRAINING: (seen.get(EVALUATION, end) - seen[TRAINING]) / SOON}
+    return found | ({EVALUATION: end - seen[EVALUATION]} if EVALUATION in seen else {})
+
+
+def moment(marks: tuple[str, ...], allowed: dict[str, float], chance: random.Random) -> tuple[str, float]:
     """Choose a mark and the seconds after it."""
-    mark = chance.choice(MARKS[stage])
-    return mark, chance.uniform(0.0, spans[stage + mark])
+    mark = chance.choice(marks)
+    return mark, chance.uniform(0.0, allowed[mark])

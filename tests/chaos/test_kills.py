@@ -17,7 +17,7 @@ import pytest
 
 # pytest imports each test file by itself: the module beside it is found by its folder.
 sys.path.insert(0, str(Path(__file__).parent))
-from killed import BUCKET, MARKS, SPEC, STAGES, Figures, Run, make_job, moment, pictures
+from killed import BUCKET, EVALUATION, MARKS, SPEC, STAGES, TRAINING, Figures, Run, make_job, moment, pictures, spans
 
 from topwork.edge.storage import StorageSettings, make_bucket
 
@@ -44,29 +44,31 @@ def settings(s3_settings: StorageSettings) -> StorageSettings:
     return s3_settings
 
 
-def uninterrupted(run: Run) -> dict[str, float]:
-    """Run all stages, and measure how long each takes from its marks to its end, in seconds."""
-    spans = {}
+def uninterrupted(run: Run) -> dict[str, dict[str, float]]:
+    """Run all stages, and measure for how many seconds after its marks each can be hit."""
+    measured = {}
     for stage in STAGES:
         process = run.start(stage)
         seen = {"": process.started}
         while process.process.poll() is None:
             output = process.output
-            seen |= {mark: time.monotonic() for mark in MARKS[stage] if mark not in seen and mark in output}
+            seen |= {mark: time.monotonic() for mark in (TRAINING, EVALUATION) if mark not in seen and mark in output}
             time.sleep(0.02)
         assert process.process.returncode == 0, process.output
         run.figures.steps += process.steps_to_the_end()
-        spans |= {stage + mark: time.monotonic() - began for mark, began in seen.items()}
-    return spans
+        measured[stage] = spans(stage, seen, time.monotonic())
+    return measured
 
 
-def interrupted(run: Run, signals: list[int], spans: dict[str, float], chance: random.Random) -> None:
+def interrupted(run: Run, signals: list[int], measured: dict[str, dict[str, float]], chance: random.Random) -> None:
     """Run all stages, each hit by the signals that are left, at moments that chance chooses."""
     for stage in STAGES:
         for _ in range(HITS_OF_A_STAGE[stage]):
-            mark, seconds = moment(stage, chance, spans)
             if not signals or run.is_done(stage):
                 break
+            trained = stage == "fine-tune" and run.storage.size(f"runs/{run.job.run}/fine-tune/done.json") is not None
+            marks = ("", EVALUATION, EVALUATION) if trained else MARKS[stage]
+            mark, seconds = moment(marks, measured[stage], chance)
             if run.hit(stage, signals[-1], mark, seconds, whole_group=chance.random() < 0.5):
                 signals.pop()
         run.end(stage)
@@ -129,7 +131,7 @@ def test_a_job_that_is_killed_and_stopped_at_random_ends_as_if_it_had_not_been(t
     photos = pictures(tmp_path / "photos")
     signals = [number for number, count in HITS.items() for _ in range(count)]
     chance.shuffle(signals)
-    references: dict[bool, tuple[Run, dict[str, float]]] = {}
+    references: dict[bool, tuple[Run, dict[str, dict[str, float]]]] = {}
     runs: list[Run] = []
     compared = np.zeros(2, int)
     while signals:
@@ -139,10 +141,10 @@ def test_a_job_that_is_killed_and_stopped_at_random_ends_as_if_it_had_not_been(t
             place = f"reference-{on_features}"
             reference = Run(make_job(photos, f"s3://{BUCKET}/{place}", **overrides), tmp_path / place, settings)
             references[on_features] = reference, uninterrupted(reference)
-        reference, spans = references[on_features]
+        reference, measured = references[on_features]
         place = f"run-{len(runs)}"
         runs.append(Run(make_job(photos, f"s3://{BUCKET}/{place}", **overrides), tmp_path / place, settings))
-        interrupted(runs[-1], signals, spans, chance)
+        interrupted(runs[-1], signals, measured, chance)
         assert_nothing_done_was_done_again(runs[-1])
         compared += assert_same(runs[-1], reference)
         wait_until(lambda: not runs[-1].left_running())
