@@ -26,9 +26,10 @@ from topwork.spec import TransferJob
 BUCKET = "topwork-chaos"
 STAGES = ("pull", "transfer", "fine-tune")
 TRAINING = '"message": "parameters"'
+EPOCH = '"message": "epoch"'
 EVALUATION = '"message": "evaluation"'
 # Where a stage is hit: at a time after its start, or after the first line that holds a text.
-MARKS = {"pull": ("",), "transfer": ("", TRAINING, TRAINING), "fine-tune": ("", TRAINING, TRAINING)}
+MARKS = {"pull": ("",), "transfer": ("", TRAINING, EPOCH, EPOCH), "fine-tune": ("", TRAINING, EPOCH, EPOCH)}
 # What a stage trained it does not train again: hits that come soon leave room for others.
 SOON = 3
 TIMES = {"seconds", "stepSeconds", "images_per_second", "started", "finished"}
@@ -292,7 +293,10 @@ def spans(stage: str, seen: dict[str, float], end: float) -> dict[str, float]:
     """
     if stage == "pull":
         return {"": end - seen[""]}
-    found = {"": seen[TRAINING] - seen[""], TRAINING: (seen.get(EVALUATION, end) - seen[TRAINING]) / SOON}
+    trained = seen.get(EVALUATION, end)
+    # Most of the time before the first epoch ends goes into the graph of a step.
+    found = {"": seen[TRAINING] - seen[""], TRAINING: seen[EPOCH] - seen[TRAINING], EPOCH: trained - seen[EPOCH]}
+    found[EPOCH] /= SOON
     return found | ({EVALUATION: end - seen[EVALUATION]} if EVALUATION in seen else {})
 
 

@@ -17,7 +17,21 @@ import pytest
 
 # pytest imports each test file by itself: the module beside it is found by its folder.
 sys.path.insert(0, str(Path(__file__).parent))
-from killed import BUCKET, EVALUATION, MARKS, SPEC, STAGES, TRAINING, Figures, Run, make_job, moment, pictures, spans
+from killed import (
+    BUCKET,
+    EPOCH,
+    EVALUATION,
+    MARKS,
+    SPEC,
+    STAGES,
+    TRAINING,
+    Figures,
+    Run,
+    make_job,
+    moment,
+    pictures,
+    spans,
+)
 
 from topwork.edge.storage import StorageSettings, make_bucket
 
@@ -52,7 +66,9 @@ def uninterrupted(run: Run) -> dict[str, dict[str, float]]:
         seen = {"": process.started}
         while process.process.poll() is None:
             output = process.output
-            seen |= {mark: time.monotonic() for mark in (TRAINING, EVALUATION) if mark not in seen and mark in output}
+            seen |= {
+                mark: time.monotonic() for mark in (TRAINING, EPOCH, EVALUATION) if mark not in seen and mark in output
+            }
             time.sleep(0.02)
         assert process.process.returncode == 0, process.output
         run.figures.steps += process.steps_to_the_end()
