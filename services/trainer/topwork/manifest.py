@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from topwork import __version__
 from topwork.edge.storage import FileEntry, Storage, entry_of
-from topwork.errors import DataError
+from topwork.errors import DataError, FormatError
 
 FORMAT = 1
 NAME = "manifest.json"
@@ -100,7 +100,7 @@ def read_manifest(storage: Storage, prefix: str, *, name: str = NAME) -> Manifes
         content = json.loads(data)
         found = content["format"]
         if found != FORMAT and isinstance(found, int):
-            raise DataError(
+            raise FormatError(
                 f"{storage.uri_of(key)} has format {found}; topwork {__version__} reads format {FORMAT}. "
                 f"Read it with {'a newer' if found > FORMAT else 'an older'} topwork."
             )

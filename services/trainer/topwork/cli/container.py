@@ -17,7 +17,6 @@ from topwork.cluster.names import StageName
 from topwork.errors import Stopped
 from topwork.progress import Fact, LineProgress
 from topwork.secrecy import without_secrets
-from topwork.stopping import STOPPED
 
 if TYPE_CHECKING:
     from topwork.edge.metrics import Metrics
@@ -85,10 +84,14 @@ class Container:
                 self.log.text("".join(traceback.format_exception(error)))
         return self._ending.exit_code if self._ending else code
 
-    def overdue(self) -> Never:
-        """End the process as stopped, from another thread than the one that does not come to it."""
-        if self._end("stopped", Stopped.exit_code, error=STOPPED):
-            self.log.note(STOPPED, stage=self.stage, run=self.run, exit_code=Stopped.exit_code)
+    def overdue(self, why: str) -> Never:
+        """End the process as stopped, from another thread than the one that does not come to it.
+
+        Args:
+            why: What the message says.
+        """
+        if self._end("stopped", Stopped.exit_code, error=why):
+            self.log.note(why, stage=self.stage, run=self.run, exit_code=Stopped.exit_code)
         self.leave(self._ending.exit_code if self._ending else Stopped.exit_code)
 
     def leave(self, code: int) -> Never:

@@ -23,7 +23,7 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait
 
 from topwork.edge.storage_client import FROM_ENVIRONMENT, Meter, StorageSettings, Unmetered, connect, make_bucket
 from topwork.edge.storage_errors import code_of, refused, status_of, told
-from topwork.errors import SettingError, UnavailableError
+from topwork.errors import DamagedError, SettingError, UnavailableError
 
 __all__ = ["FileEntry", "Meter", "Storage", "StorageSettings", "StoredObject", "entry_of", "make_bucket"]
 
@@ -245,7 +245,7 @@ class Storage:
 
         Raises:
             DataError: If the object does not exist.
-            UnavailableError: If what arrives is not what was expected.
+            DamagedError: If what arrives is not what was expected.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(path.name + ".part")
@@ -255,7 +255,7 @@ class Storage:
                 self._meter.storage_retry()
                 entry = self._fetch(key, part)
             if expected and entry != expected:
-                raise UnavailableError(
+                raise DamagedError(
                     f"{self.uri_of(key)} is not what its manifest says: expected {expected.size} bytes with SHA-256 "
                     f"{expected.sha256}, got {entry.size} bytes with {entry.sha256}. It was damaged or replaced: "
                     "try again, and delete it with its manifest if this stays so."

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from botocore import exceptions as boto
 from s3transfer.exceptions import RetriesExceededError
 
-from topwork.errors import DataError, SettingError, TopworkError, UnavailableError
+from topwork.errors import DamagedError, DataError, SettingError, TopworkError, UnavailableError
 
 WRONG_KEY = "{endpoint} does not know the access key. Look at AWS_ACCESS_KEY_ID and AWS_PROFILE."
 SESSION_OVER = "{endpoint} says that the session is over ({code}). Look at AWS_SESSION_TOKEN, or log in again."
@@ -97,7 +97,7 @@ def told(endpoint: str, bucket: str, target: str) -> Iterator[None]:
     except (boto.HTTPClientError, boto.ConnectionError, boto.IncompleteReadError, RetriesExceededError) as error:
         raise _unreachable(endpoint, target, error) from error
     except boto.FlexibleChecksumError as error:
-        raise UnavailableError(f"{target} arrived damaged from {endpoint}: {error}. Try again.") from error
+        raise DamagedError(f"{target} arrived damaged from {endpoint}: {error}. Try again.") from error
     except boto.ParamValidationError as error:
         raise SettingError(f"{target} is not a valid address: {error}") from error
 
