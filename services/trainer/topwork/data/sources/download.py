@@ -47,6 +47,18 @@ class Download:
         """
         return self._repeated(self._state)
 
+    def size(self) -> int | None:
+        """Ask the server how long the file is.
+
+        Returns:
+            Bytes; None where it does not say.
+
+        Raises:
+            DataError: If the server refuses the file.
+            UnavailableError: If it can't be reached.
+        """
+        return self._repeated(self._size)
+
     def fetch(self, path: Path) -> None:
         """Download the whole file.
 
@@ -69,6 +81,11 @@ class Download:
             if changed := answer.headers.get("Last-Modified"):
                 return f"{self._uri} {changed} {length}"
             return None
+
+    def _size(self) -> int | None:
+        with self._open("HEAD") as answer:
+            length = answer.headers.get("Content-Length")
+            return int(length) if length and length.isdecimal() else None
 
     def _fetch(self, part: Path) -> None:
         with self._open("GET") as answer, part.open("wb") as file:
