@@ -1,5 +1,6 @@
 """Which failures are told in a sentence, and with which exit code."""
 
+from topwork.disk import full_disk
 from topwork.errors import SettingError, Stopped, TopworkError
 from topwork.stopping import STOPPED, StopNow
 
@@ -24,4 +25,4 @@ def failure_of(error: BaseException) -> TopworkError | None:
         return Stopped(STOPPED)
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("topwork"):
         return SettingError(f"{error.name} is not installed. {INSTALL}")
-    return None
+    return full_disk(error)

@@ -74,6 +74,7 @@ def _run(container: Container, file: Path, scratch: Path, port: int, stop: StopS
     from topwork.cli.pods import check_variables, pod_storage, trust_extra_authority
     from topwork.cli.surroundings import serve
     from topwork.edge.metrics import Metrics
+    from topwork.spec.compute import in_bytes
     from topwork.workspace import Workspace
 
     job = _only_job(file)
@@ -86,7 +87,8 @@ def _run(container: Container, file: Path, scratch: Path, port: int, stop: StopS
     trust_extra_authority(folder)
     storage = pod_storage(job.spec.storage, metrics)
     container.log.note("run", name=job.run, stage=container.stage, storage=storage.uri)
-    workspace = Workspace(storage, metrics, container.log, folder, stop=stop)
+    limit = int(in_bytes(job.spec.compute.scratch))
+    workspace = Workspace(storage, metrics, container.log, folder, scratch_limit=limit, stop=stop)
     if _found(container, job, workspace):
         return 0
     _work(container, job, workspace)

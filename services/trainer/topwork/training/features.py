@@ -1,6 +1,7 @@
 """What the frozen half of a classifier gives, computed once for each view of an image instead of once an epoch."""
 
 import hashlib
+import os
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -264,7 +265,11 @@ def _files(work: FeatureJob, part: _Part, needed: int) -> AbstractContextManager
 def _room(work: FeatureJob, name: str, shape: tuple[int, ...], dtype: np.dtype[Any], place: Place) -> Array:
     if place == "memory":
         return np.empty(shape, dtype)
-    return np.memmap(work.workspace.scratch / f"features-{name}.bin", dtype, "w+", shape=shape).view(np.ndarray)
+    path = work.workspace.scratch / f"features-{name}.bin"
+    with path.open("wb") as file:
+        # A disk that is full is told here: a write to memory that has no room behind it kills the process.
+        os.posix_fallocate(file.fileno(), 0, int(np.prod(shape)) * dtype.itemsize)
+    return np.memmap(path, dtype, "r+", shape=shape).view(np.ndarray)
 
 
 def _tell_without_room(work: FeatureJob, needed: int) -> None:

@@ -19,7 +19,7 @@ from topwork.training.features import FeatureJob, computed, features_prefix
 from topwork.training.loop import Training
 from topwork.training.plan import Plan
 from topwork.training.strategy import check_replicas, policy, strategy
-from topwork.training.trained import Classifier, Parameters, Row, repeat, stage_prefix, write_done
+from topwork.training.trained import Classifier, Parameters, Row, read_done, repeat, stage_prefix, write_done
 from topwork.workspace import Workspace
 
 
@@ -114,6 +114,9 @@ def _store(
     workspace: Workspace,
 ) -> Classifier:
     """Upload the model, then mark the stage as done."""
+    # Another process of this run was faster: its model stays as its mark says.
+    if (standing := read_done(workspace.storage, job.run, plan.stage)) is not None:
+        return standing
     # A model that was never compiled: no optimizer or loss of the training goes into the file.
     plain = in_precision(keras.Model(model.inputs[0], model.outputs[0], name="classifier"), "float32")
     path = workspace.scratch / f"{plan.stage}.keras"

@@ -62,6 +62,18 @@ class Download:
         """
         return self._repeated(self._state)
 
+    def size(self) -> int | None:
+        """Ask the server how long the file is.
+
+        Returns:
+            Bytes; None where it does not say.
+
+        Raises:
+            DataError: If the server refuses the file.
+            UnavailableError: If it can't be reached.
+        """
+        return self._repeated(self._size)
+
     def fetch(self, path: Path) -> None:
         """Download the whole file.
 
@@ -88,6 +100,11 @@ class Download:
             if changed := answer.headers.get("Last-Modified"):
                 return f"{self._uri} {changed} {length}"
             return None
+
+    def _size(self) -> int | None:
+        with answer_of(self._uri, self.shown, "HEAD", {}) as answer:
+            length = answer.headers.get("Content-Length")
+            return int(length) if length and length.isdecimal() else None
 
     def _fetch(self, part: Path, ends: float) -> None:
         got = part.stat().st_size if part.exists() and self._tag else 0

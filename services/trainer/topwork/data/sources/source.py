@@ -30,6 +30,19 @@ class Item:
     read: Callable[[], bytes]
 
 
+@dataclass(frozen=True)
+class Room:
+    """What a source takes on scratch, as far as can be told before it is fetched.
+
+    Attributes:
+        fetched: Bytes that are fetched to scratch first, such as an archive.
+        images: Bytes of the image files.
+    """
+
+    fetched: int
+    images: int
+
+
 class Source(Protocol):
     """Images with classes, in one or several splits.
 
@@ -44,6 +57,9 @@ class Source(Protocol):
 
     def digest(self) -> str:
         """Stand for the content as well as can be told without reading the images."""
+
+    def room(self) -> Room | None:
+        """Tell what the source takes on scratch, before anything is fetched; None where nobody knows."""
 
     def class_names(self) -> tuple[str, ...]:
         """Classes, in the order of their labels."""
