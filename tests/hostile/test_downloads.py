@@ -4,11 +4,13 @@ import http.server
 import io
 import itertools
 import random
+import socket
 import ssl
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -302,3 +304,19 @@ def test_plain_http_is_allowed_to_hosts_that_are_named():
 @pytest.mark.parametrize("host", ["169.254.0.1", "fe80::1%eth0", "METADATA.google.internal.", "224.0.0.1"])
 def test_forbidden_hosts_are_known_in_every_spelling(host):
     assert is_forbidden(host)
+
+
+@pytest.mark.parametrize(
+    ("addresses", "allowed"),
+    [(["10.96.3.4"], True), (["10.96.3.4", "fd00::7"], True), (["10.96.3.4", "93.184.216.34"], False), ([], False)],
+)
+def test_a_name_that_leads_to_private_addresses_alone_is_near(monkeypatch, addresses, allowed):
+    def look_up(host, *_, **__):
+        if not addresses:
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0)) for address in addresses]
+
+    # No name server is to be had that knows a service of a cluster.
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    with nullcontext() if allowed else pytest.raises(SettingError, match=r"^It is plain HTTP to minio\.storage"):
+        check_plain_http("http://minio.storage:9000", "It")

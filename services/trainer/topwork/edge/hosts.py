@@ -2,6 +2,7 @@
 
 import ipaddress
 import re
+import socket
 from collections.abc import Iterable
 from urllib.parse import urlsplit
 
@@ -37,8 +38,8 @@ def allow_plain_http(hosts: Iterable[str]) -> None:
 def check_plain_http(url: str, what: str) -> None:
     """Refuse plain HTTP to a host on the open network: whoever is on the way reads and changes what is said.
 
-    Loopback, private addresses (RFC 1918, RFC 4193), names of one label and names of a cluster (`*.svc`, `*.svc.*`,
-    `*.cluster.local`) are no open network.
+    Loopback, private addresses (RFC 1918, RFC 4193), names that lead to such addresses alone (`<service>.<namespace>`),
+    names of one label and names of a cluster (`*.svc`, `*.svc.*`, `*.cluster.local`) are no open network.
 
     Args:
         url: Any URL; others than http:// pass.
@@ -59,10 +60,21 @@ def check_plain_http(url: str, what: str) -> None:
 
 
 def _is_near(host: str) -> bool:
-    address = _as_address(host)
-    if address is None:
-        return _IN_CLUSTER.fullmatch(host) is not None
+    if (address := _as_address(host)) is not None:
+        return _is_private(address)
+    return _IN_CLUSTER.fullmatch(host) is not None or _leads_near(host)
+
+
+def _is_private(address: Address) -> bool:
     return any(address in network for network in _PRIVATE if network.version == address.version)
+
+
+def _leads_near(host: str) -> bool:
+    try:
+        found = {str(entry[4][0]) for entry in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
+    except OSError:
+        return False
+    return all((address := _as_address(one)) is not None and _is_private(address) for one in found)
 
 
 def is_forbidden(host: str) -> bool:

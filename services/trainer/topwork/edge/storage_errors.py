@@ -115,8 +115,8 @@ def told(endpoint: str, bucket: str, target: str) -> Iterator[None]:
         raise _unreachable(endpoint, target, error) from error
     except (boto.FlexibleChecksumError, ResponseParserError) as error:
         raise DamagedError(f"{target} arrived damaged from {endpoint}: {error}. Try again.") from error
-    except boto.ParamValidationError as error:
-        raise SettingError(f"{target} is not a valid address: {error}") from error
+    except (boto.ParamValidationError, boto.EndpointResolutionError) as error:
+        raise SettingError(f"{target} is not a valid address, or {endpoint} no endpoint: {error}") from error
 
 
 def refused(error: boto.ClientError, endpoint: str, bucket: str, target: str) -> TopworkError:

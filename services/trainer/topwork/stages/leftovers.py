@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from topwork.data.stored import DATASETS
 from topwork.edge.storage import NEVER, Storage, StoredObject, UnfinishedUpload
+from topwork.errors import DataError
 from topwork.manifest import NAME as MANIFEST
 from topwork.manifest import read_manifest
 from topwork.stages import versions
@@ -68,6 +69,7 @@ def leftovers(storage: Storage, older_than: timedelta) -> list[Leftover]:
         What can go, in the order of the keys.
 
     Raises:
+        DataError: If the mark of a run can't be read.
         UnavailableError: If storage can't be reached.
     """
     before = datetime.now(UTC) - older_than
@@ -156,10 +158,20 @@ def _referenced(storage: Storage, stored: Iterable[StoredObject]) -> set[str]:
     named = set()
     for each in stored:
         if each.key.startswith("runs/") and each.key.endswith("/pull/done.json"):
-            named.add(_dataset_of(json.loads(storage.read(each.key) or b"{}")))
+            named.add(_dataset_of(_json(storage, each.key)))
         elif _VERSION.match(each.key) and each.key.endswith(f"/{MANIFEST}"):
             named |= _datasets_of_version(storage, each.key.rpartition("/")[0])
     return named
+
+
+def _json(storage: Storage, key: str) -> Any:
+    try:
+        return json.loads(storage.read(key) or b"{}")
+    except ValueError as error:
+        raise DataError(
+            f"{storage.uri_of(key)} is no JSON ({error}), so that nobody knows which dataset its run needs, and "
+            "nothing is deleted. Mend or delete it."
+        ) from error
 
 
 def _dataset_of(content: Any) -> str:
