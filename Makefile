@@ -34,12 +34,16 @@ SYSTEMS := $(wildcard tests/end_to_end/test_seeds_*.py) tests/end_to_end/test_of
 	tests/unit/test_describe_backbones.py tests/unit/test_model_backbones.py
 
 .PHONY: test
-test: $(SETUP) ## Run the tests, but for those of whole systems
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(addprefix --ignore=,$(SYSTEMS))
+test: $(SETUP) ## Run the tests, but for those of whole systems and of faults
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(addprefix --ignore=,$(SYSTEMS) tests/chaos tests/faults)
 
 .PHONY: test-systems
 test-systems: $(SETUP) ## Run each example as its user would, and the models of keras.applications
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(SYSTEMS)
+
+.PHONY: test-chaos
+test-chaos: $(SETUP) ## Kill and stop stages, and let storage fail in every way [TOPWORK_LONG=1 ten times as often]
+	$(BIN)/python -m pytest -s tests/chaos tests/faults
 
 .PHONY: test-image
 test-image: $(SETUP) ## Build the image and run the containers of a rendered Job with podman

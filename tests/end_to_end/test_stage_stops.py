@@ -53,6 +53,36 @@ def test_transfer_stores_a_checkpoint_and_goes_on_from_it(pod, write):
     assert trained == list(range(ending.epochs + 1, 13))
 
 
+def test_storage_that_is_too_slow_for_the_grace_period_costs_no_checkpoint(pod, write, storage, proxy):
+    job = write(transfer=TRANSFER)
+    ending, _ = stopped(pod, "transfer", job, '"epoch": 3, ', seconds=60)
+    stored = f"runs/{run_of(job)}/transfer/checkpoints/"
+    before = {one.key: one.etag for one in storage.list(stored)}
+    path = storage.uri.removeprefix("s3://")
+    with proxy(stall=f"PUT /{path}/{stored}".encode()) as port:
+        variables = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "TOPWORK_GRACE_SECONDS": "9"}
+        process = pod.start("transfer", job, **variables)
+        process.wait_for_line(f'"epoch": {ending.epochs + 2}, ')
+        process.process.terminate()
+        time.sleep(1)
+        began = time.monotonic()
+        # A second signal changes nothing: the process knows by when it must end.
+        code, late = process.stop(seconds=8)
+    assert time.monotonic() - began < 5
+    assert (code, late.outcome, late.exit_code) == (143, "stopped", 143), process.output
+    assert "took longer than a grace period of 9 s leaves. What was stored before is kept" in late.error
+    left = {one.key: one.etag for one in storage.list(stored)}
+    assert before.items() <= left.items()
+    assert not [key for key in left.keys() - before.keys() if key.endswith("manifest.json")]
+    code, done, process = pod.run("transfer", job)
+    assert (code, done.epochs, process.fact("resumed", "epoch")) == (0, 12, ending.epochs), process.output
+
+
+def test_a_grace_period_that_is_no_number_is_named(pod, write):
+    code, ending, _ = pod.run("transfer", write(), TOPWORK_GRACE_SECONDS="5m")
+    assert (code, ending.error) == (2, "TOPWORK_GRACE_SECONDS is '5m': expected seconds, such as 300.")
+
+
 def test_fine_tune_is_stopped_in_training_export_and_upload_and_publishes_once(pod, write, storage, proxy):
     job = write(fineTune=FINE_TUNE)
     ending, _ = stopped(pod, "fine-tune", job, '"stage": "fine-tune", "epoch": 3, ', seconds=60)

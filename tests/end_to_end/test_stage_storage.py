@@ -39,9 +39,23 @@ WRONG_SECRET = "{endpoint} refused the signature. Look at AWS_SECRET_ACCESS_KEY 
             75,
             "http://127.0.0.1:9 can't be reached for {uri} after all retr",
         ),
-        ({"AWS_ENDPOINT_URL": "http://nowhere.invalid"}, 75, "http://nowhere.invalid can't be reached for {uri} after"),
+        (
+            {"AWS_ENDPOINT_URL": "https://nowhere.invalid"},
+            75,
+            "https://nowhere.invalid can't be reached for {uri} after",
+        ),
+        (
+            {"AWS_ENDPOINT_URL": "http://s3.example.com"},
+            2,
+            "The endpoint of storage (AWS_ENDPOINT_URL) is plain HTTP to",
+        ),
+        (
+            {"AWS_ENDPOINT_URL": "http://nowhere.invalid", "TOPWORK_ALLOW_HTTP": "a.example,nowhere.invalid"},
+            75,
+            "http://nowhere.invalid can't be reached for {uri} after",
+        ),
     ],
-    ids=["none", "half", "key", "secret", "line-break", "bundle", "no-role", "refused", "no-name"],
+    ids=["none", "half", "key", "secret", "line-break", "bundle", "no-role", "refused", "no-name", "plain", "allowed"],
 )
 def test_what_is_wrong_with_the_secret_is_named(pod, write, storage, proxy, variables, code, said):
     with proxy(silent=True) as port:

@@ -1,10 +1,16 @@
 """A stage that was stopped or killed goes on from its last checkpoint, as if nothing had happened."""
 
+import json
 import os
+import select
 import signal
+import socket
+import socketserver
 import subprocess
 import sys
-from contextlib import contextmanager
+import threading
+import time
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 import keras
@@ -12,7 +18,8 @@ import numpy as np
 import pytest
 
 from topwork.edge.metrics import Metrics
-from topwork.errors import Stopped
+from topwork.edge.storage import Storage
+from topwork.errors import FormatError, Stopped, UnavailableError
 from topwork.progress import Quiet
 from topwork.stages.fine_tune import fine_tune
 from topwork.stages.pull import pull
@@ -43,6 +50,7 @@ class Watched(Quiet):
     def __init__(self, at_step=None, at_epoch=None, act=lambda: None):
         self.at_step, self.at_epoch, self.act = at_step, at_epoch, act
         self.notes, self.steps = [], {}
+        self.advanced = lambda: None
 
     def note(self, message, **facts):
         self.notes.append((message, facts))
@@ -58,6 +66,7 @@ class Watched(Quiet):
         class Count:
             def advance(self, count=1, **facts):
                 watched.steps[what] = watched.steps.get(what, 0) + count
+                watched.advanced()
                 if (what, watched.steps[what]) == watched.at_step:
                     watched.act()
 
@@ -194,3 +203,198 @@ def test_killed_between_epochs_it_ends_as_if_it_had_not_been(make_job, workspace
     assert_same_run(run(job, here), reference)
     assert ("resumed", {"stage": "transfer", "epoch": 2, "step": 0}) in progress.notes
     assert progress.steps["transfer"] == 4
+
+
+def spoil(storage, key):
+    """Turn a byte of a stored file, as a disk that goes bad does."""
+    data = bytearray(storage.read(key))
+    data[len(data) // 2] ^= 1
+    storage.write(key, bytes(data))
+
+
+@pytest.mark.parametrize("damage", ["bytes", "missing", "short", "manifest"])
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(make_job, workspace, reference_of, damage):
+    job = make_job(**SPEC)
+    reference_rows = [row for row in rows(reference_of(job, workspace)[0]) if row["stage"] == "transfer"]
+    here = place(workspace, "damaged", Watched(at_epoch=("transfer", 2)))
+    here.progress.act = here.stop.ask
+    with pytest.raises(Stopped):
+        run(job, here)
+    assert checkpoints(job, here, "transfer") == ["00001", "00002"]
+    folder = f"runs/{job.run}/transfer/checkpoints/00002"
+    if damage == "bytes":
+        spoil(here.storage, f"{folder}/state.npz")
+    elif damage == "missing":
+        here.storage.delete([f"{folder}/state.npz"])
+    elif damage == "short":
+        here.storage.write(f"{folder}/state.npz", b"")
+    else:
+        here.storage.write(f"{folder}/manifest.json", b"{")
+    again = Watched()
+    assert rows(train_head(job, place_again(here, again))) == reference_rows
+    assert [facts["checkpoint"] for said, facts in again.notes if said == "checkpoint can't be read"] == ["00002"]
+    assert ("resumed", {"stage": "transfer", "epoch": 1, "step": 0}) in again.notes
+
+
+def train_head(job, workspace):
+    return transfer(job, pull(job, workspace), workspace)
+
+
+def place_again(workspace, progress):
+    """What the next process finds: the same storage, and scratch that was lost."""
+    return replace(place(workspace, "next", progress), storage=workspace.storage)
+
+
+def test_a_checkpoint_that_storage_does_not_give_is_neither_passed_over_nor_deleted(make_job, workspace, s3_settings):
+    job = make_job(**SPEC)
+    here = place(workspace, "away", Watched(at_epoch=("transfer", 1)))
+    here.progress.act = here.stop.ask
+    with pytest.raises(Stopped):
+        run(job, here)
+    with breaking(s3_settings, b"GET", b"state.npz") as settings:
+        away = replace(place_again(here, Quiet()), storage=Storage(here.storage.uri, settings))
+        with pytest.raises(UnavailableError):
+            run(job, away)
+    assert checkpoints(job, here, "transfer") == ["00001"]
+
+
+@contextmanager
+def breaking(settings, *words):
+    """Storage whose connections break off at a request that holds all of these words."""
+    target = settings.endpoint_url.removeprefix("http://").split(":")
+
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self):
+            with socket.create_connection((target[0], int(target[1]))) as server, suppress(OSError):
+                other = {self.request: server, server: self.request}
+                while True:
+                    for source in select.select([*other], [], [])[0]:
+                        data = source.recv(65536)
+                        if not data or (source is self.request and all(word in data for word in words)):
+                            return
+                        other[source].sendall(data)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield replace(settings, endpoint_url=f"http://127.0.0.1:{server.server_address[1]}", attempts=2)
+        server.shutdown()
+
+
+def test_checkpoints_are_stored_within_epochs_when_it_is_time(make_job, workspace, reference_of):
+    job = make_job(**SPEC)
+    reference = reference_of(job, workspace)
+    hurried = make_job(**SPEC, compute={"gpus": 0, "checkpointMinutes": 1e-6})
+    assert hurried.run == job.run
+    seen, whole = set(), []
+    progress = Watched()
+    here = place(workspace, "hurried", progress)
+
+    def look():
+        whole.append(checkpoints(job, here, "transfer"))
+        seen.update(whole[-1])
+
+    progress.advanced = look
+    assert_same_run(run(hurried, here), reference)
+    within = {name for name in seen if "-" in name}
+    assert within
+    assert max(map(len, whole)) <= 3  # two are kept, and a third may just have been stored
+    # One that was stored so is as good as any: a run that finds it goes on from there.
+    stopped_at = place(workspace, "hurried-2", Watched(at_step=("transfer", 6)))
+    stopped_at.progress.act = fail_in_a_second
+    with pytest.raises(ZeroDivisionError):
+        run(hurried, stopped_at)
+    newest = checkpoints(job, stopped_at, "transfer")[-1]
+    assert "-" in newest
+    again = Watched()
+    reference_rows = [row for row in rows(reference[0]) if row["stage"] == "transfer"]
+    assert rows(train_head(job, place_again(stopped_at, again))) == reference_rows
+    epoch, step = map(int, newest.split("-"))
+    assert ("resumed", {"stage": "transfer", "epoch": epoch, "step": step}) in again.notes
+
+
+def fail_in_a_second():
+    """Give the upload its time, and end with a bug that nobody foresaw."""
+    time.sleep(1)
+    raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("found", [0, 2])
+def test_a_checkpoint_of_another_format_is_an_error_that_says_so(make_job, workspace, found):
+    job = make_job(**SPEC)
+    here = place(workspace, f"format-{found}", Watched(at_epoch=("transfer", 1)))
+    here.progress.act = here.stop.ask
+    with pytest.raises(Stopped):
+        run(job, here)
+    key = f"runs/{job.run}/transfer/checkpoints/00001/manifest.json"
+    manifest = json.loads(here.storage.read(key))
+    manifest["facts"]["format"] = found
+    here.storage.write(key, json.dumps(manifest).encode())
+    with pytest.raises(FormatError, match=rf"00001 has format {found}, and this topwork reads format 1\. Go on with"):
+        run(job, place_again(here, Quiet()))
+    assert checkpoints(job, here, "transfer") == ["00001"]
+
+
+ON_TWO_REPLICAS = """
+import os
+from contextlib import contextmanager
+from pathlib import Path
+from topwork.edge.metrics import Metrics
+from topwork.edge.storage import Storage, StorageSettings
+from topwork.errors import Stopped
+from topwork.pipeline import run_transfer
+from topwork.progress import Quiet
+from topwork.spec import TransferJob
+from topwork.workspace import Workspace
+
+class Stopping(Quiet):
+    steps = 0
+
+    @contextmanager
+    def track(self, what, total):
+        if what == "transfer":
+            yield self
+        else:
+            with super().track(what, total) as tracker:
+                yield tracker
+
+    def advance(self, count=1, **facts):
+        self.steps += 1
+        if self.steps == 6:
+            workspace.stop.ask()
+
+job = TransferJob.model_validate_json(os.environ["JOB"])
+storage = Storage(os.environ["URI"], StorageSettings(*os.environ["S3"].split()))
+workspace = Workspace(storage, Metrics(), Stopping(), Path(os.environ["SCRATCH"]), replicas=2)
+try:
+    run_transfer(job, workspace)
+except Stopped as stopped:
+    print(stopped, workspace.metrics.registry.get_sample_value("topwork_replicas"))
+"""
+
+
+def test_a_run_goes_on_with_another_number_of_replicas(make_job, workspace, s3_settings):
+    # Dropout draws for each replica by itself: without, both numbers compute the same but for rounding.
+    model = {"base": SPEC["model"]["base"], "head": {"hidden": [8], "dropout": 0.0}}
+    job = make_job(**{**SPEC, "model": model, "transfer": {**SPEC["transfer"], "batchSize": 6}})
+    alone = rows(train_head(job, place(workspace, "one", Quiet())))
+    here = place(workspace, "two-then-one", Quiet())
+    s3 = f"{s3_settings.endpoint_url} {s3_settings.access_key} {s3_settings.secret_key}"
+    variables = {"URI": here.storage.uri, "S3": s3, "SCRATCH": str(here.scratch)}
+    variables["JOB"] = job.model_dump_json(by_alias=True)
+    ended = subprocess.run(
+        [sys.executable, "-c", ON_TWO_REPLICAS],
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.stdout.startswith("Stopped in epoch 2 of transfer after step 2"), ended.stderr[-3000:]
+    assert ended.stdout.endswith(" 2.0\n")
+    again = Watched()
+    together = rows(train_head(job, place_again(here, again)))
+    assert ("resumed", {"stage": "transfer", "epoch": 1, "step": 2}) in again.notes
+    assert again.steps["transfer"] == 3 * 4 - 6
+    assert [row["epoch"] for row in together] == [row["epoch"] for row in alone]
+    for name in ("loss", "accuracy", "validation_loss", "validation_accuracy", "learning_rate"):
+        np.testing.assert_allclose([row[name] for row in together], [row[name] for row in alone], rtol=2e-4)

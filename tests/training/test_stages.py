@@ -188,7 +188,7 @@ def test_a_loss_that_is_lost_ends_with_what_to_do(make_job, workspace):
     model.save(path)
     job = make_job(model={"base": {"saved": {"uri": str(path), "cutAt": -1}}}, transfer={"epochs": 2, "batchSize": 8})
     with pytest.raises(
-        DataError, match=r"The loss is (nan|inf) in epoch 1 by step 3: training has come apart\. Take a"
+        DataError, match=r"The loss is (nan|inf) in epoch 1 at step 1: training has come apart\. Take a"
     ):
         transfer(job, pull(job, workspace), workspace)
 

@@ -18,17 +18,18 @@ def ready():
 
 stop = StopSignal()
 try:
-    with stopped_by_signals(stop):
-        end_overdue(stop, 0.3, lambda: os._exit(7))
+    with stopped_by_signals(stop, patient={patient}):
+        end_overdue(stop, {seconds}, lambda: os._exit(7), grace_seconds={grace})
         {work}
 except Stopped as error:
     sys.exit(error.exit_code)
 """
 
 
-def ended(work: str, *numbers: int) -> tuple[int, str]:
+def ended(work: str, *numbers: int, patient=False, seconds=0.3, grace=None) -> tuple[int, str]:
     """Send signals to a process once its work is ready, and say how it ended and what it said from then on."""
-    script = STOPPED_WHERE.format(work=work.replace("\n", "\n        "))
+    work = work.replace("\n", "\n        ")
+    script = STOPPED_WHERE.format(work=work, patient=patient, seconds=seconds, grace=grace)
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "ready\n"
         for number in numbers:
@@ -61,3 +62,38 @@ def test_a_second_signal_ends_the_process_as_it_would_without():
         "    ready()\n    time.sleep(60)"
     )
     assert ended(work, signal.SIGTERM) == (-signal.SIGTERM, "")
+
+
+def test_a_patient_process_goes_on_storing_when_it_is_asked_again():
+    work = (
+        "with stop.held():\n    os.kill(os.getpid(), 15)\n    while not stop.is_set(): time.sleep(0.01)\n"
+        "    ready()\n    time.sleep(1)\n    print('stored', flush=True)"
+    )
+    assert ended(work, signal.SIGTERM, signal.SIGINT, patient=True, grace=60) == (143, "stored\n")
+
+
+def test_work_that_holds_the_wish_off_is_ended_before_its_grace_period_is_over():
+    # 5 seconds of it are kept for the end.
+    work = "with stop.held():\n    ready()\n    time.sleep(60)"
+    assert ended(work, signal.SIGTERM, patient=True, grace=6) == (7, "")
+
+
+def test_a_wish_that_native_code_swallows_is_asked_again():
+    work = (
+        "try:\n    ready()\n    time.sleep(60)\nexcept BaseException:\n    print('swallowed', flush=True)\n"
+        "time.sleep(60)"
+    )
+    assert ended(work, signal.SIGTERM, seconds=30) == (143, "swallowed\n")
+
+
+def test_nothing_interrupts_the_cleaning_up_of_a_wish_that_is_heard():
+    work = "try:\n    ready()\n    time.sleep(60)\nfinally:\n    time.sleep(1.5)\n    print('clean', flush=True)"
+    assert ended(work, signal.SIGTERM, seconds=30) == (143, "clean\n")
+
+
+def test_nothing_interrupts_the_cleaning_up_after_training_either():
+    work = (
+        "try:\n    with stop.held():\n        ready()\n        while not stop.is_set(): time.sleep(0.01)\n"
+        "finally:\n    time.sleep(1.5)\n    print('clean', flush=True)"
+    )
+    assert ended(work, signal.SIGTERM, seconds=30) == (143, "clean\n")

@@ -112,6 +112,7 @@ DEFAULTS = {
         "extraCA": None,
         "prefetch": False,
         "terminationGracePeriodSeconds": 300,
+        "checkpointMinutes": 10.0,
     },
     "metrics": {"pushgateway": None, "lingerSeconds": 0},
     "seed": 42,

@@ -3,9 +3,11 @@
     TopworkError
     ├── SpecError             2   the job spec is wrong
     ├── DataError             2   the data or a model handed in is wrong
+    │   └── FormatError       2   what is stored was written by another topwork
     ├── SettingError          2   a setting outside the spec is wrong: credentials, bucket, option
     ├── GateError             3   the model was trained and evaluated, and a gate was not met
     ├── UnavailableError     75   storage or the network failed after its retries
+    │   └── DamagedError     75   what storage gave, more than once, is not what was stored
     └── Stopped             143   asked to stop; the checkpoint is written
 
 Whatever else is raised is a bug and keeps its traceback (exit code 1).
@@ -30,6 +32,10 @@ class DataError(TopworkError):
     exit_code = 2
 
 
+class FormatError(DataError):
+    """What is stored was written by an older or newer topwork, which can read it. Never retried."""
+
+
 class SettingError(TopworkError):
     """A setting outside the spec is wrong: credentials, a bucket, an option. Never retried."""
 
@@ -46,6 +52,10 @@ class UnavailableError(TopworkError):
     """Storage or the network failed after its retries (EX_TEMPFAIL of sysexits.h). Worth another try."""
 
     exit_code = 75
+
+
+class DamagedError(UnavailableError):
+    """What storage gave is not what was stored: its bytes changed there or on the way."""
 
 
 class Stopped(TopworkError):  # noqa: N818 - a wish that was granted, not an error

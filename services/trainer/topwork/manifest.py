@@ -13,13 +13,15 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from topwork import __version__
+from topwork.disk import require_room
 from topwork.edge.storage import FileEntry, Storage, entry_of
-from topwork.errors import DataError
+from topwork.errors import DataError, FormatError
 
 FORMAT = 1
 NAME = "manifest.json"
 PARALLEL_FILES = 8
 Result = TypeVar("Result")
+Record = TypeVar("Record", bound=BaseModel)
 
 
 class Manifest(BaseModel):
@@ -94,20 +96,38 @@ def read_manifest(storage: Storage, prefix: str, *, name: str = NAME) -> Manifes
     """
     key = _key(prefix, name)
     data = storage.read(key)
-    if data is None:
-        return None
+    return None if data is None else read_record(Manifest, data, storage.uri_of(key), "a manifest of topwork")
+
+
+def read_record(model: type[Record], data: bytes, where: str, what: str, hint: str = "") -> Record:
+    """Read something that topwork has written down, of this format and no other.
+
+    Args:
+        model: What it is.
+        data: JSON, with its format.
+        where: Its URI, for the sentence.
+        what: What it should be, for the sentence.
+        hint: What else to do.
+
+    Returns:
+        The content.
+
+    Raises:
+        DataError: If it is something else, or of another format.
+    """
+    or_hint, doing = (f", or {hint}", f" You can {hint}.") if hint else ("", "")
     try:
         content = json.loads(data)
-        found = content["format"]
+        found = content.get("format", FORMAT)  # what is older than its own format has none
         if found != FORMAT and isinstance(found, int):
-            raise DataError(
-                f"{storage.uri_of(key)} has format {found}; topwork {__version__} reads format {FORMAT}. "
-                f"Read it with {'a newer' if found > FORMAT else 'an older'} topwork."
+            raise FormatError(
+                f"{where} has format {found}; topwork {__version__} reads format {FORMAT}. "
+                f"Read it with {'a newer' if found > FORMAT else 'an older'} topwork{or_hint}."
             )
-        return Manifest.model_validate(content)
-    except (ValueError, KeyError, TypeError) as error:
+        return model.model_validate(content)
+    except (ValueError, AttributeError) as error:
         reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
-        raise DataError(f"{storage.uri_of(key)} is not a manifest of topwork ({reason}).") from error
+        raise DataError(f"{where} is not {what} ({reason}).{doing}") from error
 
 
 def fetch_whole(
@@ -132,7 +152,7 @@ def fetch_whole(
 
     Raises:
         DataError: If there is no manifest, or it names a path outside `folder`.
-        UnavailableError: If a file is not what the manifest says.
+        UnavailableError: If a file is not what the manifest says, or the disk has no room for it.
     """
     manifest = read_manifest(storage, prefix, name=name)
     if manifest is None:
@@ -146,9 +166,12 @@ def fetch_whole(
 
     def fetch(file: str) -> None:
         path, entry = folder / file, chosen[file]
-        if not (path.is_file() and path.stat().st_size == entry.size and entry_of(path) == entry):
+        if not (_has_size(path, entry) and entry_of(path) == entry):
             storage.download(_key(prefix, file), path, entry)
 
+    if missing := sum(entry.size for file, entry in chosen.items() if not _has_size(folder / file, entry)):
+        folder.mkdir(parents=True, exist_ok=True)
+        require_room(folder, missing, f"Fetching {storage.uri_of(prefix)}")
     _in_parallel(fetch, list(chosen))
     return manifest
 
@@ -166,6 +189,10 @@ def _in_parallel(work: Callable[[str], Result], files: list[str]) -> list[Result
 
 def _key(prefix: str, name: str) -> str:
     return f"{prefix.strip('/')}/{name}".lstrip("/")
+
+
+def _has_size(path: Path, entry: FileEntry) -> bool:
+    return path.is_file() and path.stat().st_size == entry.size
 
 
 def _files_of(folder: Path) -> set[str]:

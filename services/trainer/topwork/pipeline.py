@@ -5,9 +5,11 @@ the other: each finds in storage what those before it have done.
 """
 
 from topwork.data.stored import StoredDataset
+from topwork.disk import room_told
 from topwork.spec import TransferJob
 from topwork.spec.writing import yaml_text
 from topwork.stages.fine_tune import fine_tune
+from topwork.stages.leftovers import of_finished_stages
 from topwork.stages.publish import Published, publish
 from topwork.stages.pull import pull
 from topwork.stages.transfer import transfer
@@ -32,24 +34,27 @@ def run(job: TransferJob, workspace: Workspace) -> Published:
     Raises:
         TopworkError: With the exit code that the cluster acts on; see `topwork.errors`.
     """
-    begin(job, workspace)
-    dataset = pull(job, workspace)
-    classifier = transfer(job, dataset, workspace)
-    if job.spec.fine_tune:
-        classifier = fine_tune(job, classifier, dataset, workspace)
-    return publish(job, classifier, dataset, workspace)
+    with room_told(workspace.scratch):
+        begin(job, workspace)
+        dataset = pull(job, workspace)
+        classifier = transfer(job, dataset, workspace)
+        if job.spec.fine_tune:
+            classifier = fine_tune(job, classifier, dataset, workspace)
+        return publish(job, classifier, dataset, workspace)
 
 
 def run_transfer(job: TransferJob, workspace: Workspace) -> Classifier:
     """Run a job as far as its transferred classifier; takes and raises what `run` does."""
-    begin(job, workspace)
-    return transfer(job, pull(job, workspace), workspace)
+    with room_told(workspace.scratch):
+        begin(job, workspace)
+        return transfer(job, pull(job, workspace), workspace)
 
 
 def run_pull(job: TransferJob, workspace: Workspace) -> StoredDataset:
     """Run a job as far as its stored dataset; another process may pull for the same run at the same time."""
-    keep_spec(job, workspace)
-    return pull(job, workspace)
+    with room_told(workspace.scratch):
+        keep_spec(job, workspace)
+        return pull(job, workspace)
 
 
 def begin(job: TransferJob, workspace: Workspace) -> None:
@@ -68,12 +73,16 @@ def begin(job: TransferJob, workspace: Workspace) -> None:
 def clear_leftovers(job: TransferJob, workspace: Workspace) -> None:
     """Give back what half-written uploads of killed processes hold: of this run all, of others what is a day old.
 
+    Checkpoints and features of stages that are done go, too.
+
     Args:
         job: The job; no other process trains its run.
         workspace: Storage of the run.
     """
     workspace.storage.abort_unfinished_uploads(f"runs/{job.run}/", older_than_seconds=0)
     workspace.storage.abort_unfinished_uploads()
+    for leftover in of_finished_stages(list(workspace.storage.list(f"runs/{job.run}/"))):
+        workspace.storage.delete(leftover.keys)
 
 
 def keep_spec(job: TransferJob, workspace: Workspace) -> None:

@@ -13,6 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as RichProgress
 from rich.text import Text
 
+from topwork.secrecy import without_secrets
+
 Fact = str | int | float | bool | None
 
 
@@ -49,14 +51,16 @@ class LineProgress:
         stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         if self._json:
             facts = {name: _in_json(value) for name, value in facts.items()}
-            line = json.dumps({"time": stamp, "message": message, **facts})
+            line = json.dumps({"time": stamp, "message": without_secrets(message), **facts})
         else:
-            line = " ".join([stamp, message, *(f"{name}={_shown(value)}" for name, value in facts.items())])
+            line = " ".join(
+                [stamp, without_secrets(message), *(f"{name}={_shown(value)}" for name, value in facts.items())]
+            )
         print(line, file=self._stream, flush=True)
 
     def text(self, text: str) -> None:
         """Write lines as they are: a traceback is for people."""
-        print(text.rstrip(), file=self._stream, flush=True)
+        print(without_secrets(text.rstrip()), file=self._stream, flush=True)
 
     def epoch(self, stage: str, epoch: int, epochs: int, **facts: Fact) -> None:
         """Write one line for the epoch."""
@@ -76,7 +80,7 @@ class BarProgress:
 
     def note(self, message: str, **facts: Fact) -> None:
         """Print the message and its facts."""
-        line = Text(message)
+        line = Text(without_secrets(message))
         for name, value in facts.items():
             line.append(f"  {name} ", style="dim").append(_shown(value))
         self._console.print(line, soft_wrap=True)
@@ -132,12 +136,16 @@ class _Bar:
 
 def _in_json(value: Fact) -> Fact:
     """JSON knows no nan and no infinity."""
+    if isinstance(value, str):
+        return without_secrets(value)
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _shown(value: Fact) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
+    if isinstance(value, str):
+        value = without_secrets(value)
     if isinstance(value, str) and (" " in value or '"' in value):
         return json.dumps(value)
     return str(value)

@@ -19,6 +19,7 @@ class Workspace:
         progress: What the user sees while a stage runs.
         scratch: Local folder of this run; may be lost at any time between two processes.
         replicas: Replicas of the model; None is one on each visible GPU, or one on the processor.
+        scratch_limit: Bytes that the scratch volume may hold, where the cluster ends a pod that goes beyond.
         stop: The wish to stop; training then writes its checkpoint and raises `Stopped`.
     """
 
@@ -27,4 +28,5 @@ class Workspace:
     progress: Progress
     scratch: Path
     replicas: int | None = None
+    scratch_limit: int | None = None
     stop: StopSignal = field(default_factory=StopSignal)

@@ -2,13 +2,16 @@
 
 import importlib
 import sys
+import traceback
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from topwork import __version__
-from topwork.cli.failures import failure_of
+from topwork.cli.failures import BUG, failure_of
+from topwork.cli.surroundings import prepare_process
+from topwork.secrecy import without_secrets
 
 COMMANDS = {
     "run": "topwork.cli.run:run",
@@ -26,6 +29,7 @@ COMMANDS = {
     "predict": "topwork.cli.predict:predict",
     "models": "topwork.cli.models:app",
     "mirror": "topwork.cli.mirror:app",
+    "gc": "topwork.cli.gc:gc",
 }
 
 
@@ -76,12 +80,15 @@ def _options(
 
 def main() -> None:
     """Run the command line; a user's mistake ends with a sentence, a bug with its traceback."""
+    prepare_process()
     try:
         app()
     except Exception as error:
         known = failure_of(error)
         if known is None:
-            raise
+            print(without_secrets(traceback.format_exc()), end="", file=sys.stderr)
+            sys.exit(BUG)
         # The problems of a spec begin with the file and the line in it, as editors read them.
-        print(known if getattr(known, "problems", ()) else f"topwork: {known}", file=sys.stderr)
+        text = str(known) if getattr(known, "problems", ()) else f"topwork: {known}"
+        print(without_secrets(text), file=sys.stderr)
         sys.exit(known.exit_code)

@@ -9,20 +9,17 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Never
 
-from topwork.cli.failures import failure_of
+from topwork.cli.failures import BUG, failure_of
 from topwork.cli.signals import ignore_signals
-from topwork.cli.surroundings import without_secrets
+from topwork.cli.surroundings import keep_secrets
 from topwork.cluster.ending import Ending
 from topwork.cluster.names import StageName
 from topwork.errors import Stopped
 from topwork.progress import Fact, LineProgress
-from topwork.stopping import STOPPED
+from topwork.secrecy import without_secrets
 
 if TYPE_CHECKING:
     from topwork.edge.metrics import Metrics
-
-BUG = 1
-"""Exit code of what nobody foresaw."""
 
 
 class Container:
@@ -75,6 +72,7 @@ class Container:
             The exit code: that of the message, should the stage be done and the process be stopped on its last steps.
         """
         ignore_signals()
+        keep_secrets()
         known = failure_of(error)
         code = known.exit_code if known else _exit_code(error)
         text = without_secrets(str(known) if known else f"{type(error).__name__}: {error}")
@@ -83,13 +81,17 @@ class Container:
             level = {} if stopped else {"level": "error"}
             self.log.note(text, stage=self.stage, run=self.run, exit_code=code, **level)
             if known is None:
-                self.log.text(without_secrets("".join(traceback.format_exception(error))))
+                self.log.text("".join(traceback.format_exception(error)))
         return self._ending.exit_code if self._ending else code
 
-    def overdue(self) -> Never:
-        """End the process as stopped, from another thread than the one that does not come to it."""
-        if self._end("stopped", Stopped.exit_code, error=STOPPED):
-            self.log.note(STOPPED, stage=self.stage, run=self.run, exit_code=Stopped.exit_code)
+    def overdue(self, why: str) -> Never:
+        """End the process as stopped, from another thread than the one that does not come to it.
+
+        Args:
+            why: What the message says.
+        """
+        if self._end("stopped", Stopped.exit_code, error=why):
+            self.log.note(why, stage=self.stage, run=self.run, exit_code=Stopped.exit_code)
         self.leave(self._ending.exit_code if self._ending else Stopped.exit_code)
 
     def leave(self, code: int) -> Never:
@@ -124,8 +126,7 @@ class _Lines(logging.Handler):
         self._log = log
 
     def emit(self, record: logging.LogRecord) -> None:
-        message = without_secrets(record.getMessage())
-        self._log.note(message, level=record.levelname.lower(), logger=record.name)
+        self._log.note(record.getMessage(), level=record.levelname.lower(), logger=record.name)
 
 
 def _exit_code(error: BaseException) -> int:

@@ -1,7 +1,11 @@
 """Which failures are told in a sentence, and with which exit code."""
 
+from topwork.disk import full_disk
 from topwork.errors import SettingError, Stopped, TopworkError
 from topwork.stopping import STOPPED, StopNow
+
+BUG = 1
+"""Exit code of what nobody foresaw."""
 
 INSTALL = "To train and predict, install topwork[cpu] or topwork[gpu]; for the embedded S3 server, topwork[local]."
 
@@ -21,4 +25,4 @@ def failure_of(error: BaseException) -> TopworkError | None:
         return Stopped(STOPPED)
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("topwork"):
         return SettingError(f"{error.name} is not installed. {INSTALL}")
-    return None
+    return full_disk(error)

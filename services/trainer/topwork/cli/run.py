@@ -77,7 +77,7 @@ def _run(
 
     stop = StopSignal()
     with scratch_of(state, job.run) as scratch, storage_at(job.spec.storage, state, metrics) as storage:
-        workspace = Workspace(storage, metrics, progress, scratch, replicas, stop)
+        workspace = Workspace(storage, metrics, progress, scratch, replicas, stop=stop)
         progress.note("run", name=job.run, storage=storage.uri)
         if restart:
             storage.delete(stored.key for stored in storage.list(f"runs/{job.run}/"))

@@ -14,7 +14,7 @@ from topwork.cli.container import Container
 from topwork.cli.signals import end_overdue, stopped_by_signals
 from topwork.cluster.names import JOB_FILE, JOB_FOLDER, METRICS_PORTS, SCRATCH, StageName
 from topwork.errors import SettingError
-from topwork.stopping import StopNow, StopSignal
+from topwork.stopping import STOPPED, StopNow, StopSignal
 
 if TYPE_CHECKING:
     from topwork.data.stored import StoredDataset
@@ -25,6 +25,12 @@ if TYPE_CHECKING:
 
 # From the signal to the end of the process where nothing has to be stored first.
 STOP_SECONDS = 5.0
+GRACE = "TOPWORK_GRACE_SECONDS"
+LATE = (
+    "Stopped before the last checkpoint was stored: the step under way and its upload took longer than a grace period "
+    "of {grace:g} s leaves. What was stored before is kept: start the same job again to go on from there, and raise "
+    "spec.compute.terminationGracePeriodSeconds if this happens again."
+)
 
 
 def stage(
@@ -46,8 +52,13 @@ def stage(
     stop = StopSignal()
     container = Container(name, termination_log)
     try:
-        with stopped_by_signals(stop):
-            end_overdue(stop, STOP_SECONDS, container.overdue)
+        grace = _grace_seconds()
+        with stopped_by_signals(stop, patient=grace is not None):
+
+            def end() -> None:
+                container.overdue(LATE.format(grace=grace) if stop.is_held() else STOPPED)
+
+            end_overdue(stop, STOP_SECONDS, end, grace_seconds=grace)
             port = METRICS_PORTS[name] if metrics_port is None else metrics_port
             seconds = _run(container, job, scratch, port, stop)
             # Who waits for a last scrape has nothing to lose.
@@ -63,6 +74,7 @@ def _run(container: Container, file: Path, scratch: Path, port: int, stop: StopS
     from topwork.cli.pods import check_variables, pod_storage, trust_extra_authority
     from topwork.cli.surroundings import serve
     from topwork.edge.metrics import Metrics
+    from topwork.spec.compute import in_bytes
     from topwork.workspace import Workspace
 
     job = _only_job(file)
@@ -75,11 +87,21 @@ def _run(container: Container, file: Path, scratch: Path, port: int, stop: StopS
     trust_extra_authority(folder)
     storage = pod_storage(job.spec.storage, metrics)
     container.log.note("run", name=job.run, stage=container.stage, storage=storage.uri)
-    workspace = Workspace(storage, metrics, container.log, folder, stop=stop)
+    limit = int(in_bytes(job.spec.compute.scratch))
+    workspace = Workspace(storage, metrics, container.log, folder, scratch_limit=limit, stop=stop)
     if _found(container, job, workspace):
         return 0
     _work(container, job, workspace)
     return job.spec.metrics.linger_seconds if container.stage == "fine-tune" else 0
+
+
+def _grace_seconds() -> float | None:
+    """Read how long the pod has from SIGTERM to SIGKILL; None where nobody says."""
+    text = os.environ.get(GRACE)
+    try:
+        return float(text) if text else None
+    except ValueError:
+        raise SettingError(f"{GRACE} is {text!r}: expected seconds, such as 300.") from None
 
 
 def _only_job(file: Path) -> "TransferJob":

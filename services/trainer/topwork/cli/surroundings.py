@@ -9,9 +9,12 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from topwork.edge.hosts import VARIABLE as ALLOW_HTTP
+from topwork.edge.hosts import allow_plain_http
 from topwork.errors import SettingError
+from topwork.secrecy import hide, without_secrets
 
 if TYPE_CHECKING:
     from topwork.edge.metrics import Metrics
@@ -29,6 +32,9 @@ STORAGE_VARIABLES = (
     "AWS_SHARED_CREDENTIALS_FILE",
     "AWS_CONFIG_FILE",
 )
+SECRET_VARIABLE = re.compile(r"SECRET|TOKEN|PASSW|CREDENTIAL|PRIVATE|API_?KEY")
+# Variables that name where a secret is.
+NO_SECRETS = ("_FILE", "_FILES", "_URI", "_URL", "_PATH", "_DIR", "_ENDPOINT")
 
 
 def default_state(environment: Mapping[str, str] = os.environ) -> Path:
@@ -145,24 +151,41 @@ def serve(metrics: "Metrics", port: int) -> int:
         ) from error
 
 
-def without_secrets(text: str, environment: Mapping[str, str] = os.environ) -> str:
-    """Take out of a text what nobody may read in a log: values of secret variables, and passwords in URLs.
+def keep_secrets(environment: Mapping[str, str] = os.environ) -> None:
+    """Let no value of a secret variable, and no password of a proxy or endpoint, be said or stored.
+
+    The id of a key (`AWS_ACCESS_KEY_ID`) is a name and no secret, and with servers of one's own often a plain word; ids
+    of Amazon are known by their form.
 
     Args:
-        text: A message or traceback.
         environment: The variables.
-
-    Returns:
-        The text with three asterisks in their places, and as proper Unicode.
     """
     secrets = [
         value
         for name, value in environment.items()
-        if value and re.search("SECRET|TOKEN|PASSWORD", name) and not name.endswith(("_FILE", "_URI"))
+        if SECRET_VARIABLE.search(name.upper()) and not name.upper().endswith(NO_SECRETS)
     ]
-    for secret in sorted(secrets, key=len, reverse=True):
-        text = text.replace(secret, "***")
-    return re.sub(r"://[^/@\s]+@", "://***@", text).encode(errors="replace").decode()
+    # Parts of a URL: the password of https_proxy is none of the variables above.
+    passwords = [found[1] for value in environment.values() if (found := re.search(r"://[^/\s:@]*:([^/\s]+)@", value))]
+    hide(stripped for value in (*secrets, *passwords) if (stripped := value.strip()))
+
+
+def prepare_process(environment: Mapping[str, str] = os.environ) -> None:
+    """Set what holds for the whole process: what is secret, also in what libraries log, and where plain HTTP may go.
+
+    Args:
+        environment: The variables.
+    """
+    keep_secrets(environment)
+    allow_plain_http(environment.get(ALLOW_HTTP, "").split(","))
+    make = logging.getLogRecordFactory()
+
+    def without(*arguments: Any, **options: Any) -> logging.LogRecord:
+        record = make(*arguments, **options)
+        record.msg, record.args = without_secrets(record.getMessage()), ()
+        return record
+
+    logging.setLogRecordFactory(without)
 
 
 @contextmanager

@@ -42,11 +42,13 @@ def container(job: TransferJob, stage: StageName, image: str, amounts: dict[str,
 
 def environment(job: TransferJob) -> list[dict[str, Any]]:
     """List the variables of a container: where it may write, and what it can't find out by itself."""
+    grace = job.spec.compute.termination_grace_period_seconds
     found: list[dict[str, Any]] = [
         {"name": "HOME", "value": HOME},
         {"name": "TMPDIR", "value": TEMPORARY},
         {"name": "KERAS_HOME", "value": f"{SCRATCH}/keras"},
         {"name": "TFDS_DATA_DIR", "value": f"{SCRATCH}/tfds"},
+        {"name": "TOPWORK_GRACE_SECONDS", "value": str(grace)},
         # TensorFlow counts the cores of the node and not those of the container.
         {"name": "TF_NUM_INTRAOP_THREADS", "valueFrom": {"resourceFieldRef": {"resource": "limits.cpu"}}},
     ]

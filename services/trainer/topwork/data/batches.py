@@ -82,6 +82,21 @@ def training_batches(
     return _batches(tf.data.Dataset.range(first_step, _ENDLESS), batch)
 
 
+def names_in_batch(split: Split, step: int, batch_size: int, seed: int) -> list[str]:
+    """Name the images of a training batch.
+
+    Args:
+        split: The training images.
+        step: Number of the batch, counted over all epochs from 0.
+        batch_size: Images a batch, over all replicas.
+        seed: Of the order and the views.
+
+    Returns:
+        Their origins, as their source called them.
+    """
+    return [split.names[index] for index in _indices(step, split.size, batch_size, seed)]
+
+
 def evaluation_batches(split: Split, *, classes: int, batch_size: int) -> Any:
     """Make full batches of every image once, in order.
 

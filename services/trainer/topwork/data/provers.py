@@ -2,20 +2,32 @@
 
 import multiprocessing
 import os
+import resource
 import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from pathlib import Path
 from typing import Self, TypeVar
 
-from topwork.data.proving import CRASHED, Proved, Rejection, prove
+from topwork.data.proving import CRASHED, HUNG, Proved, Rejection, prove
+from topwork.errors import DataError
 
 # Spawned, not forked: TensorFlow's threads do not survive a fork.
 _CONTEXT = multiprocessing.get_context("spawn")
+
+IMAGE_SECONDS = 300.0
+"""Time that one image may take: the largest that is allowed took two minutes on a core that ten others wanted."""
+
+MAX_HUNG = 10
+"""Images that took longer, after which the data is refused: each costs twice `IMAGE_SECONDS`."""
+
+WORKER_BYTES = 4 * 2**30
+"""Address space of a worker: the largest image that is allowed takes 1.7 GB. A worker imports Pillow alone; in a
+process with numpy's or TensorFlow's threads such a limit would say nothing about memory."""
 
 T = TypeVar("T")
 
@@ -31,7 +43,7 @@ def usable_cores() -> int:
 
 
 class Provers:
-    """A pool of processes, one a core, that survives an image which kills its decoder."""
+    """A pool of processes, one a core, that survives an image which kills its decoder or never lets go of it."""
 
     def __init__(
         self,
@@ -51,6 +63,7 @@ class Provers:
         self._function = function
         self._workers = workers or usable_cores()
         self._lock = threading.Lock()
+        self._hung = 0
         self._pool = self._start(self._workers)
 
     @staticmethod
@@ -75,7 +88,8 @@ class Provers:
             What is stored.
 
         Raises:
-            Rejection: If the image is left out; also when it kills the process that decodes it.
+            Rejection: If the image is left out; also when it kills the process that decodes it, or keeps it busy.
+            DataError: If too many images keep their process busy.
         """
         proved = self._prove(data, keep=True)
         if proved.encoded == data and not self._readable(data):
@@ -85,8 +99,12 @@ class Provers:
     def _prove(self, data: bytes, *, keep: bool) -> Proved:
         pool = self._pool
         try:
-            return pool.submit(self._function, data, keep=keep).result()
-        except BrokenProcessPool:
+            return pool.submit(self._function, data, keep=keep).result(IMAGE_SECONDS)
+        except TimeoutError:
+            # Perhaps it only waited behind one that hangs: in a process of its own that will show.
+            _kill(pool)
+            return self._prove_alone(pool, data, keep=keep)
+        except (BrokenProcessPool, CancelledError):
             return self._prove_alone(pool, data, keep=keep)
 
     def _prove_alone(self, broken: ProcessPoolExecutor, data: bytes, *, keep: bool) -> Proved:
@@ -96,9 +114,20 @@ class Provers:
                 self._pool = self._start(self._workers)
             with self._start(1) as alone:
                 try:
-                    return alone.submit(self._function, data, keep=keep).result()
+                    # The time of an image begins where its process runs.
+                    alone.submit(os.getpid).result()
+                    return alone.submit(self._function, data, keep=keep).result(IMAGE_SECONDS)
                 except BrokenProcessPool as error:
                     raise Rejection(CRASHED, "the process that decoded it died") from error
+                except TimeoutError as error:
+                    _kill(alone)
+                    self._hung += 1
+                    if self._hung > MAX_HUNG:
+                        raise DataError(
+                            f"More than {MAX_HUNG} images each took longer than {IMAGE_SECONDS:g} seconds to decode. "
+                            "No picture does: these files are made to keep a computer busy. Take them out."
+                        ) from error
+                    raise Rejection(HUNG, f"not decoded after {IMAGE_SECONDS:g} seconds") from error
 
     def each(self, items: Iterable[T], read: Callable[[T], bytes]) -> Iterator[tuple[T, Proved | Rejection]]:
         """Read and prove many images, several at a time, in their order.
@@ -136,7 +165,16 @@ class Provers:
                 readers.shutdown(wait=False, cancel_futures=True)
 
 
+def _kill(pool: ProcessPoolExecutor) -> None:
+    """Kill the processes of a pool, which then counts as broken: nothing else ends a decoder that hangs."""
+    for process in list((pool._processes or {}).values()):
+        process.kill()
+
+
 def _prepare_worker() -> None:
+    # Not everywhere is there such a limit, and a lower one may stand already.
+    with suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_AS, (WORKER_BYTES, WORKER_BYTES))
     # Ctrl-C goes to the whole terminal: the parent ends its workers itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -12,6 +12,8 @@ from typing import cast
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from topwork.secrecy import without_secrets
+
 MAX_BYTES = 64 * 2**20
 """Bytes of an encoded image at most."""
 
@@ -27,10 +29,11 @@ UNKNOWN_FORMAT = "unknown format"
 TRUNCATED = "truncated"
 UNDECODABLE = "undecodable"
 CRASHED = "decoder crashed"
+HUNG = "decoder hung"
 MISSING = "missing"
 NO_LABEL = "no label"
 UNSAFE = "unsafe member"
-REASONS = (EMPTY, TOO_LARGE, UNKNOWN_FORMAT, TRUNCATED, UNDECODABLE, CRASHED, MISSING, NO_LABEL, UNSAFE)
+REASONS = (EMPTY, TOO_LARGE, UNKNOWN_FORMAT, TRUNCATED, UNDECODABLE, CRASHED, HUNG, MISSING, NO_LABEL, UNSAFE)
 """Why an image is left out: all values of the label `reason` of topwork_images_rejected_total."""
 
 # The coefficients of baseline, extended and progressive JPEG with Huffman codes: what TensorFlow decodes too.
@@ -50,6 +53,8 @@ class Rejection(Exception):  # noqa: N818 - no error of the program
     """
 
     def __init__(self, reason: str, detail: str = "") -> None:
+        # What a decoder or server said may hold what nobody may read, and is stored.
+        detail = without_secrets(detail)
         super().__init__(reason, detail)
         self.reason = reason
         self.detail = detail
@@ -110,8 +115,9 @@ def _decode(data: bytes, *, keep: bool) -> Proved:
         raise
     except UnidentifiedImageError as error:
         raise Rejection(UNKNOWN_FORMAT, f"begins with {data[:8]!r}") from error
-    except MemoryError:
-        raise
+    except MemoryError as error:
+        # Provers bound the memory of their workers: other images need it, too.
+        raise Rejection(TOO_LARGE, "it takes more memory to decode than any image of its size") from error
     except Exception as error:  # Pillow's decoders raise OSError, ValueError, SyntaxError, struct.error and more
         truncated = isinstance(error, EOFError) or "truncated" in str(error).lower()
         raise Rejection(TRUNCATED if truncated else UNDECODABLE, f"{type(error).__name__}: {error}"[:200]) from error

@@ -9,6 +9,15 @@ TFDS_NAME = "stored_images"
 """Name of every stored dataset inside its TFDS files."""
 
 
+DATASETS = "datasets"
+"""Folder of all stored datasets in storage."""
+
+
+def dataset_prefix(name: str, fingerprint: str) -> str:
+    """Key of the folder of a stored dataset."""
+    return f"{DATASETS}/{name}/{fingerprint}"
+
+
 class RejectedImage(BaseModel):
     """An image that was left out.
 

@@ -7,29 +7,40 @@ or `DataError`; `edge.storage_errors` says which.
 import base64
 import hashlib
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, closing
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from boto3.s3.transfer import ProgressCallbackInvoker, TransferConfig, create_transfer_manager
 from botocore import exceptions as boto
-from pydantic import BaseModel, ConfigDict, Field
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
+from topwork.disk import room_told
 from topwork.edge.storage_client import FROM_ENVIRONMENT, Meter, StorageSettings, Unmetered, connect, make_bucket
 from topwork.edge.storage_errors import code_of, refused, status_of, told
-from topwork.errors import SettingError, UnavailableError
+from topwork.edge.storage_objects import NEVER, FileEntry, StoredObject, UnfinishedUpload, entry_of, split
+from topwork.errors import DamagedError, UnavailableError
 
-__all__ = ["FileEntry", "Meter", "Storage", "StorageSettings", "StoredObject", "entry_of", "make_bucket"]
+__all__ = [
+    "NEVER",
+    "FileEntry",
+    "Meter",
+    "Storage",
+    "StorageSettings",
+    "StoredObject",
+    "UnfinishedUpload",
+    "entry_of",
+    "make_bucket",
+]
 
 # Objects that one request lists or deletes at most (limit of the S3 interface).
 REQUEST_OBJECTS = 1000
-READ_BYTES = 1 << 20
+# As s3transfer reads downloads: an answer that is slower than one piece in a time-out is given up.
+PIECE_BYTES = 1 << 18
 PARALLEL_PARTS = 8
 
 
@@ -37,24 +48,6 @@ class BrokenBodyError(boto.HTTPClientError):
     """The answer began well, and its body broke off or arrived damaged."""
 
     fmt = "the answer broke off: {error}"
-
-
-@dataclass(frozen=True)
-class StoredObject:
-    """An object as a listing tells it; `size` in bytes."""
-
-    key: str
-    size: int
-    etag: str
-
-
-class FileEntry(BaseModel):
-    """What a file must be: `size` in bytes and its SHA-256 in hex."""
-
-    model_config = ConfigDict(frozen=True)
-
-    size: int = Field(ge=0)
-    sha256: str = Field(pattern="^[0-9a-f]{64}$")
 
 
 class Storage:
@@ -71,7 +64,7 @@ class Storage:
 
     def __init__(self, uri: str, settings: StorageSettings = FROM_ENVIRONMENT, meter: Meter | None = None) -> None:
         self.uri = uri.rstrip("/")
-        self._bucket, self._base = _split(uri)
+        self._bucket, self._base = split(uri)
         self._settings = settings
         self._meter: Meter = meter or Unmetered()
         self._client = connect(settings, self._meter)
@@ -92,7 +85,7 @@ class Storage:
         other = object.__new__(Storage)
         other.__dict__.update(self.__dict__)
         other.uri = uri.rstrip("/")
-        other._bucket, other._base = _split(uri)
+        other._bucket, other._base = split(uri)
         return other
 
     def check(self) -> None:
@@ -119,7 +112,8 @@ class Storage:
         with self._told(prefix):
             for page in pages.paginate(Bucket=self._bucket, Prefix=self._base + prefix):
                 for found in page.get("Contents", ()):
-                    yield StoredObject(found["Key"][len(self._base) :], found["Size"], found.get("ETag", "").strip('"'))
+                    key, etag = found["Key"][len(self._base) :], found.get("ETag", "").strip('"')
+                    yield StoredObject(key, found["Size"], etag, found["LastModified"])
 
     def size(self, key: str) -> int | None:
         """Return the size of an object in bytes; None if it is not there."""
@@ -158,7 +152,8 @@ class Storage:
         # Not `with answer["Body"]`: that hands out the bare stream, without checksum and length checked.
         with closing(answer["Body"]) as body:
             try:
-                return bytes(body.read())
+                # In pieces, so that it can be told whether it goes on.
+                return b"".join(iter(partial(body.read, PIECE_BYTES), b""))
             except (boto.HTTPClientError, boto.IncompleteReadError, boto.FlexibleChecksumError) as error:
                 raise BrokenBodyError(error=error) from error
 
@@ -245,17 +240,20 @@ class Storage:
 
         Raises:
             DataError: If the object does not exist.
-            UnavailableError: If what arrives is not what was expected.
+            DamagedError: If what arrives is not what was expected.
+            UnavailableError: If storage can't be reached, or the disk is full.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(path.name + ".part")
         try:
-            entry = self._fetch(key, part)
+            # A full disk is no damage of what is stored: who asks must be able to tell the two apart.
+            with room_told(path.parent):
+                entry = self._fetch(key, part)
             if expected and entry != expected:
                 self._meter.storage_retry()
                 entry = self._fetch(key, part)
             if expected and entry != expected:
-                raise UnavailableError(
+                raise DamagedError(
                     f"{self.uri_of(key)} is not what its manifest says: expected {expected.size} bytes with SHA-256 "
                     f"{expected.sha256}, got {entry.size} bytes with {entry.sha256}. It was damaged or replaced: "
                     "try again, and delete it with its manifest if this stays so."
@@ -286,6 +284,53 @@ class Storage:
                 failure = boto.ClientError({"Error": error, "ResponseMetadata": status}, "DeleteObjects")
                 raise refused(failure, self._endpoint, self._bucket, target)
 
+    def unfinished_uploads(self, prefix: str = "", older_than_seconds: float = 86400.0) -> Sequence[UnfinishedUpload]:
+        """List multipart uploads that were begun and not ended, such as those of killed processes.
+
+        Args:
+            prefix: Beginning of the keys, relative to `uri`.
+            older_than_seconds: Leave younger ones out: another process may be writing them.
+
+        Returns:
+            The uploads; none where the server does not tell or the account may not ask.
+        """
+        begun_before = datetime.now(UTC) - timedelta(seconds=older_than_seconds)
+        pages = self._client.get_paginator("list_multipart_uploads")
+        found = []
+        with self._told(prefix), _courtesy():
+            for page in pages.paginate(Bucket=self._bucket, Prefix=self._base + prefix):
+                for upload in page.get("Uploads", ()):
+                    if upload["Initiated"] <= begun_before:
+                        key = upload["Key"][len(self._base) :]
+                        found.append(UnfinishedUpload(key, upload["UploadId"], upload["Initiated"]))
+        return found
+
+    def size_of(self, upload: UnfinishedUpload) -> int:
+        """Return how many bytes of an unfinished upload the server holds; 0 where it does not tell."""
+        pages, size = self._client.get_paginator("list_parts"), 0
+        where = {"Bucket": self._bucket, "Key": self._base + upload.key, "UploadId": upload.identifier}
+        with self._told(upload.key), _courtesy():
+            for page in pages.paginate(**where):
+                size += sum(part["Size"] for part in page.get("Parts", ()))
+        return size
+
+    def abort(self, uploads: Iterable[UnfinishedUpload]) -> int:
+        """Give back what unfinished uploads hold.
+
+        Args:
+            uploads: The uploads.
+
+        Returns:
+            How many were given back; 0 where the account may not.
+        """
+        aborted = 0
+        for upload in uploads:
+            where = {"Key": self._base + upload.key, "UploadId": upload.identifier}
+            with self._told(upload.key), _courtesy():
+                self._client.abort_multipart_upload(Bucket=self._bucket, **where)
+                aborted += 1
+        return aborted
+
     def abort_unfinished_uploads(self, prefix: str = "", older_than_seconds: float = 86400.0) -> int:
         """Give back what half-written multipart uploads of killed processes hold.
 
@@ -296,22 +341,7 @@ class Storage:
         Returns:
             How many were aborted; 0 where the server does not tell or the account may not ask.
         """
-        begun_before = datetime.now(UTC) - timedelta(seconds=older_than_seconds)
-        pages = self._client.get_paginator("list_multipart_uploads")
-        aborted = 0
-        with self._told(prefix):
-            try:
-                for page in pages.paginate(Bucket=self._bucket, Prefix=self._base + prefix):
-                    for upload in page.get("Uploads", ()):
-                        if upload["Initiated"] <= begun_before:
-                            where = {"Key": upload["Key"], "UploadId": upload["UploadId"]}
-                            self._client.abort_multipart_upload(Bucket=self._bucket, **where)
-                            aborted += 1
-            except boto.ClientError as error:
-                # Cleaning is a courtesy: a run must not fail for want of this right.
-                if status_of(error) not in {403, 404, 405, 501} or code_of(error) == "NoSuchBucket":
-                    raise
-        return aborted
+        return self.abort(self.unfinished_uploads(prefix, older_than_seconds))
 
     @property
     def _endpoint(self) -> str:
@@ -322,8 +352,16 @@ class Storage:
         # The user turns them off (AWS_REQUEST_CHECKSUM_CALCULATION) for servers that don't know them.
         return bool(self._client.meta.config.request_checksum_calculation != "when_required")
 
-    def _told(self, key: str = "") -> AbstractContextManager[None]:
-        return told(self._endpoint, self._bucket, self.uri_of(key) if key else self.uri)
+    @contextmanager
+    def _told(self, key: str = "") -> Iterator[None]:
+        with told(self._endpoint, self._bucket, self.uri_of(key) if key else self.uri):
+            try:
+                yield
+            except boto.ClientError as error:
+                if error.operation_name == "HeadObject" and status_of(error) in {400, 403}:
+                    # The answer to a HEAD has no body: another request learns what is wrong.
+                    self._client.list_objects_v2(Bucket=self._bucket, Prefix=self._base + key, MaxKeys=1)
+                raise
 
     def _transfers(self) -> Any:
         part = self._settings.part_bytes
@@ -340,19 +378,11 @@ class Storage:
         return [ProgressCallbackInvoker(lambda count: self._meter.storage_bytes(direction, count))]
 
 
-def entry_of(path: Path) -> FileEntry:
-    """Measure a local file: its size and digest, with flat memory."""
-    digest, size = hashlib.sha256(), 0
-    with path.open("rb") as file:
-        while chunk := file.read(READ_BYTES):
-            digest.update(chunk)
-            size += len(chunk)
-    return FileEntry(size=size, sha256=digest.hexdigest())
-
-
-def _split(uri: str) -> tuple[str, str]:
-    parts = urlsplit(uri)
-    if parts.scheme != "s3" or not parts.netloc or parts.query or parts.fragment:
-        raise SettingError(f"{uri!r} is not a storage URI: expected s3://bucket or s3://bucket/prefix.")
-    prefix = parts.path.strip("/")
-    return parts.netloc, f"{prefix}/" if prefix else ""
+@contextmanager
+def _courtesy() -> Iterator[None]:
+    """Do without what a server does not offer or an account may not: cleaning must fail no run."""
+    try:
+        yield
+    except boto.ClientError as error:
+        if status_of(error) not in {403, 404, 405, 501} or code_of(error) == "NoSuchBucket":
+            raise

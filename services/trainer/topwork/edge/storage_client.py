@@ -12,10 +12,14 @@ from botocore import exceptions as boto
 from botocore.config import Config
 from botocore.loaders import create_loader
 
-from topwork.edge.storage_errors import code_of, told
+from topwork.edge.hosts import check_plain_http
+from topwork.edge.storage_errors import DAMAGED, code_of, told
+from topwork.edge.storage_watch import Watch
 from topwork.errors import SettingError
 
 CONNECTIONS = 64
+# Pause before what arrived damaged is sent again, times the attempts so far.
+AGAIN_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class StorageSettings:
         path_style: Bucket in the path of the URL instead of the host name; None: with any endpoint but Amazon's.
         attempts: Requests at most for one call, with growing pauses between them.
         connect_timeout_seconds: Wait for a connection.
-        read_timeout_seconds: Wait for the next bytes of an answer.
+        read_timeout_seconds: Wait for the next bytes of an answer, and for the next piece of its body.
         part_bytes: Size from which files are sent in parts, and size of the parts; at least 5 MiB.
     """
 
@@ -78,7 +82,8 @@ def connect(settings: StorageSettings, meter: Meter) -> Any:
         meter: Counts the requests that are tried again.
 
     Raises:
-        SettingError: If the profile is not there, the endpoint is no URL or a half of the credentials is missing.
+        SettingError: If the profile is not there, the endpoint is no URL or a half of the credentials is missing, or
+            if it is plain HTTP on the open network.
     """
     path_style = settings.path_style
     if path_style is None and settings.endpoint_url:
@@ -95,12 +100,21 @@ def connect(settings: StorageSettings, meter: Meter) -> Any:
     except ValueError as error:
         raise SettingError(f"The endpoint of storage is not a URL: {error}. Look at AWS_ENDPOINT_URL.") from error
 
-    def count(attempts: int, **_: object) -> None:
+    check_plain_http(str(client.meta.endpoint_url), "The endpoint of storage (AWS_ENDPOINT_URL)")
+
+    def count(attempts: int, response: Any, **_: object) -> float | None:
         # Asked after each attempt: from the second on, one more was a retry.
         if attempts > 1:
             meter.storage_retry()
+        code = response[1].get("Error", {}).get("Code") if response else None
+        # botocore itself sends nothing again that was damaged on its way.
+        return AGAIN_SECONDS * attempts if code in DAMAGED and attempts < settings.attempts else None
 
     client.meta.events.register("needs-retry.s3", count)
+    # botocore has no other way to its connections.
+    client.meta.events.register(
+        "before-send.s3", Watch(client._endpoint.http_session, settings.read_timeout_seconds).send
+    )
     return client
 
 

@@ -4,15 +4,31 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from botocore import exceptions as boto
+from botocore.parsers import ResponseParserError
 from s3transfer.exceptions import RetriesExceededError
 
-from topwork.errors import DataError, SettingError, TopworkError, UnavailableError
+from topwork.errors import DamagedError, DataError, SettingError, TopworkError, UnavailableError
 
 WRONG_KEY = "{endpoint} does not know the access key. Look at AWS_ACCESS_KEY_ID and AWS_PROFILE."
 SESSION_OVER = "{endpoint} says that the session is over ({code}). Look at AWS_SESSION_TOKEN, or log in again."
 WRONG_REGION = "{endpoint} is the wrong region for the bucket {bucket} ({code}: {said}). Set AWS_REGION."
+FULL = (
+    "{endpoint} has no room left for {target} ({code}: {said}). Delete what nobody needs (topwork gc STORAGE), or have "
+    "the disk or the quota enlarged, then start again."
+)
 FAILED = "{endpoint} failed for {target} after all retries ({code}: {said}). Try again later."
 
+# The request was damaged under way: all that topwork sends is whole and well formed.
+DAMAGED = frozenset(
+    {
+        "BadDigest",
+        "IncompleteBody",
+        "InvalidDigest",
+        "MalformedXML",
+        "XAmzContentChecksumMismatch",
+        "XAmzContentSHA256Mismatch",
+    }
+)
 # What an error code says to the user. A code that is not here is told by its HTTP status.
 BY_CODE: dict[str, tuple[type[TopworkError], str]] = {
     "NoSuchBucket": (
@@ -41,15 +57,16 @@ BY_CODE: dict[str, tuple[type[TopworkError], str]] = {
     "IllegalLocationConstraintException": (SettingError, WRONG_REGION),
     "404": (DataError, "{target} does not exist at {endpoint}."),
     "NoSuchKey": (DataError, "{target} does not exist at {endpoint}."),
-    # Damage under way or too many requests: the same request can succeed later.
-    "BadDigest": (UnavailableError, FAILED),
+    "InsufficientStorage": (UnavailableError, FULL),
+    "XMinioStorageFull": (UnavailableError, FULL),
+    # A limit of the user's own; nobody else makes room below it.
+    "QuotaExceeded": (SettingError, FULL),
+    # Too many requests, or two at once: the same request can succeed later.
     "ConditionalRequestConflict": (UnavailableError, FAILED),
-    "IncompleteBody": (UnavailableError, FAILED),
     "OperationAborted": (UnavailableError, FAILED),
     "RequestTimeout": (UnavailableError, FAILED),
     "ThrottlingException": (UnavailableError, FAILED),
-    "XAmzContentChecksumMismatch": (UnavailableError, FAILED),
-    "XAmzContentSHA256Mismatch": (UnavailableError, FAILED),
+    **dict.fromkeys(DAMAGED, (UnavailableError, FAILED)),
 }
 
 
@@ -96,10 +113,10 @@ def told(endpoint: str, bucket: str, target: str) -> Iterator[None]:
         ) from error
     except (boto.HTTPClientError, boto.ConnectionError, boto.IncompleteReadError, RetriesExceededError) as error:
         raise _unreachable(endpoint, target, error) from error
-    except boto.FlexibleChecksumError as error:
-        raise UnavailableError(f"{target} arrived damaged from {endpoint}: {error}. Try again.") from error
-    except boto.ParamValidationError as error:
-        raise SettingError(f"{target} is not a valid address: {error}") from error
+    except (boto.FlexibleChecksumError, ResponseParserError) as error:
+        raise DamagedError(f"{target} arrived damaged from {endpoint}: {error}. Try again.") from error
+    except (boto.ParamValidationError, boto.EndpointResolutionError) as error:
+        raise SettingError(f"{target} is not a valid address, or {endpoint} no endpoint: {error}") from error
 
 
 def refused(error: boto.ClientError, endpoint: str, bucket: str, target: str) -> TopworkError:
@@ -131,6 +148,8 @@ def _by_status(status: int) -> tuple[type[TopworkError], str]:
             "topwork needs conditional writes (If-None-Match); for a server without checksum trailers set "
             "AWS_REQUEST_CHECKSUM_CALCULATION=when_required."
         )
+    if status == 507:
+        return UnavailableError, FULL
     if status >= 500 or status in {408, 429}:
         return UnavailableError, FAILED
     return SettingError, "{endpoint} refused the request for {target} ({code}: {said})."
@@ -153,7 +172,8 @@ def _found(error: Exception) -> str:
 
 
 def _unreachable(endpoint: str, target: str, error: Exception) -> UnavailableError:
+    last = getattr(error, "last_exception", error)
     return UnavailableError(
-        f"{endpoint} can't be reached for {target} after all retries ({error}). "
+        f"{endpoint} can't be reached for {target} after all retries ({last}). "
         "Look at AWS_ENDPOINT_URL and the network, or try again later."
     )

@@ -7,6 +7,7 @@ import keras
 import numpy as np
 
 from topwork.errors import DataError
+from topwork.model.files import Refused, check_h5
 
 # Deviation of ImageNet's pixels in 0..1: IMAGENET_STDDEV_RGB of keras/src/applications/efficientnet.py.
 _IMAGENET_DEVIATION = np.array([0.229, 0.224, 0.225], np.float32)
@@ -24,14 +25,18 @@ def load_weights(model: keras.Model, path: Path, name: str) -> None:
         DataError: If the file doesn't hold this model's weights.
     """
     try:
+        check_h5(path, path.name)
         with warnings.catch_warnings():
             # Keras only warns where a file lacks a layer, and leaves that layer at random values.
             warnings.simplefilter("error", UserWarning)
             model.load_weights(path)
-    except (ValueError, OSError, KeyError, UserWarning) as error:
+    except (Refused, MemoryError):
+        raise
+    except Exception as error:  # HDF5 and Keras raise half a dozen kinds of errors of broken files
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise DataError(
-            f"{path.name} doesn't hold the weights of {name} without its head (include_top=False): "
-            f"{str(error).splitlines()[0]} Save them with model.save_weights('{name}.weights.h5')."
+            f"{path.name} doesn't hold the weights of {name} without its head (include_top=False): {reason} "
+            f"Save them with model.save_weights('{name}.weights.h5')."
         ) from error
     if name.startswith("EfficientNetB"):
         _scale_as_imagenet(model)

@@ -8,18 +8,14 @@ from urllib.parse import parse_qsl, urlsplit
 from pydantic import AfterValidator
 from pydantic_core import PydanticCustomError
 
+from topwork.secrecy import SECRET_PARAMETER
 from topwork.spec.part import Meaning
 from topwork.spec.words import hint, shown
 
 # Bucket names of Amazon S3: 3 to 63 characters of a-z, 0-9, dot and dash.
 BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/")
-# What signed addresses of Amazon, Google and Azure carry, and what tokens are commonly called.
-SECRET_PARAMETER = re.compile(
-    r"(x-amz-(signature|credential|security-token)|x-goog-(signature|credential)|awsaccesskeyid|signature|sig|"
-    r".*(token|secret|password|passwd|api_?key))",
-    re.IGNORECASE,
-)
+SECRET = re.compile(SECRET_PARAMETER, re.IGNORECASE)
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 TABLES = (".csv", ".jsonl", ".ndjson")
 MODELS = (".keras", ".h5")
@@ -76,7 +72,7 @@ def _refuse_secrets(value: str) -> None:
         return
     try:
         parts = urlsplit(value)
-        names = [name for name, _ in parse_qsl(parts.query, keep_blank_values=True)]
+        names = [name for part in (parts.query, parts.fragment) for name, _ in parse_qsl(part, keep_blank_values=True)]
     except ValueError:
         raise refused("is no well-formed address") from None
     if "@" in parts.netloc:
@@ -84,7 +80,7 @@ def _refuse_secrets(value: str) -> None:
             "holds a user name or password (not shown here), and a spec is stored and shared. "
             "Take it out, and hand credentials over by the environment"
         )
-    secret = next((name for name in names if SECRET_PARAMETER.fullmatch(name)), None)
+    secret = next((name for name in names if SECRET.fullmatch(name)), None)
     if secret:
         raise refused(
             f"is signed or holds a secret in its query ({secret}, not shown here), and a spec is stored and shared. "

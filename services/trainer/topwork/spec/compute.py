@@ -131,6 +131,13 @@ class Compute(Part):
         le=3600,
         description="Seconds from SIGTERM to SIGKILL: for the step under way, its checkpoint and the upload of that.",
     )
+    checkpoint_minutes: Number = Field(
+        default=10.0,
+        gt=0.0,
+        le=1440.0,
+        description="Minutes after which a checkpoint is stored in the middle of an epoch, too; each epoch has one at "
+        "its end.",
+    )
 
 
 class Metrics(Part):

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict
 
-from topwork.data.stored import StoredDataset
+from topwork.data.stored import StoredDataset, dataset_prefix
 from topwork.edge.metrics import Metrics
 from topwork.edge.storage import Storage
 from topwork.errors import DataError
-from topwork.manifest import write_whole
+from topwork.manifest import read_record, write_whole
 from topwork.report.gates import gate_outcomes, require_gates
 from topwork.report.outcome import Outcome, batch_sizes, history_csv, metrics_json, step_seconds
 from topwork.report.pages import card_md, report_html
@@ -63,6 +63,7 @@ class Published(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
+    format: int = 1
     name: str
     version: int
     uri: str
@@ -134,7 +135,8 @@ def published_earlier(job: TransferJob, storage: Storage) -> Published | None:
     data = storage.read(f"runs/{job.run}/publish/done.json")
     if data is None:
         return None
-    published = Published.model_validate_json(data)
+    where = storage.uri_of(f"runs/{job.run}/publish/done.json")
+    published = read_record(Published, data, where, "what a published run leaves", "start over with --restart")
     return published if versions.published(storage, published.name, published.version) else None
 
 
@@ -214,6 +216,7 @@ def _hand_over(outcome: Outcome, weights: str, workspace: Workspace, folder: Pat
         metrics=outcome.evaluation.values,
         split=outcome.evaluation.split,
         images=outcome.evaluation.images,
+        dataset=dataset_prefix(outcome.facts.name, outcome.facts.fingerprint),
     )
     manifest = write_whole(storage, prefix, folder, version.model_dump(mode="json"))
     if manifest.facts != version.model_dump(mode="json"):

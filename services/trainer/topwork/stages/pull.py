@@ -7,17 +7,32 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from pydantic import BaseModel, ConfigDict, ValidationError
+
 from topwork.data.provers import Provers
 from topwork.data.sources import Source, open_source
+from topwork.data.sources.source import lookalikes
 from topwork.data.splits import check_splits
-from topwork.data.stored import DatasetFacts, RejectedImage, StoredDataset, shown_rejections
+from topwork.data.stored import DatasetFacts, RejectedImage, StoredDataset, dataset_prefix, shown_rejections
+from topwork.disk import require_room
 from topwork.errors import DataError
-from topwork.manifest import read_manifest, write_whole
+from topwork.manifest import read_manifest, read_record, write_whole
 from topwork.spec import TransferJob
 from topwork.workspace import Workspace
 
+# MAX_MEM_BUFFER_SIZE of tensorflow_datasets.core.shuffle.
+SORTED_IN_MEMORY_BYTES = 1000 << 20
 FORMAT = 1
 """Version of what is stored. Another one makes every dataset anew."""
+
+
+class Pulled(BaseModel):
+    """The mark of a run whose images are in storage; `dataset` is the key of their folder."""
+
+    model_config = ConfigDict(frozen=True)
+
+    format: int = 1
+    dataset: str
 
 
 def pull(job: TransferJob, workspace: Workspace) -> StoredDataset:
@@ -32,7 +47,8 @@ def pull(job: TransferJob, workspace: Workspace) -> StoredDataset:
 
     Raises:
         DataError: If the source holds no usable images, too many do not decode, or the splits do not fit it.
-        UnavailableError: If the source or storage can't be reached.
+        SettingError: If it takes more than the scratch volume holds.
+        UnavailableError: If the source or storage can't be reached, or scratch has no room.
     """
     with workspace.metrics.stage("pull"):
         dataset = pulled_earlier(job, workspace) or _of_the_source(job, workspace)
@@ -54,10 +70,12 @@ def pulled_earlier(job: TransferJob, workspace: Workspace) -> StoredDataset | No
     Returns:
         The dataset; None if there is none, or if somebody has deleted it.
     """
-    data = workspace.storage.read(_done_key(job))
+    key = _done_key(job)
+    data = workspace.storage.read(key)
     if data is None:
         return None
-    prefix = str(json.loads(data)["dataset"])
+    where = workspace.storage.uri_of(key)
+    prefix = read_record(Pulled, data, where, "what a finished pull leaves", "start over with --restart").dataset
     facts = _stored_facts(workspace, prefix)
     if facts is None:
         return None  # somebody deleted the dataset
@@ -70,7 +88,7 @@ def _of_the_source(job: TransferJob, workspace: Workspace) -> StoredDataset:
     """Find the dataset of the source in storage, or store it."""
     source = open_source(job.spec.dataset.source, workspace)
     fingerprint = _fingerprint(source)
-    prefix = f"datasets/{source.name}/{fingerprint}"
+    prefix = dataset_prefix(source.name, fingerprint)
     facts = _stored_facts(workspace, prefix)
     if facts:
         workspace.progress.note("dataset found", uri=workspace.storage.uri_of(prefix), images=facts.images)
@@ -78,8 +96,8 @@ def _of_the_source(job: TransferJob, workspace: Workspace) -> StoredDataset:
         _check(facts, job)
     else:
         facts = _store(source, fingerprint, prefix, job, workspace)
-    done = json.dumps({"format": FORMAT, "dataset": prefix})
-    workspace.storage.write(_done_key(job), done.encode(), content_type="application/json")
+    done = Pulled(dataset=prefix).model_dump_json().encode()
+    workspace.storage.write(_done_key(job), done, content_type="application/json")
     return StoredDataset(prefix, facts)
 
 
@@ -90,11 +108,20 @@ def _fingerprint(source: Source) -> str:
 
 def _stored_facts(workspace: Workspace, prefix: str) -> DatasetFacts | None:
     manifest = read_manifest(workspace.storage, prefix)
-    return DatasetFacts.model_validate(manifest.facts) if manifest else None
+    if manifest is None:
+        return None
+    try:
+        return DatasetFacts.model_validate(manifest.facts)
+    except ValidationError as error:
+        raise DataError(
+            f"The manifest of {workspace.storage.uri_of(prefix)} does not describe a dataset of topwork: "
+            f"{error.errors()[0]['msg']}. Delete that folder, manifest first, to have it pulled anew."
+        ) from error
 
 
 def _store(source: Source, fingerprint: str, prefix: str, job: TransferJob, workspace: Workspace) -> DatasetFacts:
     """Prove and write the dataset on scratch, then upload it."""
+    _require_room(source, workspace)
     classes = source.class_names()
     if len(classes) < 2:
         raise DataError(
@@ -112,6 +139,16 @@ def _store(source: Source, fingerprint: str, prefix: str, job: TransferJob, work
         return DatasetFacts.model_validate(manifest.facts)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _require_room(source: Source, workspace: Workspace) -> None:
+    """Refuse what scratch can't hold before anything is fetched, as far as that can be told."""
+    if (room := source.room()) is None:
+        return
+    # TFDS sorts what is more than its memory in a second copy on disk.
+    copies = 2 if room.images > SORTED_IN_MEMORY_BYTES else 1
+    what = f"Pulling {_where(source)}"
+    require_room(workspace.scratch, room.fetched + copies * room.images, what, workspace.scratch_limit)
 
 
 def _written(source: Source, fingerprint: str, folder: Path, workspace: Workspace) -> tuple[Path, DatasetFacts]:
@@ -169,6 +206,8 @@ def _report(facts: DatasetFacts, workspace: Workspace) -> None:
         rejected=len(facts.rejected),
     )
     workspace.progress.note("images of each class", counts=_shown(counts))
+    if alike := lookalikes(facts.class_names):
+        workspace.progress.note("classes that differ by case or spaces alone", classes="; ".join(alike[:20]))
     if facts.rejected:
         reasons = Counter(image.reason for image in facts.rejected)
         workspace.progress.note("images left out", reasons=_shown(reasons))

@@ -6,18 +6,20 @@ import uuid
 from collections.abc import Iterator
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from topwork.edge.storage import Storage
-from topwork.errors import DataError
+from topwork.errors import UnavailableError
 from topwork.manifest import NAME as MANIFEST
-from topwork.manifest import read_manifest
+from topwork.manifest import read_manifest, read_record
 
 ROOT = "models"
 CLAIM = "claim.json"
 LATEST = "latest.json"
 # An attempt that was killed is tried again before so many other runs have published.
 NEWEST = 20
+# A publisher that is overtaken tries again; nobody is overtaken so often.
+ROUNDS = 100
 
 
 class Version(BaseModel):
@@ -34,6 +36,7 @@ class Version(BaseModel):
         metrics: All single numbers of its evaluation, by their names in the job spec.
         split: The split that they were measured on.
         images: Images of that split.
+        dataset: Key of the stored dataset that it was trained on; empty where an older topwork published it.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -49,6 +52,7 @@ class Version(BaseModel):
     metrics: dict[str, float]
     split: str
     images: int
+    dataset: str = ""
 
 
 def prefix_of(name: str, version: int) -> str:
@@ -137,9 +141,12 @@ def claim(storage: Storage, name: str, run: str) -> int:
 
     Returns:
         The version.
+
+    Raises:
+        UnavailableError: If storage contradicts itself.
     """
     content = json.dumps({"format": 1, "run": run, "claimed": now(), "attempt": uuid.uuid4().hex}).encode()
-    while True:
+    for _ in range(ROUNDS):
         found = numbers(storage, name)
         for number in (number for number, whole in found.items() if not whole):
             if _claimant(storage, name, number) == run:
@@ -150,6 +157,7 @@ def claim(storage: Storage, name: str, run: str) -> int:
         number = max([*found, standing.version if standing else 0]) + 1
         if storage.write(f"{prefix_of(name, number)}/{CLAIM}", content, only_if_absent=True):
             return number
+    raise _at_odds(storage, name)
 
 
 def made_from(storage: Storage, name: str, run: str, weights: str) -> Version | None:
@@ -183,8 +191,11 @@ def move_latest(storage: Storage, name: str) -> Version:
 
     Returns:
         The version that it points to now.
+
+    Raises:
+        UnavailableError: If storage contradicts itself.
     """
-    while True:
+    for _ in range(ROUNDS):
         newest = max(number for number, whole in numbers(storage, name).items() if whole)
         standing = latest(storage, name)
         if standing is not None and standing.version >= newest:
@@ -193,6 +204,15 @@ def move_latest(storage: Storage, name: str) -> Version:
         if version is not None:
             data = version.model_dump_json(indent=2).encode() + b"\n"
             storage.write(f"{ROOT}/{name}/{LATEST}", data, content_type="application/json")
+    raise _at_odds(storage, name)
+
+
+def _at_odds(storage: Storage, name: str) -> UnavailableError:
+    where = storage.uri_of(f"{ROOT}/{name}")
+    return UnavailableError(
+        f"Storage does not tell of {where} what was just written there, {ROUNDS} times in a row. Look at what stands "
+        "between: a cache or a replica that lags behind. Then try again."
+    )
 
 
 def now() -> str:
@@ -201,12 +221,7 @@ def now() -> str:
 
 
 def _read(data: bytes, where: str) -> Version:
-    try:
-        return Version.model_validate_json(data)
-    except ValidationError as error:
-        raise DataError(
-            f"{where} does not describe a model published by topwork: {error.errors()[0]['msg']}."
-        ) from error
+    return read_record(Version, data, where, "a model published by topwork")
 
 
 def _claimant(storage: Storage, name: str, number: int) -> Any:

@@ -1,64 +1,42 @@
 """Checkpoints of a stage in storage, written beside training: only the newest matters."""
 
 import re
-import shutil
-import tempfile
 import threading
+import time
+from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from topwork.errors import DataError, TopworkError
+from topwork.errors import DamagedError, DataError, FormatError, TopworkError
 from topwork.manifest import NAME as MANIFEST
-from topwork.manifest import fetch_whole, write_whole
-from topwork.training.course import Course
+from topwork.training.checkpoint_files import Checkpoint, read, write
 from topwork.workspace import Workspace
 
-# Values of the variables of a group, in the order of the model's variables.
-Values = dict[str, list[np.ndarray]]
 _FOLDER = re.compile(r"(\d{5})(?:-(\d{7}))?$")
-_ARRAYS = "state.npz"
 KEPT = 2
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """All that a stage needs to go on exactly where it was.
-
-    Attributes:
-        course: How far the stage is.
-        values: Values of the variables in the groups model, optimizer, metrics and best.
-    """
-
-    course: Course
-    values: Values
-
-    @property
-    def name(self) -> str:
-        """Folder of the checkpoint: complete epochs and, within an epoch, the steps done of the next."""
-        step = f"-{self.course.step:07}" if self.course.step else ""
-        return f"{self.course.epoch:05}{step}"
+"""The newest, and one more should the newest be damaged. A third would not help: the one before is only deleted when
+the newest stands whole, so two are lost only where a store loses what it has confirmed time and again."""
 
 
 class Checkpoints:
     """Writes checkpoints from a thread of its own and finds the newest; a context manager that waits at its end."""
 
-    def __init__(self, workspace: Workspace, prefix: str) -> None:
+    def __init__(self, workspace: Workspace, prefix: str, minutes: float) -> None:
         """Prepare the writer.
 
         Args:
             workspace: Storage, scratch, metrics and progress.
             prefix: Key of the stage in storage; the checkpoints lie in `checkpoints/` below it.
+            minutes: Age at which the last one calls for another, in the middle of an epoch.
         """
+        self._seconds, self._saved = 60 * minutes, time.monotonic()
         self._workspace = workspace
         self._prefix = f"{prefix}/checkpoints"
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._lock = threading.Lock()
         self._waiting: Checkpoint | None = None
         self._running: Future[None] | None = None
+        # What can't be read is in the way of what is written anew, and lies there until then.
+        self._unreadable: set[str] = set()
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -67,21 +45,38 @@ class Checkpoints:
         self._thread.shutdown(wait=True)
 
     def newest(self) -> Checkpoint | None:
-        """Fetch the newest whole checkpoint; one that can't be read is deleted, and the one before it is taken.
+        """Fetch the newest checkpoint that can be read, and clear away what killed processes left half-written.
+
+        One that is damaged or lacks a file is passed over, and deleted when another is stored.
 
         Returns:
             The checkpoint; None if there is none.
+
+        Raises:
+            FormatError: If another topwork wrote it.
+            UnavailableError: If storage can't be reached: a checkpoint may be there all the same.
         """
-        for name in sorted(self._whole(), reverse=True):
+        folders = self._folders()
+        whole = [name for name, keys in folders.items() if _is_whole(keys)]
+        self._delete(folders.keys() - set(whole))
+        for name in sorted(whole, reverse=True):
             try:
-                return self._read(name)
-            except DataError as error:
+                return read(f"{self._prefix}/{name}", self._workspace)
+            except FormatError:
+                raise
+            except (DataError, DamagedError) as error:
                 self._workspace.progress.note("checkpoint can't be read", checkpoint=name, reason=str(error))
-                self._delete(name)
+                self._unreadable.add(name)
         return None
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the last one is older than the spec lets it become; an epoch has its own at its end."""
+        return time.monotonic() - self._saved >= self._seconds
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Store a checkpoint beside training. One that still waits is replaced: only the newest matters."""
+        self._saved = time.monotonic()
         with self._lock:
             self._waiting = checkpoint
             if self._running is None:
@@ -119,71 +114,32 @@ class Checkpoints:
             try:
                 self._write(checkpoint)
             except TopworkError as error:
-                # Training goes on: the next epoch's checkpoint may get through.
+                # Training goes on: the next checkpoint may get through.
                 self._workspace.progress.note("checkpoint not stored", checkpoint=checkpoint.name, reason=str(error))
 
     def _write(self, checkpoint: Checkpoint) -> None:
-        with tempfile.TemporaryDirectory(dir=self._workspace.scratch, prefix="checkpoint-") as folder:
-            arrays = {
-                f"{group}/{index:05}": value
-                for group, values in checkpoint.values.items()
-                for index, value in enumerate(values)
-            }
-            with (Path(folder) / _ARRAYS).open("wb") as file:
-                np.savez(file, **arrays)  # type: ignore[arg-type] # numpy's stub takes the names for its options
-            facts = checkpoint.course.model_dump(mode="json")
-            write_whole(self._workspace.storage, f"{self._prefix}/{checkpoint.name}", Path(folder), facts)
+        self._delete({checkpoint.name} & self._unreadable)
+        write(checkpoint, f"{self._prefix}/{checkpoint.name}", self._workspace)
         self._workspace.metrics.checkpoint_saved()
-        for name in sorted(self._whole())[:-KEPT]:
-            self._delete(name)
+        whole = {name for name, keys in self._folders().items() if _is_whole(keys)}
+        old = sorted(whole - self._unreadable | {checkpoint.name})[:-KEPT]
+        self._delete({*old, *self._unreadable} - {checkpoint.name})
+        self._unreadable.clear()
 
-    def _whole(self) -> list[str]:
-        names = []
+    def _folders(self) -> dict[str, list[str]]:
+        """Keys of each checkpoint, whole or not, its manifest first: what lacks that is no checkpoint."""
+        folders: dict[str, list[str]] = {}
         for stored in self._workspace.storage.list(f"{self._prefix}/"):
-            folder, _, file = stored.key.removeprefix(f"{self._prefix}/").partition("/")
-            if file == MANIFEST and _FOLDER.match(folder):
-                names.append(folder)
-        return names
+            folder, _, _ = stored.key.removeprefix(f"{self._prefix}/").partition("/")
+            if _FOLDER.match(folder):
+                folders.setdefault(folder, []).append(stored.key)
+        return {name: sorted(keys, key=lambda key: not key.endswith(MANIFEST)) for name, keys in folders.items()}
 
-    def _read(self, name: str) -> Checkpoint:
-        folder = self._workspace.scratch / f"restored-{name}"
-        try:
-            manifest = fetch_whole(self._workspace.storage, f"{self._prefix}/{name}", folder)
-            values: Values = {}
-            with np.load(folder / _ARRAYS) as arrays:
-                for key in sorted(arrays.files):
-                    values.setdefault(key.split("/")[0], []).append(arrays[key])
-            return Checkpoint(Course.model_validate(manifest.facts), values)
-        except (OSError, ValueError, KeyError) as error:
-            raise DataError(f"checkpoint {name} isn't one of topwork: {error}") from error
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-
-    def _delete(self, name: str) -> None:
-        keys = [stored.key for stored in self._workspace.storage.list(f"{self._prefix}/{name}/")]
-        # The manifest first: what lacks it is no checkpoint.
-        keys.sort(key=lambda key: not key.endswith(MANIFEST))
-        self._workspace.storage.delete(keys)
+    def _delete(self, names: Collection[str]) -> None:
+        if names:
+            folders = self._folders()
+            self._workspace.storage.delete([key for name in sorted(names) for key in folders.get(name, ())])
 
 
-def read_values(variables: list[Any]) -> list[np.ndarray]:
-    """Copy the values of variables to memory that training doesn't touch."""
-    import keras
-
-    return [np.array(keras.ops.convert_to_numpy(variable)) for variable in variables]
-
-
-def write_values(variables: list[Any], values: list[np.ndarray]) -> None:
-    """Set variables to values.
-
-    Raises:
-        DataError: If they are not those of these variables.
-    """
-    shapes = [tuple(variable.shape) for variable in variables]
-    if shapes != [value.shape for value in values]:
-        raise DataError(
-            "A checkpoint of this run doesn't fit its model: it was written by another version of topwork or Keras. "
-            "Start over with --restart."
-        )
-    for variable, value in zip(variables, values, strict=True):
-        variable.assign(value)
+def _is_whole(keys: list[str]) -> bool:
+    return keys[0].endswith(f"/{MANIFEST}")

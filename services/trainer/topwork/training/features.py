@@ -1,9 +1,12 @@
 """What the frozen half of a classifier gives, computed once for each view of an image instead of once an epoch."""
 
 import hashlib
+import os
 import time
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -36,17 +39,23 @@ Array = npt.NDArray[Any]
 class FeatureSplit(Split):
     """Features in the place of images, a view or several of each."""
 
-    def __init__(self, values: Array, labels: npt.NDArray[np.int64]) -> None:
+    def __init__(self, values: Array, split: Split) -> None:
         """Take features.
 
         Args:
             values: float16 or float32 (views * images, *features), one view of all images after another.
-            labels: int64 (images,).
+            split: The images that they were computed of.
         """
-        self.size = len(labels)
-        self.labels = labels
-        self.views = len(values) // len(labels)
+        self.size = split.size
+        self.labels = split.labels
+        self.views = len(values) // split.size
         self._values = values
+        self._images = split
+
+    @cached_property
+    def names(self) -> Sequence[str]:
+        """Origin of each image, as its source called it."""
+        return self._images.names
 
     def gather(self, indices: tf.Tensor) -> tf.Tensor:
         """Give features inside tf.data.
@@ -162,7 +171,7 @@ def computed(work: FeatureJob) -> LocalDataset | None:
         values = _room(work, part.name, shape, dtype, place)
         with _files(work, part, needed) as files:
             _Filling(work, extraction, part, files).fill(values)
-        splits[part.name] = FeatureSplit(values, part.split.labels)
+        splits[part.name] = FeatureSplit(values, part.split)
     work.workspace.progress.note(
         "features of the frozen layers",
         stage=work.plan.stage,
@@ -256,7 +265,11 @@ def _files(work: FeatureJob, part: _Part, needed: int) -> AbstractContextManager
 def _room(work: FeatureJob, name: str, shape: tuple[int, ...], dtype: np.dtype[Any], place: Place) -> Array:
     if place == "memory":
         return np.empty(shape, dtype)
-    return np.memmap(work.workspace.scratch / f"features-{name}.bin", dtype, "w+", shape=shape).view(np.ndarray)
+    path = work.workspace.scratch / f"features-{name}.bin"
+    with path.open("wb") as file:
+        # A disk that is full is told here: a write to memory that has no room behind it kills the process.
+        os.posix_fallocate(file.fileno(), 0, int(np.prod(shape)) * dtype.itemsize)
+    return np.memmap(path, dtype, "r+", shape=shape).view(np.ndarray)
 
 
 def _tell_without_room(work: FeatureJob, needed: int) -> None:

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from topwork.data.batches import training_batches
+from topwork.data.batches import names_in_batch, training_batches
 from topwork.data.local import LocalDataset
 from topwork.errors import DataError, Stopped
 from topwork.model.augmentation import Augment
@@ -15,19 +15,21 @@ from topwork.model.freezing import (
     audit,
     digest,
     frozen_variables,
-    parameter_groups,
     synchronize_batch_norm,
     unfreeze,
 )
-from topwork.training.checkpoints import Checkpoint, Checkpoints, read_values, write_values
+from topwork.training.checkpoint_files import Checkpoint
+from topwork.training.checkpoints import Checkpoints
 from topwork.training.course import Course
 from topwork.training.losses import accuracy, balanced_class_weights, loss, targets
 from topwork.training.optimizers import averages, optimizer
+from topwork.training.parameters import show_parameters
 from topwork.training.plan import Phase, Plan
-from topwork.training.steps import Steps, StopAsked
+from topwork.training.steps import Steps, StopAsked, lost
 from topwork.training.strategy import jit_compile
 from topwork.training.trained import Row, tell
 from topwork.training.validation import Validation
+from topwork.training.values import all_finite, read_values, write_values
 from topwork.workspace import Workspace
 
 
@@ -56,7 +58,7 @@ class Training:
             augment: Changes of the training images.
 
         Raises:
-            DataError: If a split can't be used, or a checkpoint is of another model.
+            DataError: If a checkpoint is of another model.
         """
         self._plan, self._model, self._fitted, self._data = plan, model, fitted, data
         self._workspace, self._checkpoints, self._augment = workspace, checkpoints, augment
@@ -64,11 +66,6 @@ class Training:
         self._classes = len(data.class_names)
         self._loss = loss(plan.loss, self._classes)
         self._steps_per_epoch = data.train.size // plan.batch_size
-        if not self._steps_per_epoch:
-            raise DataError(
-                f"The training split has {data.train.size} images, fewer than batchSize {plan.batch_size}: not one "
-                f"whole batch. Use a batchSize of {data.train.size} at most."
-            )
         unfreeze(self._base, plan.phases[-1].unfrozen, batch_norm=plan.batch_norm)
         never_trained = frozen_variables(model)
         kept = {id(variable) for variable in never_trained}
@@ -114,7 +111,7 @@ class Training:
 
         Raises:
             Stopped: If asked to; the checkpoint is stored.
-            DataError: If the loss is no longer finite.
+            DataError: If a loss or a weight is no longer finite.
         """
         self._workspace.metrics.epochs_planned(self._plan.stage, self._plan.epochs)
         while self.course.phase < len(self._plan.phases):
@@ -126,7 +123,7 @@ class Training:
     def _run_phase(self, phase: Phase) -> None:
         self._compile(phase)
         before = digest(frozen_variables(self._model))
-        self._show_parameters()
+        show_parameters(self._model, self._plan.stage, self._workspace)
         end = self._plan.end_of(self.course.phase)
         try:
             while self.course.epoch < end and not self.course.ended:
@@ -140,19 +137,6 @@ class Training:
         finally:
             synchronize_batch_norm(self._model, synchronized=False)
         audit(self._model, before, self._plan.stage)
-
-    def _show_parameters(self) -> None:
-        """Say how many parameters of each layer group are trained and kept."""
-        groups = parameter_groups(self._model)
-        for group in groups:
-            self._workspace.progress.note(
-                "parameters",
-                stage=self._plan.stage,
-                layers=group.name,
-                trainable=group.trainable,
-                frozen=group.frozen,
-            )
-        self._workspace.metrics.parameters(sum(one.trainable for one in groups), sum(one.frozen for one in groups))
 
     def _compile(self, phase: Phase) -> None:
         """Compile with what is trained now; a change of `trainable` counts from here on."""
@@ -196,7 +180,7 @@ class Training:
         self._fitted.make_train_function(force=True)
         steps = Steps(
             self._fitted.train_function,
-            self.course,
+            self,
             self._workspace,
             steps_per_epoch=self._steps_per_epoch,
             batch_size=self._plan.batch_size,
@@ -275,7 +259,28 @@ class Training:
         }
         if self.course.step:
             values["metrics"] = read_values(self._running_means)
+        if not all_finite(values["model"]):
+            raise self._lost_weights()
         return Checkpoint(self.course.model_copy(deep=True), values)
+
+    def is_due(self) -> bool:
+        """Whether a checkpoint is to be stored in the middle of this epoch."""
+        return self._checkpoints.is_due
+
+    def save(self) -> None:
+        """Store a checkpoint beside training."""
+        self._checkpoints.save(self.snapshot())
+
+    def names(self, step: int) -> list[str]:
+        """Give the origins of the images of a step of the epoch that runs, counted from 1."""
+        number = self.course.epoch * self._steps_per_epoch + step - 1
+        return names_in_batch(self._data.train, number, self._plan.batch_size, self._plan.seed)
+
+    def _lost_weights(self) -> DataError:
+        course = self.course
+        epoch, step = (course.epoch + 1, course.step) if course.step else (course.epoch, self._steps_per_epoch)
+        names = self.names(step - self._steps_per_epoch * (not course.step))
+        return lost(f"Weights are no numbers any more in epoch {epoch} after step {step}", names)
 
     def _tell(self, row: Row) -> None:
         tell(self.course.rows, self.course.best_epoch, self._workspace.metrics)

@@ -7,7 +7,6 @@ import keras
 
 from topwork.data.local import LocalDataset, fetch
 from topwork.data.stored import StoredDataset
-from topwork.errors import SpecError
 from topwork.model.augmentation import augment
 from topwork.model.classifier import in_precision
 from topwork.model.freezing import parameter_groups, unfreeze
@@ -15,11 +14,12 @@ from topwork.model.halves import Halves, halves, multiplications
 from topwork.spec import TransferJob
 from topwork.training.caching import keeps_features
 from topwork.training.checkpoints import Checkpoints
+from topwork.training.checks import check_data
 from topwork.training.features import FeatureJob, computed, features_prefix
 from topwork.training.loop import Training
 from topwork.training.plan import Plan
 from topwork.training.strategy import check_replicas, policy, strategy
-from topwork.training.trained import Classifier, Parameters, Row, repeat, stage_prefix, write_done
+from topwork.training.trained import Classifier, Parameters, Row, read_done, repeat, stage_prefix, write_done
 from topwork.workspace import Workspace
 
 
@@ -54,18 +54,14 @@ def train(
     for phase in plan.phases:
         check_replicas(replicas, plan.batch_size, phase.optimizer)
     data = fetch(dataset, job, workspace)
-    if plan.early_stopping and not (data.validation and data.validation.size):
-        raise SpecError(
-            f"earlyStopping of {plan.stage} watches the validation split, but spec.dataset.splits names none. "
-            "Add splits.validation or take earlyStopping out."
-        )
+    check_data(job, plan, data)
     workspace.metrics.replicas(replicas)
     keras.utils.clear_session()
     keras.utils.set_random_seed(plan.seed)
     with distribution.scope():
         model, cut = _in_best_precision(start(), plan, job)
     prefix = stage_prefix(job.run, plan.stage)
-    with workspace.stop.held(), Checkpoints(workspace, prefix) as checkpoints:
+    with workspace.stop.held(), Checkpoints(workspace, prefix, job.spec.compute.checkpoint_minutes) as checkpoints:
         training = _training(plan, model, cut, data, job, workspace, checkpoints)
         training.run()
         classifier = _store(training, model, plan, earlier, job, data.class_names, workspace)
@@ -118,6 +114,9 @@ def _store(
     workspace: Workspace,
 ) -> Classifier:
     """Upload the model, then mark the stage as done."""
+    # Another process of this run was faster: its model stays as its mark says.
+    if (standing := read_done(workspace.storage, job.run, plan.stage)) is not None:
+        return standing
     # A model that was never compiled: no optimizer or loss of the training goes into the file.
     plain = in_precision(keras.Model(model.inputs[0], model.outputs[0], name="classifier"), "float32")
     path = workspace.scratch / f"{plan.stage}.keras"

@@ -1,11 +1,11 @@
 """Where images come from: folders, archives, tables and TensorFlow Datasets."""
 
-from topwork.data.sources.source import Item, Source
+from topwork.data.sources.source import Item, Room, Source
 from topwork.errors import SpecError
 from topwork.spec.dataset import DatasetSource
 from topwork.workspace import Workspace
 
-__all__ = ["Item", "Source", "open_source"]
+__all__ = ["Item", "Room", "Source", "open_source"]
 
 
 def open_source(source: DatasetSource, workspace: Workspace) -> Source:

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from topwork.data.proving import UNSAFE, Rejection
+from topwork.data.sources.bounds import MAX_DEPTH, MAX_NAME
 from topwork.data.sources.download import Download
 from topwork.data.sources.members import Member, members, path_parts
-from topwork.data.sources.source import TRAIN, Item, class_of, last_part, slug
+from topwork.data.sources.source import TRAIN, Item, Room, class_of, last_part, slug
 from topwork.errors import DataError, UnavailableError
 from topwork.spec.dataset import ArchiveSource
 from topwork.workspace import Workspace
@@ -51,6 +52,22 @@ class Archive:
             raise self._missing()
         state = self._local().stat()
         return f"{state.st_mtime_ns} {state.st_size}"
+
+    def room(self) -> Room | None:
+        """Take the size of the archive for that of its images: they are compressed already."""
+        size = self._size()
+        if size is None:
+            return None
+        is_local = self._download is None and not self._source.uri.startswith("s3://")
+        return Room(fetched=0 if is_local else size, images=size)
+
+    def _size(self) -> int | None:
+        if self._download:
+            return self._download.size()
+        if self._source.uri.startswith("s3://"):
+            parent, _, key = self._source.uri.rpartition("/")
+            return self._workspace.storage.at(parent).size(key)
+        return Path(self._source.uri).stat().st_size if Path(self._source.uri).is_file() else None
 
     def class_names(self) -> tuple[str, ...]:
         """Names of the class folders, sorted."""
@@ -136,7 +153,11 @@ class Archive:
 
 
 def _refuse(name: str) -> bytes:
-    raise Rejection(UNSAFE, f"the path {name!r} leads out of the archive")
+    raise Rejection(
+        UNSAFE,
+        f"the path {name[:100]!r} is absolute, leads out of the archive, has more than {MAX_NAME} characters or "
+        f"{MAX_DEPTH} folders",
+    )
 
 
 def _sha256(path: Path) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from topwork.data.proving import MAX_BYTES, MISSING, TOO_LARGE, Rejection
-from topwork.data.sources.source import TRAIN, Item, class_of, last_part, printable, slug
+from topwork.data.sources.source import TRAIN, Item, Room, class_of, last_part, printable, slug
 from topwork.edge.storage import Storage
 from topwork.errors import DataError
 from topwork.spec.dataset import FolderSource
@@ -38,7 +38,7 @@ class Folder:
         self._uri = source.uri.rstrip("/") or "/"
         self._storage = workspace.storage.at(self._uri) if self._uri.startswith("s3://") else None
         self.name = slug(last_part(str(Path(self._uri).resolve()) if self._storage is None else self._uri))
-        self._listed: tuple[str, tuple[str, ...], int] | None = None
+        self._listed: tuple[str, tuple[str, ...], int, int] | None = None
 
     def description(self) -> dict[str, Any]:
         """Say where the folder is."""
@@ -47,6 +47,10 @@ class Folder:
     def digest(self) -> str:
         """Stand for the names, sizes and last changes of all images."""
         return self._summary()[0]
+
+    def room(self) -> Room:
+        """Sum up what the listing says; nothing is fetched first."""
+        return Room(fetched=0, images=self._summary()[3])
 
     def class_names(self) -> tuple[str, ...]:
         """Names of the class folders, sorted."""
@@ -63,22 +67,23 @@ class Folder:
             if label is not None:
                 yield Item(printable(file.path), label, partial(self._read, file))
 
-    def _summary(self) -> tuple[str, tuple[str, ...], int]:
+    def _summary(self) -> tuple[str, tuple[str, ...], int, int]:
         """Go through the names once: what is kept does not grow with the number of images."""
         if self._listed is None:
-            digest, classes, count = hashlib.sha256(), set(), 0
+            digest, classes, count, size = hashlib.sha256(), set(), 0, 0
             for file in self._files():
                 label = file.label
                 if label is not None:
                     digest.update(f"{file.path}\0{file.size}\0{file.state}\n".encode(errors="surrogateescape"))
                     classes.add(label)
                     count += 1
+                    size += file.size
             if not count:
                 raise DataError(
                     f"{self._uri} holds no image in a class folder. Expected <class>/<image> below it, such as "
                     f"{self._uri}/cat/1.jpg."
                 )
-            self._listed = digest.hexdigest(), tuple(sorted(classes)), count
+            self._listed = digest.hexdigest(), tuple(sorted(classes)), count, size
         return self._listed
 
     def _files(self) -> Iterator[_File]:

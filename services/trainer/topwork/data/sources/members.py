@@ -2,8 +2,10 @@
 
 import bz2
 import gzip
+import io
 import lzma
 import stat
+import struct
 import tarfile
 import zipfile
 import zlib
@@ -15,10 +17,23 @@ from pathlib import Path
 from typing import IO, cast
 
 from topwork.data.proving import MAX_BYTES, TOO_LARGE, UNDECODABLE, UNSAFE, Rejection
+from topwork.data.sources.bounds import (
+    MAX_DEPTH,
+    MAX_NAME,
+    BoundedInfo,
+    BoundedStream,
+    Expansion,
+    XzStream,
+    check_zip,
+    counted,
+)
 from topwork.data.sources.source import printable
 from topwork.errors import DataError
 
-_DAMAGE = (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, lzma.LZMAError, OSError)
+# What the parsers of Python raise of damaged files, beside their own errors: numbers and names that are none, headers
+# that follow one another without end, versions from the future.
+_PARSING = (ValueError, struct.error, RecursionError, NotImplementedError, OverflowError, IndexError)
+_DAMAGE = (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, lzma.LZMAError, OSError, *_PARSING)
 _ENCRYPTED = 0x1
 _CHUNK = 2**20
 
@@ -29,7 +44,7 @@ class Member:
 
     Attributes:
         name: Its name, as the archive gives it.
-        parts: The parts of its path; empty where the name leads out of the archive.
+        parts: The parts of its path; empty where that is refused, see `path_parts`.
         read: Gives its bytes; raises `Rejection` for what is no plain file.
     """
 
@@ -51,15 +66,18 @@ def members(path: Path, shown: str, *, with_data: bool) -> Iterator[Iterator[Mem
         Its files in their order, each read when its turn comes, so that one is in memory at a time.
 
     Raises:
-        DataError: If it is no archive, damaged or encrypted.
+        DataError: If it is no archive, damaged, encrypted or a bomb.
     """
+    expansion = Expansion(shown, path.stat().st_size)
     try:
         if zipfile.is_zipfile(path):
+            check_zip(path, shown)
             with zipfile.ZipFile(path) as archive:
+                expansion.add(sum(info.file_size for info in archive.infolist()))
                 yield _zip_members(archive, shown, with_data=with_data)
         else:
-            with _decompressed(path) as stream, _opened_tar(stream, shown) as archive:
-                yield _tar_members(archive, with_data=with_data)
+            with _decompressed(path, expansion) as stream, _opened_tar(stream, shown) as archive:
+                yield counted(_tar_members(archive, with_data=with_data), shown)
                 # To the very end, where compressed files have their checksum.
                 while stream.read(_CHUNK):
                     pass
@@ -67,25 +85,29 @@ def members(path: Path, shown: str, *, with_data: bool) -> Iterator[Iterator[Mem
         raise _damaged(shown, error) from error
 
 
-def _decompressed(path: Path) -> IO[bytes]:
+def _decompressed(path: Path, expansion: Expansion) -> BoundedStream:
     """Open a tar by the first bytes of its compression. tarfile's own stream takes a cut gzip file for a whole one."""
     with path.open("rb") as file:
         head = file.read(6)
+    stream: IO[bytes] | io.RawIOBase
     if head.startswith(b"\x1f\x8b"):
-        return cast("IO[bytes]", gzip.open(path))
-    if head.startswith(b"BZh"):
-        return cast("IO[bytes]", bz2.open(path))
-    if head.startswith(b"\xfd7zXZ\0"):
-        return cast("IO[bytes]", lzma.open(path))
-    return path.open("rb")
+        stream = cast("IO[bytes]", gzip.open(path))  # noqa: SIM115 - closed by the stream that is given back
+    elif head.startswith(b"BZh"):
+        stream = cast("IO[bytes]", bz2.open(path))  # noqa: SIM115
+    elif head.startswith(b"\xfd7zXZ\0"):
+        stream = XzStream(path)
+    else:
+        stream = path.open("rb")
+    return BoundedStream(cast("IO[bytes]", stream), expansion)
 
 
-def _opened_tar(stream: IO[bytes], shown: str) -> tarfile.TarFile:
+def _opened_tar(stream: BoundedStream, shown: str) -> tarfile.TarFile:
     try:
-        return tarfile.open(fileobj=stream, mode="r|")
+        return tarfile.open(fileobj=cast("IO[bytes]", stream), mode="r|", tarinfo=BoundedInfo)
     except tarfile.ReadError as error:
         raise DataError(
-            f"{shown} is no archive that can be read: expected zip, tar, tar.gz, tar.bz2 or tar.xz."
+            f"{shown} is no archive that can be read: expected zip, tar, tar.gz, tar.bz2 or tar.xz. It begins with: "
+            f"{error}."
         ) from error
 
 
@@ -103,7 +125,7 @@ def _zip_members(archive: zipfile.ZipFile, shown: str, *, with_data: bool) -> It
         if info.flag_bits & _ENCRYPTED:
             raise DataError(f"{shown} is encrypted ({info.filename}). Store it without a password.")
         read = _zip_reader(archive, info) if with_data else bytes
-        yield Member(printable(info.filename), path_parts(info.filename), read)
+        yield Member(printable(info.filename)[:MAX_NAME], path_parts(info.filename), read)
 
 
 def _zip_reader(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Callable[[], bytes]:
@@ -115,7 +137,7 @@ def _zip_reader(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Callable[[],
     try:
         with archive.open(info) as file:
             data = file.read(MAX_BYTES + 1)
-    except (NotImplementedError, *_DAMAGE) as error:
+    except _DAMAGE as error:
         # The other members have checksums of their own: they may well be whole.
         return partial(_reject, Rejection(UNDECODABLE, f"in the archive: {error}"))
     return lambda: data
@@ -124,7 +146,8 @@ def _zip_reader(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Callable[[],
 def _tar_members(archive: tarfile.TarFile, *, with_data: bool) -> Iterator[Member]:
     while (info := archive.next()) is not None:
         if not info.isdir():
-            yield Member(printable(info.name), path_parts(info.name), _tar_reader(archive, info, with_data=with_data))
+            read = _tar_reader(archive, info, with_data=with_data)
+            yield Member(printable(info.name)[:MAX_NAME], path_parts(info.name), read)
         # tarfile remembers every member: a million of them are a gigabyte.
         archive.members.clear()  # type: ignore[attr-defined]
 
@@ -152,11 +175,11 @@ def path_parts(name: str) -> tuple[str, ...]:
         name: As the archive gives it.
 
     Returns:
-        The parts of its path; empty where it is absolute or leads upwards.
+        The parts of its path; empty where it is absolute or leads upwards, is too long or too deep.
     """
     # Some Windows tools write backslashes.
     path = printable(name.replace("\\", "/") if "/" not in name else name)
     parts = tuple(part for part in path.split("/") if part not in ("", "."))
     if path.startswith("/") or ".." in parts or (parts and len(parts[0]) == 2 and parts[0][1] == ":"):
         return ()
-    return parts
+    return parts if len(path) <= MAX_NAME and len(parts) <= MAX_DEPTH + 1 else ()

@@ -5,10 +5,14 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from topwork.secrecy import without_secrets
+
 TRAIN = "train"
 """The one split of every source but TFDS."""
 
-_IGNORED_NAMES = {"thumbs.db", "desktop.ini", "icon\r", "__macosx", "lost+found"}
+# Control characters, separators of lines, and the marks that change the direction of a text.
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+_IGNORED_NAMES = {"thumbs.db", "desktop.ini", "icon\r", "icon?", "__macosx", "lost+found"}
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,19 @@ class Item:
     read: Callable[[], bytes]
 
 
+@dataclass(frozen=True)
+class Room:
+    """What a source takes on scratch, as far as can be told before it is fetched.
+
+    Attributes:
+        fetched: Bytes that are fetched to scratch first, such as an archive.
+        images: Bytes of the image files.
+    """
+
+    fetched: int
+    images: int
+
+
 class Source(Protocol):
     """Images with classes, in one or several splits.
 
@@ -40,6 +57,9 @@ class Source(Protocol):
 
     def digest(self) -> str:
         """Stand for the content as well as can be told without reading the images."""
+
+    def room(self) -> Room | None:
+        """Tell what the source takes on scratch, before anything is fetched; None where nobody knows."""
 
     def class_names(self) -> tuple[str, ...]:
         """Classes, in the order of their labels."""
@@ -64,8 +84,29 @@ def slug(text: str) -> str:
 
 
 def printable(text: str) -> str:
-    """Turn what is no Unicode in a name (half of a pair, or bytes that are no UTF-8) into question marks."""
-    return text.encode(errors="replace").decode()
+    """Turn what is no Unicode in a name (half of a pair, or bytes that are no UTF-8) into question marks.
+
+    The same becomes of what would write over a terminal, break a line of `labels.txt` or turn a text around. What is
+    secret, such as the signature in an address, becomes asterisks: names are stored and shown.
+    """
+    return _UNPRINTABLE.sub("?", without_secrets(text))
+
+
+def lookalikes(class_names: tuple[str, ...]) -> list[str]:
+    """Find classes that differ by case or spaces alone.
+
+    Most often that is a slip, which halves a class; but letters have such classes (A and a), so they are no error.
+
+    Args:
+        class_names: All classes.
+
+    Returns:
+        Each such group as `Cat, cat`.
+    """
+    groups: dict[str, list[str]] = {}
+    for name in class_names:
+        groups.setdefault("".join(name.casefold().split()), []).append(name)
+    return [", ".join(group) for group in groups.values() if len(group) > 1]
 
 
 def last_part(uri: str) -> str:

@@ -1,8 +1,6 @@
 """Images that a table names: CSV or JSON lines, each row with an image's address and its class."""
 
-import csv
 import hashlib
-import json
 import posixpath
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -10,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from topwork.data.proving import MAX_BYTES, MISSING, TOO_LARGE, Rejection
+from topwork.data.sources.rows import Labels, rows_of
 from topwork.data.sources.source import TRAIN, Item, last_part, printable, slug
 from topwork.errors import DataError
 from topwork.spec.dataset import TableSource
 from topwork.workspace import Workspace
-
-_JSON_LINES = (".jsonl", ".ndjson")
 
 
 class Table:
@@ -26,7 +23,6 @@ class Table:
         self._workspace = workspace
         self._parent = source.uri.rpartition("/")[0] or ("/" if source.uri.startswith("/") else ".")
         self._is_stored = source.uri.startswith("s3://")
-        self._is_json = source.uri.lower().endswith(_JSON_LINES)
         self._path: Path | None = None
         self._found: tuple[tuple[str, ...], int] | None = None
         self._storages = {self._parent: workspace.storage.at(self._parent)} if self._is_stored else {}
@@ -41,6 +37,9 @@ class Table:
         with self._local().open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
+    def room(self) -> None:
+        """Nobody knows without asking for each image."""
+
     def class_names(self) -> tuple[str, ...]:
         """All classes of the column, sorted."""
         return self._summary()[0]
@@ -51,19 +50,21 @@ class Table:
 
     def items(self, split: str) -> Iterator[Item]:
         """Yield the images in the order of the rows."""
-        for address, label in self._rows():
-            yield Item(address, label or None, partial(self._read, address))
+        for _, address, label in self._rows():
+            yield Item(printable(address), printable(label) or None, partial(self._read, address))
 
     def _summary(self) -> tuple[tuple[str, ...], int]:
         if self._found is None:
-            classes, count = set(), 0
-            for _, label in self._rows():
-                count += 1
+            classes, labels = set(), Labels(self._source.uri)
+            for line, address, label in self._rows():
+                labels.add(line, address, label)
                 if label:
-                    classes.add(label)
-            if not count:
+                    classes.add(printable(label))
+            if not labels.rows:
                 raise DataError(f"The table {self._source.uri} has no row.")
-            self._found = tuple(sorted(classes)), count
+            if labels.repeated:
+                self._workspace.progress.note("images named by several rows", rows=labels.repeated)
+            self._found = tuple(sorted(classes)), labels.rows
         return self._found
 
     def _local(self) -> Path:
@@ -84,40 +85,9 @@ class Table:
     def _missing(self) -> DataError:
         return DataError(f"The table {self._source.uri} of spec.dataset.source.table.uri does not exist.")
 
-    def _rows(self) -> Iterator[tuple[str, str]]:
-        """Yield address and class of each row."""
-        source = self._source
-        # utf-8-sig: spreadsheets begin a CSV file with a byte order mark.
-        with self._local().open(encoding="utf-8-sig", newline="") as file:
-            try:
-                for line, row in self._parsed(file):
-                    for column in (source.image, source.label):
-                        if column not in row:
-                            raise DataError(
-                                f"{source.uri}, line {line}: no column {column}. There are {', '.join(map(str, row))}."
-                            )
-                    yield _text(row[source.image]), _text(row[source.label])
-            except UnicodeDecodeError as error:
-                raise DataError(f"{source.uri} is not UTF-8 text: {error}.") from error
-            except csv.Error as error:
-                raise DataError(f"{source.uri} is not a CSV table: {error}.") from error
-
-    def _parsed(self, file: Any) -> Iterator[tuple[int, dict[str, Any]]]:
-        if not self._is_json:
-            reader = csv.DictReader(file, restkey="further columns")
-            for row in reader:
-                yield reader.line_num, row
-            return
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise DataError(f"{self._source.uri}, line {number}: not JSON: {error}.") from error
-            if not isinstance(row, dict):
-                raise DataError(f"{self._source.uri}, line {number}: expected an object, found {line.strip()[:40]}.")
-            yield number, row
+    def _rows(self) -> Iterator[tuple[int, str, str]]:
+        """Yield line, address and class of each row."""
+        return rows_of(self._local(), self._source)
 
     def _read(self, address: str) -> bytes:
         if not address:
@@ -149,8 +119,3 @@ def _read_local(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise Rejection(MISSING, error.strerror or str(error)) from error
-
-
-def _text(value: Any) -> str:
-    """Turn a cell into text: 3 and "3" name one class."""
-    return "" if value is None else printable(str(value)).strip()

@@ -14,7 +14,7 @@ from tensorflow_datasets.core.download import downloader
 from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
 
 from topwork.data.mirror import ROOT, AskedName, fetch_facts, fetch_images, is_prepared, mirrored
-from topwork.data.sources.source import Item, slug
+from topwork.data.sources.source import Item, Room, slug
 from topwork.errors import DataError, UnavailableError
 from topwork.manifest import fetch_whole, read_manifest
 from topwork.workspace import Workspace
@@ -66,6 +66,12 @@ class TfdsSource:
     def digest(self) -> str:
         """Stand for the dataset: a version of TFDS never changes its content."""
         return str(self._builder.info.full_name)
+
+    def room(self) -> Room:
+        """Tell what TFDS knows: its downloads, the dataset as it prepares it, and the images in it."""
+        info = self._builder.info
+        downloads = 0 if self._mirrored else int(info.download_size or 0)
+        return Room(fetched=downloads + int(info.dataset_size or 0), images=int(info.dataset_size or 0))
 
     def class_names(self) -> tuple[str, ...]:
         """Classes in the order of the dataset's labels."""

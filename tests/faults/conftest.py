@@ -1,0 +1,48 @@
+"""A job that is small enough to be run a hundred times, and a proxy in front of its storage."""
+
+import uuid
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from PIL import Image
+from tests.conftest import BUCKET
+from tests.faults.proxy import Proxy, proxy_before
+
+from topwork.edge.storage import Storage, StorageSettings
+from topwork.spec import TransferJob
+
+
+@pytest.fixture
+def proxy(s3_settings: StorageSettings) -> Iterator[Proxy]:
+    with proxy_before(str(s3_settings.endpoint_url)) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def small_job(s3_settings: StorageSettings, tmp_path_factory: pytest.TempPathFactory) -> TransferJob:
+    """A job on 24 pictures in storage; `spec.storage` is where nothing is: tests say where it works."""
+    photos = Storage(f"s3://{BUCKET}/photos-{uuid.uuid4().hex[:8]}", s3_settings)
+    folder, random = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    for channel, name in ((2, "blue"), (0, "red")):
+        for index in range(12):
+            pixels = random.integers(0, 120, (10, 9, 3), dtype=np.uint8)
+            pixels[..., channel] += 120
+            Image.fromarray(pixels).save(folder / "picture.png")
+            photos.write(f"{name}/{index:02}.png", (folder / "picture.png").read_bytes())
+    spec = {
+        "storage": f"s3://{BUCKET}/nowhere",
+        "dataset": {
+            "source": {"folder": {"uri": photos.uri}},
+            "splits": {"train": "train[:60%]", "validation": "train[60%:80%]", "test": "train[80%:]"},
+            "imageSize": [16, 16],
+        },
+        "model": {"base": {"cnn": {"filters": [2]}}, "head": {"dropout": 0.0}},
+        "transfer": {"train": "all", "epochs": 1, "batchSize": 6, "featureCache": "off"},
+        "fineTune": {"epochs": 1},
+        "publish": {"formats": ["keras"]},
+        "compute": {"gpus": 0},
+    }
+    return TransferJob.model_validate(
+        {"apiVersion": "topwork.dev/v1alpha1", "kind": "TransferJob", "metadata": {"name": "small"}, "spec": spec}
+    )

@@ -1,0 +1,390 @@
+"""Model files that mean harm; Lambdas and custom objects, the plain ways in, stand in unit/test_model_saved.py."""
+
+import copy
+import io
+import json
+import pickle
+import random
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import h5py
+import keras
+import numpy as np
+import pytest
+
+from topwork.errors import DataError
+from topwork.model.opening import open_model
+from topwork.model.weights import load_weights
+
+MIB = 2**20
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory) -> Path:
+    """A folder with a small model as `a.keras` and as `a.h5`."""
+    folder = tmp_path_factory.mktemp("good")
+    image = keras.Input((8, 8, 3))
+    maps = keras.layers.Conv2D(2, 3, name="low")(keras.layers.RandomFlip()(image))
+    model = keras.Model(image, keras.layers.Dense(2, name="classes")(keras.layers.Flatten()(maps)))
+    model.save(folder / "a.keras")
+    model.save(folder / "a.h5")
+    return folder
+
+
+def parts_of(file: Path) -> dict[str, Any]:
+    with zipfile.ZipFile(file) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def packed(path: Path, parts: dict[str, bytes], method: int = zipfile.ZIP_STORED) -> Path:
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for name, data in parts.items():
+            archive.writestr(name, data)
+    return path
+
+
+def with_config(good: Path, path: Path, change: Callable[[dict[str, Any]], None]) -> Path:
+    """The good model as `.keras`, its architecture changed."""
+    parts = parts_of(good / "a.keras")
+    config = json.loads(parts["config.json"])
+    change(config)
+    return packed(path, parts | {"config.json": json.dumps(config).encode()})
+
+
+def with_weights(good: Path, path: Path, change: Callable[[h5py.File], None]) -> Path:
+    """The good model as `.keras`, its weights changed."""
+    parts = parts_of(good / "a.keras")
+    file = io.BytesIO(parts["model.weights.h5"])
+    with h5py.File(file, "r+") as weights:
+        change(weights)
+    return packed(path, parts | {"model.weights.h5": file.getvalue()})
+
+
+def layer(config: dict[str, Any], name: str) -> dict[str, Any]:
+    return next(found for found in config["config"]["layers"] if found["config"]["name"] == name)
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(DataError) as refused:
+        open_model(path)
+    return str(refused.value)
+
+
+# Architectures
+
+
+def without_shapes(config):
+    for found in config["config"]["layers"]:
+        found.pop("build_config", None)
+
+
+def huge_dense(config):
+    layer(config, "classes")["config"]["units"] = 10**12
+
+
+def huge_convolution(config):
+    layer(config, "low")["config"]["filters"] = 10**10
+    without_shapes(config)
+
+
+def huge_image(config):
+    config["config"]["layers"][0]["config"]["batch_shape"] = [None, 10**6, 10**6, 3]
+    without_shapes(config)
+
+
+def downloads(config):
+    """A function of Keras that fetches what it is told to."""
+    function = {"module": "keras.utils", "class_name": "get_file", "registered_name": None}
+    layer(config, "low")["config"]["kernel_initializer"] = function | {"config": {"origin": "http://127.0.0.1:1/x"}}
+
+
+def runs_a_command(config):
+    function = {"module": "os", "class_name": "system", "registered_name": None, "config": {"command": "false"}}
+    layer(config, "low")["config"]["activation"] = function
+
+
+def runs_a_builtin(config):
+    layer(config, "low")["config"]["activation"] = {"module": "builtins", "class_name": "eval", "config": "1"}
+
+
+def reads_a_file(config):
+    lookup = {"name": "spy", "vocabulary": "/etc/passwd"}
+    config["config"]["layers"][1] |= {"module": "keras.layers", "class_name": "StringLookup", "config": lookup}
+
+
+def unsafe_lambda_in_a_wrapper(config):
+    inner = {"module": "keras.layers", "class_name": "Lambda", "config": {"name": "spy", "function": ["bytes", None]}}
+    config["config"]["layers"][1] |= {"class_name": "TimeDistributed", "config": {"name": "outer", "layer": inner}}
+
+
+def endless_nesting(config):
+    inner: dict[str, Any] = {"class_name": "Dense"}
+    for _ in range(70):
+        inner = {"class_name": "Sequential", "config": {"layers": [inner]}}
+    config["config"]["layers"][1]["config"] |= {"layer": inner}
+
+
+def no_layers(config):
+    config["config"] = {"layers": 7}
+
+
+ARCHITECTURES = [
+    (huge_dense, "describes layers with 73000000000058 parameters, and holds"),
+    (huge_convolution, "parameters, and holds"),
+    (huge_image, "parameters, and holds"),
+    (downloads, "holds keras.utils.get_file: a base is made of Keras' built-in layers for images alone"),
+    (runs_a_command, "holds os.system"),
+    (runs_a_builtin, "holds builtins.eval"),
+    (reads_a_file, "holds a StringLookup ("),
+    (unsafe_lambda_in_a_wrapper, "holds a Lambda (spy)"),
+    (endless_nesting, "holds more than 200 levels of layers"),
+    (no_layers, "can't be loaded as a Keras model"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), ARCHITECTURES, ids=[change.__name__ for change, _ in ARCHITECTURES])
+def test_a_hostile_architecture_is_refused(good, tmp_path, change, message):
+    assert message in refusal(with_config(good, tmp_path / "b.keras", change))
+
+
+def test_an_architecture_that_is_too_large_is_refused_in_an_h5_as_well(good, tmp_path):
+    shutil.copy(good / "a.h5", tmp_path / "b.h5")
+    with h5py.File(tmp_path / "b.h5", "r+") as file:
+        config = json.loads(file.attrs["model_config"])
+        huge_dense(config)
+        file.attrs["model_config"] = json.dumps(config)
+    assert "describes layers with 73000000000058 parameters" in refusal(tmp_path / "b.h5")
+
+
+def test_a_model_that_was_measured_gets_its_weights_and_so_does_the_next(good):
+    for name in ("a.keras", "a.h5"):
+        model = open_model(good / name)
+        assert all(np.isfinite(weight).all() for weight in model.get_weights())
+        assert np.abs(model.get_layer("low").get_weights()[0]).sum() > 0
+    np.testing.assert_array_equal(model.get_weights()[0], open_model(good / "a.keras").get_weights()[0])
+    assert keras.Sequential([keras.Input((2,)), keras.layers.Dense(3)]).count_params() == 9
+
+
+# Containers
+
+
+def bomb_of_weights(good, path):
+    packed(path, parts_of(good / "a.keras") | {"model.weights.h5": bytes(24 * MIB)}, zipfile.ZIP_DEFLATED)
+
+
+def bomb_of_an_architecture(good, path):
+    packed(path, parts_of(good / "a.keras") | {"config.json": b" " * 17 * MIB}, zipfile.ZIP_DEFLATED)
+
+
+def deep_json(good, path):
+    packed(path, parts_of(good / "a.keras") | {"config.json": b"[" * 200_000})
+
+
+def further_files(good, path):
+    packed(path, parts_of(good / "a.keras") | {"assets/../../evil": b"x"})
+
+
+def two_architectures(good, path):
+    packed(path, parts_of(good / "a.keras"))
+    with pytest.warns(UserWarning, match="Duplicate"), zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("config.json", parts_of(good / "a.keras")["config.json"])
+
+
+class Trace:
+    """Leaves a trace where it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def pickle_in_npz(good, path):
+    parts = parts_of(good / "a.keras")
+    del parts["model.weights.h5"]
+    file = io.BytesIO()
+    np.savez(file, low=np.array([Trace(path.parent / "ran")], dtype=object))
+    packed(path, parts | {"model.weights.npz": file.getvalue()})
+
+
+def bare_pickle(good, path):
+    path.write_bytes(pickle.dumps(Trace(path.parent / "ran")))
+
+
+def legacy_zip(good, path):
+    packed(path, {"saved_model.pb": b"x", "variables/variables.index": b"x"})
+
+
+CONTAINERS = [
+    (bomb_of_weights, "is refused: it holds model.weights.h5 of 25165824 bytes in"),
+    (bomb_of_an_architecture, "is refused: it holds config.json of 17825792 bytes in"),
+    (deep_json, "is no Keras model"),
+    (further_files, "Files beside them are never read."),
+    (two_architectures, "each once"),
+    (pickle_in_npz, "holds config.json, metadata.json, model.weights.npz, and a model of image layers holds"),
+    (bare_pickle, "is no Keras model"),
+    (legacy_zip, "holds saved_model.pb"),
+]
+
+
+@pytest.mark.parametrize(("write", "message"), CONTAINERS, ids=[write.__name__ for write, _ in CONTAINERS])
+def test_a_hostile_container_is_refused(good, tmp_path, write, message):
+    write(good, tmp_path / "b.keras")
+    assert message in refusal(tmp_path / "b.keras")
+    assert [path.name for path in tmp_path.iterdir()] == ["b.keras"]
+
+
+def test_a_file_that_is_two_models_is_judged_by_the_one_that_is_loaded(good, tmp_path):
+    """HDF5 with a Lambda, and behind it a zip without: Keras goes by the name, and so must who looks before."""
+    image = keras.Input((8, 8, 3))
+    spy = keras.layers.Lambda(lambda x, path=str(tmp_path / "ran"): (Path(path).touch(), x)[1], name="spy")
+    model = keras.Model(image, keras.layers.Conv2D(2, 1)(spy(image)))
+    (tmp_path / "ran").unlink(missing_ok=True)
+    model.save(tmp_path / "b.h5")
+    packed(tmp_path / "c.keras", parts_of(good / "a.keras"))
+    (tmp_path / "b.h5").write_bytes((tmp_path / "b.h5").read_bytes() + (tmp_path / "c.keras").read_bytes())
+    assert zipfile.is_zipfile(tmp_path / "b.h5")
+    assert "holds a Lambda (spy)" in refusal(tmp_path / "b.h5")
+    assert not (tmp_path / "ran").exists()
+
+
+# Arrays
+
+
+def first(file: h5py.File) -> tuple[h5py.Group, str]:
+    """Find the group and name of an array."""
+    found: list[str] = []
+    file.visititems(lambda name, item: found.append(name) if isinstance(item, h5py.Dataset) else None)
+    return file[found[-1]].parent, found[-1].rsplit("/", 1)[-1]
+
+
+def replaced(file: h5py.File, make: Callable[[h5py.Group, str], object]) -> None:
+    group, name = first(file)
+    del group[name]
+    make(group, name)
+
+
+def external_link(group, name):
+    group[name] = h5py.ExternalLink("/etc/passwd", "/")
+
+
+def soft_link(group, name):
+    group[name] = h5py.SoftLink("/")
+
+
+def external_storage(group, name):
+    group.create_dataset(name, (100,), "u1", external=[("/etc/passwd", 0, 100)])
+
+
+def virtual(group, name):
+    layout = h5py.VirtualLayout((2,), "f4")
+    layout[0] = h5py.VirtualSource("/etc/passwd", "x", (1,))[0]
+    group.create_virtual_dataset(name, layout)
+
+
+def huge_shape(group, name):
+    group.create_dataset(name, (10**6, 10**6), "f4", chunks=(1000, 1000), compression="gzip")
+
+
+def packed_zeros(group, name):
+    group.create_dataset(name, data=np.zeros(10_000_000, "f4"), compression="gzip", compression_opts=9)
+
+
+def texts(group, name):
+    group.create_dataset(name, data=["text"], dtype=h5py.string_dtype())
+
+
+def references(group, name):
+    group.create_dataset(name, data=[group.ref], dtype=h5py.ref_dtype)
+
+
+def unknown_filter(group, name):
+    properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    properties.set_chunk((2,))
+    properties.set_filter(32015, h5py.h5z.FLAG_OPTIONAL)
+    space = h5py.h5s.create_simple((2,))
+    h5py.h5d.create(group.id, name.encode(), h5py.h5t.NATIVE_FLOAT, space, properties)
+
+
+def own_type(group, name):
+    group[name] = np.dtype("f4")
+
+
+ARRAYS = [
+    (external_link, "holds a link"),
+    (soft_link, "holds a link"),
+    (external_storage, "holds values that lie in another file"),
+    (virtual, "holds values that lie in another file"),
+    (huge_shape, "of 1000000x1000000 values in 0 bytes"),
+    (packed_zeros, "of 10000000 values in"),
+    (texts, "holds values of the type object"),
+    (references, "holds values of the type object"),
+    (unknown_filter, "holds values that an unknown filter packed (32015)"),
+    (own_type, "holds a type of its own"),
+]
+
+
+@pytest.mark.parametrize(("make", "message"), ARRAYS, ids=[make.__name__ for make, _ in ARRAYS])
+def test_hostile_arrays_are_refused_in_models_and_in_weights(good, tmp_path, make, message):
+    path = with_weights(good, tmp_path / "b.keras", lambda file: replaced(file, make))
+    assert message in refusal(path)
+    shutil.copy(good / "a.h5", tmp_path / "b.h5")
+    with h5py.File(tmp_path / "b.h5", "r+") as file:
+        replaced(file, make)
+    assert message in refusal(tmp_path / "b.h5")
+    (tmp_path / "c.weights.h5").write_bytes(parts_of(path)["model.weights.h5"])
+    with pytest.raises(DataError) as refused:
+        load_weights(keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)]), tmp_path / "c.weights.h5", "Any")
+    assert message in str(refused.value)
+
+
+def test_groups_in_a_circle_end(good, tmp_path):
+    def circle(file):
+        file["circle"] = file["/"]
+
+    path = with_weights(good, tmp_path / "b.keras", circle)
+    assert open_model(path).count_params() == open_model(good / "a.keras").count_params()
+
+
+@pytest.mark.parametrize("name", ["a.keras", "a.h5"])
+def test_any_damage_to_a_model_ends_in_a_sentence(good, tmp_path, name):
+    """Damage of the container and the architecture; HDF5's own structure is damaged below."""
+    chance = random.Random(3)
+    whole = (good / name).read_bytes()
+    begins = whole.find(b'{"')
+    for _ in range(12):
+        data = bytearray(whole)
+        for _ in range(chance.randint(1, 4)):
+            data[chance.choice([chance.randrange(len(data)), begins + chance.randrange(2000)])] = chance.randrange(256)
+        (tmp_path / name).write_bytes(data[: chance.choice([len(data), len(data), chance.randrange(len(data))])])
+        try:
+            open_model(tmp_path / name)
+        except DataError as error:
+            assert str(error).startswith(name)
+
+
+def test_an_architecture_of_anything_ends_in_a_sentence(good, tmp_path):
+    """Values of the architecture replaced by others: whatever a layer raises is the file's fault."""
+    chance = random.Random(4)
+    parts = parts_of(good / "a.keras")
+    config = json.loads(parts["config.json"])
+    for _ in range(25):
+        changed = copy.deepcopy(config)
+        place: Any = changed["config"]["layers"]
+        while isinstance(place, dict | list) and place:
+            keys = list(place) if isinstance(place, dict) else list(range(len(place)))
+            key, above = chance.choice(keys), place
+            place = place[key]
+            if chance.random() < 0.3:
+                break
+        above[key] = chance.choice([None, -1, 10**30, 1e308, "", "x" * 50, [], {}, [[]], {"a": []}, True])
+        packed(tmp_path / "b.keras", parts | {"config.json": json.dumps(changed).encode()})
+        try:
+            open_model(tmp_path / "b.keras")
+        except DataError as error:
+            assert str(error).startswith("b.keras")

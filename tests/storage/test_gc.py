@@ -1,0 +1,143 @@
+"""`topwork gc`: what goes, and above all what stays."""
+
+import json
+from datetime import timedelta
+
+import pytest
+from typer.testing import CliRunner
+
+from topwork.cli import app
+from topwork.cli.failures import failure_of
+from topwork.manifest import write_whole
+from topwork.stages.leftovers import leftovers, remove
+from topwork.stages.versions import Version, claim
+
+AT_ONCE = timedelta(0)
+PART_BYTES = 5 << 20
+
+
+def whole(storage, prefix, folder, facts=None):
+    folder.mkdir(exist_ok=True)
+    (folder / "file").write_bytes(b"1234")
+    write_whole(storage, prefix, folder, facts or {})
+
+
+def version(number, dataset):
+    return Version(
+        name="cats", version=number, uri="s3://…", run="cats-1", weights="0" * 64, published="2026-01-01T00:00:00Z",
+        main_metric="accuracy", metrics={}, split="test", images=1, dataset=dataset,
+    ).model_dump(mode="json")  # fmt: skip
+
+
+@pytest.fixture
+def used(storage, tmp_path):
+    """A storage with one of everything that must stay; gives its keys."""
+    whole(storage, "datasets/cats/aaaa0000", tmp_path / "made")
+    whole(storage, "datasets/dogs/bbbb0000", tmp_path / "made")
+    whole(storage, "datasets/birds/cccc0000", tmp_path / "made")
+    # The run is not done: its checkpoint and features are all that it has.
+    storage.write("runs/cats-1/pull/done.json", json.dumps({"dataset": "datasets/cats/aaaa0000"}).encode())
+    whole(storage, "runs/cats-1/transfer/checkpoints/00001", tmp_path / "made")
+    storage.write("runs/cats-1/transfer/features/train-0000000000.npy", b"features")
+    # The runs of these models were deleted; one is of a topwork that named its dataset in the card alone.
+    whole(storage, "models/cats/1", tmp_path / "made", version(1, "datasets/dogs/bbbb0000"))
+    storage.write("models/cats/latest.json", json.dumps(version(1, "datasets/dogs/bbbb0000")).encode())
+    (tmp_path / "made" / "card.md").write_text(f"| Dataset | {storage.uri}/datasets/birds/cccc0000 |")
+    whole(storage, "models/cats/2", tmp_path / "made", version(2, ""))
+    whole(storage, "mirror/tfds/mnist/3.0.1", tmp_path / "made")
+    storage.write("weights/imagenet/VGG16.weights.h5", b"weights")
+    storage.write("notes.txt", b"somebody's own")
+    return {stored.key for stored in storage.list()}
+
+
+@pytest.fixture
+def littered(used, storage, tmp_path):
+    """The same with one of everything that can go; gives what stays, and what goes by its kind."""
+    storage.write("datasets/cats/dddd0000/stored_images-train.tfrecord-00000-of-00001", b"half")
+    whole(storage, "datasets/cats/eeee0000", tmp_path / "made")
+    claim(storage, "cats", "cats-9")
+    storage.write("models/cats/3/model.keras", b"half")
+    storage.write("runs/cats-1/fine-tune/checkpoints/00001/state.npz", b"half")
+    storage.write("runs/cats-2/transfer/done.json", b"{}")
+    whole(storage, "runs/cats-2/transfer/checkpoints/00002", tmp_path / "made")
+    storage.write("runs/cats-2/transfer/features/train-0000000000.npy", b"features")
+    upload = storage._client.create_multipart_upload(Bucket=storage._bucket, Key=f"{storage._base}runs/cats-3/big")
+    storage._client.upload_part(
+        Bucket=storage._bucket, Key=f"{storage._base}runs/cats-3/big", UploadId=upload["UploadId"], PartNumber=1,
+        Body=bytes(PART_BYTES),
+    )  # fmt: skip
+    storage._client.create_multipart_upload(Bucket=storage._bucket, Key=f"{storage._base}foreign/big")
+    return used | {"runs/cats-2/transfer/done.json"}
+
+
+GOES = {
+    "datasets/cats/dddd0000": "half-written",
+    "datasets/cats/eeee0000": "unreferenced dataset",
+    "models/cats/3": "half-written",
+    "runs/cats-1/fine-tune/checkpoints/00001": "half-written",
+    "runs/cats-2/transfer/checkpoints": "finished stage",
+    "runs/cats-2/transfer/features": "finished stage",
+    "runs/cats-3/big": "unfinished upload",
+}
+
+
+def test_what_is_named_or_needed_stays(used, storage):
+    assert leftovers(storage, AT_ONCE) == []
+
+
+def test_every_kind_of_leftover_goes_and_nothing_else(littered, storage):
+    found = leftovers(storage, AT_ONCE)
+    assert {leftover.prefix: leftover.kind for leftover in found} == GOES
+    sizes = {leftover.prefix: leftover.size for leftover in found}
+    assert sizes["runs/cats-3/big"] == PART_BYTES
+    assert sizes["runs/cats-1/fine-tune/checkpoints/00001"] == len(b"half")
+    assert [leftover.prefix for leftover in remove(storage, found)] == sorted(GOES)
+    assert {stored.key for stored in storage.list()} == littered
+    assert [upload.key for upload in storage.unfinished_uploads(older_than_seconds=0)] == ["foreign/big"]
+    assert leftovers(storage, AT_ONCE) == []
+
+
+def test_what_is_younger_than_the_limit_stays(littered, storage):
+    assert leftovers(storage, timedelta(hours=1)) == []
+
+
+def test_what_comes_into_use_before_it_is_deleted_stays(littered, storage, tmp_path):
+    found = leftovers(storage, AT_ONCE)
+    storage.write("runs/new-1/pull/done.json", json.dumps({"dataset": "datasets/cats/eeee0000"}).encode())
+    (tmp_path / "made" / "stored_images-train.tfrecord-00000-of-00001").write_bytes(b"whole")
+    whole(storage, "datasets/cats/dddd0000", tmp_path / "made")
+    gone = {leftover.prefix for leftover in remove(storage, found)}
+    assert gone == set(GOES) - {"datasets/cats/dddd0000", "datasets/cats/eeee0000"}
+    assert storage.size("datasets/cats/eeee0000/file") == storage.size("datasets/cats/dddd0000/file") == 4
+
+
+@pytest.fixture
+def command(storage, s3_settings, monkeypatch, tmp_path):
+    for name, value in {
+        "AWS_ENDPOINT_URL": s3_settings.endpoint_url,
+        "AWS_ACCESS_KEY_ID": s3_settings.access_key,
+        "AWS_SECRET_ACCESS_KEY": s3_settings.secret_key,
+        "HOME": str(tmp_path),
+    }.items():
+        monkeypatch.setenv(name, value)
+    return lambda *options: CliRunner().invoke(app, ["gc", storage.uri, *options])
+
+
+def test_a_dry_run_lists_and_deletes_nothing_and_the_next_one_says_what_it_freed(command, littered, storage):
+    before = {stored.key for stored in storage.list()}
+    shown = command("--dry-run", "--older-than", "0m")
+    assert shown.exit_code == 0, shown.output
+    for prefix, kind in GOES.items():
+        assert any(line.startswith(kind) and line.endswith(prefix) for line in shown.output.splitlines()), shown.output
+    assert f"Would free 5.0 MiB: {len(GOES)} leftovers in {storage.uri}." in shown.output
+    assert {stored.key for stored in storage.list()} == before
+    done = json.loads(command("--older-than", "0m", "--json").output)
+    assert (done["dryRun"], {one["key"]: one["kind"] for one in done["found"]}) == (False, GOES)
+    assert {stored.key for stored in storage.list()} == littered
+    assert command().output == f"Nothing in {storage.uri} is left over that is older than 24h.\n"
+
+
+def test_a_limit_that_is_none_is_refused(command):
+    assert str(failure_of(command("--older-than", "soon").exception)) == (
+        "--older-than is 'soon': expected a whole number of minutes, hours or days, such as 90m, 24h or 7d."
+    )
