@@ -148,6 +148,7 @@ def _require_room(source: Source, workspace: Workspace) -> None:
     # TFDS sorts what is more than its memory in a second copy on disk.
     copies = 2 if room.images > SORTED_IN_MEMORY_BYTES else 1
     what = f"Pulling {_where(source)}"
+    workspace.scratch.mkdir(parents=True, exist_ok=True)
     require_room(workspace.scratch, room.fetched + copies * room.images, what, workspace.scratch_limit)
 
 
