@@ -73,7 +73,7 @@ def test_the_slicing_of_tfds_is_understood(train, size):
     sources = {"train": Examples(0, labels[:11]), "test": Examples(11, labels[11:])}
     for seed in range(100):  # some seed gives both classes
         try:
-            chosen = choose(_splits(train=train, test="test[3:]"), sources, CLASSES, seed)
+            chosen = choose(_splits(train=train, test="test[6:]"), sources, CLASSES, seed)
         except DataError:
             continue
         assert len(chosen["train"]) == size
@@ -83,10 +83,10 @@ def test_the_slicing_of_tfds_is_understood(train, size):
 
 def test_complementary_slices_cover_a_split_of_any_size():
     for size in range(4, 60):
-        sources = {"train": Examples(0, np.zeros(size, int))}
+        sources = {"train": Examples(0, np.arange(size) % 2)}
         try:
             chosen = choose(
-                _splits(train="train[:70%]", validation="train[70%:90%]", test="train[-10%:]"), sources, ("cat",), 3
+                _splits(train="train[:70%]", validation="train[70%:90%]", test="train[-10%:]"), sources, CLASSES, 3
             )
         except DataError as error:
             assert "holds no image" in str(error) and size < 10
@@ -152,12 +152,3 @@ def test_a_class_without_training_images_is_refused():
 def test_missing_classes_are_named():
     assert missing_classes(np.array([0, 0]), CLASSES) == "dog"
     assert missing_classes(np.array([1, 0]), CLASSES) == ""
-
-
-@pytest.mark.parametrize("name", ["validation", "test"])
-def test_a_class_that_would_never_be_measured_is_refused(name):
-    splits = {"train": "train[1:]", "test": "train[1:]", name: "train[:1]"}
-    with pytest.raises(
-        DataError, match=rf"The {name} split holds no image of (cat|dog)\. Enlarge spec\.dataset\.splits\.{name}"
-    ):
-        choose(_splits(**splits), _train(), CLASSES, seed=1)

@@ -17,7 +17,7 @@ import tensorflow as tf
 from topwork.data.images import decode, resize
 from topwork.data.provers import usable_cores
 from topwork.data.records import Records, open_records
-from topwork.data.splits import NAMES, Examples, choose
+from topwork.data.splits import NAMES, Examples, choose, missing_classes
 from topwork.data.stored import StoredDataset
 from topwork.manifest import fetch_whole
 from topwork.spec import TransferJob
@@ -190,7 +190,7 @@ def fetch(dataset: StoredDataset, job: TransferJob, workspace: Workspace) -> Loc
     if _has_room(workspace.scratch, sum(_bytes_of(split) for split in splits.values()), job):
         for split in splits.values():
             split.keep_resized(folder, workspace)
-    _note_once(folder / "noted", splits, workspace)
+    _note_once(folder / "noted", splits, facts.class_names, workspace)
     return LocalDataset(facts.class_names, *(splits.get(name) for name in NAMES))  # type: ignore[arg-type]
 
 
@@ -217,7 +217,7 @@ def _has_room(scratch: Path, needed: int, job: TransferJob) -> bool:
     return needed <= _SHARE * min(shutil.disk_usage(scratch).free, in_bytes(job.spec.compute.scratch) / 2)
 
 
-def _note_once(mark: Path, splits: dict[str, Split], workspace: Workspace) -> None:
+def _note_once(mark: Path, splits: dict[str, Split], class_names: tuple[str, ...], workspace: Workspace) -> None:
     """Tell what is odd about the splits, in the first of the stages only."""
     if mark.exists():
         return
@@ -226,4 +226,7 @@ def _note_once(mark: Path, splits: dict[str, Split], workspace: Workspace) -> No
         common = int(np.isin(splits[other].digests, splits[one].digests).sum())
         if common:
             workspace.progress.note("duplicates across splits", images=common, of=other, also_in=one)
+    for name, split in splits.items():
+        if missing := missing_classes(split.labels, class_names):
+            workspace.progress.note("classes without an image", split=name, classes=missing)
     mark.touch()

@@ -13,7 +13,6 @@ from topwork.spec.dataset import PerClass, Splits
 from topwork.spec.slices import Slice, parse_slices
 
 NAMES = ("train", "validation", "test")
-SPLIT_WORDS = {"train": "training", "validation": "validation", "test": "test"}
 
 Positions = npt.NDArray[np.int64]
 
@@ -96,20 +95,19 @@ def choose(
         Positions among all stored examples, int64 (size,), for each split that the spec names.
 
     Raises:
-        DataError: If the splits can't be filled, or a split lacks a class.
+        DataError: If the splits can't be filled, or a class has no training image.
     """
     if splits.per_class:
         chosen = _by_counts(splits.per_class, sources, class_names, seed)
     else:
         chosen = {name: _by_slices(name, text, sources, seed) for name in NAMES if (text := getattr(splits, name))}
     labels = np.concatenate([examples.labels for examples in sources.values()])
-    for name, positions in chosen.items():
-        if missing := missing_classes(labels[positions], class_names):
-            raise DataError(
-                f"The {SPLIT_WORDS[name]} split holds no image of {missing}. "
-                f"Enlarge spec.dataset.splits.{name}, give counts with splits.perClass, or leave the class out of the "
-                "source."
-            )
+    missing = sorted(set(range(len(class_names))) - set(np.unique(labels[chosen["train"]]).tolist()))
+    if missing:
+        raise DataError(
+            f"The training split holds no image of {_named(class_names, missing)}. Enlarge spec.dataset.splits.train, "
+            f"give counts with splits.perClass, or leave the class out of the source."
+        )
     return chosen
 
 

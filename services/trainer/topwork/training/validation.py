@@ -9,6 +9,7 @@ from sklearn.metrics import roc_auc_score
 
 from topwork.data.batches import evaluation_batches
 from topwork.data.local import Split
+from topwork.errors import DataError
 from topwork.training.losses import correct, targets
 from topwork.training.steps import lost
 
@@ -24,15 +25,24 @@ class Validation:
         """Prepare the batches.
 
         Args:
-            split: Images and labels; each class has an image.
+            split: Images and labels.
             classes: Number of classes.
             batch_size: Images a step over all replicas.
             auc: Whether the area under the ROC curve is wanted.
+
+        Raises:
+            DataError: If the area is wanted and a class has no image.
         """
         self._labels = np.eye(classes, dtype=np.float32)[split.labels]
         batches = evaluation_batches(split, classes=classes, batch_size=batch_size)
         self._images = batches.map(lambda images, *_: images)
         self._split, self._auc = split, auc
+        missing = np.flatnonzero(self._labels.sum(axis=0) == 0).tolist()
+        if auc and missing:
+            raise DataError(
+                f"earlyStopping.monitor is auc, but classes {missing} have no image in the validation split. "
+                "Use a larger one, or monitor: loss."
+            )
 
     def measure(self, model: keras.Model, loss: keras.losses.Loss) -> dict[str, float]:
         """Measure the model as it is.
