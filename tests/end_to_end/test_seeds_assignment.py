@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.end_to_end.seeds import picture, same, values
+from tests.end_to_end.seeds import FEW, picture, same, values
 
 CLASSES = {"Cat": (90, 60, 40), "Dog": (40, 70, 120)}
 # Each class has a few more than the 1,500 that the example asks for.
@@ -94,7 +94,7 @@ def test_exactly_as_many_images_of_each_class_train_and_test_as_were_asked_for(a
 
 
 def test_the_example_takes_exactly_1000_training_and_500_test_images_of_each_class(assignment, seeds):
-    data = assignment.data_of(seeds.read("assignment-vgg16", "spec.dataset.imageSize=[32, 32]"))
+    data = assignment.data_of(seeds.read("assignment-vgg16", FEW, "spec.dataset.imageSize=[32, 32]"))
     assert np.bincount(data.train.labels).tolist() == [1000, 1000]
     assert np.bincount(data.test.labels).tolist() == [500, 500]
     assert data.validation is None

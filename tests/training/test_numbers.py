@@ -114,6 +114,18 @@ REFUSED = [
         "of at most 10, or more images in spec.dataset.splits.train.",
     ),
     (
+        {"dataset": {"train": "train[1:]", "validation": "train[:1]"}},
+        "The validation split holds no image of {missing}. Enlarge spec.dataset.splits.validation, give counts with "
+        "splits.perClass, leave the class out of the source, or evaluate without it: spec.dataset.onMissingClass: "
+        "allow.",
+    ),
+    (
+        {"dataset": {"train": "train[1:]", "test": "train[:1]"}},
+        "The test split holds no image of {missing}. Enlarge spec.dataset.splits.test, give counts with "
+        "splits.perClass, leave the class out of the source, or evaluate without it: spec.dataset.onMissingClass: "
+        "allow.",
+    ),
+    (
         {"dataset": {"train": "train[:1]", "validation": "train[1:]"}, "transfer": {"batchSize": 1}},
         "The training split holds no image of {missing}. Enlarge spec.dataset.splits.train, give counts with "
         "splits.perClass, or leave the class out of the source.",
@@ -128,7 +140,7 @@ REFUSED = [
 @pytest.mark.parametrize(
     ("changes", "expected"),
     REFUSED,
-    ids=["batch", "batch-of-fine-tune", "class-train", "empty"],
+    ids=["batch", "batch-of-fine-tune", "class-validation", "class-test", "class-train", "empty"],
 )
 def test_images_that_can_not_be_trained_on_are_refused_before_training(make_job, workspace, changes, expected):
     changes = {"transfer": {"batchSize": 2}, **changes}

@@ -8,7 +8,7 @@ import pytest
 from topwork.data.splits import Examples, check_splits, choose, missing_classes
 from topwork.data.stored import DatasetFacts
 from topwork.errors import DataError
-from topwork.spec.dataset import Splits
+from topwork.spec.dataset import Dataset, Splits
 
 CLASSES = ("cat", "dog")
 
@@ -34,24 +34,35 @@ def _splits(**splits):
     return Splits.model_validate(splits)
 
 
+def _dataset(on_missing_class="fail", **splits):
+    return Dataset.model_validate(
+        {
+            "source": {"tfds": "pets"},
+            "splits": splits,
+            "imageSize": [32, 32],
+            "onMissingClass": on_missing_class,
+        }
+    )
+
+
 THIRDS = {"train": "train[:40%]", "validation": "train[40%:50%]", "test": "train[50%:60%]"}
 
 
 def test_slices_are_disjoint_parts_of_the_asked_size():
-    chosen = choose(_splits(**THIRDS), _train(), CLASSES, seed=1)
+    chosen = choose(_dataset(**THIRDS), _train(), CLASSES, seed=1)
     assert {name: len(positions) for name, positions in chosen.items()} == {"train": 40, "validation": 10, "test": 10}
     assert len(np.unique(np.concatenate(list(chosen.values())))) == 60
 
 
 def test_a_dataset_stored_class_by_class_gives_mixed_slices():
-    chosen = choose(_splits(**THIRDS), _train(), CLASSES, seed=1)
+    chosen = choose(_dataset(**THIRDS), _train(), CLASSES, seed=1)
     dogs = {name: int((positions >= 50).sum()) for name, positions in chosen.items()}
     assert 10 <= dogs["train"] <= 30
     assert 0 < dogs["validation"] < 10
 
 
 def test_slices_depend_on_the_seed_alone():
-    one, again, other = (choose(_splits(**THIRDS), _train(), CLASSES, seed=seed) for seed in (1, 1, 2))
+    one, again, other = (choose(_dataset(**THIRDS), _train(), CLASSES, seed=seed) for seed in (1, 1, 2))
     assert all((one[name] == again[name]).all() for name in one)
     assert any((one[name] != other[name]).any() for name in one)
 
@@ -73,7 +84,7 @@ def test_the_slicing_of_tfds_is_understood(train, size):
     sources = {"train": Examples(0, labels[:11]), "test": Examples(11, labels[11:])}
     for seed in range(100):  # some seed gives both classes
         try:
-            chosen = choose(_splits(train=train, test="test[6:]"), sources, CLASSES, seed)
+            chosen = choose(_dataset("allow", train=train, test="test[6:]"), sources, CLASSES, seed)
         except DataError:
             continue
         assert len(chosen["train"]) == size
@@ -86,7 +97,10 @@ def test_complementary_slices_cover_a_split_of_any_size():
         sources = {"train": Examples(0, np.arange(size) % 2)}
         try:
             chosen = choose(
-                _splits(train="train[:70%]", validation="train[70%:90%]", test="train[-10%:]"), sources, CLASSES, 3
+                _dataset("allow", train="train[:70%]", validation="train[70%:90%]", test="train[-10%:]"),
+                sources,
+                CLASSES,
+                3,
             )
         except DataError as error:
             assert "holds no image" in str(error) and size < 10
@@ -97,7 +111,7 @@ def test_complementary_slices_cover_a_split_of_any_size():
 def test_counts_are_exact_for_each_class():
     sources = {"test": Examples(0, np.repeat([0, 1], [5, 30])), "train": Examples(35, np.repeat([0, 1], [40, 20]))}
     labels = np.concatenate([examples.labels for examples in sources.values()])
-    chosen = choose(_splits(perClass={"train": 20, "validation": 5, "test": 10}), sources, CLASSES, seed=1)
+    chosen = choose(_dataset(perClass={"train": 20, "validation": 5, "test": 10}), sources, CLASSES, seed=1)
     assert {name: np.bincount(labels[positions]).tolist() for name, positions in chosen.items()} == {
         "train": [20, 20],
         "validation": [5, 5],
@@ -145,8 +159,22 @@ def _constructed(splits):
 def test_a_class_without_training_images_is_refused():
     with pytest.raises(DataError, match=r"The training split holds no image of dog\. Enlarge"):
         choose(
-            _splits(train="train[:1]", test="train[1:]"), {"train": Examples(0, np.array([0] * 50))}, CLASSES, seed=1
+            _dataset("allow", train="train[:1]", test="train[1:]"),
+            {"train": Examples(0, np.array([0] * 50))},
+            CLASSES,
+            seed=1,
         )
+
+
+@pytest.mark.parametrize("name", ["validation", "test"])
+def test_a_class_that_would_never_be_measured_is_refused_unless_that_is_allowed(name):
+    splits = {"train": "train[1:]", "test": "train[1:]", name: "train[:1]"}
+    with pytest.raises(
+        DataError,
+        match=rf"The {name} split holds no image of (cat|dog)\. Enlarge .*\.{name}, .*onMissingClass: allow",
+    ):
+        choose(_dataset(**splits), _train(), CLASSES, seed=1)
+    assert len(choose(_dataset("allow", **splits), _train(), CLASSES, seed=1)[name]) == 1
 
 
 def test_missing_classes_are_named():

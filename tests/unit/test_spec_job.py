@@ -54,6 +54,7 @@ DEFAULTS = {
         "imageSize": [96, 96],
         "onCorruptImage": "skip",
         "maxRejectedRatio": 0.2,
+        "onMissingClass": "fail",
     },
     "model": {
         "base": {"application": "MobileNetV2", "weights": None, "saved": None, "cnn": None},
@@ -163,7 +164,8 @@ def test_digest_leaves_out_what_changes_no_result() -> None:
     job = TransferJob.model_validate(LEAST | {"metadata": {"name": "least", "labels": {"team": "vision"}}})
     compute = {"gpus": 2, "cpu": "500m", "extraCA": {"configMap": "company-ca"}, "prefetch": True}
     moved = with_spec(compute=compute, metrics={"lingerSeconds": 5})
-    assert {job.digest, moved.digest} == {TransferJob.model_validate(LEAST).digest}
+    allowed = with_spec(dataset={**LEAST["spec"]["dataset"], "onMissingClass": "allow"})
+    assert {job.digest, moved.digest, allowed.digest} == {TransferJob.model_validate(LEAST).digest}
 
 
 @pytest.mark.parametrize("changes", [{"seed": 1}, {"transfer": {"epochs": 11}}, {"storage": "s3://bucket/other"}])

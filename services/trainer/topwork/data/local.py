@@ -185,7 +185,7 @@ def fetch(dataset: StoredDataset, job: TransferJob, workspace: Workspace) -> Loc
     sources = {
         name: Examples(first, records.labels[first : first + size]) for name, (first, size) in records.splits.items()
     }
-    chosen = choose(spec.splits, sources, facts.class_names, job.spec.seed)
+    chosen = choose(spec, sources, facts.class_names, job.spec.seed)
     splits = {name: Split(records, positions, spec.image_size) for name, positions in chosen.items()}
     if _has_room(workspace.scratch, sum(_bytes_of(split) for split in splits.values()), job):
         for split in splits.values():

@@ -9,10 +9,11 @@ import numpy.typing as npt
 
 from topwork.data.stored import DatasetFacts
 from topwork.errors import DataError
-from topwork.spec.dataset import PerClass, Splits
+from topwork.spec.dataset import Dataset, PerClass, Splits
 from topwork.spec.slices import Slice, parse_slices
 
 NAMES = ("train", "validation", "test")
+SPLIT_WORDS = {"train": "training", "validation": "validation", "test": "test"}
 
 Positions = npt.NDArray[np.int64]
 
@@ -77,7 +78,7 @@ def count_images(splits: Splits, sizes: Mapping[str, int], classes: int | None) 
 
 
 def choose(
-    splits: Splits, sources: Mapping[str, Examples], class_names: tuple[str, ...], seed: int
+    dataset: Dataset, sources: Mapping[str, Examples], class_names: tuple[str, ...], seed: int
 ) -> dict[str, Positions]:
     """Choose the examples of each split.
 
@@ -86,7 +87,7 @@ def choose(
     splits together, permuted in the same way.
 
     Args:
-        splits: `spec.dataset.splits`.
+        dataset: `spec.dataset`.
         sources: What is stored, by source split.
         class_names: Classes in the order of their labels.
         seed: `spec.seed`.
@@ -95,19 +96,17 @@ def choose(
         Positions among all stored examples, int64 (size,), for each split that the spec names.
 
     Raises:
-        DataError: If the splits can't be filled, or a class has no training image.
+        DataError: If the splits can't be filled, or one lacks a class that it may not lack.
     """
+    splits = dataset.splits
     if splits.per_class:
         chosen = _by_counts(splits.per_class, sources, class_names, seed)
     else:
         chosen = {name: _by_slices(name, text, sources, seed) for name in NAMES if (text := getattr(splits, name))}
     labels = np.concatenate([examples.labels for examples in sources.values()])
-    missing = sorted(set(range(len(class_names))) - set(np.unique(labels[chosen["train"]]).tolist()))
-    if missing:
-        raise DataError(
-            f"The training split holds no image of {_named(class_names, missing)}. Enlarge spec.dataset.splits.train, "
-            f"give counts with splits.perClass, or leave the class out of the source."
-        )
+    for name, positions in chosen.items():
+        if missing := missing_classes(labels[positions], class_names):
+            _refuse_missing(name, missing, dataset)
     return chosen
 
 
@@ -123,6 +122,19 @@ def missing_classes(labels: npt.NDArray[np.int64], class_names: tuple[str, ...])
     """
     missing = sorted(set(range(len(class_names))) - set(np.unique(labels).tolist()))
     return _named(class_names, missing) if missing else ""
+
+
+def _refuse_missing(name: str, missing: str, dataset: Dataset) -> None:
+    if name == "train" or dataset.on_missing_class == "fail":
+        ways = [
+            f"Enlarge spec.dataset.splits.{name}",
+            "give counts with splits.perClass",
+            "leave the class out of the source",
+            *([] if name == "train" else ["evaluate without it: spec.dataset.onMissingClass: allow"]),
+        ]
+        raise DataError(
+            f"The {SPLIT_WORDS[name]} split holds no image of {missing}. {', '.join(ways[:-1])}, or {ways[-1]}."
+        )
 
 
 def permutation(size: int, *seeds: int) -> Positions:

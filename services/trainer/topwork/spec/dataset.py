@@ -99,6 +99,11 @@ class Dataset(Part):
     max_rejected_ratio: Number = Field(
         default=0.2, ge=0.0, le=1.0, description="Share of rejected images above which the job fails."
     )
+    on_missing_class: Literal["fail", "allow"] = Field(
+        default="fail",
+        description="What a class without an image in the validation or test split does to the job; one without a "
+        "training image always fails it.",
+    )
 
 
 @rule(ArchiveSource)

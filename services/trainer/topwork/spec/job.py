@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -13,6 +13,13 @@ from topwork.spec.model import Augmentation, Model
 from topwork.spec.outcome import DnsLabel, Evaluate, Publish
 from topwork.spec.part import Part, Whole
 from topwork.spec.training import FineTune, Transfer
+
+
+# What changes no result, so that a run goes on when it is changed.
+NO_RESULT: Any = {
+    "metadata": {"labels": True},
+    "spec": {"compute": True, "metrics": True, "dataset": {"on_missing_class": True}},
+}
 
 
 class Metadata(Part):
@@ -48,10 +55,8 @@ class TransferJob(Part):
 
     @property
     def digest(self) -> str:
-        """SHA-256, in hex, of all that can change the result: without labels, compute and metrics."""
-        content = self.model_dump(
-            mode="json", by_alias=True, exclude={"metadata": {"labels"}, "spec": {"compute", "metrics"}}
-        )
+        """SHA-256, in hex, of all that can change the result: not labels, compute, metrics and what refuses splits."""
+        content = self.model_dump(mode="json", by_alias=True, exclude=NO_RESULT)
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
     @property
