@@ -27,6 +27,7 @@ USES: dict[str, Use] = {
     "list": lambda storage, folder, entry: [found.key for found in storage.list()],
     "size": lambda storage, folder, entry: storage.size("there"),
     "read": lambda storage, folder, entry: storage.read("there") == DATA,
+    "read what is missing": lambda storage, folder, entry: storage.read("missing"),
     "write": lambda storage, folder, entry: storage.write("new", DATA),
     "upload": lambda storage, folder, entry: storage.upload(folder / "file", "new") == entry,
     "download": lambda storage, folder, entry: storage.download("there", folder / "fetched", entry) == entry,

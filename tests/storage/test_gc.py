@@ -93,7 +93,7 @@ def test_every_kind_of_leftover_goes_and_nothing_else(littered, storage):
     assert sizes["runs/cats-1/fine-tune/checkpoints/00001"] == len(b"half")
     assert [leftover.prefix for leftover in remove(storage, found)] == sorted(GOES)
     assert {stored.key for stored in storage.list()} == littered
-    assert [upload.key for upload in storage.unfinished_uploads(older_than_seconds=0)] == ["foreign/big"]
+    assert [upload.key for upload in storage.uploads.unfinished(older_than_seconds=0)] == ["foreign/big"]
     assert leftovers(storage, AT_ONCE) == []
 
 

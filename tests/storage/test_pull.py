@@ -142,7 +142,8 @@ def test_too_many_rejected_images_fail_before_anything_is_visible(make_job, work
     with pytest.raises(DataError) as failed:
         pull(make_job(), workspace)
     assert str(failed.value).startswith(
-        "42.9% of the images can't be used, more than spec.dataset.maxRejectedRatio 0.2 allows. 30 left out: "
+        f"42.9% of the images of {two_class_folder} can't be used, more than spec.dataset.maxRejectedRatio 0.2 allows. "
+        "30 left out: "
         "red/broken-00.jpg (unknown format); red/broken-01.jpg (unknown format); "
     )
     assert str(failed.value).endswith("red/broken-19.jpg (unknown format); and 10 more.")

@@ -162,11 +162,11 @@ def test_unfinished_uploads_are_given_back_below_the_prefix_and_of_that_age_only
     base = storage.uri.removeprefix(f"s3://{storage._bucket}/")
     for key in ("mine/1", "mine/2", "other"):
         storage._client.create_multipart_upload(Bucket=storage._bucket, Key=f"{base}/{key}")
-    assert storage.abort_unfinished_uploads("mine/", older_than_seconds=3600) == 0
+    assert storage.uploads.abort_unfinished("mine/", older_than_seconds=3600) == 0
     time.sleep(1.1)  # The server tells whole seconds.
-    assert storage.abort_unfinished_uploads("mine/", older_than_seconds=0) == 2
-    assert storage.abort_unfinished_uploads(older_than_seconds=0) == 1
-    assert storage.abort_unfinished_uploads(older_than_seconds=0) == 0
+    assert storage.uploads.abort_unfinished("mine/", older_than_seconds=0) == 2
+    assert storage.uploads.abort_unfinished(older_than_seconds=0) == 1
+    assert storage.uploads.abort_unfinished(older_than_seconds=0) == 0
 
 
 @pytest.mark.parametrize("uri", ["", "bucket/prefix", "s3://", "s3:///prefix", "https://host/bucket", "s3://b?x=1"])

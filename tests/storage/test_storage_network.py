@@ -136,6 +136,18 @@ def test_an_answer_that_breaks_off_is_read_again(
     assert retries(metrics) == 2
 
 
+def test_that_an_object_is_missing_is_believed_to_a_whole_answer_only(
+    storage: Storage, s3_settings: StorageSettings, front: Callable[..., Front]
+) -> None:
+    body = b"<Error><Code>NoSuchKey</Code></Error>"
+    half = b"HTTP/1.1 404 Not Found\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%b" % (len(body), body[:20])
+    storage.write("there", b"value")
+    through = Storage(storage.uri, replace(s3_settings, endpoint_url=front([half, half]).endpoint))
+    assert through.read("there") == b"value"
+    through = Storage(storage.uri, replace(s3_settings, endpoint_url=front([half]).endpoint))
+    assert through.read("missing") is None
+
+
 def test_an_answer_that_always_breaks_off_is_unavailable(
     storage: Storage, s3_settings: StorageSettings, front: Callable[..., Front]
 ) -> None:

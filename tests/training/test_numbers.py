@@ -161,7 +161,7 @@ def test_a_source_of_one_class_or_without_a_usable_image_is_refused_before_train
     for path in (two_class_folder / "red").iterdir():
         path.write_bytes(b"no image")
     with pytest.raises(
-        DataError, match=r"50\.0% of the images can't be used, more than spec\.dataset\.maxRejectedRatio"
+        DataError, match=r"50\.0% of the images of .* can't be used, more than spec\.dataset\.maxRejectedRatio"
     ):
         pull(job, workspace)
     for path in (two_class_folder / "blue").iterdir():

@@ -79,8 +79,8 @@ def clear_leftovers(job: TransferJob, workspace: Workspace) -> None:
         job: The job; no other process trains its run.
         workspace: Storage of the run.
     """
-    workspace.storage.abort_unfinished_uploads(f"runs/{job.run}/", older_than_seconds=0)
-    workspace.storage.abort_unfinished_uploads()
+    workspace.storage.uploads.abort_unfinished(f"runs/{job.run}/", older_than_seconds=0)
+    workspace.storage.uploads.abort_unfinished()
     for leftover in of_finished_stages(list(workspace.storage.list(f"runs/{job.run}/"))):
         workspace.storage.delete(leftover.keys)
 

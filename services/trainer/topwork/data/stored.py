@@ -64,6 +64,12 @@ class DatasetFacts(BaseModel):
         """Images of each class over all splits of the source."""
         return {name: sum(counts.get(name, 0) for counts in self.splits.values()) for name in self.class_names}
 
+    @property
+    def origin(self) -> str:
+        """Where the images came from, in a word: an address, or the name of a dataset of TFDS."""
+        ((_, source),) = self.source.items()
+        return str(source["uri"] if isinstance(source, dict) else source)
+
 
 @dataclass(frozen=True)
 class StoredDataset:

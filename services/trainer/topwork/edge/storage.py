@@ -7,9 +7,8 @@ or `DataError`; `edge.storage_errors` says which.
 import base64
 import hashlib
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
-from datetime import UTC, datetime, timedelta
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -22,7 +21,8 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait
 from topwork.disk import room_told
 from topwork.edge.storage_client import FROM_ENVIRONMENT, Meter, StorageSettings, Unmetered, connect, make_bucket
 from topwork.edge.storage_errors import code_of, refused, status_of, told
-from topwork.edge.storage_objects import NEVER, FileEntry, StoredObject, UnfinishedUpload, entry_of, split
+from topwork.edge.storage_objects import NEVER, FileEntry, StoredObject, entry_of, split
+from topwork.edge.storage_uploads import UnfinishedUpload, Uploads
 from topwork.errors import DamagedError, UnavailableError
 
 __all__ = [
@@ -284,64 +284,10 @@ class Storage:
                 failure = boto.ClientError({"Error": error, "ResponseMetadata": status}, "DeleteObjects")
                 raise refused(failure, self._endpoint, self._bucket, target)
 
-    def unfinished_uploads(self, prefix: str = "", older_than_seconds: float = 86400.0) -> Sequence[UnfinishedUpload]:
-        """List multipart uploads that were begun and not ended, such as those of killed processes.
-
-        Args:
-            prefix: Beginning of the keys, relative to `uri`.
-            older_than_seconds: Leave younger ones out: another process may be writing them.
-
-        Returns:
-            The uploads; none where the server does not tell or the account may not ask.
-        """
-        begun_before = datetime.now(UTC) - timedelta(seconds=older_than_seconds)
-        pages = self._client.get_paginator("list_multipart_uploads")
-        found = []
-        with self._told(prefix), _courtesy():
-            for page in pages.paginate(Bucket=self._bucket, Prefix=self._base + prefix):
-                for upload in page.get("Uploads", ()):
-                    if upload["Initiated"] <= begun_before:
-                        key = upload["Key"][len(self._base) :]
-                        found.append(UnfinishedUpload(key, upload["UploadId"], upload["Initiated"]))
-        return found
-
-    def size_of(self, upload: UnfinishedUpload) -> int:
-        """Return how many bytes of an unfinished upload the server holds; 0 where it does not tell."""
-        pages, size = self._client.get_paginator("list_parts"), 0
-        where = {"Bucket": self._bucket, "Key": self._base + upload.key, "UploadId": upload.identifier}
-        with self._told(upload.key), _courtesy():
-            for page in pages.paginate(**where):
-                size += sum(part["Size"] for part in page.get("Parts", ()))
-        return size
-
-    def abort(self, uploads: Iterable[UnfinishedUpload]) -> int:
-        """Give back what unfinished uploads hold.
-
-        Args:
-            uploads: The uploads.
-
-        Returns:
-            How many were given back; 0 where the account may not.
-        """
-        aborted = 0
-        for upload in uploads:
-            where = {"Key": self._base + upload.key, "UploadId": upload.identifier}
-            with self._told(upload.key), _courtesy():
-                self._client.abort_multipart_upload(Bucket=self._bucket, **where)
-                aborted += 1
-        return aborted
-
-    def abort_unfinished_uploads(self, prefix: str = "", older_than_seconds: float = 86400.0) -> int:
-        """Give back what half-written multipart uploads of killed processes hold.
-
-        Args:
-            prefix: Beginning of the keys, relative to `uri`.
-            older_than_seconds: Leave younger ones alone: another process may be writing them.
-
-        Returns:
-            How many were aborted; 0 where the server does not tell or the account may not ask.
-        """
-        return self.abort(self.unfinished_uploads(prefix, older_than_seconds))
+    @property
+    def uploads(self) -> Uploads:
+        """Multipart uploads that were begun below `uri` and not ended."""
+        return Uploads(self._client, self._bucket, self._base, self._told)
 
     @property
     def _endpoint(self) -> str:
@@ -376,13 +322,3 @@ class Storage:
 
     def _counted(self, direction: str) -> Any:
         return [ProgressCallbackInvoker(lambda count: self._meter.storage_bytes(direction, count))]
-
-
-@contextmanager
-def _courtesy() -> Iterator[None]:
-    """Do without what a server does not offer or an account may not: cleaning must fail no run."""
-    try:
-        yield
-    except boto.ClientError as error:
-        if status_of(error) not in {403, 404, 405, 501} or code_of(error) == "NoSuchBucket":
-            raise

@@ -24,21 +24,6 @@ class StoredObject:
     modified: datetime = field(default=NEVER, compare=False)
 
 
-@dataclass(frozen=True)
-class UnfinishedUpload:
-    """A multipart upload that was begun; what was sent of it takes room until it is given back.
-
-    Attributes:
-        key: Key that the object would have.
-        identifier: What the server calls the upload.
-        begun: When, as the server's clock tells it.
-    """
-
-    key: str
-    identifier: str
-    begun: datetime
-
-
 class FileEntry(BaseModel):
     """What a file must be: `size` in bytes and its SHA-256 in hex."""
 

@@ -15,6 +15,7 @@ from botocore import exceptions as boto
 
 # How often progress is looked at, as a part of the time that it may take.
 LOOKS = 4
+FIRST_ERROR = 300
 
 
 @dataclass
@@ -59,7 +60,8 @@ class Watch:
         # The length of an answer in chunks is not known, nor how much of it came.
         if response.raw.length_remaining:
             self._begin(response.raw)
-        if not is_stream:
+        # What is wrong stands in the body: half of one would be taken for another error.
+        if not is_stream or response.status_code >= FIRST_ERROR:
             _read(request, response)
         return response
 

@@ -14,7 +14,6 @@ from topwork.spec.outcome import DnsLabel, Evaluate, Publish
 from topwork.spec.part import Part, Whole
 from topwork.spec.training import FineTune, Transfer
 
-
 # What changes no result, so that a run goes on when it is changed.
 NO_RESULT: Any = {
     "metadata": {"labels": True},

@@ -78,8 +78,10 @@ def leftovers(storage: Storage, older_than: timedelta) -> list[Leftover]:
     # A folder is named once, whatever it can go for.
     by_prefix = {leftover.prefix: leftover for leftover in found if leftover.newest <= before}
     uploads = [
-        Leftover("unfinished upload", upload.key, size=storage.size_of(upload), newest=upload.begun, upload=upload)
-        for upload in storage.unfinished_uploads(older_than_seconds=older_than.total_seconds())
+        Leftover(
+            "unfinished upload", upload.key, size=storage.uploads.size_of(upload), newest=upload.begun, upload=upload
+        )
+        for upload in storage.uploads.unfinished(older_than_seconds=older_than.total_seconds())
         if _OURS.match(upload.key)
     ]
     inside = [one for one in by_prefix.values() if not _lies_in_another(one, by_prefix)]
@@ -101,7 +103,7 @@ def remove(storage: Storage, found: Iterable[Leftover]) -> Iterator[Leftover]:
     """
     for leftover in found:
         if leftover.upload:
-            gone = bool(storage.abort([leftover.upload]))
+            gone = bool(storage.uploads.abort([leftover.upload]))
         elif gone := not _came_into_use(storage, leftover):
             storage.delete(leftover.keys)
         if gone:

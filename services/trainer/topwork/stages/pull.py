@@ -189,7 +189,7 @@ def _check(facts: DatasetFacts, job: TransferJob) -> None:
     ratio = len(rejected) / max(1, len(rejected) + facts.images)
     if ratio > wanted.max_rejected_ratio:
         raise DataError(
-            f"{ratio:.1%} of the images can't be used, more than spec.dataset.maxRejectedRatio "
+            f"{ratio:.1%} of the images of {facts.origin} can't be used, more than spec.dataset.maxRejectedRatio "
             f"{wanted.max_rejected_ratio:g} allows. {shown_rejections(rejected)}"
         )
     check_splits(wanted.splits, facts)
