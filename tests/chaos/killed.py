@@ -4,6 +4,7 @@ import io
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -220,7 +221,13 @@ class Run:
         return self.storage.size(f"runs/{self.job.run}/{stage}/done.json") is not None
 
     def keys(self) -> list[str]:
-        return sorted(stored.key.replace(self.job.run, "RUN") for stored in self.storage.list())
+        """All keys; a model is named by its content, which holds the time."""
+        keys = (stored.key.replace(self.job.run, "RUN") for stored in self.storage.list())
+        return sorted(re.sub(r"model-[0-9a-f]{16}\.keras", "MODEL", key) for key in keys)
+
+    def model(self, stage: str) -> str:
+        """Key of the model that a stage made."""
+        return str(json.loads(self.storage.read(f"runs/{self.job.run}/{stage}/done.json") or b"")["key"])
 
     def json(self, key: str) -> Any:
         """Read what differs by nothing but times and names of places."""

@@ -40,7 +40,6 @@ HITS = {signal.SIGKILL: 200 if LONG else 20, signal.SIGTERM: 100 if LONG else 10
 # At most in one run: a stage that nears its end ends.
 HITS_OF_A_STAGE = {"pull": 6, "transfer": 13, "fine-tune": 15}
 ON_FEATURES = {"fineTune": {**SPEC["fineTune"], "featureCache": {"use": "on", "views": 2}}}
-COMPARED = ("transfer/model.keras", "fine-tune/model.keras")
 
 
 @pytest.fixture(scope="module")
@@ -112,9 +111,8 @@ def assert_same(run: Run, reference: Run) -> tuple[int, int]:
     """Compare all that two runs left; says how many weights and checkpoints were compared."""
     assert run.keys() == reference.keys()
     weights = 0
-    for file in COMPARED:
-        pairs = run.weights(f"runs/{run.job.run}/{file}"), reference.weights(f"runs/{reference.job.run}/{file}")
-        weights += assert_equal(*pairs)
+    for stage in ("transfer", "fine-tune"):
+        weights += assert_equal(run.weights(run.model(stage)), reference.weights(reference.model(stage)))
     weights += assert_equal(run.weights("models/chaos/1/model.keras"), reference.weights("models/chaos/1/model.keras"))
     for stage in ("transfer", "fine-tune"):
         one, other = (each.json(f"runs/{each.job.run}/{stage}/done.json") for each in (run, reference))

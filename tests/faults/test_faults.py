@@ -270,8 +270,11 @@ def test_a_stage_that_meets_a_fault_says_so_and_leaves_storage_whole(
     ("stage", "hidden"),
     [
         ("pull", ("/pull/done.json", "/manifest.json")),
-        ("transfer", ("/transfer/done.json",)),
-        ("fine-tune", ("/fine-tune/done.json",)),
+        # It looks before it clears leftovers, before it trains, and before it stores what it has trained.
+        ("transfer", ("/transfer/done.json",) * 2),
+        ("transfer", ("/transfer/done.json",) * 3),
+        ("fine-tune", ("/fine-tune/done.json",) * 2),
+        ("fine-tune", ("/fine-tune/done.json",) * 3),
         ("fine-tune", ("/publish/done.json",)),
     ],
 )

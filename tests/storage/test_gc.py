@@ -29,6 +29,9 @@ def version(number, dataset):
     ).model_dump(mode="json")  # fmt: skip
 
 
+NAMED = "runs/cats-2/transfer/model-0000000000000000.keras"
+
+
 @pytest.fixture
 def used(storage, tmp_path):
     """A storage with one of everything that must stay; gives its keys."""
@@ -58,7 +61,10 @@ def littered(used, storage, tmp_path):
     claim(storage, "cats", "cats-9")
     storage.write("models/cats/3/model.keras", b"half")
     storage.write("runs/cats-1/fine-tune/checkpoints/00001/state.npz", b"half")
-    storage.write("runs/cats-2/transfer/done.json", b"{}")
+    storage.write("runs/cats-1/fine-tune/model-0123456789abcdef.keras", b"not named yet")
+    storage.write("runs/cats-2/transfer/done.json", json.dumps({"key": NAMED}).encode())
+    storage.write(NAMED, b"model")
+    storage.write("runs/cats-2/transfer/model-fedcba9876543210.keras", b"another process was faster")
     whole(storage, "runs/cats-2/transfer/checkpoints/00002", tmp_path / "made")
     storage.write("runs/cats-2/transfer/features/train-0000000000.npy", b"features")
     upload = storage._client.create_multipart_upload(Bucket=storage._bucket, Key=f"{storage._base}runs/cats-3/big")
@@ -67,7 +73,7 @@ def littered(used, storage, tmp_path):
         Body=bytes(PART_BYTES),
     )  # fmt: skip
     storage._client.create_multipart_upload(Bucket=storage._bucket, Key=f"{storage._base}foreign/big")
-    return used | {"runs/cats-2/transfer/done.json"}
+    return used | {"runs/cats-2/transfer/done.json", NAMED}
 
 
 GOES = {
@@ -75,8 +81,10 @@ GOES = {
     "datasets/cats/eeee0000": "unreferenced dataset",
     "models/cats/3": "half-written",
     "runs/cats-1/fine-tune/checkpoints/00001": "half-written",
+    "runs/cats-1/fine-tune/model-0123456789abcdef.keras": "half-written",
     "runs/cats-2/transfer/checkpoints": "finished stage",
     "runs/cats-2/transfer/features": "finished stage",
+    "runs/cats-2/transfer/model-fedcba9876543210.keras": "finished stage",
     "runs/cats-3/big": "unfinished upload",
 }
 

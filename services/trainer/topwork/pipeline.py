@@ -81,7 +81,8 @@ def clear_leftovers(job: TransferJob, workspace: Workspace) -> None:
     """
     workspace.storage.uploads.abort_unfinished(f"runs/{job.run}/", older_than_seconds=0)
     workspace.storage.uploads.abort_unfinished()
-    for leftover in of_finished_stages(list(workspace.storage.list(f"runs/{job.run}/"))):
+    stored = list(workspace.storage.list(f"runs/{job.run}/"))
+    for leftover in of_finished_stages(workspace.storage, stored):
         workspace.storage.delete(leftover.keys)
 
 

@@ -17,6 +17,7 @@ from topwork.errors import DataError
 from topwork.manifest import NAME as MANIFEST
 from topwork.manifest import read_manifest
 from topwork.stages import versions
+from topwork.training.trained import MODEL
 
 Kind = Literal["half-written", "finished stage", "unreferenced dataset", "unfinished upload"]
 
@@ -74,7 +75,12 @@ def leftovers(storage: Storage, older_than: timedelta) -> list[Leftover]:
     """
     before = datetime.now(UTC) - older_than
     stored = list(storage.list())
-    found = [*_half_written(stored), *of_finished_stages(stored), *_unreferenced(storage, stored)]
+    found = [
+        *_half_written(stored),
+        *_unnamed_models(storage, stored, "half-written"),
+        *of_finished_stages(storage, stored),
+        *_unreferenced(storage, stored),
+    ]
     # A folder is named once, whatever it can go for.
     by_prefix = {leftover.prefix: leftover for leftover in found if leftover.newest <= before}
     uploads = [
@@ -132,21 +138,34 @@ def _half_written(stored: list[StoredObject]) -> list[Leftover]:
     ]
 
 
-def of_finished_stages(stored: Sequence[StoredObject]) -> list[Leftover]:
-    """Find checkpoints and features of stages that are done: they were killed right before they deleted them.
+def of_finished_stages(storage: Storage, stored: Sequence[StoredObject]) -> list[Leftover]:
+    """Find what stages that are done need no more: they were killed right before they deleted it.
 
     Args:
+        storage: Where the runs lie.
         stored: Objects of runs.
 
     Returns:
-        Folders that can go.
+        Checkpoints, features, and models that another process of the run was faster than.
     """
     keys = {each.key for each in stored}
-    return [
-        folder
-        for prefix, folder in _grouped(stored, _OF_A_STAGE, "finished stage").items()
-        if f"{prefix.rpartition('/')[0]}/done.json" in keys
-    ]
+    folders = _grouped(stored, _OF_A_STAGE, "finished stage").items()
+    return [folder for prefix, folder in folders if f"{prefix.rpartition('/')[0]}/done.json" in keys] + _unnamed_models(
+        storage, stored, "finished stage"
+    )
+
+
+def _unnamed_models(storage: Storage, stored: Sequence[StoredObject], kind: Kind) -> list[Leftover]:
+    """Models that the mark of their stage does not name: the process was killed before, or another one was faster."""
+    return [model for key, model in _grouped(stored, MODEL, kind).items() if _is_unnamed(storage, key, kind)]
+
+
+def _is_unnamed(storage: Storage, model: str, kind: Kind) -> bool:
+    """Whether there is no mark, or, of a stage that is done, one that names another model."""
+    mark = _json(storage, f"{model.rpartition('/')[0]}/done.json")
+    if kind == "half-written":
+        return not mark
+    return isinstance(mark, dict) and bool(mark) and mark.get("key") != model
 
 
 def _unreferenced(storage: Storage, stored: list[StoredObject]) -> list[Leftover]:
@@ -196,6 +215,8 @@ def _lies_in_another(leftover: Leftover, found: dict[str, Leftover]) -> bool:
 
 def _came_into_use(storage: Storage, leftover: Leftover) -> bool:
     """Look again right before the deletion: a run may have found the dataset, a writer may have ended its work."""
+    if MODEL.match(leftover.prefix):
+        return not _is_unnamed(storage, leftover.prefix, leftover.kind)
     if leftover.kind == "half-written":
         return storage.size(f"{leftover.prefix}/{MANIFEST}") is not None
     if leftover.kind == "unreferenced dataset":

@@ -7,6 +7,7 @@ import keras
 
 from topwork.data.local import LocalDataset, fetch
 from topwork.data.stored import StoredDataset
+from topwork.edge.storage import entry_of
 from topwork.model.augmentation import augment
 from topwork.model.classifier import in_precision
 from topwork.model.freezing import parameter_groups, unfreeze
@@ -19,7 +20,16 @@ from topwork.training.features import FeatureJob, computed, features_prefix
 from topwork.training.loop import Training
 from topwork.training.plan import Plan
 from topwork.training.strategy import check_replicas, policy, strategy
-from topwork.training.trained import Classifier, Parameters, Row, read_done, repeat, stage_prefix, write_done
+from topwork.training.trained import (
+    Classifier,
+    Parameters,
+    Row,
+    model_key,
+    read_done,
+    repeat,
+    stage_prefix,
+    write_done,
+)
 from topwork.workspace import Workspace
 
 
@@ -121,12 +131,13 @@ def _store(
     plain = in_precision(keras.Model(model.inputs[0], model.outputs[0], name="classifier"), "float32")
     path = workspace.scratch / f"{plan.stage}.keras"
     plain.save(path)
-    key = f"{stage_prefix(job.run, plan.stage)}/model.keras"
-    file = workspace.storage.upload(path, key)
+    file = entry_of(path)
+    key = model_key(job.run, plan.stage, file)
+    workspace.storage.upload(path, key)
     path.unlink()
     groups = parameter_groups(model)
     course = training.course
-    return write_done(
+    standing = write_done(
         workspace.storage,
         job.run,
         Classifier(
@@ -145,6 +156,9 @@ def _store(
             seconds=sum(float(row["seconds"]) for row in course.rows),
         ),
     )
+    if standing.key != key:
+        workspace.storage.delete([key])
+    return standing
 
 
 def found(classifier: Classifier, workspace: Workspace) -> Classifier:

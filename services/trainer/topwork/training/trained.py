@@ -1,5 +1,6 @@
 """What a training stage hands to the next, and keeps in storage as its `done.json`."""
 
+import re
 from datetime import datetime
 from typing import Literal
 
@@ -11,6 +12,9 @@ from topwork.errors import DataError
 
 StageName = Literal["transfer", "fine-tune"]
 Row = dict[str, float | int | str]
+
+MODEL = re.compile(r"runs/[^/]+/[^/]+/model-[0-9a-f]{16}\.keras")
+"""What `model_key` gives."""
 
 
 class Parameters(BaseModel):
@@ -64,6 +68,14 @@ class Classifier(BaseModel):
 def stage_prefix(run: str, stage: StageName) -> str:
     """Key of everything that a stage keeps in storage."""
     return f"runs/{run}/{stage}"
+
+
+def model_key(run: str, stage: StageName, file: FileEntry) -> str:
+    """Key of the model that a stage made.
+
+    Named by its content: two processes that end a stage at the same time can't replace each other's model.
+    """
+    return f"{stage_prefix(run, stage)}/model-{file.sha256[:16]}.keras"
 
 
 def read_done(storage: Storage, run: str, stage: StageName) -> Classifier | None:
