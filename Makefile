@@ -43,7 +43,15 @@ test-systems: $(SETUP) ## Run each example as its user would, and the models of 
 
 .PHONY: test-chaos
 test-chaos: $(SETUP) ## Kill and stop stages, and let storage fail in every way [TOPWORK_LONG=1 ten times as often]
-	$(BIN)/python -m pytest -s tests/chaos tests/faults
+	$(MAKE) -j 2 test-kills test-faults
+
+.PHONY: test-kills
+test-kills: $(SETUP) ## Kill and stop stages at random moments, and compare what they leave
+	$(BIN)/python -m pytest -s tests/chaos
+
+.PHONY: test-faults
+test-faults: $(SETUP) ## Let storage fail in every way at every stage, and measure memory
+	$(BIN)/python -m pytest -s tests/faults
 
 .PHONY: test-image
 test-image: $(SETUP) ## Build the image and run the containers of a rendered Job with podman

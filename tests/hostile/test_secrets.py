@@ -85,7 +85,7 @@ def planted():
     }
     keep_secrets(environment)
     yield environment
-    hide(())
+    hide((), "environment")
 
 
 def test_values_of_secret_variables_are_taken_out_however_they_are_spelled(planted):
@@ -118,7 +118,7 @@ def test_what_libraries_log_holds_no_secret(caplog):
         logging.getLogger("urllib3").warning("Retrying %s: %s", "/?X-Amz-Signature=" + SIGNATURE, "a-secret-of-mine")
     finally:
         logging.setLogRecordFactory(before)
-        hide(())
+        hide((), "environment")
     assert caplog.messages == ["Retrying /?X-Amz-Signature=*** ***"]
 
 

@@ -18,6 +18,7 @@ import pytest
 from topwork.edge.metrics import Metrics
 from topwork.edge.storage import FileEntry, Storage, StorageSettings
 from topwork.errors import SettingError, UnavailableError
+from topwork.secrecy import hide, without_secrets
 
 BUSY = b"HTTP/1.1 503 Slow Down\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 WHOLE = 1 << 40
@@ -306,6 +307,9 @@ def test_endpoint_and_credentials_come_from_a_profile(
     monkeypatch.setenv("AWS_PROFILE", "lab")
     storage.write("key", b"value")
     assert Storage(storage.uri).read("key") == b"value"
+    # Nobody reads it in a log, either.
+    assert without_secrets(f"the key is {s3_settings.secret_key}.") == "the key is ***."
+    hide((), "storage credentials")
 
 
 @pytest.mark.parametrize(

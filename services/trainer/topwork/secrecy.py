@@ -27,17 +27,20 @@ _PLACES = (
     (re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.DOTALL), "***"),
 )
 
+_known: dict[str, frozenset[str]] = {}
 _hidden: tuple[str, ...] = ()
 
 
-def hide(values: Iterable[str]) -> None:
-    """Say which values are secret; called by the command line, which alone reads the environment.
+def hide(values: Iterable[str], origin: str) -> None:
+    """Say which values are secret.
 
     Args:
-        values: Passwords, keys and tokens. They replace those that were said before.
+        values: Passwords, keys and tokens. They replace those that were said before of the same origin.
+        origin: Where they come from, such as the environment.
     """
     global _hidden  # noqa: PLW0603 - what is secret is so in the whole process
-    long = {value for value in values if len(value) >= LEAST_CHARACTERS}
+    _known[origin] = frozenset(value for value in values if len(value) >= LEAST_CHARACTERS)
+    long = frozenset().union(*_known.values())
     # In an address a slash or plus is written as %2F and %2B.
     spellings = long | {quote(value, safe="") for value in long}
     _hidden = tuple(sorted(spellings, key=len, reverse=True))

@@ -167,7 +167,7 @@ def keep_secrets(environment: Mapping[str, str] = os.environ) -> None:
     ]
     # Parts of a URL: the password of https_proxy is none of the variables above.
     passwords = [found[1] for value in environment.values() if (found := re.search(r"://[^/\s:@]*:([^/\s]+)@", value))]
-    hide(stripped for value in (*secrets, *passwords) if (stripped := value.strip()))
+    hide((value.strip() for value in (*secrets, *passwords)), "environment")
 
 
 def prepare_process(environment: Mapping[str, str] = os.environ) -> None:

@@ -10,12 +10,14 @@ import boto3
 import botocore.session
 from botocore import exceptions as boto
 from botocore.config import Config
+from botocore.credentials import RefreshableCredentials
 from botocore.loaders import create_loader
 
 from topwork.edge.hosts import check_plain_http
 from topwork.edge.storage_errors import DAMAGED, code_of, told
 from topwork.edge.storage_watch import Watch
 from topwork.errors import SettingError
+from topwork.secrecy import hide
 
 CONNECTIONS = 64
 # Pause before what arrived damaged is sent again, times the attempts so far.
@@ -130,6 +132,8 @@ def _client(settings: StorageSettings, path_style: bool | None) -> Any:
         proxies={} if endpoint and _is_loopback(endpoint) else None,
         s3=None if path_style is None else {"addressing_style": "path" if path_style else "virtual"},
     )
+    if settings.access_key is None:
+        _keep_secret(session.get_credentials())
     return session.client(
         "s3",
         # Servers of one's own take any region; it only has to be one for the signature.
@@ -140,6 +144,15 @@ def _client(settings: StorageSettings, path_style: bool | None) -> Any:
         verify=settings.ca_bundle,
         config=config,
     )
+
+
+def _keep_secret(credentials: Any) -> None:
+    """Let what stands in a file of AWS be said as little as what stands in the environment.
+
+    Credentials that a role gives are of hours, and asking for them here would be a request of its own.
+    """
+    if credentials is not None and not isinstance(credentials, RefreshableCredentials):
+        hide([value for value in (credentials.secret_key, credentials.token) if value], "storage credentials")
 
 
 def _session() -> Any:

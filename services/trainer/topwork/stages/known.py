@@ -1,15 +1,16 @@
 """What is known of a job's images without pulling them."""
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from topwork.data.mirror import AskedName
 from topwork.data.splits import check_splits, count_images
-from topwork.data.stored import DatasetFacts, StoredDataset
+from topwork.data.stored import StoredDataset
 from topwork.errors import DataError
-from topwork.manifest import NAME, read_manifest
+from topwork.manifest import NAME
 from topwork.spec import TransferJob
 from topwork.spec.dataset import DatasetSource
-from topwork.stages.pull import pulled_earlier
+from topwork.stages.pull import pulled_earlier, stored_facts
 from topwork.workspace import Workspace
 
 TRAIN = "train"
@@ -75,8 +76,10 @@ def _stored(job: TransferJob, workspace: Workspace) -> StoredDataset | None:
     found: dict[str, StoredDataset] = {}
     for stored in workspace.storage.list(ROOT):
         prefix, _, name = stored.key.rpartition("/")
-        if name == NAME and (manifest := read_manifest(workspace.storage, prefix)):
-            found[prefix] = StoredDataset(prefix, DatasetFacts.model_validate(manifest.facts))
+        # A folder that is broken, or of a newer topwork, is none that this job would find.
+        with suppress(DataError):
+            if name == NAME and (facts := stored_facts(workspace.storage, prefix)):
+                found[prefix] = StoredDataset(prefix, facts)
     return _of_source(job.spec.dataset.source, list(found.values()))
 
 

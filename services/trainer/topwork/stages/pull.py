@@ -15,6 +15,7 @@ from topwork.data.sources.source import lookalikes
 from topwork.data.splits import check_splits
 from topwork.data.stored import DatasetFacts, RejectedImage, StoredDataset, dataset_prefix, shown_rejections
 from topwork.disk import require_room
+from topwork.edge.storage import Storage
 from topwork.errors import DataError
 from topwork.manifest import read_manifest, read_record, write_whole
 from topwork.spec import TransferJob
@@ -76,7 +77,7 @@ def pulled_earlier(job: TransferJob, workspace: Workspace) -> StoredDataset | No
         return None
     where = workspace.storage.uri_of(key)
     prefix = read_record(Pulled, data, where, "what a finished pull leaves", "start over with --restart").dataset
-    facts = _stored_facts(workspace, prefix)
+    facts = stored_facts(workspace.storage, prefix)
     if facts is None:
         return None  # somebody deleted the dataset
     workspace.progress.note("already done", stage="pull", dataset=workspace.storage.uri_of(prefix))
@@ -89,7 +90,7 @@ def _of_the_source(job: TransferJob, workspace: Workspace) -> StoredDataset:
     source = open_source(job.spec.dataset.source, workspace)
     fingerprint = _fingerprint(source)
     prefix = dataset_prefix(source.name, fingerprint)
-    facts = _stored_facts(workspace, prefix)
+    facts = stored_facts(workspace.storage, prefix)
     if facts:
         workspace.progress.note("dataset found", uri=workspace.storage.uri_of(prefix), images=facts.images)
         _count_rejected(facts.rejected, workspace)
@@ -106,15 +107,27 @@ def _fingerprint(source: Source) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _stored_facts(workspace: Workspace, prefix: str) -> DatasetFacts | None:
-    manifest = read_manifest(workspace.storage, prefix)
+def stored_facts(storage: Storage, prefix: str) -> DatasetFacts | None:
+    """Read the facts of a dataset.
+
+    Args:
+        storage: Where it is.
+        prefix: Its key.
+
+    Returns:
+        The facts; None if it isn't there, or not whole.
+
+    Raises:
+        DataError: If its manifest is none of a dataset.
+    """
+    manifest = read_manifest(storage, prefix)
     if manifest is None:
         return None
     try:
         return DatasetFacts.model_validate(manifest.facts)
     except ValidationError as error:
         raise DataError(
-            f"The manifest of {workspace.storage.uri_of(prefix)} does not describe a dataset of topwork: "
+            f"The manifest of {storage.uri_of(prefix)} does not describe a dataset of topwork: "
             f"{error.errors()[0]['msg']}. Delete that folder, manifest first, to have it pulled anew."
         ) from error
 
