@@ -232,6 +232,11 @@ def test_a_layer_that_is_not_there_is_told_before_any_training(write_job, descri
 
 
 def test_another_job_s_dataset_of_the_same_source_is_found(make_job, write_job, described, workspace, own_storage):
+    # Beside one that somebody has broken, and one that no topwork has written.
+    workspace.storage.write("datasets/cats/0000000000000000/manifest.json", b"{")
+    workspace.storage.write(
+        "datasets/dogs/0000000000000000/manifest.json", b'{"format": 1, "files": {}, "facts": {"name": 1}}'
+    )
     pull(make_job(), workspace)
     (found,) = described(write_job(seed=7), classes=5)
     assert found["data"]["classes"] == 2

@@ -120,16 +120,23 @@ class _Watch:
                 socket.socket.shutdown(connection, socket.SHUT_RDWR)
 
 
-def _connected(connection: http.client.HTTPConnection, watch: _Watch, shown: str, *, direct: bool) -> None:
-    """Look at whom a name led to, before anything is sent; through a proxy that is the proxy's to look at."""
-    peer = connection.sock
-    watch.add(peer)
-    if direct:
-        try:
-            _check_host(str(peer.getpeername()[0]), shown)
-        except DataError:
-            connection.close()
-            raise
+def _watched(
+    kind: type[http.client.HTTPConnection], watch: _Watch, shown: str, *, direct: bool
+) -> type[http.client.HTTPConnection]:
+    """Give a connection that looks at whom a name led to, before anything is sent; a proxy looks at that itself."""
+
+    class Connection(kind):  # type: ignore[valid-type, misc]
+        def connect(self) -> None:
+            super().connect()
+            watch.add(self.sock)
+            if direct:
+                try:
+                    _check_host(str(self.sock.getpeername()[0]), shown)
+                except DataError:
+                    self.close()
+                    raise
+
+    return Connection
 
 
 class _Plain(urllib.request.HTTPHandler):
@@ -138,14 +145,8 @@ class _Plain(urllib.request.HTTPHandler):
         self._watch, self._shown = watch, shown
 
     def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
-        handler, direct = self, not req.has_proxy()
-
-        class Connection(http.client.HTTPConnection):
-            def connect(self) -> None:
-                super().connect()
-                _connected(self, handler._watch, handler._shown, direct=direct)
-
-        return self.do_open(Connection, req)
+        direct = not req.has_proxy()
+        return self.do_open(_watched(http.client.HTTPConnection, self._watch, self._shown, direct=direct), req)
 
 
 class _Encrypted(urllib.request.HTTPSHandler):
@@ -155,14 +156,8 @@ class _Encrypted(urllib.request.HTTPSHandler):
         self._watch, self._shown = watch, shown
 
     def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
-        handler, direct = self, not getattr(req, "_tunnel_host", None)
-
-        class Connection(http.client.HTTPSConnection):
-            def connect(self) -> None:
-                super().connect()
-                _connected(self, handler._watch, handler._shown, direct=direct)
-
-        return self.do_open(Connection, req)
+        direct = not getattr(req, "_tunnel_host", None)
+        return self.do_open(_watched(http.client.HTTPSConnection, self._watch, self._shown, direct=direct), req)
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
