@@ -13,12 +13,14 @@ def value(metrics: Metrics, name: str, **labels: str) -> float | None:
 
 def test_a_step_counts_images_time_and_wait():
     metrics = Metrics()
-    metrics.step(images=64, seconds=0.2, input_wait_seconds=0.05)
-    metrics.step(images=64, seconds=0.4, input_wait_seconds=0.0)
+    metrics.step(images=64, seconds=0.2)
+    metrics.step(images=64, seconds=0.4)
+    metrics.spent(input_wait_seconds=0.05, compute_seconds=0.55)
     assert value(metrics, "topwork_steps_total") == 2
     assert value(metrics, "topwork_images_total") == 128
     assert value(metrics, "topwork_step_duration_seconds_sum") == pytest.approx(0.6)
     assert value(metrics, "topwork_input_wait_seconds_total") == pytest.approx(0.05)
+    assert value(metrics, "topwork_step_compute_seconds_total") == pytest.approx(0.55)
 
 
 def test_a_stage_is_running_until_it_ends_however_it_ends():
@@ -39,13 +41,14 @@ def test_two_runs_in_one_process_share_no_series():
 
 def test_the_port_serves_all_series_with_help_and_type():
     metrics = Metrics()
-    metrics.describe(job="cats", run="cats-12345678", version="0.1.0")
+    metrics.describe(job="cats", run="cats-12345678", stage="transfer", version="0.1.0")
     metrics.parameters(trainable=10, frozen=90)
     port = metrics.serve(0, "127.0.0.1")
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
         text = answer.read().decode()
-    assert 'topwork_stage_info{job="cats",run="cats-12345678",version="0.1.0"} 1.0' in text
-    assert 'topwork_parameters{trainable="false"} 90.0' in text
+    job = 'transferjob="cats"'
+    assert f'topwork_stage_info{{gpus="0",run="cats-12345678",stage="transfer",{job},version="0.1.0"}} 1.0' in text
+    assert f'topwork_parameters{{run="cats-12345678",trainable="false",{job}}} 90.0' in text
     assert "# TYPE topwork_step_duration_seconds histogram" in text
     assert "# HELP topwork_steps_total Training steps done by this process." in text
 

@@ -1,11 +1,13 @@
 """What a stage may touch beside its arguments, handed down by the command line."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from topwork.edge.metrics import Metrics
 from topwork.edge.storage import Storage
-from topwork.progress import Progress
+from topwork.progress import Fact, Progress, Tracker
 from topwork.stopping import StopSignal
 
 
@@ -30,3 +32,21 @@ class Workspace:
     replicas: int | None = None
     scratch_limit: int | None = None
     stop: StopSignal = field(default_factory=StopSignal)
+
+    @contextmanager
+    def track(self, what: str, total: int | None) -> Iterator[Tracker]:
+        """Follow work of `total` pieces (None: unknown), before a person's eyes and for who watches from afar."""
+        with self.progress.track(what, total) as shown:
+            yield _Watched(shown, self.metrics)
+
+
+class _Watched:
+    """Tells the metrics of each piece, too: what goes on slowly and what hangs look the same otherwise."""
+
+    def __init__(self, shown: Tracker, metrics: Metrics) -> None:
+        self._shown, self._metrics = shown, metrics
+
+    def advance(self, count: int = 1, **facts: Fact) -> None:
+        """Say that `count` more are done."""
+        self._metrics.progress()
+        self._shown.advance(count, **facts)

@@ -49,12 +49,13 @@ def run(
     """Pull, transfer, fine-tune and publish, here; a run that was begun goes on, a finished one says so."""
     jobs = [job for _, job in read_files(files, overrides or ())]
     progress = _progress(log_format, quiet)
-    metrics = Metrics()
+    # With replicas on the processor the GPUs are somebody else's.
+    metrics = Metrics(gpus=replicas is None)
     if metrics_port is not None:
         progress.note("metrics", port=serve(metrics, metrics_port))
     published = []
     for job in jobs:
-        metrics.describe(job=job.metadata.name, run=job.run, version=__version__)
+        metrics.describe(job=job.metadata.name, run=job.run, stage="run", version=__version__)
         published.append(_run(job, metrics, progress, state or default_state(), replicas, restart, verbose))
         for line in published[-1].summary():
             print(line)

@@ -79,8 +79,8 @@ def _run(container: Container, file: Path, scratch: Path, port: int, stop: StopS
 
     job = _only_job(file)
     container.run = job.run
-    container.metrics = metrics = Metrics()
-    metrics.describe(job=job.metadata.name, run=job.run, version=__version__)
+    container.metrics = metrics = Metrics(gpus=_has_gpus(container, job))
+    metrics.describe(job=job.metadata.name, run=job.run, stage=container.stage, version=__version__)
     container.log.note("metrics", port=serve(metrics, port))
     folder = _writable(scratch / job.run)
     check_variables()
@@ -125,6 +125,11 @@ def _writable(folder: Path) -> Path:
     return folder
 
 
+def _has_gpus(container: Container, job: "TransferJob") -> bool:
+    """Whether the GPUs that are seen are its own: a node's runtime may show all of them to every container."""
+    return container.stage != "pull" and job.spec.compute.gpus > 0
+
+
 def _found(container: Container, job: "TransferJob", workspace: "Workspace") -> bool:
     """Tell what earlier attempts have done already, without importing TensorFlow."""
     from topwork.stages.publish import published_earlier
@@ -152,8 +157,7 @@ def _found(container: Container, job: "TransferJob", workspace: "Workspace") -> 
 def _work(container: Container, job: "TransferJob", workspace: "Workspace") -> None:
     from topwork.cli.surroundings import quiet_start
 
-    if container.stage == "pull" or not job.spec.compute.gpus:
-        # Where the node's runtime shows all GPUs to every container, they are somebody else's.
+    if not _has_gpus(container, job):
         os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
     with quiet_start():
         from topwork import pipeline

@@ -136,7 +136,7 @@ class Split:
             num_parallel_calls=usable_cores(),
             deterministic=True,
         )
-        with workspace.progress.track("images: decode", self.size) as tracker, part.open("wb") as file:
+        with workspace.track("images: decode", self.size) as tracker, part.open("wb") as file:
             for some in fixed(dataset.batch(16).prefetch(2)).as_numpy_iterator():
                 file.write(some.tobytes())
                 tracker.advance(len(some))

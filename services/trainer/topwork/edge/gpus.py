@@ -1,6 +1,7 @@
 """Figures of the visible GPUs, read through NVML when Prometheus asks; absent where there is no GPU."""
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 from prometheus_client.core import GaugeMetricFamily
@@ -44,22 +45,33 @@ class Gpus(Collector):
     def __init__(self, nvml: Any) -> None:
         self._nvml = nvml
 
+    @property
+    def count(self) -> int:
+        """GPUs that are there; 0 where the driver does not say."""
+        try:
+            return int(self._nvml.nvmlDeviceGetCount())
+        except self._nvml.NVMLError:
+            return 0
+
     def describe(self) -> Iterator[GaugeMetricFamily]:
         """Name the families without asking the GPUs."""
         for name, (meaning, _) in READINGS.items():
-            yield GaugeMetricFamily(name, meaning, labels=["gpu"])
+            yield _family(name, meaning)
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         """Ask every GPU."""
-        gpus = [self._nvml.nvmlDeviceGetHandleByIndex(index) for index in range(self._nvml.nvmlDeviceGetCount())]
+        gpus = range(self.count)
         for name, (meaning, read) in READINGS.items():
-            family = GaugeMetricFamily(name, meaning, labels=["gpu"])
-            for index, gpu in enumerate(gpus):
-                try:
-                    family.add_metric([str(index)], read(self._nvml, gpu))
-                except self._nvml.NVMLError:  # such as power on a slice of a GPU
-                    continue
+            family = _family(name, meaning)
+            for index in gpus:
+                # A GPU that has fallen off the bus, or a slice that tells no power, must not cost the whole page.
+                with suppress(self._nvml.NVMLError):
+                    family.add_metric([str(index)], read(self._nvml, self._nvml.nvmlDeviceGetHandleByIndex(index)))
             yield family
+
+
+def _family(name: str, meaning: str) -> GaugeMetricFamily:
+    return GaugeMetricFamily(name, meaning, labels=["gpu"], unit=name.rsplit("_", 1)[1])
 
 
 def visible_gpus() -> Gpus | None:

@@ -107,7 +107,7 @@ def _probabilities(
     """Answer every image of a split once, in order: float32 (size, classes)."""
     forward = tf.function(lambda images: model(images, training=False), autograph=False)
     parts = []
-    with _exact(), workspace.progress.track("publish: evaluation", split.size) as tracker:
+    with _exact(), workspace.track("publish: evaluation", split.size) as tracker:
         for images, _, weights in evaluation_batches(split, classes=classes, batch_size=batch_size):
             counts = weights.numpy() > 0  # the last batch is filled up with images of weight 0
             parts.append(forward(images).numpy()[counts])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,6 +59,8 @@ class Published(BaseModel):
         metrics: The metrics that the job asked for, in its order, and the loss.
         split: The split that they were measured on.
         images: Images of that split.
+        started: When its publishing was started; None in what an older topwork has left.
+        finished: When it was done.
         stages: What each of its training stages took, in their order.
     """
 
@@ -72,10 +75,15 @@ class Published(BaseModel):
     split: str
     images: int
     stages: dict[str, Effort] = {}
+    started: datetime | None = None
+    finished: datetime | None = None
 
     def repeat(self, metrics: Metrics) -> None:
         """Set the series of the evaluation, so that they are still scraped."""
         metrics.evaluation(self.split, self.metrics)
+        metrics.gates_failed(0)
+        if self.started and self.finished:
+            metrics.repeat_stage("publish", self.started, self.finished)
 
     def summary(self) -> list[str]:
         """Say in a few lines what was published and how good it is."""
@@ -110,6 +118,7 @@ def publish(job: TransferJob, classifier: Classifier, dataset: StoredDataset, wo
         published = _done(job, classifier, workspace)
         if published:
             workspace.progress.note("already published", model=published.uri)
+            published.repeat(workspace.metrics)
             return published
         folder = workspace.scratch / "publish"
         shutil.rmtree(folder, ignore_errors=True)  # what an earlier attempt left half done
@@ -168,6 +177,7 @@ def _hold_gates(outcome: Outcome, workspace: Workspace) -> Outcome:
         latest.metrics if latest else None,
         f"{latest.name}/{latest.version}" if latest else "",
     )
+    workspace.metrics.gates_failed(sum(not gate.met for gate in gates))
     outcome = dataclasses.replace(outcome, gates=gates)
     storage, prefix = workspace.storage, f"runs/{outcome.job.run}"
     storage.write(f"{prefix}/metrics.json", metrics_json(outcome), content_type="application/json")
@@ -240,6 +250,8 @@ def _finish(job: TransferJob, version: Version, workspace: Workspace) -> Publish
         split=version.split,
         images=version.images,
         stages=_efforts(job, workspace.storage),
+        started=workspace.metrics.stage_started("publish"),
+        finished=datetime.now(UTC),
     )
     key = f"runs/{job.run}/publish/done.json"
     workspace.storage.write(key, published.model_dump_json().encode(), content_type="application/json")

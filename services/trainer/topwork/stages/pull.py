@@ -5,11 +5,13 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from topwork.data.provers import Provers
+from topwork.data.proving import REASONS
 from topwork.data.sources import Source, open_source
 from topwork.data.sources.source import lookalikes
 from topwork.data.splits import check_splits
@@ -28,12 +30,20 @@ FORMAT = 1
 
 
 class Pulled(BaseModel):
-    """The mark of a run whose images are in storage; `dataset` is the key of their folder."""
+    """The mark of a run whose images are in storage.
+
+    Attributes:
+        dataset: Key of their folder.
+        started: When the pull that made it was started; None in the mark of an older topwork.
+        finished: When it was done.
+    """
 
     model_config = ConfigDict(frozen=True)
 
     format: int = 1
     dataset: str
+    started: datetime | None = None
+    finished: datetime | None = None
 
 
 def pull(job: TransferJob, workspace: Workspace) -> StoredDataset:
@@ -52,7 +62,9 @@ def pull(job: TransferJob, workspace: Workspace) -> StoredDataset:
         UnavailableError: If the source or storage can't be reached, or scratch has no room.
     """
     with workspace.metrics.stage("pull"):
+        workspace.metrics.rejectable(REASONS)
         dataset = pulled_earlier(job, workspace) or _of_the_source(job, workspace)
+        workspace.metrics.dataset(dataset.facts.images)
         _report(dataset.facts, workspace)
         return dataset
 
@@ -76,12 +88,13 @@ def pulled_earlier(job: TransferJob, workspace: Workspace) -> StoredDataset | No
     if data is None:
         return None
     where = workspace.storage.uri_of(key)
-    prefix = read_record(Pulled, data, where, "what a finished pull leaves", "start over with --restart").dataset
-    facts = stored_facts(workspace.storage, prefix)
+    mark = read_record(Pulled, data, where, "what a finished pull leaves", "start over with --restart")
+    prefix = mark.dataset
+    facts = _stored_facts(workspace, prefix)
     if facts is None:
         return None  # somebody deleted the dataset
     workspace.progress.note("already done", stage="pull", dataset=workspace.storage.uri_of(prefix))
-    _count_rejected(facts.rejected, workspace)
+    _repeat(mark, facts, workspace)
     return StoredDataset(prefix, facts)
 
 
@@ -97,8 +110,8 @@ def _of_the_source(job: TransferJob, workspace: Workspace) -> StoredDataset:
         _check(facts, job)
     else:
         facts = _store(source, fingerprint, prefix, job, workspace)
-    done = Pulled(dataset=prefix).model_dump_json().encode()
-    workspace.storage.write(_done_key(job), done, content_type="application/json")
+    done = Pulled(dataset=prefix, started=workspace.metrics.stage_started("pull"), finished=datetime.now(UTC))
+    workspace.storage.write(_done_key(job), done.model_dump_json().encode(), content_type="application/json")
     return StoredDataset(prefix, facts)
 
 
@@ -171,7 +184,7 @@ def _written(source: Source, fingerprint: str, folder: Path, workspace: Workspac
 
     counts = list(source.splits().values())
     total = None if None in counts else sum(count or 0 for count in counts)
-    with workspace.progress.track("pull: images", total) as tracker, Provers(readable=is_readable) as provers:
+    with workspace.track("pull: images", total) as tracker, Provers(readable=is_readable) as provers:
         written, tally = write_tfds(source, provers, folder, tracker.advance)
     _count_rejected(tally.rejected, workspace)
     return written, DatasetFacts(
@@ -184,6 +197,14 @@ def _written(source: Source, fingerprint: str, folder: Path, workspace: Workspac
         rejected=tuple(tally.rejected),
         duplicates=tally.duplicates,
     )
+
+
+def _repeat(mark: Pulled, facts: DatasetFacts, workspace: Workspace) -> None:
+    """Set the series of a pull that is done, so that its results are still scraped."""
+    workspace.metrics.dataset(facts.images)
+    _count_rejected(facts.rejected, workspace)
+    if mark.started and mark.finished:
+        workspace.metrics.repeat_stage("pull", mark.started, mark.finished)
 
 
 def _count_rejected(rejected: Iterable[RejectedImage], workspace: Workspace) -> None:

@@ -119,8 +119,9 @@ class Checkpoints:
 
     def _write(self, checkpoint: Checkpoint) -> None:
         self._delete({checkpoint.name} & self._unreadable)
+        began = time.monotonic()
         write(checkpoint, f"{self._prefix}/{checkpoint.name}", self._workspace)
-        self._workspace.metrics.checkpoint_saved()
+        self._workspace.metrics.checkpoint_saved(time.monotonic() - began)
         whole = {name for name, keys in self._folders().items() if _is_whole(keys)}
         old = sorted(whole - self._unreadable | {checkpoint.name})[:-KEPT]
         self._delete({*old, *self._unreadable} - {checkpoint.name})

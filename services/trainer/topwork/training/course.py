@@ -17,6 +17,7 @@ class Course(BaseModel):
         epoch: Complete epochs of the stage.
         step: Steps done of the epoch that has begun.
         epoch_seconds: Time that those steps took.
+        epoch_wait_seconds: Time of it in which training stood still for want of input.
         wait: Epochs since the last gain.
         best_value: Best value of what is monitored.
         best_epoch: Its epoch, counted from 1.
@@ -30,6 +31,7 @@ class Course(BaseModel):
     epoch: int = 0
     step: int = 0
     epoch_seconds: float = 0.0
+    epoch_wait_seconds: float = 0.0
     wait: int = 0
     best_value: float | None = None
     best_epoch: int = 0

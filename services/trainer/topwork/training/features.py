@@ -201,7 +201,7 @@ class _Filling:
         row = stored = self._take(values)
         first = self._number_of(row)
         total = self._batches_a_view * self._part.views
-        with self._work.workspace.progress.track(f"features: {self._part.name}", total - first) as tracker:
+        with self._work.workspace.track(f"features: {self._part.name}", total - first) as tracker:
             for number, images in zip(range(first, total), self._images(first), strict=True):
                 features = self._extraction(images)[: self._rows_of(number)]
                 limit = np.finfo(values.dtype).max

@@ -74,8 +74,11 @@ class Training:
         self._frozen = digest(never_trained)
         self._best: list[np.ndarray] = []
         self._restored: Checkpoint | None = checkpoints.newest()
-        self.course = self._restored.course if self._restored else Course(frozen=self._frozen)
+        self.course = self._restored.course if self._restored else self._begun()
         self._take_up()
+
+    def _begun(self) -> Course:
+        return Course(frozen=self._frozen, started=self._workspace.metrics.stage_started(self._plan.stage))
 
     @property
     def _base(self) -> keras.Model:
@@ -104,6 +107,7 @@ class Training:
         write_values(self._moving, self._restored.values["model"])
         self._best = self._restored.values.get("best", [])
         tell(self.course.rows, self.course.best_epoch, self._workspace.metrics)
+        self._workspace.metrics.resumed(self._plan.stage, self.course.started)
         self._workspace.progress.note("resumed", stage=self._plan.stage, epoch=self.course.epoch, step=self.course.step)
 
     def run(self) -> None:
@@ -163,7 +167,7 @@ class Training:
         steps = self._steps()
         last = course.epoch + 1 if begun else end
         total = (last - course.epoch) * self._steps_per_epoch - begun
-        with self._workspace.progress.track(self._plan.stage, total) as steps.tracker:
+        with self._workspace.track(self._plan.stage, total) as steps.tracker:
             self._fitted.fit(
                 self._batches(),
                 initial_epoch=course.epoch,
@@ -277,6 +281,7 @@ class Training:
         return names_in_batch(self._data.train, number, self._plan.batch_size, self._plan.seed)
 
     def _lost_weights(self) -> DataError:
+        self._workspace.metrics.loss_not_finite()
         course = self.course
         epoch, step = (course.epoch + 1, course.step) if course.step else (course.epoch, self._steps_per_epoch)
         names = self.names(step - self._steps_per_epoch * (not course.step))

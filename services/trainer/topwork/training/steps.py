@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from topwork.errors import DataError
 from topwork.progress import Tracker
 from topwork.training.course import Course
+from topwork.training.holdups import HoldUps
 from topwork.workspace import Workspace
 
 # Reading the loss waits for the device: often enough to end soon, too seldom to be felt.
@@ -65,13 +66,14 @@ class Steps:
         self._steps_per_epoch = steps_per_epoch
         self._batch_size = batch_size
         self._losses: list[Any] = []
+        self._holdups = HoldUps()
         self.tracker: Tracker | None = None
 
     def __call__(self, batches: Iterator[Any]) -> Any:
         """Run one step."""
         asked = time.perf_counter()
         batch = next(batches)
-        began = time.perf_counter()
+        self._holdups.step(asked, time.perf_counter())
         logs = self._train(iter((batch,)))
         course = self._training.course
         course.step += 1
@@ -83,15 +85,22 @@ class Steps:
         # No checkpoint is stored of a training that is lost: the one before it is worth more.
         if last or due or course.step % STEPS_BETWEEN_LOOKS == 0:
             self._look()
+            self._settle()
         ended = time.perf_counter()
         course.epoch_seconds += ended - asked
-        self._workspace.metrics.step(self._batch_size, ended - asked, began - asked)
+        self._workspace.metrics.step(self._batch_size, ended - asked)
         # The epoch's end has its own look at the sign to stop, once its row is written.
         if stopped and not last:
             raise StopAsked
         if due:
             self._training.save()
         return logs
+
+    def _settle(self) -> None:
+        """Account for the time since the last look: the device has done all that it was given."""
+        waited, computed = self._holdups.settle(time.perf_counter())
+        self._training.course.epoch_wait_seconds += waited
+        self._workspace.metrics.spent(waited, computed)
 
     def _look(self) -> None:
         """Find the first step since the last look whose loss is no number, which the means after it are not either."""
@@ -102,6 +111,7 @@ class Steps:
         values = [float(loss) for loss in losses]
         first = next(index for index, value in enumerate(values) if not math.isfinite(value))
         step = course.step - len(values) + first + 1
+        self._workspace.metrics.loss_not_finite()
         names = self._training.names(step)
         words = f"The loss is {values[first]} in epoch {course.epoch + 1} at step {step}"
         self._workspace.progress.note("loss is not finite", epoch=course.epoch + 1, step=step, images=", ".join(names))

@@ -142,6 +142,7 @@ def repeat(classifier: Classifier, metrics: Metrics) -> None:
         classifier: What the stage made.
         metrics: Where they go.
     """
+    metrics.repeat_stage(classifier.stage, classifier.started, classifier.finished)
     metrics.epochs_planned(classifier.stage, len(classifier.rows))
     metrics.parameters(classifier.parameters.trainable, classifier.parameters.frozen)
     tell(classifier.rows, classifier.best_epoch, metrics)
