@@ -33,7 +33,7 @@ EVALUATION = '"message": "evaluation"'
 MARKS = {"pull": ("",), "transfer": ("", TRAINING, EPOCH, EPOCH), "fine-tune": ("", TRAINING, EPOCH, EPOCH)}
 # What a stage trained it does not train again: hits that come soon leave room for others.
 SOON = 3
-TIMES = {"seconds", "stepSeconds", "images_per_second", "started", "finished"}
+TIMES = {"seconds", "stepSeconds", "images_per_second", "input_wait_seconds", "started", "finished"}
 
 # All that has a state of its own; fine-tune trains on features, or on images.
 SPEC: dict[str, Any] = {

@@ -4,10 +4,14 @@ import json
 import signal
 import subprocess
 import sys
+import time
 import urllib.request
 from pathlib import Path
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from topwork.spec.reading import read_jobs
 
 FINE_TUNE = {"epochs": 1, "unfreeze": "all", "optimizer": {"name": "adam", "learningRate": 0.0001}}
 
@@ -85,16 +89,26 @@ def test_two_runs_at_once_share_the_embedded_storage(start, job_file):
 
 
 def test_metrics_are_served_while_a_run_goes_on(start, job_file):
-    running = start("run", job_file(transfer={"train": "all", "epochs": 500, "batchSize": 8}), "--metrics-port", "0")
+    job = job_file(transfer={"train": "all", "epochs": 500, "batchSize": 8})
+    run = read_jobs(job)[0].run
+    running = start("run", job, "--metrics-port", "0")
     running.wait_for("epoch=2")
     port = running.output.split("port=")[1].split()[0]
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
-        text = answer.read().decode()
+        text, scraped = answer.read().decode(), time.time()
     running.stop(signal.SIGTERM)
-    assert 'topwork_stage_running{stage="transfer"} 1.0' in text
-    assert 'topwork_epochs_planned{stage="transfer"} 500.0' in text
-    assert "topwork_checkpoint_last_success_timestamp_seconds" in text
-    assert 'topwork_loss{split="train"}' in text
+    series = {}
+    for sample in (sample for family in text_string_to_metric_families(text) for sample in family.samples):
+        assert (sample.labels.pop("transferjob"), sample.labels.pop("run")) == ("tiny", run)
+        series[sample.name, *sample.labels.values()] = sample.value
+    assert series["topwork_stage_running", "transfer"] == 1
+    assert series["topwork_epochs_planned", "transfer"] == 500
+    assert series["topwork_loss", "train"] > 0
+    spent = series["topwork_input_wait_seconds_total",] + series["topwork_step_compute_seconds_total",]
+    # A scrape may fall between the steps of an epoch and their account.
+    assert spent == pytest.approx(series["topwork_step_duration_seconds_sum",], rel=0.5)
+    assert 0 <= scraped - series["topwork_last_progress_timestamp_seconds",] < 30
+    assert ("topwork_exit_code", "run") not in series
 
 
 def test_a_missing_bucket_on_a_real_endpoint_is_named(topwork, job_file, s3_settings):

@@ -3,9 +3,11 @@
 import json
 import os
 import urllib.request
+from datetime import datetime
 from pathlib import Path
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from topwork.cluster.ending import Ending
 from topwork.spec.reading import read_jobs
@@ -26,9 +28,23 @@ def without_tensorflow(tmp_path) -> dict[str, str]:
     return {"PYTHONPATH": os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])}
 
 
-def scraped(process) -> str:
+def scraped(process) -> dict[tuple[str, ...], float]:
+    """Value of each series, by its name and the values of its own labels, in the order of their names."""
     with urllib.request.urlopen(f"http://127.0.0.1:{process.fact('metrics', 'port')}/metrics", timeout=10) as answer:
-        return answer.read().decode()
+        families = list(text_string_to_metric_families(answer.read().decode()))
+    found = {}
+    for sample in (sample for family in families for sample in family.samples):
+        labels = dict(sorted(sample.labels.items()))
+        assert (labels.pop("transferjob"), labels.pop("run")) == ("tiny", process.fact("run", "name"))
+        found[sample.name, *labels.values()] = sample.value
+    return found
+
+
+def lasted(storage, run: str, stage: str) -> float:
+    """Seconds that a stage took, as its mark in storage says."""
+    mark = json.loads(storage.read(f"runs/{run}/{stage}/done.json"))
+    times = (datetime.fromisoformat(mark[name]) for name in ("started", "finished"))
+    return -sum(time.timestamp() * sign for time, sign in zip(times, (1, -1), strict=True))
 
 
 def test_three_containers_publish_a_model_and_find_it_the_next_time(pod, write, storage, without_tensorflow, topwork):
@@ -56,10 +72,16 @@ def test_three_containers_publish_a_model_and_find_it_the_next_time(pod, write, 
     main = {"metric": "accuracy", "value": process.fact("done", "accuracy")}
     done = Ending(stage="fine-tune", outcome="done", exit_code=0, run=run, epochs=2, model=model, **main)
     assert (code, ending) == (0, done)
-    assert 'topwork_epoch{stage="transfer"} 2.0' in metrics
-    assert f'topwork_best_metric{{name="accuracy",split="validation",stage="transfer"}} {best["value"]}' in metrics
-    assert f'topwork_metric{{name="accuracy",split="test"}} {main["value"]}' in metrics
-    assert "topwork_replicas 2.0" in metrics
+    assert metrics["topwork_epoch", "transfer"] == 2
+    assert metrics["topwork_best_metric", "accuracy", "validation", "transfer"] == best["value"]
+    assert metrics["topwork_metric", "accuracy", "test"] == main["value"]
+    assert metrics["topwork_replicas",] == 2
+    assert metrics["topwork_dataset_images",] == 40
+    assert metrics["topwork_exit_code", "fine-tune"] == 0
+    for stage in ("pull", "transfer"):
+        assert metrics["topwork_stage_duration_seconds", stage] == pytest.approx(lasted(storage, run, stage), abs=0.01)
+    for stage in ("fine-tune", "publish"):
+        assert metrics["topwork_stage_duration_seconds", stage] == pytest.approx(lasted(storage, run, stage), abs=2)
 
     for stage in ("pull", "transfer"):
         code, ending, found = pod.run(stage, job, **without_tensorflow)
@@ -85,12 +107,19 @@ def test_a_job_without_fine_tuning_is_published_by_its_last_container_alone(pod,
     assert (ending.outcome, ending.epochs, ending.model) == ("done", None, storage.uri_of("models/tiny/1"))
 
 
-def test_a_gate_that_is_not_met_ends_with_3(pod, write):
-    job = write(evaluate={"metrics": ["calibrationError"], "gates": [{"metric": "calibrationError", "atMost": 0.0}]})
-    code, ending, process = pod.run("fine-tune", job)
+def test_a_gate_that_is_not_met_ends_with_3_and_is_seen_by_a_last_scrape(pod, write):
+    gate = {"metric": "calibrationError", "atMost": 0.0}
+    away = {"pushgateway": "http://127.0.0.1:9", "lingerSeconds": 300}
+    job = write(evaluate={"metrics": ["calibrationError"], "gates": [gate]}, metrics=away)
+    process = pod.start("fine-tune", job)
+    process.wait_for_line('"message": "outcome not pushed"')
+    metrics = scraped(process)
+    assert (metrics["topwork_exit_code", "fine-tune"], metrics["topwork_gates_failed",]) == (3, 1)
+    assert sum(name[0] == "topwork_stage_running" and value for name, value in metrics.items()) == 0
+    code, ending = process.stop(seconds=10)
     assert (code, ending.outcome, ending.exit_code, ending.model) == (3, "failed", 3, None), process.output
     assert "calibrationError" in ending.error
-    assert process.lines[-1]["level"] == "error"
+    assert [line["level"] for line in process.lines if "level" in line] == ["error"]
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ def test_a_small_base_from_scratch_learns_and_is_stored(make_job, workspace):
     assert [(row["stage"], row["epoch"]) for row in classifier.history] == [("transfer", n) for n in (1, 2, 3)]
     assert set(classifier.history[0]) == {
         "stage", "epoch", "loss", "accuracy", "validation_loss", "validation_accuracy",
-        "learning_rate", "seconds", "images_per_second",
+        "learning_rate", "seconds", "images_per_second", "input_wait_seconds",
     }  # fmt: skip
     assert classifier.history[-1]["loss"] < classifier.history[0]["loss"]
     model = load(classifier, workspace)

@@ -44,6 +44,19 @@ def test_a_reading_that_a_gpu_does_not_have_is_left_out():
     assert registry.get_sample_value("topwork_gpu_power_watts", {"gpu": "1"}) is None
 
 
+def test_a_driver_that_fails_costs_its_figures_and_not_the_page():
+    registry = CollectorRegistry()
+    gpus = Gpus(SimpleNamespace(NVMLError=NVMLError, nvmlDeviceGetCount=lambda: refuse(0)))
+    registry.register(gpus)
+    assert gpus.count == 0
+    assert [family.samples for family in registry.collect()] == [[]] * 5
+    lost = SimpleNamespace(**{**vars(TWO_GPUS), "nvmlDeviceGetHandleByIndex": lambda index: index or refuse(index)})
+    registry = CollectorRegistry()
+    registry.register(Gpus(lost))
+    assert registry.get_sample_value("topwork_gpu_utilization_ratio", {"gpu": "0"}) is None
+    assert registry.get_sample_value("topwork_gpu_utilization_ratio", {"gpu": "1"}) == 0.5
+
+
 def test_without_a_gpu_there_is_none():
     gpus = visible_gpus()
     assert gpus is None or len(list(gpus.collect())) == 5

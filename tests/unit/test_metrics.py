@@ -1,14 +1,28 @@
 """What Prometheus sees of a run."""
 
+import time
 import urllib.request
+from datetime import UTC, datetime, timedelta
+from typing import get_args
 
 import pytest
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics
 
+from topwork.data.proving import REASONS
 from topwork.edge.metrics import Metrics, Reached
+from topwork.edge.metrics_series import MOST_SERIES
+from topwork.spec.outcome import MetricName
 
 
 def value(metrics: Metrics, name: str, **labels: str) -> float | None:
     return metrics.registry.get_sample_value(name, labels)
+
+
+def page(metrics: Metrics, **headers: str) -> str:
+    port = metrics.serve(0, "127.0.0.1")
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/metrics", headers=headers)
+    with urllib.request.urlopen(request, timeout=5) as answer:
+        return answer.read().decode()
 
 
 def test_a_step_counts_images_time_and_wait():
@@ -39,13 +53,98 @@ def test_two_runs_in_one_process_share_no_series():
     assert value(second, "topwork_loss", split="train") is None
 
 
+def test_nothing_of_a_job_stands_as_that_of_the_next():
+    metrics = Metrics()
+    metrics.describe(job="cats", run="cats-12345678", stage="run", version="0.1.0")
+    metrics.loss("train", 0.5)
+    metrics.step(images=64, seconds=0.2)
+    metrics.exit_code("run", 3)
+    first = page(metrics)
+    assert 'topwork_loss{run="cats-12345678",split="train",transferjob="cats"} 0.5' in first
+    metrics.describe(job="dogs", run="dogs-87654321", stage="run", version="0.1.0")
+    second = page(metrics)
+    assert "cats" not in second
+    assert "topwork_loss{" not in second
+    assert "topwork_exit_code{" not in second
+    assert 'topwork_steps_total{run="dogs-87654321",transferjob="dogs"} 0.0' in second
+
+
+def test_what_is_not_known_yet_is_absent_and_what_is_counted_begins_at_0():
+    metrics = Metrics(gpus=False)
+    metrics.describe(job="cats", run="cats-12345678", stage="pull", version="0.1.0")
+    lines = page(metrics).splitlines()
+    values = {line.split("{")[0]: line.rsplit(" ", 1)[1] for line in lines if not line.startswith("#")}
+    assert values.pop("topwork_stage_info") == "1.0"
+    assert time.time() - float(values.pop("topwork_last_progress_timestamp_seconds")) < 5
+    assert set(values.values()) == {"0.0"}
+    assert values.keys() == {
+        "topwork_checkpoints_total",
+        "topwork_images_total",
+        "topwork_input_wait_seconds_total",
+        "topwork_loss_not_finite_total",
+        "topwork_step_compute_seconds_total",
+        "topwork_step_duration_seconds_bucket",
+        "topwork_step_duration_seconds_count",
+        "topwork_step_duration_seconds_sum",
+        "topwork_steps_total",
+        "topwork_storage_bytes_total",
+        "topwork_storage_retries_total",
+    }
+
+
+def test_a_stage_of_an_earlier_process_keeps_its_times():
+    metrics, began = Metrics(), datetime(2026, 5, 1, tzinfo=UTC)
+    with metrics.stage("transfer"):
+        metrics.repeat_stage("transfer", began, began + timedelta(minutes=5))
+    assert value(metrics, "topwork_stage_duration_seconds", stage="transfer") == 300
+    assert value(metrics, "topwork_stage_start_timestamp_seconds", stage="transfer") == began.timestamp()
+    with metrics.stage("fine-tune"):
+        metrics.resumed("fine-tune", datetime.now(UTC) - timedelta(hours=1))
+    assert value(metrics, "topwork_stage_duration_seconds", stage="fine-tune") == pytest.approx(3600, abs=5)
+
+
+def test_whoever_asks_for_openmetrics_gets_it_with_units():
+    metrics = Metrics()
+    metrics.describe(job="cats", run="cats-12345678", stage="run", version="0.1.0")
+    text = page(metrics, Accept="application/openmetrics-text; version=1.0.0")
+    families = {family.name: family for family in openmetrics(text)}
+    assert families["topwork_step_duration_seconds"].unit == "seconds"
+    assert families["topwork_storage_bytes"].unit == "bytes"
+    assert text.endswith("# EOF\n")
+    assert "_created" not in text
+
+
+def test_a_run_has_a_bounded_number_of_series():
+    """Stated in docs/metrics.md."""
+    metrics = Metrics(gpus=False)
+    metrics.describe(job="cats", run="cats-12345678", stage="run", version="0.1.0")
+    metrics.rejectable(REASONS)
+    for stage in ("pull", "transfer", "fine-tune", "publish"):
+        with metrics.stage(stage):
+            pass
+    for stage in ("transfer", "fine-tune"):
+        metrics.epochs_planned(stage, 2)
+        metrics.epoch(stage, 1)
+        metrics.best(stage, "accuracy", "validation", 0.5)
+    metrics.evaluation("train", {"accuracy": 0.5, "loss": 0.5})
+    metrics.evaluation("validation", {"accuracy": 0.5, "auc": 0.5, "loss": 0.5})
+    metrics.evaluation("test", dict.fromkeys([*get_args(MetricName), "loss"], 0.5))
+    metrics.learning_rate(0.1)
+    metrics.parameters(1, 2)
+    metrics.replicas(2)
+    metrics.dataset(100)
+    metrics.gates_failed(0)
+    metrics.checkpoint_saved(1.0)
+    metrics.exit_code("run", 0)
+    lines = [line for line in page(metrics).splitlines() if not line.startswith("#")]
+    assert len(lines) == MOST_SERIES
+
+
 def test_the_port_serves_all_series_with_help_and_type():
     metrics = Metrics()
     metrics.describe(job="cats", run="cats-12345678", stage="transfer", version="0.1.0")
     metrics.parameters(trainable=10, frozen=90)
-    port = metrics.serve(0, "127.0.0.1")
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
-        text = answer.read().decode()
+    text = page(metrics)
     job = 'transferjob="cats"'
     assert f'topwork_stage_info{{gpus="0",run="cats-12345678",stage="transfer",{job},version="0.1.0"}} 1.0' in text
     assert f'topwork_parameters{{run="cats-12345678",trainable="false",{job}}} 90.0' in text

@@ -29,6 +29,7 @@ COMMANDS = {
     "predict": "topwork.cli.predict:predict",
     "models": "topwork.cli.models:app",
     "mirror": "topwork.cli.mirror:app",
+    "metrics": "topwork.cli.metrics:app",
     "gc": "topwork.cli.gc:gc",
 }
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Never
 
 from topwork.cli.failures import BUG, failure_of
+from topwork.cli.parting import hand_over, linger
 from topwork.cli.signals import ignore_signals
 from topwork.cli.surroundings import keep_secrets
 from topwork.cluster.ending import Ending
@@ -20,6 +21,7 @@ from topwork.secrecy import without_secrets
 
 if TYPE_CHECKING:
     from topwork.edge.metrics import Metrics
+    from topwork.spec import TransferJob
 
 
 class Container:
@@ -30,6 +32,7 @@ class Container:
         log: Where it tells how it goes.
         run: Name of the run, as soon as it is known.
         metrics: Its metrics, as soon as there are any: they know how far the stage has come.
+        job: Its job, as soon as that is read.
     """
 
     def __init__(self, stage: StageName, termination_log: Path) -> None:
@@ -44,6 +47,7 @@ class Container:
         self.log = LineProgress(os.fdopen(os.dup(2), "w"), as_json=True)
         self.run = ""
         self.metrics: Metrics | None = None
+        self.job: TransferJob | None = None
         self._termination_log = termination_log
         self._ending: Ending | None = None
         self._lock = threading.Lock()
@@ -94,6 +98,19 @@ class Container:
             self.log.note(why, stage=self.stage, run=self.run, exit_code=Stopped.exit_code)
         self.leave(self._ending.exit_code if self._ending else Stopped.exit_code)
 
+    def part(self, *, lingers: bool) -> None:
+        """Do what is left for who watches the metrics, once the end is told.
+
+        Args:
+            lingers: Whether the port stays open for a last scrape, as long as the job says.
+        """
+        if self.job is None or self.metrics is None or self._ending is None:
+            return
+        stopped = self._ending.exit_code == Stopped.exit_code
+        hand_over(self.job, self.metrics, self.log, stopped=stopped)
+        if lingers and not stopped:
+            linger(self.job.spec.metrics.linger_seconds)
+
     def leave(self, code: int) -> Never:
         """End the process at once: all is said, and TensorFlow's own end takes seconds that could spoil the exit code.
 
@@ -111,6 +128,8 @@ class Container:
                 return False
             reached = self.metrics.reached(self.stage)._asdict() if self.metrics else {}
             facts = {"stage": self.stage, "run": self.run, "outcome": outcome, "exit_code": exit_code}
+            if self.metrics:
+                self.metrics.exit_code(self.stage, exit_code)
             self._ending = Ending.model_validate({**facts, **reached, **told})
             with suppress(OSError):
                 if self._termination_log.exists():

@@ -1,7 +1,6 @@
 """`topwork run`: the whole pipeline on this machine."""
 
 import sys
-import time
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,6 +10,7 @@ import typer
 from topwork import __version__
 from topwork.cli.comparison import comparison
 from topwork.cli.overrides import Overrides
+from topwork.cli.parting import parting
 from topwork.cli.signals import stopped_by_signals
 from topwork.cli.surroundings import default_state, quiet_start, scratch_of, serve, storage_at
 from topwork.edge.metrics import Metrics
@@ -56,13 +56,12 @@ def run(
     published = []
     for job in jobs:
         metrics.describe(job=job.metadata.name, run=job.run, stage="run", version=__version__)
-        published.append(_run(job, metrics, progress, state or default_state(), replicas, restart, verbose))
-        for line in published[-1].summary():
-            print(line)
+        with parting(job, metrics, progress, served=metrics_port is not None):
+            published.append(_run(job, metrics, progress, state or default_state(), replicas, restart, verbose))
+            for line in published[-1].summary():
+                print(line, flush=True)
     for line in comparison(published):
         print(line)
-    if metrics_port is not None:
-        time.sleep(max(job.spec.metrics.linger_seconds for job in jobs))
 
 
 def _run(

@@ -1,7 +1,6 @@
 """`topwork stage`: one stage of a job, as the containers of its pod call it."""
 
 import os
-import time
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -60,17 +59,19 @@ def stage(
 
             end_overdue(stop, STOP_SECONDS, end, grace_seconds=grace)
             port = METRICS_PORTS[name] if metrics_port is None else metrics_port
-            seconds = _run(container, job, scratch, port, stop)
+            lingers = _run(container, job, scratch, port, stop)
             # Who waits for a last scrape has nothing to lose.
             with suppress(StopNow):
-                time.sleep(seconds)
+                container.part(lingers=lingers)
     except BaseException as error:
-        container.leave(container.failed(error))
+        code = container.failed(error)
+        container.part(lingers=True)
+        container.leave(code)
     container.leave(0)
 
 
-def _run(container: Container, file: Path, scratch: Path, port: int, stop: StopSignal) -> int:
-    """Run the stage and tell how it ended; says for how many seconds its metrics are wanted after the end."""
+def _run(container: Container, file: Path, scratch: Path, port: int, stop: StopSignal) -> bool:
+    """Run the stage and tell how it ended; says whether a last scrape is worth waiting for: later stages repeat it."""
     from topwork.cli.pods import check_variables, pod_storage, trust_extra_authority
     from topwork.cli.surroundings import serve
     from topwork.edge.metrics import Metrics
@@ -78,7 +79,7 @@ def _run(container: Container, file: Path, scratch: Path, port: int, stop: StopS
     from topwork.workspace import Workspace
 
     job = _only_job(file)
-    container.run = job.run
+    container.run, container.job = job.run, job
     container.metrics = metrics = Metrics(gpus=_has_gpus(container, job))
     metrics.describe(job=job.metadata.name, run=job.run, stage=container.stage, version=__version__)
     container.log.note("metrics", port=serve(metrics, port))
@@ -90,9 +91,9 @@ def _run(container: Container, file: Path, scratch: Path, port: int, stop: StopS
     limit = int(in_bytes(job.spec.compute.scratch))
     workspace = Workspace(storage, metrics, container.log, folder, scratch_limit=limit, stop=stop)
     if _found(container, job, workspace):
-        return 0
+        return False
     _work(container, job, workspace)
-    return job.spec.metrics.linger_seconds if container.stage == "fine-tune" else 0
+    return container.stage == "fine-tune"
 
 
 def _grace_seconds() -> float | None:

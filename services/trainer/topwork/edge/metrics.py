@@ -44,6 +44,11 @@ class Metrics:
         """The series without the labels of the job."""
         return self._series.registry
 
+    @property
+    def labels(self) -> dict[str, str]:
+        """Labels that every series leaves with: `transferjob` and `run`, once `describe` was called."""
+        return dict(self._labels)
+
     def serve(self, port: int, address: str = "0.0.0.0") -> int:  # noqa: S104 - Prometheus scrapes from outside
         """Serve the series over HTTP from a thread of its own, as OpenMetrics to who asks for it.
 

@@ -11,6 +11,9 @@ from prometheus_client.samples import Sample
 STEP_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 UNITS = ("seconds", "bytes", "ratio", "watts", "celsius")
 
+MOST_SERIES = 77
+"""Series of one process at most, without those of its GPUs: every stage, split, metric and reason at once."""
+
 OUTCOME = (
     "topwork_stage",
     "topwork_exit_code",
@@ -18,8 +21,6 @@ OUTCOME = (
     "topwork_stage_duration_seconds",
     "topwork_epoch",
     "topwork_epochs_planned",
-    "topwork_steps",
-    "topwork_images",
     "topwork_loss",
     "topwork_metric",
     "topwork_best_metric",
@@ -29,7 +30,8 @@ OUTCOME = (
     "topwork_images_rejected",
     "topwork_gates_failed",
 )
-"""Families that say what came of a job: what a Pushgateway keeps. It shows them for good, so none tells of a moment."""
+"""Families that say what came of a job: what a Pushgateway keeps. It shows them for good, so none tells of a moment,
+and none is a count of one process, which would be added to what was scraped of it."""
 
 # When a counter began says nothing that Prometheus uses, and would double the series.
 disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -73,7 +75,11 @@ class Series:
             gpus: Figures of the GPUs; None without one.
         """
         self.registry = CollectorRegistry()
-        self.info = Info("topwork_stage", "What this process runs, and with how many GPUs.", registry=self.registry)
+        self.info = Info(
+            "topwork_stage",
+            "What this process runs: `stage`, `version`, and `gpus` that are its own.",
+            registry=self.registry,
+        )
         self._stages()
         self._training()
         self._results()

@@ -145,7 +145,10 @@ class Metrics(Part):
 
     pushgateway: HttpUrl | None = Field(default=None, description="Address of a Pushgateway for the final outcome.")
     linger_seconds: Whole = Field(
-        default=0, ge=0, le=600, description="Seconds that the port stays open at the end, so that it is scraped again."
+        default=0,
+        ge=0,
+        le=600,
+        description="Seconds that the port stays open at the end, also after a failure, so that it is scraped again.",
     )
 
 

@@ -20,6 +20,7 @@ from topwork.spec import TransferJob
 from topwork.spec.writing import yaml_text
 from topwork.stages import versions
 from topwork.stages.versions import Version
+from topwork.training.input_bound import is_held_up, wait_share
 from topwork.training.trained import Classifier, StageName, read_done
 from topwork.workspace import Workspace
 
@@ -39,6 +40,7 @@ class Effort(BaseModel):
         trainable: Parameters that were trained at its end.
         batch_size: Images of a step over all replicas.
         step_seconds: Seconds of a typical step; None where no epoch was measured.
+        input_wait_share: Share of its steps in which it stood still for want of input; None where that is no matter.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -46,6 +48,7 @@ class Effort(BaseModel):
     trainable: int
     batch_size: int
     step_seconds: float | None
+    input_wait_share: float | None = None
 
 
 class Published(BaseModel):
@@ -89,11 +92,17 @@ class Published(BaseModel):
         """Say in a few lines what was published and how good it is."""
         shown = ", ".join(f"{name} {value:.4f}" for name, value in list(self.metrics.items())[:SHOWN_METRICS])
         steps = [f"{stage} {took.step_seconds:.3g} s" for stage, took in self.stages.items() if took.step_seconds]
+        waits = [
+            f"held up {stage} for {took.input_wait_share:.0%} of its steps' time"
+            for stage, took in self.stages.items()
+            if took.input_wait_share
+        ]
         return [
             f"Published {self.name} version {self.version}: {shown} on {self.images} images of the {self.split} split",
             f"  model   {self.uri}",
             f"  report  {self.report_uri}",
             *([f"  a step  {', '.join(steps)}"] if steps else []),
+            *([f"  input   {', '.join(waits)}"] if waits else []),
         ]
 
 
@@ -266,6 +275,7 @@ def _efforts(job: TransferJob, storage: Storage) -> dict[str, Effort]:
                 trainable=done.parameters.trainable,
                 batch_size=batch_sizes(job)[stage],
                 step_seconds=step_seconds(job, done.rows).get(stage),
+                input_wait_share=wait_share(done.rows) if any(map(is_held_up, done.rows)) else None,
             )
     return efforts
 

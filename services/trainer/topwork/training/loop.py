@@ -21,6 +21,7 @@ from topwork.model.freezing import (
 from topwork.training.checkpoint_files import Checkpoint
 from topwork.training.checkpoints import Checkpoints
 from topwork.training.course import Course
+from topwork.training.input_bound import is_held_up, wait_share
 from topwork.training.losses import accuracy, balanced_class_weights, loss, targets
 from topwork.training.optimizers import averages, optimizer
 from topwork.training.parameters import show_parameters
@@ -217,8 +218,8 @@ class Training:
         """Measure, keep what is best, write the row, store a checkpoint, and see whether to go on."""
         course = self.course
         rate = float(keras.ops.convert_to_numpy(self._fitted.optimizer.learning_rate))
-        seconds = course.epoch_seconds
-        course.epoch, course.step, course.epoch_seconds = course.epoch + 1, 0, 0.0
+        seconds, waited = course.epoch_seconds, course.epoch_wait_seconds
+        course.epoch, course.step, course.epoch_seconds, course.epoch_wait_seconds = course.epoch + 1, 0, 0.0, 0.0
         self._last_values = read_values(self._moving)
         measured = self._judge()
         row: Row = {
@@ -230,6 +231,7 @@ class Training:
         row |= {f"validation_{name}": value for name, value in (measured or {}).items()}
         images = self._steps_per_epoch * self._plan.batch_size
         row |= {"learning_rate": rate, "seconds": seconds, "images_per_second": images / max(seconds, 1e-9)}
+        row |= {"input_wait_seconds": waited}
         course.rows.append(row)
         self._tell(row)
         self._checkpoints.save(self.snapshot())
@@ -291,6 +293,9 @@ class Training:
         tell(self.course.rows, self.course.best_epoch, self._workspace.metrics)
         facts = {name: value for name, value in row.items() if name not in {"stage", "epoch"}}
         self._workspace.progress.epoch(self._plan.stage, self.course.epoch, self._plan.epochs, **facts)
+        if is_held_up(row):
+            told = {"stage": self._plan.stage, "epoch": self.course.epoch, "waited": f"{wait_share([row]):.0%}"}
+            self._workspace.progress.note("input holds up training", **told, remedies=self._plan.remedies)
 
 
 class _Epochs(keras.callbacks.Callback):

@@ -37,6 +37,7 @@ class Plan:
         seed: Seed of the order of the images, their views and the new weights.
         caching: Whether features of the frozen layers may be computed once, and in how many views.
         batch_norm: Whether the batch normalizations of the base are trained where they're unfrozen.
+        remedies: What to do where input holds training up; known once it is known what that input is.
     """
 
     stage: StageName
@@ -48,6 +49,7 @@ class Plan:
     seed: int
     caching: Caching
     batch_norm: bool = False
+    remedies: str = ""
 
     @property
     def epochs(self) -> int:

@@ -1,6 +1,7 @@
 """A training stage from start, or from where it was left, to its `done.json`."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import keras
@@ -17,6 +18,7 @@ from topwork.training.caching import keeps_features
 from topwork.training.checkpoints import Checkpoints
 from topwork.training.checks import check_data
 from topwork.training.features import FeatureJob, computed, features_prefix
+from topwork.training.input_bound import remedies
 from topwork.training.loop import Training
 from topwork.training.plan import Plan
 from topwork.training.strategy import check_replicas, policy, strategy
@@ -108,10 +110,17 @@ def _training(
     kept, reason = keeps_features(plan.caching, plan.epochs, cut)
     workspace.progress.note("feature cache", stage=plan.stage, used=kept, reason=reason)
     if cut and kept and (features := computed(FeatureJob(job, plan, data, cut, change, workspace))):
+        plan = _with_remedies(plan, job, on_features=True)
         return Training(plan, model, cut.upper, features, workspace, checkpoints, None)
     with model.distribute_strategy.scope():
         whole = cut.joined() if cut else model
+    plan = _with_remedies(plan, job, on_features=False)
     return Training(plan, model, whole, data, workspace, checkpoints, change)
+
+
+def _with_remedies(plan: Plan, job: TransferJob, *, on_features: bool) -> Plan:
+    told = remedies(job.spec, plan.stage, plan.phases[-1].unfrozen, on_features=on_features)
+    return replace(plan, remedies=told)
 
 
 def _store(

@@ -37,7 +37,7 @@ class Classifier(BaseModel):
         image_size: Height and width in pixels.
         history: One row an epoch, of this stage and those before it: stage, epoch (from 1), loss, accuracy,
             validation_loss and validation_accuracy where there's a validation split, learning_rate, seconds,
-            images_per_second.
+            images_per_second, input_wait_seconds.
         best_epoch: Epoch of this stage whose weights were kept.
         parameters: Counts at the end of the stage.
         started: When the stage was first started.
