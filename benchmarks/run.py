@@ -36,6 +36,10 @@ def main() -> None:
     console = Console()
     console.print(table)
     console.print(f"topwork validate: {validate_seconds():.2f} s of CPU")
+    metrics = last_line([sys.executable, "benchmarks/metrics.py"])
+    for name, share in metrics["shares"].items():
+        console.print(f"metrics: {metrics['recording'] * 1e6:.0f} us a step, {share:.2%} of one of {name}")
+    console.print(f"metrics: {metrics['scrape'] * 1e3:.1f} ms and {metrics['bytes']} bytes a scrape")
 
 
 def topwork_seconds(folder: Path) -> dict[str, list[float]]:

@@ -262,6 +262,12 @@ def test_a_server_that_says_nothing_is_given_up(serve, tmp_path, monkeypatch):
         fetched(serve(lambda handler: time.sleep(1)).uri, tmp_path)
 
 
+def test_each_piece_that_arrives_is_a_sign_that_work_goes_on(serve, tmp_path):
+    pieces = []
+    Download(serve(lambda handler: send(handler, CONTENT)).uri, lambda: pieces.append(1)).fetch(tmp_path / "a.zip")
+    assert pieces
+
+
 def test_a_full_disk_is_no_failure_of_the_network(serve, tmp_path, monkeypatch):
     server = serve(lambda handler: send(handler, CONTENT))
     monkeypatch.setattr(Path, "open", lambda self, mode: io.FileIO("/dev/full", mode))

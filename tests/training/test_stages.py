@@ -1,5 +1,8 @@
 """Transfer and fine-tune on one device: what is trained, what is kept, what is stored."""
 
+import io
+from dataclasses import replace
+
 import keras
 import numpy as np
 import pytest
@@ -7,6 +10,7 @@ import pytest
 from topwork.data.local import fetch
 from topwork.errors import DataError, SpecError
 from topwork.model.freezing import leaves
+from topwork.progress import LineProgress
 from topwork.spec.training import EarlyStopping, Optimizer
 from topwork.stages.fine_tune import fine_tune
 from topwork.stages.pull import pull
@@ -31,6 +35,13 @@ def test_a_small_base_from_scratch_learns_and_is_stored(make_job, workspace):
         "learning_rate", "seconds", "images_per_second", "input_wait_seconds",
     }  # fmt: skip
     assert classifier.history[-1]["loss"] < classifier.history[0]["loss"]
+    series = workspace.metrics.registry.get_sample_value
+    steps, waited = (sum(row[name] for row in classifier.history) for name in ("seconds", "input_wait_seconds"))
+    assert (series("topwork_steps_total"), series("topwork_images_total")) == (3 * 4, 3 * 4 * 5)
+    assert series("topwork_step_duration_seconds_count") == 3 * 4
+    assert series("topwork_step_duration_seconds_sum") == pytest.approx(steps)
+    assert series("topwork_input_wait_seconds_total") == pytest.approx(waited)
+    assert series("topwork_step_compute_seconds_total") == pytest.approx(steps - waited, abs=0.01)
     model = load(classifier, workspace)
     assert [layer.name for layer in model.layers] == ["image", "input_scaling", "base", "pooling", "logits"]
     assert model.output_shape == (None, 1)
@@ -132,7 +143,26 @@ def test_a_stage_that_is_done_returns_at_once_without_its_data(saved_job, worksp
     first = transfer(job, dataset, workspace)
     monkeypatch.setattr("topwork.training.stage.fetch", lambda *_: pytest.fail("fetched again"))
     assert transfer(job, dataset, workspace) == first
-    assert workspace.metrics.registry.get_sample_value("topwork_epoch", {"stage": "transfer"}) == 1.0
+    series, stage = workspace.metrics.registry.get_sample_value, {"stage": "transfer"}
+    assert series("topwork_epoch", stage) == 1.0
+    assert series("topwork_stage_start_timestamp_seconds", stage) == pytest.approx(first.started.timestamp())
+    lasted = (first.finished - first.started).total_seconds()
+    assert series("topwork_stage_duration_seconds", stage) == pytest.approx(lasted)
+
+
+def test_input_that_holds_up_an_epoch_is_told_with_what_to_do(make_job, workspace, monkeypatch):
+    monkeypatch.setattr("topwork.training.input_bound.LEAST_SECONDS", 0.0)
+    monkeypatch.setattr("topwork.training.input_bound.MOST_SHARE", 0.0)
+    lines = io.StringIO()
+    told = replace(workspace, progress=LineProgress(lines))
+    job = make_job(transfer={"train": "all", "epochs": 1, "batchSize": 8}, augmentation={"rotation": 0.1})
+    row = transfer(job, pull(job, told), told).history[0]
+    (line,) = [line for line in lines.getvalue().splitlines() if "input holds up training" in line]
+    assert line.split(" ", 1)[1] == (
+        f"input holds up training stage=transfer epoch=1 waited={row['input_wait_seconds'] / row['seconds']:.0%} "
+        'remedies="do without rotation in spec.augmentation; '
+        'raise spec.compute.cpu from 4, or run on a machine with more cores"'
+    )
 
 
 def test_early_stopping_ends_the_stage_and_keeps_the_best_weights(make_job, workspace):

@@ -1,6 +1,9 @@
 """The table that `topwork run` ends with when it has run several jobs."""
 
+from datetime import UTC, datetime, timedelta
+
 from topwork.cli.comparison import comparison
+from topwork.edge.metrics import Metrics
 from topwork.stages.publish import Effort, Published
 
 
@@ -52,3 +55,21 @@ def test_summary_says_what_a_step_took():
     one = published("one", 0.9, transfer=effort(10, 0.51234), fine_tune=effort(99, 3.0))
     assert one.summary()[-1] == "  a step  transfer 0.512 s, fine-tune 3 s"
     assert len(published("two", 0.9).summary()) == 3
+
+
+def test_summary_says_that_input_held_training_up():
+    slow = Effort(trainable=10, batch_size=32, step_seconds=0.5, input_wait_share=0.456)
+    lines = published("one", 0.9, transfer=slow, fine_tune=effort(99, 3.0)).summary()
+    assert lines[-1] == "  input   held up transfer for 46 % of its steps' time"
+
+
+def test_a_version_that_was_published_earlier_shows_its_figures_again():
+    began, metrics = datetime(2026, 5, 1, tzinfo=UTC), Metrics()
+    earlier = published("one", 0.9).model_copy(update={"started": began, "finished": began + timedelta(minutes=2)})
+    with metrics.stage("publish"):
+        earlier.repeat(metrics)
+    series = metrics.registry.get_sample_value
+    assert series("topwork_metric", {"name": "accuracy", "split": "test"}) == 0.9
+    assert series("topwork_loss", {"split": "test"}) == 0.3
+    assert series("topwork_gates_failed") == 0
+    assert series("topwork_stage_duration_seconds", {"stage": "publish"}) == 120

@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import pytest
 from prometheus_client import CollectorRegistry
 
 from topwork.edge.gpus import Gpus, visible_gpus
@@ -24,6 +25,7 @@ TWO_GPUS = SimpleNamespace(
     nvmlDeviceGetMemoryInfo=lambda gpu: SimpleNamespace(used=2**30, total=2**34),
     nvmlDeviceGetPowerUsage=lambda gpu: 412_500 if gpu == 0 else refuse(gpu),
     nvmlDeviceGetTemperature=lambda gpu, sensor: 61,
+    nvmlDeviceGetUUID=lambda gpu: ["GPU-aaaa-1", "GPU-bbbb-2"][gpu],
 )
 
 
@@ -42,6 +44,16 @@ def test_a_reading_that_a_gpu_does_not_have_is_left_out():
     registry = CollectorRegistry()
     registry.register(Gpus(TWO_GPUS))
     assert registry.get_sample_value("topwork_gpu_power_watts", {"gpu": "1"}) is None
+
+
+@pytest.mark.parametrize(
+    ("only", "shown"),
+    [(None, ["0", "1"]), ("1", ["1"]), ("1,0", ["0", "1"]), ("GPU-bbbb", ["1"]), ("-1", []), ("", []), ("2", [])],
+)
+def test_gpus_that_cuda_is_kept_from_are_not_shown(only, shown):
+    gpus = Gpus(TWO_GPUS, only)
+    assert [sample.labels["gpu"] for sample in next(iter(gpus.collect())).samples] == shown
+    assert gpus.count == len(shown)
 
 
 def test_a_driver_that_fails_costs_its_figures_and_not_the_page():

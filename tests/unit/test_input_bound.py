@@ -85,11 +85,11 @@ def test_the_remedies_go_by_what_the_job_says():
     )
     assert remedies(slow, "transfer", "none", on_features=False) == (
         "set spec.transfer.featureCache: on, so that images are read once for each view, not each epoch; "
-        f"take rotation and randAugment out of spec.augmentation, where they are not needed; {cores}"
+        f"do without rotation and randAugment in spec.augmentation; {cores}"
     )
     # What is mixed anew at each step can't be kept, and neither can what a base gives that is trained.
     mixed = spec(augmentation={"mixUp": 0.2}, transfer={"featureCache": "off"})
-    assert remedies(mixed, "transfer", "none", on_features=False).startswith("take mixUp out of spec.augmentation")
+    assert remedies(mixed, "transfer", "none", on_features=False).startswith("do without mixUp in spec.augmentation")
     whole = spec(fineTune={"epochs": 2, "unfreeze": "all", "featureCache": "off"})
     assert remedies(whole, "fine-tune", "all", on_features=False) == cores
     assert remedies(slow, "transfer", "none", on_features=True) == (

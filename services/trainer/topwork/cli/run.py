@@ -1,5 +1,6 @@
 """`topwork run`: the whole pipeline on this machine."""
 
+import os
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -50,7 +51,7 @@ def run(
     jobs = [job for _, job in read_files(files, overrides or ())]
     progress = _progress(log_format, quiet)
     # With replicas on the processor the GPUs are somebody else's.
-    metrics = Metrics(gpus=replicas is None)
+    metrics = Metrics(gpus=replicas is None, only_gpus=os.environ.get("CUDA_VISIBLE_DEVICES"))
     if metrics_port is not None:
         progress.note("metrics", port=serve(metrics, metrics_port))
     published = []

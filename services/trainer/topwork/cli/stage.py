@@ -80,7 +80,9 @@ def _run(container: Container, file: Path, scratch: Path, port: int, stop: StopS
 
     job = _only_job(file)
     container.run, container.job = job.run, job
-    container.metrics = metrics = Metrics(gpus=_has_gpus(container, job))
+    container.metrics = metrics = Metrics(
+        gpus=_has_gpus(container, job), only_gpus=os.environ.get("CUDA_VISIBLE_DEVICES")
+    )
     metrics.describe(job=job.metadata.name, run=job.run, stage=container.stage, version=__version__)
     container.log.note("metrics", port=serve(metrics, port))
     folder = _writable(scratch / job.run)

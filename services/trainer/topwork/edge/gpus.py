@@ -40,18 +40,33 @@ class Gpus(Collector):
 
     Args:
         nvml: The module `pynvml`, initialised.
+        only: Indices or beginnings of UUIDs, as CUDA_VISIBLE_DEVICES has them: CUDA heeds it, NVML does not. None for
+            all GPUs.
     """
 
-    def __init__(self, nvml: Any) -> None:
-        self._nvml = nvml
+    def __init__(self, nvml: Any, only: str | None = None) -> None:
+        self._nvml, self._only = nvml, only
 
     @property
     def count(self) -> int:
-        """GPUs that are there; 0 where the driver does not say."""
+        """GPUs that are there and meant; 0 where the driver does not say."""
+        return len(self._meant())
+
+    def _meant(self) -> list[int]:
         try:
-            return int(self._nvml.nvmlDeviceGetCount())
+            found = list(range(self._nvml.nvmlDeviceGetCount()))
+            return found if self._only is None else [index for index in found if self._is_named(index)]
         except self._nvml.NVMLError:
-            return 0
+            return []
+
+    def _is_named(self, index: int) -> bool:
+        names = [name.strip() for name in (self._only or "").split(",")]
+        if str(index) in names:
+            return True
+        uuids = [name for name in names if name.startswith(("GPU-", "MIG-"))]
+        return bool(uuids) and self._nvml.nvmlDeviceGetUUID(self._nvml.nvmlDeviceGetHandleByIndex(index)).startswith(
+            tuple(uuids)
+        )
 
     def describe(self) -> Iterator[GaugeMetricFamily]:
         """Name the families without asking the GPUs."""
@@ -60,7 +75,7 @@ class Gpus(Collector):
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         """Ask every GPU."""
-        gpus = range(self.count)
+        gpus = self._meant()
         for name, (meaning, read) in READINGS.items():
             family = _family(name, meaning)
             for index in gpus:
@@ -74,14 +89,22 @@ def _family(name: str, meaning: str) -> GaugeMetricFamily:
     return GaugeMetricFamily(name, meaning, labels=["gpu"], unit=name.rsplit("_", 1)[1])
 
 
-def visible_gpus() -> Gpus | None:
-    """Open NVML; None without its library, its driver or a GPU."""
+def visible_gpus(only: str | None = None) -> Gpus | None:
+    """Open NVML.
+
+    Args:
+        only: The GPUs that are meant, as CUDA_VISIBLE_DEVICES names them; None for all.
+
+    Returns:
+        Their figures; None without NVML's library, its driver or a GPU.
+    """
     try:
         import pynvml
 
         pynvml.nvmlInit()
-        return Gpus(pynvml) if pynvml.nvmlDeviceGetCount() else None
     except ImportError:
         return None
     except pynvml.NVMLError:
         return None
+    gpus = Gpus(pynvml, only)
+    return gpus if gpus.count else None

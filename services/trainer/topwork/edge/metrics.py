@@ -24,13 +24,14 @@ class Reached(NamedTuple):
 class Metrics:
     """The series of the job that this process runs; each leaves it with the labels `transferjob` and `run`."""
 
-    def __init__(self, *, gpus: bool = True) -> None:
+    def __init__(self, *, gpus: bool = True, only_gpus: str | None = None) -> None:
         """Make all series.
 
         Args:
             gpus: Whether the GPUs that are seen belong to this process.
+            only_gpus: Those of them that do, as CUDA_VISIBLE_DEVICES names them; None for all.
         """
-        self._gpus = visible_gpus() if gpus else None
+        self._gpus = visible_gpus(only_gpus) if gpus else None
         self._series = Series(self._gpus)
         self._labels: dict[str, str] = {}
         self._repeated: set[str] = set()
@@ -86,10 +87,12 @@ class Metrics:
         series = self._series
         series.stage_start.labels(name).set_to_current_time()
         series.running.labels(name).set(1)
+        self.progress()
         try:
             yield
         finally:
             series.running.labels(name).set(0)
+            self.progress()
             if name not in self._repeated:
                 began = datetime.now(UTC) - self.stage_started(name)
                 series.stage_seconds.labels(name).set(began.total_seconds())

@@ -93,7 +93,7 @@ class Published(BaseModel):
         shown = ", ".join(f"{name} {value:.4f}" for name, value in list(self.metrics.items())[:SHOWN_METRICS])
         steps = [f"{stage} {took.step_seconds:.3g} s" for stage, took in self.stages.items() if took.step_seconds]
         waits = [
-            f"held up {stage} for {took.input_wait_share:.0%} of its steps' time"
+            f"held up {stage} for {100 * took.input_wait_share:.0f} % of its steps' time"
             for stage, took in self.stages.items()
             if took.input_wait_share
         ]

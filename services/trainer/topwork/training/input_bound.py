@@ -60,7 +60,7 @@ def remedies(spec: JobSpec, stage: StageName, unfrozen: "Unfrozen", *, on_featur
         if settings and settings.cache.use == "off" and unfrozen != "all" and not mixes:
             found.append(f"set spec.{key}.featureCache: on, so that images are read once for each view, not each epoch")
         if costly := [_key(name) for name in COSTLY if getattr(spec.augmentation, name)]:
-            found.append(f"take {' and '.join(costly)} out of spec.augmentation, where they are not needed")
+            found.append(f"do without {' and '.join(costly)} in spec.augmentation")
     found.append(f"raise spec.compute.cpu from {spec.compute.cpu}, or run on a machine with more cores")
     if on_features:
         found.append("raise spec.compute.memory, so that the features need not be read from scratch")

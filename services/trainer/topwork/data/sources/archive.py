@@ -24,7 +24,8 @@ class Archive:
     def __init__(self, source: ArchiveSource, workspace: Workspace) -> None:
         self._source = source
         self._workspace = workspace
-        self._download = Download(source.uri) if source.uri.startswith(("http://", "https://")) else None
+        is_remote = source.uri.startswith(("http://", "https://"))
+        self._download = Download(source.uri, workspace.metrics.progress) if is_remote else None
         self._shown = self._download.shown if self._download else source.uri
         self._root = path_parts(source.root)
         self._found: tuple[tuple[str, ...], int] | None = None

@@ -43,9 +43,15 @@ class _TemporaryFailure(Exception):  # noqa: N818 - told as UnavailableError
 class Download:
     """One file on a web server. The query of its address, which may be a signature, is never shown."""
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str, arrived: Callable[[], None] | None = None) -> None:
+        """Name a file.
+
+        Args:
+            uri: Its address.
+            arrived: Called with each piece that arrives.
+        """
         parts = urlsplit(uri)
-        self._uri = uri
+        self._uri, self._arrived = uri, arrived
         self._tag: str | None = None
         self.shown = urlunsplit((parts.scheme, parts.netloc, parts.path, "", ""))
 
@@ -126,6 +132,8 @@ class Download:
         # Not read(), which waits for a whole chunk however slowly it comes.
         while chunk := answer.read1(_CHUNK):
             file.write(chunk)
+            if self._arrived:
+                self._arrived()
             count += len(chunk)
             now = time.monotonic()
             if now > ends:
