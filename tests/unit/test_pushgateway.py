@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 
 import pytest
 from typer.testing import CliRunner
@@ -15,11 +16,12 @@ from topwork.edge.pushgateway import delete, push
 from topwork.errors import SettingError, UnavailableError
 
 RUN = "cats-12345678"
+DRIPS = -1
 
 
 @pytest.fixture
 def faulty():
-    """Give the address of a server that answers as told, or not at all within a minute."""
+    """Give the address of a server that answers with a status, drop by drop, or not at all within a minute."""
     servers = []
 
     def start(answer: int | None) -> str:
@@ -27,6 +29,12 @@ def faulty():
             def do_PUT(self):
                 if answer is None:
                     done.wait(60)
+                    return
+                if answer == DRIPS:
+                    # Each byte comes within the time-out of a socket.
+                    with suppress(OSError):
+                        while not done.wait(0.1):
+                            self.wfile.write(b"H")
                     return
                 self.send_response(answer)
                 self.end_headers()
@@ -58,8 +66,9 @@ def outcome() -> Metrics:
     return metrics
 
 
-def test_a_pushgateway_that_is_silent_is_given_up_in_time(faulty, outcome):
-    address, began = faulty(None), time.monotonic()
+@pytest.mark.parametrize("answer", [None, DRIPS], ids=["silent", "slow"])
+def test_a_pushgateway_that_is_silent_or_slow_is_given_up_in_time(faulty, outcome, answer):
+    address, began = faulty(answer), time.monotonic()
     with pytest.raises(UnavailableError) as refused:
         push(address, outcome, seconds=0.3)
     assert time.monotonic() - began < 2
