@@ -32,8 +32,8 @@ your cloud wants it, such as with eks.amazonaws.com/role-arn, and name it in the
 No pod of topwork gets a token of the Kubernetes API.
 """
 SUBMITTER_WORDS = f"""
-Who may submit: what topwork submit, status, list, logs and cancel need in this namespace, for the group
-{SUBMITTERS}. To give it to a person or a service account:
+Who may submit: what topwork submit, status, list, logs, top and cancel need in this namespace, for the
+group {SUBMITTERS}. To give it to a person or a service account:
 
   kubectl --namespace {NAMESPACE} create rolebinding NAME --role={SUBMITTER} --user=NAME
 """
@@ -91,6 +91,7 @@ def role() -> Manifest:
         ("", "configmaps"): "get list create patch delete",
         ("", "pods"): "get list watch delete",
         ("", "pods/log"): "get",
+        ("", "pods/proxy"): "get",
         ("", "events"): "get list watch",
         ("", "resourcequotas"): "get list",
     }

@@ -5,8 +5,9 @@ import json
 import socket
 import struct
 import time
+import urllib.request
 from typing import Any
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 import api_logs
 import api_statuses
@@ -87,6 +88,8 @@ class Handler(Wire):
     def _get(self, target: Target) -> None:
         if target.sub == "log":
             self._log(target)
+        elif target.sub.startswith("proxy/"):
+            self._proxy(target)
         elif target.name:
             found = self.api.objects.get(target.key)
             if found is None:
@@ -131,6 +134,25 @@ class Handler(Wire):
         if "gracePeriodSeconds" in options:
             options["gracePeriodSeconds"] = int(options["gracePeriodSeconds"])
         self._json(200, self.api.deletion.delete(target.key, options))
+
+    def _proxy(self, target: Target) -> None:
+        """Pass a request on to a port of a pod, as far as a test says where that is."""
+        name, _, port = unquote(target.name).partition(":")
+        if self.api.objects.get(target.key._replace(name=name)) is None:
+            raise Refused(api_statuses.not_found("pods", name))
+        address = self.api.ports.get((name, int(port)))
+        try:
+            if address is None:
+                raise ConnectionRefusedError(111, "connect: connection refused")
+            path = target.sub.removeprefix("proxy/")
+            headers = {"Accept": self.headers.get("Accept", "*/*")}
+            asked = urllib.request.Request(f"http://127.0.0.1:{address}/{path}", headers=headers)
+            with urllib.request.urlopen(asked, timeout=5) as answer:
+                data, kind = answer.read(), answer.headers["Content-Type"]
+        except OSError as error:
+            why = f"error trying to reach service: dial tcp 10.0.0.7:{port}: {error.strerror or error}"
+            raise Refused(api_statuses.status(503, "ServiceUnavailable", why)) from None
+        self._bytes(200, data, {"Content-Type": kind})
 
     # ── Lists and watches ───────────────────────────────────────────────────────────────────────────────────────────
 

@@ -1,8 +1,8 @@
 """A server that behaves like the API server of a Kubernetes cluster, over HTTP and in memory.
 
 It keeps Jobs, ConfigMaps, Pods, Events, ResourceQuotas, Secrets and Namespaces, and serves server-side apply, GET, LIST
-(selectors, `continue`), WATCH, DELETE (propagation, grace period, preconditions) and logs, with the errors of a real
-server in its words. No controller runs: a test plays the cluster itself.
+(selectors, `continue`), WATCH, DELETE (propagation, grace period, preconditions), logs and GET through pods/proxy (to
+`ports`), with the errors of a real server in its words. No controller runs: a test plays the cluster itself.
 
     from api_server import ApiServer
 
@@ -97,6 +97,8 @@ class ApiServer:
         self.logs = api_logs.Logs(self.objects.changed)
         self.deletion = Deletion(self.objects)
         self.requests: list[Request] = []
+        # Ports of this machine that stand for ports of pods, by the pod's name and its port: what pods/proxy reaches.
+        self.ports: dict[tuple[str, int], int] = {}
         self.closing = False
         self.bookmarks = 0
         self._planted: list[Planted] = []

@@ -135,6 +135,7 @@ def test_submitter_may_what_the_commands_do_and_no_more() -> None:
         ("", "configmaps"): ["get", "list", "create", "patch", "delete"],
         ("", "pods"): ["get", "list", "watch", "delete"],
         ("", "pods/log"): ["get"],
+        ("", "pods/proxy"): ["get"],
         ("", "events"): ["get", "list", "watch"],
         ("", "resourcequotas"): ["get", "list"],
     }

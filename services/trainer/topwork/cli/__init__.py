@@ -23,6 +23,7 @@ COMMANDS = {
     "status": "topwork.cli.status:status",
     "list": "topwork.cli.status:list_runs",
     "logs": "topwork.cli.logs:logs",
+    "top": "topwork.cli.top:top",
     "cancel": "topwork.cli.cancel:cancel",
     "backbones": "topwork.cli.backbones:backbones",
     "schema": "topwork.cli.schema:schema",

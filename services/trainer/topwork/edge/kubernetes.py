@@ -19,6 +19,8 @@ __all__ = ["Change", "Cluster", "ClusterSettings", "Manifest", "connect"]
 Manifest = dict[str, Any]
 
 MANAGER = "topwork"
+# A page of metrics is written in milliseconds; a pod or node that is silent for longer does not answer.
+PAGE_SECONDS = 5.0
 DEFAULTS = ClusterSettings()
 
 
@@ -144,6 +146,25 @@ class Cluster:
         asked = Asked("read", KINDS["Pod"], self.namespace, pod, part="log")
         reader = LogReader(self._api, asked, container)
         return reader.read(follow=follow, since=since, tail=tail, timestamps=timestamps)
+
+    def page(self, pod: str, port: int, path: str) -> str:
+        """Read a page that a pod serves over HTTP, through the API server; tried once, since it is read again soon.
+
+        Args:
+            pod: Name of the pod.
+            port: Port in it.
+            path: Path without its first slash.
+
+        Returns:
+            The page.
+
+        Raises:
+            SettingError: If the server refuses, or the pod is gone.
+            UnavailableError: If the server or the pod does not answer.
+        """
+        asked = Asked("read", KINDS["Pod"], self.namespace, f"{pod}:{port}", part=f"proxy/{path}")
+        with self._api.stream(asked, PAGE_SECONDS) as lines:
+            return "\n".join(lines) + "\n"
 
     def delete(
         self,

@@ -46,7 +46,7 @@ class Asked:
         namespace: Namespace; empty: all.
         name: Name of the object; empty: all.
         method: HTTP method.
-        part: Part of the object, such as `log`.
+        part: Part of the object, such as `log`, or a path below it, such as `proxy/metrics`.
         query: Parameters; those that are None or empty are left out.
         body: Body, as a plain object.
     """
@@ -63,7 +63,7 @@ class Asked:
     @property
     def what(self) -> str:
         """In words, to follow `could not`."""
-        of = f"the {self.part} of {self.kind.name}" if self.part else self.kind.name
+        of = f"the {self.part.rpartition('/')[2]} of {self.kind.name}" if self.part else self.kind.name
         where = f" in {self.namespace}" if self.kind.namespaced and self.namespace else ""
         return f"{self.verb} {of} {self.name}{where}" if self.name else f"{self.verb} {self.kind.plural}{where}"
 
@@ -74,6 +74,6 @@ class Asked:
         parts = ["apis", kind.group, "v1"] if kind.group else ["api", "v1"]
         if kind.namespaced and self.namespace:
             parts += ["namespaces", self.namespace]
-        parts += [each for each in (kind.plural, self.name, self.part) if each]
+        parts += [each for each in (kind.plural, self.name, *self.part.split("/")) if each]
         query = urlencode({key: value for key, value in self.query.items() if value not in (None, "")})
         return "/" + "/".join(quote(part, safe="") for part in parts) + (f"?{query}" if query else "")
