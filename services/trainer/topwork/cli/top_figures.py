@@ -85,8 +85,8 @@ class Figures:
         speed: How fast it trains.
         replicas: How many train in step.
         gpus: Its GPUs.
-        checkpoint_seconds: Age of the last checkpoint.
-        progress_seconds: Since when nothing went on.
+        checkpoint_seconds_ago: Age of the last checkpoint.
+        progress_seconds_ago: Since when nothing went on.
         traffic: Traffic with storage by direction, download or upload.
         retries: Requests to storage that were tried again.
         images: Images of the dataset.
@@ -117,8 +117,8 @@ class Figures:
     speed: Speed | None = None
     replicas: int | None = None
     gpus: tuple[Gpu, ...] = ()
-    checkpoint_seconds: float | None = None
-    progress_seconds: float | None = None
+    checkpoint_seconds_ago: float | None = None
+    progress_seconds_ago: float | None = None
     traffic: Mapping[str, Traffic] = field(default_factory=dict)
     retries: int | None = None
     images: int | None = None

@@ -20,16 +20,18 @@ class History:
 
     def __init__(self) -> None:
         self.readings: list[Reading] = []
+        # The first reading, and each in which an epoch was seen to have ended since the one before.
+        self._marks: list[Reading] = []
 
     def add(self, reading: Reading) -> None:
         """Keep a reading; what another run, or an earlier process at the same address, told is forgotten."""
-        known = self.readings
-        if known and not _goes_on(known[-1], reading):
-            known = []
-        ended = [new for old, new in pairwise(known) if _epochs(old) != _epochs(new)]
-        recent = [one for one in known if reading.at - one.at <= RATE_SECONDS]
+        if self.readings and not _goes_on(self.readings[-1], reading):
+            self.readings, self._marks = [], []
+        if not self._marks or _epochs(self._marks[-1]) != _epochs(reading):
+            self._marks = [*self._marks, reading][-KEPT_EPOCHS:]
+        recent = [one for one in self.readings if reading.at - one.at <= RATE_SECONDS]
         # The last one is kept however old it is, for whoever reads seldom.
-        kept = {one.at: one for one in (*ended[-KEPT_EPOCHS:], *known[-1:], *recent, reading)}
+        kept = {one.at: one for one in (*self._marks, *self.readings[-1:], *recent, reading)}
         self.readings = [kept[at] for at in sorted(kept)]
 
 
@@ -75,8 +77,8 @@ def figures(readings: Sequence[Reading], now: float, place: Place) -> Figures:
         speed=_speed(readings),
         replicas=_whole(last.value("replicas")) or None,
         gpus=_gpus(last),
-        checkpoint_seconds=_age(last.value("checkpoint_last_success_timestamp_seconds"), now),
-        progress_seconds=_age(last.value("last_progress_timestamp_seconds"), now),
+        checkpoint_seconds_ago=_age(last.value("checkpoint_last_success_timestamp_seconds"), now),
+        progress_seconds_ago=_age(last.value("last_progress_timestamp_seconds"), now),
         traffic=_traffic(readings),
         retries=_whole(last.value("storage_retries_total")),
         images=_whole(last.value("dataset_images")) or None,

@@ -76,7 +76,7 @@ def detail(one: Figures) -> Iterator[str]:
         "speed": _speed(one),
         "input": _input(one.speed),
         **{f"GPU {gpu.index}": _gpu(gpu) for gpu in one.gpus},
-        "checkpoint": f"{duration(one.checkpoint_seconds)} ago" if one.checkpoint_seconds is not None else "",
+        "checkpoint": f"{duration(one.checkpoint_seconds_ago)} ago" if one.checkpoint_seconds_ago is not None else "",
         "storage": _storage(one),
         "images": _images(one),
         "gates": f"{one.gates_failed} not met" if one.gates_failed else "",
@@ -206,7 +206,7 @@ def _images(one: Figures) -> str:
 
 
 def _stuck(one: Figures) -> str:
-    seconds = one.progress_seconds
+    seconds = one.progress_seconds_ago
     return f"for {duration(seconds)}" if one.state == "running" and seconds and seconds > LONG_SECONDS else ""
 
 

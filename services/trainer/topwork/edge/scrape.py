@@ -154,8 +154,8 @@ class Prometheus:
         where = shown(self._url)
         if answer.status in {401, 403}:
             raise SettingError(
-                f"Prometheus at {where} refuses (HTTP {answer.status}). Give a user and a password in the address "
-                "(https://USER:PASSWORD@HOST), or reach it past its proxy with kubectl port-forward."
+                f"Prometheus at {where} refuses (HTTP {answer.status}). Write USER:PASSWORD@ before the host in "
+                "the address, or reach it past its proxy with kubectl port-forward."
             )
         try:
             content = json.loads(answer.text)
