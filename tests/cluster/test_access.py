@@ -49,7 +49,8 @@ def test_the_role_is_enough_to_submit_watch_and_cancel(account, make_run, topwor
     submitted = topwork("submit", run.file, "--kubeconfig", kubeconfig)
     assert submitted.code == 0, submitted.said
     run.wait_for_epochs(run.wait_for_pod())
-    for command in (["status", run.name], ["list"], ["logs", run.name, "--stage", "transfer"]):
+    looks = (["status", run.name], ["list"], ["logs", run.name, "--stage", "transfer"], ["top", run.name, "--once"])
+    for command in looks:
         ended = topwork(*command, "--kubeconfig", kubeconfig)
         assert ended.code == 0, ended.said
         assert "transfer" in ended.said

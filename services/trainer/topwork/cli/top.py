@@ -18,6 +18,14 @@ if TYPE_CHECKING:
     from topwork.cli.top_sources import Source
 
 PORTS = (9101, 9102, 9103)
+COLOURS = {
+    r"(?m)^.*\bRUN\b.*\bSTATE$": "bold",
+    r"━+": "green",
+    r"\brunning\b|\bdone\b": "green",
+    r"\bgone\b|\bno progress\b.*|\d+ (retry|retries)\b|more than a third.*|\bstopped\b": "yellow",
+    r"\b(failed|refused|gate not met)\b|\b(nan|inf)\b|\d+ not met": "red",
+}
+"""What stands out on a terminal."""
 ADVICE = (
     "Start a run with: topwork run FILE --metrics-port 9101 - or say where runs are: --port or --url of a process, "
     "-n NAMESPACE of a cluster, --prometheus URL."
@@ -129,8 +137,10 @@ def _watch(source: "Source", name: str | None, interval: float) -> None:
     try:
         with Live(console=Console(), screen=True, auto_refresh=False) as live:
             while True:
-                text = "\n".join(_lines(found, source, trouble))
-                live.update(Text(text, no_wrap=True, overflow="ellipsis"), refresh=True)
+                text = Text("\n".join(_lines(found, source, trouble)), no_wrap=True, overflow="ellipsis")
+                for pattern, style in COLOURS.items():
+                    text.highlight_regex(pattern, style)
+                live.update(text, refresh=True)
                 time.sleep(interval)
                 try:
                     found, trouble = _read(source, name), None

@@ -1,5 +1,6 @@
 """Where `topwork top` reads runs: ports of processes, pods of a cluster, Prometheus."""
 
+import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -141,7 +142,7 @@ class Pods:
         history = self._histories.setdefault(container, History())
         problem = None
         try:
-            history.add(parse_page(self._cluster.page(pod, container.port, "metrics"), now))
+            history.add(parse_page(self._cluster.page(pod, container.port, "metrics"), time.time()))
         except (MissingError, UnavailableError, ValueError) as error:
             problem = str(error)
         if not history.readings or not history.readings[-1].label("run"):
