@@ -22,7 +22,10 @@ Made = TypeVar("Made")
 AT_ONCE = 12
 LOOK_BACK_SECONDS = 300
 """How long Prometheus itself takes a value for current."""
-SILENT_SECONDS = 45.0
+UNANSWERED_SECONDS = 4.5
+"""A process whose page answered so long ago and not since has gone."""
+UNSCRAPED_SECONDS = 45.0
+"""The same for what Prometheus scrapes, or so many times the time between two scrapes."""
 MISSED_SCRAPES = 2.5
 MOST_NAMED = 8
 NO_METRICS = "serves no metrics of topwork"
@@ -87,7 +90,7 @@ class Pages:
 
     def _figures(self, url: str, now: float) -> Figures:
         found = figures(self._histories[url].readings, now, Place(shown(url)))
-        return found if found.read_seconds_ago < SILENT_SECONDS / 10 else _silent(found)
+        return found if found.read_seconds_ago < UNANSWERED_SECONDS else _silent(found)
 
 
 @dataclass(frozen=True)
@@ -204,7 +207,7 @@ class Scrapes:
     def _figures(self, place: Place, readings: list[Reading], now: float) -> Figures:
         found = figures(readings, now, place)
         between = readings[-1].at - readings[-2].at if len(readings) > 1 else 0.0
-        return found if found.read_seconds_ago < max(SILENT_SECONDS, MISSED_SCRAPES * between) else _silent(found)
+        return found if found.read_seconds_ago < max(UNSCRAPED_SECONDS, MISSED_SCRAPES * between) else _silent(found)
 
 
 def chosen(found: Iterable[Figures], name: str | None) -> list[Figures]:

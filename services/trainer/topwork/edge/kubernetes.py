@@ -5,6 +5,7 @@ again and leaves as `UnavailableError` in the end; `edge.kubernetes_errors` says
 """
 
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 from topwork.edge.kubernetes_asked import KINDS, Asked
@@ -21,6 +22,8 @@ Manifest = dict[str, Any]
 MANAGER = "topwork"
 # A page of metrics is written in milliseconds; a pod or node that is silent for longer does not answer.
 PAGE_SECONDS = 5.0
+# Such a page has some hundreds; what a pod sends without end is not waited for.
+PAGE_LINES = 100_000
 DEFAULTS = ClusterSettings()
 
 
@@ -164,7 +167,7 @@ class Cluster:
         """
         asked = Asked("read", KINDS["Pod"], self.namespace, f"{pod}:{port}", part=f"proxy/{path}")
         with self._api.stream(asked, PAGE_SECONDS) as lines:
-            return "\n".join(lines) + "\n"
+            return "\n".join(islice(lines, PAGE_LINES)) + "\n"
 
     def delete(
         self,
