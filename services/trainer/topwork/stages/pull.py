@@ -90,7 +90,7 @@ def pulled_earlier(job: TransferJob, workspace: Workspace) -> StoredDataset | No
     where = workspace.storage.uri_of(key)
     mark = read_record(Pulled, data, where, "what a finished pull leaves", "start over with --restart")
     prefix = mark.dataset
-    facts = _stored_facts(workspace, prefix)
+    facts = stored_facts(workspace.storage, prefix)
     if facts is None:
         return None  # somebody deleted the dataset
     workspace.progress.note("already done", stage="pull", dataset=workspace.storage.uri_of(prefix))
