@@ -34,8 +34,8 @@ SYSTEMS := $(wildcard tests/end_to_end/test_seeds_*.py) tests/end_to_end/test_of
 	tests/unit/test_describe_backbones.py tests/unit/test_model_backbones.py
 
 .PHONY: test
-test: $(SETUP) ## Run the tests, but for those of whole systems and of faults
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(addprefix --ignore=,$(SYSTEMS) tests/chaos tests/faults)
+test: $(SETUP) ## Run the tests, but for those of whole systems, of faults and of Prometheus
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(addprefix --ignore=,$(SYSTEMS) tests/chaos tests/faults tests/monitoring)
 
 .PHONY: test-systems
 test-systems: $(SETUP) ## Run each example as its user would, and the models of keras.applications
@@ -52,6 +52,11 @@ test-kills: $(SETUP) ## Kill and stop stages at random moments, and compare what
 .PHONY: test-faults
 test-faults: $(SETUP) ## Let storage fail in every way at every stage, and measure memory
 	$(BIN)/python -m pytest -s tests/faults
+
+.PHONY: test-monitoring
+test-monitoring: $(SETUP) ## Let a real Prometheus scrape a real run, and ask it every query of dashboards and alerts
+	@command -v promtool >/dev/null || { echo "make test-monitoring needs prometheus and promtool: install them, on Debian or Ubuntu with make prometheus."; exit 1; }
+	$(BIN)/python -m pytest -s tests/monitoring
 
 .PHONY: test-image
 test-image: $(SETUP) ## Build the image and run the containers of a rendered Job with podman
@@ -124,6 +129,12 @@ podman: ## Install what make test-image needs (Debian, Ubuntu)
 	@command -v apt-get >/dev/null || { echo "make podman knows apt-get alone. Install podman and runc with the tools of this system."; exit 1; }
 	which podman runc debootstrap >/dev/null || { sudo=$$(test "$$(id -u)" = 0 || echo sudo); $$sudo apt-get update --quiet; \
 		$$sudo env DEBIAN_FRONTEND=noninteractive apt-get install --quiet --yes podman runc debootstrap; }
+
+.PHONY: prometheus
+prometheus: ## Install what make test-monitoring needs (Debian, Ubuntu)
+	@command -v apt-get >/dev/null || { echo "make prometheus knows apt-get alone. Install prometheus and its pushgateway with the tools of this system."; exit 1; }
+	which prometheus promtool prometheus-pushgateway >/dev/null || { sudo=$$(test "$$(id -u)" = 0 || echo sudo); $$sudo apt-get update --quiet; \
+		$$sudo env DEBIAN_FRONTEND=noninteractive apt-get install --quiet --yes --no-install-recommends prometheus prometheus-pushgateway; }
 
 .PHONY: lock
 lock: $(SETUP) ## Resolve the locks anew (hashed, universal, without any index address)
