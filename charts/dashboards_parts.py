@@ -1,4 +1,4 @@
-"""What both dashboards are made of: queries, variables and the kinds of panels, all with title, unit and description."""
+"""What both dashboards are made of: queries, variables and kinds of panels, all with title, unit and description."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -73,11 +73,12 @@ def chosen(label: str, title: str, within: str, *, several: bool) -> dashboard.Q
         within: Matchers of the variables before it, such as `namespace=~"$namespace"`.
         several: Whether several, and all, may be chosen.
     """
+    matchers = f"{{{within}}}" if within else ""
     variable = (
         dashboard.QueryVariable(label)
         .label(title)
         .datasource(SOURCE)
-        .query({"query": f"label_values(topwork_stage_info{{{within}}}, {label})", "refId": label})
+        .query({"query": f"label_values(topwork_stage_info{matchers}, {label})", "refId": label})
         .refresh(models.VariableRefresh.ON_TIME_RANGE_CHANGED)
         .sort(models.VariableSort.ALPHABETICAL_ASC)
         .multi(several)

@@ -1,8 +1,6 @@
 """The dashboard *Job*: one run, from its first stage to its model."""
 
-from grafana_foundation_sdk.builders import dashboard
-
-from dashboards.parts import (
+from dashboards_parts import (
     GREEN,
     ORANGE,
     RED,
@@ -18,6 +16,7 @@ from dashboards.parts import (
     start,
     timeline,
 )
+from grafana_foundation_sdk.builders import dashboard
 
 IN = 'namespace=~"$namespace", transferjob=~"$transferjob"'
 RUN = f'{IN}, run="$run"'

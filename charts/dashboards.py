@@ -4,8 +4,8 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from dashboards.job import job_dashboard
-from dashboards.jobs import jobs_dashboard
+from dashboards_job import job_dashboard
+from dashboards_jobs import jobs_dashboard
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models.dashboard import Dashboard
 

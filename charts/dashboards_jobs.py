@@ -2,11 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from grafana_foundation_sdk.builders import dashboard, prometheus, table
-from grafana_foundation_sdk.models import dashboard as models
-from grafana_foundation_sdk.models.prometheus import PromQueryFormat
-
-from dashboards.parts import (
+from dashboards_parts import (
     GREEN,
     ORANGE,
     RED,
@@ -24,6 +20,9 @@ from dashboards.parts import (
     start,
     thresholds,
 )
+from grafana_foundation_sdk.builders import dashboard, prometheus, table
+from grafana_foundation_sdk.models import dashboard as models
+from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 
 IN = 'namespace=~"$namespace", team=~"$team"'
 RUNS = f'{IN}, transferjob=~"$transferjob", run=~"$run"'
@@ -153,8 +152,8 @@ def _with_table(board: dashboard.Dashboard) -> dashboard.Dashboard:
         table.Panel()
         .title("Runs")
         .description(
-            "All runs seen within the time shown. The name of a run leads to its own dashboard. Input wait is the share "
-            "of training time spent waiting for data, best the metric of the weights that are kept."
+            "All runs seen within the time shown. The name of a run leads to its dashboard. Input wait is the share of "
+            "training time spent waiting for data, best the metric of the weights that are kept."
         )
         .datasource(SOURCE)
         .unit("none")
