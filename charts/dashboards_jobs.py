@@ -9,6 +9,7 @@ from dashboards_parts import (
     SOURCE,
     STATES,
     YELLOW,
+    Panels,
     Query,
     at_once,
     bars,
@@ -16,9 +17,9 @@ from dashboards_parts import (
     lines,
     mapping,
     numbers,
-    row,
     start,
     thresholds,
+    with_rows,
 )
 from grafana_foundation_sdk.builders import dashboard, prometheus, table
 from grafana_foundation_sdk.models import dashboard as models
@@ -77,12 +78,14 @@ def jobs_dashboard() -> dashboard.Dashboard:
         .with_variable(chosen("transferjob", "Job", IN, several=True))
         .with_variable(chosen("run", "Run", f'{IN}, transferjob=~"$transferjob"', several=True))
     )
-    for add in (_with_counts, _with_table, _with_history, _with_usage):
-        board = add(board)
-    return board
+    return with_rows(
+        board, {"Now": _counts(), "Runs": [_table()], "Over time": _history(), "Usage in the time shown": _usage()}
+    )
 
 
-def _with_counts(board: dashboard.Dashboard) -> dashboard.Dashboard:
+def _counts() -> Panels:
+    """How many there are of each kind now."""
+
     def now(state: int) -> str:
         return f"count(topwork:run_state{{{RUNS}}} == {state}) or vector(0)"
 
@@ -90,64 +93,53 @@ def _with_counts(board: dashboard.Dashboard) -> dashboard.Dashboard:
         return f"count(max by (namespace, run) ({LAST}) == {state}) or vector(0)"
 
     firing = f'count(ALERTS{{alertname=~"Topwork.+", alertstate="firing", {RUNS}}}) or vector(0)'
-    return (
-        board.with_row(row("Now"))
-        .with_panel(numbers("Running", "Runs of which a stage runs now.", Query(now(2), "running"), unit="none"))
-        .with_panel(
-            numbers(
-                "Waiting",
-                "Runs whose pod waits for a node, its image or its volumes. A Job that a queue holds back has no pod, "
-                "and is not seen here.",
-                Query(now(1), "waiting"),
-                unit="none",
-                steps=[(None, GREEN), (1, YELLOW)],
-            )
-        )
-        .with_panel(
-            numbers(
-                "Failed",
-                "Runs that failed within the time shown.",
-                Query(ended(4), "failed"),
-                unit="none",
-                steps=[(None, GREEN), (1, RED)],
-            )
-        )
-        .with_panel(
-            numbers("Done", "Runs that ended well within the time shown.", Query(ended(3), "done"), unit="none")
-        )
-        .with_panel(
-            numbers(
-                "GPUs held",
-                "GPUs that the pods of these runs hold now, idle or not.",
-                Query(f"sum(topwork:run_gpus{{{RUNS}}}) or vector(0)", "GPUs"),
-                unit="none",
-                span=4,
-            )
-        )
-        .with_panel(
-            numbers(
-                "GPU-hours",
-                "GPUs held, times the hours they were held within the time shown.",
-                Query(f"sum({GPU_HOURS})", "GPU-hours"),
-                unit="none",
-                span=4,
-                decimals=1,
-            )
-        )
-        .with_panel(
-            numbers(
-                "Alerts",
-                "Alerts on these runs that fire now.",
-                Query(firing, "alerts"),
-                unit="none",
-                span=4,
-                steps=[(None, GREEN), (1, ORANGE)],
-            )
-        )
-    )
+
+    return [
+        numbers("Running", "Runs of which a stage runs now.", Query(now(2), "running"), unit="none"),
+        numbers(
+            "Waiting",
+            "Runs whose pod waits for a node, its image or its volumes. A Job that a queue holds back has no pod, "
+            "and is not seen here.",
+            Query(now(1), "waiting"),
+            unit="none",
+            steps=[(None, GREEN), (1, YELLOW)],
+        ),
+        numbers(
+            "Failed",
+            "Runs that failed within the time shown.",
+            Query(ended(4), "failed"),
+            unit="none",
+            steps=[(None, GREEN), (1, RED)],
+        ),
+        numbers("Done", "Runs that ended well within the time shown.", Query(ended(3), "done"), unit="none"),
+        numbers(
+            "GPUs held",
+            "GPUs that the pods of these runs hold now, idle or not.",
+            Query(f"sum(topwork:run_gpus{{{RUNS}}}) or vector(0)", "GPUs"),
+            unit="none",
+            span=4,
+        ),
+        numbers(
+            "GPU-hours",
+            "GPUs held, times the hours they were held within the time shown.",
+            Query(f"sum({GPU_HOURS})", "GPU-hours"),
+            unit="none",
+            span=4,
+            decimals=1,
+        ),
+        numbers(
+            "Alerts",
+            "Alerts on these runs that fire now.",
+            Query(firing, "alerts"),
+            unit="none",
+            span=4,
+            steps=[(None, GREEN), (1, ORANGE)],
+        ),
+    ]
 
 
-def _with_table(board: dashboard.Dashboard) -> dashboard.Dashboard:
+def _table() -> table.Panel:
+    """All runs, one a line."""
     panel = (
         table.Panel()
         .title("Runs")
@@ -172,7 +164,7 @@ def _with_table(board: dashboard.Dashboard) -> dashboard.Dashboard:
             models.DynamicConfigValue("decimals", column.decimals),
         ]
         panel.override_by_name(column.title, values)
-    return board.with_row(row("Runs")).with_panel(panel)
+    return panel
 
 
 def _rows(column: Column, letter: str) -> prometheus.Dataquery:
@@ -201,68 +193,64 @@ def _coloured() -> models.DynamicConfigValue:
     return models.DynamicConfigValue("custom.cellOptions", {"type": "color-text"})
 
 
-def _with_history(board: dashboard.Dashboard) -> dashboard.Dashboard:
+def _history() -> Panels:
+    """How that came."""
     busy = (
         f"sum(topwork:run_gpus{{{RUNS}}} * on (namespace, run) group_left () "
         f"max by (namespace, run) (topwork:run_gpu_utilization:ratio{{{RUNS}}}))"
     )
-    return (
-        board.with_row(row("Over time"))
-        .with_panel(
-            lines(
-                "Runs",
-                "Runs that waited and ran.",
-                Query(f"count(topwork:run_state{{{RUNS}}} == 2) or vector(0)", "running"),
-                Query(f"count(topwork:run_state{{{RUNS}}} == 1) or vector(0)", "waiting"),
-                unit="none",
-            )
-        )
-        .with_panel(
-            lines(
-                "GPUs",
-                "GPUs held, and how many of them were busy: utilisation from DCGM, and else from NVML.",
-                Query(f"sum(topwork:run_gpus{{{RUNS}}})", "held"),
-                Query(busy, "busy"),
-                unit="none",
-            )
-        )
-        .with_panel(
-            lines(
-                "Best metric",
-                "Metric of the weights that are kept, by job: how a job gets better or worse from run to run.",
-                Query(
-                    f"max by (transferjob, name) (topwork:run_best_metric{{{RUNS}}})",
-                    "{{transferjob}}, {{name}}",
-                ),
-                unit="none",
-                least=None,
-            )
-        )
-    )
+
+    return [
+        lines(
+            "Runs",
+            "Runs that waited and ran.",
+            Query(f"count(topwork:run_state{{{RUNS}}} == 2) or vector(0)", "running"),
+            Query(f"count(topwork:run_state{{{RUNS}}} == 1) or vector(0)", "waiting"),
+            unit="none",
+        ),
+        lines(
+            "GPUs",
+            "GPUs held, and how many of them were busy: utilisation from DCGM, and else from NVML.",
+            Query(f"sum(topwork:run_gpus{{{RUNS}}})", "held"),
+            Query(busy, "busy"),
+            unit="none",
+        ),
+        lines(
+            "Best metric",
+            "Metric of the weights that are kept, by job: how a job gets better or worse from run to run.",
+            Query(
+                f"max by (transferjob, name) (topwork:run_best_metric{{{RUNS}}})",
+                "{{transferjob}}, {{name}}",
+            ),
+            unit="none",
+            least=None,
+        ),
+    ]
 
 
-def _with_usage(board: dashboard.Dashboard) -> dashboard.Dashboard:
-    board = board.with_row(row("Usage in the time shown"))
-    for label, title in (("namespace", "namespace"), ("team", "team"), ("transferjob", "job")):
-        board = board.with_panel(
-            bars(
-                f"GPU-hours by {title}",
-                f"GPUs held, times the hours they were held, by {title}.",
-                Query(f"sum by ({label}) ({GPU_HOURS})", f"{{{{{label}}}}}"),
-                unit="none",
-                span=6,
-            )
-        )
+def _usage() -> Panels:
+    """What they took."""
     durations = (
         "avg by (transferjob) (sum by (namespace, transferjob, run) (max by (namespace, transferjob, run, stage) "
         f"(last_over_time(topwork_stage_duration_seconds{{{RUNS}}}[$__range]))))"
     )
-    return board.with_panel(
+    hours: Panels = [
+        bars(
+            f"GPU-hours by {title}",
+            f"GPUs held, times the hours they were held, by {title}.",
+            Query(f"sum by ({label}) ({GPU_HOURS})", f"{{{{{label}}}}}"),
+            unit="none",
+            span=6,
+        )
+        for label, title in (("namespace", "namespace"), ("team", "team"), ("transferjob", "job"))
+    ]
+    return [
+        *hours,
         bars(
             "Time of a run, by job",
             "Wall time of the stages that have ended, summed for a run; the mean over the runs of a job.",
             Query(durations, "{{transferjob}}"),
             unit="s",
             span=6,
-        )
-    )
+        ),
+    ]

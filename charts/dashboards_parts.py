@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from grafana_foundation_sdk.builders import bargauge, common, dashboard, prometheus, stat, statetimeline, timeseries
+from grafana_foundation_sdk.cog.builder import Builder
 from grafana_foundation_sdk.models import common as options
 from grafana_foundation_sdk.models import dashboard as models
 
@@ -13,6 +14,7 @@ GREEN, YELLOW, ORANGE, RED, BLUE, GREY = "green", "yellow", "orange", "red", "bl
 ALL = ".*"
 """Matches series without the label, too, such as those of a laptop, which have no namespace."""
 
+Panels = list[Builder[models.Panel]]
 Steps = Sequence[tuple[float | None, str]]
 """Thresholds: from which value on which colour; the first has no value."""
 CALM: Steps = [(None, GREEN)]
@@ -52,7 +54,7 @@ def start(title: str, uid: str, description: str) -> dashboard.Dashboard:
             .type(models.DashboardLinkType.DASHBOARDS)
             .tags(["topwork"])
             .as_dropdown(False)
-            .include_vars(True)
+            .include_vars(False)
             .keep_time(True)
         )
         .with_variable(
@@ -78,7 +80,7 @@ def chosen(label: str, title: str, within: str, *, several: bool) -> dashboard.Q
         dashboard.QueryVariable(label)
         .label(title)
         .datasource(SOURCE)
-        .query({"query": f"label_values(topwork_stage_info{matchers}, {label})", "refId": label})
+        .query(f"label_values(topwork_stage_info{matchers}, {label})")
         .refresh(models.VariableRefresh.ON_TIME_RANGE_CHANGED)
         .sort(models.VariableSort.ALPHABETICAL_ASC)
         .multi(several)
@@ -202,9 +204,18 @@ def timeline(
     )
 
 
-def row(title: str) -> dashboard.Row:
-    """A heading above the panels that follow."""
-    return dashboard.Row(title).collapsed(False)
+def with_rows(board: dashboard.Dashboard, rows: Mapping[str, Panels]) -> dashboard.Dashboard:
+    """Add rows of panels below one another, each with its heading."""
+    for title, panels in rows.items():
+        board = board.with_row(dashboard.Row(title).collapsed(False))
+        for panel in panels:
+            board = board.with_panel(panel)
+    return board
+
+
+def seen_last(series: str, by: str, matchers: str) -> str:
+    """What a series said last within the range, over all processes of a run: later ones repeat the earlier."""
+    return f"max by ({by}) (last_over_time({series}{{{matchers}}}[$__range]))"
 
 
 def thresholds(steps: Steps) -> dashboard.ThresholdsConfig:

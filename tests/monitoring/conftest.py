@@ -85,7 +85,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
     prometheus = Prometheus(folder / "prometheus", scrape_configs(exporter.address, port, pod))
     running = begun(folder, "run", str(file), "--replicas", "2", "--metrics-port", str(port), *setting(TRANSFER))
     try:
-        prometheus.until('topwork_stage_duration_seconds{stage="publish"} and on (run) topwork_gates_failed', running)
+        prometheus.until("topwork_exit_code", running)
         time.sleep(3)
         page, end = read(port), time.time()
         assert running.wait(timeout=120) == 0, (folder / "topwork.log").read_text()

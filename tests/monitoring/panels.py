@@ -47,7 +47,7 @@ def variables() -> Iterator[tuple[str, str, str]]:
     for name in BOARDS:
         for variable in board(name)["templating"]["list"]:
             if variable["type"] == "query":
-                yield name, variable["name"], variable["query"]["query"]
+                yield name, variable["name"], variable["query"]
 
 
 def filled(text: str, values: Mapping[str, str]) -> str:
