@@ -30,7 +30,8 @@ IMAGES = ROOT / "docs/images"
 RUNS = (("solar-base", ["spec.transfer.epochs=10"]), ("solar-transfer", []))
 LINGER_SECONDS = 15
 COLUMNS = 3
-NOT_HERE = {"GPU utilisation", "GPU memory", "GPU power", "GPU temperature", "Pods", "Pods and restarts", "GPUs"}
+NOT_HERE = ("GPU", "Pods", "Waited", "Waiting")
+"""How the titles of panels begin that need GPUs or a cluster."""
 STAGES = ("pull", "transfer", "fine-tune", "publish")
 Answers = list[tuple[str, list[dict[str, Any]]]]
 """Legend and series of each query of a panel; times in seconds since the run began."""
@@ -75,23 +76,45 @@ def trained(folder: Path, port: int, prometheus: Prometheus) -> Iterator[tuple[s
 
 
 def draw(name: str, prometheus: Prometheus, start: float, end: float, values: dict[str, str]) -> None:
-    """Draw the panels of a dashboard that hold numbers over time or bars."""
+    """Draw the panels of a dashboard: numbers above, lines and bars below; the table of runs is for a browser."""
     values |= {"__range": f"{int(end - start)}s", "__rate_interval": "15s"}
-    shown = [panel for panel in panels(f"{name}.json") if panel["type"] in DRAWN and panel["title"] not in NOT_HERE]
+    shown = [panel for panel in panels(f"{name}.json") if not panel["title"].startswith(NOT_HERE)]
     drawn = [(panel, asked(panel, prometheus, start, end, values)) for panel in shown]
-    drawn = [(panel, answers) for panel, answers in drawn if any(answer for _, answer in answers)]
-    rows = -(-len(drawn) // COLUMNS)
+    numbers = [each for each in drawn if each[0]["type"] == "stat"]
+    charts = [each for each in drawn if each[0]["type"] in DRAWN and any(found for _, found in each[1])]
     plt.rcParams.update({"font.size": 7, "axes.spines.top": False, "axes.spines.right": False})
-    figure, axes = plt.subplots(rows, COLUMNS, figsize=(12, 2.3 * rows), layout="constrained", squeeze=False)
-    for axis in axes.flat[len(drawn) :]:
-        axis.set_axis_off()
-    for axis, (panel, answers) in zip(axes.flat, drawn, strict=False):
+    rows = -(-len(charts) // COLUMNS)
+    figure = plt.figure(figsize=(12, 2.2 * rows + 0.8), layout="constrained")
+    top, below = figure.subfigures(2, 1, height_ratios=[0.8, 2.2 * rows])
+    for axis, (panel, answers) in zip(top.subplots(1, len(numbers)).flat, numbers, strict=True):
+        draw_number(axis, panel, answers)
+    axes = below.subplots(rows, COLUMNS, squeeze=False).flat
+    for axis, (panel, answers) in zip(axes, charts, strict=False):
         unit = UNITS.get(panel["fieldConfig"]["defaults"]["unit"])
         title = f"{panel['title']}, {unit}" if unit else panel["title"]
         axis.set_title(title, loc="left", fontsize=8, fontweight="bold")
         DRAWN[panel["type"]](axis, answers)
+    for axis in list(below.axes)[len(charts) :]:
+        axis.set_axis_off()
     figure.savefig(IMAGES / f"monitoring-{name}.png", dpi=100)
     plt.close(figure)
+
+
+def draw_number(axis: Axes, panel: dict[str, Any], answers: Answers) -> None:
+    """The values of a panel as words, as Grafana shows them."""
+    defaults = panel["fieldConfig"]["defaults"]
+    words = {value: result["text"] for one in defaults.get("mappings", []) for value, result in one["options"].items()}
+    told = []
+    for legend, found in answers:
+        for series in found:
+            value = series["value"][1]
+            number = f"{float(value):,.{int(defaults['decimals'])}f}"
+            unit = " s" if defaults["unit"] == "s" else ""
+            name = f"{called(legend, series['metric'])} " if len(answers) > 1 else ""
+            told.append(name + words.get(value, number + unit))
+    axis.set_axis_off()
+    axis.set_title(panel["title"], loc="left", fontsize=8, fontweight="bold")
+    axis.text(0, 0.5, "\n".join(told), fontsize=10 if len(told) == 1 else 8, va="center", color="C0", wrap=True)
 
 
 def asked(panel: dict[str, Any], prometheus: Prometheus, start: float, end: float, values: dict[str, str]) -> Answers:
@@ -120,7 +143,7 @@ def draw_lines(axis: Axes, answers: Answers) -> None:
             times, values = zip(*series["values"], strict=True)
             axis.plot(times, [float(value) for value in values], linewidth=1.2, label=called(legend, series["metric"]))
     axis.set_xlabel("seconds")
-    axis.legend(frameon=False, fontsize=6)
+    axis.legend(frameon=False, fontsize=5, loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def draw_bars(axis: Axes, answers: Answers) -> None:
@@ -128,6 +151,7 @@ def draw_bars(axis: Axes, answers: Answers) -> None:
     bars = {called(legend, one["metric"]): float(one["value"][1]) for legend, found in answers for one in found}
     names = sorted(bars, key=in_order, reverse=True)
     axis.barh(names, [bars[name] for name in names], height=0.6)
+    axis.set_xlim(left=0, right=None if any(bars.values()) else 1)
 
 
 def draw_states(axis: Axes, answers: Answers) -> None:

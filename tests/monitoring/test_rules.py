@@ -1,12 +1,13 @@
 """Rules and dashboards as files: promtool accepts them, each alert leads to its runbook, each panel explains itself."""
 
+import importlib.util
 import re
 import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
-from tests.monitoring.panels import BOARDS, board, panels, queries
+from tests.monitoring.panels import BOARDS, FOLDER, board, panels, queries
 from tests.monitoring.served import ROOT, RULES, needed
 
 HERE = Path(__file__).parent
@@ -48,6 +49,34 @@ def test_each_alert_leads_to_its_runbook(rule):
 def test_the_runbooks_are_of_alerts_that_exist():
     sections = re.findall(r"^## (Topwork\w+)$", (ROOT / "docs/runbooks.md").read_text(), re.MULTILINE)
     assert sections == [rule["alert"] for rule in ALERTS]
+
+
+@pytest.mark.parametrize("name", BOARDS)
+def test_the_committed_dashboard_is_the_generated_one(name):
+    """Also what `make verify` compares; here it says which."""
+    spec = importlib.util.spec_from_file_location("dashboards", ROOT / "charts/dashboards.py")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "charts"))
+        generated = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(generated)
+        assert dict(generated.files())[f"dashboards/{name}"] == (FOLDER / name).read_text()
+
+
+def test_the_configurations_of_the_docs_are_valid(tmp_path):
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/monitoring.md").read_text(), re.DOTALL)
+    configs = [block for block in blocks if "scrape_configs" in block]
+    assert len(configs) == 3
+    for config in configs:
+        # Debian builds Prometheus without the discovery of Kubernetes.
+        known = config.replace("kubernetes_sd_configs: [{role: pod}]", "static_configs: [{targets: [localhost:9101]}]")
+        (tmp_path / "prometheus.yml").write_text(known)
+        checked = subprocess.run(
+            [needed("promtool"), "check", "config", tmp_path / "prometheus.yml"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert checked.returncode == 0, checked.stdout + checked.stderr
 
 
 @pytest.mark.parametrize("name", BOARDS)
