@@ -15,7 +15,7 @@ from topwork.cluster.reach import local_paths
 from topwork.errors import SettingError, SpecError
 from topwork.spec import TransferJob
 from topwork.spec.words import shown
-from topwork.spec.writing import yaml_text
+from topwork.spec.writing import plain, yaml_text
 
 Manifest = dict[str, Any]
 
@@ -107,16 +107,19 @@ def render(job: TransferJob, placement: Placement) -> Rendered:
         prefetch = job_manifest(job, "prefetch", prefetch_name(job), prefetch_pod(job, image))
     return Rendered(
         _placed(config_map, placement),
-        _placed(_signed(training, config_map), placement),
-        _placed(_signed(prefetch, config_map), placement) if prefetch else None,
+        _placed(_signed(training, job), placement),
+        _placed(_signed(prefetch, job), placement) if prefetch else None,
     )
 
 
-def _signed(job: Manifest, config_map: Manifest) -> Manifest:
-    """Add the digest of what was rendered. The namespace is none of it: there, the same Job is another object."""
-    content = json.dumps([job, config_map["data"]], sort_keys=True, separators=(",", ":"))
+def _signed(manifest: Manifest, job: TransferJob) -> Manifest:
+    """Add the digest of what was rendered. The namespace is none of it: there, the same Job is another object.
+
+    The spec counts by what it says and not by how it is written: the Helm chart writes YAML in another style.
+    """
+    content = json.dumps([manifest, plain(job)], sort_keys=True, separators=(",", ":"))
     digest = hashlib.sha256(content.encode()).hexdigest()
-    return job | {"metadata": job["metadata"] | {"annotations": {DIGEST_ANNOTATION: digest}}}
+    return manifest | {"metadata": manifest["metadata"] | {"annotations": {DIGEST_ANNOTATION: digest}}}
 
 
 def _placed(manifest: Manifest, placement: Placement) -> Manifest:

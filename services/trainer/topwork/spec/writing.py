@@ -68,6 +68,18 @@ def as_yaml(documents: Sequence[dict[str, Any]]) -> str:
     return str(dumped)
 
 
+def plain(job: TransferJob) -> dict[str, Any]:
+    """Give a job spec in full, as JSON values: every key that has a value, defaults as well.
+
+    Args:
+        job: The job.
+
+    Returns:
+        Mappings with their keys in the order of the reference.
+    """
+    return job.model_dump(mode="json", by_alias=True, exclude_none=True)
+
+
 def yaml_text(job: TransferJob) -> str:
     """Write a job spec in full: every key, defaults as well, in the order of the reference.
 
@@ -77,4 +89,4 @@ def yaml_text(job: TransferJob) -> str:
     Returns:
         YAML that reads back as the same job.
     """
-    return as_yaml([job.model_dump(mode="json", by_alias=True, exclude_none=True)])
+    return as_yaml([plain(job)])

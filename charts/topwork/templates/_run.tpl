@@ -1,0 +1,266 @@
+{{/*
+What a job of .Values.jobs comes to. Takes: root, name. Gives JSON:
+  name     of the run, <name>-<8 hex digits>, as `topwork render` has it
+  job      the whole spec, with all defaults
+  content  the same as JSON text, by which the Job is signed
+  image    of all containers
+  version  of topwork
+*/}}
+{{- define "topwork.run" -}}
+{{- $shapes := .root.Files.Get "files/spec.json" | fromJson -}}
+{{- $job := get .root.Values.jobs .name -}}
+{{- $spec := deepCopy $job.spec -}}
+{{- $defaults := include "topwork.defaults" .root | fromJson -}}
+{{- range $part, $default := $defaults.spec -}}
+  {{- if not (kindIs "map" $default) -}}
+    {{- if not (get $spec $part) -}}{{- $_ := set $spec $part $default -}}{{- end -}}
+  {{- else -}}
+    {{- $own := get $spec $part | default dict -}}
+    {{- range $key, $value := $default -}}
+      {{- if not (hasKey $own $key) -}}{{- $_ := set $own $key $value -}}{{- end -}}
+    {{- end -}}
+    {{- $_ := set $spec $part $own -}}
+  {{- end -}}
+{{- end -}}
+{{- if not $spec.storage -}}
+  {{- fail (printf "jobs.%s.spec.storage is missing. Name it there, such as s3://bucket/prefix, or for all jobs in defaults.spec.storage." .name) -}}
+{{- end -}}
+{{- include "topwork.run.reach" (dict "name" .name "spec" $spec) -}}
+{{- $metadata := dict "name" .name "labels" ($job.labels | default dict) -}}
+{{- $document := dict "apiVersion" "topwork.dev/v1alpha1" "kind" "TransferJob" "metadata" $metadata "spec" $spec -}}
+{{- $content := include "topwork.spec.part" (dict "value" $document "part" $shapes.root "parts" $shapes.parts "style" "content") -}}
+{{- $named := include "topwork.spec.part" (dict "value" $document "part" $shapes.root "parts" $shapes.parts "style" "digest") -}}
+{{- $digest := include "topwork.ascii" $named | sha256sum -}}
+{{- $full := fromJson $content -}}
+{{- $accelerator := ternary "gpu" "cpu" (gt (int $full.spec.compute.gpus) 0) -}}
+{{- $version := .root.Chart.AppVersion -}}
+{{- toJson (dict
+  "name" (printf "%s-%s" .name (trunc 8 $digest))
+  "job" $full
+  "content" $content
+  "image" ($defaults.image | default (printf "topwork:%s-%s" $version $accelerator))
+  "version" $version) -}}
+{{- end }}
+
+{{/* Refuses what only the machine of whoever wrote a spec can read, as `topwork render` does. */}}
+{{- define "topwork.run.reach" -}}
+{{- $spec := .spec -}}
+{{- $addresses := dict -}}
+{{- range $kind := list "folder" "archive" "table" -}}
+  {{- with get $spec.dataset.source $kind -}}{{- $_ := set $addresses (printf "dataset.source.%s.uri" $kind) .uri -}}{{- end -}}
+{{- end -}}
+{{- with $spec.model.base.saved -}}{{- $_ := set $addresses "model.base.saved.uri" .uri -}}{{- end -}}
+{{- with $spec.model.base.weights -}}
+  {{- if not (has . (list "imagenet" "none")) -}}{{- $_ := set $addresses "model.base.weights" . -}}{{- end -}}
+{{- end -}}
+{{- $name := .name -}}
+{{- range $path, $address := $addresses -}}
+  {{- if not (regexMatch "^[A-Za-z][A-Za-z0-9+.-]*:/" $address) -}}
+    {{- fail (printf "jobs.%s.spec.%s: %q is a path on this machine: a pod can't read it. Put it into object storage: s3://…" $name $path $address) -}}
+  {{- end -}}
+{{- end -}}
+{{- end }}
+
+{{/* The spec as the pods read it. Takes the facts of a run, and root. */}}
+{{- define "topwork.run.text" -}}
+{{- $shapes := .root.Files.Get "files/spec.json" | fromJson -}}
+{{- include "topwork.spec.lines" (dict "value" .run.job "part" $shapes.root "parts" $shapes.parts) -}}
+{{- end }}
+
+{{/* A Job of a run without its signature. Takes: run, role (training or prefetch). */}}
+{{- define "topwork.run.job" -}}
+{{- $compute := .run.job.spec.compute -}}
+apiVersion: batch/v1
+kind: Job
+metadata:
+  name: {{ .run.name }}{{ ternary "-pull" "" (eq .role "prefetch") }}
+  labels:
+    {{- include "topwork.job.labels" . | nindent 4 }}
+spec:
+  completions: 1
+  parallelism: 1
+  backoffLimit: {{ int64 $compute.retries }}
+  activeDeadlineSeconds: {{ int64 $compute.deadlineSeconds }}
+  ttlSecondsAfterFinished: {{ int64 $compute.ttlSecondsAfterFinished }}
+  # Two pods must never share a run: the next begins when the last one has ended.
+  podReplacementPolicy: Failed
+  podFailurePolicy:
+    rules:
+      - action: FailJob
+        onExitCodes: {operator: In, values: [2, 3]}
+      - action: Ignore
+        onPodConditions: [{type: DisruptionTarget, status: "True"}]
+      - action: Ignore
+        onExitCodes: {operator: In, values: [143]}
+  template:
+    metadata:
+      labels:
+        {{- include "topwork.pod.labels" . | nindent 8 }}
+      {{- with $compute.annotations }}
+      annotations:
+        {{- toYaml . | nindent 8 }}
+      {{- end }}
+    spec:
+      {{- include "topwork.run.pod" . | nindent 6 }}
+{{- end }}
+
+{{/* The spec of the pod of a Job. Takes: run, role. */}}
+{{- define "topwork.run.pod" -}}
+{{- $compute := .run.job.spec.compute -}}
+{{- $training := eq .role "training" -}}
+restartPolicy: Never
+terminationGracePeriodSeconds: {{ int64 $compute.terminationGracePeriodSeconds }}
+automountServiceAccountToken: false
+enableServiceLinks: false
+{{- with $compute.serviceAccountName }}
+serviceAccountName: {{ quote . }}
+{{- end }}
+{{- with $compute.imagePullSecrets }}
+imagePullSecrets:
+  {{- range . }}
+  - name: {{ quote . }}
+  {{- end }}
+{{- end }}
+{{- with $compute.priorityClassName }}
+priorityClassName: {{ quote . }}
+{{- end }}
+{{- with $compute.tolerations }}
+tolerations:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- if and $training $compute.nodeSelector }}
+nodeSelector:
+  {{- toYaml $compute.nodeSelector | nindent 2 }}
+{{- end }}
+{{- if and $training $compute.affinity }}
+affinity:
+  {{- toYaml $compute.affinity | nindent 2 }}
+{{- end }}
+securityContext:
+  runAsNonRoot: true
+  runAsUser: 65532
+  runAsGroup: 65532
+  fsGroup: 65532
+  fsGroupChangePolicy: OnRootMismatch
+  seccompProfile: {type: RuntimeDefault}
+{{- if $training }}
+initContainers:
+  {{- include "topwork.run.container" (dict "run" .run "role" .role "stage" "pull" "port" 9101) | nindent 2 }}
+  {{- include "topwork.run.container" (dict "run" .run "role" .role "stage" "transfer" "port" 9102) | nindent 2 }}
+containers:
+  {{- include "topwork.run.container" (dict "run" .run "role" .role "stage" "fine-tune" "port" 9103) | nindent 2 }}
+{{- else }}
+containers:
+  {{- include "topwork.run.container" (dict "run" .run "role" .role "stage" "pull" "port" 9101) | nindent 2 }}
+{{- end }}
+volumes:
+  - name: job
+    configMap: {name: {{ .run.name }}}
+  - name: scratch
+    emptyDir: {sizeLimit: {{ $compute.scratch }}}
+  - name: home
+    emptyDir: {sizeLimit: 1Gi}
+  - name: tmp
+    emptyDir: {sizeLimit: 4Gi}
+  {{- if $training }}
+  - name: shm
+    emptyDir: {medium: Memory, sizeLimit: {{ $compute.sharedMemory }}}
+  {{- end }}
+  {{- with $compute.extraCA }}
+  # One that is missing must not keep the pod waiting, with its GPUs: the process ends with 2 and names it.
+  - name: ca
+    configMap: {name: {{ quote .configMap }}, optional: true}
+  {{- end }}
+{{- end }}
+
+{{/* The container of a stage, as an item of a list. Takes: run, role, stage, port. */}}
+{{- define "topwork.run.container" -}}
+{{- $compute := .run.job.spec.compute -}}
+- name: {{ .stage }}
+  image: {{ quote .run.image }}
+  args: [stage, {{ .stage }}, --job, /etc/topwork/job.yaml]
+  env:
+    - {name: HOME, value: /home/topwork}
+    - {name: TMPDIR, value: /tmp}
+    - {name: KERAS_HOME, value: /scratch/keras}
+    - {name: TFDS_DATA_DIR, value: /scratch/tfds}
+    - {name: TOPWORK_GRACE_SECONDS, value: {{ int64 $compute.terminationGracePeriodSeconds | quote }}}
+    # TensorFlow counts the cores of the node and not those of the container.
+    - {name: TF_NUM_INTRAOP_THREADS, valueFrom: {resourceFieldRef: {resource: limits.cpu}}}
+    {{- with $compute.extraCA }}
+    - {name: TOPWORK_EXTRA_CA, value: {{ printf "/etc/topwork-ca/%s" .key | quote }}}
+    {{- end }}
+  # A Secret that is missing must not keep the pod from starting: the process ends with 2 and says what it lacks.
+  envFrom:
+    - secretRef: {name: topwork-s3, optional: true}
+  ports:
+    - {name: http-{{ .stage }}, containerPort: {{ .port }}}
+  resources:
+    requests:
+      {{- include "topwork.run.amounts" . | nindent 6 }}
+    limits:
+      {{- include "topwork.run.amounts" . | nindent 6 }}
+  volumeMounts:
+    - {name: job, mountPath: /etc/topwork, readOnly: true}
+    - {name: scratch, mountPath: /scratch}
+    - {name: home, mountPath: /home/topwork}
+    - {name: tmp, mountPath: /tmp}
+    {{- if ne .stage "pull" }}
+    - {name: shm, mountPath: /dev/shm}
+    {{- end }}
+    {{- if $compute.extraCA }}
+    - {name: ca, mountPath: /etc/topwork-ca, readOnly: true}
+    {{- end }}
+  securityContext:
+    allowPrivilegeEscalation: false
+    readOnlyRootFilesystem: true
+    capabilities: {drop: [ALL]}
+  terminationMessagePolicy: FallbackToLogsOnError
+{{- end }}
+
+{{/* What a container asks for, and is limited to. A pod that only pulls takes 4 cores and 8Gi at most. */}}
+{{- define "topwork.run.amounts" -}}
+{{- $compute := .run.job.spec.compute -}}
+{{- $millicores := include "topwork.millicores" $compute.cpu | int64 -}}
+{{- $memory := $compute.memory -}}
+{{- if eq .role "prefetch" -}}
+  {{- $millicores = min $millicores 4000 -}}
+  {{- if gt (include "topwork.bytes" $memory | float64) (include "topwork.bytes" "8Gi" | float64) -}}{{- $memory = "8Gi" -}}{{- end -}}
+{{- end -}}
+cpu: {{ if mod $millicores 1000 }}{{ $millicores }}m{{ else }}{{ div $millicores 1000 }}{{ end }}
+memory: {{ $memory }}
+{{- if and (ne .stage "pull") (gt (int $compute.gpus) 0) }}
+nvidia.com/gpu: {{ int $compute.gpus }}
+{{- end }}
+{{- end }}
+
+{{/* Thousandths of a core, of which there is at least one. Takes spec.compute.cpu. */}}
+{{- define "topwork.millicores" -}}
+{{- $cpu := toString . -}}
+{{- if hasSuffix "m" $cpu -}}
+  {{- trimSuffix "m" $cpu -}}
+{{- else -}}
+  {{- printf "%.0f" (ceil (round (mulf (float64 $cpu) 1000) 6)) -}}
+{{- end -}}
+{{- end }}
+
+{{/* Bytes of a quantity with its unit, such as 16Gi. */}}
+{{- define "topwork.bytes" -}}
+{{- $number := regexFind "^[0-9.]+" . -}}
+{{- $powers := dict "k" 1000 "M" 1000000 "G" 1000000000 "T" 1000000000000 "Ki" 1024 "Mi" 1048576 "Gi" 1073741824 "Ti" 1099511627776 -}}
+{{- printf "%.3f" (mulf (float64 $number) (get $powers (trimPrefix $number .))) -}}
+{{- end }}
+
+{{/* A Job of a run as it is applied: signed, as `topwork render` has it. Takes: root, run, role. */}}
+{{- define "topwork.run.signed" -}}
+{{- $job := include "topwork.run.job" . | fromYaml -}}
+{{- $digest := printf "[%s,%s]" (toRawJson $job) .run.content | include "topwork.ascii" | sha256sum -}}
+{{- $_ := set $job.metadata "namespace" .root.Release.Namespace -}}
+{{- $_ := set $job.metadata "annotations" (dict "topwork.dev/digest" $digest) -}}
+{{- toYaml $job -}}
+{{- end }}
+
+{{/* Defaults of the namespace, also for `topwork submit`: image and spec, as JSON. */}}
+{{- define "topwork.defaults" -}}
+{{- toJson .Values.defaults -}}
+{{- end }}

@@ -1,0 +1,133 @@
+{{/*
+The job spec: its defaults filled in, in the spelling of the program, so that a run gets the same name from both.
+
+files/spec.json, which is generated, says of each key what a text, a number, a list or a mapping means there.
+*/}}
+
+{{/*
+A value of the spec. Takes: value; shape, as files/spec.json has it; parts, all of that file; style:
+  digest   JSON with null where nothing is given, sorted, of what changes a result: what a run is named by
+  content  JSON without that
+  text     YAML, on one line
+*/}}
+{{- define "topwork.spec.value" -}}
+{{- $found := . -}}
+{{- $value := .value -}}
+{{- if kindIs "map" $value -}}
+  {{- $part := "" -}}
+  {{- range .shape.parts -}}
+    {{- if or (not .key) (hasKey $value (default "" .key)) -}}{{- $part = $part | default .part -}}{{- end -}}
+  {{- end -}}
+  {{- if $part -}}
+    {{- include "topwork.spec.part" (dict "value" $value "part" $part "parts" .parts "style" .style) -}}
+  {{- else -}}
+    {{- toRawJson $value -}}
+  {{- end -}}
+{{- else if kindIs "slice" $value -}}
+  {{- $items := list -}}
+  {{- range $value -}}
+    {{- $items = append $items (include "topwork.spec.value" (dict "value" . "shape" $found.shape.list "parts" $found.parts "style" $found.style)) -}}
+  {{- end -}}
+  {{- printf "[%s]" (join "," $items) -}}
+{{- else if kindIs "bool" $value -}}
+  {{- /* YAML as Helm reads it takes on and off for true and false. */ -}}
+  {{- if .shape.switch -}}{{- ternary "on" "off" $value | quote -}}{{- else -}}{{- $value -}}{{- end -}}
+{{- else if typeIs "string" $value -}}
+  {{- include "topwork.spec.string" . -}}
+{{- else -}}
+  {{- include "topwork.spec.number" . -}}
+{{- end -}}
+{{- end }}
+
+{{/* A text. Words that no reader of YAML takes for anything else stand without quotes. */}}
+{{- define "topwork.spec.string" -}}
+{{- if ne .style "text" -}}
+  {{- toRawJson .value -}}
+{{- else if and (regexMatch "^[A-Za-z][A-Za-z0-9/._-]*$" .value) (not (regexMatch "^(?i:y|n|yes|no|on|off|true|false|null)$" .value)) -}}
+  {{- .value -}}
+{{- else -}}
+  {{- quote .value -}}
+{{- end -}}
+{{- end }}
+
+{{/* A number, as Python writes it. Through its text, since Helm hands numbers in as several types. */}}
+{{- define "topwork.spec.number" -}}
+{{- $number := float64 (toString .value) -}}
+{{- $text := printf "%v" $number -}}
+{{- if eq .shape.number "whole" -}}
+  {{- printf "%.0f" $number -}}
+{{- else if and (eq .shape.number "any") (eq $number (floor $number)) -}}
+  {{- printf "%.0f" $number -}}
+{{- else if regexMatch "e[+]" $text -}}
+  {{- printf "%.1f" $number -}}
+{{- else if not (regexMatch "[.e]" $text) -}}
+  {{- printf "%s.0" $text -}}
+{{- else if and (eq .style "text") (not (contains "." $text)) -}}
+  {{- /* Readers of YAML 1.1 take a number for one only with its dot. */ -}}
+  {{- replace "e" ".0e" $text -}}
+{{- else -}}
+  {{- $text -}}
+{{- end -}}
+{{- end }}
+
+{{/* A mapping of the spec on one line. Takes: value, part, parts and style, as above. */}}
+{{- define "topwork.spec.part" -}}
+{{- $found := . -}}
+{{- $items := list -}}
+{{- /* range goes through a mapping in the order of its keys. */ -}}
+{{- range $key, $shape := (get .parts .part).fields -}}
+  {{- $value := get $found.value $key -}}
+  {{- if not (hasKey $found.value $key) -}}{{- $value = $shape.default -}}{{- end -}}
+  {{- if kindIs "invalid" $value -}}{{- $value = $shape.default -}}{{- end -}}
+  {{- if and $shape.noResult (eq $found.style "digest") -}}
+  {{- else if not (kindIs "invalid" $value) -}}
+    {{- $text := include "topwork.spec.value" (dict "value" $value "shape" $shape "parts" $found.parts "style" $found.style) -}}
+    {{- $items = append $items (printf "%q:%s%s" $key (ternary " " "" (eq $found.style "text")) $text) -}}
+  {{- else if eq $found.style "digest" -}}
+    {{- $items = append $items (printf "%q:null" $key) -}}
+  {{- end -}}
+{{- end -}}
+{{- printf "{%s}" (join "," $items) -}}
+{{- end }}
+
+{{/* A mapping of the spec as people write it: a line a key, in the order of the reference. Takes: value, part, parts. */}}
+{{- define "topwork.spec.lines" -}}
+{{- $found := . -}}
+{{- $lines := list -}}
+{{- range $key := (get .parts .part).order -}}
+  {{- $shape := get (get $found.parts $found.part).fields $key -}}
+  {{- $value := get $found.value $key -}}
+  {{- if kindIs "map" $value -}}
+    {{- $part := "" -}}
+    {{- range $shape.parts -}}
+      {{- if or (not .key) (hasKey $value (default "" .key)) -}}{{- $part = $part | default .part -}}{{- end -}}
+    {{- end -}}
+    {{- if $part -}}
+      {{- $lines = append $lines (printf "%s:" $key) -}}
+      {{- $lines = append $lines (include "topwork.spec.lines" (dict "value" $value "part" $part "parts" $found.parts) | indent 2) -}}
+    {{- else -}}
+      {{- $lines = append $lines (printf "%s: %s" $key (toRawJson $value)) -}}
+    {{- end -}}
+  {{- else if hasKey $found.value $key -}}
+    {{- $text := include "topwork.spec.value" (dict "value" $value "shape" $shape "parts" $found.parts "style" "text") -}}
+    {{- $lines = append $lines (printf "%s: %s" $key $text) -}}
+  {{- end -}}
+{{- end -}}
+{{- join "\n" $lines -}}
+{{- end }}
+
+{{/* JSON in ASCII, as Python writes it; above U+FFFF a character is two surrogates. */}}
+{{- define "topwork.ascii" -}}
+{{- $text := . -}}
+{{- range regexFindAll "[^ -~]" . -1 | uniq -}}
+  {{- $escaped := printf "%+q" . | trimAll "\"" -}}
+  {{- if hasPrefix "\\x" $escaped -}}
+    {{- $escaped = printf "\\u00%s" (trimPrefix "\\x" $escaped) -}}
+  {{- else if hasPrefix "\\U" $escaped -}}
+    {{- $code := sub (int64 (printf "0x%s" (trimPrefix "\\U" $escaped))) 65536 -}}
+    {{- $escaped = printf "\\u%04x\\u%04x" (add 55296 (div $code 1024)) (add 56320 (mod $code 1024)) -}}
+  {{- end -}}
+  {{- $text = replace . $escaped $text -}}
+{{- end -}}
+{{- $text -}}
+{{- end }}
