@@ -25,8 +25,7 @@ def schema_text() -> str:
         Indented JSON that ends with a line break; the same for the same models.
     """
     schema = TransferJob.model_json_schema(by_alias=True, mode="validation")
-    for part, keys in ONE_OF.items():
-        schema["$defs"][part.__name__]["oneOf"] = [{"required": [key]} for key in keys]
+    one_of(any_of(schema))
     head = {
         "$schema": GenerateJsonSchema.schema_dialect,
         "$id": ADDRESS,
@@ -34,6 +33,36 @@ def schema_text() -> str:
         "examples": [_example()],
     }
     return json.dumps(head | {key: value for key, value in schema.items() if key not in head}, indent=2) + "\n"
+
+
+def any_of(schema: Any) -> Any:
+    """Let a value be of several types at once, wherever it may be of one of several: 4 cores are a number, too.
+
+    Args:
+        schema: A JSON Schema as pydantic makes it; changed in place.
+
+    Returns:
+        The same.
+    """
+    if isinstance(schema, dict):
+        if "oneOf" in schema:
+            schema["anyOf"] = schema.pop("oneOf")
+        for inner in schema.values():
+            any_of(inner)
+    elif isinstance(schema, list):
+        for inner in schema:
+            any_of(inner)
+    return schema
+
+
+def one_of(schema: dict[str, Any]) -> None:
+    """Say of which parts exactly one key is given.
+
+    Args:
+        schema: A JSON Schema with the parts of the spec in its `$defs`; changed in place.
+    """
+    for part, keys in ONE_OF.items():
+        schema["$defs"][part.__name__]["oneOf"] = [{"required": [key]} for key in keys]
 
 
 def _example() -> dict[str, Any]:
