@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
 from pydantic.fields import FieldInfo
 from shapes import SWITCHES, plain, shapes_text
 from values import Section, Values
@@ -25,6 +26,7 @@ def files() -> Iterator[tuple[str, str]]:
     yield "values.schema.json", schema_text()
     yield "README.md", readme_text()
     yield "files/spec.json", shapes_text()
+    yield "files/submitter.json", submitter_text()
 
 
 def values_text() -> str:
@@ -96,3 +98,9 @@ def _rows(section: Section, prefix: str) -> Iterator[tuple[str, str, str]]:
         else:
             words = " ".join((field.description or "").split()).replace("|", "\\|")
             yield f"{prefix}{key}", json.dumps(plain(value), ensure_ascii=False), words
+
+
+def submitter_text() -> str:
+    """Write the rules of the role of submitters, which are those of k8s/base."""
+    role, _ = yaml.safe_load_all((HERE.parent / "k8s" / "base" / "submitter.yaml").read_text(encoding="utf-8"))
+    return json.dumps(role["rules"], indent=1) + "\n"

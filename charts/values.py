@@ -6,7 +6,16 @@ from pydantic import Field, StringConstraints
 
 from topwork.cluster.names import STORAGE_SECRET
 from topwork.spec.address import HttpUrl, StorageUri
-from topwork.spec.compute import AnnotationKey, ByteQuantity, Compute, DnsName, LabelKey, LabelValue, Metrics, ObjectName
+from topwork.spec.compute import (
+    AnnotationKey,
+    ByteQuantity,
+    Compute,
+    DnsName,
+    LabelKey,
+    LabelValue,
+    Metrics,
+    ObjectName,
+)
 from topwork.spec.job import JobSpec
 from topwork.spec.outcome import DnsLabel
 from topwork.spec.part import Part, YesNo

@@ -1,7 +1,35 @@
+{{/* Name of an object of the release. Takes: root, part. */}}
+{{- define "topwork.name" -}}
+{{- $release := .root.Release.Name -}}
+{{- if not (contains "topwork" $release) -}}{{- $release = printf "%s-topwork" $release -}}{{- end -}}
+{{- printf "%s-%s" ($release | trunc 40 | trimSuffix "-") .part -}}
+{{- end }}
+
+{{/* Names that jobs and the commands of topwork look for, whatever the release is called. */}}
+{{- define "topwork.name.secret" -}}topwork-s3{{- end }}
+{{- define "topwork.name.account" -}}topwork-job{{- end }}
+{{- define "topwork.name.defaults" -}}topwork-defaults{{- end }}
+{{- define "topwork.name.submitter" -}}topwork-submitter{{- end }}
+
+{{/* Labels of an object of the release. Takes: root; name, if it is no part of topwork itself. */}}
+{{- define "topwork.labels" -}}
+app.kubernetes.io/name: {{ .name | default "topwork" }}
+app.kubernetes.io/instance: {{ .root.Release.Name }}
+app.kubernetes.io/version: {{ .root.Chart.AppVersion | quote }}
+app.kubernetes.io/part-of: topwork
+app.kubernetes.io/managed-by: {{ .root.Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace "+" "_" | trunc 63 | trimSuffix "-" }}
+{{- end }}
+
+{{/* Labels by which the embedded server is found. */}}
+{{- define "topwork.seaweedfs.selector" -}}
+app.kubernetes.io/name: seaweedfs
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end }}
+
 {{/* Labels of the objects of a run. Takes: run (its facts, see topwork.run), role. */}}
 {{- define "topwork.run.labels" -}}
-{{- $labels := dict -}}
-{{- range $key, $value := .run.job.metadata.labels -}}{{- $_ := set $labels $key $value -}}{{- end -}}
+{{- $labels := deepCopy .run.job.metadata.labels -}}
 {{- range $key, $value := dict
   "app.kubernetes.io/name" "topwork"
   "app.kubernetes.io/instance" .run.name
@@ -16,7 +44,7 @@
 {{- toYaml $labels -}}
 {{- end }}
 
-{{/* Labels of a pod of a run, and of the Job that makes it. */}}
+{{/* Labels of a pod of a run. */}}
 {{- define "topwork.pod.labels" -}}
 {{- $labels := include "topwork.run.labels" . | fromYaml -}}
 {{- $_ := set $labels "topwork.dev/role" .role -}}

@@ -98,7 +98,7 @@ spec:
         {{- include "topwork.pod.labels" . | nindent 8 }}
       {{- with $compute.annotations }}
       annotations:
-        {{- toYaml . | nindent 8 }}
+        {{- include "topwork.yaml" . | nindent 8 }}
       {{- end }}
     spec:
       {{- include "topwork.run.pod" . | nindent 6 }}
@@ -126,7 +126,7 @@ priorityClassName: {{ quote . }}
 {{- end }}
 {{- with $compute.tolerations }}
 tolerations:
-  {{- toYaml . | nindent 2 }}
+  {{- include "topwork.yaml" . | nindent 2 }}
 {{- end }}
 {{- if and $training $compute.nodeSelector }}
 nodeSelector:
@@ -134,15 +134,10 @@ nodeSelector:
 {{- end }}
 {{- if and $training $compute.affinity }}
 affinity:
-  {{- toYaml $compute.affinity | nindent 2 }}
+  {{- include "topwork.yaml" $compute.affinity | nindent 2 }}
 {{- end }}
 securityContext:
-  runAsNonRoot: true
-  runAsUser: 65532
-  runAsGroup: 65532
-  fsGroup: 65532
-  fsGroupChangePolicy: OnRootMismatch
-  seccompProfile: {type: RuntimeDefault}
+  {{- include "topwork.podSecurity" . | nindent 2 }}
 {{- if $training }}
 initContainers:
   {{- include "topwork.run.container" (dict "run" .run "role" .role "stage" "pull" "port" 9101) | nindent 2 }}
@@ -212,9 +207,7 @@ volumes:
     - {name: ca, mountPath: /etc/topwork-ca, readOnly: true}
     {{- end }}
   securityContext:
-    allowPrivilegeEscalation: false
-    readOnlyRootFilesystem: true
-    capabilities: {drop: [ALL]}
+    {{- include "topwork.containerSecurity" . | nindent 4 }}
   terminationMessagePolicy: FallbackToLogsOnError
 {{- end }}
 
@@ -251,16 +244,32 @@ nvidia.com/gpu: {{ int $compute.gpus }}
 {{- printf "%.3f" (mulf (float64 $number) (get $powers (trimPrefix $number .))) -}}
 {{- end }}
 
-{{/* A Job of a run as it is applied: signed, as `topwork render` has it. Takes: root, run, role. */}}
-{{- define "topwork.run.signed" -}}
+{{/* A Job of a run, signed, as `topwork render` has it. Takes: root, run, role. */}}
+{{- define "topwork.run.manifest" -}}
 {{- $job := include "topwork.run.job" . | fromYaml -}}
 {{- $digest := printf "[%s,%s]" (toRawJson $job) .run.content | include "topwork.ascii" | sha256sum -}}
 {{- $_ := set $job.metadata "namespace" .root.Release.Namespace -}}
 {{- $_ := set $job.metadata "annotations" (dict "topwork.dev/digest" $digest) -}}
-{{- toYaml $job -}}
+{{- include "topwork.yaml" $job -}}
 {{- end }}
 
-{{/* Defaults of the namespace, also for `topwork submit`: image and spec, as JSON. */}}
-{{- define "topwork.defaults" -}}
-{{- toJson .Values.defaults -}}
+{{/*
+The Job of that name in the cluster where it was made with other settings (compute, image, version of topwork), else
+nothing. A Job can't be changed: it stays as it is, and an upgrade goes through. Takes: root, job, its manifest.
+*/}}
+{{- define "topwork.run.kept" -}}
+{{- $there := lookup "batch/v1" "Job" .job.metadata.namespace .job.metadata.name -}}
+{{- if $there -}}
+  {{- $signed := dict "topwork.dev/digest" (dig "annotations" "topwork.dev/digest" "" $there.metadata) -}}
+  {{- if ne (toJson $signed) (toJson .job.metadata.annotations) -}}
+    {{- $metadata := dict "name" $there.metadata.name "namespace" $there.metadata.namespace "labels" $there.metadata.labels "annotations" $signed -}}
+    {{- dict "apiVersion" "batch/v1" "kind" "Job" "metadata" $metadata "spec" $there.spec | include "topwork.yaml" -}}
+  {{- end -}}
+{{- end -}}
+{{- end }}
+
+{{/* A Job of a run as it is applied. Takes: root, run, role. */}}
+{{- define "topwork.run.applied" -}}
+{{- $manifest := include "topwork.run.manifest" . -}}
+{{- include "topwork.run.kept" (dict "root" .root "job" (fromYaml $manifest)) | default $manifest -}}
 {{- end }}

@@ -20,6 +20,8 @@ A value of the spec. Takes: value; shape, as files/spec.json has it; parts, all 
   {{- end -}}
   {{- if $part -}}
     {{- include "topwork.spec.part" (dict "value" $value "part" $part "parts" .parts "style" .style) -}}
+  {{- else if eq .style "text" -}}
+    {{- include "topwork.printable" (toRawJson $value) -}}
   {{- else -}}
     {{- toRawJson $value -}}
   {{- end -}}
@@ -106,7 +108,7 @@ A value of the spec. Takes: value; shape, as files/spec.json has it; parts, all 
       {{- $lines = append $lines (printf "%s:" $key) -}}
       {{- $lines = append $lines (include "topwork.spec.lines" (dict "value" $value "part" $part "parts" $found.parts) | indent 2) -}}
     {{- else -}}
-      {{- $lines = append $lines (printf "%s: %s" $key (toRawJson $value)) -}}
+      {{- $lines = append $lines (printf "%s: %s" $key (include "topwork.printable" (toRawJson $value))) -}}
     {{- end -}}
   {{- else if hasKey $found.value $key -}}
     {{- $text := include "topwork.spec.value" (dict "value" $value "shape" $shape "parts" $found.parts "style" "text") -}}
@@ -130,4 +132,18 @@ A value of the spec. Takes: value; shape, as files/spec.json has it; parts, all 
   {{- $text = replace . $escaped $text -}}
 {{- end -}}
 {{- $text -}}
+{{- end }}
+
+{{/* JSON in which all that no YAML may hold as it stands is escaped. */}}
+{{- define "topwork.printable" -}}
+{{- $text := . -}}
+{{- range regexFindAll "[\\x7f-\\x{84}\\x{86}-\\x{9f}\\x{feff}\\x{fffe}\\x{ffff}]" . -1 | uniq -}}
+  {{- $text = replace . (include "topwork.ascii" .) $text -}}
+{{- end -}}
+{{- $text -}}
+{{- end }}
+
+{{/* A value as YAML. toYaml gives nothing where a text holds a control character. */}}
+{{- define "topwork.yaml" -}}
+{{- toYaml . | default (include "topwork.printable" (toRawJson .)) -}}
 {{- end }}

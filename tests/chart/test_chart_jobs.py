@@ -1,0 +1,178 @@
+"""Jobs of the chart are those of `topwork render`: name, Job, prefetch Job, signature, and the spec that pods read."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import helm_python
+import pytest
+import yaml
+from hypothesis import HealthCheck, Phase, assume, example, given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from test_render_properties import COMPUTE, KEY, VALUE
+
+from topwork.cluster.rendering import Placement, render
+from topwork.spec import TransferJob
+from topwork.spec.reading import read_jobs, read_text
+
+ROOT = Path(__file__).parents[2]
+SPECS = [
+    *sorted((ROOT / "examples").glob("*.yaml")),
+    *sorted((ROOT / "tests" / "kubernetes" / "golden").glob("*/job.yaml")),
+    ROOT / "tests" / "unit" / "test_spec_good.yaml",
+]
+Render = Callable[..., dict[tuple[str, str], dict[str, Any]]]
+
+
+def check_same(rendered: Render, documents: list[dict[str, Any]], jobs: list[TransferJob], image: str = "") -> None:
+    """Fail unless the chart makes of documents, as Helm reads them, what `topwork render` makes of the jobs."""
+    entries = {
+        document["metadata"]["name"]: {
+            "labels": document["metadata"].get("labels", {}),
+            "spec": document["spec"],
+        }
+        for document in documents
+    }
+    got = rendered({"jobs": entries, "defaults": {"image": image}})
+    placement = Placement(image or None, namespace="ml")
+    wanted = {
+        (manifest["kind"], manifest["metadata"]["name"]): manifest
+        for job in jobs
+        for manifest in render(job, placement).objects
+    }
+    found = {key: got[key] for key in got if key in wanted or key[0] == "Job"}
+    for job in jobs:
+        ours, theirs = wanted["ConfigMap", job.run]["data"], found["ConfigMap", job.run]["data"]
+        assert ours.keys() == theirs.keys()
+        # Another style, the same document: for the program, and for every reader of YAML.
+        assert read_text(theirs["job.yaml"], "job.yaml") == [job]
+        assert yaml.safe_load(theirs["job.yaml"]) == yaml.safe_load(ours["job.yaml"])
+        found["ConfigMap", job.run] = found["ConfigMap", job.run] | {"data": ours}
+    assert found == wanted
+
+
+@pytest.mark.parametrize("path", SPECS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_job_of_the_chart_is_that_of_render(path: Path, rendered: Render) -> None:
+    documents = [helm_python.values_from_yaml(text) for text in path.read_text(encoding="utf-8").split("\n---\n")]
+    check_same(rendered, [document for document in documents if document], read_jobs(path))
+
+
+def test_a_job_of_the_chart_runs_the_image_of_the_defaults(rendered: Render) -> None:
+    path = SPECS[0]
+    check_same(
+        rendered, [helm_python.values_from_yaml(path.read_text())], read_jobs(path), "registry.example/topwork:1"
+    )
+
+
+SHARE = st.floats(0, 1, exclude_max=True)
+RATE = st.floats(0, 10, exclude_min=True)
+COUNT = st.integers(1, 10000)
+POSITIVE = st.floats(0, 1e6, exclude_min=True) | st.sampled_from([1, 1e6, 1e-7, 123456.75, 5e-324])
+WORD = st.text(min_size=1, max_size=20)
+
+
+def mapping(**optional: Any) -> st.SearchStrategy[dict[str, Any]]:
+    return st.fixed_dictionaries({}, optional={key.rstrip("_"): value for key, value in optional.items()})
+
+
+OPTIMIZER = mapping(
+    learningRate=RATE,
+    momentum=SHARE,
+    epsilon=POSITIVE,
+    weightDecay=SHARE,
+    clipnorm=POSITIVE,
+    gradientAccumulationSteps=st.integers(2, 10000),
+    ema=mapping(momentum=st.floats(0.1, 0.9)),
+    schedule=st.fixed_dictionaries({"name": st.just("cosine"), "finalFraction": SHARE})
+    | st.fixed_dictionaries({"name": st.just("step"), "factor": st.floats(0.1, 0.9), "atEpochs": st.just([1])}),
+).map(lambda given: {"name": "rmsprop", "learningRate": 0.01} | given)
+STOPPING = mapping(patience=st.integers(1, 1000), minDelta=st.floats(0, 1000))
+CACHE = st.sampled_from(["auto", "off"]) | mapping(use=st.sampled_from(["auto", "on"]), views=st.just(1))
+UNFREEZE = st.just("all") | st.fixed_dictionaries({"layers": COUNT}) | st.fixed_dictionaries({"from": WORD})
+STEPS = st.fixed_dictionaries({"layers": COUNT, "epochs": COUNT, "learningRate": RATE}).map(lambda step: [step])
+FINE_TUNE = st.fixed_dictionaries(
+    {"epochs": st.integers(2, 10000)},
+    optional={"unfreeze": UNFREEZE, "optimizer": OPTIMIZER, "earlyStopping": STOPPING, "batchSize": COUNT},
+) | STEPS.map(lambda steps: {"unfreeze": {"steps": steps}})
+SOURCE = (
+    st.just({"tfds": "cats_vs_dogs"})
+    | WORD.map(lambda word: {"archive": {"uri": f"https://host/{word}.zip", "root": word}})
+    | st.tuples(WORD, WORD).map(lambda two: {"table": {"uri": "s3://bucket/a.csv", "image": two[0], "label": two[1]}})
+)
+BASE = (
+    st.fixed_dictionaries({"application": st.just("VGG16")}, optional={"weights": st.just("none")})
+    | st.fixed_dictionaries({"cnn": st.fixed_dictionaries({"filters": st.lists(COUNT, min_size=1, max_size=3)})})
+    | st.fixed_dictionaries({"saved": st.just({"uri": "s3://bucket/ä.keras"})}).map(lambda base: base)
+    | (WORD | st.integers(-10000, 10000)).map(lambda cut: {"saved": {"uri": "s3://bucket/m.keras", "cutAt": cut}})
+)
+SPEC = st.fixed_dictionaries(
+    {
+        "storage": st.just("s3://bucket/prefix"),
+        "dataset": st.fixed_dictionaries(
+            {
+                "source": SOURCE,
+                "splits": st.just({"train": "train[:80%]", "test": "train[80%:]"}),
+                "imageSize": st.tuples(st.integers(16, 2048), st.integers(16, 2048)).map(list),
+            },
+            optional={"maxRejectedRatio": SHARE, "onMissingClass": st.just("allow")},
+        ),
+        "model": st.fixed_dictionaries({"base": BASE}, optional={"head": mapping(hidden=st.lists(COUNT, max_size=3))}),
+    },
+    optional={
+        "augmentation": mapping(
+            rotation=SHARE, zoom=SHARE, mixUp=st.floats(0, 10), randAugment=mapping(magnitude=SHARE)
+        ),
+        "transfer": mapping(
+            epochs=st.integers(2, 10000),
+            optimizer=OPTIMIZER,
+            loss=st.sampled_from(["auto", {"name": "focal", "gamma": 1.5}, {}]),
+            featureCache=CACHE,
+            earlyStopping=STOPPING,
+        ),
+        "fineTune": FINE_TUNE,
+        "evaluate": mapping(
+            gates=st.lists(st.fixed_dictionaries({"metric": st.just("f1"), "atLeast": SHARE}), max_size=2)
+        ),
+        "seed": st.integers(0, 2**31 - 1),
+        "metrics": mapping(lingerSeconds=st.integers(0, 600), pushgateway=st.just("http://gateway:9091")),
+    },
+)
+
+
+# No shrinking: a render takes a tenth of a second and more.
+PHASES = (Phase.explicit, Phase.generate)
+
+
+@settings(max_examples=24, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, phases=PHASES)
+@given(SPEC, COMPUTE, st.dictionaries(KEY, VALUE, max_size=3))
+@example(
+    {
+        "storage": "s3://b/ä\U0001f431\x7f",
+        "dataset": {
+            "source": {"archive": {"uri": "https://host/\u2028.zip", "root": 'ä"<&>\\u0008\U0001f431'}},
+            "splits": {"perClass": {"train": 1, "test": 1}},
+            "imageSize": [16, 16],
+        },
+        "model": {"base": {"saved": {"uri": "s3://bucket/m.keras", "cutAt": "yes\b\f\n\x00"}}},
+    },
+    {"annotations": {"a": "0o7", "b": "12:30", "c": "ä\x7f\u2028"}, "cpu": 0.0001, "prefetch": True},
+    {"odd": "017"},
+).via("texts that YAML or JSON writes in more than one way")
+def test_any_job_of_the_chart_is_that_of_render(
+    rendered: Render, spec: dict[str, Any], compute: dict[str, Any], labels: dict[str, str]
+) -> None:
+    # Helm reads 4.0 as 4.
+    if isinstance(cores := compute.get("cpu"), float) and cores.is_integer():
+        compute = compute | {"cpu": int(cores)}
+    document = {
+        "apiVersion": "topwork.dev/v1alpha1",
+        "kind": "TransferJob",
+        "metadata": {"name": "any", "labels": labels},
+        "spec": spec | {"compute": compute},
+    }
+    try:
+        job = TransferJob.model_validate(document)
+    except ValidationError:
+        assume(False)
+    check_same(rendered, [document], [job])
