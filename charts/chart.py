@@ -11,6 +11,7 @@ from pydantic.fields import FieldInfo
 from shapes import SWITCHES, plain, shapes_text
 from values import Section, Values
 
+from topwork import __version__
 from topwork.spec.schema import any_of, one_of
 from topwork.spec.shape import keys
 from topwork.spec.writing import as_yaml
@@ -75,7 +76,7 @@ def _for_helm(schema: Any) -> Any:
     if isinstance(schema.get("prefixItems"), list):
         # Draft 7 calls it items; both sides of an image are alike.
         found["items"] = _for_helm(schema["prefixItems"][0])
-    if SWITCHES <= set(map(str, schema.get("enum", ()))):
+    if set(map(str, schema.get("enum", ()))) >= SWITCHES:
         # Helm reads on and off as true and false.
         found = {key: value for key, value in found.items() if key != "type"} | {"enum": [*schema["enum"], True, False]}
     if "patternProperties" in schema:
@@ -87,7 +88,8 @@ def _for_helm(schema: Any) -> Any:
 def readme_text() -> str:
     """Write the README: what the chart is for, and all its values."""
     rows = "\n".join(f"| `{path}` | `{value}` | {words} |" for path, value, words in _rows(Values(), ""))
-    return (HERE / "README.in.md").read_text(encoding="utf-8").replace("{values}", rows)
+    text = (HERE / "README.in.md").read_text(encoding="utf-8")
+    return text.replace("{version}", __version__).replace("{values}", rows)
 
 
 def _rows(section: Section, prefix: str) -> Iterator[tuple[str, str, str]]:

@@ -43,7 +43,7 @@ class Defaults(Section):
 
     image: Image = Field(
         default="",
-        description="Image of all containers of jobs. Empty is what `make image` builds, topwork:<version>-gpu or -cpu.",
+        description="Image of all containers of jobs. Empty: what `make image` builds, topwork:<version>-gpu or -cpu.",
     )
     spec: DefaultSpec = Field(
         default=DefaultSpec(),
@@ -78,7 +78,7 @@ class S3(Section):
 
     credentials: Literal["existing", "create", "workloadIdentity"] = Field(
         default="existing",
-        description=f"existing: the Secret {STORAGE_SECRET} is made by you, with the AWS variables as its keys. create: "
+        description=f"existing: the Secret {STORAGE_SECRET} is made by you, its keys the AWS variables. create: "
         "the chart makes it from the values below, which Helm keeps in the cluster. workloadIdentity: jobs run as the "
         "service account, and there are no keys.",
     )

@@ -191,7 +191,7 @@ def test_a_job_of_the_name_that_is_not_ours_is_left_alone(submission, api_server
         submission().submit()
     assert str(raised.value) == (
         f"job.batch/{RUN} in namespace team-a is not topwork's: it has no label "
-        "app.kubernetes.io/managed-by=topwork. Delete it, or give the spec another metadata.name."
+        "app.kubernetes.io/part-of=topwork. Delete it, or give the spec another metadata.name."
     )
     assert written(api_server) == []
 
@@ -328,7 +328,7 @@ def test_submit_of_the_same_says_that_it_is_there_and_of_a_complete_one_where_it
 def test_an_error_in_the_second_file_applies_nothing(topwork, tmp_path, api_server):
     good, wrong = spec_file(tmp_path / "good.yaml"), spec_file(tmp_path / "wrong.yaml", gpus=-1)
     code, lines = topwork("submit", good, wrong)
-    assert (code, api_server.requests) == (2, [])
+    assert (code, written(api_server)) == (2, [])
     assert lines[0].startswith(f"{wrong}:1:")
 
 
@@ -336,7 +336,7 @@ def test_a_path_of_this_machine_is_told_with_its_file(topwork, tmp_path, api_ser
     file = spec_file(tmp_path / "local.yaml")
     file.write_text(file.read_text().replace("s3://photos/flowers/", "/home/me/flowers"))
     code, lines = topwork("submit", file)
-    assert (code, api_server.requests) == (2, [])
+    assert (code, written(api_server)) == (2, [])
     assert lines[0].startswith(f"{file}: spec.dataset.source.folder.uri: ")
 
 

@@ -30,7 +30,7 @@ COMMANDS = {
     "predict": "topwork.cli.predict:predict",
     "models": "topwork.cli.models:app",
     "mirror": "topwork.cli.mirror:app",
-    "metrics": "topwork.cli.metrics:app",
+    "storage": "topwork.cli.storage:app",
     "gc": "topwork.cli.gc:gc",
 }
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from topwork.cluster.rendering import Placement, Rendered, render
 from topwork.errors import SpecError
 from topwork.spec import TransferJob
+from topwork.spec.defaults import SpecDefaults
 from topwork.spec.problems import Problem, WrongSpec
 from topwork.spec.reading import STANDARD_INPUT, STANDARD_INPUT_NAME, read_files
 
@@ -25,13 +26,16 @@ class RenderedJob(NamedTuple):
     overrides: tuple[str, ...] = ()
 
 
-def read_and_render(files: list[Path], placement: Placement, overrides: Sequence[str] = ()) -> list[RenderedJob]:
+def read_and_render(
+    files: list[Path], placement: Placement, overrides: Sequence[str] = (), defaults: SpecDefaults | None = None
+) -> list[RenderedJob]:
     """Read all jobs of all files and render them.
 
     Args:
         files: Job specs; `-` is standard input.
         placement: Image and namespace.
         overrides: `PATH=VALUE` each, set in all of them.
+        defaults: What is taken where a spec says nothing.
 
     Returns:
         The jobs in the order in which they stand, each another run.
@@ -42,7 +46,7 @@ def read_and_render(files: list[Path], placement: Placement, overrides: Sequence
     found: list[RenderedJob] = []
     problems: list[Problem] = []
     files_of_runs: dict[str, str] = {}
-    for path, job in read_files(files, overrides):
+    for path, job in read_files(files, overrides, defaults):
         name = STANDARD_INPUT_NAME if path == STANDARD_INPUT else str(path)
         try:
             found.append(RenderedJob(path, job, render(job, placement), tuple(overrides)))

@@ -16,6 +16,7 @@ from topwork.errors import SettingError
 
 if TYPE_CHECKING:
     from topwork.cli.following import Where
+    from topwork.cluster.defaults import Defaults
     from topwork.cluster.submission import Outcome
     from topwork.edge.kubernetes import Cluster
 
@@ -36,7 +37,10 @@ def submit(
     kubeconfig: Kubeconfig = None,
     dry_run: Annotated[
         DryRun | None,
-        typer.Option(help="client prints what would be applied; server lets the API server check it."),
+        typer.Option(
+            help="client prints what would be applied, without the namespace's defaults; server lets the API server "
+            "check it."
+        ),
     ] = None,
     follow: Annotated[
         bool, typer.Option("--follow", "-f", help="Show the runs until they are over; ends with their exit code.")
@@ -48,21 +52,27 @@ def submit(
 ) -> None:
     """Run job specs in the cluster; one that is there already is left alone, one that failed goes on.
 
-    Nothing is applied if one of the files is wrong. Exit codes with --follow: that of the first run that is not 0:
+    What a spec does not say comes from the ConfigMap topwork-defaults of the namespace, where there is one. Nothing
+    is applied if one of the files is wrong. Exit codes with --follow: that of the first run that is not 0:
     2 spec, data or setting wrong, 3 a gate was not met, 75 storage or the network failed, or the deadline was over,
     143 the Job was deleted; 130 after Ctrl-C, which leaves the runs alone.
     """
     if dry_run and (follow or wait_for_data):
         raise SettingError("--dry-run starts nothing that --follow or --wait-for-data could wait for. Leave one out.")
-    wanted = _rendered(files, Placement(image, namespace), overrides or (), wait_for_data)
     if dry_run is DryRun.client:
         from topwork.spec.writing import as_yaml
 
+        wanted = _rendered(files, Placement(image, namespace), overrides or (), wait_for_data)
         sys.stdout.write(as_yaml([manifest for each in wanted for manifest in each.rendered.objects]))
         return
     from topwork.cli.following import Where
 
     cluster = open_cluster(namespace, context, kubeconfig)
+    defaults = _defaults(cluster)
+    placement = Placement(image or (defaults.image if defaults else None), namespace)
+    wanted = _rendered(files, placement, overrides or (), wait_for_data, defaults)
+    if defaults:
+        _tell_taken(defaults, with_image=image is None)
     if dry_run is DryRun.server:
         for each in wanted:
             _try(cluster, each)
@@ -74,14 +84,43 @@ def submit(
 
 
 def _rendered(
-    files: list[Path], placement: Placement, overrides: Sequence[str], wait_for_data: bool
+    files: list[Path],
+    placement: Placement,
+    overrides: Sequence[str],
+    wait_for_data: bool,
+    defaults: "Defaults | None" = None,
 ) -> list[RenderedJob]:
     """Read and render everything before anything is applied."""
-    found = read_and_render(files, placement, overrides)
+    found = read_and_render(files, placement, overrides, defaults.spec if defaults else None)
     for each in found:
         if wait_for_data and each.rendered.prefetch is None:
             raise SettingError(f"--wait-for-data needs spec.compute.prefetch: true, which {each.path} does not have.")
     return found
+
+
+def _defaults(cluster: "Cluster") -> "Defaults | None":
+    """Read what jobs of the namespace don't have to say; who must not read it goes without."""
+    from topwork.cluster.defaults import SOURCE, read_defaults
+    from topwork.edge.kubernetes_errors import ForbiddenError
+
+    try:
+        return read_defaults(cluster)
+    except ForbiddenError as error:
+        print(f"Note: {SOURCE} is not taken into account: {error}", file=sys.stderr)
+        return None
+
+
+def _tell_taken(defaults: "Defaults", *, with_image: bool) -> None:
+    """Say what comes from the namespace and not from the files."""
+    from topwork.cluster.defaults import SOURCE
+    from topwork.spec.problems import dotted
+    from topwork.spec.words import shown
+
+    found = [f"image {defaults.image}"] if defaults.image and with_image else []
+    taken = [(path, value) for path, value in defaults.spec.values.items() if path in defaults.spec.taken]
+    found += [f"{dotted(path)} {shown(value)}" for path, value in taken]
+    if found:
+        print(f"from {SOURCE}: {', '.join(found)}")
 
 
 def _submit_all(

@@ -3,7 +3,7 @@
 from typing import Literal
 
 from topwork import __version__
-from topwork.cluster.names import JOB_LABEL, MANAGER, QUEUE_LABEL, ROLE_LABEL, RUN_LABEL
+from topwork.cluster.names import JOB_LABEL, MANAGER, PART_LABEL, QUEUE_LABEL, ROLE_LABEL, RUN_LABEL
 from topwork.spec import TransferJob
 
 Role = Literal["training", "prefetch"]
@@ -24,7 +24,7 @@ def labels(job: TransferJob, component: Role = "training") -> dict[str, str]:
         "app.kubernetes.io/instance": job.run,
         "app.kubernetes.io/version": __version__,
         "app.kubernetes.io/component": component,
-        "app.kubernetes.io/part-of": "topwork",
+        PART_LABEL: MANAGER,
         "app.kubernetes.io/managed-by": MANAGER,
         JOB_LABEL: job.metadata.name,
         RUN_LABEL: job.run,

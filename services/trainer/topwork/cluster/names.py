@@ -18,6 +18,8 @@ METRICS_PORTS: dict[StageName, int] = {"pull": 9101, "transfer": 9102, "fine-tun
 MANAGER = "topwork"
 """Field manager of server-side apply, and value of `app.kubernetes.io/managed-by`."""
 
+PART_LABEL = "app.kubernetes.io/part-of"
+"""Label by which an object is known as topwork's, whether `submit`, kubectl or Helm has applied it."""
 JOB_LABEL = "topwork.dev/job"
 RUN_LABEL = "topwork.dev/run"
 ROLE_LABEL = "topwork.dev/role"
@@ -30,6 +32,9 @@ JOB_FILE = "job.yaml"
 """Key in the ConfigMap, and name of the file in the pod."""
 JOB_FOLDER = "/etc/topwork"
 SCRATCH = "/scratch"
+DEFAULTS_CONFIG_MAP = "topwork-defaults"
+"""ConfigMap with what the job specs of its namespace don't have to say."""
+DEFAULTS_FILE = "defaults.yaml"
 STORAGE_SECRET = "topwork-s3"  # noqa: S105 - the name of a Secret, no secret
 """Secret with the AWS variables of the storage; it may be missing where a service account has access."""
 

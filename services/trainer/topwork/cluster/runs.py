@@ -4,14 +4,15 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from topwork.cluster.names import JOB_LABEL, MANAGER, RUN_LABEL
+from topwork.cluster.names import JOB_LABEL, MANAGER, PART_LABEL, RUN_LABEL
 from topwork.cluster.objects import Manifest, RunObjects, condition, has_begun, label, name_of
 from topwork.errors import SettingError
 
 if TYPE_CHECKING:
     from topwork.edge.kubernetes import Cluster
 
-OURS = f"app.kubernetes.io/managed-by={MANAGER}"
+# Not managed-by, which is Helm's own on what a chart makes.
+OURS = f"{PART_LABEL}={MANAGER}"
 KIND = re.compile(r"^(transferjob|transferjobs|job|jobs|job\.batch|jobs\.batch)/")
 NAME = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
 MOST_NAMED = 8

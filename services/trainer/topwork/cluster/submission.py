@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from topwork.cluster.differences import differences
-from topwork.cluster.names import DIGEST_ANNOTATION, MANAGER, RUN_LABEL
+from topwork.cluster.names import DIGEST_ANNOTATION, MANAGER, PART_LABEL, RUN_LABEL
 from topwork.cluster.objects import Manifest, condition, is_being_deleted, label, name_of
 from topwork.cluster.rendering import Rendered
 from topwork.errors import SettingError, UnavailableError
@@ -106,7 +106,7 @@ class Submission:
             kind = "configmap" if there.get("kind") == "ConfigMap" else "job.batch"
             raise SettingError(
                 f"{kind}/{name_of(there)} in namespace {self.cluster.namespace} is not topwork's: it has no label "
-                f"app.kubernetes.io/managed-by={MANAGER}. Delete it, or give the spec another metadata.name."
+                f"{PART_LABEL}={MANAGER}. Delete it, or give the spec another metadata.name."
             )
         return there
 
@@ -200,7 +200,7 @@ class Submission:
 
 def is_ours(thing: Manifest) -> bool:
     """Whether topwork has rendered an object."""
-    return label(thing, "app.kubernetes.io/managed-by") == MANAGER
+    return label(thing, PART_LABEL) == MANAGER
 
 
 def digest(job: Manifest) -> str | None:

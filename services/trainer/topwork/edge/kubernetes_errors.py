@@ -55,6 +55,10 @@ class MissingError(SettingError):
     """The object is not there."""
 
 
+class ForbiddenError(SettingError):
+    """The account has no right to do this."""
+
+
 class ReplacedError(SettingError):
     """The object is another one than was meant: its uid differs."""
 
@@ -110,7 +114,7 @@ def _unauthorized(_: dict[str, Any], said: str, place: Place) -> TopworkError:
 def _forbidden(_: dict[str, Any], said: str, place: Place) -> TopworkError:
     why = said.partition(" is forbidden: ")[2] or said
     if found := RBAC.search(said):
-        return SettingError(
+        return ForbiddenError(
             f"{found['user']} may not {found['verb']} {found['resource']} in the namespace {place.namespace}. Whoever "
             "runs the cluster can give you the role topwork-submitter of k8s/base; kubectl auth can-i "
             f"{found['verb']} {found['resource']} -n {place.namespace} says when it is there."
@@ -132,7 +136,7 @@ def _forbidden(_: dict[str, Any], said: str, place: Place) -> TopworkError:
         )
     if "denied" in why:
         return _denied(said, place)
-    return SettingError(f"The cluster refused to {place.what}: {said}.")
+    return ForbiddenError(f"The cluster refused to {place.what}: {said}.")
 
 
 def _denied(said: str, place: Place) -> TopworkError:

@@ -1,0 +1,157 @@
+"""The embedded S3 server of the chart, started as its pod starts it, and the test of a release that checks it."""
+
+import base64
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Render = Callable[..., dict[tuple[str, str], dict[str, Any]]]
+WEED = Path(sys.executable).parent
+PORTS = ("master", "volume", "filer", "s3")
+PATIENCE_SECONDS = 60.0
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+def answer(url: str) -> int:
+    try:
+        with urllib.request.urlopen(url, timeout=2) as response:
+            return response.status
+    except urllib.error.HTTPError as error:
+        return error.code
+    except OSError:
+        return 0
+
+
+@pytest.fixture(scope="module")
+def server(rendered: Render, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict[str, str]]]:
+    """The container of the StatefulSet as a process here, on free ports; gives its URL and the Secret's variables."""
+    objects = rendered({"seaweedfs": {"enabled": True}})
+    pod = objects["StatefulSet", "topwork-seaweedfs"]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    secret = objects["Secret", "topwork-s3"]["data"]
+    variables = {name: base64.b64decode(value).decode() for name, value in secret.items()}
+    folder = tmp_path_factory.mktemp("seaweedfs")
+    (folder / "data").mkdir()
+    # On one machine several tests run at once: other ports than those of the pod, and its folders elsewhere.
+    numbers = free_ports(2 * len(PORTS))
+    own = dict(zip(PORTS, numbers[: len(PORTS)], strict=True))
+    flags = [f"-{name}.port={port}" for name, port in own.items()]
+    flags += [f"-{name}.port.grpc={port}" for name, port in zip(PORTS, numbers[len(PORTS) :], strict=True)]
+    (script,) = container["args"]
+    script = script.replace("-s3.port=8333", " ".join(flags))
+    environment = variables | {"PATH": f"{WEED}:{os.environ['PATH']}", "HOME": str(folder)}
+    environment |= {"RUN_FOLDER": str(folder), "DATA_FOLDER": str(folder / "data"), "S3_ADDRESS": "127.0.0.1"}
+    after = container["lifecycle"]["postStart"]["exec"]["command"][-1]
+    master = f"{own['master']}.{numbers[len(PORTS)]}"
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen([*container["command"], script], env=environment, stdout=log, stderr=log)
+        try:
+            subprocess.run(
+                ["sh", "-c", after.replace("127.0.0.1:9333", f"127.0.0.1:{master}")],
+                env=environment,
+                stdout=log,
+                stderr=log,
+                check=True,
+                timeout=PATIENCE_SECONDS,
+            )
+            url = f"http://127.0.0.1:{own['s3']}"
+            path = container["readinessProbe"]["httpGet"]["path"]
+            until = time.monotonic() + PATIENCE_SECONDS
+            while answer(f"{url}{path}") != 200:
+                assert time.monotonic() < until, (folder / "log").read_text()[-2000:]
+                time.sleep(0.1)
+            yield url, variables
+        finally:
+            process.kill()
+            process.wait()
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def run_test_pod(objects: dict[tuple[str, str], dict[str, Any]], environment: dict[str, str]) -> Any:
+    """Run the container of `helm test` here."""
+    (container,) = objects["Pod", "topwork-test-storage"]["spec"]["containers"]
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+    return subprocess.run(
+        [sys.executable, "-m", "topwork", *container["args"]],
+        env=clean | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_helm_test_stores_reads_and_deletes_in_the_bucket_that_the_server_made(
+    server: tuple[str, dict[str, str]], rendered: Render
+) -> None:
+    url, variables = server
+    assert variables["AWS_ENDPOINT_URL"] == "http://topwork-seaweedfs.ml.svc:8333"
+    ended = run_test_pod(rendered({"seaweedfs": {"enabled": True}}), variables | {"AWS_ENDPOINT_URL": url})
+    assert ended.returncode == 0, ended.stderr
+    assert [line.split(" (")[0].split(" s3://")[0].strip() for line in ended.stdout.splitlines()] == [
+        "stored",
+        "read it back",
+        "it is not overwritten by another writer",
+        "deleted it",
+        "s3://topwork ok",
+    ]
+
+
+def test_the_server_lets_nobody_in_without_its_keys(server: tuple[str, dict[str, str]], rendered: Render) -> None:
+    url, variables = server
+    assert answer(f"{url}/topwork") == 403
+    wrong = variables | {"AWS_ENDPOINT_URL": url, "AWS_SECRET_ACCESS_KEY": "x" * 40}
+    ended = run_test_pod(rendered({"seaweedfs": {"enabled": True}}), wrong)
+    assert ended.returncode == 2
+    assert "topwork: " in ended.stderr
+
+
+def test_helm_test_names_a_bucket_that_is_missing(server: tuple[str, dict[str, str]], rendered: Render) -> None:
+    url, variables = server
+    objects = rendered({"tests": {"storage": "s3://no-such-bucket/prefix"}})
+    ended = run_test_pod(objects, variables | {"AWS_ENDPOINT_URL": url})
+    assert ended.returncode == 2
+    assert "no-such-bucket" in ended.stderr
+
+
+def test_helm_test_in_a_pod_without_the_secret_says_what_it_lacks(rendered: Render) -> None:
+    environment = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "AWS_EC2_METADATA_DISABLED": "true", "HOME": "/nonexistent"}
+    ended = run_test_pod(rendered({"defaults": {"spec": {"storage": "s3://bucket"}}}), environment)
+    assert ended.returncode == 2
+    assert "into the Secret topwork-s3 of the pod's namespace" in ended.stderr
+
+
+def test_helm_test_checks_the_specs_that_the_pods_read(rendered: Render, tmp_path: Path) -> None:
+    spec = {
+        "storage": "s3://bucket",
+        "dataset": {"source": {"tfds": "mnist"}, "splits": {"train": "train[:9%]"}, "imageSize": [32, 32]},
+        "model": {"base": {"application": "VGG16"}},
+    }
+    objects = rendered({"jobs": {"cats": {"spec": spec}}})
+    pod = objects["Pod", "topwork-test-jobs"]["spec"]
+    for volume in pod["volumes"]:
+        for source in volume.get("projected", {}).get("sources", ()):
+            (item,) = source["configMap"]["items"]
+            data = objects["ConfigMap", source["configMap"]["name"]]["data"]
+            (tmp_path / item["path"]).write_text(data[item["key"]])
+    words = [word.replace("/etc/topwork", str(tmp_path)) for word in pod["containers"][0]["args"]]
+    ended = subprocess.run([sys.executable, "-m", "topwork", *words], capture_output=True, text=True, check=False)
+    # A rule across keys, which no schema holds.
+    assert ended.returncode == 2
+    assert "spec.dataset.splits.test: missing. Say which images the result is evaluated on" in ended.stderr
