@@ -15,7 +15,11 @@ from typing import Any
 
 import pytest
 
+from topwork.cli import main
+
 Render = Callable[..., dict[tuple[str, str], dict[str, Any]]]
+RunPod = Callable[..., tuple[int, str, str]]
+STORAGE_POD = ("Pod", "topwork-test-storage")
 WEED = Path(sys.executable).parent
 PORTS = ("master", "volume", "filer", "s3")
 PATIENCE_SECONDS = 60.0
@@ -84,27 +88,38 @@ def server(rendered: Render, tmp_path_factory: pytest.TempPathFactory) -> Iterat
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def run_test_pod(objects: dict[tuple[str, str], dict[str, Any]], environment: dict[str, str]) -> Any:
-    """Run the container of `helm test` here."""
-    (container,) = objects["Pod", "topwork-test-storage"]["spec"]["containers"]
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
-    return subprocess.run(
-        [sys.executable, "-m", "topwork", *container["args"]],
-        env=clean | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+@pytest.fixture
+def run_test_pod(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """Run the container of a test of the release here; gives its exit code and what it wrote."""
+
+    def run(pod: dict[str, Any], environment: dict[str, str], replaced: str = "") -> tuple[int, str, str]:
+        for name in [name for name in os.environ if name.startswith("AWS_")]:
+            monkeypatch.delenv(name)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        words = [word.replace("/etc/topwork", replaced) for word in pod["spec"]["containers"][0]["args"]]
+        monkeypatch.setattr("sys.argv", ["topwork", *words])
+        code: object = 0
+        try:
+            main()
+        except SystemExit as ended:
+            code = ended.code or 0
+        return int(str(code)), *capsys.readouterr()
+
+    return run
 
 
 def test_helm_test_stores_reads_and_deletes_in_the_bucket_that_the_server_made(
-    server: tuple[str, dict[str, str]], rendered: Render
+    server: tuple[str, dict[str, str]], rendered: Render, run_test_pod: RunPod
 ) -> None:
     url, variables = server
     assert variables["AWS_ENDPOINT_URL"] == "http://topwork-seaweedfs.ml.svc:8333"
-    ended = run_test_pod(rendered({"seaweedfs": {"enabled": True}}), variables | {"AWS_ENDPOINT_URL": url})
-    assert ended.returncode == 0, ended.stderr
-    assert [line.split(" (")[0].split(" s3://")[0].strip() for line in ended.stdout.splitlines()] == [
+    pod = rendered({"seaweedfs": {"enabled": True}})[STORAGE_POD]
+    code, out, err = run_test_pod(pod, variables | {"AWS_ENDPOINT_URL": url})
+    assert code == 0, err
+    assert [line.split(" (")[0].split(" s3://")[0].strip() for line in out.splitlines()] == [
         "stored",
         "read it back",
         "it is not overwritten by another writer",
@@ -113,45 +128,46 @@ def test_helm_test_stores_reads_and_deletes_in_the_bucket_that_the_server_made(
     ]
 
 
-def test_the_server_lets_nobody_in_without_its_keys(server: tuple[str, dict[str, str]], rendered: Render) -> None:
+def test_the_server_lets_nobody_in_without_its_keys(
+    server: tuple[str, dict[str, str]], rendered: Render, run_test_pod: RunPod
+) -> None:
     url, variables = server
     assert answer(f"{url}/topwork") == 403
     wrong = variables | {"AWS_ENDPOINT_URL": url, "AWS_SECRET_ACCESS_KEY": "x" * 40}
-    ended = run_test_pod(rendered({"seaweedfs": {"enabled": True}}), wrong)
-    assert ended.returncode == 2
-    assert "topwork: " in ended.stderr
+    code, _, err = run_test_pod(rendered({"seaweedfs": {"enabled": True}})[STORAGE_POD], wrong)
+    assert (code, err.startswith("topwork: ")) == (2, True)
 
 
-def test_helm_test_names_a_bucket_that_is_missing(server: tuple[str, dict[str, str]], rendered: Render) -> None:
+def test_helm_test_names_a_bucket_that_is_missing(
+    server: tuple[str, dict[str, str]], rendered: Render, run_test_pod: RunPod
+) -> None:
     url, variables = server
     objects = rendered({"tests": {"storage": "s3://no-such-bucket/prefix"}})
-    ended = run_test_pod(objects, variables | {"AWS_ENDPOINT_URL": url})
-    assert ended.returncode == 2
-    assert "no-such-bucket" in ended.stderr
+    code, _, err = run_test_pod(objects[STORAGE_POD], variables | {"AWS_ENDPOINT_URL": url})
+    assert (code, "no-such-bucket" in err) == (2, True)
 
 
-def test_helm_test_in_a_pod_without_the_secret_says_what_it_lacks(rendered: Render) -> None:
+def test_helm_test_in_a_pod_without_the_secret_says_what_it_lacks(rendered: Render, run_test_pod: RunPod) -> None:
     environment = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "AWS_EC2_METADATA_DISABLED": "true", "HOME": "/nonexistent"}
-    ended = run_test_pod(rendered({"defaults": {"spec": {"storage": "s3://bucket"}}}), environment)
-    assert ended.returncode == 2
-    assert "into the Secret topwork-s3 of the pod's namespace" in ended.stderr
+    pod = rendered({"defaults": {"spec": {"storage": "s3://bucket"}}})[STORAGE_POD]
+    code, _, err = run_test_pod(pod, environment)
+    assert (code, "into the Secret topwork-s3 of the pod's namespace" in err) == (2, True)
 
 
-def test_helm_test_checks_the_specs_that_the_pods_read(rendered: Render, tmp_path: Path) -> None:
+def test_helm_test_checks_the_specs_that_the_pods_read(rendered: Render, run_test_pod: RunPod, tmp_path: Path) -> None:
     spec = {
         "storage": "s3://bucket",
         "dataset": {"source": {"tfds": "mnist"}, "splits": {"train": "train[:9%]"}, "imageSize": [32, 32]},
         "model": {"base": {"application": "VGG16"}},
     }
     objects = rendered({"jobs": {"cats": {"spec": spec}}})
-    pod = objects["Pod", "topwork-test-jobs"]["spec"]
-    for volume in pod["volumes"]:
+    pod = objects["Pod", "topwork-test-jobs"]
+    for volume in pod["spec"]["volumes"]:
         for source in volume.get("projected", {}).get("sources", ()):
             (item,) = source["configMap"]["items"]
             data = objects["ConfigMap", source["configMap"]["name"]]["data"]
             (tmp_path / item["path"]).write_text(data[item["key"]])
-    words = [word.replace("/etc/topwork", str(tmp_path)) for word in pod["containers"][0]["args"]]
-    ended = subprocess.run([sys.executable, "-m", "topwork", *words], capture_output=True, text=True, check=False)
+    code, _, err = run_test_pod(pod, {}, str(tmp_path))
     # A rule across keys, which no schema holds.
-    assert ended.returncode == 2
-    assert "spec.dataset.splits.test: missing. Say which images the result is evaluated on" in ended.stderr
+    assert code == 2
+    assert "spec.dataset.splits.test: missing. Say which images the result is evaluated on" in err

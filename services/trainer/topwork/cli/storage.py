@@ -56,7 +56,7 @@ def check(
 def _storage(uri: str) -> "Storage":
     if not os.environ.get(IN_POD):
         return own_storage(uri)
-    from topwork.edge.storage import Unmetered
+    from topwork.edge.storage_client import Unmetered
 
     return pod_storage(uri, Unmetered())
 
