@@ -3,7 +3,9 @@
 import json
 from pathlib import Path
 
+import jsonschema
 import pytest
+from ruamel.yaml import YAML
 
 from topwork.cli.schema import schema
 from topwork.spec import TransferJob, shape
@@ -50,6 +52,14 @@ def test_schema_says_exactly_one_source_and_base() -> None:
 def test_example_of_the_schema_is_a_job() -> None:
     (example,) = json.loads(schema_text())["examples"]
     assert TransferJob.model_validate(example).metadata.name == "cats-vs-dogs"
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "examples").glob("*.yaml")), ids=lambda path: path.stem)
+def test_schema_takes_every_example(path: Path) -> None:
+    checker = jsonschema.Draft202012Validator(json.loads(schema_text()))
+    for document in YAML(typ="safe").load_all(path):
+        # A whole number of cores is a number, too.
+        assert [error.message for error in checker.iter_errors(document)] == []
 
 
 def test_reference_has_every_key() -> None:

@@ -67,7 +67,12 @@ def submit(
         return
     from topwork.cli.following import Where
 
-    cluster = open_cluster(namespace, context, kubeconfig)
+    try:
+        cluster = open_cluster(namespace, context, kubeconfig)
+    except SettingError:
+        # What is wrong with the files comes first, as without defaults.
+        _rendered(files, Placement(image, namespace), overrides or (), wait_for_data)
+        raise
     defaults = _defaults(cluster)
     placement = Placement(image or (defaults.image if defaults else None), namespace)
     wanted = _rendered(files, placement, overrides or (), wait_for_data, defaults)
