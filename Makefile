@@ -79,6 +79,7 @@ check: $(SETUP) ## Lint, types, import rules
 generate: $(SETUP) ## Write everything that is generated
 	$(BIN)/python docs/generate.py
 	$(BIN)/python k8s/generate.py
+	$(BIN)/python charts/generate.py
 
 .PHONY: goldens
 goldens: $(SETUP) ## Write anew what the tests compare rendered objects with; read the diff
@@ -86,7 +87,7 @@ goldens: $(SETUP) ## Write anew what the tests compare rendered objects with; re
 
 .PHONY: verify
 verify: generate ## Prove that what is generated is up to date
-	@git diff --exit-code --stat -- README.md docs k8s schema || { echo "Generated files were out of date: commit what make generate wrote."; exit 1; }
+	@git diff --exit-code --stat -- README.md charts docs k8s schema || { echo "Generated files were out of date: commit what make generate wrote."; exit 1; }
 
 .PHONY: bench
 bench: $(SETUP) ## Measure side by side with what a user would use instead

@@ -1,11 +1,12 @@
 """`make generate`: write everything in charts/topwork that is generated; `make verify` proves it up to date."""
 
 from collections.abc import Iterator
-from importlib import import_module
 from pathlib import Path
 
+import chart
+import dashboards
+
 HERE = Path(__file__).parent / "topwork"
-PARTS = ("chart", "dashboards")
 
 
 def main() -> None:
@@ -21,10 +22,8 @@ def main() -> None:
 
 def files() -> Iterator[tuple[Path, str]]:
     """Give every file with its text."""
-    for part in PARTS:
-        if not (HERE.parent / f"{part}.py").exists():
-            continue
-        for name, text in import_module(part).files():
+    for part in (chart, dashboards):
+        for name, text in part.files():
             yield HERE / name, text
 
 

@@ -31,6 +31,7 @@ COMMANDS = {
     "models": "topwork.cli.models:app",
     "mirror": "topwork.cli.mirror:app",
     "storage": "topwork.cli.storage:app",
+    "metrics": "topwork.cli.metrics:app",
     "gc": "topwork.cli.gc:gc",
 }
 
