@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import urllib.request
 
 import pytest
 from tests.image.conftest import example
@@ -36,6 +37,10 @@ def test_the_rendered_job_publishes_a_model_that_plain_keras_loads(transfer_pod,
         container = pod.start(stage)
         container.until_metrics(f'topwork_stage_running{{stage="{stage}"}}')
         assert container.port == METRICS_PORTS[stage]
+        # Prometheus still knows the containers that are over, and shall not take them for targets that are down.
+        for earlier in STAGES[: STAGES.index(stage)]:
+            with urllib.request.urlopen(f"http://127.0.0.1:{METRICS_PORTS[earlier]}/metrics", timeout=5) as answer:
+                assert answer.read() == b""
         assert container.process(1) == ["tini", "--", "topwork", *pod.containers[stage]["args"]]
         assert container.owners() == {"65532"}
         ended[stage] = container.wait()

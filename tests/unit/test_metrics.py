@@ -9,7 +9,7 @@ import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics
 
 from topwork.data.proving import REASONS
-from topwork.edge.metrics import Metrics, Reached
+from topwork.edge.metrics import Metrics, Reached, serve_nothing
 from topwork.edge.metrics_series import MOST_SERIES
 from topwork.spec.outcome import MetricName
 
@@ -150,6 +150,11 @@ def test_the_port_serves_all_series_with_help_and_type():
     assert f'topwork_parameters{{run="cats-12345678",trainable="false",{job}}} 90.0' in text
     assert "# TYPE topwork_step_duration_seconds histogram" in text
     assert "# HELP topwork_steps_total Training steps done by this process." in text
+
+
+def test_a_port_of_a_stage_that_is_over_answers_with_a_page_without_series():
+    with urllib.request.urlopen(f"http://127.0.0.1:{serve_nothing(0, '127.0.0.1')}/metrics", timeout=5) as answer:
+        assert (answer.status, answer.read()) == (200, b"")
 
 
 def test_a_taken_port_is_an_error():

@@ -11,7 +11,7 @@ import typer
 from topwork import __version__
 from topwork.cli.container import Container
 from topwork.cli.signals import end_overdue, stopped_by_signals
-from topwork.cluster.names import JOB_FILE, JOB_FOLDER, METRICS_PORTS, SCRATCH, StageName
+from topwork.cluster.names import JOB_FILE, JOB_FOLDER, METRICS_PORTS, SCRATCH, STAGES, StageName
 from topwork.errors import SettingError
 from topwork.stopping import STOPPED, StopNow, StopSignal
 
@@ -85,6 +85,7 @@ def _run(container: Container, file: Path, scratch: Path, port: int, stop: StopS
     )
     metrics.describe(job=job.metadata.name, run=job.run, stage=container.stage, version=__version__)
     container.log.note("metrics", port=serve(metrics, port))
+    _stand_in_for_earlier_stages(container.stage, port)
     folder = _writable(scratch / job.run)
     check_variables()
     trust_extra_authority(folder)
@@ -96,6 +97,20 @@ def _run(container: Container, file: Path, scratch: Path, port: int, stop: StopS
         return False
     _work(container, job, workspace)
     return container.stage == "fine-tune"
+
+
+def _stand_in_for_earlier_stages(stage: StageName, port: int) -> None:
+    """Answer on the ports of the containers before, which share the pod's address.
+
+    Prometheus still knows them as targets when they are over, and an alert on targets that are down would fire in every
+    long stage.
+    """
+    from topwork.edge.metrics import serve_nothing
+
+    if port == METRICS_PORTS[stage]:
+        for earlier in STAGES[: STAGES.index(stage)]:
+            with suppress(OSError):
+                serve_nothing(METRICS_PORTS[earlier])
 
 
 def _grace_seconds() -> float | None:

@@ -221,3 +221,20 @@ class Metrics:
         self._series.checkpoint_seconds.set(seconds)
         self._series.checkpoints.inc()
         self.progress()
+
+
+def serve_nothing(port: int, address: str = "0.0.0.0") -> int:  # noqa: S104 - likewise
+    """Answer on a port with a page without series, from a thread of its own.
+
+    Args:
+        port: TCP port; 0 takes a free one.
+        address: Address to listen on.
+
+    Returns:
+        The port.
+
+    Raises:
+        OSError: If the port is taken.
+    """
+    server, _ = start_http_server(port, address, registry=CollectorRegistry())
+    return int(server.server_port)
