@@ -33,9 +33,12 @@ demo: $(SETUP) ## Train on real pictures of solar cells, with and without transf
 SYSTEMS := $(wildcard tests/end_to_end/test_seeds_*.py) tests/end_to_end/test_offline.py tests/training/test_families.py \
 	tests/unit/test_describe_backbones.py tests/unit/test_model_backbones.py
 
+# Stages that are killed and stopped.
+KILLS := tests/chaos tests/end_to_end/test_stage_stops.py
+
 .PHONY: test
 test: $(SETUP) ## Run the tests, but for those of whole systems, of faults and of Prometheus
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(addprefix --ignore=,$(SYSTEMS) tests/chaos tests/faults tests/monitoring)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(addprefix --ignore=,$(SYSTEMS) $(KILLS) tests/faults tests/monitoring)
 
 .PHONY: test-systems
 test-systems: $(SETUP) ## Run each example as its user would, and the models of keras.applications
@@ -47,7 +50,7 @@ test-chaos: $(SETUP) ## Kill and stop stages, and let storage fail in every way 
 
 .PHONY: test-kills
 test-kills: $(SETUP) ## Kill and stop stages at random moments, and compare what they leave
-	$(BIN)/python -m pytest -s tests/chaos
+	$(BIN)/python -m pytest -s $(KILLS)
 
 .PHONY: test-faults
 test-faults: $(SETUP) ## Let storage fail in every way at every stage, and measure memory
