@@ -16,6 +16,7 @@ import pytest
 
 from topwork.data.proving import Rejection
 from topwork.data.sources import download, open_source
+from topwork.edge.metrics import Metrics
 from topwork.errors import DataError, UnavailableError
 from topwork.spec.dataset import DatasetSource
 
@@ -31,7 +32,7 @@ LITTER = {
 @pytest.fixture
 def here(tmp_path):
     """A workspace without storage."""
-    return SimpleNamespace(scratch=tmp_path / "scratch", storage=None)
+    return SimpleNamespace(scratch=tmp_path / "scratch", storage=None, metrics=Metrics())
 
 
 def _open(here, **source):
