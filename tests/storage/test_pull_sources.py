@@ -5,6 +5,7 @@ import functools
 import http.server
 import io
 import threading
+import time
 import zipfile
 
 import numpy as np
@@ -15,6 +16,8 @@ from tensorflow_datasets.core.download import downloader
 
 from topwork.data.local import fetch
 from topwork.data.sources import open_source
+from topwork.data.sources.tfds import growth_told
+from topwork.edge.metrics import Metrics
 from topwork.errors import DataError, UnavailableError
 from topwork.manifest import write_whole
 from topwork.spec.dataset import DatasetSource
@@ -208,3 +211,16 @@ def test_an_unknown_tfds_name_is_refused(workspace):
 def test_a_tfds_dataset_without_images_is_refused(workspace):
     with pytest.raises(DataError, match=r"no_pictures is no dataset for image classification"):
         _open(workspace, tfds="no_pictures")
+
+
+def test_metrics_hear_of_a_download_that_tfds_says_nothing_of(tmp_path):
+    metrics, name = Metrics(), "topwork_last_progress_timestamp_seconds"
+    with growth_told(tmp_path, metrics, 0.05):
+        time.sleep(0.3)
+        assert metrics.registry.get_sample_value(name) is None
+        (tmp_path / "extracted").mkdir()
+        (tmp_path / "extracted" / "part").write_bytes(b"more")
+        deadline = time.monotonic() + 30
+        while metrics.registry.get_sample_value(name) is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)

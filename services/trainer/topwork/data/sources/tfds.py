@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import threading
 from collections.abc import Iterator, Mapping
 from functools import cached_property, partial
 from pathlib import Path
@@ -15,12 +16,14 @@ from tensorflow_datasets.core.download.download_manager import NonMatchingChecks
 
 from topwork.data.mirror import ROOT, AskedName, fetch_facts, fetch_images, is_prepared, mirrored
 from topwork.data.sources.source import Item, Room, slug
+from topwork.edge.metrics import Metrics
 from topwork.errors import DataError, UnavailableError
 from topwork.manifest import fetch_whole, read_manifest
 from topwork.workspace import Workspace
 
 ATTEMPTS = 3
 FIRST_WAIT_SECONDS = 5.0
+LOOK_SECONDS = 10.0
 # About 12 seconds for one file. With TFDS' own 10, a pod that has no way out holds its GPUs for 3 minutes more.
 downloader.MAX_RETRIES = 6
 
@@ -128,7 +131,7 @@ class TfdsSource:
         tfds.disable_progress_bar()
         try:
             # TFDS prints to standard output, which belongs to the commands.
-            with contextlib.redirect_stdout(io.StringIO()):
+            with contextlib.redirect_stdout(io.StringIO()), growth_told(self._folder, self._workspace.metrics):
                 retrying(self._builder.download_and_prepare, download_dir=downloads, download_config=config)
         except ImportError as error:
             raise DataError(
@@ -184,6 +187,42 @@ class TfdsSource:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 storage.download(stored.key, path)
         return found
+
+
+@contextlib.contextmanager
+def growth_told(folder: Path, metrics: Metrics, seconds: float = LOOK_SECONDS) -> Iterator[None]:
+    """Tell metrics that work goes on while a folder grows: TFDS itself says nothing of its hours of downloads.
+
+    Args:
+        folder: Where the block writes.
+        metrics: Who is told.
+        seconds: How often the folder is looked at.
+    """
+    ended = threading.Event()
+
+    def watch() -> None:
+        before = _bytes_below(folder)
+        while not ended.wait(seconds):
+            if (now := _bytes_below(folder)) != before:
+                metrics.progress()
+            before = now
+
+    thread = threading.Thread(target=watch, name="tfds-growth", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _bytes_below(folder: Path) -> int:
+    size = 0
+    # TFDS renames and deletes while this looks.
+    with contextlib.suppress(OSError):
+        for path in folder.rglob("*"):
+            size += path.stat().st_size
+    return size
 
 
 def known_to_tfds(name: str, data_dir: Path) -> Any:
