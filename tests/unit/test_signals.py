@@ -26,7 +26,7 @@ except Stopped as error:
 """
 
 
-def ended(work: str, *numbers: int, patient=False, seconds=0.3, grace=None) -> tuple[int, str]:
+def ended(work: str, *numbers: int, patient=False, seconds=30, grace=None) -> tuple[int, str]:
     """Send signals to a process once its work is ready, and say how it ended and what it said from then on."""
     work = work.replace("\n", "\n        ")
     script = STOPPED_WHERE.format(work=work, patient=patient, seconds=seconds, grace=grace)
@@ -48,12 +48,12 @@ def test_work_that_swallows_the_wish_is_ended_when_its_time_is_over():
         "try:\n    ready()\n    time.sleep(60)\nexcept BaseException:\n    print('swallowed', flush=True)\n"
         "while True:\n    time.sleep(60)"
     )
-    assert ended(work, signal.SIGTERM) == (7, "swallowed\n")
+    assert ended(work, signal.SIGTERM, seconds=0.3) == (7, "swallowed\n")
 
 
 def test_work_that_holds_the_wish_off_has_all_the_time_it_needs():
-    work = "with stop.held():\n    ready()\n    time.sleep(1.5)\n    print('stored', stop.is_set(), flush=True)"
-    assert ended(work, signal.SIGTERM) == (143, "stored True\n")
+    work = "with stop.held():\n    ready()\n    time.sleep(3.5)\n    print('stored', stop.is_set(), flush=True)"
+    assert ended(work, signal.SIGTERM, seconds=2) == (143, "stored True\n")
 
 
 def test_a_second_signal_ends_the_process_as_it_would_without():
@@ -83,12 +83,12 @@ def test_a_wish_that_native_code_swallows_is_asked_again():
         "try:\n    ready()\n    time.sleep(60)\nexcept BaseException:\n    print('swallowed', flush=True)\n"
         "time.sleep(60)"
     )
-    assert ended(work, signal.SIGTERM, seconds=30) == (143, "swallowed\n")
+    assert ended(work, signal.SIGTERM) == (143, "swallowed\n")
 
 
 def test_nothing_interrupts_the_cleaning_up_of_a_wish_that_is_heard():
     work = "try:\n    ready()\n    time.sleep(60)\nfinally:\n    time.sleep(1.5)\n    print('clean', flush=True)"
-    assert ended(work, signal.SIGTERM, seconds=30) == (143, "clean\n")
+    assert ended(work, signal.SIGTERM) == (143, "clean\n")
 
 
 def test_nothing_interrupts_the_cleaning_up_after_training_either():
@@ -96,4 +96,4 @@ def test_nothing_interrupts_the_cleaning_up_after_training_either():
         "try:\n    with stop.held():\n        ready()\n        while not stop.is_set(): time.sleep(0.01)\n"
         "finally:\n    time.sleep(1.5)\n    print('clean', flush=True)"
     )
-    assert ended(work, signal.SIGTERM, seconds=30) == (143, "clean\n")
+    assert ended(work, signal.SIGTERM) == (143, "clean\n")
