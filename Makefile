@@ -53,7 +53,7 @@ test-kills: $(SETUP) ## Kill and stop stages at random moments, and compare what
 	$(BIN)/python -m pytest -s $(KILLS)
 
 .PHONY: test-faults
-test-faults: $(SETUP) ## Let storage fail in every way at every stage, and measure memory
+test-faults: $(SETUP) ## Let storage fail in every way at every stage [TOPWORK_LONG=1 and measure memory]
 	$(BIN)/python -m pytest -s tests/faults
 
 .PHONY: test-monitoring

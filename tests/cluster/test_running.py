@@ -1,5 +1,6 @@
 """A run while it trains: what is told of it, and what can't be changed."""
 
+import re
 import time
 
 import pytest
@@ -123,8 +124,9 @@ def test_metrics_answer_at_the_address_of_the_pod(training, namespace):
     pod = the_pod(training)
     name, address = pod["metadata"]["name"], pod["status"]["podIP"]
     text = namespace.python(name, "transfer", SCRAPE, address, "9102")
-    assert 'topwork_stage_running{stage="transfer"} 1.0' in text
-    assert 'topwork_epochs_planned{stage="transfer"} 10000.0' in text
+    labels = rf'run="{training.name}",stage="transfer",transferjob="[^"]+"'
+    assert re.search(rf"^topwork_stage_running{{{labels}}} 1\.0$", text, re.MULTILINE)
+    assert re.search(rf"^topwork_epochs_planned{{{labels}}} 10000\.0$", text, re.MULTILINE)
 
 
 def test_the_process_finds_no_token_of_the_api_server(training, namespace):

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import time
 import uuid
 from collections.abc import Callable
@@ -173,10 +174,15 @@ def check_nothing_is_half_visible(storage: Storage) -> None:
             assert all(storage.size(key) for key in named), stored.key
 
 
+def without_content(key: str) -> str:
+    """Name a model by its stage alone: its own name tells its content, which holds the time."""
+    return re.sub(r"model-[0-9a-f]{16}\.keras", "model", key)
+
+
 def check_holds_what_it_should(storage: Storage, expected: dict[str, bytes]) -> None:
     """The keys of an undisturbed run and no other, and its bytes where they depend on the job alone."""
     found = {stored.key for stored in storage.list()}
-    assert found == set(expected)
+    assert sorted(map(without_content, found)) == sorted(map(without_content, expected))
     for key in found:
         if key.startswith("datasets/") or key.endswith("spec.yaml"):
             assert storage.read(key) == expected[key], key

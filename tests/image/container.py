@@ -98,9 +98,11 @@ class Container:
             time.sleep(0.2)
 
     def _value(self, series: str) -> float:
+        name, _, labels = series.rstrip("}").partition("{")
         with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=10) as answer:
             for line in answer.read().decode().splitlines():
-                if line.startswith(f"{series} "):
+                # Beside those of the job, which every series carries.
+                if line.startswith(f"{name}{{") and labels in line:
                     return float(line.rpartition(" ")[2])
         return 0
 

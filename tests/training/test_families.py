@@ -1,6 +1,7 @@
 """One model of each family of keras.applications, transferred and fine-tuned: what is frozen stays bit for bit."""
 
 import io
+import os
 import uuid
 import zipfile
 
@@ -65,6 +66,9 @@ WITH_FEATURE_CACHE = {
     "InceptionV3",
     "NASNetMobile",
 }
+
+
+SLOWEST = {"InceptionResNetV2", "NASNetMobile"}
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +157,16 @@ def unfrozen(model, what):
     return {layer.name for layer in layers if not isinstance(layer, keras.layers.BatchNormalization)}
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+def families():
+    """Each of them; those whose graphs take a minute to build in the long form alone."""
+    for name in FAMILIES:
+        long = pytest.mark.skipif(
+            name in SLOWEST and not os.environ.get("TOPWORK_LONG"), reason="TOPWORK_LONG=1 make test-systems"
+        )
+        yield pytest.param(name, marks=long)
+
+
+@pytest.mark.parametrize("name", list(families()))
 def test_what_is_frozen_stays_bit_for_bit_and_the_rest_learns(name, surroundings):
     workspace, photos = surroundings
     what, names = FAMILIES[name]

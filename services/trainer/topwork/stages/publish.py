@@ -262,8 +262,12 @@ def _finish(job: TransferJob, version: Version, workspace: Workspace) -> Publish
         started=workspace.metrics.stage_started("publish"),
         finished=datetime.now(UTC),
     )
-    key = f"runs/{job.run}/publish/done.json"
-    workspace.storage.write(key, published.model_dump_json().encode(), content_type="application/json")
+    storage, key, data = workspace.storage, f"runs/{job.run}/publish/done.json", published.model_dump_json().encode()
+    if not storage.write(key, data, only_if_absent=True, content_type="application/json"):
+        # Another process of the run was faster, unless the mark is of a version that somebody has deleted.
+        if standing := published_earlier(job, storage):
+            return standing
+        storage.write(key, data, content_type="application/json")
     return published
 
 

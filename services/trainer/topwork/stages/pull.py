@@ -83,12 +83,9 @@ def pulled_earlier(job: TransferJob, workspace: Workspace) -> StoredDataset | No
     Returns:
         The dataset; None if there is none, or if somebody has deleted it.
     """
-    key = _done_key(job)
-    data = workspace.storage.read(key)
-    if data is None:
+    mark = _mark(job, workspace.storage)
+    if mark is None:
         return None
-    where = workspace.storage.uri_of(key)
-    mark = read_record(Pulled, data, where, "what a finished pull leaves", "start over with --restart")
     prefix = mark.dataset
     facts = stored_facts(workspace.storage, prefix)
     if facts is None:
@@ -96,6 +93,14 @@ def pulled_earlier(job: TransferJob, workspace: Workspace) -> StoredDataset | No
     workspace.progress.note("already done", stage="pull", dataset=workspace.storage.uri_of(prefix))
     _repeat(mark, facts, workspace)
     return StoredDataset(prefix, facts)
+
+
+def _mark(job: TransferJob, storage: Storage) -> Pulled | None:
+    key = _done_key(job)
+    data = storage.read(key)
+    if data is None:
+        return None
+    return read_record(Pulled, data, storage.uri_of(key), "what a finished pull leaves", "start over with --restart")
 
 
 def _of_the_source(job: TransferJob, workspace: Workspace) -> StoredDataset:
@@ -111,8 +116,18 @@ def _of_the_source(job: TransferJob, workspace: Workspace) -> StoredDataset:
     else:
         facts = _store(source, fingerprint, prefix, job, workspace)
     done = Pulled(dataset=prefix, started=workspace.metrics.stage_started("pull"), finished=datetime.now(UTC))
-    workspace.storage.write(_done_key(job), done.model_dump_json().encode(), content_type="application/json")
+    _keep_mark(job, done, workspace.storage)
     return StoredDataset(prefix, facts)
+
+
+def _keep_mark(job: TransferJob, done: Pulled, storage: Storage) -> None:
+    """Mark the pull as done; another process of the run that was faster keeps its mark and its times."""
+    key, data = _done_key(job), done.model_dump_json().encode()
+    if storage.write(key, data, only_if_absent=True, content_type="application/json"):
+        return
+    standing = _mark(job, storage)
+    if standing is None or standing.dataset != done.dataset:
+        storage.write(key, data, content_type="application/json")
 
 
 def _fingerprint(source: Source) -> str:
