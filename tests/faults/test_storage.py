@@ -16,6 +16,7 @@ from topwork.errors import SettingError, TopworkError, UnavailableError
 from topwork.stages import versions
 from topwork.stages.versions import Version
 
+LONG = bool(os.environ.get("TOPWORK_LONG"))
 DATA = os.urandom(300_000)
 TIMEOUT_SECONDS = 1.0
 ATTEMPTS = 2
@@ -67,7 +68,7 @@ def through(storage: Storage, s3_settings: StorageSettings, proxy: Proxy) -> Sto
 # s3transfer leaves a connection that failed to the garbage collector.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
-@pytest.mark.parametrize("use", list(USES))
+@pytest.mark.parametrize("use", list(USES) if LONG else ["read", "read what is missing", "upload", "download"])
 def test_a_fault_is_got_over_once_and_ends_in_time_when_it_stays(use, fault, through, entry, proxy, tmp_path):
     expected = USES[use](through, tmp_path, entry)
     proxy.play(fault.once())

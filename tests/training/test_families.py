@@ -68,7 +68,7 @@ WITH_FEATURE_CACHE = {
 }
 
 
-SLOWEST = {"InceptionResNetV2", "NASNetMobile"}
+SLOWEST = {"DenseNet121", "InceptionResNetV2", "InceptionV3", "NASNetMobile", "ResNet50V2"}
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +158,7 @@ def unfrozen(model, what):
 
 
 def families():
-    """Each of them; those whose graphs take a minute to build in the long form alone."""
+    """Each of them; those whose graphs take longest to build in the long form alone."""
     for name in FAMILIES:
         long = pytest.mark.skipif(
             name in SLOWEST and not os.environ.get("TOPWORK_LONG"), reason="TOPWORK_LONG=1 make test-systems"

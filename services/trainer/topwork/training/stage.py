@@ -27,6 +27,7 @@ from topwork.training.trained import (
     Parameters,
     Row,
     model_key,
+    models_prefix,
     read_done,
     repeat,
     stage_prefix,
@@ -165,8 +166,9 @@ def _store(
             seconds=sum(float(row["seconds"]) for row in course.rows),
         ),
     )
-    if standing.key != key:
-        workspace.storage.delete([key])
+    # Models of processes that ended before they could mark theirs, or were slower.
+    stored = workspace.storage.list(models_prefix(job.run, plan.stage))
+    workspace.storage.delete(each.key for each in stored if each.key != standing.key)
     return standing
 
 

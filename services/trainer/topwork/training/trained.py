@@ -75,7 +75,12 @@ def model_key(run: str, stage: StageName, file: FileEntry) -> str:
 
     Named by its content: two processes that end a stage at the same time can't replace each other's model.
     """
-    return f"{stage_prefix(run, stage)}/model-{file.sha256[:16]}.keras"
+    return f"{models_prefix(run, stage)}{file.sha256[:16]}.keras"
+
+
+def models_prefix(run: str, stage: StageName) -> str:
+    """Beginning of the keys of all models that a stage made."""
+    return f"{stage_prefix(run, stage)}/model-"
 
 
 def read_done(storage: Storage, run: str, stage: StageName) -> Classifier | None:
