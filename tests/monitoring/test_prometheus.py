@@ -9,6 +9,9 @@ from tests.monitoring.conftest import NAMESPACE, TEAM, Watched
 from tests.monitoring.panels import Asked, filled, queries, variables
 from tests.monitoring.served import needed
 
+# The first test waits for two trainings.
+pytestmark = pytest.mark.timeout(1800)
+
 
 @pytest.mark.parametrize("asked", list(queries()), ids=[asked.name for asked in queries()])
 @pytest.mark.parametrize("everything", [False, True], ids=["this run", "all"])
