@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from topwork.cli.clusters import Context, Kubeconfig, Namespace, open_cluster
+from topwork.cluster.names import METRICS_PORTS
 from topwork.errors import SettingError, UnavailableError
 from topwork.secrecy import without_secrets
 
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from topwork.cli.top_figures import Figures
     from topwork.cli.top_sources import Source
 
-PORTS = (9101, 9102, 9103)
 COLOURS = {
     r"(?m)^.*\bRUN\b.*\bSTATE$": "bold",
     r"━+": "green",
@@ -88,7 +88,7 @@ def _source(
 
         opened = open_cluster(*cluster)
         return Pods(opened, find_run(opened, name).run if name else None), None
-    pages = [f"http://127.0.0.1:{port}/metrics" for port in ports or (() if urls else PORTS)]
+    pages = [f"http://127.0.0.1:{port}/metrics" for port in ports or (() if urls else METRICS_PORTS.values())]
     return Pages([*pages, *(urls or ())], ADVICE), name
 
 

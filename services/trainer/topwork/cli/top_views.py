@@ -5,6 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
+from pydantic.alias_generators import to_camel
+
 from topwork.cli.tables import lines
 from topwork.cli.top_figures import Best, Figures, Gpu, Speed, Traffic
 from topwork.cli.views import duration
@@ -224,20 +226,15 @@ def _short(text: str | None) -> str:
 
 def as_json(one: Figures) -> dict[str, Any]:
     """Turn figures into what `--json` prints; keys are only ever added."""
-    return {_camel(key.name): _value(getattr(one, key.name)) for key in fields(one)}
+    return {to_camel(key.name): _value(getattr(one, key.name)) for key in fields(one)}
 
 
 def _value(value: Any) -> Any:
     """What is nan or infinite as text, which JSON has no number for."""
     if isinstance(value, Best | Gpu | Speed | Traffic):
-        return {_camel(key.name): _value(getattr(value, key.name)) for key in fields(value)}
+        return {to_camel(key.name): _value(getattr(value, key.name)) for key in fields(value)}
     if isinstance(value, Mapping):
         return {name: _value(each) for name, each in value.items()}
     if isinstance(value, tuple):
         return [_value(each) for each in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _camel(name: str) -> str:
-    first, *rest = name.split("_")
-    return first + "".join(word.capitalize() for word in rest)

@@ -77,8 +77,8 @@ def leftovers(storage: Storage, older_than: timedelta) -> list[Leftover]:
     stored = list(storage.list())
     found = [
         *_half_written(stored),
-        *_unnamed_models(storage, stored, "half-written"),
-        *of_finished_stages(storage, stored),
+        *_finished_folders(stored),
+        *_unnamed_models(storage, stored),
         *_unreferenced(storage, stored),
     ]
     # A folder is named once, whatever it can go for.
@@ -148,24 +148,35 @@ def of_finished_stages(storage: Storage, stored: Sequence[StoredObject]) -> list
     Returns:
         Checkpoints, features, and models that another process of the run was faster than.
     """
+    models = _unnamed_models(storage, stored)
+    return _finished_folders(stored) + [model for model in models if model.kind == "finished stage"]
+
+
+def _finished_folders(stored: Sequence[StoredObject]) -> list[Leftover]:
     keys = {each.key for each in stored}
-    folders = _grouped(stored, _OF_A_STAGE, "finished stage").items()
-    return [folder for prefix, folder in folders if f"{prefix.rpartition('/')[0]}/done.json" in keys] + _unnamed_models(
-        storage, stored, "finished stage"
-    )
+    return [
+        folder
+        for prefix, folder in _grouped(stored, _OF_A_STAGE, "finished stage").items()
+        if f"{prefix.rpartition('/')[0]}/done.json" in keys
+    ]
 
 
-def _unnamed_models(storage: Storage, stored: Sequence[StoredObject], kind: Kind) -> list[Leftover]:
+def _unnamed_models(storage: Storage, stored: Sequence[StoredObject]) -> list[Leftover]:
     """Models that the mark of their stage does not name: the process was killed before, or another one was faster."""
-    return [model for key, model in _grouped(stored, MODEL, kind).items() if _is_unnamed(storage, key, kind)]
+    found = []
+    for key, model in _grouped(stored, MODEL, "half-written").items():
+        if kind := _unnamed(storage, key):
+            model.kind = kind
+            found.append(model)
+    return found
 
 
-def _is_unnamed(storage: Storage, model: str, kind: Kind) -> bool:
-    """Whether there is no mark, or, of a stage that is done, one that names another model."""
+def _unnamed(storage: Storage, model: str) -> Kind | None:
+    """What a model is that its stage's mark does not name; None where it does, or where nobody can tell."""
     mark = _json(storage, f"{model.rpartition('/')[0]}/done.json")
-    if kind == "half-written":
-        return not mark
-    return isinstance(mark, dict) and bool(mark) and mark.get("key") != model
+    if not mark:
+        return "half-written"
+    return "finished stage" if isinstance(mark, dict) and mark.get("key") != model else None
 
 
 def _unreferenced(storage: Storage, stored: list[StoredObject]) -> list[Leftover]:
@@ -216,7 +227,7 @@ def _lies_in_another(leftover: Leftover, found: dict[str, Leftover]) -> bool:
 def _came_into_use(storage: Storage, leftover: Leftover) -> bool:
     """Look again right before the deletion: a run may have found the dataset, a writer may have ended its work."""
     if MODEL.match(leftover.prefix):
-        return not _is_unnamed(storage, leftover.prefix, leftover.kind)
+        return _unnamed(storage, leftover.prefix) != leftover.kind
     if leftover.kind == "half-written":
         return storage.size(f"{leftover.prefix}/{MANIFEST}") is not None
     if leftover.kind == "unreferenced dataset":
