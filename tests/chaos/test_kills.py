@@ -190,7 +190,7 @@ def say(capsys: pytest.CaptureFixture[str], text: str) -> None:
         print(text, flush=True)
 
 
-def wait_until(condition, seconds: float = 15) -> None:
+def wait_until(condition, seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline

@@ -46,7 +46,7 @@ def topwork(environment: dict[str, str], tmp_path: Path) -> Command:
             cwd=tmp_path,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=900,
             check=False,
         )
 
@@ -66,7 +66,7 @@ class Running:
     def output(self) -> str:
         return self._log.read_text()
 
-    def wait_for(self, text: str, seconds: float = 180) -> None:
+    def wait_for(self, text: str, seconds: float = 600) -> None:
         deadline = time.monotonic() + seconds
         while text not in self.output:
             assert time.monotonic() < deadline, self.output
@@ -75,7 +75,7 @@ class Running:
 
     def stop(self, number: int) -> int:
         self.process.send_signal(number)
-        return self.process.wait(timeout=60)
+        return self.process.wait(timeout=180)
 
 
 @pytest.fixture
@@ -133,7 +133,7 @@ class Container:
     def fact(self, message: str, name: str) -> Any:
         return next(line[name] for line in self.lines if line["message"] == message)
 
-    def wait_for(self, seen: Callable[[], bool], seconds: float = 180) -> None:
+    def wait_for(self, seen: Callable[[], bool], seconds: float = 600) -> None:
         deadline = time.monotonic() + seconds
         while not seen():
             assert time.monotonic() < deadline, self.output
@@ -143,7 +143,7 @@ class Container:
     def wait_for_line(self, text: str) -> None:
         self.wait_for(lambda: text in self.output)
 
-    def end(self, seconds: float = 240) -> tuple[int, Ending]:
+    def end(self, seconds: float = 600) -> tuple[int, Ending]:
         code = self.process.wait(timeout=seconds)
         return code, Ending.model_validate_json(self._ending.read_text())
 

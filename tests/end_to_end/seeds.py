@@ -147,7 +147,7 @@ class Seeds:
             cwd=self.folder,
             capture_output=True,
             text=True,
-            timeout=500,
+            timeout=1000,
             check=False,
         )
 

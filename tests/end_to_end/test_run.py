@@ -84,7 +84,7 @@ def test_sigterm_writes_a_checkpoint_and_ends_with_143(start, job_file):
 
 def test_two_runs_at_once_share_the_embedded_storage(start, job_file):
     runs = [start("run", job_file("one.yaml", seed=1)), start("run", job_file("two.yaml", seed=2))]
-    assert [running.process.wait(timeout=300) for running in runs] == [0, 0], [running.output for running in runs]
+    assert [running.process.wait(timeout=900) for running in runs] == [0, 0], [running.output for running in runs]
     assert {version_folder(running.output)[-1] for running in runs} == {"1", "2"}
 
 

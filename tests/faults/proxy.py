@@ -12,10 +12,17 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import urlsplit
 
+from topwork.edge.storage import StorageSettings
+
 EVER = 1 << 30
 # How long a port stays closed that refuses connections once.
 CLOSED_SECONDS = 0.6
 ACCEPT_SECONDS = 0.05
+# How long a client waits for what is silent, and for all else: a busy machine answers late, and is not silent.
+SILENT_SECONDS = 1.0
+BUSY_SECONDS = 60.0
+# Requests of a client at most while a fault lasts for ever, so that it ends soon.
+ATTEMPTS = 2
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,7 @@ class Fault:
         hits: Which requests it can hit.
         first: The first one of those that it hits, counted from 0.
         times: How many it hits.
+        is_silent: Whether a client learns of it by waiting alone.
     """
 
     name: str
@@ -59,12 +67,19 @@ class Fault:
     hits: Callable[[Request], bool] = lambda _: True
     first: int = 0
     times: int = EVER
+    is_silent: bool = False
 
     def once(self, first: int = 0) -> "Fault":
         return replace(self, first=first, times=1)
 
     def always(self, first: int = 0) -> "Fault":
         return replace(self, first=first, times=EVER)
+
+    def hurried(self, settings: StorageSettings) -> StorageSettings:
+        """Give the settings of a client that does not wait long for the end of this fault."""
+        seconds = SILENT_SECONDS if self.is_silent else BUSY_SECONDS
+        attempts = ATTEMPTS if self.times == EVER else settings.attempts
+        return replace(settings, attempts=attempts, connect_timeout_seconds=seconds, read_timeout_seconds=seconds)
 
 
 class Proxy(ThreadingHTTPServer):

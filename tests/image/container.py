@@ -81,7 +81,7 @@ class Container:
         """Whether its process is there."""
         return self._inspect("{{.State.Running}}") == "true"
 
-    def until(self, holds: Callable[[str], bool], seconds: float = 180) -> None:
+    def until(self, holds: Callable[[str], bool], seconds: float = 600) -> None:
         """Wait until its log is as it should be."""
         deadline = time.monotonic() + seconds
         while not holds(log := self.log):
@@ -89,7 +89,7 @@ class Container:
             assert time.monotonic() < deadline, log
             time.sleep(0.2)
 
-    def until_metrics(self, series: str, at_least: float = 1, seconds: float = 180) -> None:
+    def until_metrics(self, series: str, at_least: float = 1, seconds: float = 600) -> None:
         """Scrape the port that the pod declares until a series has a value."""
         deadline = time.monotonic() + seconds
         while self._value(series) < at_least:
@@ -118,10 +118,10 @@ class Container:
 
     def stop(self) -> Ended:
         """Send SIGTERM, and SIGKILL when the grace period is over."""
-        podman("stop", self._name, seconds=400)
+        podman("stop", self._name, seconds=900)
         return self.wait()
 
-    def wait(self, seconds: float = 400) -> Ended:
+    def wait(self, seconds: float = 900) -> Ended:
         """Wait for its end."""
         code = int(podman("wait", self._name, seconds=seconds).stdout)
         log = self.log

@@ -20,7 +20,7 @@ def is_missing() -> bool:
 
 
 def podman(
-    *arguments: str, seconds: float = 60, check: bool = True, **variables: str
+    *arguments: str, seconds: float = 300, check: bool = True, **variables: str
 ) -> "subprocess.CompletedProcess[str]":
     """Call podman; `variables` are added to its environment."""
     ended = subprocess.run(

@@ -39,7 +39,7 @@ from topwork.cluster.state import RunState
 from topwork.edge.kubernetes import Cluster
 from topwork.errors import SettingError, UnavailableError
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(600)
 
 POD = f"{RUN}-abcde"
 STARTED = f"started on node gpu-1 (pod {POD})"

@@ -15,7 +15,7 @@ from states import MODEL, NO_GPUS, PULLED, QUOTA, RUN, epoch_line, failed, runni
 
 from topwork.cli.views import duration
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(600)
 POD = f"{RUN}-abcde"
 # Three hours and a few seconds: for most of a minute, that is shown as 3h.
 HOURS = 3 * 3600 + 5

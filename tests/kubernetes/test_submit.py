@@ -17,7 +17,7 @@ from topwork.cluster.submission import Submission
 from topwork.edge.kubernetes import Cluster
 from topwork.errors import SettingError, UnavailableError
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture

@@ -90,7 +90,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
         prometheus.until("topwork_exit_code", running)
         time.sleep(3)
         page, end = read(port), time.time()
-        assert running.wait(timeout=120) == 0, (folder / "topwork.log").read_text()
+        assert running.wait(timeout=300) == 0, (folder / "topwork.log").read_text()
         exporter.pages["/kube"] = kube_state(NAMESPACE, job.run, pod, complete=True)
         topwork(folder, "models", "fetch", str(job.spec.storage), str(job.metadata.name), str(folder / "fetched"))
         history = list(csv.DictReader((folder / "fetched/history.csv").read_text().splitlines()))
@@ -144,7 +144,7 @@ def topwork(folder: Path, *arguments: str, pictures: bool = False) -> None:
     if pictures:
         commands.insert(0, [sys.executable, str(ROOT / "examples/solar/pictures.py")])
     for command in commands:
-        subprocess.run(command, env=environment(folder), cwd=folder, check=True, capture_output=True, timeout=300)
+        subprocess.run(command, env=environment(folder), cwd=folder, check=True, capture_output=True, timeout=900)
 
 
 def begun(folder: Path, *arguments: str) -> "subprocess.Popen[bytes]":

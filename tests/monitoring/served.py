@@ -69,7 +69,7 @@ class Prometheus:
         self._wait(folder / "log")
 
     def _wait(self, log: Path) -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 180
         while time.monotonic() < deadline:
             try:
                 with urllib.request.urlopen(f"{self.url}/-/ready", timeout=5):
@@ -107,7 +107,7 @@ class Prometheus:
         """Evaluate a query once a second within a range."""
         return self.ask("query_range", query=query, start=start, end=end, step=1)["result"]
 
-    def until(self, query: str, running: "subprocess.Popen[bytes] | None" = None, seconds: float = 240) -> None:
+    def until(self, query: str, running: "subprocess.Popen[bytes] | None" = None, seconds: float = 900) -> None:
         """Wait until a query gives anything; not longer than a process runs that makes it so."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:

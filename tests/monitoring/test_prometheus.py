@@ -88,7 +88,7 @@ def test_a_run_is_counted_while_it_runs_and_when_it_is_done(watched: Watched):
     seen = watched.prometheus.over(counts["Running"], watched.start, watched.end)
     assert {value for _, value in seen[0]["values"]} == {"0", "1"}
     assert watched.prometheus.value(counts["GPUs held"], watched.end) == 2
-    watched.prometheus.until(f'topwork:run_state{{run="{watched.run}"}} == 3', seconds=30)
+    watched.prometheus.until(f'topwork:run_state{{run="{watched.run}"}} == 3', seconds=120)
     assert watched.prometheus.value(counts["Done"]) == 1
     assert watched.prometheus.value(counts["Failed"]) == 0
 

@@ -40,8 +40,8 @@ def ten_runs(watched: Watched, tmp_path: Path) -> Iterator[Prometheus]:
 
 
 def test_ten_runs_have_ten_times_the_series_that_the_docs_state(ten_runs: Prometheus):
-    ten_runs.until(f"count(count by (run) (topwork:dcgm_gpu_power:watts)) == {RUNS}", seconds=60)
-    ten_runs.until(f"count(count by (run) (topwork:run_gpu_utilization:ratio)) == {RUNS}", seconds=60)
+    ten_runs.until(f"count(count by (run) (topwork:dcgm_gpu_power:watts)) == {RUNS}", seconds=180)
+    ten_runs.until(f"count(count by (run) (topwork:run_gpu_utilization:ratio)) == {RUNS}", seconds=180)
     scraped = ten_runs.now('count by (run) ({job=~"topwork-.+", run!=""})')
     recorded = ten_runs.now('count by (run) ({__name__=~"topwork:.+"})')
     assert (len(scraped), len(recorded)) == (RUNS, RUNS)

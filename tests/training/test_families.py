@@ -69,6 +69,8 @@ WITH_FEATURE_CACHE = {
 
 
 SLOWEST = {"DenseNet121", "InceptionResNetV2", "InceptionV3", "NASNetMobile", "ResNet50V2"}
+# The systems of tests/end_to_end train these or their like.
+TRAINED_ELSEWHERE = {"MobileNet", "ResNet50", "Xception"}
 
 
 @pytest.fixture(scope="module")
@@ -158,10 +160,11 @@ def unfrozen(model, what):
 
 
 def families():
-    """Each of them; those whose graphs take longest to build in the long form alone."""
+    """Each of them; those whose graphs take longest to build, or that others train, in the long form alone."""
     for name in FAMILIES:
         long = pytest.mark.skipif(
-            name in SLOWEST and not os.environ.get("TOPWORK_LONG"), reason="TOPWORK_LONG=1 make test-systems"
+            name in SLOWEST | TRAINED_ELSEWHERE and not os.environ.get("TOPWORK_LONG"),
+            reason="TOPWORK_LONG=1 make test-systems",
         )
         yield pytest.param(name, marks=long)
 

@@ -10,6 +10,7 @@ from pydantic.alias_generators import to_camel
 from topwork.cli.tables import lines
 from topwork.cli.top_figures import Best, Figures, Gpu, Speed, Traffic
 from topwork.cli.views import duration
+from topwork.disk import shown_bytes
 
 BAR = 24
 """Characters of a bar."""
@@ -172,22 +173,13 @@ def _gpu(gpu: Gpu) -> str:
     if gpu.utilization is not None:
         parts.append(f"{gpu.utilization:.0%} busy")
     if gpu.memory_used_bytes is not None:
-        total = f" of {_size(gpu.memory_total_bytes)}" if gpu.memory_total_bytes else ""
-        parts.append(f"{_size(gpu.memory_used_bytes)}{total}")
+        total = f" of {shown_bytes(gpu.memory_total_bytes)}" if gpu.memory_total_bytes else ""
+        parts.append(f"{shown_bytes(gpu.memory_used_bytes)}{total}")
     if gpu.power_watts is not None:
         parts.append(f"{gpu.power_watts:.0f} W")
     if gpu.temperature_celsius is not None:
         parts.append(f"{gpu.temperature_celsius:.0f} °C")
     return ", ".join(parts)
-
-
-def _size(count: float) -> str:
-    """Write bytes with a unit of 1024."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(count) < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"
 
 
 def _storage(one: Figures) -> str:
@@ -198,8 +190,8 @@ def _storage(one: Figures) -> str:
 
 
 def _moved(traffic: Traffic) -> str:
-    rate = f" ({_size(traffic.bytes_per_second)}/s)" if traffic.bytes_per_second else ""
-    return f"{_size(traffic.bytes)}{rate}"
+    rate = f" ({shown_bytes(traffic.bytes_per_second)}/s)" if traffic.bytes_per_second else ""
+    return f"{shown_bytes(traffic.bytes)}{rate}"
 
 
 def _images(one: Figures) -> str:
