@@ -68,9 +68,8 @@ WITH_FEATURE_CACHE = {
 }
 
 
-SLOWEST = {"DenseNet121", "InceptionResNetV2", "InceptionV3", "NASNetMobile", "ResNet50V2"}
-# The systems of tests/end_to_end train these or their like.
-TRAINED_ELSEWHERE = {"MobileNet", "ResNet50", "Xception"}
+# ConvNeXt normalizes layers instead of batches, EfficientNetV2 scales its input itself, MobileNetV2 does neither.
+SHORT_FORM = {"ConvNeXtTiny", "EfficientNetV2B0", "MobileNetV2"}
 
 
 @pytest.fixture(scope="module")
@@ -160,13 +159,10 @@ def unfrozen(model, what):
 
 
 def families():
-    """Each of them; those whose graphs take longest to build, or that others train, in the long form alone."""
+    """Each of them; most in the long form alone, as their graphs take long to build."""
     for name in FAMILIES:
-        long = pytest.mark.skipif(
-            name in SLOWEST | TRAINED_ELSEWHERE and not os.environ.get("TOPWORK_LONG"),
-            reason="TOPWORK_LONG=1 make test-systems",
-        )
-        yield pytest.param(name, marks=long)
+        skipped = name not in SHORT_FORM and not os.environ.get("TOPWORK_LONG")
+        yield pytest.param(name, marks=pytest.mark.skipif(skipped, reason="TOPWORK_LONG=1 make test-systems"))
 
 
 @pytest.mark.parametrize("name", list(families()))
