@@ -67,7 +67,7 @@ def test_three_containers_publish_a_model_and_find_it_the_next_time(pod, write, 
     process.wait_for_line('"message": "done"')
     metrics = scraped(process)
     # Who waits for a last scrape is done, and ends so.
-    code, ending = process.stop(seconds=60)
+    code, ending = process.stop(seconds=10)
     model = storage.uri_of("models/tiny/1")
     main = {"metric": "accuracy", "value": process.fact("done", "accuracy")}
     done = Ending(stage="fine-tune", outcome="done", exit_code=0, run=run, epochs=2, model=model, **main)
@@ -116,7 +116,7 @@ def test_a_gate_that_is_not_met_ends_with_3_and_is_seen_by_a_last_scrape(pod, wr
     metrics = scraped(process)
     assert (metrics["topwork_exit_code", "fine-tune"], metrics["topwork_gates_failed",]) == (3, 1)
     assert sum(name[0] == "topwork_stage_running" and value for name, value in metrics.items()) == 0
-    code, ending = process.stop(seconds=60)
+    code, ending = process.stop(seconds=10)
     assert (code, ending.outcome, ending.exit_code, ending.model) == (3, "failed", 3, None), process.output
     assert "calibrationError" in ending.error
     assert [line["level"] for line in process.lines if "level" in line] == ["error"]
