@@ -28,6 +28,7 @@ def test_the_example_keeps_eight_augmented_views(seeds):
 def test_the_base_runs_once_over_each_view_and_its_output_is_kept(lighter):
     told = [note for note in lighter.notes if note["message"] == "features of the frozen layers"]
     assert [(note["stage"], note["views"], note["shape"]) for note in told] == [("transfer", 2, "2048")]
+    assert len(lighter.rows("transfer")) == 6
 
 
 def test_the_views_of_an_image_differ(lighter):
@@ -46,14 +47,6 @@ def test_the_views_of_an_image_differ(lighter):
     first, second = np.concatenate(images[:2]), np.concatenate(images[2:])
     assert first.shape == second.shape == (40, 75, 75, 3)
     assert all(np.abs(one - other).mean() > 1 for one, other in zip(first, second, strict=True))
-
-
-def test_an_epoch_of_the_head_takes_a_fraction_of_the_pass_of_the_base(lighter):
-    took = lighter.note("features of the frozen layers")["seconds"]
-    rows = lighter.rows("transfer")
-    assert len(rows) == 6
-    # The first epoch holds the tracing of the graph.
-    assert all(row["seconds"] < took / 5 for row in rows[1:])
 
 
 def test_only_the_head_is_trained(lighter, seeds):

@@ -1,11 +1,13 @@
 """The frozen layers run once for each view of an image, and what is above learns as if they ran in every epoch."""
 
+from collections import Counter
 from dataclasses import replace
 
 import keras
 import numpy as np
 import pytest
 
+from topwork.data.local import Split
 from topwork.errors import SettingError, Stopped
 from topwork.model.freezing import leaves
 from topwork.progress import Quiet
@@ -80,6 +82,27 @@ def test_without_augmentation_the_cache_changes_nothing_but_the_time(head_job, w
         np.testing.assert_allclose(first, second, rtol=2e-3, atol=2e-3)
     assert with_cache.parameters == without.parameters
     assert [layer.name for layer in leaves(one)] == [layer.name for layer in leaves(other)]
+
+
+def images_read(job, workspace, monkeypatch):
+    read, images = Counter(), Split.images
+
+    def counted(split, indices):
+        read.update(split.names[index] for index in indices)
+        return images(split, indices)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Split, "images", counted)
+        classifier, _ = run(job, workspace)
+    assert len(classifier.history) == job.spec.transfer.epochs
+    return read
+
+
+def test_with_the_cache_no_epoch_reads_an_image(head_job, workspace, monkeypatch):
+    few, many = (images_read(head_job("on", epochs=epochs), workspace, monkeypatch) for epochs in (2, 5))
+    assert len(few) == 32
+    assert few == many
+    assert images_read(head_job("off"), workspace, monkeypatch).total() > 2 * many.total()
 
 
 def fine_tuned(job, workspace, progress=None):
