@@ -94,7 +94,7 @@ def test_metrics_are_served_while_a_run_goes_on(start, job_file):
     running = start("run", job, "--metrics-port", "0")
     running.wait_for("epoch=2")
     port = running.output.split("port=")[1].split()[0]
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60) as answer:
         text, scraped = answer.read().decode(), time.time()
     running.stop(signal.SIGTERM)
     series = {}

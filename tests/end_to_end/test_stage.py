@@ -30,7 +30,7 @@ def without_tensorflow(tmp_path) -> dict[str, str]:
 
 def scraped(process) -> dict[tuple[str, ...], float]:
     """Value of each series, by its name and the values of its own labels, in the order of their names."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{process.fact('metrics', 'port')}/metrics", timeout=10) as answer:
+    with urllib.request.urlopen(f"http://127.0.0.1:{process.fact('metrics', 'port')}/metrics", timeout=60) as answer:
         families = list(text_string_to_metric_families(answer.read().decode()))
     found = {}
     for sample in (sample for family in families for sample in family.samples):

@@ -39,7 +39,7 @@ def test_the_rendered_job_publishes_a_model_that_plain_keras_loads(transfer_pod,
         assert container.port == METRICS_PORTS[stage]
         # Prometheus still knows the containers that are over, and shall not take them for targets that are down.
         for earlier in STAGES[: STAGES.index(stage)]:
-            with urllib.request.urlopen(f"http://127.0.0.1:{METRICS_PORTS[earlier]}/metrics", timeout=5) as answer:
+            with urllib.request.urlopen(f"http://127.0.0.1:{METRICS_PORTS[earlier]}/metrics", timeout=60) as answer:
                 assert answer.read() == b""
         assert container.process(1) == ["tini", "--", "topwork", *pod.containers[stage]["args"]]
         assert container.owners() == {"65532"}

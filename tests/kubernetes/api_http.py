@@ -147,7 +147,7 @@ class Handler(Wire):
             path = target.sub.removeprefix("proxy/")
             headers = {"Accept": self.headers.get("Accept", "*/*")}
             asked = urllib.request.Request(f"http://127.0.0.1:{address}/{path}", headers=headers)
-            with urllib.request.urlopen(asked, timeout=5) as answer:
+            with urllib.request.urlopen(asked, timeout=60) as answer:
                 data, kind = answer.read(), answer.headers["Content-Type"]
         except OSError as error:
             why = f"error trying to reach service: dial tcp 10.0.0.7:{port}: {error.strerror or error}"

@@ -290,7 +290,7 @@ def test_the_wait_that_the_server_asks_for_is_kept(api_server: ApiServer, make_c
     api_server.plant(Fault(api_statuses.too_many(), headers={"Retry-After": "1"}))
     began = time.monotonic()
     cluster.list("Job")
-    assert 1.0 <= time.monotonic() - began < 3.0
+    assert 1.0 <= time.monotonic() - began < 15.0
 
 
 def test_pauses_grow_and_stay_bounded(make_cluster: Callable[..., Cluster]):

@@ -156,5 +156,5 @@ def begun(folder: Path, *arguments: str) -> "subprocess.Popen[bytes]":
 
 def read(port: int) -> str:
     """Read the page of metrics as Prometheus does."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60) as answer:
         return answer.read().decode()

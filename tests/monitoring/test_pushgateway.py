@@ -53,7 +53,7 @@ def outcome(run: str = RUN, accuracy: float = 0.9) -> Metrics:
 
 def shown(gateway: str, run: str = RUN) -> list[str]:
     """Lines of the series that a Pushgateway shows of a run, without its own."""
-    with urllib.request.urlopen(f"{gateway}/metrics", timeout=5) as answer:
+    with urllib.request.urlopen(f"{gateway}/metrics", timeout=60) as answer:
         lines = answer.read().decode().splitlines()
     return [line for line in lines if line.startswith("topwork_") and f'run="{run}"' in line]
 
@@ -77,7 +77,7 @@ def test_the_outcome_of_a_run_replaces_what_stood_for_it_and_goes_when_it_is_del
 
 def test_the_page_of_a_pushgateway_is_clean_for_promtool(gateway):
     push(gateway, outcome())
-    with urllib.request.urlopen(f"{gateway}/metrics", timeout=5) as answer:
+    with urllib.request.urlopen(f"{gateway}/metrics", timeout=60) as answer:
         families = answer.read().decode().split("# HELP ")
     page = "".join(f"# HELP {family}" for family in families if family.startswith("topwork_")).encode()
     assert page.count(b"# HELP") > 5

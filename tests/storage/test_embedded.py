@@ -144,7 +144,7 @@ def test_the_parts_behind_s3_refuse_who_has_no_key(running: tuple[Path, StorageS
     make_bucket(settings, "topwork-kept")
     stored(settings).write("key", b"secret")
     port = json.loads((state / "ports.json").read_text())[server.LISTENERS.index("filer.port")]
-    with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=5)) as connection:
+    with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=60)) as connection:
         connection.request("GET", "/buckets/topwork-kept/place/key")
         answer = connection.getresponse()
         assert (answer.status, b"secret" in answer.read()) == (401, False)

@@ -21,7 +21,7 @@ def value(metrics: Metrics, name: str, **labels: str) -> float | None:
 def page(metrics: Metrics, **headers: str) -> str:
     port = metrics.serve(0, "127.0.0.1")
     request = urllib.request.Request(f"http://127.0.0.1:{port}/metrics", headers=headers)
-    with urllib.request.urlopen(request, timeout=5) as answer:
+    with urllib.request.urlopen(request, timeout=60) as answer:
         return answer.read().decode()
 
 
@@ -153,7 +153,7 @@ def test_the_port_serves_all_series_with_help_and_type():
 
 
 def test_a_port_of_a_stage_that_is_over_answers_with_a_page_without_series():
-    with urllib.request.urlopen(f"http://127.0.0.1:{serve_nothing(0, '127.0.0.1')}/metrics", timeout=5) as answer:
+    with urllib.request.urlopen(f"http://127.0.0.1:{serve_nothing(0, '127.0.0.1')}/metrics", timeout=60) as answer:
         assert (answer.status, answer.read()) == (200, b"")
 
 
