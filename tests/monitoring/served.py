@@ -162,6 +162,7 @@ def kube_state(namespace: str, run: str, pod: str, *, complete: bool) -> str:
                 for name in ("pull", "transfer", "fine-tune")
             ),
             f"kube_job_status_start_time{{{of_job}}} {time.time() - 30:.0f}",
+            f"kube_job_status_suspended{{{of_job}}} 0",
             f'kube_job_failed{{{of_job},condition="true"}} 0',
             f'kube_job_complete{{{of_job},condition="true"}} {int(complete)}',
             "",
