@@ -75,12 +75,6 @@ class Fault:
     def always(self, first: int = 0) -> "Fault":
         return replace(self, first=first, times=EVER)
 
-    def hurried(self, settings: StorageSettings) -> StorageSettings:
-        """Give the settings of a client that does not wait long for the end of this fault."""
-        seconds = SILENT_SECONDS if self.is_silent else BUSY_SECONDS
-        attempts = ATTEMPTS if self.times == EVER else settings.attempts
-        return replace(settings, attempts=attempts, connect_timeout_seconds=seconds, read_timeout_seconds=seconds)
-
 
 class Proxy(ThreadingHTTPServer):
     """Carries requests to the server, and spoils those that its fault hits."""
@@ -121,6 +115,18 @@ class Proxy(ThreadingHTTPServer):
         with self._lock:
             self.fault, self.seen, self.hits, self._counted = fault, [], 0, 0
         self.open_port()
+
+    def settings(self, settings: StorageSettings) -> StorageSettings:
+        """Give the settings of a client behind the proxy that does not wait long for the end of its fault."""
+        seconds = SILENT_SECONDS if self.fault and self.fault.is_silent else BUSY_SECONDS
+        attempts = ATTEMPTS if self.fault and self.fault.times == EVER else settings.attempts
+        return replace(
+            settings,
+            endpoint_url=self.endpoint,
+            attempts=attempts,
+            connect_timeout_seconds=seconds,
+            read_timeout_seconds=seconds,
+        )
 
     def close_port(self) -> None:
         """Refuse connections from now on."""

@@ -126,7 +126,7 @@ def undisturbed(
     uri = f"s3://{BUCKET}/{uuid.uuid4().hex[:8]}"
     direct = Storage(uri, s3_settings)
     with faults.proxy_before(str(s3_settings.endpoint_url)) as proxy:
-        seen = Storage(uri, replace(s3_settings, endpoint_url=proxy.endpoint))
+        seen = Storage(uri, proxy.settings(s3_settings))
         for name, stage in STAGES.items():
             proxy.play(None)
             stage(small_job, _workspace(seen, tmp_path_factory.mktemp(name)))
@@ -149,14 +149,11 @@ class Place:
         for key, data in before.items():
             self.direct.write(key, data)
 
-    def run(self, stage: str, job: TransferJob, *, clean: bool = False) -> tuple[int, str]:
+    def run(self, stage: str, job: TransferJob) -> tuple[int, str]:
         """Run a stage on empty scratch; gives exit code and message."""
         scratch = self._folder / uuid.uuid4().hex[:8]
         scratch.mkdir()
-        settings = replace(self._settings, endpoint_url=self._proxy.endpoint)
-        if self._proxy.fault:
-            settings = self._proxy.fault.hurried(settings)
-        storage = self.direct if clean else Storage(self.uri, settings)
+        storage = Storage(self.uri, self._proxy.settings(self._settings))
         try:
             STAGES[stage](job, _workspace(storage, scratch))
         except Exception as error:
@@ -266,7 +263,7 @@ def test_a_stage_that_meets_a_fault_says_so_and_leaves_storage_whole(stage, case
         if case.passes:
             assert bench.play(place, case, case.fault.once(), f"1 of {count}") == 0
         if LONG or not case.passes:
-            assert place.run(stage, bench.job, clean=True) == (0, "")
+            assert place.run(stage, bench.job) == (0, "")
         check_holds_what_it_should(place.direct, undisturbed.objects[stage])
 
 

@@ -4,7 +4,6 @@ import json
 import os
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -57,7 +56,7 @@ def through(storage: Storage, s3_settings: StorageSettings, proxy: Proxy) -> Cal
 
     def played(fault: Fault) -> Storage:
         proxy.play(fault)
-        return Storage(storage.uri, replace(fault.hurried(s3_settings), endpoint_url=proxy.endpoint))
+        return Storage(storage.uri, proxy.settings(s3_settings))
 
     return played
 

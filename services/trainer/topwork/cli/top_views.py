@@ -11,11 +11,10 @@ from topwork.cli.tables import lines
 from topwork.cli.top_figures import Best, Figures, Gpu, Speed, Traffic
 from topwork.cli.views import duration
 from topwork.disk import shown_bytes
+from topwork.training.input_bound import MOST_SHARE
 
 BAR = 24
 """Characters of a bar."""
-MUCH_WAIT = 1 / 3
-"""Share of a step from which input, not the model, is what limits training."""
 LONG_SECONDS = 120.0
 """Without progress for so long, it is said."""
 HEADER = ("RUN", "STAGE", "EPOCH", "LOSS", "BEST", "IMAGES/S", "WAIT", "GPU", "LEFT", "STATE")
@@ -159,7 +158,7 @@ def _speed(one: Figures) -> str:
 def _input(speed: Speed | None) -> str:
     if speed is None or speed.input_wait is None:
         return ""
-    much = ": more than a third, so input limits the speed" if speed.input_wait > MUCH_WAIT else ""
+    much = ": more than a third, so input limits the speed" if speed.input_wait > MOST_SHARE else ""
     return f"{speed.input_wait:.0%} of the time waits for it{much}"
 
 
