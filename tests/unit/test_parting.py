@@ -64,9 +64,8 @@ def test_the_exit_code_of_a_run_is_shown_however_it_ends(error, code):
 
 
 def test_the_port_stays_open_after_a_failure_until_somebody_asks_to_stop():
-    told = Told()
+    told, began = Told(), time.monotonic()
     ask_to_stop(0.3)
-    began = time.monotonic()
     with pytest.raises(GateError), parting(job(lingerSeconds=60), Metrics(), told, served=True):
         raise GateError("no")
     assert 0.3 <= time.monotonic() - began < 10

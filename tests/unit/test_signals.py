@@ -7,7 +7,7 @@ import sys
 import pytest
 
 STOPPED_WHERE = """
-import os, signal, sys, time
+import os, signal, sys, time, weakref
 from topwork.cli.signals import end_overdue, stopped_by_signals
 from topwork.errors import Stopped
 from topwork.stopping import StopSignal
@@ -30,7 +30,9 @@ def ended(work: str, *numbers: int, patient=False, seconds=30, grace=None) -> tu
     """Send signals to a process once its work is ready, and say how it ended and what it said from then on."""
     work = work.replace("\n", "\n        ")
     script = STOPPED_WHERE.format(work=work, patient=patient, seconds=seconds, grace=grace)
-    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
         assert process.stdout.readline() == "ready\n"
         for number in numbers:
             process.send_signal(number)
@@ -84,6 +86,24 @@ def test_a_wish_that_native_code_swallows_is_asked_again():
         "time.sleep(60)"
     )
     assert ended(work, signal.SIGTERM) == (143, "swallowed\n")
+
+
+def test_a_wish_that_python_drops_is_asked_again_without_a_word():
+    """Python prints what is raised in a callback, and goes on: that would be no line of JSON."""
+    work = (
+        "gone = StopSignal()\nseen = weakref.ref(gone, lambda _: (ready(), time.sleep(60)))\ndel gone\n"
+        "print('went on', flush=True)\ntime.sleep(60)"
+    )
+    assert ended(work, signal.SIGTERM) == (143, "went on\n")
+
+
+def test_what_else_python_drops_is_told():
+    work = (
+        "gone = StopSignal()\nseen = weakref.ref(gone, lambda _: 1 / 0)\n"
+        "with stop.held():\n    ready()\n    del gone\n    while not stop.is_set(): time.sleep(0.01)"
+    )
+    code, said = ended(work, signal.SIGTERM)
+    assert (code, said.splitlines()[-1]) == (143, "ZeroDivisionError: division by zero")
 
 
 def test_nothing_interrupts_the_cleaning_up_of_a_wish_that_is_heard():

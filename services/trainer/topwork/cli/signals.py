@@ -24,7 +24,8 @@ MARGIN_SECONDS = 5.0
 def stopped_by_signals(stop: StopSignal, *, patient: bool = False) -> Iterator[None]:
     """Turn SIGTERM and SIGINT into the wish to stop, and ask again until it is heard.
 
-    Code of other languages that calls Python drops an exception now and then: pydantic did, and the stage went on.
+    Code of other languages that calls Python drops an exception now and then: pydantic did, and the stage went on. So
+    does Python itself in callbacks and finalizers; that it dropped the wish is nothing to print.
 
     Args:
         stop: Where the wish goes.
@@ -42,6 +43,11 @@ def stopped_by_signals(stop: StopSignal, *, patient: bool = False) -> Iterator[N
         if not _is_heard(sys.exception()):
             stop.ask()
 
+    def dropped(what: "sys.UnraisableHookArgs") -> None:
+        if not issubclass(what.exc_type, StopNow):
+            tell_dropped(what)
+
+    tell_dropped, sys.unraisablehook = sys.unraisablehook, dropped
     before = {number: signal.getsignal(number) for number in (*NUMBERS, signal.SIGALRM)}
     for number in before:
         signal.signal(number, ask)
@@ -53,6 +59,7 @@ def stopped_by_signals(stop: StopSignal, *, patient: bool = False) -> Iterator[N
         signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():
             signal.signal(number, handler)
+        sys.unraisablehook = tell_dropped
 
 
 def _is_heard(handled: BaseException | None) -> bool:
