@@ -1,6 +1,9 @@
 """What all tests share: a real S3 server, a workspace on it, tiny jobs and tiny images."""
 
+import logging
 import os
+import sys
+import threading
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +23,16 @@ from topwork.spec import TransferJob
 from topwork.workspace import Workspace
 
 BUCKET = "topwork-test"
+
+
+@pytest.fixture(autouse=True)
+def process_as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A command sets what holds for its process; the next test finds it as pytest left it."""
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+    before = logging.getLogRecordFactory()
+    yield
+    logging.setLogRecordFactory(before)
 
 
 @pytest.fixture(scope="session")

@@ -112,14 +112,62 @@ def test_lines_names_and_reasons_hold_no_secret(planted, tmp_path):
 
 
 def test_what_libraries_log_holds_no_secret(caplog):
-    before = logging.getLogRecordFactory()
     try:
         prepare_process({"MY_SECRET": "a-secret-of-mine"})
         logging.getLogger("urllib3").warning("Retrying %s: %s", "/?X-Amz-Signature=" + SIGNATURE, "a-secret-of-mine")
     finally:
-        logging.setLogRecordFactory(before)
         hide((), "environment")
     assert caplog.messages == ["Retrying /?X-Amz-Signature=*** ***"]
+
+
+RAISED_WHERE = """
+import logging, threading, weakref
+from topwork.cli.surroundings import prepare_process
+prepare_process()
+{prepared}
+
+def fail(*_):
+    raise KeyError("a-secret-of-mine")
+
+thread = threading.Thread(target=fail, name="worker")
+thread.start()
+thread.join()
+gone = threading.Event()
+seen = weakref.ref(gone, fail)
+del gone
+try:
+    fail()
+except KeyError:
+    logging.getLogger("library").exception("It failed")
+"""
+RAISED_TO = ("Exception in thread worker", "Exception ignored in: <function fail", "It failed")
+
+
+def raised(prepared: str) -> str:
+    ended = subprocess.run(
+        [sys.executable, "-c", RAISED_WHERE.format(prepared=prepared)],
+        env={**os.environ, "MY_SECRET": "a-secret-of-mine"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "a-secret-of-mine" not in ended.stdout + ended.stderr
+    return ended.stderr
+
+
+def test_no_traceback_that_python_or_a_library_prints_holds_a_secret():
+    said = raised("")
+    assert said.count("KeyError: '***'") == 3
+    assert all(line in said for line in RAISED_TO)
+
+
+def test_in_a_container_such_a_traceback_is_json():
+    said = raised(
+        "from pathlib import Path; from topwork.cli.container import Container; Container('pull', Path('log'))"
+    )
+    lines = [json.loads(line) for line in said.splitlines()]
+    assert all(line["message"].startswith(start) for line, start in zip(lines, RAISED_TO, strict=True))
+    assert all(line["traceback"].endswith("KeyError: '***'") for line in lines)
 
 
 @pytest.mark.parametrize(

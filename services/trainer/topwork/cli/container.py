@@ -145,7 +145,8 @@ class _Lines(logging.Handler):
         self._log = log
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._log.note(record.getMessage(), level=record.levelname.lower(), logger=record.name)
+        traced = {"traceback": logging.Formatter().formatException(record.exc_info)} if record.exc_info else {}
+        self._log.note(record.getMessage(), level=record.levelname.lower(), logger=record.name, **traced)
 
 
 def _exit_code(error: BaseException) -> int:

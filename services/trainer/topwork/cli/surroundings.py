@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -32,6 +33,7 @@ STORAGE_VARIABLES = (
     "AWS_SHARED_CREDENTIALS_FILE",
     "AWS_CONFIG_FILE",
 )
+LOGGER = logging.getLogger("topwork")
 SECRET_VARIABLE = re.compile(r"SECRET|TOKEN|PASSW|CREDENTIAL|PRIVATE|API_?KEY")
 # Variables that name where a secret is.
 NO_SECRETS = ("_FILE", "_FILES", "_URI", "_URL", "_PATH", "_DIR", "_ENDPOINT")
@@ -173,6 +175,8 @@ def keep_secrets(environment: Mapping[str, str] = os.environ) -> None:
 def prepare_process(environment: Mapping[str, str] = os.environ) -> None:
     """Set what holds for the whole process: what is secret, also in what libraries log, and where plain HTTP may go.
 
+    What ends a thread, and what Python drops in a callback, is logged as well: Python would print it as it is.
+
     Args:
         environment: The variables.
     """
@@ -183,9 +187,24 @@ def prepare_process(environment: Mapping[str, str] = os.environ) -> None:
     def without(*arguments: Any, **options: Any) -> logging.LogRecord:
         record = make(*arguments, **options)
         record.msg, record.args = without_secrets(record.getMessage()), ()
+        if record.exc_info:
+            record.exc_text = without_secrets(logging.Formatter().formatException(record.exc_info))
         return record
 
     logging.setLogRecordFactory(without)
+    threading.excepthook = _log_end_of_thread
+    sys.unraisablehook = _log_dropped
+
+
+def _log_end_of_thread(what: threading.ExceptHookArgs) -> None:
+    if what.exc_value and not isinstance(what.exc_value, SystemExit):
+        name = what.thread.name if what.thread else "a thread"
+        LOGGER.error("Exception in thread %s", name, exc_info=what.exc_value)
+
+
+def _log_dropped(what: "sys.UnraisableHookArgs") -> None:
+    if what.exc_value:
+        LOGGER.error("%s %r", what.err_msg or "Exception ignored in:", what.object, exc_info=what.exc_value)
 
 
 @contextmanager
