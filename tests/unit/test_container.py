@@ -164,6 +164,14 @@ def test_what_libraries_log_and_warn_of_is_json(told):
     assert "UserWarning: old" in lines[1]["message"]
 
 
+def test_a_container_that_ends_at_once_has_no_afterword(told):
+    """Python's resource tracker, a process of its own, finds semaphores of the decoders' queues when it is gone."""
+    code, lines, others, _ = told(
+        "import multiprocessing\nqueue = multiprocessing.get_context('spawn').Queue()\ncontainer.leave(143)"
+    )
+    assert (code, lines, others) == (143, [], "")
+
+
 def test_what_is_said_while_start_up_talk_is_kept_away_arrives(told):
     _, lines, others, _ = told(
         "import os\nfrom topwork.cli.surroundings import hushed\n"

@@ -53,6 +53,9 @@ class Container:
         self._lock = threading.Lock()
         logging.basicConfig(level=logging.WARNING, handlers=[_Lines(self.log)])
         logging.captureWarnings(True)
+        # Python's resource tracker outlives the process, cleans up after it, and shall not speak of it.
+        given = os.environ.get("PYTHONWARNINGS")
+        os.environ["PYTHONWARNINGS"] = ",".join(filter(None, (given, "ignore:resource_tracker:UserWarning")))
 
     def done(self, *, metric: tuple[str, float] | None = None, model: str | None = None, **facts: Fact) -> None:
         """Tell that the stage is done.
