@@ -275,7 +275,8 @@ def _read_until(terminal: int, text: bytes | None) -> bytes:
 def test_it_needs_no_training_libraries(cats: Process):
     script = (
         "import sys\n"
-        "for name in ('numpy', 'tensorflow', 'keras', 'matplotlib', 'PIL', 'sklearn'): sys.modules[name] = None\n"
+        "for name in ('boto3', 'numpy', 'tensorflow', 'keras', 'matplotlib', 'PIL', 'sklearn'):\n"
+        "    sys.modules[name] = None\n"
         "from topwork.cli import main\n"
         f"sys.argv = ['topwork', 'top', '--port', '{cats.port}', '--json', '--interval', '0.2']\n"
         "main()"

@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING
 
 from topwork.spec.job import JobSpec
 from topwork.spec.model import Augmentation
-from topwork.training.trained import Row, StageName
 
 if TYPE_CHECKING:
     from topwork.model.freezing import Unfrozen
+    from topwork.training.trained import Row, StageName
 
 MOST_SHARE = 1 / 3
 """Share of an epoch's steps from which input holds them up."""
@@ -18,7 +18,7 @@ LEAST_SECONDS = 1.0
 COSTLY = ("rotation", "zoom", "translation", "contrast", "brightness", "rand_augment", "mix_up", "cut_mix")
 
 
-def wait_share(rows: Sequence[Row]) -> float:
+def wait_share(rows: Sequence["Row"]) -> float:
     """Say for what share of its steps training stood still for want of input.
 
     Args:
@@ -31,7 +31,7 @@ def wait_share(rows: Sequence[Row]) -> float:
     return sum(float(row.get("input_wait_seconds", 0.0)) for row in rows) / seconds if seconds else 0.0
 
 
-def is_held_up(row: Row) -> bool:
+def is_held_up(row: "Row") -> bool:
     """Whether input took too much of an epoch.
 
     Args:
@@ -40,7 +40,7 @@ def is_held_up(row: Row) -> bool:
     return wait_share([row]) > MOST_SHARE and float(row.get("input_wait_seconds", 0.0)) >= LEAST_SECONDS
 
 
-def remedies(spec: JobSpec, stage: StageName, unfrozen: "Unfrozen", *, on_features: bool) -> str:
+def remedies(spec: JobSpec, stage: "StageName", unfrozen: "Unfrozen", *, on_features: bool) -> str:
     """Say what would bring the input of a stage up to its training, by what the job says now.
 
     Args:
