@@ -22,7 +22,7 @@ class Deletion:
         self.seconds = 0.0
         self.held = False
         self._objects = objects
-        self._waiting: list[tuple[Key, str]] = []
+        self._waiting: list[tuple[Object, str]] = []
 
     def delete(self, key: Key, options: dict[str, Any]) -> Object:
         """Begin to delete an object.
@@ -41,7 +41,7 @@ class Deletion:
             # Jobs of batch/v1 orphan their pods where nobody says otherwise.
             propagation = options.get("propagationPolicy") or ("Orphan" if key.kind == "Job" else "Background")
             if self._at_once(found, propagation, options.get("gracePeriodSeconds")):
-                self._gone(key, propagation)
+                self._gone(found, propagation)
                 details = {"name": key.name, "kind": kind.plural, "uid": found["metadata"]["uid"]}
                 details |= {"group": kind.group} if kind.group else {}
                 return {"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success", "details": details}
@@ -72,26 +72,33 @@ class Deletion:
         metadata["deletionGracePeriodSeconds"] = grace or 0
         stored = self._objects.store(key, found)
         if self.held:
-            self._waiting.append((key, propagation))
+            self._waiting.append((stored, propagation))
         elif self.seconds == 0:
-            self._gone(key, propagation)
+            self._gone(stored, propagation)
         else:
-            timer = threading.Timer(self.seconds, self._gone, (key, propagation))
+            timer = threading.Timer(self.seconds, self._gone, (stored, propagation))
             timer.daemon = True
             timer.start()
         return stored
 
-    def _gone(self, key: Key, propagation: str) -> None:
+    def _gone(self, found: Object, propagation: str) -> None:
+        uid = found["metadata"]["uid"]
         with self._objects.changed:
-            removed = self._objects.remove(key)
-            if removed and propagation != "Orphan":
-                for dependent in self._dependents(removed["metadata"]["uid"]):
+            if propagation == "Foreground":
+                # The owner goes last, whichever timer was the first.
+                for dependent in self._dependents(uid):
+                    self._gone(dependent, "Background")
+            present = self._objects.get(_key(found))
+            if present is None or present["metadata"]["uid"] != uid:
+                return
+            self._objects.remove(_key(found))
+            if propagation != "Orphan":
+                for dependent in self._dependents(uid):
                     self._delete_dependent(dependent)
 
     def _delete_dependent(self, found: Object) -> None:
-        key = Key(found["kind"], found["metadata"].get("namespace", ""), found["metadata"]["name"])
         if "deletionTimestamp" not in found["metadata"]:
-            self.delete(key, {"propagationPolicy": "Background"})
+            self.delete(_key(found), {"propagationPolicy": "Background"})
 
     def _dependents(self, uid: str) -> list[Object]:
         """Objects whose owners are all gone but for this one."""
@@ -105,6 +112,10 @@ class Deletion:
 
     def _alive(self, uid: str) -> bool:
         return any(each["metadata"]["uid"] == uid for kind in KINDS for each in self._objects.all(kind))
+
+
+def _key(found: Object) -> Key:
+    return Key(found["kind"], found["metadata"].get("namespace", ""), found["metadata"]["name"])
 
 
 def _finished(pod: Object) -> bool:
