@@ -148,7 +148,8 @@ class _Lines(logging.Handler):
         self._log = log
 
     def emit(self, record: logging.LogRecord) -> None:
-        traced = {"traceback": logging.Formatter().formatException(record.exc_info)} if record.exc_info else {}
+        # Formatted where secrets are taken out: surroundings.prepare_process.
+        traced = {"traceback": record.exc_text} if record.exc_text else {}
         self._log.note(record.getMessage(), level=record.levelname.lower(), logger=record.name, **traced)
 
 
