@@ -15,11 +15,11 @@ from typing import Any
 
 from prometheus_client import generate_latest
 
-from topwork.cli.surroundings import quiet_start
-from topwork.edge.metrics import Metrics
+from topwork.cli.runtime.environment import quiet_start
+from topwork.clients.prometheus.metrics import Metrics
 from topwork.progress import LineProgress
-from topwork.training.course import Course
 from topwork.training.steps import Steps
+from topwork.training.train_state import Course
 from topwork.workspace import Workspace
 
 STEPS, SCRAPES, ROUNDS = 20_000, 200, 5

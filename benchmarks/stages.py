@@ -15,11 +15,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from topwork.cli.surroundings import quiet_start, storage_at
-from topwork.edge.metrics import Metrics
-from topwork.edge.storage import Storage
+from topwork.cli.runtime.environment import quiet_start, storage_at
+from topwork.clients.prometheus.metrics import Metrics
+from topwork.clients.s3.storage import Storage
 from topwork.progress import LineProgress
-from topwork.spec.reading import read_jobs
+from topwork.spec.loading.loader import read_jobs
 from topwork.workspace import Workspace
 
 
@@ -58,7 +58,7 @@ def main() -> None:
     progress = Kept()
     with storage_at(job.spec.storage, options.state) as storage, quiet_start():
         from topwork import pipeline
-        from topwork.data.local import fetch
+        from topwork.data.local_dataset import fetch
 
         workspace = Workspace(storage, Metrics(), progress, scratch)
         dataset = pipeline.run_pull(job, workspace)

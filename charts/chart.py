@@ -12,9 +12,9 @@ from shapes import SWITCHES, plain, shapes_text
 from values import Section, Values
 
 from topwork import __version__
-from topwork.spec.schema import any_of, one_of
-from topwork.spec.shape import keys
-from topwork.spec.writing import as_yaml
+from topwork.spec.schema.json_schema import any_of, one_of
+from topwork.spec.schema.key_types import keys
+from topwork.spec.yaml_output import as_yaml
 
 HERE = Path(__file__).parent
 WIDTH = 116

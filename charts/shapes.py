@@ -12,8 +12,8 @@ from pydantic.fields import FieldInfo
 
 from topwork.spec import TransferJob
 from topwork.spec.job import NO_RESULT
-from topwork.spec.part import Part
-from topwork.spec.shape import Kind, is_list, is_part, keys, kinds, parts
+from topwork.spec.schema.key_types import Kind, is_list, is_part, keys, kinds, parts
+from topwork.spec.section import Part
 from topwork.spec.training import UNFREEZE_KINDS
 
 Shape = dict[str, Any]

@@ -5,7 +5,6 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, StringConstraints
 
 from topwork.cluster.names import STORAGE_SECRET
-from topwork.spec.address import HttpUrl, StorageUri
 from topwork.spec.compute import (
     AnnotationKey,
     ByteQuantity,
@@ -16,9 +15,10 @@ from topwork.spec.compute import (
     Metrics,
     ObjectName,
 )
+from topwork.spec.evaluation import DnsLabel
 from topwork.spec.job import JobSpec
-from topwork.spec.outcome import DnsLabel
-from topwork.spec.part import Part, YesNo
+from topwork.spec.section import Part, YesNo
+from topwork.spec.uris import HttpUrl, StorageUri
 
 Image = Annotated[str, StringConstraints(max_length=1024)]
 Duration = Annotated[str, StringConstraints(pattern=r"^[1-9][0-9]*(ms|s|m|h)$")]

@@ -9,13 +9,13 @@ import typer
 from prometheus_client.metrics_core import Metric
 
 from topwork.cli import app
-from topwork.cli.backbones import COLUMNS
-from topwork.cli.backbones import rows as backbone_rows
-from topwork.edge.gpus import READINGS as GPUS
-from topwork.edge.gpus import Gpus
-from topwork.edge.metrics_series import MOST_SERIES, OUTCOME, Series
-from topwork.spec.reference import reference_text
-from topwork.spec.schema import schema_text
+from topwork.cli.commands.backbones import COLUMNS
+from topwork.cli.commands.backbones import rows as backbone_rows
+from topwork.clients.prometheus.gpus import READINGS as GPUS
+from topwork.clients.prometheus.gpus import Gpus
+from topwork.clients.prometheus.series import MOST_SERIES, OUTCOME, Series
+from topwork.spec.schema.json_schema import schema_text
+from topwork.spec.schema.reference import reference_text
 
 ROOT = Path(__file__).parent.parent
 HELP_WIDTH = 100

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from manifests import LABELS, NAMESPACE, TEMPLATE, Manifest, kustomization, metadata, text
 
-from topwork.cluster.containers import GPU
+from topwork.cluster.manifests.pod import GPU
 from topwork.cluster.names import STORAGE_SECRET
 
 SUBMITTER, SUBMITTERS, ACCOUNT = "topwork-submitter", "topwork-submitters", "topwork-job"

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from manifests import NAMESPACE, kustomization, text
 
-from topwork.cluster.rendering import Placement, render
-from topwork.spec.reading import read_jobs
+from topwork.cluster.manifests.render import Placement, render
+from topwork.spec.loading.loader import read_jobs
 
 SPECS = Path(__file__).parent.parent / "examples"
 

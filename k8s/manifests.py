@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from topwork.spec.writing import as_yaml
+from topwork.spec.yaml_output import as_yaml
 
 NAMESPACE = "topwork"
 LABELS = {"app.kubernetes.io/name": "topwork", "app.kubernetes.io/part-of": "topwork"}

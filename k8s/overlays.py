@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from manifests import LABELS, NAMESPACE, TEMPLATE, Manifest, kustomization, metadata, text
 
 from topwork import __version__
-from topwork.cluster.containers import GPU
+from topwork.cluster.manifests.pod import GPU
 from topwork.cluster.names import QUEUE_LABEL, ROLE_LABEL
-from topwork.spec.writing import as_yaml
+from topwork.spec.yaml_output import as_yaml
 
 EXAMPLES = "../../examples"
 QUEUE = "topwork"

@@ -15,8 +15,8 @@ from PIL import Image
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-from topwork.edge.metrics import Metrics
-from topwork.edge.storage import Storage, StorageSettings, make_bucket
+from topwork.clients.prometheus.metrics import Metrics
+from topwork.clients.s3.storage import Storage, StorageSettings, make_bucket
 from topwork.local.server import embedded_storage
 from topwork.progress import Quiet
 from topwork.spec import TransferJob

@@ -15,7 +15,7 @@ from pictures import STORAGE, write_pictures
 from rich.console import Console
 from rich.table import Table
 
-from topwork.cli.surroundings import storage_at
+from topwork.cli.runtime.environment import storage_at
 
 FOLDER = Path("build/solar")
 COMPARED = {"solar-scratch": "without transfer", "solar-transfer": "with transfer"}

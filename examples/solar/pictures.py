@@ -18,8 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from pathlib import Path
 
-from topwork.cli.surroundings import storage_at
-from topwork.edge.storage import Storage
+from topwork.cli.runtime.environment import storage_at
+from topwork.clients.s3.storage import Storage
 
 STORAGE = "s3://topwork/solar"
 DATA = Path(str(resources.files("elpv_dataset"))) / "data"

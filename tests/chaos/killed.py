@@ -21,7 +21,7 @@ import h5py
 import numpy as np
 from PIL import Image
 
-from topwork.edge.storage import Storage, StorageSettings
+from topwork.clients.s3.storage import Storage, StorageSettings
 from topwork.spec import TransferJob
 
 BUCKET = "topwork-chaos"

@@ -33,7 +33,7 @@ from killed import (
     spans,
 )
 
-from topwork.edge.storage import StorageSettings, make_bucket
+from topwork.clients.s3.storage import StorageSettings, make_bucket
 
 LONG = os.environ.get("TOPWORK_LONG") == "1"
 HITS = {signal.SIGKILL: 200 if LONG else 20, signal.SIGTERM: 100 if LONG else 10}

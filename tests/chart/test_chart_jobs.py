@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from test_render_properties import COMPUTE, KEY, VALUE
 
-from topwork.cluster.rendering import Placement, render
+from topwork.cluster.manifests.render import Placement, render
 from topwork.spec import TransferJob
-from topwork.spec.reading import read_jobs, read_text
+from topwork.spec.loading.loader import read_jobs, read_text
 
 ROOT = Path(__file__).parents[2]
 SPECS = [

@@ -11,9 +11,9 @@ import pytest
 from api_objects import KINDS, Kind
 from api_server import NAMESPACE, ApiServer
 
-from topwork.cluster.runs import read_run
-from topwork.cluster.submission import is_ours
-from topwork.edge.kubernetes import ClusterSettings, connect
+from topwork.clients.kubernetes.cluster import ClusterSettings, connect
+from topwork.cluster.operations.find_runs import read_run
+from topwork.cluster.operations.submit import is_ours
 
 CHART = Path(__file__).parents[2] / "charts" / "topwork"
 SPEC = {

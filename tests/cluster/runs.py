@@ -9,8 +9,8 @@ from typing import Any
 from tests.cluster.kubectl import Kubectl, KubectlError, Manifest, eventually
 from tests.cluster.surroundings import GONE_SECONDS, START_SECONDS
 
-from topwork.cluster.ending import Ending, read_ending
 from topwork.cluster.names import JOB_LABEL, ROLE_LABEL, RUN_LABEL
+from topwork.cluster.termination_message import Ending, read_ending
 from topwork.spec import TransferJob
 
 # The child of tini is the stage; what kubectl exec starts has no parent in the container.

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from topwork.edge.storage import Storage, StorageSettings, make_bucket
+from topwork.clients.s3.storage import Storage, StorageSettings, make_bucket
 from topwork.local.server import embedded_storage
 
 # What is handed to the pods; a bundle of certificates is a path on this machine and stays here.

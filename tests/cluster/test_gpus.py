@@ -6,7 +6,7 @@ import pytest
 from tests.cluster.kubectl import Kubectl, eventually
 from tests.cluster.surroundings import NOTICE_SECONDS, RUN_SECONDS
 
-from topwork.cluster.containers import GPU
+from topwork.cluster.manifests.pod import GPU
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(2 * RUN_SECONDS)]
 

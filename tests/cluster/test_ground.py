@@ -10,7 +10,7 @@ from tests.cluster.storage import served_storage
 from tests.cluster.surroundings import as_account, has_cluster, host, image, in_cluster_config, program, size
 
 from topwork import __version__
-from topwork.edge.storage import Storage, StorageSettings
+from topwork.clients.s3.storage import Storage, StorageSettings
 from topwork.errors import SettingError
 from topwork.spec import TransferJob
 

@@ -21,8 +21,8 @@ import pytest
 from ruamel.yaml import YAML
 from tests.end_to_end.seeds import STORAGE, Seeds
 
-from topwork.cluster.ending import Ending
-from topwork.edge.storage import Storage, StorageSettings, make_bucket
+from topwork.clients.s3.storage import Storage, StorageSettings, make_bucket
+from topwork.cluster.termination_message import Ending
 from topwork.spec import TransferJob
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]

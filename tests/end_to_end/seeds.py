@@ -17,15 +17,15 @@ import numpy as np
 from PIL import Image
 from tests.tfds_pictures import prepare
 
-from topwork.data.local import LocalDataset, fetch
-from topwork.data.stored import DatasetFacts, StoredDataset
-from topwork.edge.metrics import Metrics
-from topwork.edge.storage import Storage
-from topwork.manifest import read_manifest
+from topwork.artifacts import read_manifest
+from topwork.clients.prometheus.metrics import Metrics
+from topwork.clients.s3.storage import Storage
+from topwork.data.dataset_manifest import DatasetFacts, StoredDataset
+from topwork.data.local_dataset import LocalDataset, fetch
 from topwork.progress import Quiet
+from topwork.registry.stage_results import Classifier, StageName, read_done
 from topwork.spec import TransferJob
-from topwork.spec.reading import read_files
-from topwork.training.trained import Classifier, StageName, read_done
+from topwork.spec.loading.loader import read_files
 from topwork.workspace import Workspace
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -187,7 +187,7 @@ class Seeds:
     def mirror_tfds(self, name: str, **pictures: Any) -> None:
         """Put a dataset of small pictures under a real name into the mirror, with its real classes and splits."""
         if name not in self._datasets:
-            from topwork.data.mirroring import mirror_tfds
+            from topwork.data.tfds_mirror_writer import mirror_tfds
 
             self._datasets.add(name)
             prepare(self.folder / "tfds", name, **pictures)

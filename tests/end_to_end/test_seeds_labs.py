@@ -88,7 +88,7 @@ def test_the_saved_model_is_cut_after_its_convolutions(flowers, cifar):
 
 
 def test_a_layer_to_cut_at_may_be_given_by_its_index(flowers, seeds):
-    from topwork.model.saved import cut
+    from topwork.model.saved_base import cut
 
     path = flowers.folder / "lab_1.keras"
     seeds.storage.download(f"{flowers.version}/model.keras", path)

@@ -87,7 +87,7 @@ def test_all_layers_of_a_but_the_last_are_the_base_of_b(model, reused):
 
 
 def test_legacy_h5_gives_the_same_base(seeds, model):
-    from topwork.model.saved import cut
+    from topwork.model.saved_base import cut
 
     bases = [cut(seeds.folder / name, -2, (28, 28)) for name in ("model_a.keras", "model_a.h5")]
     keras_file, h5_file = map(values, bases)

@@ -37,7 +37,7 @@ def resnet(both, seeds):
 def test_both_are_resnet50_with_imagenet_weights_at_224x224(both):
     from tests.end_to_end.seeds import EXAMPLES
 
-    from topwork.spec.reading import read_jobs
+    from topwork.spec.loading.loader import read_jobs
 
     for job in read_jobs(EXAMPLES / "lab-3-resnet50.yaml"):
         base = job.spec.model.base

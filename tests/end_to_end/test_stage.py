@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from topwork.cluster.ending import Ending
-from topwork.spec.reading import read_jobs
+from topwork.cluster.termination_message import Ending
+from topwork.spec.loading.loader import read_jobs
 
 FINE_TUNE = {"epochs": 2, "unfreeze": "all", "optimizer": {"name": "adam", "learningRate": 0.0001}}
 

@@ -5,8 +5,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from topwork.cluster.ending import Ending
-from topwork.spec.reading import read_jobs
+from topwork.cluster.termination_message import Ending
+from topwork.spec.loading.loader import read_jobs
 
 FINE_TUNE = {"epochs": 12, "unfreeze": "all", "optimizer": {"name": "adam", "learningRate": 0.0001}}
 TRANSFER = {"train": "all", "epochs": 12, "batchSize": 8, "featureCache": "off"}

@@ -9,15 +9,15 @@ from PIL import Image
 from tests.conftest import BUCKET
 from tests.faults.proxy import Proxy, proxy_before
 
-from topwork.edge.storage import Storage, StorageSettings
-from topwork.report import recheck
+from topwork.clients.s3.storage import Storage, StorageSettings
+from topwork.report import export_check
 from topwork.spec import TransferJob
 
 
 @pytest.fixture(autouse=True)
 def recheck_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Recheck in this process: a fresh one asks nothing of storage, and takes seconds to start."""
-    monkeypatch.setattr(recheck, "recheck", recheck.compare)
+    monkeypatch.setattr(export_check, "recheck", export_check.compare)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import urlsplit
 
-from topwork.edge.storage import StorageSettings
+from topwork.clients.s3.storage import StorageSettings
 
 EVER = 1 << 30
 # How long a port stays closed that refuses connections once.

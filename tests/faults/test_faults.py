@@ -22,11 +22,11 @@ from tests.faults import proxy as faults
 from tests.faults.proxy import Fault, Proxy, Request
 
 from topwork import pipeline
-from topwork.cli.failures import failure_of
-from topwork.edge.metrics import Metrics
-from topwork.edge.storage import Storage, StorageSettings
-from topwork.manifest import NAME as MANIFEST
-from topwork.manifest import read_manifest
+from topwork.artifacts import NAME as MANIFEST
+from topwork.artifacts import read_manifest
+from topwork.cli.runtime.exit_codes import failure_of
+from topwork.clients.prometheus.metrics import Metrics
+from topwork.clients.s3.storage import Storage, StorageSettings
 from topwork.progress import Quiet
 from topwork.spec import TransferJob
 from topwork.workspace import Workspace

@@ -37,8 +37,8 @@ def watch():
 
 if __name__ == "__main__":
     import tensorflow_datasets.core.shuffle as shuffle
-    from topwork.edge.metrics import Metrics
-    from topwork.edge.storage import Storage, StorageSettings
+    from topwork.clients.prometheus.metrics import Metrics
+    from topwork.clients.s3.storage import Storage, StorageSettings
     from topwork.pipeline import begin
     from topwork.progress import Quiet
     from topwork.spec import TransferJob

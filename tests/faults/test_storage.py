@@ -10,10 +10,10 @@ import pytest
 from tests.faults import proxy as faults
 from tests.faults.proxy import Fault, Proxy
 
-from topwork.edge.storage import FileEntry, Storage, StorageSettings
+from topwork.clients.s3.storage import FileEntry, Storage, StorageSettings
 from topwork.errors import SettingError, TopworkError, UnavailableError
-from topwork.stages import versions
-from topwork.stages.versions import Version
+from topwork.registry import versions
+from topwork.registry.versions import Version
 
 LONG = bool(os.environ.get("TOPWORK_LONG"))
 DATA = os.urandom(300_000)

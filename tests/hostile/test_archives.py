@@ -15,8 +15,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from topwork.data.proving import Rejection, prove
-from topwork.data.sources import bounds, open_source
+from topwork.data.image_validation import Rejection, prove
+from topwork.data.sources import archive_limits, open_source
 from topwork.errors import DataError
 from topwork.spec.dataset import DatasetSource
 
@@ -208,9 +208,9 @@ REFUSED = [
     ("write", "message"), REFUSED, ids=[f"{number}-{message[:12]}" for number, (_, message) in enumerate(REFUSED)]
 )
 def test_a_hostile_archive_is_refused_before_it_fills_memory(tmp_path, monkeypatch, write, message):
-    monkeypatch.setattr(bounds, "FREE_BYTES", 40 * MIB)
-    monkeypatch.setattr(bounds, "MAX_MEMBERS", 1000)
-    monkeypatch.setattr(bounds, "MAX_DIRECTORY_BYTES", 2 * MIB)
+    monkeypatch.setattr(archive_limits, "FREE_BYTES", 40 * MIB)
+    monkeypatch.setattr(archive_limits, "MAX_MEMBERS", 1000)
+    monkeypatch.setattr(archive_limits, "MAX_DIRECTORY_BYTES", 2 * MIB)
     write(tmp_path / "a.tar")
     tracemalloc.start()
     try:

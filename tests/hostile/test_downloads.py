@@ -17,10 +17,10 @@ from typing import Any
 
 import pytest
 
+from topwork.clients.url_policy import allow_plain_http, check_plain_http, is_forbidden
 from topwork.data.sources import download
 from topwork.data.sources import http as requests
 from topwork.data.sources.download import Download
-from topwork.edge.hosts import allow_plain_http, check_plain_http, is_forbidden
 from topwork.errors import DataError, SettingError, UnavailableError
 
 CONTENT = random.Random(1).randbytes(300_000)

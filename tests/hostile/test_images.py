@@ -8,9 +8,9 @@ import zlib
 import pytest
 from PIL import Image
 
-from topwork.data import provers, proving
-from topwork.data.provers import Provers
-from topwork.data.proving import Proved, Rejection, prove
+from topwork.data import decode_pool, image_validation
+from topwork.data.decode_pool import Provers
+from topwork.data.image_validation import Proved, Rejection, prove
 from topwork.errors import DataError
 
 
@@ -65,7 +65,7 @@ def test_a_bad_image_is_rejected_with_a_reason_and_little_memory(name):
         found = "proved"
     except Rejection as rejection:
         found = rejection.reason
-        assert found in proving.REASONS
+        assert found in image_validation.REASONS
     assert reason in (found, None)
 
 
@@ -78,7 +78,7 @@ def _hang_on_request(data: bytes, *, keep: bool) -> Proved:
 
 
 def test_an_image_that_never_lets_go_of_its_decoder_is_rejected_and_the_others_are_proved(monkeypatch):
-    monkeypatch.setattr(provers, "IMAGE_SECONDS", 6.0)
+    monkeypatch.setattr(decode_pool, "IMAGE_SECONDS", 6.0)
     good = saved("PNG")
     with Provers(_hang_on_request, workers=1) as pool:
         outcomes = [outcome for _, outcome in pool.each([good, b"hang", good], lambda data: data)]
@@ -86,8 +86,8 @@ def test_an_image_that_never_lets_go_of_its_decoder_is_rejected_and_the_others_a
 
 
 def test_many_images_that_hang_end_the_pull(monkeypatch):
-    monkeypatch.setattr(provers, "IMAGE_SECONDS", 1.0)
-    monkeypatch.setattr(provers, "MAX_HUNG", 0)
+    monkeypatch.setattr(decode_pool, "IMAGE_SECONDS", 1.0)
+    monkeypatch.setattr(decode_pool, "MAX_HUNG", 0)
     with Provers(_hang_on_request, workers=1) as pool, pytest.raises(DataError, match="made to keep a computer busy"):
         pool.prove(b"hang")
 
@@ -103,7 +103,7 @@ def test_an_image_without_memory_is_rejected(monkeypatch):
     def fails(*arguments: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(proving, "_eight_bit", fails)
+    monkeypatch.setattr(image_validation, "_eight_bit", fails)
     with pytest.raises(Rejection) as rejected:
         prove(saved("BMP"))
     assert rejected.value.reason == "too large"

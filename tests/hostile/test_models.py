@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from topwork.errors import DataError
-from topwork.model.opening import open_model
+from topwork.model.safe_loading import open_model
 from topwork.model.weights import load_weights
 
 MIB = 2**20

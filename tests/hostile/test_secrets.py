@@ -16,15 +16,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from topwork.cli.surroundings import keep_secrets, prepare_process
-from topwork.data.proving import Rejection
+from topwork.cli.runtime.environment import keep_secrets, prepare_process
+from topwork.clients.s3.storage import Storage, make_bucket
+from topwork.data.image_validation import Rejection
 from topwork.data.sources import open_source
-from topwork.edge.storage import Storage, make_bucket
 from topwork.progress import LineProgress
-from topwork.secrecy import hide, without_secrets
+from topwork.redaction import hide, without_secrets
 from topwork.spec.dataset import DatasetSource
-from topwork.spec.problems import WrongSpec
-from topwork.spec.reading import read_text
+from topwork.spec.loading.loader import read_text
+from topwork.spec.loading.problems import WrongSpec
 
 KEY = "wJalrXUtnFEMI/K7MDENG+bPxRfiCYEXAMPLEKEY"
 SIGNATURE = "fe5f80f77d5fa3beca038a248ff027d0445342fe2855ddc963176630326f1024"
@@ -122,7 +122,7 @@ def test_what_libraries_log_holds_no_secret(caplog):
 
 RAISED_WHERE = """
 import logging, threading, weakref
-from topwork.cli.surroundings import prepare_process
+from topwork.cli.runtime.environment import prepare_process
 prepare_process()
 {prepared}
 
@@ -163,7 +163,7 @@ def test_no_traceback_that_python_or_a_library_prints_holds_a_secret():
 
 def test_in_a_container_such_a_traceback_is_json():
     said = raised(
-        "from pathlib import Path; from topwork.cli.container import Container; Container('pull', Path('log'))"
+        "from pathlib import Path; from topwork.cli.runtime.container import Container; Container('pull', Path('log'))"
     )
     lines = [json.loads(line) for line in said.splitlines()]
     assert all(line["message"].startswith(start) for line, start in zip(lines, RAISED_TO, strict=True))

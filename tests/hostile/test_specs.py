@@ -14,8 +14,8 @@ import pytest
 from ruamel.yaml import YAML
 
 from topwork.cli import main
-from topwork.spec.problems import WrongSpec
-from topwork.spec.reading import read_text
+from topwork.spec.loading.loader import read_text
+from topwork.spec.loading.problems import WrongSpec
 
 ROOT = Path(__file__).parents[2]
 LONG = os.environ.get("TOPWORK_LONG") == "1"

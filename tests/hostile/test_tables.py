@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from topwork.data.proving import Rejection
-from topwork.data.sources import open_source, rows
+from topwork.data.image_validation import Rejection
+from topwork.data.sources import open_source, table_reader
 from topwork.data.sources.source import lookalikes
 from topwork.errors import DataError
 from topwork.progress import LineProgress
@@ -92,7 +92,7 @@ def test_a_name_with_a_secret_is_read_as_it_stands_and_shown_without(tmp_path):
 
 
 def test_a_table_of_one_long_line_takes_no_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(rows, "MAX_LINE", 1000)
+    monkeypatch.setattr(table_reader, "MAX_LINE", 1000)
     (tmp_path / "a.csv").write_bytes(HEAD.encode() + b"x" * 10_000_000)
     with pytest.raises(DataError, match="line 2: more than 1000 characters"):
         table(tmp_path / "a.csv").class_names()

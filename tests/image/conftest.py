@@ -11,11 +11,11 @@ import pytest
 from tests.image.engine import LIMITS, MISSING, is_missing, podman
 from tests.image.pod import Namespace, Pod
 
+from topwork.clients.s3.storage import Storage, StorageSettings, make_bucket
+from topwork.cluster.manifests.render import Placement, Rendered, render
 from topwork.cluster.names import STORAGE_SECRET
-from topwork.cluster.rendering import Placement, Rendered, render
-from topwork.edge.storage import Storage, StorageSettings, make_bucket
 from topwork.spec import TransferJob
-from topwork.spec.reading import read_jobs
+from topwork.spec.loading.loader import read_jobs
 
 # Docker's registry, debootstrap, TensorFlow's download and 2 GB to write: on a slow machine all of that takes a while.
 BUILD_SECONDS = 1500

@@ -12,7 +12,7 @@ from typing import Any
 
 from tests.image.engine import podman
 
-from topwork.cluster.ending import Ending, read_ending
+from topwork.cluster.termination_message import Ending, read_ending
 
 # Kubernetes takes as much of the log where a process left no message.
 LAST_BYTES = 2048

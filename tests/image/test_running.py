@@ -8,8 +8,8 @@ import urllib.request
 import pytest
 from tests.image.conftest import example
 
-from topwork.cluster.ending import Ending
 from topwork.cluster.names import METRICS_PORTS, STAGES
+from topwork.cluster.termination_message import Ending
 
 pytestmark = [pytest.mark.image, pytest.mark.timeout(1800)]
 

@@ -6,7 +6,7 @@ import io
 import pytest
 from tests.image.conftest import example
 
-from topwork.cluster.ending import Ending
+from topwork.cluster.termination_message import Ending
 
 pytestmark = [pytest.mark.image, pytest.mark.timeout(1800)]
 

@@ -8,7 +8,7 @@ import pytest
 from api_server import ApiServer
 
 from topwork.cli import main
-from topwork.edge.kubernetes import Cluster, ClusterSettings, connect
+from topwork.clients.kubernetes.cluster import Cluster, ClusterSettings, connect
 
 CLUSTER_VARIABLES = ("KUBECONFIG", "KUBERNETES_SERVICE_HOST", "KUBERNETES_SERVICE_PORT")
 

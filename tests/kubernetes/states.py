@@ -10,8 +10,8 @@ import json
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from topwork.cluster.ending import Ending
-from topwork.cluster.rendering import Placement, render
+from topwork.cluster.manifests.render import Placement, render
+from topwork.cluster.termination_message import Ending
 from topwork.spec import TransferJob
 
 Object = dict[str, Any]

@@ -8,7 +8,7 @@ import pytest
 from api_server import ApiServer, owned_by
 from api_statuses import Fault
 
-from topwork.edge.kubernetes import Cluster, Manifest
+from topwork.clients.kubernetes.cluster import Cluster, Manifest
 from topwork.errors import SettingError
 
 CONFIG = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "run"}, "data": {"job.yaml": "a: 1"}}

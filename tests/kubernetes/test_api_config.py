@@ -15,7 +15,7 @@ import yaml
 from api_server import TOKEN, ApiServer
 from kubernetes.config import ConfigException
 
-from topwork.edge.kubernetes import Cluster, ClusterSettings, connect
+from topwork.clients.kubernetes.cluster import Cluster, ClusterSettings, connect
 from topwork.errors import SettingError
 
 KUBECTL = Path(sys.executable).with_name("kubectl")

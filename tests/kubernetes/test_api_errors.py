@@ -9,8 +9,8 @@ import pytest
 from api_server import ApiServer
 from api_statuses import Fault
 
-from topwork.edge.kubernetes import Cluster
-from topwork.edge.kubernetes_requests import LONGEST_PAUSE_SECONDS
+from topwork.clients.kubernetes.cluster import Cluster
+from topwork.clients.kubernetes.requests import LONGEST_PAUSE_SECONDS
 from topwork.errors import SettingError, UnavailableError
 
 JOB = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "run"}, "spec": {}}

@@ -10,7 +10,7 @@ import pytest
 from api_server import ApiServer
 from api_statuses import Fault
 
-from topwork.edge.kubernetes import Cluster
+from topwork.clients.kubernetes.cluster import Cluster
 from topwork.errors import UnavailableError
 
 

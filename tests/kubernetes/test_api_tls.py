@@ -16,7 +16,7 @@ import pytest
 import yaml
 from api_server import TOKEN, ApiServer
 
-from topwork.edge.kubernetes import Cluster, ClusterSettings, connect
+from topwork.clients.kubernetes.cluster import Cluster, ClusterSettings, connect
 from topwork.errors import SettingError, UnavailableError
 
 pytestmark = pytest.mark.skipif(not shutil.which("openssl"), reason="makes certificates: apt-get install openssl")

@@ -11,7 +11,7 @@ import pytest
 from api_server import ApiServer
 from api_statuses import Fault
 
-from topwork.edge.kubernetes import Change, Cluster
+from topwork.clients.kubernetes.cluster import Change, Cluster
 from topwork.errors import SettingError, UnavailableError
 
 PATIENCE_SECONDS = 60.0

@@ -12,8 +12,8 @@ from api_statuses import Fault
 from played import Command, Played, eventually
 from states import MODEL, PULLED, RUN, failed, running
 
-from topwork.cluster.cancelling import Cancelling
-from topwork.edge.kubernetes import Cluster
+from topwork.clients.kubernetes.cluster import Cluster
+from topwork.cluster.operations.cancel import Cancelling
 from topwork.errors import UnavailableError
 
 POD = f"{RUN}-abcde"

@@ -32,11 +32,11 @@ from states import (
     waiting,
 )
 
-from topwork.cli.narration import Narration
-from topwork.cluster.following import Following, Trouble
-from topwork.cluster.sources import Pace
-from topwork.cluster.state import RunState
-from topwork.edge.kubernetes import Cluster
+from topwork.cli.output.follow import Narration
+from topwork.clients.kubernetes.cluster import Cluster
+from topwork.cluster.operations.follow import Following, Trouble
+from topwork.cluster.operations.run_events import Pace
+from topwork.cluster.status.run_state import RunState
 from topwork.errors import SettingError, UnavailableError
 
 pytestmark = pytest.mark.timeout(600)
@@ -287,8 +287,8 @@ def job(cluster: Cluster, played: Played) -> None:
     """The Job of the run, applied."""
     from states import transfer_job
 
-    from topwork.cluster.rendering import Placement, render
-    from topwork.cluster.submission import Submission
+    from topwork.cluster.manifests.render import Placement, render
+    from topwork.cluster.operations.submit import Submission
 
     assert Submission(cluster, render(transfer_job(), Placement(IMAGE)), print).submit() == "submitted"
 

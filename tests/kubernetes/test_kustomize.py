@@ -14,7 +14,7 @@ from standards import VERSIONS, check_object
 
 from topwork import __version__
 from topwork.cluster.names import STORAGE_SECRET
-from topwork.spec.reading import read_jobs
+from topwork.spec.loading.loader import read_jobs
 
 REPOSITORY = Path(__file__).parents[2]
 K8S = REPOSITORY / "k8s"

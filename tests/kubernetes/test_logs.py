@@ -19,10 +19,10 @@ from api_statuses import Fault
 from played import Command, Played
 from states import NO_GPUS, PULLED, RUN, TRANSFERRED, done, failed, running, terminated
 
-from topwork.cluster.logs import Note, Part, RunLog
-from topwork.cluster.runs import read_run
-from topwork.cluster.state import run_state
-from topwork.edge.kubernetes import Cluster
+from topwork.clients.kubernetes.cluster import Cluster
+from topwork.cluster.operations.find_runs import read_run
+from topwork.cluster.operations.logs import Note, Part, RunLog
+from topwork.cluster.status.run_state import run_state
 from topwork.errors import UnavailableError
 
 POD = f"{RUN}-abcde"

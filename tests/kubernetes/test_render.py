@@ -9,8 +9,8 @@ import pytest
 from standards import check_object, violations
 
 from topwork import __version__
+from topwork.cluster.manifests.render import Manifest, Placement, Rendered, render
 from topwork.cluster.names import DIGEST_ANNOTATION
-from topwork.cluster.rendering import Manifest, Placement, Rendered, render
 from topwork.errors import SettingError, SpecError
 from topwork.spec import TransferJob
 

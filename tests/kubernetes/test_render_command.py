@@ -11,8 +11,8 @@ import pytest
 from ruamel.yaml import YAML
 from standards import ODD, VERSIONS, check_object
 
-from topwork.cluster.rendering import Placement, render
-from topwork.spec.reading import read_jobs
+from topwork.cluster.manifests.render import Placement, render
+from topwork.spec.loading.loader import read_jobs
 
 REPOSITORY = Path(__file__).parents[2]
 EXAMPLES = sorted((REPOSITORY / "examples").glob("*.yaml"))
@@ -125,7 +125,7 @@ def test_render_imports_nothing_heavy() -> None:
         check=True,
     )
     modules = {line.split("|")[-1].strip() for line in ended.stderr.splitlines()}
-    assert "topwork.cluster.rendering" in modules
+    assert "topwork.cluster.manifests.render" in modules
     assert not HEAVY & modules
 
 

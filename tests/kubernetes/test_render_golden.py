@@ -7,10 +7,10 @@ import pytest
 from ruamel.yaml import YAML
 from standards import check_object
 
-from topwork.cluster.rendering import Placement, render
+from topwork.cluster.manifests.render import Placement, render
 from topwork.spec.compute import Compute
-from topwork.spec.reading import read_jobs, read_text
-from topwork.spec.writing import as_yaml
+from topwork.spec.loading.loader import read_jobs, read_text
+from topwork.spec.yaml_output import as_yaml
 
 GOLDEN = Path(__file__).with_name("golden")
 PLACEMENTS = {

@@ -10,10 +10,10 @@ from pydantic import ValidationError
 from ruamel.yaml import YAML
 from standards import ODD, VERSIONS, check_object
 
-from topwork.cluster.rendering import Placement, render
+from topwork.cluster.manifests.render import Placement, render
 from topwork.spec import TransferJob
-from topwork.spec.reading import read_text
-from topwork.spec.writing import as_yaml
+from topwork.spec.loading.loader import read_text
+from topwork.spec.yaml_output import as_yaml
 
 TEXT = st.text(max_size=20) | st.sampled_from(ODD)
 NAME = st.from_regex(r"[a-z0-9]([-a-z0-9]{0,20}[a-z0-9])?", fullmatch=True)

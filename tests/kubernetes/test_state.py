@@ -36,10 +36,10 @@ from states import (
     waiting,
 )
 
-from topwork.cluster.attempts import Attempt, Container
-from topwork.cluster.epochs import Epoch
-from topwork.cluster.objects import RunObjects
-from topwork.cluster.state import RunState, run_state
+from topwork.cluster.status.attempts import Attempt, Container
+from topwork.cluster.status.epochs import Epoch
+from topwork.cluster.status.objects import RunObjects
+from topwork.cluster.status.run_state import RunState, run_state
 
 PREEMPTED = "preempted: the scheduler made room for a pod of higher priority"
 

@@ -15,8 +15,8 @@ from states import (
     waiting,
 )
 
-from topwork.cluster.objects import RunObjects
-from topwork.cluster.state import run_state
+from topwork.cluster.status.objects import RunObjects
+from topwork.cluster.status.run_state import run_state
 
 NO_PLACE = "no node has 2 free nvidia.com/gpu (3 of 5 lack it); 2 of 5 have the taint "
 NO_PLACE += "node-role.kubernetes.io/control-plane, which the job does not tolerate; wait until one is free, or lower "

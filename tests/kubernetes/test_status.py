@@ -13,7 +13,7 @@ from api_server import ApiServer, Fault
 from played import Command, Played
 from states import MODEL, NO_GPUS, PULLED, QUOTA, RUN, epoch_line, failed, running
 
-from topwork.cli.views import duration
+from topwork.cli.output.run_status import duration
 
 pytestmark = pytest.mark.timeout(600)
 POD = f"{RUN}-abcde"

@@ -11,10 +11,10 @@ from api_server import ApiServer, Fault
 from played import Command, Played, eventually, spec_file
 from states import IMAGE, MODEL, RUN, by_policy, done, failed, running, transfer_job
 
-from topwork.cluster.differences import differences
-from topwork.cluster.rendering import Placement, Rendered, render
-from topwork.cluster.submission import Submission
-from topwork.edge.kubernetes import Cluster
+from topwork.clients.kubernetes.cluster import Cluster
+from topwork.cluster.manifests.render import Placement, Rendered, render
+from topwork.cluster.operations.diff import differences
+from topwork.cluster.operations.submit import Submission
 from topwork.errors import SettingError, UnavailableError
 
 pytestmark = pytest.mark.timeout(600)

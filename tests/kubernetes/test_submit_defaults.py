@@ -9,7 +9,7 @@ import pytest
 import yaml
 from api_server import ApiServer, Fault
 
-from topwork.cluster.defaults import parse_defaults
+from topwork.cluster.manifests.defaults import parse_defaults
 from topwork.errors import SettingError
 
 SPEC = """\

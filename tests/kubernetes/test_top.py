@@ -12,7 +12,7 @@ from api_statuses import Fault
 from played import Played
 from states import NO_GPUS, PULLED, RUN, TRANSFERRED, running
 
-from topwork.edge.metrics import Metrics
+from topwork.clients.prometheus.metrics import Metrics
 
 POD = f"{RUN}-abcde"
 FAST = ("--once", "--interval", "0.2", "-n", "team-a")
@@ -101,7 +101,7 @@ def test_an_unknown_run_names_those_that_there_are(played: Played, topwork: Topw
 
 
 def test_a_page_that_is_cut_off_is_said_and_read_again(played: Played, make_cluster: Callable[..., Any]):
-    from topwork.cli.top_sources import Pods
+    from topwork.cli.top.sources import Pods
 
     played.pod(PULLED | {"transfer": running(100)})
     metrics = training()

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from tests.monitoring.served import ROOT, Exporter, Prometheus, dcgm, free_port, kube_state, needed
 
-from topwork.spec.reading import read_files
+from topwork.spec.loading.loader import read_files
 
 NAMESPACE, TEAM = "ml", "vision"
 FEW_EPOCHS = ["spec.transfer.epochs=3", "spec.fineTune.unfreeze.steps=[{layers: 1, epochs: 2, learningRate: 3.0e-4}]"]

@@ -11,9 +11,9 @@ import pytest
 from typer.testing import CliRunner
 
 from topwork.cli import app
-from topwork.edge.metrics import Metrics
-from topwork.edge.pushgateway import push
-from topwork.spec.reading import read_jobs
+from topwork.clients.prometheus.metrics import Metrics
+from topwork.clients.prometheus.pushgateway import push
+from topwork.spec.loading.loader import read_jobs
 
 SERVER = shutil.which("prometheus-pushgateway")
 SPEC = Path(__file__).parents[2] / "examples" / "cats-vs-dogs.yaml"

@@ -7,7 +7,7 @@ import pytest
 from tests.monitoring.conftest import NAMESPACE, Watched, scrape_configs
 from tests.monitoring.served import Exporter, Prometheus, dcgm, kube_state
 
-from topwork.edge.metrics_series import MOST_SERIES
+from topwork.clients.prometheus.series import MOST_SERIES
 
 RUNS = 10
 RECORDED = 15

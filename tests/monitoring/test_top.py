@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from prometheus_client import start_http_server
 
-from topwork.edge.metrics import Metrics
+from topwork.clients.prometheus.metrics import Metrics
 
 PATIENCE_SECONDS = 60.0
 RUN = "cats-1a2b3c4d"

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from topwork.cli.failures import failure_of
-from topwork.disk import full_disk, require_room, room_told, shown_bytes
+from topwork.artifacts import fetch_whole, write_whole
+from topwork.cli.runtime.exit_codes import failure_of
+from topwork.disk_space import full_disk, require_room, room_told, shown_bytes
 from topwork.errors import DataError, SettingError, UnavailableError
-from topwork.manifest import fetch_whole, write_whole
 from topwork.pipeline import run_pull
 
 DISK_BYTES = 80 << 20

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from topwork.edge.storage import Storage, StorageSettings, make_bucket
+from topwork.clients.s3.storage import Storage, StorageSettings, make_bucket
 from topwork.errors import SettingError
 from topwork.local import server, supervisor
 from topwork.local.server import embedded_storage

@@ -6,7 +6,7 @@ import pytest
 
 from topwork import __version__
 from topwork.errors import DataError
-from topwork.stages import versions
+from topwork.registry import versions
 from topwork.stages.publish import published_earlier
 from topwork.stages.pull import pulled_earlier
 

@@ -6,11 +6,11 @@ from datetime import timedelta
 import pytest
 from typer.testing import CliRunner
 
+from topwork.artifacts import write_whole
 from topwork.cli import app
-from topwork.cli.failures import failure_of
-from topwork.manifest import write_whole
-from topwork.stages.leftovers import leftovers, remove
-from topwork.stages.versions import Version, claim
+from topwork.cli.runtime.exit_codes import failure_of
+from topwork.registry.garbage_collection import leftovers, remove
+from topwork.registry.versions import Version, claim
 
 AT_ONCE = timedelta(0)
 PART_BYTES = 5 << 20

@@ -9,10 +9,10 @@ from threading import Barrier
 import pytest
 
 from topwork import __version__
-from topwork.edge.metrics import Metrics
-from topwork.edge.storage import FileEntry, Storage, StorageSettings, entry_of
+from topwork.artifacts import Manifest, fetch_whole, read_manifest, write_whole
+from topwork.clients.prometheus.metrics import Metrics
+from topwork.clients.s3.storage import FileEntry, Storage, StorageSettings, entry_of
 from topwork.errors import DataError, UnavailableError
-from topwork.manifest import Manifest, fetch_whole, read_manifest, write_whole
 
 CONTENT = {"a.txt": b"first", "deep/er/b.bin": bytes(range(256)) * 40, "empty": b"", "odd + näme": b"x"}
 

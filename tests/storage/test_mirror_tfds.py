@@ -3,9 +3,9 @@
 import pytest
 from tests.tfds_pictures import prepare
 
-from topwork.data.mirror import AskedName
-from topwork.data.mirroring import mirror_tfds
 from topwork.data.sources import open_source
+from topwork.data.tfds_mirror import AskedName
+from topwork.data.tfds_mirror_writer import mirror_tfds
 from topwork.errors import DataError, SettingError
 from topwork.spec.dataset import DatasetSource
 

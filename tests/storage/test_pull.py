@@ -11,13 +11,13 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from topwork.data import local
-from topwork.data.local import fetch
+from topwork.artifacts import fetch_whole, read_manifest
+from topwork.cancellation import StopNow
+from topwork.data import local_dataset
+from topwork.data.local_dataset import fetch
 from topwork.errors import DataError
-from topwork.manifest import fetch_whole, read_manifest
 from topwork.progress import Quiet
 from topwork.stages.pull import pull
-from topwork.stopping import StopNow
 
 
 class _Listening(Quiet):
@@ -99,7 +99,7 @@ def test_images_decoded_on_the_fly_are_those_kept_on_scratch(make_job, workspace
     stored = pull(job, workspace)
     kept = fetch(stored, job, workspace)
     again = fetch(stored, job, workspace)  # from what the first left on scratch
-    monkeypatch.setattr(local, "_SHARE", 0.0)
+    monkeypatch.setattr(local_dataset, "_SHARE", 0.0)
     on_the_fly = fetch(stored, job, workspace)
 
     order = np.array([5, 0, 23, 5])

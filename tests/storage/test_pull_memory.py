@@ -11,9 +11,9 @@ _SCRIPT = """
 import resource, sys
 from pathlib import Path
 from types import SimpleNamespace
-from topwork.data.provers import Provers
+from topwork.data.decode_pool import Provers
 from topwork.data.sources.folder import Folder
-from topwork.data.writing import write_tfds
+from topwork.data.tfds_writer import write_tfds
 from topwork.spec.dataset import FolderSource
 import tensorflow_datasets.core.shuffle as shuffle
 

@@ -14,12 +14,12 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from tensorflow_datasets.core.download import downloader
 
-from topwork.data.local import fetch
+from topwork.artifacts import write_whole
+from topwork.clients.prometheus.metrics import Metrics
+from topwork.data.local_dataset import fetch
 from topwork.data.sources import open_source
 from topwork.data.sources.tfds import growth_told
-from topwork.edge.metrics import Metrics
 from topwork.errors import DataError, UnavailableError
-from topwork.manifest import write_whole
 from topwork.spec.dataset import DatasetSource
 from topwork.stages.pull import pull
 

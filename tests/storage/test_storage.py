@@ -9,8 +9,8 @@ from threading import Barrier
 
 import pytest
 
-from topwork.edge.metrics import Metrics
-from topwork.edge.storage import FileEntry, Storage, StorageSettings, StoredObject, entry_of
+from topwork.clients.prometheus.metrics import Metrics
+from topwork.clients.s3.storage import FileEntry, Storage, StorageSettings, StoredObject, entry_of
 from topwork.errors import DataError, SettingError, UnavailableError
 
 MEBIBYTE = 1 << 20

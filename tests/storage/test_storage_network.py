@@ -15,10 +15,10 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from topwork.edge.metrics import Metrics
-from topwork.edge.storage import FileEntry, Storage, StorageSettings
+from topwork.clients.prometheus.metrics import Metrics
+from topwork.clients.s3.storage import FileEntry, Storage, StorageSettings
 from topwork.errors import SettingError, UnavailableError
-from topwork.secrecy import hide, without_secrets
+from topwork.redaction import hide, without_secrets
 
 BUSY = b"HTTP/1.1 503 Slow Down\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 WHOLE = 1 << 40

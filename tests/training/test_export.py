@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from topwork.data.images import resize
+from topwork.data.decoding import resize
 from topwork.errors import SpecError
-from topwork.model.serving import export, with_probabilities
-from topwork.report import recheck as module
-from topwork.report.loaded import load
-from topwork.report.recheck import recheck, spread, write_questions
+from topwork.model.export import export, with_probabilities
+from topwork.report import export_check as module
+from topwork.report.export_check import recheck, spread, write_questions
+from topwork.report.exported_model import load
 
 FORMATS = ("keras", "savedModel", "tflite", "onnx")
 

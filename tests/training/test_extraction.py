@@ -6,8 +6,9 @@ import pytest
 import tensorflow as tf
 
 from topwork.model.classifier import in_precision
-from topwork.training import extraction, strategy
-from topwork.training.extraction import Extraction
+from topwork.training import strategy
+from topwork.training.feature_cache import extractor
+from topwork.training.feature_cache.extractor import Extraction
 from topwork.training.strategy import policy, processor_has_bfloat16
 
 IMAGES = tf.constant(np.random.default_rng(0).uniform(0, 255, (4, 32, 32, 3)).astype(np.float32))
@@ -34,7 +35,7 @@ def lower():
 
 @pytest.fixture
 def compiles(monkeypatch):
-    monkeypatch.setattr(extraction, "WORTH_COMPILING", 0)
+    monkeypatch.setattr(extractor, "WORTH_COMPILING", 0)
 
 
 def extracted(lower, precision="auto"):
@@ -50,14 +51,14 @@ def test_few_images_go_through_the_model_as_it_is(lower):
 
 @pytest.mark.parametrize("precision", ["auto", "float32"])
 def test_a_processor_without_bfloat16_computes_in_float32(lower, compiles, monkeypatch, precision):
-    monkeypatch.setattr(extraction, "processor_has_bfloat16", lambda: False)
+    monkeypatch.setattr(extractor, "processor_has_bfloat16", lambda: False)
     features, notes = extracted(lower, precision)
     np.testing.assert_allclose(features, lower.predict_on_batch(IMAGES), rtol=1e-4, atol=1e-6)
     assert notes == []
 
 
 def test_bfloat16_is_taken_where_a_sample_agrees(lower, compiles, monkeypatch):
-    monkeypatch.setattr(extraction, "processor_has_bfloat16", lambda: True)
+    monkeypatch.setattr(extractor, "processor_has_bfloat16", lambda: True)
     features, ((message, facts),) = extracted(lower)
     exact = lower.predict_on_batch(IMAGES)
     assert (message, facts["computed_in"]) == ("precision of the frozen layers", "bfloat16")
@@ -67,8 +68,8 @@ def test_bfloat16_is_taken_where_a_sample_agrees(lower, compiles, monkeypatch):
 
 
 def test_bfloat16_that_disagrees_is_left_for_float32(lower, compiles, monkeypatch):
-    monkeypatch.setattr(extraction, "processor_has_bfloat16", lambda: True)
-    monkeypatch.setattr(extraction, "BFLOAT16_TOLERANCE", -1.0)
+    monkeypatch.setattr(extractor, "processor_has_bfloat16", lambda: True)
+    monkeypatch.setattr(extractor, "BFLOAT16_TOLERANCE", -1.0)
     features, ((_, facts),) = extracted(lower)
     np.testing.assert_array_equal(features, lower.predict_on_batch(IMAGES))
     assert facts["computed_in"] == "float32"

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from topwork.edge.metrics import Metrics
-from topwork.edge.storage import Storage
+from topwork.clients.prometheus.metrics import Metrics
+from topwork.clients.s3.storage import Storage
 from topwork.model.backbones import backbone
-from topwork.model.blocks import blocks
-from topwork.model.nested import leaves
+from topwork.model.layer_groups import blocks
+from topwork.model.layer_tree import leaves
 from topwork.progress import Quiet
 from topwork.spec import TransferJob
 from topwork.spec.applications import LEAST_SIDE

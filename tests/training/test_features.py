@@ -7,16 +7,16 @@ import keras
 import numpy as np
 import pytest
 
-from topwork.data.local import Split
+from topwork.cancellation import StopSignal
+from topwork.data.local_dataset import Split
 from topwork.errors import SettingError, Stopped
 from topwork.model.freezing import leaves
 from topwork.progress import Quiet
 from topwork.stages.fine_tune import fine_tune
 from topwork.stages.pull import pull
 from topwork.stages.transfer import transfer
-from topwork.stopping import StopSignal
-from topwork.training import features, room
-from topwork.training.room import free_memory
+from topwork.training.feature_cache import features, placement
+from topwork.training.feature_cache.placement import free_memory
 
 
 class Kept(Quiet):
@@ -201,7 +201,7 @@ def test_a_stopped_run_computes_no_feature_twice(head_job, workspace, monkeypatc
 
 
 def test_features_without_room_in_memory_lie_on_scratch(head_job, workspace, monkeypatch):
-    monkeypatch.setattr(room, "MEMORY_SHARE", 0.0)
+    monkeypatch.setattr(placement, "MEMORY_SHARE", 0.0)
     progress = Kept()
     on_scratch, _ = run(head_job("on"), replace(workspace, progress=progress))
     assert told(progress, "features of the frozen layers")[0]["kept_in"] == "scratch"
@@ -210,8 +210,8 @@ def test_features_without_room_in_memory_lie_on_scratch(head_job, workspace, mon
 
 
 def test_features_without_room_are_done_without_or_refused(head_job, workspace, monkeypatch):
-    monkeypatch.setattr(room, "MEMORY_SHARE", 0.0)
-    monkeypatch.setattr(room, "FREE_SHARE", 0.0)
+    monkeypatch.setattr(placement, "MEMORY_SHARE", 0.0)
+    monkeypatch.setattr(placement, "FREE_SHARE", 0.0)
     progress = Kept()
     classifier, _ = run(head_job("auto"), replace(workspace, progress=progress))
     assert len(classifier.history) == 5

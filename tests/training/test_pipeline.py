@@ -3,7 +3,7 @@
 import time
 
 from topwork.pipeline import clear_leftovers, keep_spec, run_pull
-from topwork.spec.reading import read_text
+from topwork.spec.loading.loader import read_text
 
 
 def test_a_run_gives_back_its_own_half_written_uploads_and_spares_those_of_others(make_job, workspace):

@@ -11,14 +11,14 @@ import keras
 import numpy as np
 import pytest
 
+from topwork.artifacts import read_manifest
 from topwork.errors import GateError
-from topwork.manifest import read_manifest
-from topwork.report import recheck
+from topwork.registry import versions
+from topwork.registry.stage_results import Classifier, Parameters
+from topwork.report import export_check
 from topwork.stages import publish as stage
-from topwork.stages import versions
 from topwork.stages.publish import publish
 from topwork.stages.pull import pull
-from topwork.training.trained import Classifier, Parameters
 
 HISTORY = [
     {"stage": "transfer", "epoch": 1, "loss": 0.7, "accuracy": 0.5, "validation_loss": 0.69},
@@ -52,7 +52,7 @@ def untrained():
 @pytest.fixture
 def recheck_here(monkeypatch):
     """Recheck in this process: a fresh one is asserted elsewhere, and takes seconds to start."""
-    monkeypatch.setattr(recheck, "recheck", recheck.compare)
+    monkeypatch.setattr(export_check, "recheck", export_check.compare)
 
 
 @pytest.fixture
@@ -131,7 +131,7 @@ def test_a_published_version_is_complete_and_loads_with_plain_libraries(
 
 
 def _same_probabilities_in_another_process(storage, classifier, picture, tmp_path):
-    from topwork.manifest import fetch_whole
+    from topwork.artifacts import fetch_whole
 
     fetch_whole(storage, "models/tiny/1", tmp_path / "model")
     images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3)).astype(np.float32)
@@ -192,18 +192,18 @@ def test_an_attempt_that_was_killed_before_its_manifest_is_taken_up_again(
 
 
 def test_an_export_that_answers_otherwise_is_not_published(make_job, classifier_of, workspace, monkeypatch):
-    from topwork.model import serving
+    from topwork.model import export
 
     job = make_job(publish={"formats": ["keras"]})
     dataset, classifier = pull(job, workspace), classifier_of(job)
-    export = serving.export
+    export = export.export
 
     def tampered(model, *others):
         copy = keras.models.clone_model(model)
         copy.set_weights([weights + 0.1 for weights in model.get_weights()])
         return export(copy, *others)
 
-    monkeypatch.setattr(serving, "export", tampered)
+    monkeypatch.setattr(export, "export", tampered)
     with pytest.raises(RuntimeError, match=r"probabilities differ in keras by [0-9.e-]+, and 0.0001 is accepted"):
         publish(job, classifier, dataset, workspace)
     assert keys_below(workspace.storage, "models/") == []

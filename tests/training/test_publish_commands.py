@@ -11,13 +11,13 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from topwork.artifacts import write_whole
 from topwork.cli import app
-from topwork.cli.addresses import ModelAddress, model_address
-from topwork.data.images import resize
+from topwork.cli.model_address import ModelAddress, model_address
+from topwork.data.decoding import resize
 from topwork.errors import DataError, SettingError
-from topwork.manifest import write_whole
-from topwork.model.serving import export
-from topwork.stages import versions
+from topwork.model.export import export
+from topwork.registry import versions
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import json
 from concurrent.futures import ThreadPoolExecutor
 
-from topwork.stages import versions
+from topwork.registry import versions
 
 
 def finish(storage, number, name="tiny"):

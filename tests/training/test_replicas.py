@@ -15,15 +15,15 @@ RUN = """
 import json, os, sys
 from pathlib import Path
 import keras, numpy as np
-from topwork.edge.metrics import Metrics
-from topwork.edge.storage import Storage, StorageSettings
+from topwork.clients.prometheus.metrics import Metrics
+from topwork.clients.s3.storage import Storage, StorageSettings
 from topwork.progress import Quiet
 from topwork.spec import TransferJob
 from topwork.spec.training import Optimizer
 from topwork.stages.fine_tune import fine_tune
 from topwork.stages.pull import pull
 from topwork.stages.transfer import transfer
-from topwork.training.caching import Caching
+from topwork.training.feature_cache.policy import Caching
 from topwork.training.plan import Phase, Plan
 from topwork.training.stage import train
 from topwork.training.strategy import strategy

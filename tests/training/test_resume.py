@@ -17,14 +17,14 @@ import keras
 import numpy as np
 import pytest
 
-from topwork.edge.metrics import Metrics
-from topwork.edge.storage import Storage
+from topwork.cancellation import StopSignal
+from topwork.clients.prometheus.metrics import Metrics
+from topwork.clients.s3.storage import Storage
 from topwork.errors import FormatError, Stopped, UnavailableError
 from topwork.progress import Quiet
 from topwork.stages.fine_tune import fine_tune
 from topwork.stages.pull import pull
 from topwork.stages.transfer import transfer
-from topwork.stopping import StopSignal
 
 # Everything that has a state of its own: random views, dropout, a schedule, an average, early stopping, phases.
 SPEC = {
@@ -159,13 +159,13 @@ def test_stopped_within_and_between_epochs_it_goes_on_step_by_step(make_job, wor
 KILLED = """
 import os, signal, sys, time
 from pathlib import Path
-from topwork.edge.metrics import Metrics
-from topwork.edge.storage import Storage, StorageSettings
+from topwork.clients.prometheus.metrics import Metrics
+from topwork.clients.s3.storage import Storage, StorageSettings
 from topwork.progress import Quiet
 from topwork.spec import TransferJob
 from topwork.stages.pull import pull
 from topwork.stages.transfer import transfer
-from topwork.stopping import StopSignal
+from topwork.cancellation import StopSignal
 from topwork.workspace import Workspace
 
 class Killed(Quiet):
@@ -342,8 +342,8 @@ ON_TWO_REPLICAS = """
 import os
 from contextlib import contextmanager
 from pathlib import Path
-from topwork.edge.metrics import Metrics
-from topwork.edge.storage import Storage, StorageSettings
+from topwork.clients.prometheus.metrics import Metrics
+from topwork.clients.s3.storage import Storage, StorageSettings
 from topwork.errors import Stopped
 from topwork.pipeline import run_transfer
 from topwork.progress import Quiet

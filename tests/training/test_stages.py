@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import pytest
 
-from topwork.data.local import fetch
+from topwork.data.local_dataset import fetch
 from topwork.errors import DataError, SpecError
 from topwork.model.freezing import leaves
 from topwork.progress import LineProgress
@@ -15,7 +15,7 @@ from topwork.spec.training import EarlyStopping, Optimizer
 from topwork.stages.fine_tune import fine_tune
 from topwork.stages.pull import pull
 from topwork.stages.transfer import transfer
-from topwork.training.caching import Caching
+from topwork.training.feature_cache.policy import Caching
 from topwork.training.plan import Phase, Plan
 from topwork.training.stage import train
 
@@ -151,8 +151,8 @@ def test_a_stage_that_is_done_returns_at_once_without_its_data(saved_job, worksp
 
 
 def test_input_that_holds_up_an_epoch_is_told_with_what_to_do(make_job, workspace, monkeypatch):
-    monkeypatch.setattr("topwork.training.input_bound.LEAST_SECONDS", 0.0)
-    monkeypatch.setattr("topwork.training.input_bound.MOST_SHARE", 0.0)
+    monkeypatch.setattr("topwork.training.input_stalls.LEAST_SECONDS", 0.0)
+    monkeypatch.setattr("topwork.training.input_stalls.MOST_SHARE", 0.0)
     lines = io.StringIO()
     told = replace(workspace, progress=LineProgress(lines))
     job = make_job(transfer={"train": "all", "epochs": 1, "batchSize": 8}, augmentation={"rotation": 0.1})

@@ -7,7 +7,7 @@ import pytest
 import tensorflow as tf
 
 from topwork.data.batches import evaluation_batches, training_batches
-from topwork.data.local import Split
+from topwork.data.local_dataset import Split
 from topwork.errors import DataError
 
 CLASSES = 3

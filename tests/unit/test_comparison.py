@@ -2,8 +2,8 @@
 
 from datetime import UTC, datetime, timedelta
 
-from topwork.cli.comparison import comparison
-from topwork.edge.metrics import Metrics
+from topwork.cli.output.comparison import comparison
+from topwork.clients.prometheus.metrics import Metrics
 from topwork.stages.publish import Effort, Published
 
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from topwork.cluster.ending import MOST_BYTES, Ending, read_ending
+from topwork.cluster.termination_message import MOST_BYTES, Ending, read_ending
 
 SCRIPT = """
 import sys
 from pathlib import Path
-from topwork.cli.container import Container
-from topwork.edge.metrics import Metrics
+from topwork.cli.runtime.container import Container
+from topwork.clients.prometheus.metrics import Metrics
 from topwork.errors import DataError, GateError, SpecError, Stopped, UnavailableError
 
 container = Container("transfer", Path(sys.argv[1]))
@@ -174,7 +174,7 @@ def test_a_container_that_ends_at_once_has_no_afterword(told):
 
 def test_what_is_said_while_start_up_talk_is_kept_away_arrives(told):
     _, lines, others, _ = told(
-        "import os\nfrom topwork.cli.surroundings import hushed\n"
+        "import os\nfrom topwork.cli.runtime.environment import hushed\n"
         "with hushed():\n    os.write(2, b'talk')\n    container.log.note('here')"
     )
     assert (lines, others) == ([{"message": "here"}], "")

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from topwork.data import proving
-from topwork.data.provers import Provers
-from topwork.data.proving import Proved, Rejection, prove
+from topwork.data import image_validation
+from topwork.data.decode_pool import Provers
+from topwork.data.image_validation import Proved, Rejection, prove
 
 RED, BLUE = (250, 10, 10), (10, 10, 250)
 
@@ -35,7 +35,7 @@ def _pixels(proved):
 
 
 def _decoded_by_tensorflow(proved):
-    from topwork.data.images import decode
+    from topwork.data.decoding import decode
 
     return decode(proved.encoded).numpy()
 
@@ -159,11 +159,11 @@ def test_what_does_not_decode_is_rejected_with_its_reason(data, reason):
     with pytest.raises(Rejection) as rejected:
         prove(data)
     assert rejected.value.reason == reason
-    assert reason in proving.REASONS
+    assert reason in image_validation.REASONS
 
 
 def test_a_file_above_the_limit_of_bytes_is_rejected_unread(monkeypatch):
-    monkeypatch.setattr(proving, "MAX_BYTES", 100)
+    monkeypatch.setattr(image_validation, "MAX_BYTES", 100)
     with pytest.raises(Rejection) as rejected:
         prove(bytes(101))
     assert (rejected.value.reason, rejected.value.detail) == ("too large", "101 bytes, at most 100")
@@ -194,7 +194,7 @@ def test_an_image_that_kills_its_decoder_is_rejected_and_the_others_are_proved()
 
 
 def test_what_pillow_mends_and_tensorflow_does_not_is_encoded_anew():
-    from topwork.data.images import is_readable
+    from topwork.data.decoding import is_readable
 
     whole = _file(_halves(), "PNG")
     damaged = whole[:-1] + b"\0"  # the checksum of its last chunk

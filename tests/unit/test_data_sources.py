@@ -14,9 +14,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from topwork.data.proving import Rejection
+from topwork.clients.prometheus.metrics import Metrics
+from topwork.data.image_validation import Rejection
 from topwork.data.sources import download, open_source
-from topwork.edge.metrics import Metrics
 from topwork.errors import DataError, UnavailableError
 from topwork.spec.dataset import DatasetSource
 

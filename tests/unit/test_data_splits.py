@@ -5,8 +5,8 @@ import re
 import numpy as np
 import pytest
 
+from topwork.data.dataset_manifest import DatasetFacts
 from topwork.data.splits import Examples, check_splits, choose, missing_classes
-from topwork.data.stored import DatasetFacts
 from topwork.errors import DataError
 from topwork.spec.dataset import Dataset, Splits
 

@@ -8,16 +8,16 @@ from pathlib import Path
 import keras
 import pytest
 
-from topwork.cli.describe import describe
-from topwork.data.stored import DatasetFacts
-from topwork.edge.metrics import Metrics
-from topwork.edge.storage import Storage, make_bucket
+from topwork.artifacts import write_whole
+from topwork.cli.commands.describe import describe
+from topwork.clients.prometheus.metrics import Metrics
+from topwork.clients.s3.storage import Storage, make_bucket
+from topwork.data.dataset_manifest import DatasetFacts
 from topwork.errors import DataError
 from topwork.local.server import embedded_storage
-from topwork.manifest import write_whole
 from topwork.progress import Quiet
-from topwork.spec.reading import read_files
-from topwork.spec.writing import yaml_text
+from topwork.spec.loading.loader import read_files
+from topwork.spec.yaml_output import yaml_text
 from topwork.stages.fine_tune import fine_tune
 from topwork.stages.pull import pull
 from topwork.stages.transfer import transfer

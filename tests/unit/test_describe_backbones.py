@@ -5,9 +5,9 @@ import json
 import keras
 import pytest
 
-from topwork.cli.describe import describe
+from topwork.cli.commands.describe import describe
 from topwork.spec.applications import APPLICATIONS
-from topwork.spec.writing import yaml_text
+from topwork.spec.yaml_output import yaml_text
 
 
 @pytest.mark.parametrize("name", APPLICATIONS)

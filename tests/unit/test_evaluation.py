@@ -6,7 +6,7 @@ import pytest
 from topwork.errors import DataError, GateError
 from topwork.report.evaluation import evaluation, reliability
 from topwork.report.gates import gate_outcomes, require_gates
-from topwork.spec.outcome import Gate
+from topwork.spec.evaluation import Gate
 
 LABELS = np.array([0, 0, 1, 1], np.int64)
 # Class 1 is answered for the second, third and fourth image; the second is wrong.

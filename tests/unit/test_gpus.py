@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 from prometheus_client import CollectorRegistry
 
-from topwork.edge.gpus import Gpus, visible_gpus
+from topwork.clients.prometheus.gpus import Gpus, visible_gpus
 
 
 class NVMLError(Exception):

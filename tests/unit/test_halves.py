@@ -4,13 +4,13 @@ import keras
 import numpy as np
 import pytest
 
+from topwork.model.classifier import logits
 from topwork.model.freezing import unfreeze
-from topwork.model.halves import halves, multiplications
-from topwork.model.heads import logits
+from topwork.model.partition import halves, multiplications
 from topwork.spec.feature_cache import FeatureCache
 from topwork.spec.model import Augmentation, Head
 from topwork.spec.training import UnfreezeFrom
-from topwork.training.caching import caching, gain, keeps_features
+from topwork.training.feature_cache.policy import caching, gain, keeps_features
 
 PIXELS = np.random.default_rng(0).uniform(0, 255, (2, 16, 16, 3)).astype(np.float32)
 layers = keras.layers

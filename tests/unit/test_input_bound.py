@@ -3,8 +3,7 @@
 import pytest
 
 from topwork.spec import TransferJob
-from topwork.training.holdups import HoldUps
-from topwork.training.input_bound import is_held_up, remedies, wait_share
+from topwork.training.input_stalls import HoldUps, is_held_up, remedies, wait_share
 
 
 def held(steps: list[tuple[float, float]], last: float) -> tuple[float, float]:

@@ -8,10 +8,10 @@ from typing import get_args
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics
 
-from topwork.data.proving import REASONS
-from topwork.edge.metrics import Metrics, Reached, serve_nothing
-from topwork.edge.metrics_series import MOST_SERIES
-from topwork.spec.outcome import MetricName
+from topwork.clients.prometheus.metrics import Metrics, Reached, serve_nothing
+from topwork.clients.prometheus.series import MOST_SERIES
+from topwork.data.image_validation import REASONS
+from topwork.spec.evaluation import MetricName
 
 
 def value(metrics: Metrics, name: str, **labels: str) -> float | None:

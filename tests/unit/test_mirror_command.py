@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from topwork.cli.mirror import job, tfds, weights
+from topwork.cli.commands.mirror import job, tfds, weights
 from topwork.errors import SettingError
 
 

@@ -133,7 +133,7 @@ def test_a_small_new_base_halves_the_side_with_each_convolution(pooling, names):
 
 
 def test_a_base_without_maps_or_vector_is_refused():
-    from topwork.model.heads import logits
+    from topwork.model.classifier import logits
 
     with pytest.raises(DataError, match=r"^The base's output has the shape \(None, 4, 3\): a head needs feature maps"):
         logits(keras.Input((4, 3)), Head(), 3)

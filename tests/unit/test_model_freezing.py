@@ -14,7 +14,7 @@ from topwork.model.freezing import (
     synchronize_batch_norm,
     unfreeze,
 )
-from topwork.model.nested import walk
+from topwork.model.layer_tree import walk
 from topwork.spec.training import UnfreezeFrom, UnfreezeLayers
 
 

@@ -12,8 +12,8 @@ import pytest
 
 from topwork.errors import DataError
 from topwork.model.classifier import in_precision
-from topwork.model.nested import leaves
-from topwork.model.saved import cut
+from topwork.model.layer_tree import leaves
+from topwork.model.saved_base import cut
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3)).astype(np.float32)
 

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from topwork.cli.overrides import as_options
+from topwork.cli.options import as_options
 from topwork.spec import TransferJob
-from topwork.spec.overrides import apply_overrides, parse_overrides
-from topwork.spec.problems import WrongSpec
-from topwork.spec.reading import read_files, read_text
+from topwork.spec.loading.loader import read_files, read_text
+from topwork.spec.loading.overrides import apply_overrides, parse_overrides
+from topwork.spec.loading.problems import WrongSpec
 
 FILE = Path(__file__).with_name("test_spec_good.yaml")
 GOOD = FILE.read_text(encoding="utf-8")

@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from topwork.cli.parting import hand_over, linger, parting
-from topwork.edge.metrics import Metrics
+from topwork.cli.runtime.shutdown import hand_over, linger, parting
+from topwork.clients.prometheus.metrics import Metrics
 from topwork.errors import GateError, Stopped
 from topwork.spec import TransferJob
 

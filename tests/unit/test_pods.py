@@ -7,7 +7,7 @@ from pathlib import Path
 import certifi
 import pytest
 
-from topwork.cli.pods import CA_VARIABLES, EXTRA_CA, check_variables, trust_extra_authority
+from topwork.cli.runtime.pod_environment import CA_VARIABLES, EXTRA_CA, check_variables, trust_extra_authority
 from topwork.errors import SettingError
 
 

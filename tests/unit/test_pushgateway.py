@@ -11,8 +11,8 @@ import pytest
 from typer.testing import CliRunner
 
 from topwork.cli import app
-from topwork.edge.metrics import Metrics
-from topwork.edge.pushgateway import delete, push
+from topwork.clients.prometheus.metrics import Metrics
+from topwork.clients.prometheus.pushgateway import delete, push
 from topwork.errors import SettingError, UnavailableError
 
 RUN = "cats-12345678"
@@ -117,7 +117,5 @@ def test_without_an_address_deleting_says_where_to_name_it():
 
 
 def test_deleting_needs_no_training_library():
-    code = (
-        "import sys, topwork.cli.metrics, topwork.edge.pushgateway; assert not {'tensorflow', 'boto3'} & {*sys.modules}"
-    )
+    code = "import sys, topwork.cli.commands.metrics, topwork.clients.prometheus.pushgateway; assert not {'tensorflow', 'boto3'} & {*sys.modules}"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 from ruamel.yaml import YAML
 
-from topwork.data.stored import DatasetFacts, RejectedImage
+from topwork.data.dataset_manifest import DatasetFacts, RejectedImage
+from topwork.report.documents import card_md, confusions, report_html
 from topwork.report.evaluation import evaluation
-from topwork.report.figures import curves
-from topwork.report.outcome import Mistake, Outcome, history_csv, metrics_json, step_seconds
-from topwork.report.pages import card_md, confusions, report_html
-from topwork.report.recheck import Recheck
+from topwork.report.export_check import Recheck
+from topwork.report.plots import curves
+from topwork.report.results import Mistake, Outcome, history_csv, metrics_json, step_seconds
 from topwork.spec import TransferJob
 from topwork.spec.training import FineTune
-from topwork.spec.writing import yaml_text
+from topwork.spec.yaml_output import yaml_text
 
 HOSTILE = '<script>alert("x")</script>|`$\\alpha$`'
 HISTORY = [

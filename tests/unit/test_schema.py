@@ -7,10 +7,11 @@ import jsonschema
 import pytest
 from ruamel.yaml import YAML
 
-from topwork.cli.schema import schema
-from topwork.spec import TransferJob, shape
-from topwork.spec.reference import reference_text
-from topwork.spec.schema import schema_text
+from topwork.cli.commands.spec import schema
+from topwork.spec import TransferJob
+from topwork.spec.schema import key_types
+from topwork.spec.schema.json_schema import schema_text
+from topwork.spec.schema.reference import reference_text
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -66,8 +67,8 @@ def test_reference_has_every_key() -> None:
     sections = reference_text().split("\n## ")
     missing = [
         f"{path}.{key}"
-        for path, part in shape.parts(TransferJob)
-        for key in shape.keys(part)
+        for path, part in key_types.parts(TransferJob)
+        for key in key_types.keys(part)
         if not any(f"| `{key}` |" in section for section in sections if section.startswith(path and f"`{path}`\n"))
     ]
     assert missing == []

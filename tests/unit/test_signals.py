@@ -8,9 +8,9 @@ import pytest
 
 STOPPED_WHERE = """
 import os, signal, sys, time, weakref
-from topwork.cli.signals import end_overdue, stopped_by_signals
+from topwork.cli.runtime.signals import end_overdue, stopped_by_signals
 from topwork.errors import Stopped
-from topwork.stopping import StopSignal
+from topwork.cancellation import StopSignal
 
 def ready():
     print("ready", flush=True)

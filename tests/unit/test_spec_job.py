@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 from pydantic import Strict, ValidationError
 
-from topwork.spec import TransferJob, shape
+from topwork.spec import TransferJob
 from topwork.spec.compute import in_millicores
+from topwork.spec.schema import key_types
 
 LEAST: dict[str, Any] = {
     "apiVersion": "topwork.dev/v1alpha1",
@@ -224,9 +225,9 @@ def test_job_is_frozen() -> None:
 def test_every_number_and_boolean_is_strict() -> None:
     lax = [
         f"{path}.{key}"
-        for path, part in shape.parts(TransferJob)
-        for key, field in shape.keys(part).items()
-        for kind in shape.kinds(field.annotation, field.metadata)
+        for path, part in key_types.parts(TransferJob)
+        for key, field in key_types.keys(part).items()
+        for kind in key_types.kinds(field.annotation, field.metadata)
         if kind.of in {int, float, bool} and not kind.find(Strict)
     ]
     assert lax == []
@@ -235,8 +236,8 @@ def test_every_number_and_boolean_is_strict() -> None:
 def test_every_key_is_described() -> None:
     silent = [
         f"{path}.{key}"
-        for path, part in shape.parts(TransferJob)
-        for key, field in shape.keys(part).items()
+        for path, part in key_types.parts(TransferJob)
+        for key, field in key_types.keys(part).items()
         if not (field.description or "").endswith(".")
     ]
     assert silent == []

@@ -6,8 +6,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from topwork.spec import TransferJob
-from topwork.spec.problems import WrongSpec
-from topwork.spec.reading import read_bytes, read_text
+from topwork.spec.loading.loader import read_bytes, read_text
+from topwork.spec.loading.problems import WrongSpec
 
 GOOD = Path(__file__).with_name("test_spec_good.yaml").read_text(encoding="utf-8")
 LINES = GOOD.splitlines()

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from topwork.spec.problems import Problem, WrongSpec
-from topwork.spec.reading import MOST_BYTES, read_bytes, read_files, read_jobs, read_text
+from topwork.spec.loading.loader import MOST_BYTES, read_bytes, read_files, read_jobs, read_text
+from topwork.spec.loading.problems import Problem, WrongSpec
 
 GOOD = Path(__file__).with_name("test_spec_good.yaml").read_text(encoding="utf-8")
 

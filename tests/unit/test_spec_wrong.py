@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from topwork.spec.applications import LEAST_SIDE
-from topwork.spec.problems import WrongSpec
-from topwork.spec.reading import read_text
+from topwork.spec.loading.loader import read_text
+from topwork.spec.loading.problems import WrongSpec
 
 GOOD = Path(__file__).with_name("test_spec_good.yaml").read_text(encoding="utf-8")
 APPLICATIONS = ", ".join(LEAST_SIDE)

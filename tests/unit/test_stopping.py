@@ -4,8 +4,8 @@ import contextlib
 
 import pytest
 
+from topwork.cancellation import StopNow, StopSignal
 from topwork.errors import Stopped
-from topwork.stopping import StopNow, StopSignal
 
 
 def test_a_wish_to_stop_is_granted_at_once():

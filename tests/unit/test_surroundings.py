@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from topwork.cli.surroundings import default_state, has_own_storage
+from topwork.cli.runtime.environment import default_state, has_own_storage
 
 
 def test_the_state_folder_follows_its_variable_then_xdg_then_home(monkeypatch):
@@ -33,7 +33,7 @@ def test_an_aws_file_means_own_storage(monkeypatch, tmp_path):
 
 HUSHED = """
 import os
-from topwork.cli.surroundings import hushed
+from topwork.cli.runtime.environment import hushed
 with hushed():
     os.write(2, b"start-up talk\\n")
     {then}

@@ -9,11 +9,11 @@ from datetime import UTC, datetime
 import pytest
 from prometheus_client import generate_latest
 
-from topwork.cli.top_figures import Figures, Speed, Traffic
-from topwork.cli.top_reckoning import History, Place, figures
-from topwork.cli.top_views import as_json, detail, table
-from topwork.edge.metrics import Metrics
-from topwork.edge.scrape import Reading, parse_page
+from topwork.cli.top.calculation import History, Place, figures
+from topwork.cli.top.snapshot import Figures, Speed, Traffic
+from topwork.cli.top.views import as_json, detail, table
+from topwork.clients.prometheus.metrics import Metrics
+from topwork.clients.prometheus.scrape import Reading, parse_page
 
 BEGAN = 1_600_000_000.0
 PLACE = Place("http://127.0.0.1:9101/metrics")

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import pytest
 
 from topwork.cli import main
-from topwork.edge.metrics import Metrics
+from topwork.clients.prometheus.metrics import Metrics
 
 PATIENCE_SECONDS = 30.0
 ENTERED, LEFT = b"\x1b[?1049h", b"\x1b[?1049l"
@@ -178,7 +178,7 @@ def test_an_unknown_run_names_those_that_there_are(top: Callable[..., Ended], ca
 
 
 def test_a_process_that_has_gone_is_shown_as_it_was():
-    from topwork.cli.top_sources import Pages
+    from topwork.cli.top.sources import Pages
 
     body = b'topwork_stage_running{run="cats-1a2b3c4d",stage="transfer",transferjob="cats"} 1\n'
     with http_server(200, body) as url:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from topwork.cli.validate import validate
+from topwork.cli.commands.spec import validate
 from topwork.errors import SpecError
-from topwork.spec.reading import read_jobs
+from topwork.spec.loading.loader import read_jobs
 
 GOOD = Path(__file__).with_name("test_spec_good.yaml")
 
@@ -44,8 +44,6 @@ def test_validate_reads_standard_input_and_exits_2_without_a_traceback() -> None
 
 
 def test_validate_loads_no_tensorflow() -> None:
-    script = (
-        "import sys, topwork.cli.validate; print([name for name in sys.modules if name in ('tensorflow', 'keras')])"
-    )
+    script = "import sys, topwork.cli.commands.spec; print(sorted({'tensorflow', 'keras'} & {*sys.modules}))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True, text=True)
     assert done.stdout == "[]\n"

@@ -4,17 +4,17 @@
 the other: each finds in storage what those before it have done.
 """
 
-from topwork.data.stored import StoredDataset
-from topwork.disk import room_told
+from topwork.data.dataset_manifest import StoredDataset
+from topwork.disk_space import room_told
+from topwork.registry.garbage_collection import of_finished_stages
+from topwork.registry.stage_results import Classifier
 from topwork.spec import TransferJob
-from topwork.spec.writing import yaml_text
+from topwork.spec.yaml_output import yaml_text
 from topwork.stages.fine_tune import fine_tune
-from topwork.stages.leftovers import of_finished_stages
 from topwork.stages.publish import Published, publish
 from topwork.stages.pull import pull
 from topwork.stages.transfer import transfer
 from topwork.training.strategy import strategy
-from topwork.training.trained import Classifier
 from topwork.workspace import Workspace
 
 

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as RichProgress
 from rich.text import Text
 
-from topwork.secrecy import without_secrets
+from topwork.redaction import without_secrets
 
 Fact = str | int | float | bool | None
 

@@ -5,10 +5,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from topwork.edge.metrics import Metrics
-from topwork.edge.storage import Storage
+from topwork.cancellation import StopSignal
+from topwork.clients.prometheus.metrics import Metrics
+from topwork.clients.s3.storage import Storage
 from topwork.progress import Fact, Progress, Tracker
-from topwork.stopping import StopSignal
 
 
 @dataclass(frozen=True)

@@ -9,30 +9,30 @@ import typer
 from typer.core import TyperGroup
 
 from topwork import __version__
-from topwork.cli.failures import BUG, failure_of
-from topwork.cli.surroundings import prepare_process
-from topwork.secrecy import without_secrets
+from topwork.cli.runtime.environment import prepare_process
+from topwork.cli.runtime.exit_codes import BUG, failure_of
+from topwork.redaction import without_secrets
 
 COMMANDS = {
-    "run": "topwork.cli.run:run",
-    "stage": "topwork.cli.stage:stage",
-    "validate": "topwork.cli.validate:validate",
-    "describe": "topwork.cli.describe:describe",
-    "render": "topwork.cli.render:render",
-    "submit": "topwork.cli.submit:submit",
-    "status": "topwork.cli.status:status",
-    "list": "topwork.cli.status:list_runs",
-    "logs": "topwork.cli.logs:logs",
-    "top": "topwork.cli.top:top",
-    "cancel": "topwork.cli.cancel:cancel",
-    "backbones": "topwork.cli.backbones:backbones",
-    "schema": "topwork.cli.schema:schema",
-    "predict": "topwork.cli.predict:predict",
-    "models": "topwork.cli.models:app",
-    "mirror": "topwork.cli.mirror:app",
-    "storage": "topwork.cli.storage:app",
-    "metrics": "topwork.cli.metrics:app",
-    "gc": "topwork.cli.gc:gc",
+    "run": "topwork.cli.commands.run:run",
+    "stage": "topwork.cli.commands.stage:stage",
+    "validate": "topwork.cli.commands.spec:validate",
+    "describe": "topwork.cli.commands.describe:describe",
+    "render": "topwork.cli.commands.render:render",
+    "submit": "topwork.cli.commands.submit:submit",
+    "status": "topwork.cli.commands.status:status",
+    "list": "topwork.cli.commands.status:list_runs",
+    "logs": "topwork.cli.commands.logs:logs",
+    "top": "topwork.cli.top.command:top",
+    "cancel": "topwork.cli.commands.cancel:cancel",
+    "backbones": "topwork.cli.commands.backbones:backbones",
+    "schema": "topwork.cli.commands.spec:schema",
+    "predict": "topwork.cli.commands.predict:predict",
+    "models": "topwork.cli.commands.models:app",
+    "mirror": "topwork.cli.commands.mirror:app",
+    "storage": "topwork.cli.commands.storage:app",
+    "metrics": "topwork.cli.commands.metrics:app",
+    "gc": "topwork.cli.commands.gc:gc",
 }
 
 

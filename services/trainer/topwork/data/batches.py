@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
-from topwork.data.local import Indices, Split, fixed
-from topwork.data.provers import usable_cores
+from topwork.data.decode_pool import usable_cores
+from topwork.data.local_dataset import Indices, Split, fixed
 from topwork.data.splits import permutation
 from topwork.errors import DataError
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from topwork.data.stored import DatasetFacts
+from topwork.data.dataset_manifest import DatasetFacts
 from topwork.errors import DataError
 from topwork.spec.dataset import Dataset, PerClass, Splits
 from topwork.spec.slices import Slice, parse_slices

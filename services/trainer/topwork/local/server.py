@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO
 from urllib.parse import urlsplit
 
-from topwork.edge.storage import StorageSettings
+from topwork.clients.s3.storage import StorageSettings
 from topwork.errors import SettingError, UnavailableError
 from topwork.local import supervisor
 

@@ -8,8 +8,8 @@ from typing import Any, Literal
 import keras
 
 from topwork.errors import DataError
-from topwork.model.blocks import blocks
-from topwork.model.nested import find, leaves
+from topwork.model.layer_groups import blocks
+from topwork.model.layer_tree import find, leaves
 from topwork.spec.training import UnfreezeFrom, UnfreezeLayers
 
 __all__ = ["LayerGroup", "Unfrozen", "audit", "digest", "frozen_variables", "leaves", "parameter_groups", "unfreeze"]

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 
 from topwork.errors import DataError
-from topwork.model.files import Refused, check_h5
+from topwork.model.file_inspection import Refused, check_h5
 
 # Deviation of ImageNet's pixels in 0..1: IMAGENET_STDDEV_RGB of keras/src/applications/efficientnet.py.
 _IMAGENET_DEVIATION = np.array([0.229, 0.224, 0.225], np.float32)

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 
 from topwork.errors import GateError
 from topwork.report.evaluation import Figures
-from topwork.spec.outcome import Gate
+from topwork.spec.evaluation import Gate
 
 
 class GateOutcome(Figures):

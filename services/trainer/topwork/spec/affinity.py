@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from typing import Any
 
-from topwork.spec.part import Refusal
-from topwork.spec.words import hint, shown
+from topwork.spec.messages import hint, shown
+from topwork.spec.section import Refusal
 
 # The shape of Kubernetes' own types as plain data: a mapping of keys, a list of one shape, a mapping of texts, text, or
 # a whole number. A key that must be given ends in !. (k8s.io/api/core/v1: Affinity)

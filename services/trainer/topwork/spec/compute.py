@@ -6,10 +6,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, StringConstraints, Tag
 
-from topwork.spec.address import HttpUrl
 from topwork.spec.affinity import wrong_affinity
-from topwork.spec.part import Meaning, Number, Part, Refusal, Whole, YesNo, named_once, rule
-from topwork.spec.words import hint, shown
+from topwork.spec.messages import hint, shown
+from topwork.spec.section import Meaning, Number, Part, Refusal, Whole, YesNo, named_once, rule
+from topwork.spec.uris import HttpUrl
 
 ByteQuantity = Annotated[
     str,

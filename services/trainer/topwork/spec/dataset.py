@@ -6,10 +6,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints
 
-from topwork.spec.address import ArchiveUri, FolderUri, TableUri
-from topwork.spec.part import Meaning, Number, Part, Refusal, Whole, rule
+from topwork.spec.messages import listed, shown
+from topwork.spec.section import Meaning, Number, Part, Refusal, Whole, rule
 from topwork.spec.slices import Slicing, parse_slices
-from topwork.spec.words import listed, shown
+from topwork.spec.uris import ArchiveUri, FolderUri, TableUri
 
 Side = Annotated[Whole, Field(ge=16, le=2048)]
 Sha256 = Annotated[

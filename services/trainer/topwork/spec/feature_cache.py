@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from topwork.spec.part import Part, Refusal, Whole, rule
+from topwork.spec.section import Part, Refusal, Whole, rule
 
 CacheUse = Literal["auto", "on", "off"]
 

@@ -6,13 +6,13 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from topwork.spec.address import StorageUri
 from topwork.spec.compute import Compute, LabelKey, LabelValue, Metrics
 from topwork.spec.dataset import Dataset
+from topwork.spec.evaluation import DnsLabel, Evaluate, Publish
 from topwork.spec.model import Augmentation, Model
-from topwork.spec.outcome import DnsLabel, Evaluate, Publish
-from topwork.spec.part import Part, Whole
+from topwork.spec.section import Part, Whole
 from topwork.spec.training import FineTune, Transfer
+from topwork.spec.uris import StorageUri
 
 # What changes no result, so that a run goes on when it is changed.
 NO_RESULT: Any = {

@@ -5,10 +5,10 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Discriminator, Field, StringConstraints, Tag
 
-from topwork.spec.address import ModelUri, Weights, refused
 from topwork.spec.applications import APPLICATIONS
-from topwork.spec.part import Meaning, Number, Part, Refusal, Whole, rule
-from topwork.spec.words import hint, listed, shown
+from topwork.spec.messages import hint, listed, shown
+from topwork.spec.section import Meaning, Number, Part, Refusal, Whole, rule
+from topwork.spec.uris import ModelUri, Weights, refused
 
 Units = Annotated[Whole, Field(ge=1, le=65536)]
 

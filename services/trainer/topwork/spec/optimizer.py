@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from topwork.spec.part import Number, Part, Refusal, Whole, YesNo, rule
-from topwork.spec.words import listed, shown
+from topwork.spec.messages import listed, shown
+from topwork.spec.section import Number, Part, Refusal, Whole, YesNo, rule
 
 LearningRate = Annotated[Number, Field(gt=0.0, le=10.0)]
 Share = Annotated[Number, Field(ge=0.0, lt=1.0)]

@@ -4,11 +4,11 @@ from collections.abc import Iterator
 
 from topwork.spec.applications import LEAST_SIDE
 from topwork.spec.job import JobSpec
+from topwork.spec.messages import shown
 from topwork.spec.model import Augmentation
 from topwork.spec.optimizer import Optimizer
-from topwork.spec.part import Refusal, rule
+from topwork.spec.section import Refusal, rule
 from topwork.spec.training import FeatureCache, Loss, UnfreezeSteps
-from topwork.spec.words import shown
 
 
 @rule(JobSpec)

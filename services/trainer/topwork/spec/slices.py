@@ -7,9 +7,9 @@ from typing import Annotated
 
 from pydantic import AfterValidator
 
-from topwork.spec.address import refused
-from topwork.spec.part import Meaning
-from topwork.spec.words import shown
+from topwork.spec.messages import shown
+from topwork.spec.section import Meaning
+from topwork.spec.uris import refused
 
 TERM = re.compile(r"(?P<split>[A-Za-z0-9_.-]+?)(?:\[(?P<start>[^:\]]*):(?P<end>[^:\]]*)\])?")
 BOUNDARY = re.compile(r"(?P<value>-?[0-9][0-9_]{0,15})(?P<percent>%?)")

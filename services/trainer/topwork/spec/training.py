@@ -7,9 +7,9 @@ from typing import Annotated, Literal
 from pydantic import Discriminator, Field, StringConstraints, Tag
 
 from topwork.spec.feature_cache import CacheSetting, FeatureCache, views_are_seen
+from topwork.spec.messages import shown
 from topwork.spec.optimizer import Ema, LearningRate, Optimizer, Schedule
-from topwork.spec.part import Meaning, Number, Part, Refusal, Whole, rule
-from topwork.spec.words import shown
+from topwork.spec.section import Meaning, Number, Part, Refusal, Whole, rule
 
 __all__ = [
     "EarlyStopping",

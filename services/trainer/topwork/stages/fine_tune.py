@@ -2,14 +2,14 @@
 
 import keras
 
-from topwork.data.stored import StoredDataset
+from topwork.data.dataset_manifest import StoredDataset
+from topwork.registry.stage_results import Classifier, read_done
 from topwork.spec import TransferJob
 from topwork.spec.job import JobSpec
 from topwork.spec.training import FineTune, UnfreezeLayers, UnfreezeSteps
-from topwork.training.caching import caching
+from topwork.training.feature_cache.policy import caching
 from topwork.training.plan import Phase, Plan
 from topwork.training.stage import found, train
-from topwork.training.trained import Classifier, read_done
 from topwork.workspace import Workspace
 
 # Keeps the views and orders of this stage apart from those of transfer, which has the job's seed itself.

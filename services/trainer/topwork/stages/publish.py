@@ -8,24 +8,24 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict
 
-from topwork.data.stored import StoredDataset, dataset_prefix
-from topwork.edge.metrics import Metrics
-from topwork.edge.storage import Storage
+from topwork.artifacts import read_record, write_whole
+from topwork.clients.prometheus.metrics import Metrics
+from topwork.clients.s3.storage import Storage
+from topwork.data.dataset_manifest import StoredDataset, dataset_prefix
 from topwork.errors import DataError
-from topwork.manifest import read_record, write_whole
+from topwork.registry import versions
+from topwork.registry.stage_results import Classifier, StageName, read_done
+from topwork.registry.versions import Version
+from topwork.report.documents import card_md, report_html
 from topwork.report.gates import gate_outcomes, require_gates
-from topwork.report.outcome import Outcome, batch_sizes, history_csv, metrics_json, step_seconds
-from topwork.report.pages import card_md, report_html
+from topwork.report.results import Outcome, batch_sizes, history_csv, metrics_json, step_seconds
 from topwork.spec import TransferJob
-from topwork.spec.writing import yaml_text
-from topwork.stages import versions
-from topwork.stages.versions import Version
-from topwork.training.input_bound import is_held_up, wait_share
-from topwork.training.trained import Classifier, StageName, read_done
+from topwork.spec.yaml_output import yaml_text
+from topwork.training.input_stalls import is_held_up, wait_share
 from topwork.workspace import Workspace
 
 if TYPE_CHECKING:
-    from topwork.stages.assessment import Assessed
+    from topwork.report.held_out import Assessed
 
 # Those that train, in their order.
 STAGES: tuple[StageName, ...] = ("transfer", "fine-tune")
@@ -168,7 +168,7 @@ def _done(job: TransferJob, classifier: Classifier, workspace: Workspace) -> Pub
 def _assess(
     job: TransferJob, classifier: Classifier, dataset: StoredDataset, workspace: Workspace, folder: Path
 ) -> "Assessed":
-    from topwork.stages.assessment import assess
+    from topwork.report.held_out import assess
 
     assessed = assess(job, classifier, dataset, workspace, folder)
     evaluation = assessed.outcome.evaluation
@@ -197,9 +197,9 @@ def _hold_gates(outcome: Outcome, workspace: Workspace) -> Outcome:
 
 
 def _export(outcome: Outcome, assessed: "Assessed", workspace: Workspace, folder: Path) -> Outcome:
-    from topwork.data.images import resize
-    from topwork.model.serving import export
-    from topwork.report.recheck import recheck
+    from topwork.data.decoding import resize
+    from topwork.model.export import export
+    from topwork.report.export_check import recheck
 
     formats = outcome.job.spec.publish.formats
     workspace.progress.note("export", formats=" ".join(formats))

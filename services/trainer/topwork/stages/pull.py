@@ -10,16 +10,16 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from topwork.data.provers import Provers
-from topwork.data.proving import REASONS
+from topwork.artifacts import read_manifest, read_record, write_whole
+from topwork.clients.s3.storage import Storage
+from topwork.data.dataset_manifest import DatasetFacts, RejectedImage, StoredDataset, dataset_prefix, shown_rejections
+from topwork.data.decode_pool import Provers
+from topwork.data.image_validation import REASONS
 from topwork.data.sources import Source, open_source
 from topwork.data.sources.source import lookalikes
 from topwork.data.splits import check_splits
-from topwork.data.stored import DatasetFacts, RejectedImage, StoredDataset, dataset_prefix, shown_rejections
-from topwork.disk import require_room
-from topwork.edge.storage import Storage
+from topwork.disk_space import require_room
 from topwork.errors import DataError
-from topwork.manifest import read_manifest, read_record, write_whole
 from topwork.spec import TransferJob
 from topwork.workspace import Workspace
 
@@ -194,8 +194,8 @@ def _require_room(source: Source, workspace: Workspace) -> None:
 
 
 def _written(source: Source, fingerprint: str, folder: Path, workspace: Workspace) -> tuple[Path, DatasetFacts]:
-    from topwork.data.images import is_readable
-    from topwork.data.writing import write_tfds
+    from topwork.data.decoding import is_readable
+    from topwork.data.tfds_writer import write_tfds
 
     counts = list(source.splits().values())
     total = None if None in counts else sum(count or 0 for count in counts)

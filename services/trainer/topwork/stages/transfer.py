@@ -4,15 +4,15 @@ from pathlib import Path
 
 import keras
 
-from topwork.data.stored import StoredDataset
+from topwork.data.dataset_manifest import StoredDataset
 from topwork.model.classifier import build
+from topwork.registry.stage_results import Classifier, read_done
 from topwork.spec import TransferJob
 from topwork.spec.job import JobSpec
 from topwork.training.base_files import base_file
-from topwork.training.caching import caching
+from topwork.training.feature_cache.policy import caching
 from topwork.training.plan import Phase, Plan
 from topwork.training.stage import found, train
-from topwork.training.trained import Classifier, read_done
 from topwork.workspace import Workspace
 
 

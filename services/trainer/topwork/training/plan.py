@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 
 from topwork.model.freezing import Unfrozen
+from topwork.registry.stage_results import StageName
 from topwork.spec.training import EarlyStopping, Loss, Optimizer
-from topwork.training.caching import Caching
-from topwork.training.trained import StageName
+from topwork.training.feature_cache.policy import Caching
 
 
 @dataclass(frozen=True)

@@ -6,23 +6,14 @@ from datetime import UTC, datetime
 
 import keras
 
-from topwork.data.local import LocalDataset, fetch
-from topwork.data.stored import StoredDataset
-from topwork.edge.storage import entry_of
+from topwork.clients.s3.storage import entry_of
+from topwork.data.dataset_manifest import StoredDataset
+from topwork.data.local_dataset import LocalDataset, fetch
 from topwork.model.augmentation import augment
 from topwork.model.classifier import in_precision
 from topwork.model.freezing import parameter_groups, unfreeze
-from topwork.model.halves import Halves, halves, multiplications
-from topwork.spec import TransferJob
-from topwork.training.caching import keeps_features
-from topwork.training.checkpoints import Checkpoints
-from topwork.training.checks import check_data
-from topwork.training.features import FeatureJob, computed, features_prefix
-from topwork.training.input_bound import remedies
-from topwork.training.loop import Training
-from topwork.training.plan import Plan
-from topwork.training.strategy import check_replicas, policy, strategy
-from topwork.training.trained import (
+from topwork.model.partition import Halves, halves, multiplications
+from topwork.registry.stage_results import (
     Classifier,
     Parameters,
     Row,
@@ -33,6 +24,15 @@ from topwork.training.trained import (
     stage_prefix,
     write_done,
 )
+from topwork.spec import TransferJob
+from topwork.training.checkpoints import Checkpoints
+from topwork.training.feature_cache.features import FeatureJob, computed, features_prefix
+from topwork.training.feature_cache.policy import keeps_features
+from topwork.training.input_stalls import remedies
+from topwork.training.plan import Plan
+from topwork.training.preflight import check_data
+from topwork.training.strategy import check_replicas, policy, strategy
+from topwork.training.trainer import Training
 from topwork.workspace import Workspace
 
 

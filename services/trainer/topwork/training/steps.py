@@ -7,8 +7,8 @@ from typing import Any, Protocol
 
 from topwork.errors import DataError
 from topwork.progress import Tracker
-from topwork.training.course import Course
-from topwork.training.holdups import HoldUps
+from topwork.training.input_stalls import HoldUps
+from topwork.training.train_state import Course
 from topwork.workspace import Workspace
 
 # Reading the loss waits for the device: often enough to end soon, too seldom to be felt.

@@ -8,7 +8,7 @@ import tensorflow as tf
 from sklearn.metrics import roc_auc_score
 
 from topwork.data.batches import evaluation_batches
-from topwork.data.local import Split
+from topwork.data.local_dataset import Split
 from topwork.errors import DataError
 from topwork.training.losses import correct, targets
 from topwork.training.steps import lost

@@ -6,10 +6,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from topwork.data.proving import UNSAFE, Rejection
-from topwork.data.sources.bounds import MAX_DEPTH, MAX_NAME
+from topwork.data.image_validation import UNSAFE, Rejection
+from topwork.data.sources.archive_limits import MAX_DEPTH, MAX_NAME
+from topwork.data.sources.archive_members import Member, members, path_parts
 from topwork.data.sources.download import Download
-from topwork.data.sources.members import Member, members, path_parts
 from topwork.data.sources.source import TRAIN, Item, Room, class_of, last_part, slug
 from topwork.errors import DataError, UnavailableError
 from topwork.spec.dataset import ArchiveSource

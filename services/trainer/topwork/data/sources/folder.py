@@ -8,9 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from topwork.data.proving import MAX_BYTES, MISSING, TOO_LARGE, Rejection
+from topwork.clients.s3.storage import Storage
+from topwork.data.image_validation import MAX_BYTES, MISSING, TOO_LARGE, Rejection
 from topwork.data.sources.source import TRAIN, Item, Room, class_of, last_part, printable, slug
-from topwork.edge.storage import Storage
 from topwork.errors import DataError
 from topwork.spec.dataset import FolderSource
 from topwork.workspace import Workspace

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
-from topwork.edge.hosts import check_plain_http, is_forbidden
+from topwork.clients.url_policy import check_plain_http, is_forbidden
 from topwork.errors import DataError
 
 ANSWER_SECONDS = 120.0

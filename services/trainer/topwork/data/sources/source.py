@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from topwork.secrecy import without_secrets
+from topwork.redaction import without_secrets
 
 TRAIN = "train"
 """The one split of every source but TFDS."""

@@ -7,9 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from topwork.data.proving import MAX_BYTES, MISSING, TOO_LARGE, Rejection
-from topwork.data.sources.rows import Labels, rows_of
+from topwork.data.image_validation import MAX_BYTES, MISSING, TOO_LARGE, Rejection
 from topwork.data.sources.source import TRAIN, Item, last_part, printable, slug
+from topwork.data.sources.table_reader import Labels, rows_of
 from topwork.errors import DataError
 from topwork.spec.dataset import TableSource
 from topwork.workspace import Workspace

@@ -14,11 +14,11 @@ from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_rand
 from tensorflow_datasets.core.download import downloader
 from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
 
-from topwork.data.mirror import ROOT, AskedName, fetch_facts, fetch_images, is_prepared, mirrored
+from topwork.artifacts import fetch_whole, read_manifest
+from topwork.clients.prometheus.metrics import Metrics
 from topwork.data.sources.source import Item, Room, slug
-from topwork.edge.metrics import Metrics
+from topwork.data.tfds_mirror import ROOT, AskedName, fetch_facts, fetch_images, is_prepared, mirrored
 from topwork.errors import DataError, UnavailableError
-from topwork.manifest import fetch_whole, read_manifest
 from topwork.workspace import Workspace
 
 ATTEMPTS = 3

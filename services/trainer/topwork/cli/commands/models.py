@@ -1,0 +1,111 @@
+"""`topwork models`: list, show and fetch what is published."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from topwork.artifacts import fetch_whole, read_manifest
+from topwork.cli.model_address import model_address, open_version
+from topwork.cli.runtime.environment import storage_at
+from topwork.errors import SettingError
+from topwork.registry import versions
+from topwork.registry.versions import Version
+
+app = typer.Typer(help="List, show and fetch published models.", no_args_is_help=True, rich_markup_mode=None)
+
+State = Annotated[Path | None, typer.Option(help="Folder of the embedded S3 [default: ~/.local/state/topwork].")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Number = Annotated[int | None, typer.Option("--version", min=1, help="Version of the model [default: the latest].")]
+WHERE = "s3://bucket/prefix of the models, or s3://bucket/prefix/models/NAME[/VERSION]."
+MEBIBYTE = 2**20
+
+
+@app.command("list")
+def list_models(
+    storage_uri: Annotated[str, typer.Argument(metavar="STORAGE", help="s3://bucket/prefix, as spec.storage.")],
+    as_json: Json = False,
+    state: State = None,
+) -> None:
+    """List the published models of a storage, each with its latest version."""
+    with storage_at(storage_uri, state) as storage:
+        found = {
+            name: (numbers, versions.latest(storage, name) or versions.published(storage, name, numbers[-1]))
+            for name, numbers in versions.models(storage).items()
+        }
+    if as_json:
+        content = [
+            {"name": name, "versions": numbers, "latest": latest.model_dump(mode="json") if latest else None}
+            for name, (numbers, latest) in found.items()
+        ]
+        typer.echo(json.dumps(content, indent=2))
+        return
+    if not found:
+        typer.echo(f"No models are published in {storage_uri}.")
+        return
+    table = Table("model", "latest", "versions", "metric", "published", box=None, pad_edge=False)
+    for name, (numbers, latest) in found.items():
+        table.add_row(name, str(latest.version) if latest else "", str(len(numbers)), *_main_metric(latest))
+    Console(highlight=False, soft_wrap=True).print(table)
+
+
+@app.command()
+def show(
+    where: Annotated[str, typer.Argument(help=WHERE)],
+    name: Annotated[str | None, typer.Argument(help="Name of the model, with a storage.")] = None,
+    version: Number = None,
+    as_json: Json = False,
+    state: State = None,
+) -> None:
+    """Show a published version: its metrics, where it comes from, and its files."""
+    with open_version(model_address(where, name, version), state) as (storage, found):
+        prefix = versions.prefix_of(found.name, found.version)
+        manifest = read_manifest(storage, prefix)
+        files = manifest.files if manifest else {}
+    if as_json:
+        sizes = {file: entry.size for file, entry in files.items()}
+        typer.echo(json.dumps({**found.model_dump(mode="json"), "files": sizes}, indent=2))
+        return
+    total = sum(entry.size for entry in files.values()) / MEBIBYTE
+    lines = {"model": found.uri, "run": found.run, "published": found.published}
+    lines |= {metric: f"{value:.4f}" for metric, value in found.metrics.items()}
+    lines |= {"files": f"{len(files)}, {total:.1f} MiB: {', '.join(sorted(files))}"}
+    width = max(len(label) for label in lines)
+    typer.echo(f"{found.name} version {found.version}")
+    for label, value in lines.items():
+        typer.echo(f"  {label:<{width}}  {value}")
+
+
+@app.command()
+def fetch(
+    where: Annotated[str, typer.Argument(help=WHERE)],
+    words: Annotated[list[str], typer.Argument(metavar="[NAME] TARGET", help="Name, with a storage; target folder.")],
+    version: Number = None,
+    state: State = None,
+) -> None:
+    """Fetch a published version to a folder, which appears whole and checked against the manifest, or not at all."""
+    if len(words) > 2:
+        raise SettingError(f"{len(words) + 1} words arrived: expected STORAGE NAME TARGET, or MODEL TARGET.")
+    target = Path(words[-1])
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise SettingError(f"{target} exists already. Name a folder that does not, or an empty one.")
+    with open_version(model_address(where, words[0] if len(words) == 2 else None, version), state) as (storage, found):
+        part = target.absolute().with_name(f".{target.absolute().name}.part")
+        shutil.rmtree(part, ignore_errors=True)  # left by a command that was killed
+        try:
+            fetch_whole(storage, versions.prefix_of(found.name, found.version), part)
+            part.rename(target)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+    typer.echo(f"Fetched {found.uri} to {target}")
+
+
+def _main_metric(version: Version | None) -> tuple[str, str]:
+    if version is None:
+        return "", ""
+    value = version.metrics.get(version.main_metric)
+    return (f"{version.main_metric} {value:.4f}" if value is not None else ""), version.published

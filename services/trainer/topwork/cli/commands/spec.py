@@ -1,0 +1,26 @@
+"""`topwork validate`: is a job spec right, and if not, what is wrong with it and where?"""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from topwork.cli.options import Overrides
+from topwork.spec.loading.loader import read_files
+
+
+def validate(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Job specs; - reads standard input.")],
+    overrides: Overrides = None,
+) -> None:
+    """Check job specs and name their runs; all that is wrong in all files is told at once."""
+    for path, job in read_files(files, overrides or ()):
+        print(f"{path}: TransferJob {job.metadata.name} ok (run {job.run})")
+
+
+def schema() -> None:
+    """Print the JSON Schema of the job spec."""
+    from topwork.spec.schema.json_schema import schema_text
+
+    sys.stdout.write(schema_text())

@@ -1,0 +1,1 @@
+"""How commands present results to people and programs."""

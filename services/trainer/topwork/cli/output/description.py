@@ -1,0 +1,106 @@
+"""The description of a job as people read it."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from topwork.cli.output import tables
+
+if TYPE_CHECKING:
+    from topwork.description.job_description import BaseFacts, DataFacts, Description, PhaseFacts, StageFacts
+
+INDENT = "  "
+
+
+def lines(found: "Description") -> Iterator[str]:
+    """Write a description.
+
+    Args:
+        found: The description.
+
+    Yields:
+        Lines.
+    """
+    yield f"{found.name} (run {found.run})"
+    yield f"{INDENT}base  {_base(found.base)}"
+    yield f"{INDENT}data  {_data(found.data)}"
+    for note in found.notes:
+        yield f"{INDENT}note  {note}"
+    for stage in found.stages:
+        yield ""
+        yield from _stage(stage)
+
+
+def _base(base: "BaseFacts") -> str:
+    height, width = base.input_size
+    count = "unknown" if base.parameters is None else f"{base.parameters:,}"
+    return (
+        f"{base.name}; {count} parameters, weights: {base.weights}; images of {height}x{width} pixels, scaling: "
+        f"{base.scaling}"
+    )
+
+
+def _data(data: "DataFacts") -> str:
+    images = ", ".join(f"{_count(count)} {name}" for name, count in data.images.items())
+    where = f" ({data.dataset})" if data.dataset else ""
+    return f"{_count(data.classes)} classes; images: {images}{where}"
+
+
+def _stage(stage: "StageFacts") -> Iterator[str]:
+    early = stage.early_stopping
+    facts = [
+        f"{stage.epochs} epochs of {_count(stage.steps_per_epoch)} steps, {_count(stage.steps)} in all",
+        f"batches of {stage.batch_size}",
+        f"loss {stage.loss}",
+        *(["classes balanced"] if stage.balanced else []),
+        *([f"ends after {early.patience} epochs without a gain in {early.monitor}"] if early else []),
+    ]
+    yield f"{stage.stage}: {'; '.join(facts)}"
+    if stage.feature_cache:
+        used = "used" if stage.feature_cache.used else "not used"
+        yield f"{INDENT}feature cache {used}: {stage.feature_cache.reason}"
+    for index, phase in enumerate(stage.phases, start=1):
+        number = f"phase {index} of {len(stage.phases)}: " if len(stage.phases) > 1 else ""
+        yield f"{INDENT}{number}{_phase(phase)}"
+        yield from _layers(phase)
+
+
+def _phase(phase: "PhaseFacts") -> str:
+    facts = [f"trains {phase.trained}", f"{_optimizer(phase)}, learning rate {_rate(phase)}"]
+    return "; ".join([*facts, f"{phase.epochs} epochs, {_count(phase.steps)} steps"])
+
+
+def _optimizer(phase: "PhaseFacts") -> str:
+    return _with_parameters(phase.optimizer, {"name", "learningRate", "schedule"})
+
+
+def _rate(phase: "PhaseFacts") -> str:
+    rate = phase.learning_rate
+    if rate.schedule == "constant":
+        return f"{rate.peak:g}"
+    course = f"{rate.peak:g} {_with_parameters(phase.optimizer['schedule'], {'name'})}"
+    return course if rate.first is None or rate.last is None else f"{course}: {rate.first:.3g} to {rate.last:.3g}"
+
+
+def _with_parameters(settings: dict[str, Any], known: set[str]) -> str:
+    """Write the name of an optimizer or schedule, with those of its parameters that are given."""
+    given = [f"{key} {_value(value)}" for key, value in settings.items() if key not in known and value]
+    return f"{settings['name']} ({', '.join(given)})" if given else str(settings["name"])
+
+
+def _value(value: object) -> str:
+    if isinstance(value, dict):
+        return " ".join(f"{key} {inner}" for key, inner in value.items())
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _layers(phase: "PhaseFacts") -> Iterator[str]:
+    if phase.trainable is None or phase.frozen is None:
+        return
+    rows = [(one.layers, f"{one.trainable:,}", f"{one.frozen:,}") for one in phase.layers]
+    total = ("total", f"{phase.trainable:,}", f"{phase.frozen:,}")
+    for line in tables.lines(("layers", "trainable", "frozen"), [*rows, total]):
+        yield f"{INDENT * 2}{line}"
+
+
+def _count(number: int | None) -> str:
+    return "?" if number is None else f"{number:,}"

@@ -1,0 +1,1 @@
+"""The process around a command: environment, signals, logging, shutdown and exit codes."""

@@ -1,0 +1,1 @@
+"""`topwork top`: a live view of runs."""

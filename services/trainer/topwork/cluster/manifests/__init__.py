@@ -1,0 +1,1 @@
+"""From a job spec to Kubernetes objects."""

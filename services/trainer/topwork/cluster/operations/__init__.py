@@ -1,0 +1,1 @@
+"""Submit, cancel, follow, list and read logs of runs."""

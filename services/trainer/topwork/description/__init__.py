@@ -1,0 +1,1 @@
+"""What a job would train, computed without training it."""

@@ -1,0 +1,206 @@
+"""What a job would train, stage by stage, told by the functions that train it and without training anything."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import keras
+
+from topwork.description.job_description import (
+    BaseFacts,
+    CacheFacts,
+    DataFacts,
+    Description,
+    LayerCount,
+    PhaseFacts,
+    Rate,
+    StageFacts,
+)
+from topwork.description.known_dataset import KnownData
+from topwork.model.classifier import build
+from topwork.model.freezing import Unfrozen, parameter_groups, unfreeze
+from topwork.model.partition import halves
+from topwork.spec import TransferJob
+from topwork.spec.applications import APPLICATIONS
+from topwork.spec.job import JobSpec
+from topwork.spec.model import Base
+from topwork.spec.training import Optimizer, UnfreezeFrom, UnfreezeLayers
+from topwork.stages.fine_tune import fine_tune_plan
+from topwork.stages.transfer import transfer_plan
+from topwork.training.feature_cache.policy import keeps_features
+from topwork.training.losses import loss
+from topwork.training.optimizers import learning_rate
+from topwork.training.plan import Phase, Plan
+
+# The head is counted for these where the number of classes isn't known.
+ASSUMED_CLASSES = 2
+
+
+def describe(job: TransferJob, data: KnownData, file: Path | None, notes: tuple[str, ...] = ()) -> Description:
+    """Describe a job.
+
+    Args:
+        job: The job.
+        data: What is known of its images.
+        file: The saved model that the spec names; None where it can't be had, or the base is another.
+        notes: What is to be told beside what is found here.
+
+    Returns:
+        All that `topwork describe` prints.
+
+    Raises:
+        SpecError: If the base can't be built for this image size.
+        DataError: If the saved model is none, or the base has no layer that is to be unfrozen.
+    """
+    spec = job.spec
+    keras.utils.clear_session()
+    with _shapes_alone(spec.model.base):
+        model = _model(spec, data.classes or ASSUMED_CLASSES, file)
+        plans = [plan for plan in (transfer_plan(spec), fine_tune_plan(spec)) if plan]
+        stages = tuple(_stage(plan, model, data) for plan in plans)
+        base = _base(spec, model)
+    keras.utils.clear_session()
+    return Description(
+        name=job.metadata.name,
+        run=job.run,
+        base=base,
+        data=DataFacts(classes=data.classes, images=data.images, dataset=data.dataset),
+        stages=stages,
+        notes=(*data.notes, *notes, *_unknown(data, stages, has_model=model is not None)),
+    )
+
+
+@contextmanager
+def _shapes_alone(base: Base) -> Iterator[None]:
+    """Give variables shapes and no values, so that the largest model takes no memory; a saved one brings its own."""
+    if base.saved:
+        yield
+        return
+    with keras.StatelessScope(initialize_variables=False):
+        yield
+
+
+def _model(spec: JobSpec, classes: int, file: Path | None) -> keras.Model | None:
+    """Build the classifier as training would, but without the weights of an application."""
+    base = spec.model.base
+    if base.saved:
+        return build(spec.model, spec.dataset.image_size, classes, file) if file else None
+    blank = base.model_copy(update={"weights": "none"}) if base.application else base
+    return build(spec.model.model_copy(update={"base": blank}), spec.dataset.image_size, classes, None)
+
+
+def _stage(plan: Plan, model: keras.Model | None, data: KnownData) -> StageFacts:
+    images = data.images.get("train")
+    per_epoch = None if images is None else images // plan.batch_size
+    return StageFacts(
+        stage=plan.stage,
+        batch_size=plan.batch_size,
+        steps_per_epoch=per_epoch,
+        epochs=plan.epochs,
+        steps=_times(plan.epochs, per_epoch),
+        loss=_loss(plan, data.classes),
+        balanced=plan.balanced,
+        early_stopping=plan.early_stopping,
+        feature_cache=_feature_cache(plan, model),
+        phases=tuple(_phase(phase, plan, model, per_epoch) for phase in plan.phases),
+    )
+
+
+def _feature_cache(plan: Plan, model: keras.Model | None) -> CacheFacts | None:
+    """Ask what decides in training; only whether there is room for the features is not known before."""
+    if model is None:
+        return None
+    unfreeze(model.get_layer("base"), plan.phases[-1].unfrozen, batch_norm=plan.batch_norm)
+    used, reason = keeps_features(plan.caching, plan.epochs, halves(model))
+    return CacheFacts(used=used, views=plan.caching.views if used else 0, reason=reason)
+
+
+def _phase(phase: Phase, plan: Plan, model: keras.Model | None, per_epoch: int | None) -> PhaseFacts:
+    groups = []
+    if model is not None:
+        unfreeze(model.get_layer("base"), phase.unfrozen, batch_norm=plan.batch_norm)
+        groups = parameter_groups(model)
+    return PhaseFacts(
+        trained=_in_words(phase.unfrozen),
+        epochs=phase.epochs,
+        steps=_times(phase.epochs, per_epoch),
+        optimizer=phase.optimizer.model_dump(mode="json", by_alias=True, exclude_none=True),
+        learning_rate=_rate(phase.optimizer, phase.epochs, per_epoch),
+        layers=tuple(LayerCount(layers=one.name, trainable=one.trainable, frozen=one.frozen) for one in groups),
+        trainable=sum(one.trainable for one in groups) if groups else None,
+        frozen=sum(one.frozen for one in groups) if groups else None,
+    )
+
+
+def _rate(settings: Optimizer, epochs: int, per_epoch: int | None) -> Rate:
+    """Take the learning rate of the first and the last step from the schedule that Keras would follow."""
+    peak, name = settings.learning_rate, settings.schedule.name
+    if name == "constant":
+        return Rate(peak=peak, schedule=name, first=peak, last=peak)
+    if not per_epoch:
+        return Rate(peak=peak, schedule=name, first=None, last=None)
+    course = learning_rate(peak, settings.schedule, steps_per_epoch=per_epoch, epochs=epochs)
+    return Rate(peak=peak, schedule=name, first=float(course(0)), last=float(course(epochs * per_epoch - 1)))
+
+
+def _loss(plan: Plan, classes: int | None) -> str:
+    if classes is None:
+        return plan.loss if isinstance(plan.loss, str) else plan.loss.name
+    return str(loss(plan.loss, classes).name)
+
+
+def _in_words(unfrozen: Unfrozen) -> str:
+    if isinstance(unfrozen, UnfreezeLayers):
+        layers = f"the last {unfrozen.layers} layers" if unfrozen.layers > 1 else "the last layer"
+        return f"the head and {layers} of the base"
+    if isinstance(unfrozen, UnfreezeFrom):
+        return f"the head and the base from {unfrozen.from_layer} on"
+    return "the head and all of the base" if unfrozen == "all" else "the head alone"
+
+
+def _base(spec: JobSpec, model: keras.Model | None) -> BaseFacts:
+    base = spec.model.base
+    kind = "application" if base.application else "saved" if base.saved else "cnn"
+    return BaseFacts(
+        kind=kind,
+        name=base.application or (base.saved.uri if base.saved else "a small new one"),
+        weights={"saved": "its own", "cnn": "random"}.get(kind) or _weights(base),
+        input_size=spec.dataset.image_size,
+        scaling=_scaling(base),
+        parameters=None if model is None else model.get_layer("base").count_params(),
+    )
+
+
+def _weights(base: Base) -> str:
+    return {"none": "random", "imagenet": "ImageNet"}.get(base.weights or "imagenet", str(base.weights))
+
+
+def _scaling(base: Base) -> str:
+    if base.application:
+        return {
+            "tf": "to -1..1",
+            "torch": "to mean 0 and deviation 1 of ImageNet",
+            "caffe": "BGR, less ImageNet's mean",
+            "inside": "by its own first layers",
+        }[APPLICATIONS[base.application].scaling]
+    return "to 0..1" if base.cnn else "none but its own"
+
+
+def _unknown(data: KnownData, stages: tuple[StageFacts, ...], *, has_model: bool) -> Iterator[str]:
+    if data.classes is None and has_model:
+        yield (
+            f"The classes aren't known before the dataset is pulled: the head is counted for {ASSUMED_CLASSES}. "
+            "Say --classes N."
+        )
+    if data.images.get("train") is None:
+        yield "The training images aren't counted before the dataset is pulled, nor are the steps. Say --images N."
+    for stage in stages:
+        if stage.steps_per_epoch == 0:
+            yield (
+                f"{stage.stage} has fewer training images than its batchSize {stage.batch_size}: it will refuse to "
+                "train."
+            )
+
+
+def _times(epochs: int, per_epoch: int | None) -> int | None:
+    return None if per_epoch is None else epochs * per_epoch

@@ -1,0 +1,1 @@
+"""What runs leave in storage: stage results, published versions, and garbage collection."""

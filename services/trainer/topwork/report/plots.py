@@ -1,0 +1,138 @@
+"""The figures of the report, as SVG that takes its ink from the page and so reads in light and dark."""
+
+import io
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap, to_rgba
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from topwork.report.evaluation import Bin
+from topwork.report.results import HistoryRow
+
+# Stands for the page's own ink; no other colour of a figure is this one.
+INK = "#010203"
+TRAINING, VALIDATION, GAP = "#4c8dff", "#f08a24", "#e5484d"
+STYLE = {
+    "svg.fonttype": "none",  # text stays text: the page's font, and it can be searched
+    "svg.hashsalt": "topwork",  # the same figure has the same bytes
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": INK,
+    "axes.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "grid.color": "#8b949e",
+    "grid.alpha": 0.25,
+    "axes.grid": True,
+    "legend.frameon": False,
+}
+
+
+def curves(history: Sequence[HistoryRow]) -> str:
+    """Draw loss and accuracy over the epochs of all stages.
+
+    Args:
+        history: One row an epoch.
+
+    Returns:
+        An `<svg>` element; empty without an epoch.
+    """
+    if not history:
+        return ""
+
+    def draw(figure: Figure) -> None:
+        for axes, name in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
+            _curve(axes, history, name)
+
+    return _svg(draw, (10.0, 3.4))
+
+
+def reliability_diagram(bins: Sequence[Bin]) -> str:
+    """Draw how often answers of each confidence are right, beside how often they should be.
+
+    Args:
+        bins: The bins that hold images.
+
+    Returns:
+        An `<svg>` element.
+    """
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        places = [(b.low + b.high) / 2 for b in bins]
+        width = [0.92 * (b.high - b.low) for b in bins]
+        most = max(b.images for b in bins)
+        for place, wide, b in zip(places, width, bins, strict=True):
+            axes.bar(place, b.accuracy, wide, color=TRAINING, alpha=0.3 + 0.6 * b.images / most, linewidth=0)
+        axes.plot([b.confidence for b in bins], [b.accuracy for b in bins], "o", color=GAP, markersize=4)
+        axes.plot([0, 1], [0, 1], "--", color=INK, linewidth=0.8)
+        axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="confidence", ylabel="share that is right", aspect="equal")
+
+    return _svg(draw, (4.4, 4.2))
+
+
+def confusion_picture(confusion: Sequence[Sequence[int]]) -> str:
+    """Draw a confusion matrix of many classes as a picture, each row as shares of its class.
+
+    Args:
+        confusion: Images by true class (rows) and predicted class (columns).
+
+    Returns:
+        An `<svg>` element.
+    """
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        shares = [[count / max(1, sum(row)) for count in row] for row in confusion]
+        # From nothing to full: on a dark page an empty cell stays dark.
+        colours = LinearSegmentedColormap.from_list("share", [to_rgba(TRAINING, 0.04), to_rgba(TRAINING, 1.0)])
+        axes.imshow(shares, cmap=colours, vmin=0, vmax=1, interpolation="nearest")
+        axes.grid(visible=False)
+        axes.set(xlabel="predicted class", ylabel="true class")
+
+    return _svg(draw, (4.6, 4.5))
+
+
+def _curve(axes: Axes, history: Sequence[HistoryRow], name: str) -> None:
+    epochs = range(1, len(history) + 1)
+    for key, label, colour in ((name, "training", TRAINING), (f"validation_{name}", "validation", VALIDATION)):
+        if any(key in row for row in history):
+            values = [float(row.get(key, math.nan)) for row in history]
+            axes.plot(epochs, values, "o-", color=colour, label=label, markersize=3, linewidth=1.6)
+    for epoch, stage in _stage_starts(history):
+        if epoch > 1:
+            axes.axvline(epoch - 0.5, color=INK, linewidth=0.8, linestyle=":")
+        axes.annotate(stage, (epoch - 0.4, 1.0), xycoords=("data", "axes fraction"), va="top", fontsize=9, alpha=0.7)
+    axes.set(title=name, xlabel="epoch", xlim=(0.5, len(history) + 0.5))
+    axes.margins(y=0.15)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(loc="best")
+
+
+def _stage_starts(history: Sequence[HistoryRow]) -> list[tuple[int, str]]:
+    stages = [str(row["stage"]) for row in history]
+    return [(n + 1, stage) for n, stage in enumerate(stages) if n == 0 or stage != stages[n - 1]]
+
+
+def _svg(draw: Callable[[Figure], None], inches: tuple[float, float]) -> str:
+    settings: dict[str, Any] = STYLE
+    with rc_context(settings):
+        # A Figure of its own, without pyplot: nothing is left behind in this process and no display is looked for.
+        figure = Figure(figsize=inches, layout="constrained")
+        draw(figure)
+        text = io.StringIO()
+        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    svg = text.getvalue()
+    return svg[svg.index("<svg") :].replace(INK, "currentColor")

@@ -1,0 +1,1 @@
+"""Reading job specs: YAML with positions, overrides, defaults and error messages."""

@@ -1,0 +1,1 @@
+"""What is generated from the spec models: JSON Schema and reference."""

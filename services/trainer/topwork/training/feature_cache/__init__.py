@@ -1,0 +1,1 @@
+"""The output of the frozen layers, computed once and kept."""
