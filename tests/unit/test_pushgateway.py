@@ -117,5 +117,8 @@ def test_without_an_address_deleting_says_where_to_name_it():
 
 
 def test_deleting_needs_no_training_library():
-    code = "import sys, topwork.cli.commands.metrics, topwork.clients.prometheus.pushgateway; assert not {'tensorflow', 'boto3'} & {*sys.modules}"
+    code = (
+        "import sys, topwork.cli.commands.metrics, topwork.clients.prometheus.pushgateway\n"
+        "assert not {'tensorflow', 'boto3'} & {*sys.modules}"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
