@@ -13,12 +13,13 @@ import pytest
 from ruamel.yaml import YAML
 from tests.cluster import surroundings
 from tests.cluster.commands import Topwork
-from tests.cluster.kubectl import Kubectl, Manifest, eventually
+from tests.cluster.kubectl import Kubectl, eventually
 from tests.cluster.manifests import base_objects, probe, spec_of, storage_secret
 from tests.cluster.runs import Run
 from tests.cluster.storage import ClusterStorage, own_storage, served_storage
 from tests.cluster.telling import account
 
+from topwork.clients.kubernetes import KubernetesObject
 from topwork.spec import TransferJob
 
 Namespaces = pytest.StashKey[list[str]]()
@@ -95,7 +96,7 @@ def namespace(make_namespace: Callable[..., Kubectl], storage_of_pods: ClusterSt
     host, port = storage_of_pods.address
     kubectl.apply(probe(host, port))
 
-    def ended() -> Manifest | None:
+    def ended() -> KubernetesObject | None:
         pod = kubectl.get("pod", "probe")
         statuses = pod["status"].get("containerStatuses", []) if pod else []
         reasons = [each["state"].get("waiting", {}).get("reason", "") for each in statuses]

@@ -5,13 +5,14 @@ import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import pytest
 from tests.cluster.surroundings import in_cluster_config, program
 
+from topwork.clients.kubernetes import KubernetesObject
+
 Found = TypeVar("Found")
-Manifest = dict[str, Any]
 
 
 def eventually(look: Callable[[], Found | None], what: str, *, seconds: float) -> Found:
@@ -48,26 +49,26 @@ class Kubectl:
             raise KubectlError(f"kubectl {' '.join(arguments)} ended with {ended.returncode}: {ended.stderr}")
         return ended.stdout
 
-    def apply(self, *manifests: Manifest, options: tuple[str, ...] = ()) -> str:
+    def apply(self, *manifests: KubernetesObject, options: tuple[str, ...] = ()) -> str:
         """Apply objects, and give what kubectl says: a line for each."""
         documents = "\n---\n".join(json.dumps(each) for each in manifests)  # JSON is YAML
         return self("apply", "--filename", "-", *options, stdin=documents)
 
-    def get(self, kind: str, name: str) -> Manifest | None:
+    def get(self, kind: str, name: str) -> KubernetesObject | None:
         """An object; None where it is gone."""
         text = self("get", kind, name, "--ignore-not-found", "--output", "json")
         return json.loads(text) if text.strip() else None
 
-    def items(self, kind: str, labels: str = "", fields: str = "") -> list[Manifest]:
+    def items(self, kind: str, labels: str = "", fields: str = "") -> list[KubernetesObject]:
         """All objects of a kind with these labels and fields, oldest first."""
         selectors = [f"--selector={labels}"] * bool(labels) + [f"--field-selector={fields}"] * bool(fields)
         found = json.loads(self("get", kind, *selectors, "--output", "json"))["items"]
         return sorted(found, key=lambda item: str(item["metadata"]["creationTimestamp"]))
 
-    def config(self) -> Manifest:
+    def config(self) -> KubernetesObject:
         """The kubeconfig in use, with its current context only and with its secrets."""
         text = self("config", "view", "--raw", "--flatten", "--minify", "--output", "json", check=False)
-        found: Manifest = json.loads(text or "{}")
+        found: KubernetesObject = json.loads(text or "{}")
         return found if found.get("clusters") else in_cluster_config()
 
     def evict(self, pod: str) -> None:

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
-from tests.cluster.kubectl import Kubectl, Manifest
+from tests.cluster.kubectl import Kubectl
 from tests.cluster.surroundings import image, size
 
+from topwork.clients.kubernetes import KubernetesObject
 from topwork.cluster.names import STORAGE_SECRET
 
 ROOT = Path(__file__).parents[2]
@@ -23,15 +24,15 @@ except OSError as error:
 """
 
 
-def base_objects(namespace: str) -> list[Manifest]:
+def base_objects(namespace: str) -> list[KubernetesObject]:
     """The objects of k8s/base, in a namespace of another name."""
     return moved(Kubectl()("kustomize", str(BASE)), namespace)
 
 
-def moved(text: str, namespace: str) -> list[Manifest]:
+def moved(text: str, namespace: str) -> list[KubernetesObject]:
     """Objects in YAML, in a namespace of another name."""
     # By way of JSON: anchors and the types of the YAML reader are gone.
-    objects: list[Manifest] = json.loads(json.dumps([each for each in YAML(typ="safe").load_all(text) if each]))
+    objects: list[KubernetesObject] = json.loads(json.dumps([each for each in YAML(typ="safe").load_all(text) if each]))
     for each in objects:
         if each["kind"] == "Namespace":
             each["metadata"]["name"] = namespace
@@ -43,12 +44,12 @@ def moved(text: str, namespace: str) -> list[Manifest]:
     return objects
 
 
-def storage_secret(variables: dict[str, str]) -> Manifest:
+def storage_secret(variables: dict[str, str]) -> KubernetesObject:
     """The Secret that the pods take their AWS variables from."""
     return {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": STORAGE_SECRET}, "stringData": variables}
 
 
-def probe(host: str, port: int) -> Manifest:
+def probe(host: str, port: int) -> KubernetesObject:
     """A pod of the image that ends well if it reaches a host and a port."""
     container = {
         "name": "probe",

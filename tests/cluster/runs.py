@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.cluster.kubectl import Kubectl, KubectlError, Manifest, eventually
+from tests.cluster.kubectl import Kubectl, KubectlError, eventually
 from tests.cluster.surroundings import GONE_SECONDS, START_SECONDS
 
+from topwork.clients.kubernetes import KubernetesObject
 from topwork.cluster.names import JOB_LABEL, ROLE_LABEL, RUN_LABEL
 from topwork.cluster.termination_message import Ending, read_ending
 from topwork.spec import TransferJob
@@ -42,7 +43,7 @@ class Run:
         """Name of its Job and its ConfigMap."""
         return self.job.run
 
-    def kubernetes_job(self) -> Manifest | None:
+    def kubernetes_job(self) -> KubernetesObject | None:
         """Its Job; None where there is none."""
         return self.kubectl.get("job", self.object_name)
 
@@ -57,7 +58,7 @@ class Run:
         conditions = self.status().get("conditions", [])
         return next((each for each in conditions if each["type"] == kind and each["status"] == "True"), None)
 
-    def pods(self, role: str = "training") -> list[Manifest]:
+    def pods(self, role: str = "training") -> list[KubernetesObject]:
         """Its pods, oldest first."""
         return self.kubectl.items("pod", f"{RUN_LABEL}={self.object_name},{ROLE_LABEL}={role}")
 
@@ -95,7 +96,7 @@ class Run:
 
         return eventually(look, f"{count} epochs in {container} of {pod}", seconds=START_SECONDS)
 
-    def endings(self, pod: Manifest) -> dict[str, Ending | None]:
+    def endings(self, pod: KubernetesObject) -> dict[str, Ending | None]:
         """How the containers of a pod ended, from their termination messages."""
         statuses = pod["status"].get("initContainerStatuses", []) + pod["status"].get("containerStatuses", [])
         ended = {each["name"]: each["state"].get("terminated") for each in statuses}

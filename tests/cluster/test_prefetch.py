@@ -1,16 +1,16 @@
 """A Job of its own that pulls the dataset ahead, so that no GPU waits for it."""
 
 import pytest
-from tests.cluster.kubectl import Manifest
 from tests.cluster.runs import Run
 from tests.cluster.surroundings import RUN_SECONDS
 
+from topwork.clients.kubernetes import KubernetesObject
 from topwork.cluster.names import prefetch_name
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(2 * RUN_SECONDS)]
 
 
-def prefetch_job(run: Run) -> Manifest:
+def prefetch_job(run: Run) -> KubernetesObject:
     found = run.kubectl.get("job", prefetch_name(run.job))
     assert found
     return found

@@ -23,7 +23,7 @@ from topwork.clients.s3.storage import Storage
 from topwork.data.dataset_manifest import DatasetFacts, StoredDataset
 from topwork.data.local_dataset import LocalDataset, fetch
 from topwork.progress import Quiet
-from topwork.registry.stage_results import Classifier, StageName, read_done
+from topwork.registry.stage_results import Classifier, TrainingStage, read_done
 from topwork.spec import TransferJob
 from topwork.spec.loading.loader import read_files
 from topwork.workspace import Workspace
@@ -49,15 +49,15 @@ class Ran:
     folder: Path
     _loaded: dict[str, Any] = field(default_factory=dict, repr=False)
 
-    def done(self, stage: StageName) -> Classifier:
+    def done(self, stage: TrainingStage) -> Classifier:
         done = read_done(self.storage, self.job.run, stage)
         assert done is not None, f"{stage} of {self.job.run} is not done"
         return done
 
-    def rows(self, stage: StageName) -> list[dict[str, Any]]:
+    def rows(self, stage: TrainingStage) -> list[dict[str, Any]]:
         return self.done(stage).rows
 
-    def model(self, stage: StageName) -> Any:
+    def model(self, stage: TrainingStage) -> Any:
         """The model that a stage stored: raw pixels in, logits out."""
         return self._load(self.done(stage).key)
 
@@ -102,7 +102,7 @@ class Ran:
         rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in card.splitlines() if line.startswith("|")]
         return {row[0]: dict(zip(rows[0][1:], map(int, row[1:]), strict=True)) for row in rows[2:]}
 
-    def phases(self, stage: StageName) -> list[Groups]:
+    def phases(self, stage: TrainingStage) -> list[Groups]:
         """What `topwork run` has said of the parameters of every layer group, once for each compilation."""
         phases: list[Groups] = []
         for note in self.notes:

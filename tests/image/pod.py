@@ -16,7 +16,7 @@ from kubernetes.utils.quantity import parse_quantity
 from tests.image.container import Container
 from tests.image.engine import LIMITS
 
-Manifest = dict[str, Any]
+KubernetesObject = dict[str, Any]
 
 # Read by the scheduler, by admission and by Prometheus; a container is the same whatever they say.
 NOT_THE_KUBELETS = {
@@ -42,7 +42,7 @@ class Namespace:
 class Pod:
     """One pod of a Job, with volumes of its own; its containers are started one by one, by name."""
 
-    def __init__(self, template: Manifest, namespace: Namespace, folder: Path) -> None:
+    def __init__(self, template: KubernetesObject, namespace: Namespace, folder: Path) -> None:
         only(template, "metadata", "spec")
         self._spec = spec = only(
             template["spec"],
@@ -57,7 +57,7 @@ class Pod:
         self._folder.mkdir()
         self.volumes = dict(self._volumes())
         self._started: list[Container] = []
-        self.containers: dict[str, Manifest] = {
+        self.containers: dict[str, KubernetesObject] = {
             container["name"]: container for container in [*spec.get("initContainers", ()), *spec["containers"]]
         }
 
@@ -125,19 +125,19 @@ class Pod:
                 continue
             yield volume["name"], folder
 
-    def _empty_dirs(self) -> Iterator[tuple[str, Manifest]]:
+    def _empty_dirs(self) -> Iterator[tuple[str, KubernetesObject]]:
         for volume in self._spec["volumes"]:
             if "emptyDir" in volume:
                 yield volume["name"], only(volume["emptyDir"], "medium", "sizeLimit")
 
-    def _mount(self, mount: Manifest) -> list[str]:
+    def _mount(self, mount: KubernetesObject) -> list[str]:
         only(mount, "name", "mountPath", "readOnly")
         if folder := self.volumes.get(mount["name"]):
             return ["--volume", f"{folder}:{mount['mountPath']}{':ro' if mount.get('readOnly') else ''}"]
         memory = dict(self._empty_dirs())[mount["name"]]
         return ["--tmpfs", f"{mount['mountPath']}:rw,exec,nosuid,nodev,mode=1777,size={bytes_of(memory)}"]
 
-    def _user(self, context: Manifest) -> list[str]:
+    def _user(self, context: KubernetesObject) -> list[str]:
         pod = only(
             self._spec["securityContext"], "runAsNonRoot", "runAsUser", "runAsGroup", "fsGroup", "seccompProfile"
         )
@@ -146,7 +146,7 @@ class Pod:
         assert not pod["runAsNonRoot"] or pod["runAsUser"] != 0
         return ["--user", f"{pod['runAsUser']}:{pod['runAsGroup']}", "--group-add", str(pod["fsGroup"])]
 
-    def _environment(self, container: Manifest) -> dict[str, str]:
+    def _environment(self, container: KubernetesObject) -> dict[str, str]:
         """Gather the variables; those of `env` win over those of `envFrom`."""
         found: dict[str, str] = {}
         for source in container.get("envFrom", ()):
@@ -159,14 +159,14 @@ class Pod:
         return found
 
 
-def only(manifest: Manifest, *known: str) -> Manifest:
+def only(manifest: KubernetesObject, *known: str) -> KubernetesObject:
     """Give back a part of the template, if it says nothing that this module does not know."""
     unknown = manifest.keys() - {*known, *NOT_THE_KUBELETS}
     assert not unknown, f"the pod has {sorted(unknown)}, and nothing here carries it out"
     return manifest
 
 
-def rights(context: Manifest) -> list[str]:
+def rights(context: KubernetesObject) -> list[str]:
     """What the process may do, and where it may write."""
     only(context, "allowPrivilegeEscalation", "readOnlyRootFilesystem", "capabilities")
     options = [f"--cap-drop={capability}" for capability in only(context["capabilities"], "drop")["drop"]]
@@ -178,20 +178,20 @@ def rights(context: Manifest) -> list[str]:
     return options
 
 
-def amounts(resources: Manifest) -> list[str]:
+def amounts(resources: KubernetesObject) -> list[str]:
     """How much of the machine the container gets at most."""
     limits = only(only(resources, "requests", "limits")["limits"], "cpu", "memory")
     return ["--cpus", str(parse_quantity(limits["cpu"])), "--memory", str(int(parse_quantity(limits["memory"])))]
 
 
-def amount_of(variable: Manifest, container: Manifest) -> str:
+def amount_of(variable: KubernetesObject, container: KubernetesObject) -> str:
     """Value of a variable that names a resource of its container; Kubernetes rounds parts of a core up, too."""
     reference = only(only(variable["valueFrom"], "resourceFieldRef")["resourceFieldRef"], "resource")["resource"]
     kind, _, resource = reference.partition(".")
     return str(math.ceil(parse_quantity(container["resources"][kind][resource])))
 
 
-def bytes_of(empty_dir: Manifest) -> int:
+def bytes_of(empty_dir: KubernetesObject) -> int:
     """Limit of an emptyDir."""
     return int(parse_quantity(empty_dir["sizeLimit"]))
 

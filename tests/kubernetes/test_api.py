@@ -8,7 +8,7 @@ import pytest
 from api_server import ApiServer, owned_by
 from api_statuses import Fault
 
-from topwork.clients.kubernetes.cluster import Cluster, Manifest
+from topwork.clients.kubernetes.cluster import Cluster, KubernetesObject
 from topwork.errors import SettingError
 
 CONFIG = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "run"}, "data": {"job.yaml": "a: 1"}}
@@ -20,7 +20,7 @@ JOB = {
 }
 
 
-def pod(name: str, **metadata: object) -> Manifest:
+def pod(name: str, **metadata: object) -> KubernetesObject:
     containers = [{"name": "fine-tune"}]
     return {
         "apiVersion": "v1",
@@ -213,7 +213,7 @@ def test_a_deletion_whose_answer_got_lost_was_one(api_server: ApiServer, cluster
         ({"template": JOB["spec"]["template"], "completions": 2}, "spec.completions: "),
     ],
 )
-def test_what_can_not_change_in_a_job_is_refused(cluster: Cluster, change: Manifest, said: str):
+def test_what_can_not_change_in_a_job_is_refused(cluster: Cluster, change: KubernetesObject, said: str):
     cluster.apply(JOB)
     with pytest.raises(SettingError) as caught:
         cluster.apply(JOB | {"spec": change})

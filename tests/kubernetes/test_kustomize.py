@@ -6,13 +6,13 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 from ruamel.yaml import YAML
 from standards import VERSIONS, check_object
 
 from topwork import __version__
+from topwork.clients.kubernetes import KubernetesObject
 from topwork.cluster.names import STORAGE_SECRET
 from topwork.spec.loading.loader import read_jobs
 
@@ -30,34 +30,32 @@ import generate
 print(json.dumps({str(path.relative_to(generate.HERE)): text for path, text in generate.files()}))
 """
 
-Manifest = dict[str, Any]
 
-
-def kustomize(folder: str) -> list[Manifest]:
+def kustomize(folder: str) -> list[KubernetesObject]:
     ended = subprocess.run([KUBECTL, "kustomize", K8S / folder], capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     return list(YAML(typ="safe").load_all(ended.stdout))
 
 
 @cache
-def _parsed(path: Path) -> list[Manifest]:
+def _parsed(path: Path) -> list[KubernetesObject]:
     return list(YAML(typ="safe").load_all(path))
 
 
-def read(path: Path) -> list[Manifest]:
+def read(path: Path) -> list[KubernetesObject]:
     return copy.deepcopy(_parsed(path))
 
 
-def by_name(objects: list[Manifest]) -> dict[tuple[str, str], Manifest]:
+def by_name(objects: list[KubernetesObject]) -> dict[tuple[str, str], KubernetesObject]:
     return {(one["kind"], one["metadata"]["name"]): one for one in objects}
 
 
-def containers(job: Manifest) -> list[Manifest]:
+def containers(job: KubernetesObject) -> list[KubernetesObject]:
     pod = job["spec"]["template"]["spec"]
     return pod.get("initContainers", []) + pod["containers"]
 
 
-def set_gpus(job: Manifest, count: int | None) -> None:
+def set_gpus(job: KubernetesObject, count: int | None) -> None:
     for container in containers(job):
         if container["name"] != "pull":
             for amounts in container["resources"].values():
@@ -65,16 +63,16 @@ def set_gpus(job: Manifest, count: int | None) -> None:
                 amounts.update({GPU: count} if count else {})
 
 
-def set_image(job: Manifest, accelerator: str) -> None:
+def set_image(job: KubernetesObject, accelerator: str) -> None:
     for container in containers(job):
         container["image"] = f"topwork:{__version__}-{accelerator}"
 
 
-def of_examples() -> dict[tuple[str, str], Manifest]:
+def of_examples() -> dict[tuple[str, str], KubernetesObject]:
     return by_name([one for path in EXAMPLES for one in read(K8S / "examples" / path.name)])
 
 
-def jobs(objects: dict[tuple[str, str], Manifest]) -> list[Manifest]:
+def jobs(objects: dict[tuple[str, str], KubernetesObject]) -> list[KubernetesObject]:
     return [one for one in objects.values() if one["kind"] == "Job"]
 
 

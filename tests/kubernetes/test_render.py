@@ -9,7 +9,8 @@ import pytest
 from standards import check_object, violations
 
 from topwork import __version__
-from topwork.cluster.manifests.render import Manifest, Placement, Rendered, render
+from topwork.clients.kubernetes import KubernetesObject
+from topwork.cluster.manifests.render import Placement, Rendered, render
 from topwork.cluster.names import DIGEST_ANNOTATION
 from topwork.errors import SettingError, SpecError
 from topwork.spec import TransferJob
@@ -48,15 +49,15 @@ def with_spec(job: TransferJob, change: Callable[[dict[str, Any]], Any]) -> Tran
     return TransferJob.model_validate(data)
 
 
-def objects(job: TransferJob, **placement: str) -> list[Manifest]:
+def objects(job: TransferJob, **placement: str) -> list[KubernetesObject]:
     return render(job, Placement(**placement)).objects
 
 
-def pod(job: Manifest) -> dict[str, Any]:
+def pod(job: KubernetesObject) -> dict[str, Any]:
     return job["spec"]["template"]["spec"]
 
 
-def digest(job: Manifest | None) -> str:
+def digest(job: KubernetesObject | None) -> str:
     assert job
     return job["metadata"]["annotations"][DIGEST_ANNOTATION]
 

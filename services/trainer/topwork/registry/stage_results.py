@@ -10,7 +10,7 @@ from topwork.clients.prometheus.metrics import Metrics
 from topwork.clients.s3.storage import FileEntry, Storage
 from topwork.errors import DataError
 
-StageName = Literal["transfer", "fine-tune"]
+TrainingStage = Literal["transfer", "fine-tune"]
 Row = dict[str, float | int | str]
 
 MODEL = re.compile(r"runs/[^/]+/[^/]+/model-[0-9a-f]{16}\.keras")
@@ -47,7 +47,7 @@ class Classifier(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    stage: StageName
+    stage: TrainingStage
     key: str
     file: FileEntry
     class_names: tuple[str, ...]
@@ -65,12 +65,12 @@ class Classifier(BaseModel):
         return [row for row in self.history if row["stage"] == self.stage]
 
 
-def stage_prefix(run: str, stage: StageName) -> str:
+def stage_prefix(run: str, stage: TrainingStage) -> str:
     """Key of everything that a stage keeps in storage."""
     return f"runs/{run}/{stage}"
 
 
-def model_key(run: str, stage: StageName, file: FileEntry) -> str:
+def model_key(run: str, stage: TrainingStage, file: FileEntry) -> str:
     """Key of the model that a stage made.
 
     Named by its content: two processes that end a stage at the same time can't replace each other's model.
@@ -78,12 +78,12 @@ def model_key(run: str, stage: StageName, file: FileEntry) -> str:
     return f"{models_prefix(run, stage)}{file.sha256[:16]}.keras"
 
 
-def models_prefix(run: str, stage: StageName) -> str:
+def models_prefix(run: str, stage: TrainingStage) -> str:
     """Beginning of the keys of all models that a stage made."""
     return f"{stage_prefix(run, stage)}/model-"
 
 
-def read_done(storage: Storage, run: str, stage: StageName) -> Classifier | None:
+def read_done(storage: Storage, run: str, stage: TrainingStage) -> Classifier | None:
     """Find what a finished stage made.
 
     Returns:

@@ -14,7 +14,7 @@ from topwork.clients.s3.storage import Storage
 from topwork.data.dataset_manifest import StoredDataset, dataset_prefix
 from topwork.errors import DataError
 from topwork.registry import versions
-from topwork.registry.stage_results import Classifier, StageName, read_done
+from topwork.registry.stage_results import Classifier, TrainingStage, read_done
 from topwork.registry.versions import Version
 from topwork.report.documents import card_md, report_html
 from topwork.report.gates import gate_outcomes, require_gates
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from topwork.report.held_out import Assessed
 
 # Those that train, in their order.
-STAGES: tuple[StageName, ...] = ("transfer", "fine-tune")
+STAGES: tuple[TrainingStage, ...] = ("transfer", "fine-tune")
 # Figures of a last line: the rest is in the report.
 SHOWN_METRICS = 4
 

@@ -54,7 +54,7 @@ class HoldUps:
 
 if TYPE_CHECKING:
     from topwork.model.freezing import Unfrozen
-    from topwork.registry.stage_results import Row, StageName
+    from topwork.registry.stage_results import Row, TrainingStage
 
 MOST_SHARE = 1 / 3
 """Share of an epoch's steps from which input holds them up."""
@@ -86,7 +86,7 @@ def is_held_up(row: "Row") -> bool:
     return wait_share([row]) > MOST_SHARE and float(row.get("input_wait_seconds", 0.0)) >= LEAST_SECONDS
 
 
-def remedies(spec: JobSpec, stage: "StageName", unfrozen: "Unfrozen", *, on_features: bool) -> str:
+def remedies(spec: JobSpec, stage: "TrainingStage", unfrozen: "Unfrozen", *, on_features: bool) -> str:
     """Say what would bring the input of a stage up to its training, by what the job says now.
 
     Args:

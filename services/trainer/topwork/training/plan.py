@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from topwork.model.freezing import Unfrozen
-from topwork.registry.stage_results import StageName
+from topwork.registry.stage_results import TrainingStage
 from topwork.spec.training import EarlyStopping, Loss, Optimizer
 from topwork.training.feature_cache.policy import Caching
 
@@ -40,7 +40,7 @@ class Plan:
         remedies: What to do where input holds training up; known once it is known what that input is.
     """
 
-    stage: StageName
+    stage: TrainingStage
     phases: tuple[Phase, ...]
     batch_size: int
     loss: Loss | str

@@ -6,17 +6,16 @@ again and leaves as `UnavailableError` in the end; `edge.kubernetes_errors` says
 
 from collections.abc import Iterator
 from itertools import islice
-from typing import Any
 
+from topwork.clients.kubernetes import KubernetesObject
 from topwork.clients.kubernetes.config import ClusterSettings
 from topwork.clients.kubernetes.errors import MissingError, PassingError, ReplacedError
 from topwork.clients.kubernetes.logs import LogReader
 from topwork.clients.kubernetes.requests import KINDS, Api, Asked
 from topwork.clients.kubernetes.watch import Change, Watch
 
-__all__ = ["Change", "Cluster", "ClusterSettings", "Manifest", "connect"]
+__all__ = ["Change", "Cluster", "ClusterSettings", "KubernetesObject", "connect"]
 
-Manifest = dict[str, Any]
 
 MANAGER = "topwork"
 # A page of metrics is written in milliseconds; a pod or node that is silent for longer does not answer.
@@ -60,7 +59,7 @@ class Cluster:
         """What the server has warned of so far, such as a Pod Security level that the pods of a Job would not meet."""
         return self._api.warnings
 
-    def apply(self, manifest: Manifest, *, dry_run: bool = False) -> Manifest:
+    def apply(self, manifest: KubernetesObject, *, dry_run: bool = False) -> KubernetesObject:
         """Create an object, or merge into the one that is there (server-side apply, nothing taken by force).
 
         Args:
@@ -83,14 +82,16 @@ class Cluster:
         body = manifest | {"metadata": metadata}
         return self._api.ask(Asked("apply", kind, namespace, name, "PATCH", query=query, body=body))
 
-    def get(self, kind: str, name: str) -> Manifest | None:
+    def get(self, kind: str, name: str) -> KubernetesObject | None:
         """Return an object; None if it is not there."""
         try:
             return self._api.ask(self._asked("read", kind, name))
         except MissingError:
             return None
 
-    def list(self, kind: str, *, labels: str = "", fields: str = "", all_namespaces: bool = False) -> list[Manifest]:
+    def list(
+        self, kind: str, *, labels: str = "", fields: str = "", all_namespaces: bool = False
+    ) -> list[KubernetesObject]:
         """List objects.
 
         Args:
@@ -189,7 +190,7 @@ class Cluster:
         Returns:
             False if it was not there.
         """
-        options: Manifest = {"apiVersion": "v1", "kind": "DeleteOptions", "propagationPolicy": propagation}
+        options: KubernetesObject = {"apiVersion": "v1", "kind": "DeleteOptions", "propagationPolicy": propagation}
         options |= {"preconditions": {"uid": uid}} if uid else {}
         options |= {} if grace_seconds is None else {"gracePeriodSeconds": grace_seconds}
         asked = Asked("delete", KINDS[kind], self._place(kind), name, "DELETE", body=options)

@@ -5,12 +5,11 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from topwork.clients.kubernetes import KubernetesObject
 from topwork.clients.kubernetes.errors import GoneError, PassingError, QuietError, garbage, refused
 from topwork.clients.kubernetes.requests import Api, Asked, Lines
-
-Manifest = dict[str, Any]
 
 
 class Change(NamedTuple):
@@ -22,7 +21,7 @@ class Change(NamedTuple):
     """
 
     type: str
-    object: Manifest
+    object: KubernetesObject
 
 
 class Watch:
@@ -35,7 +34,7 @@ class Watch:
 
     def __init__(self, api: Api, asked: Asked) -> None:
         self._api, self._asked = api, asked
-        self._known: dict[str, Manifest] = {}
+        self._known: dict[str, KubernetesObject] = {}
         self._version = ""
 
     def changes(self, seconds: float) -> Iterator[Change]:

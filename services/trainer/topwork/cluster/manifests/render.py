@@ -5,9 +5,9 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from topwork import __version__
+from topwork.clients.kubernetes import KubernetesObject
 from topwork.cluster.manifests.job import job_manifest
 from topwork.cluster.manifests.pod import prefetch_pod, training_pod
 from topwork.cluster.names import DIGEST_ANNOTATION, JOB_FILE, labels, object_name, prefetch_name
@@ -16,8 +16,6 @@ from topwork.spec import TransferJob
 from topwork.spec.messages import shown
 from topwork.spec.uris import SCHEME
 from topwork.spec.yaml_output import plain, yaml_text
-
-Manifest = dict[str, Any]
 
 # [registry[:port]/]name[:tag][@digest], as container runtimes read it (github.com/distribution/reference).
 IMAGE = re.compile(
@@ -65,12 +63,12 @@ class Rendered:
         prefetch: The Job that pulls ahead, where the spec asks for it.
     """
 
-    config_map: Manifest
-    training: Manifest
-    prefetch: Manifest | None
+    config_map: KubernetesObject
+    training: KubernetesObject
+    prefetch: KubernetesObject | None
 
     @property
-    def objects(self) -> list[Manifest]:
+    def objects(self) -> list[KubernetesObject]:
         """All of them, each after what it needs."""
         return [self.config_map, *([self.prefetch] if self.prefetch else []), self.training]
 
@@ -112,7 +110,7 @@ def render(job: TransferJob, placement: Placement) -> Rendered:
     )
 
 
-def _signed(manifest: Manifest, job: TransferJob) -> Manifest:
+def _signed(manifest: KubernetesObject, job: TransferJob) -> KubernetesObject:
     """Add the digest of what was rendered. The namespace is none of it: there, the same Job is another object.
 
     The spec counts by what it says and not by how it is written: the Helm chart writes YAML in another style.
@@ -122,7 +120,7 @@ def _signed(manifest: Manifest, job: TransferJob) -> Manifest:
     return manifest | {"metadata": manifest["metadata"] | {"annotations": {DIGEST_ANNOTATION: digest}}}
 
 
-def _placed(manifest: Manifest, placement: Placement) -> Manifest:
+def _placed(manifest: KubernetesObject, placement: Placement) -> KubernetesObject:
     if placement.namespace is None:
         return manifest
     name, *others = manifest["metadata"].items()

@@ -5,9 +5,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from topwork.clients.kubernetes import KubernetesObject
 from topwork.cluster.names import RUN_LABEL
 from topwork.cluster.operations.find_runs import NAME, OURS, find_run
-from topwork.cluster.status.objects import Manifest, is_being_deleted, name_of
+from topwork.cluster.status.objects import is_being_deleted, name_of
 from topwork.errors import SettingError, UnavailableError
 
 if TYPE_CHECKING:
@@ -91,19 +92,19 @@ class Cancelling:
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 
-    def _stop_at_once(self, left: list[Manifest]) -> None:
+    def _stop_at_once(self, left: list[KubernetesObject]) -> None:
         for pod in left:
             if pod["kind"] == "Pod":
                 self.cluster.delete("Pod", name_of(pod), uid=pod["metadata"]["uid"], grace_seconds=0)
 
-    def _all(self, kind: str) -> list[Manifest]:
+    def _all(self, kind: str) -> list[KubernetesObject]:
         return self.cluster.list(kind, labels=f"{RUN_LABEL}={self.run}")
 
-    def _left(self, uids: set[str]) -> Iterator[Manifest]:
+    def _left(self, uids: set[str]) -> Iterator[KubernetesObject]:
         for kind in ("Job", "ConfigMap"):
             yield from (thing for thing in self._all(kind) if thing["metadata"]["uid"] in uids)
 
-    def _pods(self, jobs: set[str]) -> Iterator[Manifest]:
+    def _pods(self, jobs: set[str]) -> Iterator[KubernetesObject]:
         """Pods of the Jobs, and those that a Job left behind which is gone."""
         for pod in self._all("Pod"):
             owners = {owner["uid"] for owner in pod["metadata"].get("ownerReferences") or ()}
@@ -111,17 +112,17 @@ class Cancelling:
                 yield pod
 
 
-def _jobs(things: list[Manifest]) -> set[str]:
+def _jobs(things: list[KubernetesObject]) -> set[str]:
     return {thing["metadata"]["uid"] for thing in things if thing["kind"] == "Job"}
 
 
-def _grace(left: list[Manifest]) -> float:
+def _grace(left: list[KubernetesObject]) -> float:
     """The longest time that a pod was given to stop."""
     stated = [thing["spec"].get("terminationGracePeriodSeconds") or 30 for thing in left if thing["kind"] == "Pod"]
     return float(max(stated, default=0))
 
 
-def _waited_for(left: list[Manifest], *, now: bool) -> str:
+def _waited_for(left: list[KubernetesObject], *, now: bool) -> str:
     first = left[0]
     at_work = first["kind"] == "Pod" and (first.get("status") or {}).get("phase") not in OVER
     if at_work and not now:
@@ -129,7 +130,7 @@ def _waited_for(left: list[Manifest], *, now: bool) -> str:
     return f"waiting for {_called(first)} to go"
 
 
-def _called(thing: Manifest) -> str:
+def _called(thing: KubernetesObject) -> str:
     """Name an object as kubectl does."""
     kind = {"Job": "job.batch", "ConfigMap": "configmap", "Pod": "pod"}[thing["kind"]]
     return f"{kind}/{name_of(thing)}"

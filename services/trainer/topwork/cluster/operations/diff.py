@@ -6,14 +6,17 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from topwork.clients.kubernetes import KubernetesObject
 from topwork.cluster.names import JOB_FILE
-from topwork.cluster.status.objects import Manifest, containers
+from topwork.cluster.status.objects import containers
 
 ABSENT = "not set"
 MOST_SHOWN = 6
 
 
-def differences(before: tuple[Manifest | None, Manifest], after: tuple[Manifest, Manifest]) -> str:
+def differences(
+    before: tuple[KubernetesObject | None, KubernetesObject], after: tuple[KubernetesObject, KubernetesObject]
+) -> str:
     """Say what differs between what is there and what would be applied.
 
     Args:
@@ -34,14 +37,14 @@ def differences(before: tuple[Manifest | None, Manifest], after: tuple[Manifest,
     return ", ".join(found[:MOST_SHOWN]) + more
 
 
-def _spec(config_map: Manifest) -> Any:
+def _spec(config_map: KubernetesObject) -> Any:
     try:
         return YAML(typ="safe").load((config_map.get("data") or {}).get(JOB_FILE) or "")
     except YAMLError:
         return None
 
 
-def _image(job: Manifest) -> str | None:
+def _image(job: KubernetesObject) -> str | None:
     return next((str(found.spec.get("image")) for found in containers(job["spec"]["template"])), None)
 
 

@@ -4,8 +4,9 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from topwork.clients.kubernetes import KubernetesObject
 from topwork.cluster.names import JOB_LABEL, MANAGER, PART_LABEL, RUN_LABEL
-from topwork.cluster.status.objects import Manifest, RunObjects, condition, has_begun, label, name_of
+from topwork.cluster.status.objects import RunObjects, condition, has_begun, label, name_of
 from topwork.errors import SettingError
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def find_run(cluster: "Cluster", name: str) -> Found:
     raise SettingError(f"no job or run {name} in namespace {cluster.namespace}. {known}")
 
 
-def newest_first(jobs: Iterable[Manifest]) -> list[str]:
+def newest_first(jobs: Iterable[KubernetesObject]) -> list[str]:
     """Name the runs of some Jobs, the newest first."""
     ordered = sorted(jobs, key=lambda job: str(job["metadata"].get("creationTimestamp")), reverse=True)
     return list(dict.fromkeys(str(label(job, RUN_LABEL)) for job in ordered))
@@ -74,7 +75,9 @@ def read_run(cluster: "Cluster", run: str) -> RunObjects:
     return RunObjects(jobs, pods, read_events(cluster, jobs, pods))
 
 
-def read_events(cluster: "Cluster", jobs: Sequence[Manifest], pods: Sequence[Manifest]) -> list[Manifest]:
+def read_events(
+    cluster: "Cluster", jobs: Sequence[KubernetesObject], pods: Sequence[KubernetesObject]
+) -> list[KubernetesObject]:
     """Read the events that tell why a Job or a pod waits.
 
     Args:
@@ -85,7 +88,7 @@ def read_events(cluster: "Cluster", jobs: Sequence[Manifest], pods: Sequence[Man
     Returns:
         The events about what is not over and has not started; none where the account must not read events.
     """
-    found: list[Manifest] = []
+    found: list[KubernetesObject] = []
     try:
         for thing in (*(job for job in jobs if _is_open(job)), *(pod for pod in pods if _is_waiting(pod))):
             found += cluster.list("Event", fields=f"involvedObject.name={name_of(thing)}")
@@ -96,9 +99,9 @@ def read_events(cluster: "Cluster", jobs: Sequence[Manifest], pods: Sequence[Man
     return found
 
 
-def _is_open(job: Manifest) -> bool:
+def _is_open(job: KubernetesObject) -> bool:
     return not (condition(job, "Complete") or condition(job, "Failed"))
 
 
-def _is_waiting(pod: Manifest) -> bool:
+def _is_waiting(pod: KubernetesObject) -> bool:
     return (pod.get("status") or {}).get("phase") in {None, "Pending"} and not has_begun(pod)

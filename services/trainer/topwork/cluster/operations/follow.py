@@ -5,9 +5,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
+from topwork.clients.kubernetes import KubernetesObject
 from topwork.cluster.operations.run_events import WATCHED, Changed, Events, Failure, Kind, News, Pace, Sources, Survey
 from topwork.cluster.status.epochs import Epoch
-from topwork.cluster.status.objects import Manifest, RunObjects, condition, has_begun
+from topwork.cluster.status.objects import RunObjects, condition, has_begun
 from topwork.cluster.status.run_state import RunState, job_state, run_state
 from topwork.errors import SettingError, UnavailableError
 
@@ -28,9 +29,9 @@ class Trouble:
 class _Seen:
     """Everything that was seen of the run, by kind and UID, and what of it is gone."""
 
-    things: dict[Kind, dict[str, Manifest]] = field(default_factory=lambda: {kind: {} for kind in WATCHED})
+    things: dict[Kind, dict[str, KubernetesObject]] = field(default_factory=lambda: {kind: {} for kind in WATCHED})
     gone: set[str] = field(default_factory=set)
-    events: list[Manifest] = field(default_factory=list)
+    events: list[KubernetesObject] = field(default_factory=list)
 
     def take(self, news: News) -> None:
         if isinstance(news, Survey):

@@ -7,10 +7,11 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from topwork.clients.kubernetes import KubernetesObject
 from topwork.cluster.names import ROLE_LABEL, RUN_LABEL
 from topwork.cluster.operations.find_runs import OURS
 from topwork.cluster.status.epochs import Epoch, last_epoch
-from topwork.cluster.status.objects import Manifest, RunObjects, label
+from topwork.cluster.status.objects import RunObjects, label
 from topwork.cluster.status.run_state import RunState, run_state
 from topwork.errors import SettingError, UnavailableError
 
@@ -38,14 +39,16 @@ def read_states(cluster: "Cluster", *, all_namespaces: bool = False) -> list[Run
     if not jobs:
         return []
     pods = cluster.list("Pod", labels=f"{OURS},{RUN_LABEL}", all_namespaces=all_namespaces)
-    events: list[Manifest] = []
+    events: list[KubernetesObject] = []
     # Whoever must not read events still gets the list.
     with suppress(SettingError):
         events = cluster.list("Event", fields="reason=FailedCreate", all_namespaces=all_namespaces)
     return [run_state(objects) for objects in grouped(jobs, pods, events)]
 
 
-def grouped(jobs: Iterable[Manifest], pods: Iterable[Manifest], events: Sequence[Manifest] = ()) -> list[RunObjects]:
+def grouped(
+    jobs: Iterable[KubernetesObject], pods: Iterable[KubernetesObject], events: Sequence[KubernetesObject] = ()
+) -> list[RunObjects]:
     """Sort the Jobs and pods of many runs into runs.
 
     Args:
@@ -56,7 +59,7 @@ def grouped(jobs: Iterable[Manifest], pods: Iterable[Manifest], events: Sequence
     Returns:
         The objects of each run, the newest run first.
     """
-    found: dict[tuple[str, str], tuple[list[Manifest], list[Manifest]]] = {}
+    found: dict[tuple[str, str], tuple[list[KubernetesObject], list[KubernetesObject]]] = {}
     for job in sorted(jobs, key=lambda job: str(job["metadata"].get("creationTimestamp")), reverse=True):
         if label(job, ROLE_LABEL):
             found.setdefault(_key(job), ([], []))[0].append(job)
@@ -114,5 +117,5 @@ def _read_epoch(cluster: "Cluster", state: RunState) -> Epoch | None:
         return None
 
 
-def _key(thing: Manifest) -> tuple[str, str]:
+def _key(thing: KubernetesObject) -> tuple[str, str]:
     return str(thing["metadata"].get("namespace")), str(label(thing, RUN_LABEL))

@@ -4,9 +4,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+from topwork.clients.kubernetes import KubernetesObject
 from topwork.cluster.names import RUN_LABEL, StageName
 from topwork.cluster.operations.find_runs import read_events
-from topwork.cluster.status.objects import ContainerFacts, Manifest, RunObjects, condition, containers, name_of, of_job
+from topwork.cluster.status.objects import ContainerFacts, RunObjects, condition, containers, name_of, of_job
 from topwork.cluster.status.run_state import run_state
 from topwork.errors import UnavailableError
 
@@ -133,7 +134,7 @@ class RunLog:
         told = state.reason or state.error
         return f": {told}" if told else ""
 
-    def _wait(self, pods: Sequence[Manifest]) -> None:
+    def _wait(self, pods: Sequence[KubernetesObject]) -> None:
         """Wait until something happens to a pod, or for a while."""
         known = {pod["metadata"]["resourceVersion"] for pod in pods}
         for change in self._cluster.watch("Pod", labels=f"{RUN_LABEL}={self._run}", seconds=WAIT_SECONDS):

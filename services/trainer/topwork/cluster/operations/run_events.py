@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Literal
 
+from topwork.clients.kubernetes import KubernetesObject
 from topwork.cluster.names import RUN_LABEL
 from topwork.cluster.operations.find_runs import read_events
 from topwork.cluster.status.epochs import Epoch, read_epoch
-from topwork.cluster.status.objects import Manifest, RunObjects
+from topwork.cluster.status.objects import RunObjects
 from topwork.errors import SettingError, UnavailableError
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class Pace:
 class Survey:
     """What there is: the objects of the first survey; UIDs that later ones found gone."""
 
-    objects: dict[Kind, list[Manifest]]
+    objects: dict[Kind, list[KubernetesObject]]
     gone: frozenset[str] = frozenset()
 
 
@@ -56,7 +57,7 @@ class Changed:
     """An object that appeared, changed or went."""
 
     kind: Kind
-    object: Manifest
+    object: KubernetesObject
     is_gone: bool
 
 
@@ -64,7 +65,7 @@ class Changed:
 class Events:
     """Events that tell why the run waits."""
 
-    events: list[Manifest]
+    events: list[KubernetesObject]
 
 
 @dataclass(frozen=True)

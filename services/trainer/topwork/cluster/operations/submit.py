@@ -5,10 +5,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from topwork.clients.kubernetes import KubernetesObject
 from topwork.cluster.manifests.render import Rendered
 from topwork.cluster.names import DIGEST_ANNOTATION, MANAGER, PART_LABEL, RUN_LABEL
 from topwork.cluster.operations.diff import differences
-from topwork.cluster.status.objects import Manifest, condition, is_being_deleted, label, name_of
+from topwork.cluster.status.objects import condition, is_being_deleted, label, name_of
 from topwork.errors import SettingError, UnavailableError
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ class Submission:
             return self._standing(now) or "submitted"
         return "submitted" if there is None else "replaced"
 
-    def preview(self) -> tuple[Manifest | None, Outcome | None]:
+    def preview(self) -> tuple[KubernetesObject | None, Outcome | None]:
         """Look, without waiting or changing anything.
 
         Returns:
@@ -83,7 +84,7 @@ class Submission:
         there = self._look(self.rendered.training)
         return there, None if there is None or is_being_deleted(there) else self._standing(there)
 
-    def _apply(self, jobs: list[Manifest]) -> None:
+    def _apply(self, jobs: list[KubernetesObject]) -> None:
         """Apply the ConfigMap, then the Jobs, and make them its owners, so that it goes when they do."""
         config_map = self.rendered.config_map
         self.cluster.apply(config_map)
@@ -98,10 +99,10 @@ class Submission:
             metadata = config_map["metadata"] | {"ownerReferences": references}
             self.cluster.apply(config_map | {"metadata": metadata})
 
-    def _look(self, job: Manifest) -> Manifest | None:
+    def _look(self, job: KubernetesObject) -> KubernetesObject | None:
         return self._checked(self.cluster.get("Job", name_of(job)))
 
-    def _checked(self, there: Manifest | None) -> Manifest | None:
+    def _checked(self, there: KubernetesObject | None) -> KubernetesObject | None:
         if there is not None and not is_ours(there):
             kind = "configmap" if there.get("kind") == "ConfigMap" else "job.batch"
             raise SettingError(
@@ -110,7 +111,7 @@ class Submission:
             )
         return there
 
-    def _settled(self, job: Manifest) -> Manifest | None:
+    def _settled(self, job: KubernetesObject) -> KubernetesObject | None:
         """Read the Job of that name, once it is no longer about to end."""
         there = self._look(job)
         if there is None or not _is_ending(there):
@@ -119,7 +120,7 @@ class Submission:
         self._wait(lambda: (now := self._look(job)) is None or not _is_ending(now), f"{called(there)} does not end")
         return self._look(job)
 
-    def _standing(self, there: Manifest) -> Outcome | None:
+    def _standing(self, there: KubernetesObject) -> Outcome | None:
         """What a Job that is there means; None if it failed and can be replaced."""
         if condition(there, "Complete") or condition(there, "SuccessCriteriaMet"):
             return "complete"
@@ -136,7 +137,7 @@ class Submission:
             f"{where}; submitted again, it goes on from its checkpoint."
         )
 
-    def _prefetch(self) -> list[Manifest]:
+    def _prefetch(self) -> list[KubernetesObject]:
         """The Job that pulls ahead, unless it is there and has not failed: whatever its settings, it pulls the same."""
         wanted = self.rendered.prefetch
         there = self._settled(wanted) if wanted else None
@@ -146,7 +147,7 @@ class Submission:
             self._remove(there)
         return [wanted]
 
-    def _remove(self, job: Manifest) -> None:
+    def _remove(self, job: KubernetesObject) -> None:
         """Delete a Job with its pods and wait until they are gone; somebody else may have done so before."""
         name, uid = name_of(job), job["metadata"]["uid"]
         self.cluster.delete("Job", name, uid=uid, propagation="Foreground")
@@ -176,7 +177,7 @@ class Submission:
         """Wait for pods that a deleted Job left behind: two pods must never train the same run."""
         run = label(self.rendered.training, RUN_LABEL)
 
-        def left() -> list[Manifest]:
+        def left() -> list[KubernetesObject]:
             pods = self.cluster.list("Pod", labels=f"{RUN_LABEL}={run}")
             return [pod for pod in pods if is_being_deleted(pod) and (pod.get("status") or {}).get("phase") not in OVER]
 
@@ -198,22 +199,22 @@ class Submission:
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 
 
-def is_ours(thing: Manifest) -> bool:
+def is_ours(thing: KubernetesObject) -> bool:
     """Whether topwork has rendered an object."""
     return label(thing, PART_LABEL) == MANAGER
 
 
-def digest(job: Manifest) -> str | None:
+def digest(job: KubernetesObject) -> str | None:
     """Digest of what was rendered, as the Job keeps it."""
     value = (job["metadata"].get("annotations") or {}).get(DIGEST_ANNOTATION)
     return str(value) if value else None
 
 
-def called(job: Manifest) -> str:
+def called(job: KubernetesObject) -> str:
     """Name a Job as kubectl does."""
     return f"job.batch/{name_of(job)}"
 
 
-def _is_ending(job: Manifest) -> bool:
+def _is_ending(job: KubernetesObject) -> bool:
     over = condition(job, "Failed") or condition(job, "Complete")
     return is_being_deleted(job) or (condition(job, "FailureTarget") is not None and not over)

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal
 
+from topwork.clients.kubernetes import KubernetesObject
 from topwork.cluster.names import StageName
 from topwork.cluster.status.failure_reasons import container_error, pod_error
 from topwork.cluster.status.objects import (
     ContainerFacts,
-    Manifest,
     condition,
     containers,
     created,
@@ -84,7 +84,7 @@ class Attempt:
         return begun[-1] if begun else None
 
 
-def read_attempt(pod: Manifest, job: Manifest, deleted: Collection[str] = ()) -> Attempt:
+def read_attempt(pod: KubernetesObject, job: KubernetesObject, deleted: Collection[str] = ()) -> Attempt:
     """Read the state of a pod.
 
     Args:
@@ -133,7 +133,7 @@ def _container(facts: ContainerFacts) -> Container:
 
 
 def _state(
-    pod: Manifest, found: tuple[Container, ...], gone: bool
+    pod: KubernetesObject, found: tuple[Container, ...], gone: bool
 ) -> Literal["waiting", "running", "stopping", "done", "stopped", "failed"]:
     phase = (pod.get("status") or {}).get("phase")
     if phase == "Succeeded":
@@ -147,7 +147,7 @@ def _state(
     return "running" if any(container.state != "waiting" for container in found) else "waiting"
 
 
-def _is_ignored(pod: Manifest, found: tuple[Container, ...], job: Manifest) -> bool:
+def _is_ignored(pod: KubernetesObject, found: tuple[Container, ...], job: KubernetesObject) -> bool:
     """Whether the first rule of the Job that applies to a failed pod says that it does not count."""
     for rule in (job["spec"].get("podFailurePolicy") or {}).get("rules") or ():
         if any(_applies(pod, found, rule)):
@@ -155,7 +155,7 @@ def _is_ignored(pod: Manifest, found: tuple[Container, ...], job: Manifest) -> b
     return False
 
 
-def _applies(pod: Manifest, found: tuple[Container, ...], rule: Manifest) -> Iterator[bool]:
+def _applies(pod: KubernetesObject, found: tuple[Container, ...], rule: KubernetesObject) -> Iterator[bool]:
     for wanted in rule.get("onPodConditions") or ():
         yield condition(pod, wanted["type"], wanted.get("status", "True")) is not None
     if codes := rule.get("onExitCodes"):

@@ -3,7 +3,8 @@
 import json
 import re
 
-from topwork.cluster.status.objects import ContainerFacts, Manifest, condition, one_line
+from topwork.clients.kubernetes import KubernetesObject
+from topwork.cluster.status.objects import ContainerFacts, condition, one_line
 from topwork.cluster.termination_message import read_ending
 
 # Keys of the spec by which the volumes of the pod grow.
@@ -40,7 +41,7 @@ def container_error(container: ContainerFacts) -> str | None:
     return _by_reason(container, ended) or _by_exit_code(int(ended["exitCode"])) or _last_line(message, ended)
 
 
-def _by_reason(container: ContainerFacts, ended: Manifest) -> str | None:
+def _by_reason(container: ContainerFacts, ended: KubernetesObject) -> str | None:
     reason = ended.get("reason")
     if reason == "OOMKilled":
         limit = ((container.spec.get("resources") or {}).get("limits") or {}).get("memory", "its limit")
@@ -65,7 +66,7 @@ def _by_exit_code(code: int) -> str | None:
     return None
 
 
-def _last_line(message: str, ended: Manifest) -> str:
+def _last_line(message: str, ended: KubernetesObject) -> str:
     """Take the last line of the log, which Kubernetes keeps where a process left no message of its own."""
     lines = [line for line in message.splitlines() if line.strip()]
     if not lines:
@@ -77,7 +78,7 @@ def _last_line(message: str, ended: Manifest) -> str:
     return one_line(str(told.get("error") or told.get("message") or lines[-1]) if isinstance(told, dict) else lines[-1])
 
 
-def pod_error(pod: Manifest) -> str | None:
+def pod_error(pod: KubernetesObject) -> str | None:
     """Say why a whole pod was ended from outside; None if it was not."""
     node = f"node {pod['spec']['nodeName']}" if pod["spec"].get("nodeName") else "its node"
     if disruption := condition(pod, "DisruptionTarget"):
@@ -94,7 +95,7 @@ def pod_error(pod: Manifest) -> str | None:
     return f"{node} refused or ended the pod ({reason}): {_told(status, pod)}"
 
 
-def _told(place: Manifest, pod: Manifest) -> str:
+def _told(place: KubernetesObject, pod: KubernetesObject) -> str:
     status = pod.get("status") or {}
     return one_line(str(place.get("message") or status.get("message") or place.get("reason") or "no reason given"))
 

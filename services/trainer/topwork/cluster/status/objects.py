@@ -3,11 +3,10 @@
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from topwork.clients.kubernetes import KubernetesObject
 from topwork.cluster.names import ROLE_LABEL, STAGES, StageName
-
-Manifest = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -21,12 +20,12 @@ class RunObjects:
         deleted: UIDs of the Jobs and pods that are gone.
     """
 
-    jobs: Sequence[Manifest]
-    pods: Sequence[Manifest] = ()
-    events: Sequence[Manifest] = ()
+    jobs: Sequence[KubernetesObject]
+    pods: Sequence[KubernetesObject] = ()
+    events: Sequence[KubernetesObject] = ()
     deleted: Collection[str] = field(default_factory=frozenset)
 
-    def job(self, role: str) -> Manifest | None:
+    def job(self, role: str) -> KubernetesObject | None:
         """Give the Job of a role, `training` or `prefetch`."""
         return next((job for job in self.jobs if label(job, ROLE_LABEL) == role), None)
 
@@ -35,16 +34,16 @@ class ContainerFacts(NamedTuple):
     """A stage's container: what was asked for, and what Kubernetes tells of it (empty before the pod is on a node)."""
 
     stage: StageName
-    spec: Manifest
-    status: Manifest
+    spec: KubernetesObject
+    status: KubernetesObject
 
 
-def name_of(thing: Manifest) -> str:
+def name_of(thing: KubernetesObject) -> str:
     """Name of an object."""
     return str(thing["metadata"]["name"])
 
 
-def label(thing: Manifest, key: str) -> str | None:
+def label(thing: KubernetesObject, key: str) -> str | None:
     """Value of a label."""
     value = (thing["metadata"].get("labels") or {}).get(key)
     return None if value is None else str(value)
@@ -55,17 +54,17 @@ def moment(text: str | None) -> datetime | None:
     return datetime.fromisoformat(text) if text else None
 
 
-def created(thing: Manifest) -> datetime | None:
+def created(thing: KubernetesObject) -> datetime | None:
     """When an object was created."""
     return moment(thing["metadata"].get("creationTimestamp"))
 
 
-def is_being_deleted(thing: Manifest) -> bool:
+def is_being_deleted(thing: KubernetesObject) -> bool:
     """Whether an object is on its way out."""
     return bool(thing["metadata"].get("deletionTimestamp"))
 
 
-def condition(thing: Manifest, kind: str, status: str = "True") -> Manifest | None:
+def condition(thing: KubernetesObject, kind: str, status: str = "True") -> KubernetesObject | None:
     """Find the condition of a kind that has a status; a condition that was taken back is none."""
     for found in (thing.get("status") or {}).get("conditions") or ():
         if found.get("type") == kind and found.get("status") == status:
@@ -73,12 +72,12 @@ def condition(thing: Manifest, kind: str, status: str = "True") -> Manifest | No
     return None
 
 
-def containers(pod: Manifest) -> tuple[ContainerFacts, ...]:
+def containers(pod: KubernetesObject) -> tuple[ContainerFacts, ...]:
     """Give the containers of the stages of a pod, in the order in which they run."""
     return tuple(sorted(_containers(pod), key=lambda found: STAGES.index(found.stage)))
 
 
-def _containers(pod: Manifest) -> Iterator[ContainerFacts]:
+def _containers(pod: KubernetesObject) -> Iterator[ContainerFacts]:
     status = pod.get("status") or {}
     for specs, statuses in (("initContainers", "initContainerStatuses"), ("containers", "containerStatuses")):
         told = {found["name"]: found for found in status.get(statuses) or ()}
@@ -88,12 +87,12 @@ def _containers(pod: Manifest) -> Iterator[ContainerFacts]:
                 yield ContainerFacts(spec["name"], spec, told.get(spec["name"]) or {})
 
 
-def has_begun(pod: Manifest) -> bool:
+def has_begun(pod: KubernetesObject) -> bool:
     """Whether a container of a pod was started; its phase stays Pending until the last init container has ended."""
     return any(set(found.status.get("state") or {}) & {"running", "terminated"} for found in containers(pod))
 
 
-def requested(pod: Manifest, resource: str) -> str | None:
+def requested(pod: KubernetesObject, resource: str) -> str | None:
     """How much of a resource the pod asks for: the most that one of its containers does."""
     amounts = [
         str(found.spec["resources"]["requests"][resource])
@@ -103,7 +102,7 @@ def requested(pod: Manifest, resource: str) -> str | None:
     return max(amounts, key=lambda amount: (len(amount), amount), default=None)
 
 
-def of_job(pods: Iterable[Manifest], job: Manifest) -> list[Manifest]:
+def of_job(pods: Iterable[KubernetesObject], job: KubernetesObject) -> list[KubernetesObject]:
     """Give the pods of a Job, the oldest first."""
     uid = job["metadata"].get("uid")
     found = [
@@ -112,7 +111,7 @@ def of_job(pods: Iterable[Manifest], job: Manifest) -> list[Manifest]:
     return sorted(found, key=lambda pod: (str(pod["metadata"].get("creationTimestamp")), name_of(pod)))
 
 
-def event_time(event: Manifest) -> datetime | None:
+def event_time(event: KubernetesObject) -> datetime | None:
     """When an event happened last; each kind of sender writes it elsewhere."""
     series = event.get("series") or {}
     for text in (series.get("lastObservedTime"), event.get("lastTimestamp"), event.get("eventTime")):
@@ -121,7 +120,7 @@ def event_time(event: Manifest) -> datetime | None:
     return moment(event.get("firstTimestamp")) or created(event)
 
 
-def last_event(events: Iterable[Manifest], thing: Manifest, *reasons: str) -> Manifest | None:
+def last_event(events: Iterable[KubernetesObject], thing: KubernetesObject, *reasons: str) -> KubernetesObject | None:
     """Find the newest event about an object that has one of some reasons."""
     about = [
         event

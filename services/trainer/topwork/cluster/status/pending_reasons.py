@@ -3,10 +3,10 @@
 import re
 from collections.abc import Iterable, Iterator
 
+from topwork.clients.kubernetes import KubernetesObject
 from topwork.cluster.names import QUEUE_LABEL
 from topwork.cluster.status.objects import (
     ContainerFacts,
-    Manifest,
     condition,
     containers,
     event_time,
@@ -38,7 +38,7 @@ MISSING = re.compile(r'(?P<kind>configmap|secret) "(?P<name>[^"]+)" not found')
 MISSING_KEY = re.compile(r"references non-existent config key: (?P<key>\S+)")
 
 
-def job_reason(job: Manifest, events: Iterable[Manifest]) -> str | None:
+def job_reason(job: KubernetesObject, events: Iterable[KubernetesObject]) -> str | None:
     """Say why a Job has no pod.
 
     Args:
@@ -60,7 +60,7 @@ def job_reason(job: Manifest, events: Iterable[Manifest]) -> str | None:
     return creation_refused(str(last.get("message") or "")) if last and last["reason"] == "FailedCreate" else pause
 
 
-def _suspended(job: Manifest, events: list[Manifest]) -> str:
+def _suspended(job: KubernetesObject, events: list[KubernetesObject]) -> str:
     queue = label(job, QUEUE_LABEL)
     if queue is None:
         return f'suspended: resume it with kubectl patch job {name_of(job)} -p \'{{"spec":{{"suspend":false}}}}\''
@@ -113,7 +113,7 @@ def creation_refused(message: str) -> str:
     return one_line(message)
 
 
-def pod_reason(pod: Manifest, events: Iterable[Manifest]) -> str | None:
+def pod_reason(pod: KubernetesObject, events: Iterable[KubernetesObject]) -> str | None:
     """Say why a pod whose first container has not started waits.
 
     Args:
@@ -141,7 +141,7 @@ def pod_reason(pod: Manifest, events: Iterable[Manifest]) -> str | None:
     return None
 
 
-def _unscheduled(pod: Manifest, events: list[Manifest]) -> str | None:
+def _unscheduled(pod: KubernetesObject, events: list[KubernetesObject]) -> str | None:
     scheduled = condition(pod, "PodScheduled", "False")
     if scheduled is None:
         return None
@@ -157,7 +157,7 @@ def _unscheduled(pod: Manifest, events: list[Manifest]) -> str | None:
     return f"the autoscaler is adding a node, which takes minutes ({told})"
 
 
-def _container_reason(container: ContainerFacts, waiting: Manifest) -> str | None:
+def _container_reason(container: ContainerFacts, waiting: KubernetesObject) -> str | None:
     reason = str(waiting.get("reason") or "")
     message = one_line(str(waiting.get("message") or ""))
     image = container.spec["image"]
@@ -218,7 +218,7 @@ AFTERWARDS = re.compile(r"\.? *(no new claims to deallocate, )?preemption: .*", 
 CAUSE = re.compile(r"(?P<count>\d+) (?P<what>(?:[^,{]|\{[^}]*\})+)")
 
 
-def unschedulable(pod: Manifest, message: str) -> str:
+def unschedulable(pod: KubernetesObject, message: str) -> str:
     """Say why no node takes a pod, and what to do.
 
     Args:
@@ -245,7 +245,7 @@ def unschedulable(pod: Manifest, message: str) -> str:
     return "; ".join(first + told + advice) or one_line(message)
 
 
-def _lacking(pod: Manifest, lacking: dict[str, int], nodes: int) -> str:
+def _lacking(pod: KubernetesObject, lacking: dict[str, int], nodes: int) -> str:
     wanted = []
     for resource, count in lacking.items():
         amount = requested(pod, resource)

@@ -4,8 +4,9 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from topwork.clients.kubernetes import KubernetesObject
 from topwork.cluster.status.attempts import Attempt
-from topwork.cluster.status.objects import Manifest, RunObjects, condition, is_being_deleted, of_job, one_line
+from topwork.cluster.status.objects import RunObjects, condition, is_being_deleted, of_job, one_line
 from topwork.cluster.status.pending_reasons import job_reason, pod_reason
 from topwork.errors import GateError, SpecError, Stopped, UnavailableError
 
@@ -34,7 +35,7 @@ class Standing:
     error: str | None = None
 
 
-def read_standing(objects: RunObjects, job: Manifest, attempts: tuple[Attempt, ...]) -> Standing:
+def read_standing(objects: RunObjects, job: KubernetesObject, attempts: tuple[Attempt, ...]) -> Standing:
     """Tell where a Job stands.
 
     Args:
@@ -60,7 +61,7 @@ def read_standing(objects: RunObjects, job: Manifest, attempts: tuple[Attempt, .
     return _active(objects, job, attempts)
 
 
-def _active(objects: RunObjects, job: Manifest, attempts: tuple[Attempt, ...]) -> Standing:
+def _active(objects: RunObjects, job: KubernetesObject, attempts: tuple[Attempt, ...]) -> Standing:
     last = attempts[-1] if attempts else None
     if last and last.state == "done":
         # The Job controller is about to say so.
@@ -95,7 +96,7 @@ def ended(attempt: Attempt) -> str:
     return f"{attempt.pod} ended{code}: {attempt.error or 'no reason given'}"
 
 
-def _failure(job: Manifest, failed: Manifest, attempts: tuple[Attempt, ...]) -> tuple[int, str]:
+def _failure(job: KubernetesObject, failed: KubernetesObject, attempts: tuple[Attempt, ...]) -> tuple[int, str]:
     """Exit code and error of a Job that failed."""
     reason, message = failed.get("reason"), one_line(str(failed.get("message") or "no reason given"))
     if reason == "DeadlineExceeded":

@@ -3,10 +3,11 @@
 from dataclasses import dataclass, replace
 from datetime import datetime
 
+from topwork.clients.kubernetes import KubernetesObject
 from topwork.cluster.names import JOB_LABEL, QUEUE_LABEL, RUN_LABEL
 from topwork.cluster.status.attempts import Attempt, Container, read_attempt
 from topwork.cluster.status.epochs import Epoch
-from topwork.cluster.status.objects import Manifest, RunObjects, condition, created, label, moment, name_of, of_job
+from topwork.cluster.status.objects import RunObjects, condition, created, label, moment, name_of, of_job
 from topwork.cluster.status.phase import Phase, read_standing
 
 
@@ -101,7 +102,7 @@ def _ahead(state: RunState) -> RunState:
     return replace(state, phase="pulling ahead") if state.phase in {"pending", "running"} else state
 
 
-def job_state(objects: RunObjects, job: Manifest, epoch: Epoch | None = None) -> RunState:
+def job_state(objects: RunObjects, job: KubernetesObject, epoch: Epoch | None = None) -> RunState:
     """Tell how a single Job stands; see `run_state`."""
     attempts = tuple(read_attempt(pod, job, objects.deleted) for pod in of_job(objects.pods, job))
     status = job.get("status") or {}
@@ -152,7 +153,7 @@ def _newest_first(attempts: tuple[Attempt, ...]) -> list[Container]:
     return [container for attempt in reversed(attempts) for container in reversed(attempt.containers)]
 
 
-def _ended(job: Manifest) -> datetime | None:
+def _ended(job: KubernetesObject) -> datetime | None:
     status = job.get("status") or {}
     over = condition(job, "Complete") or condition(job, "Failed") or {}
     return moment(status.get("completionTime") or over.get("lastTransitionTime"))
