@@ -1,6 +1,6 @@
 """`make bench`, its part on metrics: what a training step records and what a scrape costs, beside the steps themselves.
 
-What is around a step (`topwork.training.steps`: clocks, counters, histogram, progress, the look at the loss) is timed
+What is around a step (`topwork.training.trainer.TrainStep`: clocks, counters, histogram, progress, the look at the loss) is timed
 with a step that computes nothing, less the same loop without it. That is set against two real steps: the fastest that
 topwork runs, a head on kept features, and one of a small base. Ends with one JSON line.
 """
@@ -15,11 +15,11 @@ from typing import Any
 
 from prometheus_client import generate_latest
 
-from topwork.cli.runtime.environment import quiet_start
+from topwork.cli.output.progress import NoProgress
+from topwork.cli.runtime.tensorflow_import import quiet_tensorflow_import
 from topwork.clients.prometheus.metrics import Metrics
-from topwork.progress import LineProgress
-from topwork.training.steps import Steps
-from topwork.training.train_state import Course
+from topwork.training.train_state import TrainState
+from topwork.training.trainer import TrainStep
 from topwork.workspace import Workspace
 
 STEPS, SCRAPES, ROUNDS = 20_000, 200, 5
@@ -27,30 +27,28 @@ SCRAPE_SECONDS = 15.0
 BATCH, FEATURES, SIDE = 32, 1280, 96
 
 
-class Endless:
-    """A training around steps that never comes to an end of its epoch."""
+class EndlessEpoch:
+    """Stands in for a Trainer whose epoch never ends."""
 
-    def __init__(self) -> None:
-        self.course = Course()
+    steps_per_epoch = 10**9
+    batch_size = BATCH
 
-    def is_due(self) -> bool:
+    def __init__(self, workspace: Workspace) -> None:
+        self.workspace = workspace
+        self.state = TrainState()
+
+    def checkpoint_is_due(self) -> bool:
         return False
-
-    def save(self) -> None:
-        raise NotImplementedError
-
-    def names(self, step: int) -> list[str]:
-        return []
 
 
 def described() -> Metrics:
     """Metrics as a training stage has them."""
     metrics = Metrics()
-    metrics.describe(job="bench", run="bench-12345678", stage="transfer", version="0")
-    metrics.evaluation("train", {"accuracy": 0.5, "loss": 0.5})
-    metrics.evaluation("validation", {"accuracy": 0.5, "loss": 0.5})
-    metrics.epochs_planned("transfer", 10)
-    metrics.epoch("transfer", 1)
+    metrics.start_job(job="bench", run="bench-12345678", stage="transfer", version="0")
+    metrics.set_evaluation("train", {"accuracy": 0.5, "loss": 0.5})
+    metrics.set_evaluation("validation", {"accuracy": 0.5, "loss": 0.5})
+    metrics.set_planned_epochs("transfer", 10)
+    metrics.set_epoch("transfer", 1)
     return metrics
 
 
@@ -61,9 +59,9 @@ def recording_seconds(metrics: Metrics, loss: Any) -> float:
         next(batches)
         return {"loss": loss}
 
-    workspace = Workspace(None, metrics, LineProgress(), Path())  # type: ignore[arg-type] # nothing is stored
-    recorded = Steps(train, Endless(), workspace, steps_per_epoch=10**9, batch_size=BATCH)
-    with workspace.track("bench", None) as recorded.tracker:
+    workspace = Workspace(None, metrics, NoProgress(), Path())  # type: ignore[arg-type] # nothing is stored
+    with workspace.track("bench", None) as tracker:
+        recorded = TrainStep(train, EndlessEpoch(workspace), tracker)  # type: ignore[arg-type] # all that a step uses
         pairs = [(each(recorded), each(lambda batches: train(iter((next(batches),))))) for _ in range(ROUNDS)]
     return min(with_it for with_it, _ in pairs) - min(without for _, without in pairs)
 
@@ -100,7 +98,7 @@ def scrape(metrics: Metrics) -> tuple[float, int]:
     """Processor seconds of a scrape, in the mean, and bytes of the page."""
     began = time.process_time()
     for _ in range(SCRAPES):
-        page = generate_latest(metrics.page)
+        page = generate_latest(metrics.labeled_registry)
     return (time.process_time() - began) / SCRAPES, len(page)
 
 
@@ -117,7 +115,7 @@ def kept_bytes() -> int:
 
 def main() -> None:
     """Measure, and print the table."""
-    with quiet_start():
+    with quiet_tensorflow_import():
         import keras
         import tensorflow as tf
     metrics = described()

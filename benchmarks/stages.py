@@ -11,29 +11,33 @@ weights of the trained base.
 import argparse
 import json
 import time
+from collections.abc import MutableMapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from topwork.cli.runtime.environment import quiet_start, storage_at
+import structlog
+
+from topwork.cli.output.progress import NoProgress
+from topwork.cli.runtime.logging import configure_logging
+from topwork.cli.runtime.storage import open_storage
+from topwork.cli.runtime.tensorflow_import import quiet_tensorflow_import
 from topwork.clients.prometheus.metrics import Metrics
 from topwork.clients.s3.storage import Storage
-from topwork.progress import LineProgress
 from topwork.spec.loading.loader import read_jobs
 from topwork.workspace import Workspace
 
 
-class Kept(LineProgress):
-    """Keeps what is told of the feature cache."""
+def record_facts(facts: dict[str, Any]) -> None:
+    """Log to standard error, and keep what is logged about the feature cache and the precision."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.facts: dict[str, Any] = {}
+    def keep(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+        if "feature" in event["event"] or "precision" in event["event"]:
+            facts.update({name: value for name, value in event.items() if name != "event"})
+        return event
 
-    def note(self, message: str, **facts: Any) -> None:
-        super().note(message, **facts)
-        if "feature" in message or "precision" in message:
-            self.facts |= facts
+    configure_logging()
+    structlog.configure(processors=[keep, *structlog.get_config()["processors"]])
 
 
 def save_base(storage: Storage, key: str, scratch: Path, target: Path) -> None:
@@ -55,18 +59,19 @@ def main() -> None:
     (job,) = read_jobs(options.job)
     scratch = options.state / f"scratch-{job.run}"
     scratch.mkdir(parents=True, exist_ok=True)
-    progress = Kept()
-    with storage_at(job.spec.storage, options.state) as storage, quiet_start():
+    facts: dict[str, Any] = {}
+    record_facts(facts)
+    with open_storage(job.spec.storage, options.state) as storage, quiet_tensorflow_import():
         from topwork import pipeline
-        from topwork.data.local_dataset import fetch
+        from topwork.data.local_dataset import fetch_dataset
 
-        workspace = Workspace(storage, Metrics(), progress, scratch)
+        workspace = Workspace(storage, Metrics(), NoProgress(), scratch)
         dataset = pipeline.run_pull(job, workspace)
         if options.lists:
-            local = fetch(dataset, job, replace(workspace, scratch=options.state / "lists"))
+            local = fetch_dataset(dataset, job, replace(workspace, scratch=options.state / "lists"))
             names = {name: getattr(local, name).names for name in ("train", "validation", "test")}
             options.lists.write_text(json.dumps(names))
-        pipeline.begin(job, workspace)
+        pipeline.prepare_training(job, workspace)
         seconds, classifier = {}, None
         began = time.monotonic()
         classifier = pipeline.transfer(job, dataset, workspace)
@@ -80,7 +85,7 @@ def main() -> None:
             save_base(storage, classifier.key, scratch, options.base_weights)
     rows = [{name: row[name] for name in ("stage", "epoch", "seconds")} for row in classifier.history]
     accuracy = published.metrics["accuracy"]
-    print(json.dumps({"seconds": seconds, "epochs": rows, "accuracy": accuracy, "facts": progress.facts}))
+    print(json.dumps({"seconds": seconds, "epochs": rows, "accuracy": accuracy, "facts": facts}))
 
 
 if __name__ == "__main__":

@@ -12,9 +12,9 @@ from shapes import SWITCHES, plain, shapes_text
 from values import Section, Values
 
 from topwork import __version__
-from topwork.spec.schema.json_schema import any_of, one_of
-from topwork.spec.schema.key_types import keys
-from topwork.spec.yaml_output import as_yaml
+from topwork.spec.schema.json_schema import allow_any_of, require_exactly_one
+from topwork.spec.schema.key_types import fields_by_key
+from topwork.spec.yaml_output import dump_yaml
 
 HERE = Path(__file__).parent
 WIDTH = 116
@@ -36,7 +36,7 @@ def values_text() -> str:
 
 
 def _lines(section: Section, indent: str) -> Iterator[str]:
-    for key, field in keys(type(section)).items():
+    for key, field in fields_by_key(type(section)).items():
         yield ""
         for line in textwrap.wrap(field.description or "", WIDTH - len(indent)):
             yield f"{indent}# {line}"
@@ -46,7 +46,7 @@ def _lines(section: Section, indent: str) -> Iterator[str]:
             # The first key stands right below.
             yield from list(_lines(value, f"{indent}  "))[1:]
         else:
-            yield from (f"{indent}{line}" for line in as_yaml([{key: plain(value)}]).splitlines())
+            yield from (f"{indent}{line}" for line in dump_yaml([{key: plain(value)}]).splitlines())
 
 
 def _value(section: Section, field: FieldInfo) -> Any:
@@ -60,7 +60,7 @@ def schema_text() -> str:
         Draft 7, which every version of Helm reads.
     """
     schema = Values.model_json_schema(by_alias=True, mode="validation")
-    one_of(any_of(schema))
+    require_exactly_one(allow_any_of(schema))
     schema["properties"]["global"] = {"type": "object", "description": "What a chart around this one hands down."}
     head = {"$schema": "http://json-schema.org/draft-07/schema#", "title": "Values of the chart topwork"}
     return json.dumps(head | _for_helm(schema | head), indent=1) + "\n"
@@ -93,7 +93,7 @@ def readme_text() -> str:
 
 
 def _rows(section: Section, prefix: str) -> Iterator[tuple[str, str, str]]:
-    for key, field in keys(type(section)).items():
+    for key, field in fields_by_key(type(section)).items():
         value = _value(section, field)
         if isinstance(value, Section):
             yield from _rows(value, f"{prefix}{key}.")

@@ -11,17 +11,17 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from topwork.spec import TransferJob
-from topwork.spec.job import NO_RESULT
-from topwork.spec.schema.key_types import Kind, is_list, is_part, keys, kinds, parts
-from topwork.spec.section import Part
-from topwork.spec.training import UNFREEZE_KINDS
+from topwork.spec.fine_tune import UNFREEZE_MODELS
+from topwork.spec.job import EXCLUDED_FROM_DIGEST
+from topwork.spec.schema.key_types import KeyType, expand_types, fields_by_key, is_list, is_model, walk_models
+from topwork.spec.spec_model import SpecModel
 
 Shape = dict[str, Any]
 
 # YAML as Helm reads it takes these words for true and false.
 SWITCHES = {"on", "off"}
 # Which key tells one part from another where several may stand.
-TELLING_KEYS = {part: key for key, part in UNFREEZE_KINDS.items()}
+TELLING_KEYS = {part: key for key, part in UNFREEZE_MODELS.items()}
 
 
 def shapes_text() -> str:
@@ -30,13 +30,13 @@ def shapes_text() -> str:
     Returns:
         JSON: for each part its keys in order, and for each key its shape and its default.
     """
-    found = {part.__name__: part_shape(part) for _, part in parts(TransferJob)}
-    for part, key in without_result(TransferJob, NO_RESULT):
+    found = {part.__name__: part_shape(part) for _, part in walk_models(TransferJob)}
+    for part, key in without_result(TransferJob, EXCLUDED_FROM_DIGEST):
         found[part]["fields"][key]["noResult"] = True
     return json.dumps({"root": TransferJob.__name__, "parts": found}, indent=1, sort_keys=True) + "\n"
 
 
-def without_result(part: type[Part], excluded: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def without_result(part: type[SpecModel], excluded: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Find the keys by which a run is not named.
 
     Args:
@@ -46,16 +46,16 @@ def without_result(part: type[Part], excluded: Mapping[str, Any]) -> Iterator[tu
     Yields:
         The name of a part and a key in it.
     """
-    for key, field in keys(part).items():
+    for key, field in fields_by_key(part).items():
         left_out = excluded.get(next(name for name, one in part.model_fields.items() if one is field))
         if left_out is True:
             yield part.__name__, key
         elif left_out:
-            for kind in kinds(field.annotation):
-                yield from without_result(kind.of, left_out)
+            for kind in expand_types(field.annotation):
+                yield from without_result(kind.python_type, left_out)
 
 
-def part_shape(part: type[Part]) -> Shape:
+def part_shape(part: type[SpecModel]) -> Shape:
     """Describe a part.
 
     Args:
@@ -64,13 +64,13 @@ def part_shape(part: type[Part]) -> Shape:
     Returns:
         `order`, its keys as the reference has them, and `fields`, the shape of each.
     """
-    fields = keys(part)
+    fields = fields_by_key(part)
     return {"order": list(fields), "fields": {key: field_shape(field) for key, field in fields.items()}}
 
 
 def field_shape(field: FieldInfo) -> Shape:
     """Describe a key: the shape of its value, and its default where it has one other than nothing."""
-    found = shape(kinds(field.annotation, field.metadata))
+    found = shape(expand_types(field.annotation, field.metadata))
     default = plain(field.default)
     if not field.is_required() and default is not None:
         found["default"] = default
@@ -79,12 +79,12 @@ def field_shape(field: FieldInfo) -> Shape:
 
 def plain(default: Any) -> Any:
     """Give a default as a person would write it: a part with what differs from its own defaults."""
-    if isinstance(default, Part):
+    if isinstance(default, SpecModel):
         return default.model_dump(mode="json", by_alias=True, exclude_defaults=True)
     return list(default) if isinstance(default, tuple) else default
 
 
-def shape(allowed: Iterable[Kind]) -> Shape:
+def shape(allowed: Iterable[KeyType]) -> Shape:
     """Describe what may stand in one place.
 
     Args:
@@ -95,18 +95,18 @@ def shape(allowed: Iterable[Kind]) -> Shape:
     """
     found: Shape = {}
     for kind in allowed:
-        if is_part(kind.of):
-            telling = {"key": TELLING_KEYS[kind.of]} if kind.of in TELLING_KEYS else {}
-            found.setdefault("parts", []).append(telling | {"part": kind.of.__name__})
-        elif is_list(kind.of):
-            found["list"] = shape(kinds(get_args(kind.of)[0]))
-        elif get_origin(kind.of) is dict:
+        if is_model(kind.python_type):
+            telling = {"key": TELLING_KEYS[kind.python_type]} if kind.python_type in TELLING_KEYS else {}
+            found.setdefault("parts", []).append(telling | {"part": kind.python_type.__name__})
+        elif is_list(kind.python_type):
+            found["list"] = shape(expand_types(get_args(kind.python_type)[0]))
+        elif get_origin(kind.python_type) is dict:
             found["map"] = True
-        elif get_origin(kind.of) is Literal:
-            found["switch"] = bool(SWITCHES & set(get_args(kind.of)))
-        elif kind.of is float:
+        elif get_origin(kind.python_type) is Literal:
+            found["switch"] = bool(SWITCHES & set(get_args(kind.python_type)))
+        elif kind.python_type is float:
             # Beside whole numbers, as with cpu, a number is whole where it can be.
             found["number"] = "any" if found.get("number") == "whole" else "real"
-        elif kind.of is int:
+        elif kind.python_type is int:
             found["number"] = "any" if found.get("number") == "real" else "whole"
     return {key: value for key, value in found.items() if value is not False}

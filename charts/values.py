@@ -2,22 +2,21 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, StringConstraints
+from pydantic import Field, StrictBool, StringConstraints
 
 from topwork.cluster.names import STORAGE_SECRET
-from topwork.spec.compute import (
+from topwork.spec.compute import Compute, Metrics
+from topwork.spec.job import JobSpec
+from topwork.spec.kubernetes_types import (
     AnnotationKey,
     ByteQuantity,
-    Compute,
+    DnsLabel,
     DnsName,
     LabelKey,
     LabelValue,
-    Metrics,
     ObjectName,
 )
-from topwork.spec.evaluation import DnsLabel
-from topwork.spec.job import JobSpec
-from topwork.spec.section import Part, YesNo
+from topwork.spec.spec_model import SpecModel
 from topwork.spec.uris import HttpUrl, StorageUri
 
 Image = Annotated[str, StringConstraints(max_length=1024)]
@@ -26,11 +25,11 @@ Duration = Annotated[str, StringConstraints(pattern=r"^[1-9][0-9]*(ms|s|m|h)$")]
 Plain = dict[str, Any]
 
 
-class Section(Part):
+class Section(SpecModel):
     """A mapping of values.yaml whose keys are described one by one."""
 
 
-class DefaultSpec(Part):
+class DefaultSpec(SpecModel):
     """Parts of a job spec that hold for all jobs of the namespace which don't say otherwise."""
 
     storage: StorageUri | None = Field(default=None, description="As spec.storage.")
@@ -55,7 +54,7 @@ class Defaults(Section):
 class ServiceAccount(Section):
     """The account of jobs, topwork-job. No pod of topwork gets a token of the Kubernetes API."""
 
-    create: YesNo = Field(default=True, description="Whether to make it.")
+    create: StrictBool = Field(default=True, description="Whether to make it.")
     annotations: dict[AnnotationKey, str] = Field(
         default={},
         description="What your cloud wants for workload identity, such as {eks.amazonaws.com/role-arn: arn:…}.",
@@ -65,7 +64,7 @@ class ServiceAccount(Section):
 class Submitters(Section):
     """Who may submit: the role topwork-submitter, with what the commands of topwork ask of the API server."""
 
-    create: YesNo = Field(default=True, description="Whether to make the role.")
+    create: StrictBool = Field(default=True, description="Whether to make the role.")
     groups: tuple[str, ...] = Field(default=("topwork-submitters",), description="Groups that get it.")
     users: tuple[str, ...] = Field(default=(), description="Users that get it.")
     service_accounts: tuple[ObjectName, ...] = Field(
@@ -91,7 +90,7 @@ class S3(Section):
 class PodMonitor(Section):
     """A PodMonitor, by which the Prometheus operator finds the metrics ports of jobs."""
 
-    enabled: YesNo = Field(default=False, description="Whether to make it; it needs monitoring.coreos.com/v1.")
+    enabled: StrictBool = Field(default=False, description="Whether to make it; it needs monitoring.coreos.com/v1.")
     labels: dict[LabelKey, LabelValue] = Field(
         default={}, description="Labels that your Prometheus selects by, such as {release: kube-prometheus-stack}."
     )
@@ -104,14 +103,14 @@ class PodMonitor(Section):
 class PrometheusRule(Section):
     """Alerts and recording rules."""
 
-    enabled: YesNo = Field(default=False, description="Whether to make them; they need monitoring.coreos.com/v1.")
+    enabled: StrictBool = Field(default=False, description="Whether to make them; they need monitoring.coreos.com/v1.")
     labels: dict[LabelKey, LabelValue] = Field(default={}, description="Labels that your Prometheus selects by.")
 
 
 class Dashboards(Section):
     """A ConfigMap with the dashboards, which the sidecar of Grafana takes in."""
 
-    enabled: YesNo = Field(default=False, description="Whether to make it.")
+    enabled: StrictBool = Field(default=False, description="Whether to make it.")
     labels: dict[LabelKey, LabelValue] = Field(
         default={"grafana_dashboard": "1"}, description="Labels that the sidecar looks for."
     )
@@ -137,7 +136,7 @@ class Monitoring(Section):
 class NetworkPolicies(Section):
     """NetworkPolicies for the pods of jobs, and for the embedded server."""
 
-    enabled: YesNo = Field(default=False, description="Whether to make them.")
+    enabled: StrictBool = Field(default=False, description="Whether to make them.")
     scrapers: tuple[Plain, ...] = Field(
         default=({"namespaceSelector": {}},),
         description="Who may read the metrics ports, as peers of a NetworkPolicy. Nothing else reaches a pod of a job.",
@@ -152,7 +151,7 @@ class NetworkPolicies(Section):
 class Seaweedfs(Section):
     """An S3 server for trying out: one pod, one volume, no replica. Nothing to keep models in."""
 
-    enabled: YesNo = Field(
+    enabled: StrictBool = Field(
         default=False, description="Whether to run it. Jobs use it, and its bucket is spec.storage where none is named."
     )
     image: Image = Field(default="chrislusf/seaweedfs:4.48", description="Image of SeaweedFS.")
@@ -182,7 +181,7 @@ class ChartJobSpec(JobSpec):
     storage: StorageUri | None = Field(default=None, description="As spec.storage; without it that of the defaults.")  # type: ignore[assignment]
 
 
-class ChartJob(Part):
+class ChartJob(SpecModel):
     """A job: its name is the key."""
 
     labels: dict[LabelKey, LabelValue] = Field(default={}, description="As metadata.labels of a job spec.")

@@ -11,9 +11,8 @@ from prometheus_client.metrics_core import Metric
 from topwork.cli import app
 from topwork.cli.commands.backbones import COLUMNS
 from topwork.cli.commands.backbones import rows as backbone_rows
-from topwork.clients.prometheus.gpus import READINGS as GPUS
-from topwork.clients.prometheus.gpus import Gpus
-from topwork.clients.prometheus.series import MOST_SERIES, OUTCOME, Series
+from topwork.clients.prometheus.gpus import GPU_METRICS, GpuCollector
+from topwork.clients.prometheus.series import MAX_SERIES, OUTCOME_FAMILIES, Series
 from topwork.spec.schema.json_schema import schema_text
 from topwork.spec.schema.reference import reference_text
 
@@ -59,7 +58,7 @@ def metrics_text() -> str:
     rows = []
     for family, labels in series():
         named = ", ".join(f"`{label}`" for label in labels)
-        kept = "●" if family.name in OUTCOME else ""
+        kept = "●" if family.name in OUTCOME_FAMILIES else ""
         rows.append(f"| `{shown_name(family)}` | {family.type} | {named} | {kept} | {family.documentation} |")
     return "\n".join(
         [
@@ -70,8 +69,8 @@ def metrics_text() -> str:
             "stages repeat what earlier ones have measured, so over several processes of a run take the maximum of a "
             "series, not the sum; those that count `by this process` alone add up. Counters are there from the start "
             "with 0, gauges from their first value on. Who asks for OpenMetrics gets it, with units.\n",
-            f"A process has {MOST_SERIES} series at most, and {len(GPUS)} more for each of its GPUs: a pod's three "
-            f"containers {3 * MOST_SERIES} and {2 * len(GPUS)} a GPU (pull has none), over the whole life of a run.\n",
+            f"A process has {MAX_SERIES} series at most, and {len(GPU_METRICS)} more for each of its GPUs: a pod's three "
+            f"containers {3 * MAX_SERIES} and {2 * len(GPU_METRICS)} a GPU (pull has none), over the whole life of a run.\n",
             "With `spec.metrics.pushgateway` the series marked ● stay at a Pushgateway when a process is gone, in one "
             'group a run (`job="topwork"`, `transferjob`, `run`); `topwork metrics delete RUN` takes them away.\n',
             "| series | type | labels | kept | meaning |",
@@ -109,7 +108,7 @@ def series() -> list[tuple[Metric, Sequence[str]]]:
     found = [getattr(value, "gauge", value) for value in vars(Series()).values()]
     collectors = [value for value in found if hasattr(value, "_labelnames")]
     ours = [(family, collector._labelnames) for collector in collectors for family in collector.collect()]
-    return ours + [(family, family._labelnames) for family in Gpus(None).describe()]
+    return ours + [(family, family._labelnames) for family in GpuCollector(None).describe()]
 
 
 def shown_name(family: Metric) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from manifests import LABELS, NAMESPACE, TEMPLATE, Manifest, kustomization, metadata, text
 
-from topwork.cluster.manifests.pod import GPU
+from topwork.cluster.names import GPU_RESOURCE
 from topwork.cluster.names import STORAGE_SECRET
 
 SUBMITTER, SUBMITTERS, ACCOUNT = "topwork-submitter", "topwork-submitters", "topwork-job"
@@ -136,7 +136,7 @@ def quota() -> Manifest:
         "requests.memory": "128Gi",
         "limits.cpu": 32,
         "limits.memory": "128Gi",
-        f"requests.{GPU}": 4,
+        f"requests.{GPU_RESOURCE}": 4,
         "count/jobs.batch": 50,
     }
     return {"apiVersion": "v1", "kind": "ResourceQuota", "metadata": metadata("topwork"), "spec": {"hard": hard}}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from manifests import NAMESPACE, kustomization, text
 
-from topwork.cluster.manifests.render import Placement, render
+from topwork.cluster.manifests.render import RenderOptions, render
 from topwork.spec.loading.loader import read_jobs
 
 SPECS = Path(__file__).parent.parent / "examples"
@@ -31,7 +31,7 @@ def files() -> Iterator[tuple[str, str]]:
     specs = sorted(SPECS.glob("*.yaml"))
     for path in specs:
         jobs = read_jobs(path)
-        rendered = [render(job, Placement(namespace=NAMESPACE)) for job in jobs]
+        rendered = [render(job, RenderOptions(namespace=NAMESPACE)) for job in jobs]
         (container,) = rendered[0].training["spec"]["template"]["spec"]["containers"]
         words = EXAMPLE_WORDS.format(
             file=path.name, name=jobs[0].metadata.name, namespace=NAMESPACE, image=container["image"]

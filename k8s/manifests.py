@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from topwork.spec.yaml_output import as_yaml
+from topwork.spec.yaml_output import dump_yaml
 
 NAMESPACE = "topwork"
 LABELS = {"app.kubernetes.io/name": "topwork", "app.kubernetes.io/part-of": "topwork"}
@@ -31,4 +31,4 @@ def kustomization(*resources: str, **more: Any) -> Manifest:
 def text(comment: str, *manifests: Manifest) -> str:
     """Write objects with a comment before them."""
     lines = [f"# {line}".rstrip() for line in comment.strip("\n").splitlines()]
-    return "\n".join([f"{GENERATED}#", *lines, as_yaml(manifests)])
+    return "\n".join([f"{GENERATED}#", *lines, dump_yaml(manifests)])

@@ -5,9 +5,8 @@ from collections.abc import Iterator
 from manifests import LABELS, NAMESPACE, TEMPLATE, Manifest, kustomization, metadata, text
 
 from topwork import __version__
-from topwork.cluster.manifests.pod import GPU
-from topwork.cluster.names import QUEUE_LABEL, ROLE_LABEL
-from topwork.spec.yaml_output import as_yaml
+from topwork.cluster.names import GPU_RESOURCE, QUEUE_LABEL, ROLE_LABEL
+from topwork.spec.yaml_output import dump_yaml
 
 EXAMPLES = "../../examples"
 QUEUE = "topwork"
@@ -68,19 +67,19 @@ def images(accelerator: str) -> Manifest:
 
 def gpus(count: int | None) -> Manifest:
     """Set the GPUs of the containers that train; None takes away what there is."""
-    resources = {"requests": {GPU: count}, "limits": {GPU: count}}
+    resources = {"requests": {GPU_RESOURCE: count}, "limits": {GPU_RESOURCE: count}}
     pod = {
         # Without pull, transfer would come before it (kubernetes-sigs/kustomize#3912, #5904).
         "initContainers": [{"name": "pull"}, {"name": "transfer", "resources": resources}],
         "containers": [{"name": "fine-tune", "resources": resources}],
     }
     target = {"kind": "Job", "labelSelector": f"{ROLE_LABEL}=training"}
-    return {"target": target, "patch": as_yaml([job_patch({}, spec={"template": {"spec": pod}})])}
+    return {"target": target, "patch": dump_yaml([job_patch({}, spec={"template": {"spec": pod}})])}
 
 
 def queue() -> Manifest:
     """Name the queue on every Job."""
-    return {"target": {"kind": "Job"}, "patch": as_yaml([job_patch({"labels": {QUEUE_LABEL: QUEUE}})])}
+    return {"target": {"kind": "Job"}, "patch": dump_yaml([job_patch({"labels": {QUEUE_LABEL: QUEUE}})])}
 
 
 def job_patch(metadata: Manifest, **more: Manifest) -> Manifest:
@@ -90,7 +89,7 @@ def job_patch(metadata: Manifest, **more: Manifest) -> Manifest:
 
 def queues() -> list[Manifest]:
     """Build what Kueue needs: a flavour of nodes, its quota, and the way to it from the namespace."""
-    amounts = {"cpu": 32, "memory": "128Gi", GPU: 4}
+    amounts = {"cpu": 32, "memory": "128Gi", GPU_RESOURCE: 4}
     quotas = [{"name": resource, "nominalQuota": amount} for resource, amount in amounts.items()]
     everywhere = {"name": QUEUE, "labels": dict(LABELS)}
     spec = {

@@ -1,4 +1,4 @@
-"""What all tests share: a real S3 server, a workspace on it, tiny jobs and tiny images."""
+"""Fixtures of all tests: a real S3 server, a workspace that uses it, tiny jobs and tiny images."""
 
 import logging
 import os
@@ -15,10 +15,11 @@ from PIL import Image
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
+from topwork.cli.output.progress import NoProgress
+from topwork.cli.runtime.logging import configure_structlog
 from topwork.clients.prometheus.metrics import Metrics
-from topwork.clients.s3.storage import Storage, StorageSettings, make_bucket
+from topwork.clients.s3.storage import Storage, StorageSettings, create_bucket
 from topwork.local.server import embedded_storage
-from topwork.progress import Quiet
 from topwork.spec import TransferJob
 from topwork.workspace import Workspace
 
@@ -26,19 +27,25 @@ BUCKET = "topwork-test"
 
 
 @pytest.fixture(autouse=True)
-def process_as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A command sets what holds for its process; the next test finds it as pytest left it."""
+def restore_process_settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Undo what a command sets for its whole process: logging and the hooks for unhandled exceptions."""
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
     monkeypatch.setattr(threading, "excepthook", threading.excepthook)
-    before = logging.getLogRecordFactory()
+    monkeypatch.setattr(logging, "raiseExceptions", logging.raiseExceptions)
+    configure_structlog()
+    root, topwork = logging.getLogger(), logging.getLogger("topwork")
+    handlers, levels = root.handlers[:], (root.level, topwork.level)
     yield
-    logging.setLogRecordFactory(before)
+    logging.captureWarnings(False)
+    root.handlers = handlers
+    root.setLevel(levels[0])
+    topwork.setLevel(levels[1])
 
 
 @pytest.fixture(scope="session")
 def s3_settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StorageSettings]:
     with embedded_storage(tmp_path_factory.mktemp("s3")) as settings:
-        make_bucket(settings, BUCKET)
+        create_bucket(settings, BUCKET)
         yield settings
 
 
@@ -51,12 +58,12 @@ def storage(s3_settings: StorageSettings) -> Storage:
 def workspace(storage: Storage, tmp_path: Path) -> Workspace:
     scratch = tmp_path / "scratch"
     scratch.mkdir()
-    return Workspace(storage=storage, metrics=Metrics(), progress=Quiet(), scratch=scratch)
+    return Workspace(storage=storage, metrics=Metrics(), progress=NoProgress(), scratch=scratch)
 
 
 @pytest.fixture
 def two_class_folder(tmp_path: Path) -> Path:
-    """`<tmp>/photos/{blue,red}/*`: 20 images a class, PNG and JPEG, told apart by their colour."""
+    """`<tmp>/photos/{blue,red}/*`: 20 images per class, PNG and JPEG, that differ in color."""
     random = np.random.default_rng(0)
     root = tmp_path / "photos"
     for channel, name in ((2, "blue"), (0, "red")):
@@ -70,7 +77,7 @@ def two_class_folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def make_job(storage: Storage, two_class_folder: Path) -> Callable[..., TransferJob]:
-    """Build a tiny job on `two_class_folder`; keyword arguments replace whole keys of `spec`."""
+    """Build a tiny job that trains on `two_class_folder`; keyword arguments replace whole keys of `spec`."""
 
     def make(**overrides: Any) -> TransferJob:
         spec = {

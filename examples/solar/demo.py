@@ -15,7 +15,7 @@ from pictures import STORAGE, write_pictures
 from rich.console import Console
 from rich.table import Table
 
-from topwork.cli.runtime.environment import storage_at
+from topwork.cli.runtime.storage import open_storage
 
 FOLDER = Path("build/solar")
 COMPARED = {"solar-scratch": "without transfer", "solar-transfer": "with transfer"}
@@ -23,7 +23,7 @@ COMPARED = {"solar-scratch": "without transfer", "solar-transfer": "with transfe
 
 def main() -> None:
     """Run the jobs, fetch what they published and print how good it is."""
-    with storage_at(STORAGE) as storage:
+    with open_storage(STORAGE) as storage:
         counts = write_pictures(storage)
     print("Pictures:", ", ".join(f"{count} {kind}crystalline cells" for kind, count in counts.items()))
     for name in ("solar-base", *COMPARED):

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from pathlib import Path
 
-from topwork.cli.runtime.environment import storage_at
+from topwork.cli.runtime.storage import open_storage
 from topwork.clients.s3.storage import Storage
 
 STORAGE = "s3://topwork/solar"
@@ -78,7 +78,7 @@ def send(storage: Storage, picture: str) -> None:
 def main() -> None:
     """Write to the storage that the command line names."""
     uri = sys.argv[1] if len(sys.argv) > 1 else STORAGE
-    with storage_at(uri) as storage:
+    with open_storage(uri) as storage:
         for kind, count in write_pictures(storage).items():
             print(f"{uri}/pictures/{kind}.csv: {count} pictures")
 

@@ -33,7 +33,7 @@ from killed import (
     spans,
 )
 
-from topwork.clients.s3.storage import StorageSettings, make_bucket
+from topwork.clients.s3.storage import StorageSettings, create_bucket
 
 LONG = os.environ.get("TOPWORK_LONG") == "1"
 HITS = {signal.SIGKILL: 200 if LONG else 20, signal.SIGTERM: 100 if LONG else 10}
@@ -45,7 +45,7 @@ ON_FEATURES = {"fineTune": {**SPEC["fineTune"], "featureCache": {"use": "on", "v
 @pytest.fixture(scope="module")
 def settings(s3_settings: StorageSettings) -> StorageSettings:
     """Storage that keeps every version of each object: also checkpoints that are gone can be compared."""
-    make_bucket(s3_settings, BUCKET)
+    create_bucket(s3_settings, BUCKET)
     client = boto3.client(
         "s3",
         endpoint_url=s3_settings.endpoint_url,

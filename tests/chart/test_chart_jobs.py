@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from test_render_properties import COMPUTE, KEY, VALUE
 
-from topwork.cluster.manifests.render import Placement, render
+from topwork.cluster.manifests.render import RenderOptions, render
 from topwork.spec import TransferJob
 from topwork.spec.loading.loader import read_jobs, read_text
 
@@ -35,7 +35,7 @@ def check_same(rendered: Render, documents: list[dict[str, Any]], jobs: list[Tra
         for document in documents
     }
     got = rendered({"jobs": entries, "defaults": {"image": image}})
-    placement = Placement(image or None, namespace="ml")
+    placement = RenderOptions(image or None, namespace="ml")
     wanted = {
         (manifest["kind"], manifest["metadata"]["name"]): manifest
         for job in jobs

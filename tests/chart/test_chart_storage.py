@@ -120,9 +120,9 @@ def test_helm_test_stores_reads_and_deletes_in_the_bucket_that_the_server_made(
     code, out, err = run_test_pod(pod, variables | {"AWS_ENDPOINT_URL": url})
     assert code == 0, err
     assert [line.split(" (")[0].split(" s3://")[0].strip() for line in out.splitlines()] == [
-        "stored",
+        "wrote",
         "read it back",
-        "it is not overwritten by another writer",
+        "conditional write did not overwrite it",
         "deleted it",
         "s3://topwork ok",
     ]

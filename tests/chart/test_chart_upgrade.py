@@ -12,8 +12,8 @@ from api_objects import KINDS, Kind
 from api_server import NAMESPACE, ApiServer
 
 from topwork.clients.kubernetes.cluster import ClusterSettings, connect
-from topwork.cluster.operations.find_runs import read_run
-from topwork.cluster.operations.submit import is_ours
+from topwork.cluster.operations.runs import read_run_objects
+from topwork.cluster.operations.submit import is_managed_by_topwork
 
 CHART = Path(__file__).parents[2] / "charts" / "topwork"
 SPEC = {
@@ -79,7 +79,7 @@ def jobs(**changes: Any) -> dict[str, Any]:
 
 
 def job(server: ApiServer) -> dict[str, Any]:
-    (found,) = server.all("Job")
+    (found,) = server.list("Job")
     return found
 
 
@@ -131,9 +131,9 @@ def test_the_commands_know_the_jobs_of_the_chart(apply: Apply, server: ApiServer
     apply(jobs=jobs())
     found = job(server)
     assert found["metadata"]["labels"]["app.kubernetes.io/managed-by"] == "Helm"
-    assert is_ours(found)
+    assert is_managed_by_topwork(found)
     cluster = connect(ClusterSettings(kubeconfig=str(tmp_path / "kubeconfig")))
-    assert len(read_run(cluster, found["metadata"]["name"]).jobs) == 1
+    assert len(read_run_objects(cluster, found["metadata"]["name"]).jobs) == 1
 
 
 def test_keys_of_the_embedded_server_are_drawn_once(apply: Apply, server: ApiServer) -> None:

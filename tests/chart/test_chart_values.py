@@ -6,7 +6,7 @@ from typing import Any
 
 import helm_python
 import pytest
-from standards import VERSIONS, check_object, violations
+from object_validation import VERSIONS, assert_valid_object, pod_security_violations
 
 from topwork import __version__
 
@@ -98,10 +98,10 @@ def test_every_version_of_kubernetes_takes_what_is_rendered(name: str, rendered:
             assert manifest["spec"].keys() <= CUSTOM[manifest["kind"]]
             assert all(endpoint.keys() == ENDPOINT for endpoint in manifest["spec"].get("podMetricsEndpoints", []))
         elif manifest not in VALIDATED:
-            check_object(manifest, VERSIONS)
+            assert_valid_object(manifest, VERSIONS)
             VALIDATED.append(manifest)
         for pod in pods(manifest):
-            assert list(violations(pod)) == []
+            assert list(pod_security_violations(pod)) == []
             assert pod["automountServiceAccountToken"] is False
         assert manifest["metadata"]["namespace"] in {"ml", "grafana"}
 

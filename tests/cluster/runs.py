@@ -11,7 +11,7 @@ from tests.cluster.surroundings import GONE_SECONDS, START_SECONDS
 
 from topwork.clients.kubernetes import KubernetesObject
 from topwork.cluster.names import JOB_LABEL, ROLE_LABEL, RUN_LABEL
-from topwork.cluster.termination_message import Ending, read_ending
+from topwork.cluster.termination_message import TerminationMessage, parse_termination_message
 from topwork.spec import TransferJob
 
 # The child of tini is the stage; what kubectl exec starts has no parent in the container.
@@ -96,11 +96,11 @@ class Run:
 
         return eventually(look, f"{count} epochs in {container} of {pod}", seconds=START_SECONDS)
 
-    def endings(self, pod: KubernetesObject) -> dict[str, Ending | None]:
+    def endings(self, pod: KubernetesObject) -> dict[str, TerminationMessage | None]:
         """How the containers of a pod ended, from their termination messages."""
         statuses = pod["status"].get("initContainerStatuses", []) + pod["status"].get("containerStatuses", [])
         ended = {each["name"]: each["state"].get("terminated") for each in statuses}
-        return {name: read_ending(state.get("message", "")) for name, state in ended.items() if state}
+        return {name: parse_termination_message(state.get("message", "")) for name, state in ended.items() if state}
 
     def kill_process(self, pod: str, container: str, signal_name: str = "SIGKILL") -> None:
         """Send a signal to the process of a stage, past the process that waits for it."""

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from topwork.clients.s3.storage import Storage, StorageSettings, make_bucket
+from topwork.clients.s3.storage import Storage, StorageSettings, create_bucket
 from topwork.local.server import embedded_storage
 
 # What is handed to the pods; a bundle of certificates is a path on this machine and stays here.
@@ -80,7 +80,7 @@ def served_storage(state: Path, host: str) -> Iterator[ClusterStorage]:
         settings = StorageSettings(
             endpoint_url=endpoint, access_key=inner.access_key, secret_key=inner.secret_key, region=inner.region
         )
-        make_bucket(settings, OWN_BUCKET)
+        create_bucket(settings, OWN_BUCKET)
         variables = {
             "AWS_ENDPOINT_URL": endpoint,
             "AWS_ACCESS_KEY_ID": inner.access_key or "",

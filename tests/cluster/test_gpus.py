@@ -6,18 +6,18 @@ import pytest
 from tests.cluster.kubectl import Kubectl, eventually
 from tests.cluster.surroundings import NOTICE_SECONDS, RUN_SECONDS
 
-from topwork.cluster.manifests.pod import GPU
+from topwork.cluster.names import GPU_RESOURCE
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(2 * RUN_SECONDS)]
 
 
 def gpus(node: dict[str, object]) -> int:
-    return int(node["status"].get("allocatable", {}).get(GPU, 0))
+    return int(node["status"].get("allocatable", {}).get(GPU_RESOURCE, 0))
 
 
 def claim(kubectl: Kubectl, node: str, count: str | None) -> None:
     """Let a node claim GPUs, or none with None; the kubelet keeps what it does not know."""
-    status = {"status": {"capacity": {GPU: count}, "allocatable": {GPU: count}}}
+    status = {"status": {"capacity": {GPU_RESOURCE: count}, "allocatable": {GPU_RESOURCE: count}}}
     kubectl("patch", "node", node, "--subresource=status", "--type=merge", "--patch", json.dumps(status))
 
 
@@ -47,7 +47,7 @@ def test_two_gpus_train_two_replicas(make_run, topwork, two_gpus):
     assert ended.code == 0, ended.said
     pod = run.pods()[-1]
     asked = {
-        each["name"]: {kind: amounts.get(GPU) for kind, amounts in each["resources"].items()}
+        each["name"]: {kind: amounts.get(GPU_RESOURCE) for kind, amounts in each["resources"].items()}
         for each in pod["spec"]["initContainers"] + pod["spec"]["containers"]
     }
     none, two = {"requests": None, "limits": None}, {"requests": "2", "limits": "2"}

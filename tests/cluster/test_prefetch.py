@@ -5,13 +5,13 @@ from tests.cluster.runs import Run
 from tests.cluster.surroundings import RUN_SECONDS
 
 from topwork.clients.kubernetes import KubernetesObject
-from topwork.cluster.names import prefetch_name
+from topwork.cluster.names import prefetch_job_name
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(2 * RUN_SECONDS)]
 
 
 def prefetch_job(run: Run) -> KubernetesObject:
-    found = run.kubectl.get("job", prefetch_name(run.job))
+    found = run.kubectl.get("job", prefetch_job_name(run.job))
     assert found
     return found
 

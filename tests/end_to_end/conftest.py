@@ -21,8 +21,8 @@ import pytest
 from ruamel.yaml import YAML
 from tests.end_to_end.seeds import STORAGE, Seeds
 
-from topwork.clients.s3.storage import Storage, StorageSettings, make_bucket
-from topwork.cluster.termination_message import Ending
+from topwork.clients.s3.storage import Storage, StorageSettings, create_bucket
+from topwork.cluster.termination_message import TerminationMessage
 from topwork.spec import TransferJob
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -143,11 +143,11 @@ class Container:
     def wait_for_line(self, text: str) -> None:
         self.wait_for(lambda: text in self.output)
 
-    def end(self, seconds: float = 600) -> tuple[int, Ending]:
+    def end(self, seconds: float = 600) -> tuple[int, TerminationMessage]:
         code = self.process.wait(timeout=seconds)
-        return code, Ending.model_validate_json(self._ending.read_text())
+        return code, TerminationMessage.model_validate_json(self._ending.read_text())
 
-    def stop(self, seconds: float) -> tuple[int, Ending]:
+    def stop(self, seconds: float) -> tuple[int, TerminationMessage]:
         self.process.send_signal(signal.SIGTERM)
         return self.end(seconds)
 
@@ -172,7 +172,7 @@ class Pod:
         self.started.append(Container([*map(str, arguments)], environment, self.folder, self._ending))
         return self.started[-1]
 
-    def run(self, stage: str, job: Path, **variables: str | None) -> tuple[int, Ending, Container]:
+    def run(self, stage: str, job: Path, **variables: str | None) -> tuple[int, TerminationMessage, Container]:
         process = self.start(stage, job, **variables)
         return *process.end(), process
 
@@ -266,5 +266,5 @@ def seeds(tmp_path_factory: pytest.TempPathFactory, s3_settings: StorageSettings
         "AWS_SECRET_ACCESS_KEY": s3_settings.secret_key or "",
         "AWS_REGION": "us-east-1",
     }
-    make_bucket(s3_settings, "ml-artifacts")
+    create_bucket(s3_settings, "ml-artifacts")
     return Seeds(folder, kept | variables, Storage(STORAGE, s3_settings))

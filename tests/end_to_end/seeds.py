@@ -15,15 +15,15 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from tests.tfds_pictures import prepare
+from tests.tfds_datasets import prepare_dataset
 
 from topwork.artifacts import read_manifest
+from topwork.cli.output.progress import NoProgress
 from topwork.clients.prometheus.metrics import Metrics
 from topwork.clients.s3.storage import Storage
-from topwork.data.dataset_manifest import DatasetFacts, StoredDataset
-from topwork.data.local_dataset import LocalDataset, fetch
-from topwork.progress import Quiet
-from topwork.registry.stage_results import Classifier, TrainingStage, read_done
+from topwork.data.dataset_manifest import DatasetMetadata, StoredDataset
+from topwork.data.local_dataset import LocalDataset, fetch_dataset
+from topwork.registry.stage_results import Classifier, TrainingStage, read_stage_result
 from topwork.spec import TransferJob
 from topwork.spec.loading.loader import read_files
 from topwork.workspace import Workspace
@@ -50,7 +50,7 @@ class Ran:
     _loaded: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def done(self, stage: TrainingStage) -> Classifier:
-        done = read_done(self.storage, self.job.run, stage)
+        done = read_stage_result(self.storage, self.job.run, stage)
         assert done is not None, f"{stage} of {self.job.run} is not done"
         return done
 
@@ -78,10 +78,10 @@ class Ran:
         return json.loads(self.storage.read(f"{self.version}/metrics.json") or b"")
 
     @property
-    def facts(self) -> DatasetFacts:
+    def facts(self) -> DatasetMetadata:
         manifest = read_manifest(self.storage, self._dataset)
         assert manifest is not None
-        return DatasetFacts.model_validate(manifest.facts)
+        return DatasetMetadata.model_validate(manifest.facts)
 
     @cached_property
     def data(self) -> LocalDataset:
@@ -92,8 +92,8 @@ class Ran:
         """The images of the same dataset as the stages of another job would see them."""
         scratch = self.folder / job.run
         scratch.mkdir(exist_ok=True)
-        workspace = Workspace(self.storage, Metrics(), Quiet(), scratch)
-        return fetch(StoredDataset(self._dataset, self.facts), job, workspace)
+        workspace = Workspace(self.storage, Metrics(), NoProgress(), scratch)
+        return fetch_dataset(StoredDataset(self._dataset, self.facts), job, workspace)
 
     @cached_property
     def counts(self) -> dict[str, dict[str, int]]:
@@ -190,7 +190,7 @@ class Seeds:
             from topwork.data.tfds_mirror_writer import mirror_tfds
 
             self._datasets.add(name)
-            prepare(self.folder / "tfds", name, **pictures)
+            prepare_dataset(self.folder / "tfds", name, **pictures)
             mirror_tfds(name, self.workspace, self.folder / "tfds")
 
     def mirror_flowers(self) -> None:
@@ -212,7 +212,7 @@ class Seeds:
     def workspace(self) -> Workspace:
         scratch = self.folder / "scratch"
         scratch.mkdir(exist_ok=True)
-        return Workspace(self.storage, Metrics(), Quiet(), scratch)
+        return Workspace(self.storage, Metrics(), NoProgress(), scratch)
 
 
 def untrained(application: str, side: int) -> Any:
@@ -223,7 +223,7 @@ def untrained(application: str, side: int) -> Any:
     """
     import keras
 
-    from topwork.model.backbones import backbone, scaled
+    from topwork.model.backbones import find_backbone, scale_inputs
 
     keras.utils.set_random_seed(3)
     model = getattr(keras.applications, application)(include_top=False, weights=None, input_shape=(side, side, 3))
@@ -232,15 +232,15 @@ def untrained(application: str, side: int) -> Any:
         layer.momentum = 0.0
     if normalizations:
         noise = np.random.default_rng(3).integers(0, 256, (8, side, side, 3)).astype(np.float32)
-        model(scaled(keras.ops.convert_to_tensor(noise), backbone(application).scaling), training=True)
+        model(scale_inputs(keras.ops.convert_to_tensor(noise), find_backbone(application).scaling), training=True)
     return model
 
 
 def values(model: Any) -> dict[str, list[np.ndarray]]:
     """Weights of a model's layers, those of nested models too, by place and kind: Keras numbers what has no name."""
-    from topwork.model.freezing import leaves
+    from topwork.model.layer_tree import leaf_layers
 
-    layers = [layer for layer in leaves(model) if layer.weights]
+    layers = [layer for layer in leaf_layers(model) if layer.weights]
     return {f"{place:03} {type(layer).__name__}": layer.get_weights() for place, layer in enumerate(layers)}
 
 

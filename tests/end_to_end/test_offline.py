@@ -4,7 +4,7 @@ from urllib.parse import urlsplit
 
 import keras
 import pytest
-from tests.tfds_pictures import prepare
+from tests.tfds_datasets import prepare_dataset
 
 # Python runs it before anything else of the process; a child of the process inherits it by its environment.
 REFUSAL = """
@@ -64,7 +64,7 @@ def offline(topwork, s3_settings, tmp_path, refused):
 def test_a_mirrored_job_needs_no_connection_but_to_its_storage(offline, write, storage, tmp_path, refused):
     model = keras.applications.MobileNetV2(weights=None, include_top=False)
     model.save_weights(tmp_path / "own.weights.h5")
-    prepare(tmp_path / "data", "cats_vs_dogs", "4.0.1", ("cat", "dog"), {"train": 60})
+    prepare_dataset(tmp_path / "data", "cats_vs_dogs", "4.0.1", ("cat", "dog"), {"train": 60})
 
     said = offline("mirror", "weights", storage.uri, "MobileNetV2", "--file", tmp_path / "own.weights.h5")
     weights = f"{storage.uri}/weights/imagenet/MobileNetV2.weights.h5"

@@ -78,7 +78,7 @@ def test_sigterm_writes_a_checkpoint_and_ends_with_143(start, job_file):
     running = start("run", job_file(transfer={"train": "all", "epochs": 500, "batchSize": 8}))
     running.wait_for("epoch=3")
     assert running.stop(signal.SIGTERM) == 143
-    assert "Start the same job again to go on" in running.output
+    assert "Start the same job again to resume" in running.output
     assert "Traceback" not in running.output
 
 

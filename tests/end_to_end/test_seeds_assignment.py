@@ -83,7 +83,7 @@ def test_corrupt_files_of_the_archive_are_reported_and_skipped(assignment):
     assert {f"PetImages/{name}" if not name.startswith("PetImages") else name for name in rejected} >= set(CORRUPT)
     assert facts.class_counts == {"Cat": GOOD, "Dog": GOOD}
     assert assignment.note("dataset")["rejected"] == len(rejected)
-    assert "empty 2" in assignment.note("images left out")["reasons"]
+    assert "empty 2" in assignment.note("images rejected")["reasons"]
 
 
 def test_exactly_as_many_images_of_each_class_train_and_test_as_were_asked_for(assignment):
@@ -126,5 +126,5 @@ def test_the_model_is_evaluated_on_the_test_part(assignment):
     evaluation = assignment.figures["evaluation"]
     assert (evaluation["split"], evaluation["images"]) == ("test", 40)
     test = assignment.data.test
-    answers = assignment.published.predict(test.images(np.arange(40)), verbose=0)
+    answers = assignment.published.predict(test.load_images(np.arange(40)), verbose=0)
     assert evaluation["accuracy"] == pytest.approx(np.mean(answers.argmax(axis=1) == test.labels))

@@ -33,14 +33,14 @@ def test_the_base_runs_once_over_each_view_and_its_output_is_kept(lighter):
 
 def test_the_views_of_an_image_differ(lighter):
     from topwork.data.batches import view_batches
-    from topwork.model.augmentation import augment
+    from topwork.model.augmentation import build_augmentation
 
     batches = view_batches(
         lighter.data.train,
         classes=2,
         batch_size=20,
         views=2,
-        augment=augment(lighter.job.spec.augmentation),
+        augment=build_augmentation(lighter.job.spec.augmentation),
         seed=lighter.job.spec.seed,
     )
     images = [batch.numpy() for batch in batches]
@@ -58,7 +58,7 @@ def test_only_the_head_is_trained(lighter, seeds):
 
 def test_a_head_that_was_trained_on_kept_outputs_stands_on_the_base_as_any_other(lighter):
     validation = lighter.data.validation
-    pixels = validation.images(np.arange(validation.size)).astype("float32")
+    pixels = validation.load_images(np.arange(validation.size)).astype("float32")
     logits = lighter.model("transfer").predict(pixels, verbose=0)[:, 0]
     best = lighter.rows("transfer")[lighter.done("transfer").best_epoch - 1]
     loss = np.mean(np.logaddexp(0, logits) - validation.labels * logits)

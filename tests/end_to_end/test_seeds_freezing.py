@@ -4,7 +4,8 @@ import keras
 import numpy as np
 import pytest
 
-from topwork.model.freezing import digest, frozen_variables, leaves, parameter_groups, unfreeze
+from topwork.model.freezing import count_parameters, frozen_variables, hash_variables, set_trainable
+from topwork.model.layer_tree import leaf_layers
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def compiled(model):
 
 
 def normalization(model):
-    return next(layer for layer in leaves(model) if isinstance(layer, keras.layers.BatchNormalization))
+    return next(layer for layer in leaf_layers(model) if isinstance(layer, keras.layers.BatchNormalization))
 
 
 def test_dense_has_two_trainable_weights_and_batch_normalization_two_and_two_that_are_not():
@@ -41,8 +42,8 @@ def test_dense_has_two_trainable_weights_and_batch_normalization_two_and_two_tha
 
 
 def test_layer_groups_count_them_so(classifier):
-    unfreeze(classifier.get_layer("base"), "all", batch_norm=True)
-    groups = parameter_groups(classifier)
+    set_trainable(classifier.get_layer("base"), "all", batch_norm=True)
+    groups = count_parameters(classifier)
     first, second = 3 * 3 * 3 * 4 + 4, 3 * 3 * 4 * 4 + 4
     assert sum(group.trainable for group in groups) == first + 2 * 4 + second + (4 + 1)
     assert sum(group.frozen for group in groups) == 2 * 4
@@ -50,38 +51,38 @@ def test_layer_groups_count_them_so(classifier):
 
 def test_freezing_a_model_freezes_every_nested_layer(classifier):
     base = classifier.get_layer("base")
-    unfreeze(base, "none")
-    assert [layer.name for layer in leaves(base) if layer.trainable] == []
+    set_trainable(base, "none")
+    assert [layer.name for layer in leaf_layers(base) if layer.trainable] == []
     assert base.trainable_weights == []
     assert [weight.path.split("/")[0] for weight in classifier.trainable_weights] == ["logits", "logits"]
 
 
 def test_frozen_weights_are_bit_identical_after_training(classifier):
-    unfreeze(classifier.get_layer("base"), "none")
+    set_trainable(classifier.get_layer("base"), "none")
     compiled(classifier)
-    before, head = digest(frozen_variables(classifier)), classifier.get_layer("logits").get_weights()[0]
+    before, head = hash_variables(frozen_variables(classifier)), classifier.get_layer("logits").get_weights()[0]
     train(classifier)
     assert len(frozen_variables(classifier)) == 2 + 4 + 2
-    assert digest(frozen_variables(classifier)) == before
+    assert hash_variables(frozen_variables(classifier)) == before
     assert np.any(classifier.get_layer("logits").get_weights()[0] != head)
 
 
 def test_a_change_of_trainable_counts_only_after_compile(classifier):
     base = classifier.get_layer("base")
-    unfreeze(base, "none")
+    set_trainable(base, "none")
     compiled(classifier)
     train(classifier)
-    before = digest(base.weights)
-    unfreeze(base, "all")
+    before = hash_variables(base.weights)
+    set_trainable(base, "all")
     train(classifier)
-    assert digest(base.weights) == before
+    assert hash_variables(base.weights) == before
     compiled(classifier)
     train(classifier)
-    assert digest(base.weights) != before
+    assert hash_variables(base.weights) != before
 
 
 def test_frozen_batch_normalization_runs_in_inference_mode(classifier):
-    unfreeze(classifier.get_layer("base"), "none")
+    set_trainable(classifier.get_layer("base"), "none")
     normal = normalization(classifier)
     images = np.random.default_rng(2).normal(3, 2, (4, 6, 6, 4)).astype("float32")
     assert np.array_equal(normal(images, training=True), normal(images, training=False))
@@ -89,9 +90,9 @@ def test_frozen_batch_normalization_runs_in_inference_mode(classifier):
 
 def test_batch_normalization_stays_in_inference_mode_when_the_base_is_unfrozen(classifier):
     base = classifier.get_layer("base")
-    unfreeze(base, "all")
+    set_trainable(base, "all")
     compiled(classifier)
-    kept, moved = digest(normalization(classifier).weights), digest(base.weights)
+    kept, moved = hash_variables(normalization(classifier).weights), hash_variables(base.weights)
     train(classifier)
-    assert digest(normalization(classifier).weights) == kept
-    assert digest(base.weights) != moved
+    assert hash_variables(normalization(classifier).weights) == kept
+    assert hash_variables(base.weights) != moved

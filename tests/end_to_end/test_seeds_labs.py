@@ -88,11 +88,11 @@ def test_the_saved_model_is_cut_after_its_convolutions(flowers, cifar):
 
 
 def test_a_layer_to_cut_at_may_be_given_by_its_index(flowers, seeds):
-    from topwork.model.saved_base import cut
+    from topwork.model.saved_base import load_saved_base
 
     path = flowers.folder / "lab_1.keras"
     seeds.storage.download(f"{flowers.version}/model.keras", path)
-    by_index, by_name = cut(path, -4, (32, 32)), cut(path, "flatten", (32, 32))
+    by_index, by_name = load_saved_base(path, -4, (32, 32)), load_saved_base(path, "flatten", (32, 32))
     assert by_index.output_shape == by_name.output_shape == (None, 2048)
 
 
@@ -124,7 +124,7 @@ def test_loss_is_sparse_categorical_cross_entropy_and_the_optimizer_adam(cifar):
 
     transfer, validation = cifar.job.spec.transfer, cifar.data.validation
     assert (transfer.loss, transfer.optimizer.name) == ("sparseCategoricalCrossentropy", "adam")
-    logits = cifar.model("transfer").predict(validation.images(np.arange(20)).astype("float32"), verbose=0)
+    logits = cifar.model("transfer").predict(validation.load_images(np.arange(20)).astype("float32"), verbose=0)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)(validation.labels, logits)
     best = cifar.rows("transfer")[cifar.done("transfer").best_epoch - 1]
     assert best["validation_loss"] == pytest.approx(float(loss), rel=1e-3)

@@ -87,9 +87,9 @@ def test_all_layers_of_a_but_the_last_are_the_base_of_b(model, reused):
 
 
 def test_legacy_h5_gives_the_same_base(seeds, model):
-    from topwork.model.saved_base import cut
+    from topwork.model.saved_base import load_saved_base
 
-    bases = [cut(seeds.folder / name, -2, (28, 28)) for name in ("model_a.keras", "model_a.h5")]
+    bases = [load_saved_base(seeds.folder / name, -2, (28, 28)) for name in ("model_a.keras", "model_a.h5")]
     keras_file, h5_file = map(values, bases)
     assert keras_file.keys() == h5_file.keys()
     assert all(same(keras_file[name], h5_file[name]) for name in keras_file)
@@ -99,7 +99,7 @@ def test_b_answers_with_a_sigmoid(reused):
     logits, sigmoid = reused.published.get_layer("logits"), reused.published.get_layer("second_class")
     assert (logits.units, logits.input.shape) == (1, (None, 12))
     assert sigmoid.activation.__name__ == "sigmoid"
-    pixels = reused.data.test.images(np.arange(12)).astype("float32")
+    pixels = reused.data.test.load_images(np.arange(12)).astype("float32")
     answer = 1 / (1 + np.exp(-reused.model("fine-tune").predict(pixels, verbose=0)[:, 0]))
     assert reused.published.predict(pixels, verbose=0)[:, 1] == pytest.approx(answer, abs=1e-6)
 
@@ -181,7 +181,7 @@ def test_both_paths_bring_their_weights(functional, paths):
 def test_the_base_answers_as_the_model_did_at_that_layer(functional, paths):
     import keras
 
-    pixels = functional.data.test.images(np.arange(4)).astype("float32")
+    pixels = functional.data.test.load_images(np.arange(4)).astype("float32")
     wanted = keras.Model(paths.inputs[0], paths.get_layer("joined").output)(pixels).numpy()
     assert functional.model("transfer").get_layer("base")(pixels).numpy() == pytest.approx(wanted, abs=1e-5)
 

@@ -88,7 +88,7 @@ def test_a_softmax_stands_on_average_pooling(xception):
     assert names == ["image", "input_scaling", "base", "pooling", "logits", "probabilities"]
     kinds = [type(layer).__name__ for layer in xception.published.layers[2:]]
     assert kinds == ["Functional", "GlobalAveragePooling2D", "Dense", "Softmax"]
-    answers = xception.published.predict(xception.data.test.images(np.arange(10)).astype("float32"), verbose=0)
+    answers = xception.published.predict(xception.data.test.load_images(np.arange(10)).astype("float32"), verbose=0)
     assert answers.shape == (10, 5)
     assert answers.sum(axis=1) == pytest.approx(np.ones(10), abs=1e-5)
 
@@ -115,11 +115,11 @@ def test_stage_2_trains_everything_with_sgd_at_a_hundredth(xception):
 
 
 def test_both_optimizers_are_sgd_with_a_momentum_of_nine_tenths(xception):
-    from topwork.stages.fine_tune import fine_tune_plan
-    from topwork.stages.transfer import transfer_plan
-    from topwork.training.optimizers import optimizer
+    from topwork.stages.fine_tune import plan_fine_tune
+    from topwork.stages.transfer import plan_transfer
+    from topwork.training.optimizers import make_optimizer
 
-    for plan in (transfer_plan(xception.job.spec), fine_tune_plan(xception.job.spec)):
+    for plan in (plan_transfer(xception.job.spec), plan_fine_tune(xception.job.spec)):
         (phase,) = plan.phases
-        made = optimizer(phase.optimizer, steps_per_epoch=3, epochs=phase.epochs)
+        made = make_optimizer(phase.optimizer, steps_per_epoch=3, epochs=phase.epochs)
         assert (type(made).__name__, made.momentum, made.nesterov) == ("SGD", 0.9, False)

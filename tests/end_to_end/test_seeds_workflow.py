@@ -86,8 +86,8 @@ def test_splits_are_40_10_and_10_percent(cats):
 def test_images_are_resized_in_the_input_pipeline(cats, transferred, seeds):
     import tensorflow as tf
 
-    assert tf.io.decode_image(cats.data.train.encoded(0)).shape == (80, 96, 3)
-    assert cats.data.train.images(np.arange(3)).shape == (3, 75, 75, 3)
+    assert tf.io.decode_image(cats.data.train.load_encoded(0)).shape == (80, 96, 3)
+    assert cats.data.train.load_images(np.arange(3)).shape == (3, 75, 75, 3)
     assert transferred.input_shape == (None, 75, 75, 3)
     assert seeds.read("cats-vs-dogs").spec.dataset.image_size == (150, 150)
 
@@ -107,7 +107,7 @@ def test_raw_pixels_go_in_and_are_scaled_inside_the_model(cats, transferred):
     assert names[:3] == ["image", "input_scaling", "base"]
     scaling = transferred.get_layer("input_scaling")
     assert scaling(np.array([[0.0, 127.5, 255.0]])).numpy().tolist() == [[-1.0, 0.0, 1.0]]
-    pixels = cats.data.test.images(np.arange(10))
+    pixels = cats.data.test.load_images(np.arange(10))
     assert pixels.dtype == np.uint8
     assert pixels.max() > 100
 
@@ -124,7 +124,7 @@ def test_loss_is_binary_cross_entropy_from_logits_and_the_metric_binary_accuracy
 
     validation = cats.data.validation
     truth = validation.labels[:, np.newaxis].astype("float32")
-    logits = transferred.predict(validation.images(np.arange(10)).astype("float32"), verbose=0)
+    logits = transferred.predict(validation.load_images(np.arange(10)).astype("float32"), verbose=0)
     (row,) = cats.rows("transfer")
     loss = keras.losses.BinaryCrossentropy(from_logits=True)(truth, logits)
     assert row["validation_loss"] == pytest.approx(float(loss), rel=1e-3)
@@ -161,7 +161,7 @@ def test_statistics_of_batch_normalization_are_untouched(transferred, fine_tuned
 def test_the_test_split_is_evaluated(cats):
     evaluation = cats.figures["evaluation"]
     assert (evaluation["split"], evaluation["images"]) == ("test", 10)
-    probabilities = cats.published.predict(cats.data.test.images(np.arange(10)).astype("float32"), verbose=0)
+    probabilities = cats.published.predict(cats.data.test.load_images(np.arange(10)).astype("float32"), verbose=0)
     labels = cats.data.test.labels
     assert evaluation["accuracy"] == pytest.approx(np.mean(probabilities.argmax(axis=1) == labels))
     assert evaluation["loss"] == pytest.approx(-np.log(probabilities[np.arange(10), labels]).mean(), rel=1e-3)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tests.end_to_end.seeds import same, values
 
-from topwork.model.classifier import build
+from topwork.model.classifier import build_classifier
 
 # What the documents list, from MobileNet to NASNetLarge.
 LISTED = (
@@ -80,7 +80,7 @@ def test_one_file_runs_a_job_for_each_backbone_by_its_name(zoo):
 def test_each_has_its_own_input_scaling_built_in(zoo, place):
     model, module = zoo[place].model("transfer"), list(ZOO.values())[place]
     scaled = model.get_layer("base")._inbound_nodes[-1].input_tensors[0]
-    pixels = zoo[place].data.test.images(np.arange(3)).astype("float32")
+    pixels = zoo[place].data.test.load_images(np.arange(3)).astype("float32")
     found = pixels if scaled is model.input else keras.Model(model.input, scaled)(pixels).numpy()
     assert found == pytest.approx(module.preprocess_input(pixels.copy()), abs=1e-4)
 
@@ -99,7 +99,7 @@ def test_without_weights_a_backbone_starts_at_random(zoo):
     )
     assert without.base.is_pretrained is False
     made, given = (
-        values(model.get_layer("base")) for model in (build(without, (32, 32), 5, None), zoo[0].model("transfer"))
+        values(model.get_layer("base")) for model in (build_classifier(without, (32, 32), 5, None), zoo[0].model("transfer"))
     )
     assert made.keys() == given.keys()
     assert not same(made["000 Conv2D"], given["000 Conv2D"])

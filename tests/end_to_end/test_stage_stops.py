@@ -5,12 +5,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from topwork.cluster.termination_message import Ending
+from topwork.cluster.termination_message import TerminationMessage
 from topwork.spec.loading.loader import read_jobs
 
 FINE_TUNE = {"epochs": 12, "unfreeze": "all", "optimizer": {"name": "adam", "learningRate": 0.0001}}
 TRANSFER = {"train": "all", "epochs": 12, "batchSize": 8, "featureCache": "off"}
-STOPPED = "Stopped. Start the same job again to go on."
+STOPPED = "Stopped. Start the same job again to resume."
 # TensorFlow is imported next.
 BEGUN = '"message": "run"'
 
@@ -33,7 +33,7 @@ def run_of(job: Path) -> str:
 def test_pull_is_stopped_before_and_while_it_reads_images(pod, write):
     job = write()
     ending, _ = stopped(pod, "pull", job, BEGUN)
-    assert ending == Ending(stage="pull", outcome="stopped", exit_code=143, run=run_of(job), error=STOPPED)
+    assert ending == TerminationMessage(stage="pull", outcome="stopped", exit_code=143, run=run_of(job), error=STOPPED)
     stopped(pod, "pull", job, (pod.scratch / run_of(job) / "pull").exists)
     code, _, process = pod.run("pull", job)
     assert (code, process.fact("done", "images")) == (0, 40)
@@ -45,7 +45,7 @@ def test_transfer_stores_a_checkpoint_and_goes_on_from_it(pod, write):
     ending, _ = stopped(pod, "transfer", job, '"epoch": 3, ', seconds=60)
     assert 3 <= ending.epochs < 12
     assert ending.metric == "validation_accuracy"
-    assert ending.error.endswith("the checkpoint is stored. Start the same job again to go on.")
+    assert ending.error.endswith("the checkpoint is stored. Start the same job again to resume.")
     code, done, process = pod.run("transfer", job)
     assert (code, done.epochs) == (0, 12), process.output
     assert process.fact("resumed", "epoch") == ending.epochs
@@ -70,7 +70,7 @@ def test_storage_that_is_too_slow_for_the_grace_period_costs_no_checkpoint(pod, 
         code, late = process.stop(seconds=8)
     assert time.monotonic() - began < 5
     assert (code, late.outcome, late.exit_code) == (143, "stopped", 143), process.output
-    assert "took longer than a grace period of 9 s leaves. What was stored before is kept" in late.error
+    assert "took longer than the grace period of 9 s allows. Earlier checkpoints are kept" in late.error
     left = {one.key: one.etag for one in storage.list(stored)}
     assert before.items() <= left.items()
     assert not [key for key in left.keys() - before.keys() if key.endswith("manifest.json")]
@@ -92,7 +92,7 @@ def test_fine_tune_is_stopped_in_training_export_and_upload_and_publishes_once(p
     stopped(pod, "fine-tune", job, '"message": "export"')
     with proxy(stall=b"models/tiny/1/saved_model.pb") as port:
         address = f"http://127.0.0.1:{port}"
-        stopped(pod, "fine-tune", job, '"message": "recheck"', AWS_ENDPOINT_URL=address)
+        stopped(pod, "fine-tune", job, '"message": "export check"', AWS_ENDPOINT_URL=address)
     code, ending, process = pod.run("fine-tune", job)
     assert (code, ending.model) == (0, storage.uri_of("models/tiny/1")), process.output
     manifests = [stored.key for stored in storage.list("models/") if stored.key.endswith("/manifest.json")]

@@ -13,11 +13,11 @@ import pytest
 
 NO_KEYS = {"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None, "AWS_EC2_METADATA_DISABLED": None}
 MISSING = (
-    "No credentials for {uri}: the container lacks {names}. Put {names} into the Secret topwork-s3 of the pod's "
-    "namespace (kubectl create secret generic topwork-s3 --from-literal=AWS_ACCESS_KEY_ID=…), or name a service "
-    "account that has access to the bucket in spec.compute.serviceAccountName."
+    "No credentials for {uri}: the container lacks {names}. Add {names} to the Secret topwork-s3 in the pod's "
+    "namespace (kubectl create secret generic topwork-s3 --from-literal=AWS_ACCESS_KEY_ID=…), or set "
+    "spec.compute.serviceAccountName to a service account that has access to the bucket."
 )
-WRONG_SECRET = "{endpoint} refused the signature. Look at AWS_SECRET_ACCESS_KEY and AWS_REGION."
+WRONG_SECRET = "{endpoint} rejected the request signature. Check AWS_SECRET_ACCESS_KEY and AWS_REGION."
 
 
 @pytest.mark.parametrize(
@@ -25,14 +25,14 @@ WRONG_SECRET = "{endpoint} refused the signature. Look at AWS_SECRET_ACCESS_KEY 
     [
         (NO_KEYS, 2, MISSING.replace("{names}", "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")),
         ({"AWS_SECRET_ACCESS_KEY": None}, 2, MISSING.replace("{names}", "AWS_SECRET_ACCESS_KEY")),
-        ({"AWS_ACCESS_KEY_ID": "nobody"}, 2, "{endpoint} does not know the access key. Look at AWS_ACCESS_KEY_ID"),
+        ({"AWS_ACCESS_KEY_ID": "nobody"}, 2, "{endpoint} does not know the access key. Check AWS_ACCESS_KEY_ID"),
         ({"AWS_SECRET_ACCESS_KEY": "wrong-secret"}, 2, WRONG_SECRET),
-        ({"AWS_SECRET_ACCESS_KEY": "secret\n"}, 2, "AWS_SECRET_ACCESS_KEY begins or ends with a blank or a line break"),
-        ({"AWS_CA_BUNDLE": "/nowhere.pem"}, 2, "AWS_CA_BUNDLE names /nowhere.pem, and there is no such file"),
+        ({"AWS_SECRET_ACCESS_KEY": "secret\n"}, 2, "AWS_SECRET_ACCESS_KEY begins or ends with a space or a line break"),
+        ({"AWS_CA_BUNDLE": "/nowhere.pem"}, 2, "AWS_CA_BUNDLE names /nowhere.pem, which does not exist in the container"),
         (
             NO_KEYS | {"AWS_WEB_IDENTITY_TOKEN_FILE": __file__},
             2,
-            "The AWS variables or files can't be used for storage: ",
+            "The AWS variables or files for storage are invalid: ",
         ),
         (
             {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"},
@@ -84,7 +84,7 @@ def test_a_pod_without_any_variable_says_which_the_secret_takes(pod, write, stor
     )
     names = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
     more = (
-        f"Put {names} and, for a server that isn't Amazon's, AWS_ENDPOINT_URL into the Secret topwork-s3 of the pod's"
+        f"Add {names} and, for a server that isn't Amazon's, AWS_ENDPOINT_URL to the Secret topwork-s3 in the pod's"
     )
     assert code == 2
     assert ending.error.startswith(f"No credentials for {storage.uri}: the container lacks {names}. {more}")

@@ -22,12 +22,12 @@ from tests.faults import proxy as faults
 from tests.faults.proxy import Fault, Proxy, Request
 
 from topwork import pipeline
-from topwork.artifacts import NAME as MANIFEST
+from topwork.artifacts import MANIFEST_NAME as MANIFEST
 from topwork.artifacts import read_manifest
-from topwork.cli.runtime.exit_codes import failure_of
+from topwork.cli.output.progress import NoProgress
+from topwork.cli.runtime.shutdown import to_topwork_error
 from topwork.clients.prometheus.metrics import Metrics
 from topwork.clients.s3.storage import Storage, StorageSettings
-from topwork.progress import Quiet
 from topwork.spec import TransferJob
 from topwork.workspace import Workspace
 
@@ -136,7 +136,7 @@ def undisturbed(
 
 
 def _workspace(storage: Storage, scratch: Path) -> Workspace:
-    return Workspace(storage=storage, metrics=Metrics(), progress=Quiet(), scratch=scratch)
+    return Workspace(storage=storage, metrics=Metrics(), progress=NoProgress(), scratch=scratch)
 
 
 class Place:
@@ -157,7 +157,7 @@ class Place:
         try:
             STAGES[stage](job, _workspace(storage, scratch))
         except Exception as error:
-            known = failure_of(error)
+            known = to_topwork_error(error)
             if known is None:
                 raise
             return known.exit_code, str(known)
@@ -197,7 +197,7 @@ def check_holds_what_it_should(storage: Storage, expected: dict[str, bytes]) -> 
     for key in found:
         if key.startswith("datasets/") or key.endswith("spec.yaml"):
             assert storage.read(key) == expected[key], key
-    uploads = storage._client.list_multipart_uploads(Bucket=BUCKET, Prefix=storage._base).get("Uploads", [])
+    uploads = storage._client.list_multipart_uploads(Bucket=BUCKET, Prefix=storage._key_prefix).get("Uploads", [])
     assert uploads == []
 
 

@@ -39,8 +39,8 @@ if __name__ == "__main__":
     import tensorflow_datasets.core.shuffle as shuffle
     from topwork.clients.prometheus.metrics import Metrics
     from topwork.clients.s3.storage import Storage, StorageSettings
-    from topwork.pipeline import begin
-    from topwork.progress import Quiet
+    from topwork.pipeline import prepare_training
+    from topwork.cli.output.progress import NoProgress
     from topwork.spec import TransferJob
     from topwork.stages.fine_tune import fine_tune
     from topwork.stages.publish import publish
@@ -51,10 +51,10 @@ if __name__ == "__main__":
     shuffle.MAX_MEM_BUFFER_SIZE = 2 << 20
     asked = json.loads(sys.stdin.read())
     storage = Storage(asked["storage"], StorageSettings(**asked["settings"]))
-    workspace = Workspace(storage, Metrics(), Quiet(), Path(asked["scratch"]))
+    workspace = Workspace(storage, Metrics(), NoProgress(), Path(asked["scratch"]))
     job = TransferJob.model_validate(asked["job"])
     threading.Thread(target=watch, daemon=True).start()
-    begin(job, workspace)
+    prepare_training(job, workspace)
     peaks = {}
     def of(stage, made):
         peaks[stage], peak[0] = peak[0], 0
@@ -63,7 +63,7 @@ if __name__ == "__main__":
     classifier = of("transfer", transfer(job, dataset, workspace))
     classifier = of("fine-tune", fine_tune(job, classifier, dataset, workspace))
     of("publish", publish(job, classifier, dataset, workspace))
-    print(json.dumps({"images": dataset.facts.images, "peaks": peaks}))
+    print(json.dumps({"images": dataset.metadata.images, "peaks": peaks}))
 """
 
 

@@ -1,4 +1,4 @@
-"""Images that mean harm; the many odd and bad files of the wild, 30 kinds, stand in unit/test_data_proving.py."""
+"""Malicious images. For damaged and unusual images, see unit/test_image_validation.py."""
 
 import io
 import struct
@@ -9,12 +9,12 @@ import pytest
 from PIL import Image
 
 from topwork.data import decode_pool, image_validation
-from topwork.data.decode_pool import Provers
-from topwork.data.image_validation import Proved, Rejection, prove
+from topwork.data.decode_pool import DecodePool
+from topwork.data.image_validation import Rejection, ValidatedImage, validate_image
 from topwork.errors import DataError
 
 
-def saved(kind: str, **options) -> bytes:
+def encode(kind: str, **options) -> bytes:
     file = io.BytesIO()
     Image.new("RGB", (8, 8), (200, 10, 10)).save(file, kind, **options)
     return file.getvalue()
@@ -32,78 +32,81 @@ def header(width: int, height: int) -> tuple[bytes, bytes]:
 
 PIXELS = (b"IDAT", zlib.compress(b"\0" * 25 * 8))
 END = (b"IEND", b"")
-GIF = saved("GIF")
-TIFF = saved("TIFF")
-BAD = {
-    "PNG of 4 gigapixels": (png(header(65535, 65535), PIXELS, END), "too large"),
-    "PNG of no width": (png(header(0, 8), PIXELS, END), "unknown format"),
-    "PNG with a text that is a bomb": (
+GIF = encode("GIF")
+TIFF = encode("TIFF")
+MALICIOUS = {
+    "PNG with 4 gigapixels": (png(header(65535, 65535), PIXELS, END), "too large"),
+    "PNG with width 0": (png(header(0, 8), PIXELS, END), "unknown format"),
+    "PNG with a decompression bomb as text": (
         png(header(8, 8), (b"zTXt", b"x\0\0" + zlib.compress(bytes(80 * 2**20))), PIXELS, END),
         "undecodable",
     ),
-    "PNG with a profile that is a bomb": (
+    "PNG with a decompression bomb as color profile": (
         png(header(8, 8), (b"iCCP", b"x\0\0" + zlib.compress(bytes(80 * 2**20))), PIXELS, END),
         None,
     ),
-    "GIF of a huge screen": (GIF[:6] + b"\xff\xff\xff\xff" + GIF[10:], "too large"),
-    "BMP of a huge size": (
+    "GIF with a huge screen size": (GIF[:6] + b"\xff\xff\xff\xff" + GIF[10:], "too large"),
+    "BMP with a huge size": (
         b"BM" + struct.pack("<IHHIIiiHHIIiiII", 54, 0, 0, 54, 40, 10**9, 10**9, 1, 24, *[0] * 6),
         "too large",
     ),
-    "TIFF whose directory is itself": (TIFF[:4] + struct.pack("<I", 4) + TIFF[8:], None),
-    "JPEG that is a web page": (b"<html><script>alert(1)</script>", "unknown format"),
-    "PostScript, which runs": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(x) run\n", "unknown format"),
-    "PNG and a zip behind it": (saved("PNG") + b"PK\3\4" + bytes(100), "proved"),
+    "TIFF with a self-referencing directory": (TIFF[:4] + struct.pack("<I", 4) + TIFF[8:], None),
+    "HTML page": (b"<html><script>alert(1)</script>", "unknown format"),
+    "PostScript program": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(x) run\n", "unknown format"),
+    "PNG with an appended zip file": (encode("PNG") + b"PK\3\4" + bytes(100), "valid"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", BAD)
-def test_a_bad_image_is_rejected_with_a_reason_and_little_memory(name):
-    data, reason = BAD[name]
+@pytest.mark.parametrize("name", MALICIOUS)
+def test_validate_image_rejects_a_malicious_image_with_a_reason(name):
+    data, reason = MALICIOUS[name]
     try:
-        prove(data)
-        found = "proved"
+        validate_image(data)
+        found = "valid"
     except Rejection as rejection:
         found = rejection.reason
         assert found in image_validation.REASONS
     assert reason in (found, None)
 
 
-def _hang_on_request(data: bytes, *, keep: bool) -> Proved:
+def _hang_on_request(data: bytes, *, keep_encoding: bool) -> ValidatedImage:
     if data == b"hang":
         time.sleep(600)
     if data == b"greedy":
         bytearray(8 * 2**30)
-    return prove(data, keep=keep)
+    return validate_image(data, keep_encoding=keep_encoding)
 
 
-def test_an_image_that_never_lets_go_of_its_decoder_is_rejected_and_the_others_are_proved(monkeypatch):
-    monkeypatch.setattr(decode_pool, "IMAGE_SECONDS", 6.0)
-    good = saved("PNG")
-    with Provers(_hang_on_request, workers=1) as pool:
-        outcomes = [outcome for _, outcome in pool.each([good, b"hang", good], lambda data: data)]
-    assert [getattr(outcome, "reason", "proved") for outcome in outcomes] == ["proved", "decoder hung", "proved"]
+def test_decode_pool_rejects_an_image_that_hangs_its_worker_and_validates_the_others(monkeypatch):
+    monkeypatch.setattr(decode_pool, "IMAGE_TIMEOUT_SECONDS", 6.0)
+    good = encode("PNG")
+    with DecodePool(_hang_on_request, workers=1) as pool:
+        results = [result for _, result in pool.validate_all([good, b"hang", good], lambda data: data)]
+    assert [getattr(result, "reason", "valid") for result in results] == ["valid", "decoder hung", "valid"]
 
 
-def test_many_images_that_hang_end_the_pull(monkeypatch):
-    monkeypatch.setattr(decode_pool, "IMAGE_SECONDS", 1.0)
-    monkeypatch.setattr(decode_pool, "MAX_HUNG", 0)
-    with Provers(_hang_on_request, workers=1) as pool, pytest.raises(DataError, match="made to keep a computer busy"):
-        pool.prove(b"hang")
+def test_decode_pool_fails_when_too_many_images_hang(monkeypatch):
+    monkeypatch.setattr(decode_pool, "IMAGE_TIMEOUT_SECONDS", 1.0)
+    monkeypatch.setattr(decode_pool, "MAX_TIMEOUTS", 0)
+    with (
+        DecodePool(_hang_on_request, workers=1) as pool,
+        pytest.raises(DataError, match="these files may be malicious"),
+    ):
+        pool.validate(b"hang")
 
 
-def test_a_decoder_that_takes_more_memory_than_any_image_needs_gets_none():
-    with Provers(_hang_on_request, workers=1) as pool:
+def test_decode_pool_limits_the_memory_of_its_workers():
+    with DecodePool(_hang_on_request, workers=1) as pool:
         with pytest.raises(MemoryError):
-            pool.prove(b"greedy")
-        assert pool.prove(saved("PNG")).encoded == saved("PNG")
+            pool.validate(b"greedy")
+        assert pool.validate(encode("PNG")).encoded == encode("PNG")
 
 
-def test_an_image_without_memory_is_rejected(monkeypatch):
-    def fails(*arguments: object) -> None:
+def test_validate_image_rejects_an_image_that_runs_out_of_memory(monkeypatch):
+    def raise_memory_error(*arguments: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(image_validation, "_eight_bit", fails)
+    monkeypatch.setattr(image_validation, "_convert_to_8_bit", raise_memory_error)
     with pytest.raises(Rejection) as rejected:
-        prove(saved("BMP"))
+        validate_image(encode("BMP"))
     assert rejected.value.reason == "too large"

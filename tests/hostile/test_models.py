@@ -1,4 +1,4 @@
-"""Model files that mean harm; Lambdas and custom objects, the plain ways in, stand in unit/test_model_saved.py."""
+"""Malicious model files. Lambda layers and custom objects are tested in unit/test_model_saved_base.py."""
 
 import copy
 import io
@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from topwork.errors import DataError
-from topwork.model.safe_loading import open_model
+from topwork.model.safe_loading import load_model_safely
 from topwork.model.weights import load_weights
 
 MIB = 2**20
@@ -25,7 +25,7 @@ MIB = 2**20
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory) -> Path:
-    """A folder with a small model as `a.keras` and as `a.h5`."""
+    """A directory with a small model as `a.keras` and as `a.h5`."""
     folder = tmp_path_factory.mktemp("good")
     image = keras.Input((8, 8, 3))
     maps = keras.layers.Conv2D(2, 3, name="low")(keras.layers.RandomFlip()(image))
@@ -48,7 +48,7 @@ def packed(path: Path, parts: dict[str, bytes], method: int = zipfile.ZIP_STORED
 
 
 def with_config(good: Path, path: Path, change: Callable[[dict[str, Any]], None]) -> Path:
-    """The good model as `.keras`, its architecture changed."""
+    """The valid model as `.keras` with a modified architecture."""
     parts = parts_of(good / "a.keras")
     config = json.loads(parts["config.json"])
     change(config)
@@ -56,7 +56,7 @@ def with_config(good: Path, path: Path, change: Callable[[dict[str, Any]], None]
 
 
 def with_weights(good: Path, path: Path, change: Callable[[h5py.File], None]) -> Path:
-    """The good model as `.keras`, its weights changed."""
+    """The valid model as `.keras` with modified weights."""
     parts = parts_of(good / "a.keras")
     file = io.BytesIO(parts["model.weights.h5"])
     with h5py.File(file, "r+") as weights:
@@ -68,9 +68,9 @@ def layer(config: dict[str, Any], name: str) -> dict[str, Any]:
     return next(found for found in config["config"]["layers"] if found["config"]["name"] == name)
 
 
-def refusal(path: Path) -> str:
+def load_error(path: Path) -> str:
     with pytest.raises(DataError) as refused:
-        open_model(path)
+        load_model_safely(path)
     return str(refused.value)
 
 
@@ -97,7 +97,7 @@ def huge_image(config):
 
 
 def downloads(config):
-    """A function of Keras that fetches what it is told to."""
+    """A Keras function that downloads a given URL."""
     function = {"module": "keras.utils", "class_name": "get_file", "registered_name": None}
     layer(config, "low")["config"]["kernel_initializer"] = function | {"config": {"origin": "http://127.0.0.1:1/x"}}
 
@@ -133,39 +133,39 @@ def no_layers(config):
 
 
 ARCHITECTURES = [
-    (huge_dense, "describes layers with 73000000000058 parameters, and holds"),
-    (huge_convolution, "parameters, and holds"),
-    (huge_image, "parameters, and holds"),
-    (downloads, "holds keras.utils.get_file: a base is made of Keras' built-in layers for images alone"),
-    (runs_a_command, "holds os.system"),
-    (runs_a_builtin, "holds builtins.eval"),
-    (reads_a_file, "holds a StringLookup ("),
-    (unsafe_lambda_in_a_wrapper, "holds a Lambda (spy)"),
-    (endless_nesting, "holds more than 200 levels of layers"),
-    (no_layers, "can't be loaded as a Keras model"),
+    (huge_dense, "describes layers with 73000000000058 parameters but contains"),
+    (huge_convolution, "parameters but contains"),
+    (huge_image, "parameters but contains"),
+    (downloads, "contains keras.utils.get_file. A base may contain only built-in image layers of Keras"),
+    (runs_a_command, "contains os.system"),
+    (runs_a_builtin, "contains builtins.eval"),
+    (reads_a_file, "contains a StringLookup ("),
+    (unsafe_lambda_in_a_wrapper, "contains a Lambda (spy)"),
+    (endless_nesting, "contains more than 200 levels of layers"),
+    (no_layers, "cannot be loaded as a Keras model"),
 ]
 
 
 @pytest.mark.parametrize(("change", "message"), ARCHITECTURES, ids=[change.__name__ for change, _ in ARCHITECTURES])
-def test_a_hostile_architecture_is_refused(good, tmp_path, change, message):
-    assert message in refusal(with_config(good, tmp_path / "b.keras", change))
+def test_hostile_architecture_is_rejected(good, tmp_path, change, message):
+    assert message in load_error(with_config(good, tmp_path / "b.keras", change))
 
 
-def test_an_architecture_that_is_too_large_is_refused_in_an_h5_as_well(good, tmp_path):
+def test_oversized_architecture_is_rejected_in_h5(good, tmp_path):
     shutil.copy(good / "a.h5", tmp_path / "b.h5")
     with h5py.File(tmp_path / "b.h5", "r+") as file:
         config = json.loads(file.attrs["model_config"])
         huge_dense(config)
         file.attrs["model_config"] = json.dumps(config)
-    assert "describes layers with 73000000000058 parameters" in refusal(tmp_path / "b.h5")
+    assert "describes layers with 73000000000058 parameters" in load_error(tmp_path / "b.h5")
 
 
-def test_a_model_that_was_measured_gets_its_weights_and_so_does_the_next(good):
+def test_size_check_does_not_affect_loaded_weights(good):
     for name in ("a.keras", "a.h5"):
-        model = open_model(good / name)
+        model = load_model_safely(good / name)
         assert all(np.isfinite(weight).all() for weight in model.get_weights())
         assert np.abs(model.get_layer("low").get_weights()[0]).sum() > 0
-    np.testing.assert_array_equal(model.get_weights()[0], open_model(good / "a.keras").get_weights()[0])
+    np.testing.assert_array_equal(model.get_weights()[0], load_model_safely(good / "a.keras").get_weights()[0])
     assert keras.Sequential([keras.Input((2,)), keras.layers.Dense(3)]).count_params() == 9
 
 
@@ -195,7 +195,7 @@ def two_architectures(good, path):
 
 
 class Trace:
-    """Leaves a trace where it is unpickled."""
+    """Leaves a trace when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -221,26 +221,26 @@ def legacy_zip(good, path):
 
 
 CONTAINERS = [
-    (bomb_of_weights, "is refused: it holds model.weights.h5 of 25165824 bytes in"),
-    (bomb_of_an_architecture, "is refused: it holds config.json of 17825792 bytes in"),
-    (deep_json, "is no Keras model"),
-    (further_files, "Files beside them are never read."),
+    (bomb_of_weights, "is rejected: it contains model.weights.h5 with 25165824 bytes, compressed to"),
+    (bomb_of_an_architecture, "is rejected: it contains config.json with 17825792 bytes, compressed to"),
+    (deep_json, "is not a Keras model"),
+    (further_files, "Other files are never read."),
     (two_architectures, "each once"),
-    (pickle_in_npz, "holds config.json, metadata.json, model.weights.npz, and a model of image layers holds"),
-    (bare_pickle, "is no Keras model"),
-    (legacy_zip, "holds saved_model.pb"),
+    (pickle_in_npz, "contains config.json, metadata.json, model.weights.npz, but a .keras file contains"),
+    (bare_pickle, "is not a Keras model"),
+    (legacy_zip, "contains saved_model.pb"),
 ]
 
 
 @pytest.mark.parametrize(("write", "message"), CONTAINERS, ids=[write.__name__ for write, _ in CONTAINERS])
-def test_a_hostile_container_is_refused(good, tmp_path, write, message):
+def test_hostile_container_is_rejected(good, tmp_path, write, message):
     write(good, tmp_path / "b.keras")
-    assert message in refusal(tmp_path / "b.keras")
+    assert message in load_error(tmp_path / "b.keras")
     assert [path.name for path in tmp_path.iterdir()] == ["b.keras"]
 
 
-def test_a_file_that_is_two_models_is_judged_by_the_one_that_is_loaded(good, tmp_path):
-    """HDF5 with a Lambda, and behind it a zip without: Keras goes by the name, and so must who looks before."""
+def test_polyglot_file_is_checked_as_the_model_that_is_loaded(good, tmp_path):
+    """HDF5 with a Lambda, followed by a zip without one: Keras decides by file name, and so must the inspection."""
     image = keras.Input((8, 8, 3))
     spy = keras.layers.Lambda(lambda x, path=str(tmp_path / "ran"): (Path(path).touch(), x)[1], name="spy")
     model = keras.Model(image, keras.layers.Conv2D(2, 1)(spy(image)))
@@ -249,7 +249,7 @@ def test_a_file_that_is_two_models_is_judged_by_the_one_that_is_loaded(good, tmp
     packed(tmp_path / "c.keras", parts_of(good / "a.keras"))
     (tmp_path / "b.h5").write_bytes((tmp_path / "b.h5").read_bytes() + (tmp_path / "c.keras").read_bytes())
     assert zipfile.is_zipfile(tmp_path / "b.h5")
-    assert "holds a Lambda (spy)" in refusal(tmp_path / "b.h5")
+    assert "contains a Lambda (spy)" in load_error(tmp_path / "b.h5")
     assert not (tmp_path / "ran").exists()
 
 
@@ -257,7 +257,7 @@ def test_a_file_that_is_two_models_is_judged_by_the_one_that_is_loaded(good, tmp
 
 
 def first(file: h5py.File) -> tuple[h5py.Group, str]:
-    """Find the group and name of an array."""
+    """Return the group and name of an array."""
     found: list[str] = []
     file.visititems(lambda name, item: found.append(name) if isinstance(item, h5py.Dataset) else None)
     return file[found[-1]].parent, found[-1].rsplit("/", 1)[-1]
@@ -316,44 +316,44 @@ def own_type(group, name):
 
 
 ARRAYS = [
-    (external_link, "holds a link"),
-    (soft_link, "holds a link"),
-    (external_storage, "holds values that lie in another file"),
-    (virtual, "holds values that lie in another file"),
-    (huge_shape, "of 1000000x1000000 values in 0 bytes"),
-    (packed_zeros, "of 10000000 values in"),
-    (texts, "holds values of the type object"),
-    (references, "holds values of the type object"),
-    (unknown_filter, "holds values that an unknown filter packed (32015)"),
-    (own_type, "holds a type of its own"),
+    (external_link, "contains a link"),
+    (soft_link, "contains a link"),
+    (external_storage, "contains values stored in another file"),
+    (virtual, "contains values stored in another file"),
+    (huge_shape, "with 1000000x1000000 values in 0 bytes"),
+    (packed_zeros, "with 10000000 values in"),
+    (texts, "contains values of type object"),
+    (references, "contains values of type object"),
+    (unknown_filter, "contains values compressed with an unknown filter (32015)"),
+    (own_type, "contains a named data type"),
 ]
 
 
 @pytest.mark.parametrize(("make", "message"), ARRAYS, ids=[make.__name__ for make, _ in ARRAYS])
-def test_hostile_arrays_are_refused_in_models_and_in_weights(good, tmp_path, make, message):
+def test_hostile_arrays_are_rejected_in_models_and_weights(good, tmp_path, make, message):
     path = with_weights(good, tmp_path / "b.keras", lambda file: replaced(file, make))
-    assert message in refusal(path)
+    assert message in load_error(path)
     shutil.copy(good / "a.h5", tmp_path / "b.h5")
     with h5py.File(tmp_path / "b.h5", "r+") as file:
         replaced(file, make)
-    assert message in refusal(tmp_path / "b.h5")
+    assert message in load_error(tmp_path / "b.h5")
     (tmp_path / "c.weights.h5").write_bytes(parts_of(path)["model.weights.h5"])
     with pytest.raises(DataError) as refused:
         load_weights(keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)]), tmp_path / "c.weights.h5", "Any")
     assert message in str(refused.value)
 
 
-def test_groups_in_a_circle_end(good, tmp_path):
+def test_circular_groups_terminate(good, tmp_path):
     def circle(file):
         file["circle"] = file["/"]
 
     path = with_weights(good, tmp_path / "b.keras", circle)
-    assert open_model(path).count_params() == open_model(good / "a.keras").count_params()
+    assert load_model_safely(path).count_params() == load_model_safely(good / "a.keras").count_params()
 
 
 @pytest.mark.parametrize("name", ["a.keras", "a.h5"])
-def test_any_damage_to_a_model_ends_in_a_sentence(good, tmp_path, name):
-    """Damage of the container and the architecture; HDF5's own structure is damaged below."""
+def test_any_corruption_gives_a_clear_error(good, tmp_path, name):
+    """Corrupts the container and the architecture; the structure of HDF5 is corrupted in another test."""
     chance = random.Random(3)
     whole = (good / name).read_bytes()
     begins = whole.find(b'{"')
@@ -363,13 +363,13 @@ def test_any_damage_to_a_model_ends_in_a_sentence(good, tmp_path, name):
             data[chance.choice([chance.randrange(len(data)), begins + chance.randrange(2000)])] = chance.randrange(256)
         (tmp_path / name).write_bytes(data[: chance.choice([len(data), len(data), chance.randrange(len(data))])])
         try:
-            open_model(tmp_path / name)
+            load_model_safely(tmp_path / name)
         except DataError as error:
             assert str(error).startswith(name)
 
 
-def test_an_architecture_of_anything_ends_in_a_sentence(good, tmp_path):
-    """Values of the architecture replaced by others: whatever a layer raises is the file's fault."""
+def test_any_mutated_architecture_gives_a_clear_error(good, tmp_path):
+    """Replaces values of the architecture: any error a layer raises is caused by the file."""
     chance = random.Random(4)
     parts = parts_of(good / "a.keras")
     config = json.loads(parts["config.json"])
@@ -385,6 +385,6 @@ def test_an_architecture_of_anything_ends_in_a_sentence(good, tmp_path):
         above[key] = chance.choice([None, -1, 10**30, 1e308, "", "x" * 50, [], {}, [[]], {"a": []}, True])
         packed(tmp_path / "b.keras", parts | {"config.json": json.dumps(changed).encode()})
         try:
-            open_model(tmp_path / "b.keras")
+            load_model_safely(tmp_path / "b.keras")
         except DataError as error:
             assert str(error).startswith("b.keras")

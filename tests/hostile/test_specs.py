@@ -15,7 +15,7 @@ from ruamel.yaml import YAML
 
 from topwork.cli import main
 from topwork.spec.loading.loader import read_text
-from topwork.spec.loading.problems import WrongSpec
+from topwork.spec.loading.problems import InvalidSpecError
 
 ROOT = Path(__file__).parents[2]
 LONG = os.environ.get("TOPWORK_LONG") == "1"
@@ -54,7 +54,7 @@ def problems_of(text: str) -> tuple[str, ...]:
     """Read a spec; what is wrong must have a file, a place in it and a reason, each on one line."""
     try:
         assert read_text(text, "job.yaml")
-    except WrongSpec as error:
+    except InvalidSpecError as error:
         assert error.exit_code == 2
         assert error.problems
         lines = text.count("\n") + 2

@@ -11,8 +11,8 @@ import pytest
 from tests.image.engine import LIMITS, MISSING, is_missing, podman
 from tests.image.pod import Namespace, Pod
 
-from topwork.clients.s3.storage import Storage, StorageSettings, make_bucket
-from topwork.cluster.manifests.render import Placement, Rendered, render
+from topwork.clients.s3.storage import Storage, StorageSettings, create_bucket
+from topwork.cluster.manifests.render import RenderedObjects, RenderOptions, render
 from topwork.cluster.names import STORAGE_SECRET
 from topwork.spec import TransferJob
 from topwork.spec.loading.loader import read_jobs
@@ -31,7 +31,7 @@ def image() -> str:
             pytest.fail(MISSING)
         pytest.skip(MISSING)
     job = example("solar-transfer")
-    name = str(render(job, Placement()).training["spec"]["template"]["spec"]["containers"][0]["image"])
+    name = str(render(job, RenderOptions()).training["spec"]["template"]["spec"]["containers"][0]["image"])
     base = next(line for line in Path("Dockerfile").read_text().splitlines() if line.startswith("ARG BASE="))
     built("tests/image/base.sh", base.removeprefix("ARG BASE="))
     authorities = [f"CA={AUTHORITIES}"] if AUTHORITIES.exists() else []
@@ -75,7 +75,7 @@ def secret(s3_settings: StorageSettings) -> dict[str, str]:
 def solar(s3_settings: StorageSettings, secret: dict[str, str]) -> Storage:
     """Storage of the solar examples, with their pictures."""
     address = example("solar-transfer").spec.storage
-    make_bucket(s3_settings, address.removeprefix("s3://").split("/")[0])
+    create_bucket(s3_settings, address.removeprefix("s3://").split("/")[0])
     subprocess.run([sys.executable, "examples/solar/pictures.py", address], env=os.environ | secret, check=True)
     return Storage(address, s3_settings)
 
@@ -90,7 +90,7 @@ class Namespaced:
 
     def __call__(self, job: TransferJob, secret: dict[str, str] | None = None) -> Pod:
         """Make the pod of a job; `secret` replaces what the storage's Secret holds, and an empty one takes it away."""
-        rendered: Rendered = render(job, Placement())
+        rendered: RenderedObjects = render(job, RenderOptions())
         config_map = rendered.config_map
         secret = self._secret if secret is None else secret
         namespace = Namespace(

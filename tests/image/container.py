@@ -12,7 +12,7 @@ from typing import Any
 
 from tests.image.engine import podman
 
-from topwork.cluster.termination_message import Ending, read_ending
+from topwork.cluster.termination_message import TerminationMessage, parse_termination_message
 
 # Kubernetes takes as much of the log where a process left no message.
 LAST_BYTES = 2048
@@ -37,9 +37,9 @@ class Ended:
     written: list[str]
 
     @property
-    def ending(self) -> Ending | None:
+    def ending(self) -> TerminationMessage | None:
         """The termination message, if topwork wrote it."""
-        return read_ending(self.message)
+        return parse_termination_message(self.message)
 
     def lines(self, message: str, **facts: Any) -> list[dict[str, Any]]:
         """Find the lines of the log with a message and some facts."""

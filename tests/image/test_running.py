@@ -9,7 +9,7 @@ import pytest
 from tests.image.conftest import example
 
 from topwork.cluster.names import METRICS_PORTS, STAGES
-from topwork.cluster.termination_message import Ending
+from topwork.cluster.termination_message import TerminationMessage
 
 pytestmark = [pytest.mark.image, pytest.mark.timeout(1800)]
 
@@ -55,9 +55,9 @@ def test_the_rendered_job_publishes_a_model_that_plain_keras_loads(transfer_pod,
     kept = ended["transfer"].lines("epoch", epoch=transferred["best_epoch"])[0]
     common = {"outcome": "done", "exit_code": 0, "run": job.run}
     assert [ended[stage].ending for stage in STAGES] == [
-        Ending(stage="pull", **common),
-        Ending(stage="transfer", **common, epochs=25, metric="validation_accuracy", value=kept["validation_accuracy"]),
-        Ending(stage="fine-tune", **common, epochs=13, metric="accuracy", value=metrics["accuracy"], model=model),
+        TerminationMessage(stage="pull", **common),
+        TerminationMessage(stage="transfer", **common, epochs=25, metric="validation_accuracy", value=kept["validation_accuracy"]),
+        TerminationMessage(stage="fine-tune", **common, epochs=13, metric="accuracy", value=metrics["accuracy"], model=model),
     ]
 
     solar.at(model).download("model.keras", tmp_path / "model.keras")

@@ -3,7 +3,7 @@
 import pytest
 from tests.image.conftest import example
 
-from topwork.cluster.termination_message import Ending
+from topwork.cluster.termination_message import TerminationMessage
 
 pytestmark = [pytest.mark.image, pytest.mark.timeout(1800)]
 
@@ -25,7 +25,7 @@ def failure(job, ended):
     """How the container ended, with its reason beside it; that must be a sentence and hold no key."""
     assert "Traceback" not in ended.log
     error = ended.ending.error
-    assert ended.ending == Ending(stage="pull", outcome="failed", exit_code=ended.exit_code, run=job.run, error=error)
+    assert ended.ending == TerminationMessage(stage="pull", outcome="failed", exit_code=ended.exit_code, run=job.run, error=error)
     return error
 
 

@@ -6,7 +6,7 @@ import io
 import pytest
 from tests.image.conftest import example
 
-from topwork.cluster.termination_message import Ending
+from topwork.cluster.termination_message import TerminationMessage
 
 pytestmark = [pytest.mark.image, pytest.mark.timeout(1800)]
 
@@ -58,10 +58,10 @@ def stopped(container, stage, run):
     """Stop a container as the kubelet would, and look at what it left; gives how it ended."""
     ended = container.stop()
     assert ended.exit_code == 143, ended.log
-    assert ended.ending.model_copy(update={"error": None, "metric": None, "value": None, "epochs": None}) == Ending(
+    assert ended.ending.model_copy(update={"error": None, "metric": None, "value": None, "epochs": None}) == TerminationMessage(
         stage=stage, outcome="stopped", exit_code=143, run=run
     )
-    assert "Start the same job again to go on" in ended.ending.error
+    assert "Start the same job again to resume" in ended.ending.error
     assert "Traceback" not in ended.log
     assert ended.written == []
     return ended

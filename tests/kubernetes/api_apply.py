@@ -1,11 +1,11 @@
-"""Server-side apply, for the API server that tests use: the fields that each manager owns."""
+"""Server-side apply of the API server used in tests: merges objects and tracks the fields of each manager."""
 
 import copy
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
 
-from api_statuses import Refused, field_conflict
+from api_statuses import ApiError, field_conflict
 
 Object = dict[str, Any]
 Path = tuple[str, ...]
@@ -15,37 +15,37 @@ def timestamp() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def applied(
-    old: Object | None, manifest: Object, owned: dict[str, set[Path]], manager: str, *, force: bool
+def merge_applied(
+    old: Object | None, body: Object, owned: dict[str, set[Path]], manager: str, *, force: bool
 ) -> tuple[Object, dict[str, set[Path]]]:
-    """Merge a manifest into an object.
+    """Merge an applied object into the stored one.
 
     Args:
-        old: The object as it is; None if it is not there.
-        manifest: What the manager wants.
-        owned: The fields that each manager owns.
-        manager: The manager.
-        force: Take the fields of others.
+        old: The stored object; None if it does not exist.
+        body: The applied object.
+        owned: Fields by the manager that owns them.
+        manager: The manager that applies.
+        force: Whether to take fields from other managers.
 
     Returns:
-        The object as it becomes, and who owns which of its fields then.
+        The merged object, and its fields by manager.
     """
-    wanted = leaves(manifest)
+    applied = leaves(body)
     if old is not None and not force:
-        _refuse_conflicts(manifest["apiVersion"], old, wanted, owned, manager)
-    new = copy.deepcopy(old or {"apiVersion": manifest["apiVersion"], "kind": manifest["kind"], "metadata": {}})
+        _reject_conflicts(body["apiVersion"], old, applied, owned, manager)
+    new = copy.deepcopy(old or {"apiVersion": body["apiVersion"], "kind": body["kind"], "metadata": {}})
     others = set().union(*(paths for name, paths in owned.items() if name != manager))
-    for path in owned.get(manager, set()) - wanted.keys() - others:
+    for path in owned.get(manager, set()) - applied.keys() - others:
         _drop(new, path)
-    for path, value in wanted.items():
+    for path, value in applied.items():
         _put(new, path, value)
-    now = owned | {manager: set(wanted)}
-    new["metadata"]["managedFields"] = _managed_fields(manifest["apiVersion"], now, old)
+    now = owned | {manager: set(applied)}
+    new["metadata"]["managedFields"] = _managed_fields(body["apiVersion"], now, old)
     return new, now
 
 
-def leaves(manifest: Object) -> dict[Path, Any]:
-    """Fields that a manifest states. Lists are whole fields, but for ownerReferences, which merge by uid."""
+def leaves(obj: Object) -> dict[Path, Any]:
+    """Return the fields of an object. A list is one field, except ownerReferences, which merge by uid."""
 
     def walk(value: Any, path: Path) -> Iterator[tuple[Path, Any]]:
         if isinstance(value, dict) and value:
@@ -58,11 +58,11 @@ def leaves(manifest: Object) -> dict[Path, Any]:
             yield path, value
 
     skipped = {("apiVersion",), ("kind",), ("metadata", "name"), ("metadata", "namespace")}
-    return {path: value for path, value in walk(manifest, ()) if path not in skipped}
+    return {path: value for path, value in walk(obj, ()) if path not in skipped}
 
 
 def value_at(found: Any, path: Path) -> Any:
-    """Value of a field; None where there is none."""
+    """Return the value of a field, or None."""
     for name in path:
         if isinstance(found, list):
             found = next((each for each in found if each.get("uid") == name), None)
@@ -94,15 +94,15 @@ def _drop(found: Object, path: Path) -> None:
         above.pop(path[-1], None)
 
 
-def _refuse_conflicts(
-    version: str, old: Object, wanted: dict[Path, Any], owned: dict[str, set[Path]], manager: str
+def _reject_conflicts(
+    version: str, old: Object, applied: dict[Path, Any], owned: dict[str, set[Path]], manager: str
 ) -> None:
     for other, paths in owned.items():
-        taken = sorted(
-            path for path in paths & wanted.keys() if other != manager and value_at(old, path) != wanted[path]
+        conflicts = sorted(
+            path for path in paths & applied.keys() if other != manager and value_at(old, path) != applied[path]
         )
-        if taken:
-            raise Refused(field_conflict(other, version, *("." + ".".join(path) for path in taken)))
+        if conflicts:
+            raise ApiError(field_conflict(other, version, *("." + ".".join(path) for path in conflicts)))
 
 
 def _managed_fields(version: str, owned: dict[str, set[Path]], old: Object | None) -> list[Object]:

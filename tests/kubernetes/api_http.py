@@ -1,4 +1,4 @@
-"""HTTP of the API server that tests use: paths, bodies, streams, and the faults that a test has planted."""
+"""HTTP requests of the API server used in tests: verbs, watches, logs and injected faults."""
 
 import base64
 import json
@@ -11,16 +11,17 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 
 import api_logs
 import api_statuses
-from api_discovery import discovery
-from api_objects import Happened, Object
-from api_selectors import selected
-from api_statuses import Refused
-from api_target import Target, check, target_of
-from api_wire import BrokenOffError, Wire
+from api_connection import ConnectionCutError, ConnectionHandler
+from api_objects import Object, ObjectChange
+from api_paths import Target, discovery_response, parse_path, validate_metadata
+from api_selectors import matches_selectors
+from api_statuses import ApiError
+
+TRUE = {"1", "true", "True"}
 
 
-class Handler(Wire):
-    """One connection to the server."""
+class Handler(ConnectionHandler):
+    """Serves the requests of a connection."""
 
     def do_GET(self) -> None:
         self._serve(self._get)
@@ -34,46 +35,46 @@ class Handler(Wire):
     def do_POST(self) -> None:
         self._serve(self._create)
 
-    # ── One request ─────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── Requests ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _serve(self, answer: Any) -> None:
+    def _serve(self, respond: Any) -> None:
         from api_server import Request
 
         url = urlsplit(self.path)
         length = int(self.headers.get("Content-Length") or 0)
         data = self.rfile.read(length)
         self.query = dict(parse_qsl(url.query, keep_blank_values=True))
-        json_body = data[:1] in {b"", b"{"}  # kubectl create writes protobuf
-        self.body = json.loads(data) if data and json_body else {}
-        self.fault = self.api.fault_of(self.command, url.path)
+        is_json = data[:1] in {b"", b"{"}  # kubectl create sends protobuf
+        self.body = json.loads(data) if data and is_json else {}
+        self.fault = self.api.next_fault(self.command, url.path)
         self.sent = 0
-        self.asked = Request(self.command, url.path, self.query, dict(self.headers), self.body)
-        self.api.requests.append(self.asked)
-        time.sleep(self.fault.delay)
+        self.record = Request(self.command, url.path, self.query, dict(self.headers), self.body)
+        self.api.requests.append(self.record)
+        time.sleep(self.fault.delay_seconds)
         if self.fault.reset:
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.close_connection = True
             self.connection.close()
-            raise BrokenOffError
+            raise ConnectionCutError
         try:
-            if not self._planted_answer():
+            if not self._send_injected_response():
                 self._authenticate()
-                if not json_body:
-                    raise Refused(api_statuses.status(415, "UnsupportedMediaType", "the body must be JSON"))
-                if found := discovery(url.path):
-                    self._json(200, found)
+                if not is_json:
+                    raise ApiError(api_statuses.status(415, "UnsupportedMediaType", "the body must be JSON"))
+                if discovery := discovery_response(url.path):
+                    self._send_json(200, discovery)
                 else:
-                    answer(target_of(url.path))
-        except Refused as refused:
-            self._json(refused.status["code"], refused.status, {**refused.headers, **self.fault.headers})
+                    respond(parse_path(url.path))
+        except ApiError as error:
+            self._send_json(error.status["code"], error.status, {**error.headers, **self.fault.headers})
 
-    def _planted_answer(self) -> bool:
-        if self.fault.answer and self.fault.body is None:
-            raise Refused(self.fault.answer)
+    def _send_injected_response(self) -> bool:
+        if self.fault.status and self.fault.body is None:
+            raise ApiError(self.fault.status)
         if self.fault.body is None:
             return False
-        code = self.fault.answer["code"] if self.fault.answer else 200
-        self._bytes(code, self.fault.body, {"Content-Type": "text/plain; charset=utf-8"} | self.fault.headers)
+        code = self.fault.status["code"] if self.fault.status else 200
+        self._send_bytes(code, self.fault.body, {"Content-Type": "text/plain; charset=utf-8"} | self.fault.headers)
         return True
 
     def _authenticate(self) -> None:
@@ -81,33 +82,33 @@ class Handler(Wire):
         if token is None:
             return
         if self.headers.get("Authorization", "").removeprefix("Bearer ").removeprefix("bearer ") != token:
-            raise Refused(api_statuses.unauthorized())
+            raise ApiError(api_statuses.unauthorized())
 
-    # ── Verbs ───────────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── Verbs ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _get(self, target: Target) -> None:
-        if target.sub == "log":
+        if target.subresource == "log":
             self._log(target)
-        elif target.sub.startswith("proxy/"):
+        elif target.subresource.startswith("proxy/"):
             self._proxy(target)
         elif target.name:
-            found = self.api.objects.get(target.key)
-            if found is None:
-                raise Refused(api_statuses.not_found(target.kind.full, target.name))
-            self._json(200, found)
-        elif self.query.get("watch") in {"1", "true", "True"}:
+            obj = self.api.objects.get(target.key)
+            if obj is None:
+                raise ApiError(api_statuses.not_found(target.kind.full, target.name))
+            self._send_json(200, obj)
+        elif self.query.get("watch") in TRUE:
             self._watch(target)
         else:
             self._list(target)
 
     def _apply(self, target: Target) -> None:
         if self.headers.get("Content-Type") != "application/apply-patch+yaml":
-            raise Refused(api_statuses.status(415, "UnsupportedMediaType", "this server takes server-side apply only"))
+            raise ApiError(api_statuses.status(415, "UnsupportedMediaType", "this server takes server-side apply only"))
         if not self.query.get("fieldManager"):
-            why = "Required value: is required for apply patch"
-            raise Refused(api_statuses.invalid("PatchOptions", "", "fieldManager", why, "meta.k8s.io"))
-        check(target, self.body)
-        existed = self.api.objects.get(target.key) is not None
+            message = "Required value: is required for apply patch"
+            raise ApiError(api_statuses.invalid("PatchOptions", "", "fieldManager", message, "meta.k8s.io"))
+        validate_metadata(target, self.body)
+        is_update = self.api.objects.get(target.key) is not None
         stored = self.api.objects.apply(
             target.key,
             self.body,
@@ -115,186 +116,185 @@ class Handler(Wire):
             force=self.query.get("force") == "true",
             dry_run=self.query.get("dryRun") == "All",
         )
-        self._json(200 if existed else 201, stored, warnings=self.api.settings.warnings)
+        self._send_json(200 if is_update else 201, stored, warnings=self.api.settings.warnings)
 
     def _create(self, target: Target) -> None:
         name = self.body["metadata"]["name"]
         target = target._replace(name=name)
-        check(target, self.body)
+        validate_metadata(target, self.body)
         if self.api.objects.get(target.key):
             details = {"name": name, "kind": target.kind.plural}
             message = f'{target.kind.full} "{name}" already exists'
-            raise Refused(api_statuses.status(409, "AlreadyExists", message, details))
-        dry = self.query.get("dryRun") == "All"
-        self._json(201, self.api.objects.apply(target.key, self.body, "create", dry_run=dry))
+            raise ApiError(api_statuses.status(409, "AlreadyExists", message, details))
+        dry_run = self.query.get("dryRun") == "All"
+        self._send_json(201, self.api.objects.apply(target.key, self.body, "create", dry_run=dry_run))
 
     def _delete(self, target: Target) -> None:
         options = {key: self.query[key] for key in ("propagationPolicy", "gracePeriodSeconds") if key in self.query}
         options |= self.body
         if "gracePeriodSeconds" in options:
             options["gracePeriodSeconds"] = int(options["gracePeriodSeconds"])
-        self._json(200, self.api.deletion.delete(target.key, options))
+        self._send_json(200, self.api.deletion.delete(target.key, options))
 
     def _proxy(self, target: Target) -> None:
-        """Pass a request on to a port of a pod, as far as a test says where that is."""
+        """Forward a request to a pod port, if a test has set its local port."""
         name, _, port = unquote(target.name).partition(":")
         if self.api.objects.get(target.key._replace(name=name)) is None:
-            raise Refused(api_statuses.not_found("pods", name))
-        address = self.api.ports.get((name, int(port)))
+            raise ApiError(api_statuses.not_found("pods", name))
+        local_port = self.api.pod_ports.get((name, int(port)))
         try:
-            if address is None:
+            if local_port is None:
                 raise ConnectionRefusedError(111, "connect: connection refused")
-            path = target.sub.removeprefix("proxy/")
+            path = target.subresource.removeprefix("proxy/")
             headers = {"Accept": self.headers.get("Accept", "*/*")}
-            asked = urllib.request.Request(f"http://127.0.0.1:{address}/{path}", headers=headers)
-            with urllib.request.urlopen(asked, timeout=60) as answer:
-                data, kind = answer.read(), answer.headers["Content-Type"]
+            request = urllib.request.Request(f"http://127.0.0.1:{local_port}/{path}", headers=headers)
+            with urllib.request.urlopen(request, timeout=60) as response:
+                data, content_type = response.read(), response.headers["Content-Type"]
         except OSError as error:
-            why = f"error trying to reach service: dial tcp 10.0.0.7:{port}: {error.strerror or error}"
-            raise Refused(api_statuses.status(503, "ServiceUnavailable", why)) from None
-        self._bytes(200, data, {"Content-Type": kind})
+            message = f"error trying to reach service: dial tcp 10.0.0.7:{port}: {error.strerror or error}"
+            raise ApiError(api_statuses.status(503, "ServiceUnavailable", message)) from None
+        self._send_bytes(200, data, {"Content-Type": content_type})
 
-    # ── Lists and watches ───────────────────────────────────────────────────────────────────────────────────────────
+    # ── Lists and watches ─────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _selected(self, found: Object) -> bool:
-        return selected(found, self.query.get("labelSelector", ""), self.query.get("fieldSelector", ""))
+    def _is_selected(self, obj: Object) -> bool:
+        return matches_selectors(obj, self.query.get("labelSelector", ""), self.query.get("fieldSelector", ""))
 
     def _list(self, target: Target) -> None:
-        with self.api.objects.changed:
-            version = self.api.objects.version
-            found = [each for each in self.api.objects.all(target.kind.name, target.namespace) if self._selected(each)]
+        objects = self.api.objects
+        with objects.changed:
+            version = objects.version
+            selected = [
+                each for each in objects.list_objects(target.kind.name, target.namespace) if self._is_selected(each)
+            ]
         start = 0
         if token := self.query.get("continue"):
             version, start = json.loads(base64.b64decode(token))
-            if version < self.api.objects.oldest:
-                raise Refused(
-                    api_statuses.expired(
-                        "The provided continue parameter is too old to display a consistent list result."
-                    )
-                )
-        limit = int(self.query.get("limit") or 0) or len(found)
-        limit = min(limit, self.api.settings.page)
+            if version < objects.oldest:
+                message = "The provided continue parameter is too old to display a consistent list result."
+                raise ApiError(api_statuses.expired(message))
+        limit = int(self.query.get("limit") or 0) or len(selected)
+        end = start + min(limit, self.api.settings.page_size)
         metadata: Object = {"resourceVersion": str(version)}
-        if len(found) > start + limit:
-            metadata["continue"] = base64.b64encode(json.dumps([version, start + limit]).encode()).decode()
-            metadata["remainingItemCount"] = len(found) - start - limit
+        if len(selected) > end:
+            metadata["continue"] = base64.b64encode(json.dumps([version, end]).encode()).decode()
+            metadata["remainingItemCount"] = len(selected) - end
         items = [
             {key: value for key, value in each.items() if key not in {"apiVersion", "kind"}}
-            for each in found[start : start + limit]
+            for each in selected[start:end]
         ]
         kind = target.kind
-        self._json(
+        self._send_json(
             200, {"kind": f"{kind.name}List", "apiVersion": kind.api_version, "metadata": metadata, "items": items}
         )
 
     def _watch(self, target: Target) -> None:
         version = int(self.query.get("resourceVersion") or 0)
-        ends = time.monotonic() + float(self.query.get("timeoutSeconds") or 1800)
+        deadline = time.monotonic() + float(self.query.get("timeoutSeconds") or 1800)
         self._begin_stream("application/json")
+        oldest = self.api.objects.oldest
         if not version or self.query.get("sendInitialEvents") == "true":
-            version = self._there(target)
-        elif version < self.api.objects.oldest:
-            self._event(
-                "ERROR", api_statuses.expired(f"too old resource version: {version} ({self.api.objects.oldest})")
-            )
+            version = self._send_initial_events(target)
+        elif version < oldest:
+            self._send_event("ERROR", api_statuses.expired(f"too old resource version: {version} ({oldest})"))
             return self._end_stream()
-        self._events(target, version, ends)
+        self._send_changes(target, version, deadline)
         return self._end_stream()
 
-    def _there(self, target: Target) -> int:
-        """Tell what is there; the version of it."""
+    def _send_initial_events(self, target: Target) -> int:
+        """Send the existing objects as ADDED, and return their version."""
         with self.api.objects.changed:
-            found = self.api.objects.all(target.kind.name, target.namespace)
+            objects = self.api.objects.list_objects(target.kind.name, target.namespace)
             version = self.api.objects.version
-        for each in found:
-            if self._selected(each):
-                self._event("ADDED", each)
+        for each in objects:
+            if self._is_selected(each):
+                self._send_event("ADDED", each)
         if self.query.get("sendInitialEvents") == "true":
-            self._bookmark(target, version, {"k8s.io/initial-events-end": "true"})
+            self._send_bookmark(target, version, {"k8s.io/initial-events-end": "true"})
         return version
 
-    def _events(self, target: Target, version: int, ends: float) -> None:
-        objects, bookmarks = self.api.objects, self.api.bookmarks
+    def _send_changes(self, target: Target, version: int, deadline: float) -> None:
+        objects, bookmarks_sent = self.api.objects, self.api.bookmarks
         while True:
             with objects.changed:
-                news = objects.since(version)
-                asked = self.api.bookmarks
-                if not news and bookmarks == asked:
-                    if self.api.closing or time.monotonic() >= ends or self._hung_up():
+                changes = objects.changes_since(version)
+                bookmarks = self.api.bookmarks
+                if not changes and bookmarks == bookmarks_sent:
+                    if self.api.is_closing or time.monotonic() >= deadline or self._is_client_gone():
                         break
-                    objects.changed.wait(min(0.1, max(0.0, ends - time.monotonic())))
+                    objects.changed.wait(min(0.1, max(0.0, deadline - time.monotonic())))
                     continue
                 version = objects.version
-            for each in news:
-                self._tell(target, each)
-            if bookmarks != asked:
-                bookmarks = asked
-                self._bookmark(target, version)
-        if not self.api.closing:
-            self._bookmark(target, version)
+            for each in changes:
+                self._send_change(target, each)
+            if bookmarks != bookmarks_sent:
+                bookmarks_sent = bookmarks
+                self._send_bookmark(target, version)
+        if not self.api.is_closing:
+            self._send_bookmark(target, version)
 
-    def _bookmark(self, target: Target, version: int, annotations: dict[str, str] | None = None) -> None:
-        if self.query.get("allowWatchBookmarks") in {"1", "true", "True"}:
+    def _send_bookmark(self, target: Target, version: int, annotations: dict[str, str] | None = None) -> None:
+        if self.query.get("allowWatchBookmarks") in TRUE:
             metadata: Object = {"resourceVersion": str(version), "creationTimestamp": None}
             metadata |= {"annotations": annotations} if annotations else {}
             kind = target.kind
-            self._event("BOOKMARK", {"kind": kind.name, "apiVersion": kind.api_version, "metadata": metadata})
+            self._send_event("BOOKMARK", {"kind": kind.name, "apiVersion": kind.api_version, "metadata": metadata})
 
-    def _tell(self, target: Target, happened: Happened) -> None:
-        """Tell one change as this watch sees it: what no longer meets its selectors is DELETED to it."""
-        now = happened.object
-        if happened.kind != target.kind.name or target.namespace not in {"", now["metadata"].get("namespace", "")}:
+    def _send_change(self, target: Target, change: ObjectChange) -> None:
+        """Send a change as this watch sees it: an object that no longer matches the selectors is DELETED."""
+        obj = change.object
+        if change.kind != target.kind.name or target.namespace not in {"", obj["metadata"].get("namespace", "")}:
             return
-        before = happened.before is not None and self._selected(happened.before)
-        after = happened.type != "DELETED" and self._selected(now)
-        if before and not after:
-            self._event("DELETED", now)
-        elif after:
-            self._event("MODIFIED" if before else "ADDED", now)
+        was_selected = change.before is not None and self._is_selected(change.before)
+        is_selected = change.type != "DELETED" and self._is_selected(obj)
+        if was_selected and not is_selected:
+            self._send_event("DELETED", obj)
+        elif is_selected:
+            self._send_event("MODIFIED" if was_selected else "ADDED", obj)
 
-    def _event(self, type_: str, found: Object) -> None:
-        self._stream(json.dumps({"type": type_, "object": found}).encode() + b"\n")
+    def _send_event(self, type_: str, obj: Object) -> None:
+        self._send_chunk(json.dumps({"type": type_, "object": obj}).encode() + b"\n")
 
-    # ── Logs ────────────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── Logs ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _log(self, target: Target) -> None:
         pod = self.api.objects.get(target.key)
         if pod is None:
-            raise Refused(api_statuses.not_found("pods", target.name))
+            raise ApiError(api_statuses.not_found("pods", target.name))
         container = self.query.get("container", "")
         if not api_logs.has_container(pod, container):
-            raise Refused(api_statuses.bad_request(f"container {container} is not valid for pod {target.name}"))
-        if self.query.get("previous") in {"1", "true"}:
+            raise ApiError(api_statuses.bad_request(f"container {container} is not valid for pod {target.name}"))
+        if self.query.get("previous") in TRUE:
             message = f'previous terminated container "{container}" in pod "{target.name}" not found'
-            raise Refused(api_statuses.bad_request(message))
-        log, state = self.api.logs.of(target.name, container), api_logs.state_of(pod, container)
+            raise ApiError(api_statuses.bad_request(message))
+        log, state = self.api.logs.get(target.name, container), api_logs.container_state(pod, container)
         if "waiting" in (state or {}) or (log is None and not state):
             reason = (state or {}).get("waiting", {}).get("reason", "PodInitializing")
-            raise Refused(api_statuses.waiting(container, target.name, reason))
+            raise ApiError(api_statuses.container_waiting(container, target.name, reason))
         log = log or api_logs.Log()
         self._begin_stream("text/plain")
         with self.api.objects.changed:
-            lines, read = api_logs.wanted(log, self.query), len(log.lines)
-        self._lines(lines)
-        if self.query.get("follow") in {"1", "true", "True"}:
-            self._follow(target, container, read)
+            lines, position = api_logs.select_lines(log, self.query), len(log.lines)
+        self._send_lines(lines)
+        if self.query.get("follow") in TRUE:
+            self._follow_log(target, container, position)
         self._end_stream()
 
-    def _follow(self, target: Target, container: str, read: int) -> None:
+    def _follow_log(self, target: Target, container: str, position: int) -> None:
         while True:
             with self.api.objects.changed:
-                log = self.api.logs.of(target.name, container) or api_logs.Log()
-                lines, read = log.lines[read:], len(log.lines)
+                log = self.api.logs.get(target.name, container) or api_logs.Log()
+                lines, position = log.lines[position:], len(log.lines)
                 if not lines:
                     pod = self.api.objects.get(target.key)
-                    ended = pod is None or "terminated" in (api_logs.state_of(pod, container) or {})
-                    if log.ended or ended or self.api.closing or self._hung_up():
+                    is_terminated = pod is None or "terminated" in (api_logs.container_state(pod, container) or {})
+                    if log.ended or is_terminated or self.api.is_closing or self._is_client_gone():
                         return
                     self.api.objects.changed.wait(0.1)
                     continue
-            self._lines(lines)
+            self._send_lines(lines)
 
-    def _lines(self, lines: list[tuple[str, str]]) -> None:
-        stamped = self.query.get("timestamps") in {"1", "true", "True"}
+    def _send_lines(self, lines: list[tuple[str, str]]) -> None:
+        with_timestamps = self.query.get("timestamps") in TRUE
         for at, line in lines:
-            self._stream((f"{at} {line}" if stamped else line).encode() + b"\n")
+            self._send_chunk((f"{at} {line}" if with_timestamps else line).encode() + b"\n")

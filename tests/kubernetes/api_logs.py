@@ -1,4 +1,4 @@
-"""Logs of containers, for the API server that tests use."""
+"""Container logs of the API server used in tests."""
 
 import threading
 from datetime import UTC, datetime, timedelta
@@ -7,7 +7,7 @@ from api_objects import Object
 
 
 class Log:
-    """Lines of one container, each with its time (RFC 3339 with nanoseconds); ended when the container has."""
+    """Lines of a container with their timestamps (RFC 3339, nanoseconds); `ended` once the container has ended."""
 
     def __init__(self) -> None:
         self.lines: list[tuple[str, str]] = []
@@ -21,7 +21,7 @@ class Logs:
         self.changed = changed
         self._logs: dict[tuple[str, str], Log] = {}
 
-    def of(self, pod: str, container: str) -> Log | None:
+    def get(self, pod: str, container: str) -> Log | None:
         return self._logs.get((pod, container))
 
     def append(self, pod: str, container: str, lines: tuple[str, ...], at: str | None) -> None:
@@ -40,8 +40,8 @@ def now() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%f000Z")
 
 
-def wanted(log: Log, query: dict[str, str]) -> list[tuple[str, str]]:
-    """Lines from `sinceTime` (whole seconds, as the kubelet gets it) or `sinceSeconds` on, the last `tailLines`."""
+def select_lines(log: Log, query: dict[str, str]) -> list[tuple[str, str]]:
+    """Apply `sinceTime` (in whole seconds, like the kubelet), `sinceSeconds` and `tailLines`."""
     lines = log.lines
     since = query.get("sinceTime", "")[:19]
     if seconds := query.get("sinceSeconds"):
@@ -53,8 +53,8 @@ def wanted(log: Log, query: dict[str, str]) -> list[tuple[str, str]]:
     return lines
 
 
-def state_of(pod: Object, container: str) -> dict[str, Object] | None:
-    """State of a container in the status of its pod, such as {"running": {...}}; None where it tells none."""
+def container_state(pod: Object, container: str) -> dict[str, Object] | None:
+    """Return the state of a container from the status of its pod, such as {"running": {...}}, or None."""
     status = pod.get("status", {})
     for each in status.get("initContainerStatuses", []) + status.get("containerStatuses", []):
         if each["name"] == container:

@@ -1,4 +1,4 @@
-"""The objects of the API server that tests use: their kinds, their versions, and what happened when."""
+"""Objects stored by the API server used in tests: kinds, resource versions and history."""
 
 import copy
 import json
@@ -7,13 +7,13 @@ import uuid
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from api_apply import Object, Path, applied, leaves, timestamp
-from api_statuses import Refused, invalid, no_namespace
+from api_apply import Object, Path, leaves, merge_applied, timestamp
+from api_statuses import ApiError, invalid, namespace_not_found
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of object: where it lies in the API."""
+    """A kind of object and its place in the API."""
 
     name: str
     plural: str
@@ -27,7 +27,7 @@ class Kind:
 
     @property
     def full(self) -> str:
-        """Plural with its group, as messages name it: jobs.batch."""
+        """Plural with its group, as in error messages: jobs.batch."""
         return f"{self.plural}.{self.group}" if self.group else self.plural
 
 
@@ -53,8 +53,8 @@ class Key(NamedTuple):
     name: str
 
 
-class Happened(NamedTuple):
-    """One change, as a watch tells it; `before` is the object before it."""
+class ObjectChange(NamedTuple):
+    """A change in the history; `before` is the previous state of the object, None if it was created."""
 
     version: int
     type: str
@@ -64,13 +64,13 @@ class Happened(NamedTuple):
 
 
 class Objects:
-    """All objects and their history. Every method may be called from any thread."""
+    """All objects and their history. Thread-safe; `changed` is notified of every change."""
 
     def __init__(self) -> None:
         self.changed = threading.Condition()
         self.version = 1000
         self.oldest = 0
-        self.history: list[Happened] = []
+        self.history: list[ObjectChange] = []
         self._objects: dict[Key, Object] = {}
         self._owned: dict[Key, dict[str, set[Path]]] = {}
 
@@ -78,20 +78,20 @@ class Objects:
         with self.changed:
             return copy.deepcopy(self._objects.get(key))
 
-    def all(self, kind: str, namespace: str = "") -> list[Object]:
-        """Objects of a kind by namespace and name, of all namespaces where none is given."""
+    def list_objects(self, kind: str, namespace: str = "") -> list[Object]:
+        """Return the objects of a kind, sorted by namespace and name; of all namespaces if none is given."""
         with self.changed:
             found = [key for key in sorted(self._objects) if key.kind == kind and namespace in {"", key.namespace}]
             return [copy.deepcopy(self._objects[key]) for key in found]
 
     def store(self, key: Key, new: Object) -> Object:
-        """Keep an object and tell the watchers; nothing happens where nothing differs."""
+        """Store an object and notify watches; an unchanged object keeps its resourceVersion."""
         with self.changed:
             old = self._objects.get(key)
             new = self._with_metadata(key, new, old)
             if old is not None and _without_version(old) == _without_version(new):
                 return copy.deepcopy(old)
-            self._happened("MODIFIED" if old else "ADDED", key, new, old)
+            self._record("MODIFIED" if old else "ADDED", key, new, old)
             self._objects[key] = new
             return copy.deepcopy(new)
 
@@ -101,15 +101,15 @@ class Objects:
             self._owned.pop(key, None)
             if old is not None:
                 gone = copy.deepcopy(old)
-                self._happened("DELETED", key, gone, old)
+                self._record("DELETED", key, gone, old)
             return old
 
-    def apply(self, key: Key, manifest: Object, manager: str, *, force: bool = False, dry_run: bool = False) -> Object:
-        """Server-side apply: create or merge, with the fields that each manager owns."""
+    def apply(self, key: Key, body: Object, manager: str, *, force: bool = False, dry_run: bool = False) -> Object:
+        """Create or merge an object with server-side apply."""
         with self.changed:
             self._require_namespace(key)
             old = self._objects.get(key)
-            new, owned = applied(old, manifest, self._owned.get(key, {}), manager, force=force)
+            new, owned = merge_applied(old, body, self._owned.get(key, {}), manager, force=force)
             self._validate(key, new, old)
             if dry_run:
                 return self._with_metadata(key, new, old)
@@ -117,30 +117,30 @@ class Objects:
             self._owned[key] = owned
             return stored
 
-    def own(self, key: Key, manager: str, manifest: Object) -> None:
-        """Say that a manager owns all fields of a manifest, as after `kubectl apply`."""
+    def set_owner(self, key: Key, manager: str, obj: Object) -> None:
+        """Make a field manager own all fields of an object, as after `kubectl apply`."""
         with self.changed:
-            self._owned.setdefault(key, {})[manager] = set(leaves(manifest))
+            self._owned.setdefault(key, {})[manager] = set(leaves(obj))
 
     def compact(self) -> None:
-        """Forget the history: a watch from an older version is answered 410."""
+        """Drop the history: a watch from an older version gets 410."""
         with self.changed:
             self.oldest = self.version
             self.changed.notify_all()
 
-    def since(self, version: int) -> list[Happened]:
+    def changes_since(self, version: int) -> list[ObjectChange]:
         with self.changed:
             return [each for each in self.history if each.version > version]
 
-    def _happened(self, type_: str, key: Key, new: Object, old: Object | None) -> None:
+    def _record(self, type_: str, key: Key, new: Object, old: Object | None) -> None:
         self.version += 1
         new["metadata"]["resourceVersion"] = str(self.version)
-        self.history.append(Happened(self.version, type_, key.kind, copy.deepcopy(new), copy.deepcopy(old)))
+        self.history.append(ObjectChange(self.version, type_, key.kind, copy.deepcopy(new), copy.deepcopy(old)))
         self.changed.notify_all()
 
     def _require_namespace(self, key: Key) -> None:
         if key.namespace and Key("Namespace", "", key.namespace) not in self._objects:
-            raise Refused(no_namespace(key.namespace))
+            raise ApiError(namespace_not_found(key.namespace))
 
     @staticmethod
     def _with_metadata(key: Key, new: Object, old: Object | None) -> Object:
@@ -155,7 +155,7 @@ class Objects:
         if old:
             metadata["resourceVersion"] = before["resourceVersion"]
         if key.kind == "Job":
-            _complete_job(new)
+            _set_job_defaults(new)
         return new
 
     @staticmethod
@@ -165,21 +165,19 @@ class Objects:
         for field in ("template", "completions", "selector"):
             before, after = old["spec"].get(field), new["spec"].get(field)
             if before != after:
-                why = f"Invalid value: {json.dumps(after)}: field is immutable"
-                raise Refused(invalid("Job", key.name, f"spec.{field}", why, group="batch"))
+                reason = f"Invalid value: {json.dumps(after)}: field is immutable"
+                raise ApiError(invalid("Job", key.name, f"spec.{field}", reason, group="batch"))
 
 
-def _without_version(found: Object) -> Object:
-    metadata = {
-        key: value for key, value in found["metadata"].items() if key not in {"resourceVersion", "managedFields"}
-    }
-    return found | {"metadata": metadata}
+def _without_version(obj: Object) -> Object:
+    metadata = {key: value for key, value in obj["metadata"].items() if key not in {"resourceVersion", "managedFields"}}
+    return obj | {"metadata": metadata}
 
 
-def _complete_job(job: Object) -> None:
-    """Fill in what the API server adds to every Job."""
+def _set_job_defaults(job: Object) -> None:
+    """Set the fields that the API server adds to every Job."""
     uid = job["metadata"]["uid"]
-    ours = {
+    labels = {
         "batch.kubernetes.io/controller-uid": uid,
         "batch.kubernetes.io/job-name": job["metadata"]["name"],
         "controller-uid": uid,
@@ -189,5 +187,5 @@ def _complete_job(job: Object) -> None:
     for name, value in {"completionMode": "NonIndexed", "suspend": False, "manualSelector": False}.items():
         spec.setdefault(name, value)
     spec.setdefault("selector", {"matchLabels": {"batch.kubernetes.io/controller-uid": uid}})
-    spec.setdefault("template", {}).setdefault("metadata", {}).setdefault("labels", {}).update(ours)
+    spec.setdefault("template", {}).setdefault("metadata", {}).setdefault("labels", {}).update(labels)
     job.setdefault("status", {})

@@ -1,4 +1,4 @@
-"""Label and field selectors, for the API server that tests use."""
+"""Label and field selectors of the API server used in tests."""
 
 from typing import Any
 
@@ -7,15 +7,15 @@ from api_apply import value_at
 Object = dict[str, Any]
 
 
-def selected(found: Object, labels: str, fields: str) -> bool:
-    """Whether an object meets a labelSelector (`a=b`, `a!=b`, `a in (b,c)`, `a`, `!a`) and a fieldSelector."""
-    own = found.get("metadata", {}).get("labels", {}) or {}
-    return all(_meets(own, part) for part in _parts(labels)) and all(
-        _meets_field(found, part) for part in _parts(fields)
+def matches_selectors(obj: Object, labels: str, fields: str) -> bool:
+    """Match an object against a labelSelector (`a=b`, `a!=b`, `a in (b,c)`, `a`, `!a`) and a fieldSelector."""
+    labels_of_object = obj.get("metadata", {}).get("labels", {}) or {}
+    return all(_matches_label(labels_of_object, part) for part in _split_selector(labels)) and all(
+        _matches_field(obj, part) for part in _split_selector(fields)
     )
 
 
-def _parts(selector: str) -> list[str]:
+def _split_selector(selector: str) -> list[str]:
     parts, depth = [""], 0
     for letter in selector:
         depth += {"(": 1, ")": -1}.get(letter, 0)
@@ -26,7 +26,7 @@ def _parts(selector: str) -> list[str]:
     return [part.strip() for part in parts if part.strip()]
 
 
-def _meets(labels: dict[str, str], part: str) -> bool:
+def _matches_label(labels: dict[str, str], part: str) -> bool:
     if " notin " in part or " in " in part:
         word = " notin " if " notin " in part else " in "
         name, _, values = part.partition(word)
@@ -41,7 +41,7 @@ def _meets(labels: dict[str, str], part: str) -> bool:
     return part[1:] not in labels if part.startswith("!") else part in labels
 
 
-def _meets_field(found: Object, part: str) -> bool:
+def _matches_field(obj: Object, part: str) -> bool:
     equal = "!=" not in part
     name, _, value = part.replace("!=", "=").replace("==", "=").partition("=")
-    return (str(value_at(found, tuple(name.split("."))) or "") == value) == equal
+    return (str(value_at(obj, tuple(name.split("."))) or "") == value) == equal

@@ -1,29 +1,29 @@
-"""A server that behaves like the API server of a Kubernetes cluster, over HTTP and in memory.
+"""A fake Kubernetes API server: real HTTP, objects in memory, no controllers.
 
-It keeps Jobs, ConfigMaps, Pods, Events, ResourceQuotas, Secrets and Namespaces, and serves server-side apply, GET, LIST
-(selectors, `continue`), WATCH, DELETE (propagation, grace period, preconditions), logs and GET through pods/proxy (to
-`ports`), with the errors of a real server in its words. No controller runs: a test plays the cluster itself.
+It stores Jobs, ConfigMaps, Pods, Events, ResourceQuotas, Secrets and Namespaces. It supports server-side apply, GET,
+LIST (selectors, `continue`), WATCH, DELETE (propagation, grace period, preconditions), logs, and GET through pods/proxy
+(to `pod_ports`), and responds with the error messages of a real server. Tests change objects as controllers would.
 
     from api_server import ApiServer
 
-    def test_something(api_server, cluster):          # fixtures of conftest.py; `cluster` is a Cluster of the edge
+    def test_something(api_server, cluster):          # fixtures of conftest.py; `cluster` is a connected Cluster
         api_server.put({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "p"}, "spec": {...}})   # ADDED
         api_server.patch("Pod", "p", {"status": {"phase": "Running"}})     # JSON merge patch, status too: MODIFIED
-        api_server.log("p", "pull", "first line", "second line")          # following readers get them at once
+        api_server.append_log("p", "pull", "first line", "second line")   # sent to following clients immediately
         api_server.end_log("p", "pull")
-        api_server.remove("Pod", "p")                                      # DELETED, at once
+        api_server.remove("Pod", "p")                                      # DELETED, immediately
 
-        api_server.plant(Fault(api_statuses.too_many(), headers={"Retry-After": "0"}))     # the next request gets it
-        api_server.plant(Fault(cut_after=100, path="/log"), times=2)       # … that meets it
+        api_server.inject(Fault(api_statuses.too_many_requests(), headers={"Retry-After": "0"}))   # for one request
+        api_server.inject(Fault(cut_after_bytes=100, path="/log"), times=2)    # for the next two that match
         assert [f"{each.method} {each.path}" for each in api_server.requests] == [...]
 
     Without the fixture: `with ApiServer() as server: server.kubeconfig(tmp_path / "config")`; the path is for
-    KUBECONFIG or --kubeconfig. Namespaces `default` and `team-a` are there; requests need the server's token.
+    KUBECONFIG or --kubeconfig. The namespaces `default` and `team-a` exist; requests need the server's token.
 
-How deletions go: `deletion_seconds` is what a pod takes to stop after SIGTERM and what foreground deletion takes
-besides (0.0: at once); `hold_deletions = True` leaves all that is being deleted (deletionTimestamp) until
-`finish_deletions()`. Dependents (ownerReferences) go with their owner unless it is orphaned. Pods that a Job owns need
-an ownerReference, as real ones have: `owned_by(job)` writes it.
+Deletions: `deletion_seconds` is the duration of pod shutdown and of foreground deletion (0.0: immediate).
+`hold_deletions = True` keeps deleted objects, with a deletionTimestamp, until `finish_deletions()`. Dependents
+(ownerReferences) are deleted with their owner unless they are orphaned. Pods of a Job need an ownerReference, as in a
+real cluster: `owner_references(job)` returns it.
 """
 
 import json
@@ -47,7 +47,7 @@ NAMESPACE = "team-a"
 
 @dataclass
 class Request:
-    """A request as it arrived, and the code of its answer (0: none was sent)."""
+    """A received request, and the status code of its response (0: no response was sent)."""
 
     method: str
     path: str
@@ -58,37 +58,37 @@ class Request:
 
 
 @dataclass
-class Planted:
+class InjectedFault:
     fault: Fault
     times: int
 
 
 @dataclass
 class Settings:
-    """How the server behaves, apart from its objects."""
+    """Settings of the server."""
 
     token: str | None = TOKEN
     user: str = "alice"
-    page: int = 500
+    page_size: int = 500
     warnings: list[str] = field(default_factory=list)
 
 
-class _Http(ThreadingHTTPServer):
+class _HttpServer(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
 
     def handle_error(self, *arguments: Any) -> None:
-        """Say nothing of a client that left or whose certificate was refused."""
+        """Ignore clients that disconnect or whose certificate is rejected."""
         if not isinstance(sys.exception(), OSError):
             super().handle_error(*arguments)
 
 
 class ApiServer:
-    """The server, and the hand that plays the cluster; see the module.
+    """The server; see the module.
 
     Args:
-        token: Token that requests need; None takes any request.
-        tls: Context of the server for https.
+        token: Token that requests need; None accepts all requests.
+        tls: TLS context of the server, for https.
     """
 
     def __init__(self, *, token: str | None = TOKEN, tls: ssl.SSLContext | None = None) -> None:
@@ -97,14 +97,14 @@ class ApiServer:
         self.logs = api_logs.Logs(self.objects.changed)
         self.deletion = Deletion(self.objects)
         self.requests: list[Request] = []
-        # Ports of this machine that stand for ports of pods, by the pod's name and its port: what pods/proxy reaches.
-        self.ports: dict[tuple[str, int], int] = {}
-        self.closing = False
+        # Local ports that pods/proxy forwards to, by pod name and pod port.
+        self.pod_ports: dict[tuple[str, int], int] = {}
+        self.is_closing = False
         self.bookmarks = 0
-        self._planted: list[Planted] = []
+        self._faults: list[InjectedFault] = []
         for name in ("default", NAMESPACE):
             self.put({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}})
-        self._http = _Http(("127.0.0.1", 0), Handler)
+        self._http = _HttpServer(("127.0.0.1", 0), Handler)
         self._http.api = self  # type: ignore[attr-defined]
         if tls:
             self._http.socket = tls.wrap_socket(self._http.socket, server_side=True, do_handshake_on_connect=False)
@@ -116,57 +116,54 @@ class ApiServer:
 
     def __exit__(self, *_: object) -> None:
         with self.objects.changed:
-            self.closing = True
+            self.is_closing = True
             self.objects.changed.notify_all()
         self._http.shutdown()
         self._http.server_close()
 
-    # ── What a cluster does ─────────────────────────────────────────────────────────────────────────────────────────
+    # ── Objects and logs ──────────────────────────────────────────────────────────────────────────────────────────────
 
-    def put(self, manifest: Object, *, manager: str = "") -> Object:
-        """Create an object or replace it wholly, status too. `manager` owns its fields from now on."""
-        key = self.key(manifest["kind"], manifest["metadata"]["name"], manifest["metadata"].get("namespace"))
+    def put(self, obj: Object, *, manager: str = "") -> Object:
+        """Create or replace an object, including its status. `manager` owns its fields from now on."""
+        key = self.key(obj["kind"], obj["metadata"]["name"], obj["metadata"].get("namespace"))
         with self.objects.changed:
-            stored = self.objects.store(key, manifest)
+            stored = self.objects.store(key, obj)
             if manager:
-                self.objects.own(key, manager, manifest)
+                self.objects.set_owner(key, manager, obj)
             return stored
 
     def patch(self, kind: str, name: str, change: Object, *, namespace: str | None = None) -> Object:
-        """Change an object by a JSON merge patch: mappings merge, None removes, all else replaces."""
+        """Change an object with a JSON merge patch: mappings merge, None removes, other values replace."""
         key = self.key(kind, name, namespace)
         with self.objects.changed:
-            found = self.objects.get(key)
-            assert found is not None, f"no {kind} {name}"
-            return self.objects.store(key, _merged(found, change))
+            stored = self.objects.get(key)
+            assert stored is not None, f"no {kind} {name}"
+            return self.objects.store(key, _merge_patch(stored, change))
 
     def remove(self, kind: str, name: str, *, namespace: str | None = None) -> None:
-        """Remove an object at once."""
+        """Remove an object immediately."""
         self.objects.remove(self.key(kind, name, namespace))
 
     def get(self, kind: str, name: str, *, namespace: str | None = None) -> Object | None:
         return self.objects.get(self.key(kind, name, namespace))
 
-    def all(self, kind: str, *, namespace: str | None = None) -> list[Object]:
-        return self.objects.all(kind, namespace or NAMESPACE)
-
-    def log(self, pod: str, container: str, *lines: str, at: str | None = None) -> None:
-        """Append lines to the log of a container; `at` is their time, such as 2026-01-01T00:00:00.123456789Z."""
+    def append_log(self, pod: str, container: str, *lines: str, at: str | None = None) -> None:
+        """Append lines to a container log; `at` is their timestamp, such as 2026-01-01T00:00:00.123456789Z."""
         self.logs.append(pod, container, lines, at)
 
     def end_log(self, pod: str, container: str) -> None:
-        """End the log: who follows it has read all."""
+        """End a container log, and the responses of the clients that follow it."""
         self.logs.end(pod, container)
 
-    def bookmark(self) -> None:
-        """Send a BOOKMARK to the watches that asked for them, as a real server does about once a minute."""
+    def send_bookmark(self) -> None:
+        """Send a BOOKMARK to watches that allow bookmarks, as a real server does about once a minute."""
         with self.objects.changed:
             self.objects.version += 1
             self.bookmarks += 1
             self.objects.changed.notify_all()
 
     def compact(self) -> None:
-        """Forget what happened: a watch from an older version ends with ERROR 410 Expired."""
+        """Drop the history: a watch from an older version ends with ERROR 410 Expired."""
         self.objects.compact()
 
     @property
@@ -186,28 +183,28 @@ class ApiServer:
         self.deletion.held = held
 
     def finish_deletions(self) -> None:
-        """Let go of all that `hold_deletions` held."""
+        """Finish the deletions that `hold_deletions` held."""
         self.deletion.finish()
 
-    # ── What goes wrong ─────────────────────────────────────────────────────────────────────────────────────────────
+    # ── Faults ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def plant(self, *faults: Fault, times: int = 1) -> None:
-        """Let the next requests that meet these faults get them, each `times` times, in this order."""
-        self._planted += [Planted(fault, times) for fault in faults]
+    def inject(self, *faults: Fault, times: int = 1) -> None:
+        """Inject faults into the next matching requests, in this order, each `times` times."""
+        self._faults += [InjectedFault(fault, times) for fault in faults]
 
-    def warn(self, *texts: str) -> None:
-        """Send these as Warning headers with every answer to an apply."""
-        self.settings.warnings = list(texts)
+    def send_warnings(self, *texts: str) -> None:
+        """Send these texts as Warning headers with every response to an apply."""
+        self.settings.warnings = [*texts]
 
-    def fault_of(self, method: str, path: str) -> Fault:
+    def next_fault(self, method: str, path: str) -> Fault:
         with self.objects.changed:
-            for planted in self._planted:
-                if planted.times and planted.fault.meets(method, path):
-                    planted.times -= 1
-                    return planted.fault
+            for injected in self._faults:
+                if injected.times and injected.fault.matches(method, path):
+                    injected.times -= 1
+                    return injected.fault
         return Fault()
 
-    # ── How it is reached ───────────────────────────────────────────────────────────────────────────────────────────
+    # ── Access ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def key(self, kind: str, name: str, namespace: str | None = None) -> Key:
         return Key(kind, (namespace or NAMESPACE) if KINDS[kind].namespaced else "", name)
@@ -218,7 +215,7 @@ class ApiServer:
         Args:
             path: The file.
             namespace: Namespace of the context; None leaves it out.
-            user: The user's entry; None is the server's token.
+            user: The user; None for the server's token.
         """
         context: Object = {"cluster": "tests", "user": "alice"} | ({"namespace": namespace} if namespace else {})
         content = {
@@ -233,9 +230,13 @@ class ApiServer:
         path.write_text(json.dumps(content, indent=2))  # JSON is YAML
         return path
 
+    def list(self, kind: str, *, namespace: str | None = None) -> list[Object]:
+        """Return the objects of a kind in a namespace, sorted by name."""
+        return self.objects.list_objects(kind, namespace or NAMESPACE)
 
-def owned_by(owner: Object) -> list[Object]:
-    """metadata.ownerReferences of an object that a controller made for `owner`."""
+
+def owner_references(owner: Object) -> list[Object]:
+    """Return metadata.ownerReferences of an object that a controller creates for `owner`."""
     return [
         {
             "apiVersion": owner["apiVersion"],
@@ -248,13 +249,13 @@ def owned_by(owner: Object) -> list[Object]:
     ]
 
 
-def _merged(found: Any, change: Any) -> Any:
+def _merge_patch(value: Any, change: Any) -> Any:
     if not isinstance(change, dict):
         return change
-    found = dict(found) if isinstance(found, dict) else {}
-    for key, value in change.items():
-        if value is None:
-            found.pop(key, None)
+    merged = dict(value) if isinstance(value, dict) else {}
+    for key, new in change.items():
+        if new is None:
+            merged.pop(key, None)
         else:
-            found[key] = _merged(found.get(key), value)
-    return found
+            merged[key] = _merge_patch(merged.get(key), new)
+    return merged

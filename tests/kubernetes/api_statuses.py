@@ -1,11 +1,11 @@
-"""What the API server of Kubernetes answers when it refuses: `Status` objects in the wording of real servers."""
+"""Error responses of an API server: `Status` objects with the messages of real servers, and injected faults."""
 
 from dataclasses import dataclass, field
 from typing import Any
 
 
-class Refused(Exception):
-    """An answer that is a failure: its `Status` and its headers."""
+class ApiError(Exception):
+    """An error response: a `Status` object and headers."""
 
     def __init__(self, status: dict[str, Any], headers: dict[str, str] | None = None) -> None:
         super().__init__(status["message"])
@@ -13,7 +13,7 @@ class Refused(Exception):
 
 
 def status(code: int, reason: str, message: str, details: dict[str, Any] | None = None) -> dict[str, Any]:
-    found = {
+    fields = {
         "kind": "Status",
         "apiVersion": "v1",
         "metadata": {},
@@ -23,7 +23,7 @@ def status(code: int, reason: str, message: str, details: dict[str, Any] | None 
         "details": details or {},
         "code": code,
     }
-    return {key: value for key, value in found.items() if value not in ("", {}) or key == "metadata"}
+    return {key: value for key, value in fields.items() if value not in ("", {}) or key == "metadata"}
 
 
 def unauthorized() -> dict[str, Any]:
@@ -31,84 +31,86 @@ def unauthorized() -> dict[str, Any]:
 
 
 def not_found(plural: str, name: str) -> dict[str, Any]:
-    """`plural` with its group, such as jobs.batch."""
+    """Report a missing object; `plural` includes the group, such as jobs.batch."""
     return status(404, "NotFound", f'{plural} "{name}" not found', {"name": name, "kind": plural.partition(".")[0]})
 
 
-def no_namespace(name: str) -> dict[str, Any]:
+def namespace_not_found(name: str) -> dict[str, Any]:
     return not_found("namespaces", name)
 
 
-def no_such_api() -> dict[str, Any]:
+def unknown_api() -> dict[str, Any]:
     return status(404, "NotFound", "the server could not find the requested resource")
 
 
-def forbidden(plural: str, name: str, why: str) -> dict[str, Any]:
-    """`why` as an admission plugin words it."""
+def forbidden(plural: str, name: str, reason: str) -> dict[str, Any]:
+    """Report a request denied by an admission plugin, with its message as `reason`."""
     details = {"name": name, "kind": plural.partition(".")[0]}
-    return status(403, "Forbidden", f'{plural} "{name}" is forbidden: {why}', details)
+    return status(403, "Forbidden", f'{plural} "{name}" is forbidden: {reason}', details)
 
 
-def rbac(
+def rbac_denied(
     verb: str, plural: str, namespace: str, name: str = "", group: str = "", user: str = "alice"
 ) -> dict[str, Any]:
     full = f"{plural.partition('/')[0]}.{group}" if group else plural.partition("/")[0]
-    what = f'{full} "{name}"' if name else full
+    target = f'{full} "{name}"' if name else full
     message = (
-        f'{what} is forbidden: User "{user}" cannot {verb} resource "{plural}" in API group "{group}" '
+        f'{target} is forbidden: User "{user}" cannot {verb} resource "{plural}" in API group "{group}" '
         f'in the namespace "{namespace}"'
     )
     return status(403, "Forbidden", message, {"name": name, "kind": plural.partition("/")[0]})
 
 
-def quota(plural: str, name: str, requested: str, used: str, limited: str, quota: str = "compute") -> dict[str, Any]:
-    why = f"exceeded quota: {quota}, requested: {requested}, used: {used}, limited: {limited}"
-    return forbidden(plural, name, why)
+def quota_exceeded(
+    plural: str, name: str, requested: str, used: str, limited: str, quota: str = "compute"
+) -> dict[str, Any]:
+    reason = f"exceeded quota: {quota}, requested: {requested}, used: {used}, limited: {limited}"
+    return forbidden(plural, name, reason)
 
 
-def pod_security(name: str, why: str, level: str = "restricted:latest") -> dict[str, Any]:
-    return forbidden("pods", name, f'violates PodSecurity "{level}": {why}')
+def pod_security_violation(name: str, reason: str, level: str = "restricted:latest") -> dict[str, Any]:
+    return forbidden("pods", name, f'violates PodSecurity "{level}": {reason}')
 
 
-def webhook(name: str, why: str, code: int = 400) -> dict[str, Any]:
+def webhook_denied(name: str, message: str, code: int = 400) -> dict[str, Any]:
     reason = {400: "BadRequest", 403: "Forbidden"}.get(code, "")
-    return status(code, reason, f'admission webhook "{name}" denied the request: {why}')
+    return status(code, reason, f'admission webhook "{name}" denied the request: {message}')
 
 
 def field_conflict(manager: str, version: str, *fields: str) -> dict[str, Any]:
-    """What server-side apply says when `fields` belong to another manager."""
-    many, whose = len(fields) > 1, f'"{manager}" using {version}'
-    what = f"conflicts with {whose}:\n" + "\n".join(f"- {each}" for each in fields)
-    message = f"Apply failed with {len(fields)} conflicts: {what}"
-    if not many:
-        message = f"Apply failed with 1 conflict: conflict with {whose}: {fields[0]}"
-    causes = [{"reason": "FieldManagerConflict", "message": f"conflict with {whose}", "field": each} for each in fields]
+    """Report a server-side apply whose `fields` another manager owns."""
+    owner = f'"{manager}" using {version}'
+    conflicts = f"conflicts with {owner}:\n" + "\n".join(f"- {each}" for each in fields)
+    message = f"Apply failed with {len(fields)} conflicts: {conflicts}"
+    if len(fields) == 1:
+        message = f"Apply failed with 1 conflict: conflict with {owner}: {fields[0]}"
+    causes = [{"reason": "FieldManagerConflict", "message": f"conflict with {owner}", "field": each} for each in fields]
     return status(409, "Conflict", message, {"causes": causes})
 
 
-def uid_conflict(plural: str, name: str, wanted: str, found: str) -> dict[str, Any]:
+def uid_conflict(plural: str, name: str, expected: str, actual: str) -> dict[str, Any]:
     message = (
-        f'Operation cannot be fulfilled on {plural} "{name}": the UID in the precondition ({wanted}) does not match '
-        f"the UID in record ({found}). The object might have been deleted and then recreated"
+        f'Operation cannot be fulfilled on {plural} "{name}": the UID in the precondition ({expected}) does not match '
+        f"the UID in record ({actual}). The object might have been deleted and then recreated"
     )
     return status(409, "Conflict", message, {"name": name, "kind": plural.partition(".")[0]})
 
 
 def invalid(
-    kind: str, name: str, field_path: str, why: str, group: str = "", reason: str = "FieldValueInvalid"
+    kind: str, name: str, field_path: str, message: str, group: str = "", reason: str = "FieldValueInvalid"
 ) -> dict[str, Any]:
-    """`why` as validation words it, such as `Invalid value: 0: must be greater than or equal to 1`."""
+    """Report a field that failed validation, such as `Invalid value: 0: must be greater than or equal to 1`."""
     full = f"{kind}.{group}" if group else kind
-    causes = [{"reason": reason, "message": why, "field": field_path}]
+    causes = [{"reason": reason, "message": message, "field": field_path}]
     details = {"name": name, "group": group, "kind": kind, "causes": causes}
-    return status(422, "Invalid", f'{full} "{name}" is invalid: {field_path}: {why}', details)
+    return status(422, "Invalid", f'{full} "{name}" is invalid: {field_path}: {message}', details)
 
 
 def bad_request(message: str) -> dict[str, Any]:
     return status(400, "BadRequest", message)
 
 
-def waiting(container: str, pod: str, reason: str = "PodInitializing") -> dict[str, Any]:
+def container_waiting(container: str, pod: str, reason: str = "PodInitializing") -> dict[str, Any]:
     return bad_request(f'container "{container}" in pod "{pod}" is waiting to start: {reason}')
 
 
@@ -116,45 +118,45 @@ def expired(message: str = "too old resource version: 1 (1000)") -> dict[str, An
     return status(410, "Expired", message)
 
 
-def too_many(seconds: int = 1) -> dict[str, Any]:
+def too_many_requests(seconds: int = 1) -> dict[str, Any]:
     message = "The server has received too many requests and has asked us to try again later"
     return status(429, "TooManyRequests", message, {"retryAfterSeconds": seconds})
 
 
-def internal(why: str = "etcdserver: leader changed") -> dict[str, Any]:
-    causes = {"causes": [{"message": why}]}
-    return status(500, "InternalError", f"Internal error occurred: {why}", causes)
+def internal_error(reason: str = "etcdserver: leader changed") -> dict[str, Any]:
+    causes = {"causes": [{"message": reason}]}
+    return status(500, "InternalError", f"Internal error occurred: {reason}", causes)
 
 
-def unavailable() -> dict[str, Any]:
+def service_unavailable() -> dict[str, Any]:
     return status(503, "ServiceUnavailable", "the server is currently unable to handle the request")
 
 
 @dataclass
 class Fault:
-    """Something that goes wrong with one request. Plant it with `ApiServer.plant`.
+    """A fault of one request, for `ApiServer.inject`.
 
     Attributes:
-        answer: A `Status` that is answered instead, with its code.
-        body: Bytes that are answered instead, with code 200 (or the code of `answer`).
-        headers: Headers of that answer.
-        delay: Seconds to wait before anything is answered.
-        cut_after: Bytes of the answer's body after which the connection breaks off.
-        stall_after: Bytes of the answer's body after which nothing more comes, over an open connection.
-        reset: The connection is reset before anything is answered.
-        method: Only requests of this method.
+        status: `Status` object to respond with.
+        body: Body to respond with, with code 200 or the code of `status`.
+        headers: Headers of that response.
+        delay_seconds: Delay before the response.
+        cut_after_bytes: Bytes of the response body after which the connection is closed.
+        stall_after_bytes: Bytes of the response body after which the connection stays open and silent.
+        reset: Whether the connection is reset before the response.
+        method: Only requests with this method.
         path: Only requests whose path (without query) contains this.
     """
 
-    answer: dict[str, Any] | None = None
+    status: dict[str, Any] | None = None
     body: bytes | None = None
     headers: dict[str, str] = field(default_factory=dict)
-    delay: float = 0.0
-    cut_after: int | None = None
-    stall_after: int | None = None
+    delay_seconds: float = 0.0
+    cut_after_bytes: int | None = None
+    stall_after_bytes: int | None = None
     reset: bool = False
     method: str = ""
     path: str = ""
 
-    def meets(self, method: str, path: str) -> bool:
+    def matches(self, method: str, path: str) -> bool:
         return self.method in {"", method} and self.path in path

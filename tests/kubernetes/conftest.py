@@ -1,4 +1,4 @@
-"""What the tests of the cluster share: an API server over HTTP, and a connection to it."""
+"""Fixtures of the Kubernetes tests: an API server over HTTP, a connection to it, and the topwork command."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +15,7 @@ CLUSTER_VARIABLES = ("KUBECONFIG", "KUBERNETES_SERVICE_HOST", "KUBERNETES_SERVIC
 
 @pytest.fixture(autouse=True)
 def no_cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No cluster of the developer is ever reached from here: no KUBECONFIG, no ~/.kube."""
+    """Hide the developer's clusters: no KUBECONFIG, no ~/.kube."""
     for name in CLUSTER_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -35,11 +35,11 @@ def kubeconfig(api_server: ApiServer, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def make_cluster(kubeconfig: Path) -> Callable[..., Cluster]:
-    """Connect to `api_server`; keyword arguments are those of ClusterSettings. Pauses are short."""
+    """Function that connects to `api_server`. Its arguments are those of ClusterSettings; delays are short."""
 
     def make(**settings: object) -> Cluster:
-        stated = {"kubeconfig": str(kubeconfig), "timeout_seconds": 5.0, "pause_seconds": 0.01, **settings}
-        return connect(ClusterSettings(**stated))
+        defaults: dict[str, Any] = {"kubeconfig": str(kubeconfig), "timeout_seconds": 5.0, "backoff_seconds": 0.01}
+        return connect(ClusterSettings(**(defaults | settings)))
 
     return make
 
@@ -53,14 +53,14 @@ def cluster(make_cluster: Callable[..., Cluster]) -> Cluster:
 def topwork(
     kubeconfig: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., Any]:
-    """Call the command here; its exit code and the lines that it printed."""
+    """Function that runs a topwork command in this process and returns its exit code and output lines."""
 
-    def call(*words: object) -> tuple[int, list[str]]:
+    def run(*arguments: object) -> tuple[int, list[str]]:
         monkeypatch.setenv("KUBECONFIG", str(kubeconfig))
-        monkeypatch.setattr("sys.argv", ["topwork", *map(str, words)])
-        with pytest.raises(SystemExit) as ended:
+        monkeypatch.setattr("sys.argv", ["topwork", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_info:
             main()
         captured = capsys.readouterr()
-        return int(ended.value.code or 0), (captured.out + captured.err).splitlines()
+        return int(exit_info.value.code or 0), (captured.out + captured.err).splitlines()
 
-    return call
+    return run

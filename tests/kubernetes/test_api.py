@@ -1,11 +1,11 @@
-"""The edge to the API server: objects in and out, over HTTP."""
+"""Apply, get, list and delete of `Cluster`, over HTTP."""
 
 import json
 from collections.abc import Callable
 
 import api_statuses
 import pytest
-from api_server import ApiServer, owned_by
+from api_server import ApiServer, owner_references
 from api_statuses import Fault
 
 from topwork.clients.kubernetes.cluster import Cluster, KubernetesObject
@@ -30,79 +30,79 @@ def pod(name: str, **metadata: object) -> KubernetesObject:
     }
 
 
-# ── Apply ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Apply ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_apply_is_server_side_with_our_field_manager_and_strict(api_server: ApiServer, cluster: Cluster):
+def test_apply_sends_a_strict_server_side_apply(api_server: ApiServer, cluster: Cluster):
     cluster.apply(CONFIG)
-    asked = api_server.requests[-1]
-    assert (asked.method, asked.path) == ("PATCH", "/api/v1/namespaces/team-a/configmaps/run")
-    assert asked.query == {"fieldManager": "topwork", "fieldValidation": "Strict"}
-    assert asked.headers["Content-Type"] == "application/apply-patch+yaml"
-    assert asked.headers["User-Agent"].startswith("topwork/")
-    assert asked.body == CONFIG | {"metadata": {"name": "run", "namespace": "team-a"}}
+    request = api_server.requests[-1]
+    assert (request.method, request.path) == ("PATCH", "/api/v1/namespaces/team-a/configmaps/run")
+    assert request.query == {"fieldManager": "topwork", "fieldValidation": "Strict"}
+    assert request.headers["Content-Type"] == "application/apply-patch+yaml"
+    assert request.headers["User-Agent"].startswith("topwork/")
+    assert request.body == CONFIG | {"metadata": {"name": "run", "namespace": "team-a"}}
 
 
-def test_apply_returns_the_object_as_the_server_has_it(api_server: ApiServer, cluster: Cluster):
-    made = cluster.apply(JOB)
-    assert made == api_server.get("Job", "run")
-    assert made["metadata"]["namespace"] == "team-a"
-    assert made["spec"]["completionMode"] == "NonIndexed"
+def test_apply_returns_the_stored_object(api_server: ApiServer, cluster: Cluster):
+    stored = cluster.apply(JOB)
+    assert stored == api_server.get("Job", "run")
+    assert stored["metadata"]["namespace"] == "team-a"
+    assert stored["spec"]["completionMode"] == "NonIndexed"
 
 
-def test_apply_again_changes_nothing_and_the_version_stays(cluster: Cluster):
+def test_repeated_apply_keeps_the_resource_version(cluster: Cluster):
     assert cluster.apply(JOB) == cluster.apply(JOB)
 
 
-def test_apply_removes_what_the_manifest_no_longer_states(cluster: Cluster):
+def test_apply_removes_fields_that_are_no_longer_set(cluster: Cluster):
     cluster.apply(CONFIG | {"data": {"job.yaml": "a: 1", "more": "b"}})
     assert cluster.apply(CONFIG)["data"] == {"job.yaml": "a: 1"}
 
 
-def test_apply_keeps_what_others_have_set(api_server: ApiServer, cluster: Cluster):
+def test_apply_keeps_fields_of_other_managers(api_server: ApiServer, cluster: Cluster):
     cluster.apply(CONFIG)
     api_server.patch("ConfigMap", "run", {"metadata": {"annotations": {"team": "vision"}}})
     assert cluster.apply(CONFIG | {"data": {}})["metadata"]["annotations"] == {"team": "vision"}
 
 
-def test_apply_adds_owners(api_server: ApiServer, cluster: Cluster):
-    owners = owned_by(cluster.apply(JOB))
+def test_apply_adds_owner_references(api_server: ApiServer, cluster: Cluster):
+    owners = owner_references(cluster.apply(JOB))
     cluster.apply(CONFIG)
     owned = CONFIG | {"metadata": {"name": "run", "ownerReferences": owners}}
     assert cluster.apply(owned)["metadata"]["ownerReferences"] == owners
 
 
-def test_a_dry_run_keeps_nothing(api_server: ApiServer, cluster: Cluster):
+def test_dry_run_stores_nothing(api_server: ApiServer, cluster: Cluster):
     assert cluster.apply(CONFIG, dry_run=True)["data"] == {"job.yaml": "a: 1"}
     assert api_server.requests[-1].query["dryRun"] == "All"
     assert api_server.get("ConfigMap", "run") is None
 
 
-def test_a_namespace_in_the_manifest_comes_before_ours(api_server: ApiServer, cluster: Cluster):
+def test_namespace_of_the_object_overrides_the_default(api_server: ApiServer, cluster: Cluster):
     cluster.apply(CONFIG | {"metadata": {"name": "run", "namespace": "default"}})
     assert api_server.get("ConfigMap", "run", namespace="default") is not None
 
 
-def test_an_object_without_namespaces_is_applied(api_server: ApiServer, cluster: Cluster):
+def test_cluster_scoped_object_is_applied(api_server: ApiServer, cluster: Cluster):
     cluster.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "team-b"}})
     assert cluster.get("Namespace", "team-b") == api_server.get("Namespace", "team-b")
 
 
-def test_warnings_of_the_server_are_kept_once(api_server: ApiServer, cluster: Cluster):
-    api_server.warn('would violate PodSecurity \\"restricted:latest\\": runAsNonRoot != true')
+def test_server_warnings_are_recorded_once(api_server: ApiServer, cluster: Cluster):
+    api_server.send_warnings('would violate PodSecurity \\"restricted:latest\\": runAsNonRoot != true')
     cluster.apply(JOB)
     cluster.apply(JOB)
     assert cluster.warnings == ['would violate PodSecurity "restricted:latest": runAsNonRoot != true']
 
 
-# ── Read ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Read ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_get_returns_none_for_what_is_not_there(cluster: Cluster):
+def test_get_returns_none_for_a_missing_object(cluster: Cluster):
     assert cluster.get("Job", "run") is None
 
 
-def test_a_name_is_quoted_in_the_address(api_server: ApiServer, cluster: Cluster):
+def test_names_are_quoted_in_urls(api_server: ApiServer, cluster: Cluster):
     assert cluster.get("Job", "../configmaps/run?x=1") is None
     assert api_server.requests[-1].path == "/apis/batch/v1/namespaces/team-a/jobs/..%2Fconfigmaps%2Frun%3Fx%3D1"
 
@@ -116,7 +116,7 @@ def test_list_selects_by_labels_and_fields(api_server: ApiServer, cluster: Clust
     assert {"kind": "Pod", "apiVersion": "v1"}.items() <= found[0].items()
 
 
-def test_list_selects_events_of_an_object(api_server: ApiServer, cluster: Cluster):
+def test_list_selects_events_by_involved_object(api_server: ApiServer, cluster: Cluster):
     for name, uid in (("a", "1"), ("b", "2")):
         event = {"apiVersion": "v1", "kind": "Event", "metadata": {"name": name}, "involvedObject": {"uid": uid}}
         api_server.put(event)
@@ -126,21 +126,21 @@ def test_list_selects_events_of_an_object(api_server: ApiServer, cluster: Cluste
 def test_list_reads_all_pages(api_server: ApiServer, cluster: Cluster):
     for number in range(7):
         api_server.put(pod(f"p{number}"))
-    api_server.settings.page = 3
+    api_server.settings.page_size = 3
     assert [each["metadata"]["name"] for each in cluster.list("Pod")] == [f"p{number}" for number in range(7)]
     assert [bool(each.query.get("continue")) for each in api_server.requests] == [False, True, True]
 
 
-def test_list_begins_again_when_its_version_is_forgotten(api_server: ApiServer, cluster: Cluster):
+def test_list_restarts_when_its_version_expires(api_server: ApiServer, cluster: Cluster):
     for number in range(4):
         api_server.put(pod(f"p{number}"))
-    api_server.settings.page = 3
-    api_server.plant(Fault(), Fault(api_statuses.expired()))
+    api_server.settings.page_size = 3
+    api_server.inject(Fault(), Fault(api_statuses.expired()))
     assert len(cluster.list("Pod")) == 4
     assert [each.code for each in api_server.requests] == [200, 410, 200, 200]
 
 
-def test_list_keeps_to_its_namespace_unless_all_are_asked_for(api_server: ApiServer, cluster: Cluster):
+def test_list_covers_one_namespace_or_all(api_server: ApiServer, cluster: Cluster):
     api_server.put(pod("here"))
     api_server.put(pod("there", namespace="default"))
     assert [each["metadata"]["name"] for each in cluster.list("Pod")] == ["here"]
@@ -148,17 +148,17 @@ def test_list_keeps_to_its_namespace_unless_all_are_asked_for(api_server: ApiSer
     assert api_server.requests[-1].path == "/api/v1/pods"
 
 
-# ── Delete ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Delete ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_delete_tells_whether_it_was_there(api_server: ApiServer, cluster: Cluster):
+def test_delete_returns_whether_the_object_existed(api_server: ApiServer, cluster: Cluster):
     cluster.apply(CONFIG)
     assert cluster.delete("ConfigMap", "run") is True
     assert cluster.delete("ConfigMap", "run") is False
     assert api_server.get("ConfigMap", "run") is None
 
 
-def test_delete_says_how(api_server: ApiServer, cluster: Cluster):
+def test_delete_sends_delete_options(api_server: ApiServer, cluster: Cluster):
     api_server.put(pod("p"))
     cluster.delete("Pod", "p", uid="u", propagation="Foreground", grace_seconds=0)
     assert api_server.requests[-1].body == {
@@ -170,76 +170,77 @@ def test_delete_says_how(api_server: ApiServer, cluster: Cluster):
     }
 
 
-def test_delete_leaves_an_object_that_was_made_anew(api_server: ApiServer, cluster: Cluster):
+def test_delete_with_uid_keeps_a_recreated_object(api_server: ApiServer, cluster: Cluster):
     cluster.apply(CONFIG)
     assert cluster.delete("ConfigMap", "run", uid="another") is False
     assert api_server.get("ConfigMap", "run") is not None
 
 
-def test_a_job_takes_its_pods_and_config_map_with_it(api_server: ApiServer, cluster: Cluster):
-    owners = owned_by(cluster.apply(JOB))
+def test_deleting_a_job_deletes_its_pods_and_config_map(api_server: ApiServer, cluster: Cluster):
+    owners = owner_references(cluster.apply(JOB))
     api_server.put(pod("p", ownerReferences=owners))
     cluster.apply(CONFIG | {"metadata": {"name": "run", "ownerReferences": owners}})
     assert cluster.delete("Job", "run") is True
-    assert [api_server.all(kind) for kind in ("Job", "Pod", "ConfigMap")] == [[], [], []]
+    assert [api_server.list(kind) for kind in ("Job", "Pod", "ConfigMap")] == [[], [], []]
 
 
-def test_a_job_deleted_in_the_foreground_stays_until_its_pods_are_gone(api_server: ApiServer, cluster: Cluster):
+def test_foreground_deletion_keeps_the_job_until_its_pods_are_deleted(api_server: ApiServer, cluster: Cluster):
     api_server.hold_deletions = True
-    api_server.put(pod("p", ownerReferences=owned_by(cluster.apply(JOB))))
+    api_server.put(pod("p", ownerReferences=owner_references(cluster.apply(JOB))))
     assert cluster.delete("Job", "run", propagation="Foreground") is True
     waiting = cluster.get("Job", "run")
     assert waiting is not None
     assert waiting["metadata"]["finalizers"] == ["foregroundDeletion"]
     assert "deletionTimestamp" in cluster.list("Pod")[0]["metadata"]
     api_server.finish_deletions()
-    assert [api_server.all(kind) for kind in ("Job", "Pod")] == [[], []]
+    assert [api_server.list(kind) for kind in ("Job", "Pod")] == [[], []]
 
 
-def test_a_deletion_whose_answer_got_lost_was_one(api_server: ApiServer, cluster: Cluster):
+def test_delete_returns_true_when_its_response_was_lost(api_server: ApiServer, cluster: Cluster):
     cluster.apply(CONFIG)
-    api_server.plant(Fault(cut_after=10, method="DELETE"))
+    api_server.inject(Fault(cut_after_bytes=10, method="DELETE"))
     assert cluster.delete("ConfigMap", "run") is True
     assert [(each.method, each.code) for each in api_server.requests[1:]] == [("DELETE", 200), ("DELETE", 404)]
 
 
-# ── What the server of these tests refuses, as a real one does ──────────────────────────────────────────────────────
+# ── Rejected requests ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"template": {"spec": {"containers": [{"name": "fine-tune", "image": "b"}]}}}, "spec.template: "),
         ({"template": JOB["spec"]["template"], "completions": 2}, "spec.completions: "),
     ],
 )
-def test_what_can_not_change_in_a_job_is_refused(cluster: Cluster, change: KubernetesObject, said: str):
+def test_immutable_job_field_is_rejected(cluster: Cluster, change: KubernetesObject, message: str):
     cluster.apply(JOB)
     with pytest.raises(SettingError) as caught:
         cluster.apply(JOB | {"spec": change})
-    assert str(caught.value).startswith(f"The cluster refused to apply Job run in team-a: {said}")
+    assert str(caught.value).startswith(f"The cluster rejected the request to apply Job run in team-a: {message}")
     assert str(caught.value).endswith("field is immutable.")
 
 
-def test_fields_of_another_manager_are_not_taken(api_server: ApiServer, cluster: Cluster):
+def test_fields_of_another_manager_are_not_overwritten(api_server: ApiServer, cluster: Cluster):
     api_server.put(CONFIG, manager="kubectl-client-side-apply")
     with pytest.raises(SettingError) as caught:
         cluster.apply(CONFIG | {"data": {"job.yaml": "a: 2"}})
     assert str(caught.value) == (
-        "The cluster refused to apply ConfigMap run in team-a: another program has set .data.job.yaml "
-        "(kubectl-client-side-apply). Leave these fields to topwork, or cancel the job and submit it again."
+        "The cluster rejected the request to apply ConfigMap run in team-a, because another field manager set "
+        ".data.job.yaml (owned by kubectl-client-side-apply). Leave these fields to topwork, or cancel the job and "
+        "submit it again."
     )
 
 
-def test_a_name_that_is_none_is_refused(cluster: Cluster):
+def test_invalid_name_is_rejected(cluster: Cluster):
     with pytest.raises(SettingError) as caught:
         cluster.apply(CONFIG | {"metadata": {"name": "Run"}})
     assert str(caught.value) == (
-        'The cluster refused to apply ConfigMap Run in team-a: metadata.name: Invalid value: "Run": a lowercase '
-        "RFC 1123 subdomain must consist of lower case alphanumeric characters, '-' or '.'."
+        'The cluster rejected the request to apply ConfigMap Run in team-a: metadata.name: Invalid value: "Run": '
+        "a lowercase RFC 1123 subdomain must consist of lower case alphanumeric characters, '-' or '.'."
     )
 
 
-def test_objects_are_plain_and_json(make_cluster: Callable[..., Cluster]):
-    made = make_cluster().apply(JOB)
-    assert json.loads(json.dumps(made)) == made
+def test_objects_are_json_serializable(make_cluster: Callable[..., Cluster]):
+    stored = make_cluster().apply(JOB)
+    assert json.loads(json.dumps(stored)) == stored

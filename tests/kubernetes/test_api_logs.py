@@ -1,4 +1,4 @@
-"""Reading logs over connections that break, end and stall: no line lost, none twice."""
+"""Logs over connections that break, end and stall: no line is lost or repeated."""
 
 import threading
 import time
@@ -16,7 +16,7 @@ from topwork.errors import UnavailableError
 
 @pytest.fixture
 def pod(api_server: ApiServer) -> str:
-    """A pod `p` with an init container `pull` that runs and a container `fine-tune` that waits for it."""
+    """A pod `p` whose init container `pull` runs and whose container `fine-tune` waits."""
     spec = {"initContainers": [{"name": "pull"}], "containers": [{"name": "fine-tune"}]}
     status = {
         "phase": "Pending",
@@ -27,45 +27,47 @@ def pod(api_server: ApiServer) -> str:
     return "p"
 
 
-def ended(api_server: ApiServer, container: str = "pull") -> None:
-    """The container ends, as the cluster tells it."""
+def terminate(api_server: ApiServer, container: str = "pull") -> None:
+    """End the container in the status of its pod."""
     state = {"name": container, "state": {"terminated": {"exitCode": 0}}}
     api_server.patch("Pod", "p", {"status": {"initContainerStatuses": [state]}})
 
 
-def later(*steps: Callable[[], object], pause: float = 0.15) -> None:
-    def play() -> None:
+def run_later(*steps: Callable[[], object], delay: float = 0.15) -> None:
+    """Run steps in a thread, each after a delay in seconds."""
+
+    def run() -> None:
         for step in steps:
-            time.sleep(pause)
+            time.sleep(delay)
             step()
 
-    threading.Thread(target=play, daemon=True).start()
+    threading.Thread(target=run, daemon=True).start()
 
 
-def test_lines_come_without_their_times(api_server: ApiServer, cluster: Cluster, pod: str):
-    api_server.log(pod, "pull", "first", "", "third: é")
+def test_lines_have_no_timestamps_by_default(api_server: ApiServer, cluster: Cluster, pod: str):
+    api_server.append_log(pod, "pull", "first", "", "third: é")
     assert list(cluster.logs(pod, "pull")) == ["first", "", "third: é"]
 
 
-def test_times_are_shown_where_they_are_asked_for(api_server: ApiServer, cluster: Cluster, pod: str):
-    api_server.log(pod, "pull", "first", at="2026-01-02T03:04:05.678901234Z")
+def test_timestamps_are_included_on_request(api_server: ApiServer, cluster: Cluster, pod: str):
+    api_server.append_log(pod, "pull", "first", at="2026-01-02T03:04:05.678901234Z")
     assert list(cluster.logs(pod, "pull", timestamps=True)) == ["2026-01-02T03:04:05.678901234Z first"]
 
 
-def test_a_line_that_begins_with_a_time_of_its_own_keeps_it(api_server: ApiServer, cluster: Cluster, pod: str):
-    api_server.log(pod, "pull", "2026-01-01T00:00:00Z started")
+def test_timestamp_written_by_the_container_is_kept(api_server: ApiServer, cluster: Cluster, pod: str):
+    api_server.append_log(pod, "pull", "2026-01-01T00:00:00Z started")
     assert list(cluster.logs(pod, "pull")) == ["2026-01-01T00:00:00Z started"]
 
 
-def test_the_last_lines_and_those_since_a_time(api_server: ApiServer, cluster: Cluster, pod: str):
+def test_tail_and_since_select_lines(api_server: ApiServer, cluster: Cluster, pod: str):
     for second in range(5):
-        api_server.log(pod, "pull", f"line {second}", at=f"2026-01-02T03:04:0{second}.000000001Z")
+        api_server.append_log(pod, "pull", f"line {second}", at=f"2026-01-02T03:04:0{second}.000000001Z")
     assert list(cluster.logs(pod, "pull", tail=2)) == ["line 3", "line 4"]
     assert list(cluster.logs(pod, "pull", tail=0)) == []
     assert list(cluster.logs(pod, "pull", since="2026-01-02T03:04:03Z")) == ["line 3", "line 4"]
 
 
-def test_a_container_that_waits_has_no_lines(cluster: Cluster, pod: str):
+def test_waiting_container_has_no_lines(cluster: Cluster, pod: str):
     assert list(cluster.logs(pod, "fine-tune")) == []
     assert list(cluster.logs(pod, "fine-tune", follow=True)) == []
 
@@ -73,144 +75,144 @@ def test_a_container_that_waits_has_no_lines(cluster: Cluster, pod: str):
 @pytest.mark.parametrize(
     "status",
     [
-        api_statuses.waiting("fine-tune", "p", "ContainerCreating"),
-        api_statuses.waiting("fine-tune", "p", "trying and failing to pull image"),
+        api_statuses.container_waiting("fine-tune", "p", "ContainerCreating"),
+        api_statuses.container_waiting("fine-tune", "p", "trying and failing to pull image"),
         api_statuses.bad_request("pod p does not have a host assigned"),
     ],
     ids=["creating", "image", "not scheduled"],
 )
-def test_a_pod_that_has_not_begun_has_no_lines(
+def test_pod_that_has_not_started_has_no_lines(
     api_server: ApiServer, cluster: Cluster, pod: str, status: dict[str, Any]
 ):
-    api_server.plant(Fault(status))
+    api_server.inject(Fault(status))
     assert list(cluster.logs(pod, "fine-tune")) == []
 
 
-def test_a_pod_that_is_gone_has_no_lines(cluster: Cluster):
+def test_missing_pod_has_no_lines(cluster: Cluster):
     assert list(cluster.logs("gone", "pull")) == []
 
 
 def test_following_ends_with_the_container(api_server: ApiServer, cluster: Cluster, pod: str):
-    api_server.log(pod, "pull", "one")
-    later(lambda: api_server.log(pod, "pull", "two"), lambda: ended(api_server))
+    api_server.append_log(pod, "pull", "one")
+    run_later(lambda: api_server.append_log(pod, "pull", "two"), lambda: terminate(api_server))
     assert list(cluster.logs(pod, "pull", follow=True)) == ["one", "two"]
 
 
-def test_following_shows_a_line_at_once(api_server: ApiServer, cluster: Cluster, pod: str):
-    later(lambda: api_server.log(pod, "pull", "one"))
-    began = time.monotonic()
+def test_following_yields_a_line_immediately(api_server: ApiServer, cluster: Cluster, pod: str):
+    run_later(lambda: api_server.append_log(pod, "pull", "one"))
+    start = time.monotonic()
     assert next(iter(cluster.logs(pod, "pull", follow=True))) == "one"
-    assert time.monotonic() - began < 5.0
+    assert time.monotonic() - start < 5.0
 
 
 def test_following_ends_with_the_pod(api_server: ApiServer, cluster: Cluster, pod: str):
-    api_server.log(pod, "pull", "one")
+    api_server.append_log(pod, "pull", "one")
     lines = iter(cluster.logs(pod, "pull", follow=True))
     assert next(lines) == "one"
     api_server.remove("Pod", pod)
     assert list(lines) == []
 
 
-def many(api_server: ApiServer, pod: str) -> list[str]:
-    """Lines of three seconds, some alike to the last digit of their time."""
+def write_lines(api_server: ApiServer, pod: str) -> list[str]:
+    """Write lines within three seconds, some with the same text and timestamp, and return them."""
     lines = []
     for second in (5, 6, 7):
         for number in range(4):
             line = f"{second}.{number // 2}"
-            api_server.log(pod, "pull", line, at=f"2026-01-02T03:04:0{second}.00000000{number // 2}Z")
+            api_server.append_log(pod, "pull", line, at=f"2026-01-02T03:04:0{second}.00000000{number // 2}Z")
             lines.append(line)
     return lines
 
 
 @pytest.mark.parametrize("cut", [0, 10, 33, 34, 35, 150, 300, 400])
 @pytest.mark.parametrize("follow", [True, False])
-def test_a_log_that_breaks_off_anywhere_goes_on_there(
+def test_log_cut_at_any_byte_is_resumed_there(
     api_server: ApiServer, cluster: Cluster, pod: str, cut: int, follow: bool
 ):
-    lines = many(api_server, pod)
-    api_server.plant(Fault(cut_after=cut, path="/log"), times=3)
-    ended(api_server)
+    lines = write_lines(api_server, pod)
+    api_server.inject(Fault(cut_after_bytes=cut, path="/log"), times=3)
+    terminate(api_server)
     assert list(cluster.logs(pod, "pull", follow=follow)) == lines
 
 
-def test_a_log_with_another_time_zone_goes_on_where_it_broke_off(api_server: ApiServer, cluster: Cluster, pod: str):
+def test_log_with_another_time_zone_is_resumed(api_server: ApiServer, cluster: Cluster, pod: str):
     for number in range(4):
-        api_server.log(pod, "pull", f"line {number}", at=f"2026-01-02T03:04:05.00000000{number}+02:00")
-    api_server.plant(Fault(cut_after=100, path="/log"))
-    ended(api_server)
+        api_server.append_log(pod, "pull", f"line {number}", at=f"2026-01-02T03:04:05.00000000{number}+02:00")
+    api_server.inject(Fault(cut_after_bytes=100, path="/log"))
+    terminate(api_server)
     assert list(cluster.logs(pod, "pull", follow=True)) == [f"line {number}" for number in range(4)]
     assert api_server.requests[1].query["sinceTime"] == "2026-01-02T03:04:05+02:00"
 
 
-def test_lines_before_the_last_ones_stay_out_when_a_log_goes_on(api_server: ApiServer, cluster: Cluster, pod: str):
+def test_lines_before_the_tail_stay_excluded_after_resuming(api_server: ApiServer, cluster: Cluster, pod: str):
     for number in range(4):
-        api_server.log(pod, "pull", f"line {number}", at=f"2026-01-02T03:04:05.00000000{number}Z")
-    api_server.plant(Fault(cut_after=60, path="/log"))
-    ended(api_server)
+        api_server.append_log(pod, "pull", f"line {number}", at=f"2026-01-02T03:04:05.00000000{number}Z")
+    api_server.inject(Fault(cut_after_bytes=60, path="/log"))
+    terminate(api_server)
     assert list(cluster.logs(pod, "pull", follow=True, tail=2)) == ["line 2", "line 3"]
-    asked = [each.query.get("tailLines") for each in api_server.requests if each.path.endswith("/log")]
-    assert asked[:2] == ["2", None]
+    tails = [each.query.get("tailLines") for each in api_server.requests if each.path.endswith("/log")]
+    assert tails[:2] == ["2", None]
 
 
-def test_a_stream_that_ends_before_its_container_is_taken_up(api_server: ApiServer, cluster: Cluster, pod: str):
-    """As API servers and kubelets do when a log is rotated or a connection is old."""
-    api_server.log(pod, "pull", "one")
-    api_server.plant(Fault(body=b"2026-01-02T03:04:05.000000001Z zero\n", path="/log"))
-    later(lambda: api_server.log(pod, "pull", "two"), lambda: ended(api_server))
+def test_stream_that_ends_before_its_container_is_resumed(api_server: ApiServer, cluster: Cluster, pod: str):
+    """API servers and kubelets end streams when they rotate a log or close old connections."""
+    api_server.append_log(pod, "pull", "one")
+    api_server.inject(Fault(body=b"2026-01-02T03:04:05.000000001Z zero\n", path="/log"))
+    run_later(lambda: api_server.append_log(pod, "pull", "two"), lambda: terminate(api_server))
     assert list(cluster.logs(pod, "pull", follow=True)) == ["zero", "one", "two"]
 
 
-def test_what_comes_between_the_end_of_a_stream_and_that_of_its_container_is_not_lost(
-    api_server: ApiServer, cluster: Cluster, pod: str
-):
-    api_server.plant(Fault(body=b"2026-01-02T03:04:05.000000001Z one\n", path="/log"))
-    api_server.log(pod, "pull", "one", at="2026-01-02T03:04:05.000000001Z")
-    api_server.log(pod, "pull", "two", at="2026-01-02T03:04:05.000000002Z")
-    ended(api_server)
+def test_lines_between_the_ends_of_stream_and_container_are_not_lost(api_server: ApiServer, cluster: Cluster, pod: str):
+    api_server.inject(Fault(body=b"2026-01-02T03:04:05.000000001Z one\n", path="/log"))
+    api_server.append_log(pod, "pull", "one", at="2026-01-02T03:04:05.000000001Z")
+    api_server.append_log(pod, "pull", "two", at="2026-01-02T03:04:05.000000002Z")
+    terminate(api_server)
     assert list(cluster.logs(pod, "pull", follow=True)) == ["one", "two"]
 
 
-def test_a_quiet_container_is_waited_for(api_server: ApiServer, make_cluster: Callable[..., Cluster], pod: str):
-    api_server.log(pod, "pull", "one")
-    later(lambda: api_server.log(pod, "pull", "two"), lambda: ended(api_server), pause=1.2)
+def test_following_waits_for_a_silent_container(api_server: ApiServer, make_cluster: Callable[..., Cluster], pod: str):
+    api_server.append_log(pod, "pull", "one")
+    run_later(lambda: api_server.append_log(pod, "pull", "two"), lambda: terminate(api_server), delay=1.2)
     assert list(make_cluster(stream_seconds=0.3, attempts=2).logs(pod, "pull", follow=True)) == ["one", "two"]
 
 
-def test_a_dead_connection_is_noticed(api_server: ApiServer, make_cluster: Callable[..., Cluster], pod: str):
-    api_server.log(pod, "pull", "one", "two", at="2026-01-02T03:04:05.000000001Z")
-    api_server.plant(Fault(stall_after=40, path="/log"))
-    ended(api_server)
+def test_dead_connection_is_detected(api_server: ApiServer, make_cluster: Callable[..., Cluster], pod: str):
+    api_server.append_log(pod, "pull", "one", "two", at="2026-01-02T03:04:05.000000001Z")
+    api_server.inject(Fault(stall_after_bytes=40, path="/log"))
+    terminate(api_server)
     assert list(make_cluster(stream_seconds=0.3).logs(pod, "pull", follow=True)) == ["one", "two"]
 
 
 @pytest.mark.parametrize(
     "fault",
-    [Fault(api_statuses.internal()), Fault(api_statuses.too_many()), Fault(reset=True)],
+    [Fault(api_statuses.internal_error()), Fault(api_statuses.too_many_requests()), Fault(reset=True)],
     ids=["500", "429", "reset"],
 )
-def test_what_passes_is_tried_again(api_server: ApiServer, cluster: Cluster, pod: str, fault: Fault):
-    api_server.log(pod, "pull", "one")
-    api_server.plant(fault, times=3)
+def test_transient_error_is_retried(api_server: ApiServer, cluster: Cluster, pod: str, fault: Fault):
+    api_server.append_log(pod, "pull", "one")
+    api_server.inject(fault, times=3)
     assert list(cluster.logs(pod, "pull")) == ["one"]
 
 
-def test_a_node_that_does_not_answer_is_unavailable(
+def test_unreachable_node_raises_unavailable_error(
     api_server: ApiServer, make_cluster: Callable[..., Cluster], pod: str
 ):
-    why = 'Get "https://10.0.0.9:10250/containerLogs/team-a/p/pull": dial tcp 10.0.0.9:10250: connect: no route to host'
-    api_server.plant(Fault(api_statuses.status(500, "", why)), times=9)
+    message = (
+        'Get "https://10.0.0.9:10250/containerLogs/team-a/p/pull": dial tcp 10.0.0.9:10250: connect: no route to host'
+    )
+    api_server.inject(Fault(api_statuses.status(500, "", message)), times=9)
     with pytest.raises(UnavailableError) as caught:
         list(make_cluster(attempts=2).logs(pod, "pull"))
     assert str(caught.value) == (
-        f"{api_server.url} could not read the log of Pod p in team-a (500: {why}). Try again later."
+        f"{api_server.url} could not read the log of Pod p in team-a (500: {message}). Try again later."
     )
 
 
-def test_a_line_without_a_time_is_shown_as_it_is(api_server: ApiServer, cluster: Cluster, pod: str):
-    api_server.plant(Fault(body=b"unable to retrieve container logs for containerd://1234"))
+def test_line_without_a_timestamp_is_unchanged(api_server: ApiServer, cluster: Cluster, pod: str):
+    api_server.inject(Fault(body=b"unable to retrieve container logs for containerd://1234"))
     assert list(cluster.logs(pod, "pull")) == ["unable to retrieve container logs for containerd://1234"]
 
 
-def test_bytes_that_are_no_text_do_not_end_a_log(api_server: ApiServer, cluster: Cluster, pod: str):
-    api_server.plant(Fault(body=b"\xff\xfe caf\xc3\xa9\nnext\n"))
+def test_invalid_utf8_is_replaced(api_server: ApiServer, cluster: Cluster, pod: str):
+    api_server.inject(Fault(body=b"\xff\xfe caf\xc3\xa9\nnext\n"))
     assert list(cluster.logs(pod, "pull")) == ["�� café", "next"]

@@ -1,4 +1,4 @@
-"""`topwork cancel`, of runs of a played cluster."""
+"""`topwork cancel` with a simulated cluster."""
 
 import signal
 from collections.abc import Callable, Iterator
@@ -6,29 +6,31 @@ from pathlib import Path
 
 import api_statuses
 import pytest
-import states
-from api_server import ApiServer, owned_by
+import sample_objects
+from api_server import ApiServer, owner_references
 from api_statuses import Fault
-from played import Command, Played, eventually
-from states import MODEL, PULLED, RUN, failed, running
+from sample_objects import MODEL, PULLED, RUN, failed, running
+from simulated_cluster import Command, SimulatedCluster, wait_for
 
 from topwork.clients.kubernetes.cluster import Cluster
-from topwork.cluster.operations.cancel import Cancelling
+from topwork.cluster.manifests.render import RenderOptions, render
+from topwork.cluster.operations.cancel import Cancellation
 from topwork.errors import UnavailableError
 
 POD = f"{RUN}-abcde"
-AGAIN = "Submitted again, the same spec goes on from its last checkpoint."
+RESUME = "If you submit the same spec again, it resumes from its last checkpoint."
 
 
 @pytest.fixture
-def played(api_server: ApiServer) -> Played:
-    """A cluster with a run: its Job, its ConfigMap and a pod that trains."""
-    job = api_server.put(states.job())
-    config_map = states.render(states.transfer_job(), states.Placement(states.IMAGE, "team-a")).config_map
-    api_server.put(config_map | {"metadata": config_map["metadata"] | {"ownerReferences": owned_by(job)}})
-    played = Played(api_server)
-    played.pod(PULLED | {"transfer": running(100)})
-    return played
+def simulated(api_server: ApiServer) -> SimulatedCluster:
+    """A cluster with a run: its Job, its ConfigMap, and a pod that trains."""
+    job = api_server.put(sample_objects.job())
+    options = RenderOptions(sample_objects.IMAGE, "team-a")
+    config_map = render(sample_objects.transfer_job(), options).config_map
+    api_server.put(config_map | {"metadata": config_map["metadata"] | {"ownerReferences": owner_references(job)}})
+    simulated = SimulatedCluster(api_server)
+    simulated.put_pod(PULLED | {"transfer": running(100)})
+    return simulated
 
 
 @pytest.fixture
@@ -39,8 +41,8 @@ def cancel(kubeconfig: Path) -> Callable[..., Command]:
     return start
 
 
-def left(server: ApiServer) -> list[str]:
-    return [f"{kind} {each['metadata']['name']}" for kind in ("Job", "Pod", "ConfigMap") for each in server.all(kind)]
+def remaining_objects(server: ApiServer) -> list[str]:
+    return [f"{kind} {each['metadata']['name']}" for kind in ("Job", "Pod", "ConfigMap") for each in server.list(kind)]
 
 
 def deletions(server: ApiServer) -> Iterator[tuple[str, object, object]]:
@@ -50,156 +52,160 @@ def deletions(server: ApiServer) -> Iterator[tuple[str, object, object]]:
             yield kind, each.body.get("propagationPolicy"), each.body.get("gracePeriodSeconds")
 
 
-def test_a_run_writes_its_checkpoint_and_is_gone(played: Played, cancel: Callable[..., Command]):
-    played.server.hold_deletions = True
+def test_cancel_waits_for_the_checkpoint_and_deletes_everything(
+    simulated: SimulatedCluster, cancel: Callable[..., Command]
+):
+    simulated.server.hold_deletions = True
     with cancel("flowers") as command:
         command.expect(f"waiting for pod/{POD} to write its checkpoint")
-        pod = played.server.get("Pod", POD)
+        pod = simulated.server.get("Pod", POD)
         assert pod is not None
         assert pod["metadata"]["deletionGracePeriodSeconds"] == 300
         assert command.process.poll() is None
-        played.server.finish_deletions()
-        assert command.end() == 0
+        simulated.server.finish_deletions()
+        assert command.wait() == 0
     assert command.lines == [
-        f"cancelling {RUN} in namespace team-a, which was running (transfer)",
+        f"canceling {RUN} in namespace team-a, which was running (transfer)",
         f"waiting for pod/{POD} to write its checkpoint (at most 300 s)",
-        f"{RUN} is cancelled: nothing of it is left in the cluster",
-        AGAIN,
+        f"{RUN} is canceled: all its objects are deleted",
+        RESUME,
     ]
-    assert left(played.server) == []
-    assert list(deletions(played.server)) == [("jobs", "Foreground", None), ("configmaps", "Background", None)]
+    assert remaining_objects(simulated.server) == []
+    assert list(deletions(simulated.server)) == [("jobs", "Foreground", None), ("configmaps", "Background", None)]
 
 
-def test_now_gives_no_time(played: Played, cancel: Callable[..., Command]):
-    played.server.deletion_seconds = 60.0
-    played.server.hold_deletions = True
+def test_cancel_now_kills_pods_immediately(simulated: SimulatedCluster, cancel: Callable[..., Command]):
+    simulated.server.deletion_seconds = 60.0
+    simulated.server.hold_deletions = True
     with cancel(RUN, "--now") as command:
         command.expect("waiting for job.batch/")
-        assert [each["metadata"]["name"] for each in played.server.all("Pod")] == []
-        played.server.finish_deletions()
-        assert command.end() == 0
+        assert [each["metadata"]["name"] for each in simulated.server.list("Pod")] == []
+        simulated.server.finish_deletions()
+        assert command.wait() == 0
     assert command.lines == [
-        f"cancelling {RUN} in namespace team-a, which was running (transfer)",
-        f"waiting for pod/{POD} to go",
-        f"waiting for job.batch/{RUN} to go",
-        f"{RUN} is cancelled: nothing of it is left in the cluster",
-        "The work since its last checkpoint is lost.",
-        AGAIN,
+        f"canceling {RUN} in namespace team-a, which was running (transfer)",
+        f"waiting for pod/{POD} to be deleted",
+        f"waiting for job.batch/{RUN} to be deleted",
+        f"{RUN} is canceled: all its objects are deleted",
+        "Its progress since the last checkpoint is lost.",
+        RESUME,
     ]
-    assert ("pods", "Background", 0) in list(deletions(played.server))
+    assert ("pods", "Background", 0) in list(deletions(simulated.server))
 
 
-def test_the_job_that_pulls_ahead_and_a_config_map_without_owner_go_too(played: Played, cancel: Callable[..., Command]):
-    played.server.put(states.job(role="prefetch"))
-    played.server.patch("ConfigMap", RUN, {"metadata": {"ownerReferences": None}})
+def test_cancel_deletes_the_prefetch_job_and_a_config_map_without_owner(
+    simulated: SimulatedCluster, cancel: Callable[..., Command]
+):
+    simulated.server.put(sample_objects.job(role="prefetch"))
+    simulated.server.patch("ConfigMap", RUN, {"metadata": {"ownerReferences": None}})
     with cancel("flowers") as command:
-        assert command.end() == 0
-    assert left(played.server) == []
+        assert command.wait() == 0
+    assert remaining_objects(simulated.server) == []
 
 
-def test_other_runs_stay(played: Played, cancel: Callable[..., Command]):
-    other = states.job()
+def test_cancel_keeps_other_runs(simulated: SimulatedCluster, cancel: Callable[..., Command]):
+    other = sample_objects.job()
     other["metadata"] |= {"name": "roses-12345678", "uid": "other"}
     other["metadata"]["labels"] |= {"topwork.dev/job": "roses", "topwork.dev/run": "roses-12345678"}
-    played.server.put(other)
+    simulated.server.put(other)
     with cancel("flowers") as command:
-        assert command.end() == 0
-    assert left(played.server) == ["Job roses-12345678"]
+        assert command.wait() == 0
+    assert remaining_objects(simulated.server) == ["Job roses-12345678"]
 
 
-def test_a_complete_run_is_removed_and_says_where_its_model_is(played: Played, cancel: Callable[..., Command]):
-    played.finish()
+def test_cancel_of_a_complete_run_prints_its_model(simulated: SimulatedCluster, cancel: Callable[..., Command]):
+    simulated.finish_run()
     with cancel("flowers") as command:
-        assert command.end() == 0
+        assert command.wait() == 0
     assert command.lines == [
-        f"cancelling {RUN} in namespace team-a, which was complete already",
-        f"{RUN} is cancelled: nothing of it is left in the cluster",
-        f"Its model stays at {MODEL}",
+        f"canceling {RUN} in namespace team-a, which was already complete",
+        f"{RUN} is canceled: all its objects are deleted",
+        f"Its model is kept at {MODEL}",
     ]
 
 
-def test_a_failed_run_is_removed_and_says_why_it_had_failed(played: Played, cancel: Callable[..., Command]):
-    played.pod({"pull": failed("pull", 2, "no bucket photos")}, phase="Failed")
-    played.status(states.by_policy("pull", 2), failed=1)
+def test_cancel_of_a_failed_run_prints_its_error(simulated: SimulatedCluster, cancel: Callable[..., Command]):
+    simulated.put_pod({"pull": failed("pull", 2, "no bucket photos")}, phase="Failed")
+    simulated.patch_job_status(sample_objects.failed_by_policy("pull", 2), failed=1)
     with cancel("flowers") as command:
-        assert command.end() == 0
+        assert command.wait() == 0
     assert command.lines == [
-        f"cancelling {RUN} in namespace team-a, which had failed: no bucket photos",
-        f"{RUN} is cancelled: nothing of it is left in the cluster",
-        AGAIN,
+        f"canceling {RUN} in namespace team-a, which had failed: no bucket photos",
+        f"{RUN} is canceled: all its objects are deleted",
+        RESUME,
     ]
 
 
-def test_a_run_that_never_started_is_removed(played: Played, cancel: Callable[..., Command]):
-    played.server.remove("Pod", POD)
+def test_cancel_of_a_run_that_never_started(simulated: SimulatedCluster, cancel: Callable[..., Command]):
+    simulated.server.remove("Pod", POD)
     with cancel("flowers") as command:
-        assert command.end() == 0
+        assert command.wait() == 0
     assert command.lines == [
-        f"cancelling {RUN} in namespace team-a, which was pending",
-        f"{RUN} is cancelled: nothing of it is left in the cluster",
-        "Submitted again, the same spec goes on from its last checkpoint, if there is one.",
+        f"canceling {RUN} in namespace team-a, which was pending",
+        f"{RUN} is canceled: all its objects are deleted",
+        "If you submit the same spec again, it resumes from its last checkpoint, if there is one.",
     ]
 
 
-def test_a_config_map_that_was_left_alone_is_removed(played: Played, cancel: Callable[..., Command]):
-    played.server.patch("ConfigMap", RUN, {"metadata": {"ownerReferences": None}})
+def test_cancel_deletes_a_remaining_config_map(simulated: SimulatedCluster, cancel: Callable[..., Command]):
+    simulated.server.patch("ConfigMap", RUN, {"metadata": {"ownerReferences": None}})
     for kind, name in (("Job", RUN), ("Pod", POD)):
-        played.server.remove(kind, name)
+        simulated.server.remove(kind, name)
     with cancel(RUN) as command:
-        assert command.end() == 0
+        assert command.wait() == 0
     assert command.lines == [
-        f"cancelling {RUN} in namespace team-a, of which only the ConfigMap is left",
-        f"{RUN} is cancelled: nothing of it is left in the cluster",
+        f"canceling {RUN} in namespace team-a, of which only the ConfigMap is remaining_objects",
+        f"{RUN} is canceled: all its objects are deleted",
     ]
-    assert left(played.server) == []
+    assert remaining_objects(simulated.server) == []
 
 
-def test_a_name_that_is_none_is_told_with_those_that_are(played: Played, cancel: Callable[..., Command]):
+def test_cancel_of_an_unknown_name_lists_the_existing_runs(simulated: SimulatedCluster, cancel: Callable[..., Command]):
     with cancel("roses") as command:
-        assert command.end() == 2
-    assert command.lines == [f"topwork: no job or run roses in namespace team-a. There are: {RUN}."]
-    assert list(deletions(played.server)) == []
+        assert command.wait() == 2
+    assert command.lines == [f"topwork: no job or run roses in namespace team-a. Existing runs: {RUN}."]
+    assert list(deletions(simulated.server)) == []
 
 
-def test_ctrl_c_says_that_cancelling_goes_on(played: Played, cancel: Callable[..., Command]):
-    played.server.hold_deletions = True
+def test_ctrl_c_does_not_stop_the_cancellation(simulated: SimulatedCluster, cancel: Callable[..., Command]):
+    simulated.server.hold_deletions = True
     with cancel("flowers") as command:
         command.expect("waiting for pod/")
         command.process.send_signal(signal.SIGINT)
-        assert command.end() == 130
+        assert command.wait() == 130
     assert command.lines[-1] == (
-        f"Cancelling goes on in the cluster. See how far it is with: topwork status {RUN} -n team-a"
+        f"The cancellation continues in the cluster. Check it with: topwork status {RUN} -n team-a"
     )
-    job = played.server.get("Job", RUN)
+    job = simulated.server.get("Job", RUN)
     assert job is not None
     assert "deletionTimestamp" in job["metadata"]
 
 
-def test_a_role_that_is_missing_is_told(played: Played, cancel: Callable[..., Command]):
-    played.server.plant(Fault(api_statuses.rbac("delete", "jobs", "team-a", RUN, "batch"), method="DELETE"))
+def test_cancel_without_permission_is_rejected(simulated: SimulatedCluster, cancel: Callable[..., Command]):
+    simulated.server.inject(Fault(api_statuses.rbac_denied("delete", "jobs", "team-a", RUN, "batch"), method="DELETE"))
     with cancel("flowers") as command:
-        assert command.end() == 2
+        assert command.wait() == 2
     assert command.lines[-1].startswith("topwork: alice may not delete jobs in the namespace team-a. ")
-    assert left(played.server) == [f"Job {RUN}", f"Pod {POD}", f"ConfigMap {RUN}"]
+    assert remaining_objects(simulated.server) == [f"Job {RUN}", f"Pod {POD}", f"ConfigMap {RUN}"]
 
 
-def test_a_pod_that_does_not_go_is_told_after_its_time(played: Played, cluster: Cluster):
-    played.server.hold_deletions = True
-    played.server.patch("Pod", POD, {"spec": {"terminationGracePeriodSeconds": 0.2}})
-    said: list[str] = []
+def test_pod_that_is_not_deleted_is_reported_after_the_timeout(simulated: SimulatedCluster, cluster: Cluster):
+    simulated.server.hold_deletions = True
+    simulated.server.patch("Pod", POD, {"spec": {"terminationGracePeriodSeconds": 0.2}})
+    lines: list[str] = []
     with pytest.raises(UnavailableError) as caught:
-        Cancelling(cluster, RUN, False, said.append, deletion_seconds=0.3).cancel()
+        Cancellation(cluster, RUN, False, lines.append, timeout_seconds=0.3).cancel()
     assert str(caught.value) == (
-        f"pod/{POD} in namespace team-a does not go. Is its node lost? "
+        f"pod/{POD} in namespace team-a is still being deleted. Is its node down? "
         "See kubectl get pods -o wide -n team-a; --now does not wait for the node."
     )
 
 
-def test_a_run_that_is_submitted_again_meanwhile_is_not_waited_for(
-    played: Played, cluster: Cluster, api_server: ApiServer
+def test_cancel_does_not_wait_for_a_run_submitted_meanwhile(
+    simulated: SimulatedCluster, cluster: Cluster, api_server: ApiServer
 ):
-    """Only what was there is waited for: the uid tells."""
-    again = states.job()
+    """Only the objects that existed before are waited for, by their UIDs."""
+    again = sample_objects.job()
     again["metadata"]["uid"] = "another"
 
     def submit_again(_: str) -> None:
@@ -207,12 +213,12 @@ def test_a_run_that_is_submitted_again_meanwhile_is_not_waited_for(
         api_server.put(again)
 
     api_server.hold_deletions = True
-    Cancelling(cluster, RUN, False, submit_again).cancel()
-    assert [each["metadata"]["uid"] for each in api_server.all("Job")] == ["another"]
+    Cancellation(cluster, RUN, False, submit_again).cancel()
+    assert [each["metadata"]["uid"] for each in api_server.list("Job")] == ["another"]
 
 
-def test_an_api_server_that_stutters_does_not_end_cancelling(played: Played, cluster: Cluster):
-    played.server.deletion_seconds = 0.5
-    played.server.plant(Fault(reset=True), Fault(api_statuses.too_many()), Fault(cut_after=5))
-    Cancelling(cluster, RUN, False, lambda _: None).cancel()
-    eventually(lambda: left(played.server) == [], "the end of it all")
+def test_cancel_survives_transient_api_server_errors(simulated: SimulatedCluster, cluster: Cluster):
+    simulated.server.deletion_seconds = 0.5
+    simulated.server.inject(Fault(reset=True), Fault(api_statuses.too_many_requests()), Fault(cut_after_bytes=5))
+    Cancellation(cluster, RUN, False, lambda _: None).cancel()
+    wait_for(lambda: remaining_objects(simulated.server) == [], "deletion of all objects")

@@ -1,4 +1,4 @@
-"""The page for cluster users, and the README, name commands, options, files and keys that are there."""
+"""docs/cluster.md and the README refer only to commands, options, files and keys that exist."""
 
 import re
 import shlex
@@ -21,7 +21,7 @@ FILES = ("docs", "examples", "k8s", "charts", "schema", "tests")
 
 
 def console_lines(text: str) -> list[str]:
-    """What a reader types, with lines that end in a backslash joined, without comments, and one command each."""
+    """Return the commands in console blocks: continuation lines joined, comments removed, pipelines split."""
     blocks = re.findall(r"```console\n(.*?)```", text, flags=re.DOTALL)
     joined = [re.sub(r"\\\n\s*", "", block) for block in blocks]
     typed = [line.removeprefix("$ ") for block in joined for line in block.splitlines() if line.startswith("$ ")]
@@ -35,8 +35,8 @@ def topwork_lines() -> list[str]:
     )
 
 
-def parse(line: str) -> None:
-    """Parse a command line as `topwork` would, down to the command and all its options, without running it."""
+def parse_command_line(line: str) -> None:
+    """Parse a command line with all its options, as `topwork` does, without running it."""
     command: Any = typer.main.get_command(app)
     words, path = shlex.split(line)[1:], "topwork"
     context = command.make_context(path, [], resilient_parsing=True)
@@ -45,47 +45,47 @@ def parse(line: str) -> None:
         assert found, f"{line}: no command {words[0]}"
         command, path, words = found, f"{path} {words[0]}", words[1:]
         context = command.make_context(path, [], resilient_parsing=True)
-    # A command that is only named in a sentence has no arguments.
+    # Commands mentioned in a sentence have no arguments.
     if words and words != ["--version"]:
         command.make_context(path, words)
 
 
-def test_the_page_shows_commands():
+def test_page_shows_the_cluster_commands():
     shown = {line.split()[1] for line in topwork_lines()}
     assert {"submit", "status", "list", "logs", "cancel", "render"} <= shown
 
 
 @pytest.mark.parametrize("line", topwork_lines())
 def test_every_command_line_parses(line):
-    parse(line)
+    parse_command_line(line)
 
 
-def test_a_command_line_that_is_wrong_is_found():
+def test_invalid_command_lines_are_detected():
     with pytest.raises(TyperException, match="--folow"):
-        parse("topwork submit job.yaml --folow")
+        parse_command_line("topwork submit job.yaml --folow")
     with pytest.raises(TyperException, match="transfr"):
-        parse("topwork logs cats --stage transfr")
+        parse_command_line("topwork logs cats --stage transfr")
     with pytest.raises(AssertionError, match="no command summit"):
-        parse("topwork summit job.yaml")
+        parse_command_line("topwork summit job.yaml")
 
 
-def test_every_file_that_is_named_is_there():
+def test_every_mentioned_file_exists():
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", PAGE) if "://" not in link]
     assert [link for link in links if not (ROOT / "docs" / link).exists()] == []
-    named = re.findall(rf"(?<![\w/.:-])((?:{'|'.join(FILES)})/[\w./-]+)", PAGE)
-    assert named
-    assert [name for name in sorted(set(named)) if not (ROOT / name.rstrip(".")).exists()] == []
+    mentioned = re.findall(rf"(?<![\w/.:-])((?:{'|'.join(FILES)})/[\w./-]+)", PAGE)
+    assert mentioned
+    assert [name for name in sorted(set(mentioned)) if not (ROOT / name.rstrip(".")).exists()] == []
 
 
-def test_every_make_target_is_there():
+def test_every_mentioned_make_target_exists():
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
-    named = set(re.findall(r"`make ([a-z-]+)", PAGE)) | {
+    mentioned = set(re.findall(r"`make ([a-z-]+)", PAGE)) | {
         line.split()[1] for line in console_lines(PAGE) if line.startswith("make ")
     }
-    assert named - targets == set()
+    assert mentioned - targets == set()
 
 
-def test_every_key_of_compute_is_known():
+def test_every_mentioned_key_of_compute_exists():
     known = {field.alias for field in Compute.model_fields.values()} | set(Compute.model_fields)
     written = re.findall(r"`(?:spec\.)?compute\.(\w+)", PAGE)
     for snippet in re.findall(r"(compute: \{.*\})", PAGE):
@@ -94,32 +94,32 @@ def test_every_key_of_compute_is_known():
     assert sorted(set(written) - known) == []
 
 
-def test_snippets_of_compute_are_valid():
+def test_compute_snippets_are_valid():
     for snippet in re.findall(r"(compute: \{.*\})", PAGE):
         Compute.model_validate(YAML(typ="safe").load(snippet)["compute"])
 
 
-def spoken() -> str:
-    """All that the code says: its string literals with what is filled in as an ellipsis, joined where they go on."""
+def source_messages() -> str:
+    """Return the source code with adjacent string literals joined, and replacement fields as an ellipsis."""
     text = "\n".join(path.read_text() for path in (ROOT / "services").rglob("*.py"))
     joined = re.sub(r"\"\s*\n\s*f?\"", "", text)
     return re.sub(r"\{[^{}]*\}", "…", joined)
 
 
-def symptoms() -> list[str]:
-    """What stands in the first column of the tables of troubleshooting."""
+def quoted_messages() -> list[str]:
+    """Return the quoted messages in the first column of the troubleshooting tables."""
     rows = re.findall(r"^\| (.*?) \|", PAGE.partition("## Troubleshooting")[2], flags=re.MULTILINE)
     return [phrase for row in rows for phrase in re.findall(r"`([^`]+)`", row)]
 
 
-def test_troubleshooting_quotes_what_the_commands_say():
-    said = spoken()
-    parts = [part.strip() for phrase in symptoms() for part in phrase.split("…") if len(part.strip()) > 3]
+def test_troubleshooting_quotes_actual_messages():
+    messages = source_messages()
+    parts = [part.strip() for phrase in quoted_messages() for part in phrase.split("…") if len(part.strip()) > 3]
     assert len(parts) > 25
-    assert [part for part in parts if part not in said] == []
+    assert [part for part in parts if part not in messages] == []
 
 
-def test_versions_are_the_current_one():
-    named = re.findall(r"topwork:([0-9][\w.]*)-(?:cpu|gpu)", PAGE)
-    assert named
-    assert set(named) == {__version__}
+def test_mentioned_versions_are_current():
+    mentioned = re.findall(r"topwork:([0-9][\w.]*)-(?:cpu|gpu)", PAGE)
+    assert mentioned
+    assert set(mentioned) == {__version__}

@@ -1,4 +1,4 @@
-"""Following runs of a played cluster to their end, by the commands themselves."""
+"""Following runs with a simulated cluster, by `topwork submit --follow`, `topwork status --follow` and RunFollower."""
 
 import re
 import signal
@@ -8,8 +8,7 @@ from pathlib import Path
 import api_statuses
 import pytest
 from api_server import ApiServer, Fault
-from played import Command, Played, eventually, spec_file
-from states import (
+from sample_objects import (
     IMAGE,
     MODEL,
     NO_GPUS,
@@ -20,23 +19,24 @@ from states import (
     TRANSFERRED,
     at,
     backoff_limit_exceeded,
-    by_policy,
     deadline_exceeded,
     done,
     epoch_line,
     failed,
+    failed_by_policy,
     job_condition,
     preemption,
     running,
     stopped,
     waiting,
 )
+from simulated_cluster import Command, SimulatedCluster, wait_for, write_spec
 
-from topwork.cli.output.follow import Narration
+from topwork.cli.output.follow import ProgressReporter
 from topwork.clients.kubernetes.cluster import Cluster
-from topwork.cluster.operations.follow import Following, Trouble
-from topwork.cluster.operations.run_events import Pace
-from topwork.cluster.status.run_state import RunState
+from topwork.cluster.operations.follow import ConnectionStatus, RunFollower
+from topwork.cluster.operations.run_watcher import FollowTimings
+from topwork.cluster.status.run_status import RunStatus
 from topwork.errors import SettingError, UnavailableError
 
 pytestmark = pytest.mark.timeout(600)
@@ -45,45 +45,47 @@ POD = f"{RUN}-abcde"
 STARTED = f"started on node gpu-1 (pod {POD})"
 SUBMITTED = [
     f"transferjob flowers submitted as job.batch/{RUN} in namespace team-a",
-    f"following {RUN}; Ctrl-C leaves it running",
+    f"following {RUN}; press Ctrl-C to leave it running",
 ]
 
 
 @pytest.fixture
-def played(api_server: ApiServer) -> Played:
-    return Played(api_server)
+def simulated(api_server: ApiServer) -> SimulatedCluster:
+    return SimulatedCluster(api_server)
 
 
 @pytest.fixture
 def submitted(kubeconfig: Path, tmp_path: Path) -> Iterator[Command]:
-    """`topwork submit flowers.yaml --follow`, in a process of its own."""
-    file = spec_file(tmp_path / "flowers.yaml")
+    """`topwork submit flowers.yaml --follow` in a separate process."""
+    file = write_spec(tmp_path / "flowers.yaml")
     with Command("submit", str(file), "--image", IMAGE, "--follow", kubeconfig=kubeconfig) as command:
         yield command
 
 
-def test_a_run_is_followed_from_no_node_to_its_model(submitted: Command, played: Played):
-    played.pending(NO_GPUS)
-    submitted.expect("pending: no node has 2 free nvidia.com/gpu (3 of 5 lack it)")
-    played.pod({"pull": running()})
+def test_follow_reports_a_run_from_pending_to_its_model(submitted: Command, simulated: SimulatedCluster):
+    simulated.put_pending_pod(NO_GPUS)
+    submitted.expect("pending: no node has 2 free nvidia.com/gpu (insufficient on 3 of 5)")
+    simulated.put_pod({"pull": running()})
     submitted.expect("pull started")
-    played.pod(PULLED | {"transfer": running(100)})
+    simulated.put_pod(PULLED | {"transfer": running(100)})
     submitted.expect("transfer started")
     for epoch, accuracy in enumerate((0.81, 0.85, 0.83), 1):
-        played.server.log(POD, "transfer", '{"message": "something else"}', epoch_line("transfer", epoch, 3, accuracy))
+        simulated.server.append_log(
+            POD, "transfer", '{"message": "something else"}', epoch_line("transfer", epoch, 3, accuracy)
+        )
         submitted.expect(f"transfer epoch {epoch}/3")
-    played.server.end_log(POD, "transfer")
-    played.pod(TRANSFERRED | {"fine-tune": running(200)})
+    simulated.server.end_log(POD, "transfer")
+    simulated.put_pod(TRANSFERRED | {"fine-tune": running(200)})
     submitted.expect("fine-tune started")
-    played.finish()
+    simulated.finish_run()
 
-    assert submitted.end() == 0
-    # The Job was created just now, its end is of another day.
+    assert submitted.wait() == 0
+    # The Job was created just now, but its completion time is fixed.
     lines = [re.sub(r"succeeded in \w+", "succeeded in …", line) for line in submitted.lines]
     assert [line for line in lines if line != "pending"] == [
         *SUBMITTED,
-        "pending: no node has 2 free nvidia.com/gpu (3 of 5 lack it); 2 of 5 have the taint "
-        "node-role.kubernetes.io/control-plane, which the job does not tolerate; wait until one is free, or lower "
+        "pending: no node has 2 free nvidia.com/gpu (insufficient on 3 of 5); 2 of 5 nodes have the taint "
+        "node-role.kubernetes.io/control-plane, which the job does not tolerate; wait until a node is free, or lower "
         "spec.compute.gpus",
         STARTED,
         "pull started",
@@ -100,134 +102,140 @@ def test_a_run_is_followed_from_no_node_to_its_model(submitted: Command, played:
     ]
 
 
-def test_a_gate_that_is_not_met_ends_with_3(submitted: Command, played: Played):
+def test_unmet_gate_exits_with_3(submitted: Command, simulated: SimulatedCluster):
     gate = failed("fine-tune", 3, "accuracy is 0.90, below 0.95 of spec.evaluate.gates", since=200)
-    played.pod(TRANSFERRED | {"fine-tune": gate}, phase="Failed")
-    played.status(by_policy("fine-tune", 3, "FailureTarget"), by_policy("fine-tune", 3), failed=1)
-    assert submitted.end() == 3
+    simulated.put_pod(TRANSFERRED | {"fine-tune": gate}, phase="Failed")
+    simulated.patch_job_status(
+        failed_by_policy("fine-tune", 3, "FailureTarget"), failed_by_policy("fine-tune", 3), failed=1
+    )
+    assert submitted.wait() == 3
     assert submitted.lines[-1] == "failed with exit code 3: accuracy is 0.90, below 0.95 of spec.evaluate.gates"
 
 
-def test_a_wrong_spec_ends_with_2(submitted: Command, played: Played):
-    played.pod({"pull": failed("pull", 2, "s3://photos/flowers/ holds no image.")}, phase="Failed")
-    played.status(by_policy("pull", 2), failed=1)
-    assert submitted.end() == 2
+def test_wrong_spec_exits_with_2(submitted: Command, simulated: SimulatedCluster):
+    simulated.put_pod({"pull": failed("pull", 2, "s3://photos/flowers/ holds no image.")}, phase="Failed")
+    simulated.patch_job_status(failed_by_policy("pull", 2), failed=1)
+    assert submitted.wait() == 2
     assert submitted.lines[-1] == "failed with exit code 2: s3://photos/flowers/ holds no image"
 
 
-def test_an_attempt_after_exit_75_is_announced_with_the_cause(submitted: Command, played: Played):
-    played.pod({"pull": running()})
+def test_retry_after_exit_code_75_is_reported_with_its_cause(submitted: Command, simulated: SimulatedCluster):
+    simulated.put_pod({"pull": running()})
     submitted.expect("pull started")
-    played.pod({"pull": failed("pull", 75, "s3.example.com does not answer")}, phase="Failed")
-    played.status(failed=1)
+    simulated.put_pod({"pull": failed("pull", 75, "s3.example.com does not answer")}, phase="Failed")
+    simulated.patch_job_status(failed=1)
     submitted.expect("attempt 1 ended with exit code 75: s3.example.com does not answer")
-    submitted.expect("pending: the next attempt follows after a pause")
-    played.pod({"pull": running(300)}, suffix="again", created=300)
-    submitted.expect(f"attempt 2 after exit 75: started on node gpu-1 (pod {RUN}-again)")
-    played.finish(suffix="again", created=300)
-    assert submitted.end() == 0
+    submitted.expect("pending: the next attempt starts after a back-off delay")
+    simulated.put_pod({"pull": running(300)}, suffix="again", created=300)
+    submitted.expect(f"attempt 2 after exit code 75: started on node gpu-1 (pod {RUN}-again)")
+    simulated.finish_run(suffix="again", created=300)
+    assert submitted.wait() == 0
     assert submitted.lines.count("attempt 1 ended with exit code 75: s3.example.com does not answer") == 1
 
 
-def test_retries_that_are_used_up_end_with_the_last_exit_code(submitted: Command, played: Played):
+def test_exceeded_backoff_limit_exits_with_the_last_exit_code(submitted: Command, simulated: SimulatedCluster):
     for index in range(4):
-        played.pod({"pull": failed("pull", 75, "no answer")}, phase="Failed", suffix=f"try{index}", created=index)
-    played.status(backoff_limit_exceeded(), failed=4)
-    assert submitted.end() == 75
+        simulated.put_pod(
+            {"pull": failed("pull", 75, "no answer")}, phase="Failed", suffix=f"try{index}", created=index
+        )
+    simulated.patch_job_status(backoff_limit_exceeded(), failed=4)
+    assert submitted.wait() == 75
     assert submitted.lines[-1] == "failed with exit code 75: no answer (attempt 4 of 4)"
 
 
-def test_a_deadline_that_is_over_ends_with_75(submitted: Command, played: Played):
-    played.job()
-    played.status(deadline_exceeded(), failed=1)
-    assert submitted.end() == 75
-    assert submitted.lines[-1].startswith("failed with exit code 75: it ran longer than spec.compute.deadlineSeconds")
+def test_exceeded_deadline_exits_with_75(submitted: Command, simulated: SimulatedCluster):
+    simulated.wait_for_job()
+    simulated.patch_job_status(deadline_exceeded(), failed=1)
+    assert submitted.wait() == 75
+    assert submitted.lines[-1].startswith(
+        "failed with exit code 75: the Job ran longer than spec.compute.deadlineSeconds"
+    )
 
 
-def test_a_preempted_run_goes_on_in_a_new_pod(submitted: Command, played: Played):
-    played.pod(PULLED | {"transfer": running(100)})
+def test_preempted_run_resumes_in_a_new_pod(submitted: Command, simulated: SimulatedCluster):
+    simulated.put_pod(PULLED | {"transfer": running(100)})
     submitted.expect("transfer started")
-    played.server.log(POD, "transfer", epoch_line("transfer", 1, 3, 0.8))
+    simulated.server.append_log(POD, "transfer", epoch_line("transfer", 1, 3, 0.8))
     submitted.expect("transfer epoch 1/3")
-    played.pod(PULLED | {"transfer": running(100)}, conditions=(preemption(),), deleted=120)
-    submitted.expect("stopping: preempted: the scheduler made room for a pod of higher priority. Its")
-    played.server.end_log(POD, "transfer")
-    played.pod(PULLED | {"transfer": stopped("transfer", 100)}, conditions=(preemption(),), deleted=120, phase="Failed")
-    submitted.expect("attempt 1 ended with exit code 143: preempted: the scheduler made room")
-    played.server.remove("Pod", POD)
-    played.pod(PULLED | {"transfer": running(300)}, suffix="again", created=200)
-    submitted.expect(f"attempt 2 after exit 143: started on node gpu-1 (pod {RUN}-again)")
-    played.server.log(f"{RUN}-again", "transfer", epoch_line("transfer", 2, 3, 0.85))
+    simulated.put_pod(PULLED | {"transfer": running(100)}, conditions=(preemption(),), deleted=120)
+    submitted.expect("stopping: preempted by the scheduler in favor of a pod with higher priority. Its")
+    simulated.server.end_log(POD, "transfer")
+    simulated.put_pod(
+        PULLED | {"transfer": stopped("transfer", 100)}, conditions=(preemption(),), deleted=120, phase="Failed"
+    )
+    submitted.expect("attempt 1 ended with exit code 143: preempted by the scheduler")
+    simulated.server.remove("Pod", POD)
+    simulated.put_pod(PULLED | {"transfer": running(300)}, suffix="again", created=200)
+    submitted.expect(f"attempt 2 after exit code 143: started on node gpu-1 (pod {RUN}-again)")
+    simulated.server.append_log(f"{RUN}-again", "transfer", epoch_line("transfer", 2, 3, 0.85))
     submitted.expect("transfer epoch 2/3: validation_accuracy 0.8500")
-    played.server.end_log(f"{RUN}-again", "transfer")
-    played.finish(suffix="again", created=200)
-    assert submitted.end() == 0
+    simulated.server.end_log(f"{RUN}-again", "transfer")
+    simulated.finish_run(suffix="again", created=200)
+    assert submitted.wait() == 0
 
 
 @pytest.mark.parametrize(
     ("message", "line"),
     [
-        (QUOTA, "pending: the quota gpus leaves no room: asked for requests.nvidia.com/gpu=2"),
-        (POD_SECURITY, "pending: the namespace's Pod Security level restricted:latest refuses the pod"),
+        (QUOTA, "pending: exceeded quota gpus: requested requests.nvidia.com/gpu=2"),
+        (POD_SECURITY, "pending: the pod violates the Pod Security level restricted:latest of the namespace"),
     ],
     ids=["quota", "Pod Security"],
 )
-def test_a_pod_that_may_not_be_created_says_why_once_and_starts_later(
-    submitted: Command, played: Played, message: str, line: str
-):
-    played.event(played.job(), "FailedCreate", message)
+def test_failed_pod_creation_is_reported_once(submitted: Command, simulated: SimulatedCluster, message: str, line: str):
+    simulated.put_event(simulated.wait_for_job(), "FailedCreate", message)
     submitted.expect(line)
-    played.event(played.job(), "FailedCreate", message, seconds=60)
-    played.pod({"pull": running()})
+    simulated.put_event(simulated.wait_for_job(), "FailedCreate", message, seconds=60)
+    simulated.put_pod({"pull": running()})
     submitted.expect("pull started")
-    played.finish()
-    assert submitted.end() == 0
-    assert len([told for told in submitted.lines if told.startswith(line)]) == 1
+    simulated.finish_run()
+    assert submitted.wait() == 0
+    assert len([lines for lines in submitted.lines if lines.startswith(line)]) == 1
 
 
-def test_an_image_that_can_not_be_pulled_is_named_once_however_its_state_alternates(submitted: Command, played: Played):
+def test_failed_image_pull_is_reported_once_while_its_state_alternates(submitted: Command, simulated: SimulatedCluster):
     backing_off = waiting("ImagePullBackOff", f'Back-off pulling image "{IMAGE}"')
     missing = waiting("ErrImagePull", f"rpc error: code = NotFound desc = {IMAGE}: not found")
     for state in (missing, backing_off, missing, backing_off):
-        played.pod({"pull": state})
-    submitted.expect(f"pending: the image {IMAGE} can't be pulled. Is the name right")
-    played.pod({"pull": running()})
+        simulated.put_pod({"pull": state})
+    submitted.expect(f"pending: the image {IMAGE} can't be pulled. Is the name correct")
+    simulated.put_pod({"pull": running()})
     submitted.expect("pull started")
-    told = [line for line in submitted.lines if line.startswith("pending: ")]
-    assert len(told) == len(set(told)) <= 2
+    lines = [line for line in submitted.lines if line.startswith("pending: ")]
+    assert len(lines) == len(set(lines)) <= 2
 
 
-def test_a_job_that_is_deleted_ends_with_143(submitted: Command, played: Played):
-    played.pod({"pull": running()})
+def test_deleted_job_exits_with_143(submitted: Command, simulated: SimulatedCluster):
+    simulated.put_pod({"pull": running()})
     submitted.expect("pull started")
-    played.server.remove("Job", RUN)
-    assert submitted.end() == 143
-    assert submitted.lines[-1] == "failed with exit code 143: its Job was deleted"
+    simulated.server.remove("Job", RUN)
+    assert submitted.wait() == 143
+    assert submitted.lines[-1] == "failed with exit code 143: the Job was deleted"
 
 
-def test_a_job_that_is_removed_as_soon_as_it_is_done_was_done(submitted: Command, played: Played):
-    played.pod({"pull": running()})
+def test_job_deleted_right_after_completion_exits_with_0(submitted: Command, simulated: SimulatedCluster):
+    simulated.put_pod({"pull": running()})
     submitted.expect("pull started")
-    played.finish()
-    played.server.remove("Job", RUN)
-    assert submitted.end() == 0
+    simulated.finish_run()
+    simulated.server.remove("Job", RUN)
+    assert submitted.wait() == 0
 
 
-def test_watches_that_break_off_are_taken_up_and_nothing_is_told_twice(
-    kubeconfig: Path, tmp_path: Path, played: Played, api_server: ApiServer
+def test_broken_watches_restart_without_repeated_lines(
+    kubeconfig: Path, tmp_path: Path, simulated: SimulatedCluster, api_server: ApiServer
 ):
     for kind in ("jobs", "pods"):
-        api_server.plant(Fault(cut_after=200, method="GET", path=f"/{kind}"), times=3)
-    file = spec_file(tmp_path / "flowers.yaml")
+        api_server.inject(Fault(cut_after_bytes=200, method="GET", path=f"/{kind}"), times=3)
+    file = write_spec(tmp_path / "flowers.yaml")
     with Command("submit", str(file), "--image", IMAGE, "-f", kubeconfig=kubeconfig) as submitted:
-        played.pod({"pull": running()})
+        simulated.put_pod({"pull": running()})
         submitted.expect("pull started")
         api_server.compact()
-        api_server.plant(Fault(api_statuses.too_many(), headers={"Retry-After": "0"}), times=2)
-        played.pod(PULLED | {"transfer": running(100)})
+        api_server.inject(Fault(api_statuses.too_many_requests(), headers={"Retry-After": "0"}), times=2)
+        simulated.put_pod(PULLED | {"transfer": running(100)})
         submitted.expect("transfer started")
-        played.finish()
-        assert submitted.end() == 0
+        simulated.finish_run()
+        assert submitted.wait() == 0
         assert [line for line in submitted.lines if line != "pending"][2:-1] == [
             STARTED,
             "pull started",
@@ -240,26 +248,26 @@ def test_watches_that_break_off_are_taken_up_and_nothing_is_told_twice(
         ]
 
 
-def test_ctrl_c_leaves_the_run_alone_and_says_how_to_come_back(submitted: Command, played: Played):
-    played.pod({"pull": running()})
+def test_ctrl_c_does_not_stop_the_run_and_prints_how_to_follow_again(submitted: Command, simulated: SimulatedCluster):
+    simulated.put_pod({"pull": running()})
     submitted.expect("pull started")
     submitted.process.send_signal(signal.SIGINT)
-    assert submitted.end() == 130
-    assert submitted.lines[-1] == f"The job goes on. Come back with: topwork status {RUN} -n team-a --follow"
-    assert played.server.get("Job", RUN)["metadata"].get("deletionTimestamp") is None
+    assert submitted.wait() == 130
+    assert submitted.lines[-1] == f"The job continues. Follow it again with: topwork status {RUN} -n team-a --follow"
+    assert simulated.server.get("Job", RUN)["metadata"].get("deletionTimestamp") is None
 
 
-def test_status_follows_a_run_that_is_under_way(kubeconfig: Path, played: Played, tmp_path: Path):
-    file = spec_file(tmp_path / "flowers.yaml")
+def test_status_follow_starts_in_the_middle_of_a_run(kubeconfig: Path, simulated: SimulatedCluster, tmp_path: Path):
+    file = write_spec(tmp_path / "flowers.yaml")
     with Command("submit", str(file), "--image", IMAGE, kubeconfig=kubeconfig) as command:
-        assert command.end() == 0
-    played.pod(PULLED | {"transfer": running(100)})
-    played.server.log(POD, "transfer", *(epoch_line("transfer", epoch, 3, 0.8) for epoch in (1, 2)))
+        assert command.wait() == 0
+    simulated.put_pod(PULLED | {"transfer": running(100)})
+    simulated.server.append_log(POD, "transfer", *(epoch_line("transfer", epoch, 3, 0.8) for epoch in (1, 2)))
     with Command("status", "flowers", "--follow", kubeconfig=kubeconfig) as command:
         command.expect("transfer epoch 2/3")
-        played.server.end_log(POD, "transfer")
-        played.finish()
-        assert command.end() == 0
+        simulated.server.end_log(POD, "transfer")
+        simulated.finish_run()
+        assert command.wait() == 0
     assert command.lines[:6] == [
         STARTED,
         "pull started",
@@ -270,52 +278,52 @@ def test_status_follows_a_run_that_is_under_way(kubeconfig: Path, played: Played
     ]
 
 
-# The states themselves, at a quicker pace.
+# RunFollower, with short intervals.
 
-PACE = Pace(
-    survey_seconds=0.1,
+TIMINGS = FollowTimings(
+    list_seconds=0.1,
     watch_seconds=0.3,
     events_seconds=0.05,
-    events_most_seconds=0.1,
+    max_events_seconds=0.1,
     retry_seconds=0.05,
-    patience_seconds=1.0,
+    outage_seconds=1.0,
 )
 
 
 @pytest.fixture
-def job(cluster: Cluster, played: Played) -> None:
+def job(cluster: Cluster, simulated: SimulatedCluster) -> None:
     """The Job of the run, applied."""
-    from states import transfer_job
+    from sample_objects import transfer_job
 
-    from topwork.cluster.manifests.render import Placement, render
+    from topwork.cluster.manifests.render import RenderOptions, render
     from topwork.cluster.operations.submit import Submission
 
-    assert Submission(cluster, render(transfer_job(), Placement(IMAGE)), print).submit() == "submitted"
+    assert Submission(cluster, render(transfer_job(), RenderOptions(IMAGE)), print).submit() == "submitted"
 
 
-def test_the_end_of_a_job_that_is_told_before_that_of_its_pod_still_has_its_error(
-    job: None, make_cluster: Callable[..., Cluster], played: Played
+def test_job_that_ends_before_its_pod_is_reported_has_the_error_of_the_pod(
+    job: None, make_cluster: Callable[..., Cluster], simulated: SimulatedCluster
 ):
-    class Deaf(Cluster):
-        """A cluster whose pods change without a word."""
+    class WithoutPodChanges(Cluster):
+        """A cluster that reports no changes of pods."""
 
         def watch(self, kind, **selection):
             return iter(()) if kind == "Pod" else super().watch(kind, **selection)
 
-    deaf = Deaf(make_cluster()._api)
-    states = Following(deaf, RUN, pace=Pace(survey_seconds=60.0)).states()
-    assert next(states).phase == "pending"
-    played.pod({"pull": failed("pull", 2, "no such bucket")}, phase="Failed")
-    played.status(by_policy("pull", 2), failed=1)
-    last = list(states)[-1]
+    cluster = WithoutPodChanges(make_cluster()._api)
+    statuses = RunFollower(cluster, RUN, timings=FollowTimings(list_seconds=60.0)).statuses()
+    assert next(statuses).phase == "pending"
+    simulated.put_pod({"pull": failed("pull", 2, "no such bucket")}, phase="Failed")
+    simulated.patch_job_status(failed_by_policy("pull", 2), failed=1)
+    last = list(statuses)[-1]
     assert (last.exit_code, last.error) == (2, "no such bucket")
 
 
-def test_a_log_that_is_read_again_after_a_break_tells_no_epoch_twice(
-    job: None, make_cluster: Callable[..., Cluster], played: Played
+def test_log_read_again_after_a_disconnect_repeats_no_epoch(
+    job: None, make_cluster: Callable[..., Cluster], simulated: SimulatedCluster
 ):
     class Broken(Cluster):
-        """A cluster whose node loses the log once, beyond what the edge can mend."""
+        """A cluster whose node loses the log once, beyond the retries of the client."""
 
         reads = 0
 
@@ -326,110 +334,118 @@ def test_a_log_that_is_read_again_after_a_break_tells_no_epoch_twice(
                 raise UnavailableError("the node does not answer")
             yield epoch_line("transfer", 3, 3, 0.9)
 
-    states = Following(Broken(make_cluster()._api), RUN, pace=PACE).states()
-    played.pod(PULLED | {"transfer": running(100)})
+    statuses = RunFollower(Broken(make_cluster()._api), RUN, timings=TIMINGS).statuses()
+    simulated.put_pod(PULLED | {"transfer": running(100)})
     epochs = []
     while len(epochs) < 3:
-        state = next(states)
+        state = next(statuses)
         if state.epoch and state.epoch.epoch not in epochs[-1:]:
             epochs.append(state.epoch.epoch)
     assert (epochs, Broken.reads) == ([1, 2, 3], 2)
 
 
-def test_the_epochs_of_an_earlier_attempt_are_not_those_of_the_next(job: None, cluster: Cluster, played: Played):
-    states = Following(cluster, RUN, pace=PACE).states()
-    played.pod(PULLED | {"transfer": running(100)})
-    played.server.log(POD, "transfer", epoch_line("transfer", 2, 3, 0.8))
-    assert eventually(lambda: next(states).epoch, "epoch").epoch == 2
-    played.pod(PULLED | {"transfer": stopped("transfer", 100)}, phase="Failed")
-    played.pod(PULLED | {"transfer": running(300)}, suffix="again", created=200)
-    state = eventually(lambda: (now := next(states)).running == (f"{RUN}-again", "transfer") and now, "second attempt")
+def test_epochs_of_an_earlier_attempt_are_not_reported_for_the_next(
+    job: None, cluster: Cluster, simulated: SimulatedCluster
+):
+    statuses = RunFollower(cluster, RUN, timings=TIMINGS).statuses()
+    simulated.put_pod(PULLED | {"transfer": running(100)})
+    simulated.server.append_log(POD, "transfer", epoch_line("transfer", 2, 3, 0.8))
+    assert wait_for(lambda: next(statuses).epoch, "epoch").epoch == 2
+    simulated.put_pod(PULLED | {"transfer": stopped("transfer", 100)}, phase="Failed")
+    simulated.put_pod(PULLED | {"transfer": running(300)}, suffix="again", created=200)
+    state = wait_for(
+        lambda: (now := next(statuses)).running_container == (f"{RUN}-again", "transfer") and now, "second attempt"
+    )
     assert state.epoch is None
 
 
-def test_what_was_told_is_not_told_again_when_it_comes_back():
-    narration = Narration()
-    states = [
-        RunState("flowers", RUN, "team-a", "pending", reason=reason) for reason in ("one", "other", "one", "other")
+def test_reason_that_returns_is_not_reported_again():
+    reporter = ProgressReporter()
+    statuses = [
+        RunStatus("flowers", RUN, "team-a", "pending", reason=reason) for reason in ("one", "other", "one", "other")
     ]
-    told = [line for state in states for line in narration.lines(state)]
-    assert told == ["pending: one", "pending: other"]
+    lines = [line for state in statuses for line in reporter.lines(state)]
+    assert lines == ["pending: one", "pending: other"]
 
 
-def test_a_server_that_is_away_for_a_while_is_told_of_once_and_once_when_it_is_back(
-    job: None, make_cluster: Callable[..., Cluster], api_server: ApiServer, played: Played
+def test_outage_of_the_api_server_is_reported_at_its_start_and_end(
+    job: None, make_cluster: Callable[..., Cluster], api_server: ApiServer, simulated: SimulatedCluster
 ):
-    states = Following(make_cluster(attempts=1), RUN, pace=PACE).states()
-    assert next(states).phase == "pending"
-    api_server.plant(Fault(api_statuses.unavailable()), times=12)
-    troubles = [each for each in (next(states), next(states)) if isinstance(each, Trouble)]
-    played.finish()
-    *rest, last = states
-    assert not any(isinstance(each, Trouble) for each in rest)
-    assert (len(troubles), bool(troubles[0].message), troubles[1]) == (2, True, Trouble(None))
+    statuses = RunFollower(make_cluster(attempts=1), RUN, timings=TIMINGS).statuses()
+    assert next(statuses).phase == "pending"
+    api_server.inject(Fault(api_statuses.service_unavailable()), times=12)
+    connection_statuses = [each for each in (next(statuses), next(statuses)) if isinstance(each, ConnectionStatus)]
+    simulated.finish_run()
+    *rest, last = statuses
+    assert not any(isinstance(each, ConnectionStatus) for each in rest)
+    assert (len(connection_statuses), bool(connection_statuses[0].error), connection_statuses[1]) == (
+        2,
+        True,
+        ConnectionStatus(None),
+    )
     assert last.phase == "succeeded"
 
 
-def test_a_server_that_stays_away_is_given_up(
-    job: None, make_cluster: Callable[..., Cluster], api_server: ApiServer, played: Played
+def test_long_outage_of_the_api_server_raises_an_error(
+    job: None, make_cluster: Callable[..., Cluster], api_server: ApiServer, simulated: SimulatedCluster
 ):
-    states = Following(make_cluster(attempts=1), RUN, pace=PACE).states()
-    next(states)
-    api_server.plant(Fault(api_statuses.unavailable()), times=10_000)
+    statuses = RunFollower(make_cluster(attempts=1), RUN, timings=TIMINGS).statuses()
+    next(statuses)
+    api_server.inject(Fault(api_statuses.service_unavailable()), times=10_000)
     with pytest.raises(UnavailableError):
-        list(states)
+        list(statuses)
 
 
-def test_an_account_that_may_no_longer_look_is_told_so(
-    job: None, make_cluster: Callable[..., Cluster], api_server: ApiServer
-):
-    states = Following(make_cluster(), RUN, pace=PACE).states()
-    next(states)
-    api_server.plant(Fault(api_statuses.unauthorized()), times=10_000)
+def test_rejected_credentials_raise_an_error(job: None, make_cluster: Callable[..., Cluster], api_server: ApiServer):
+    statuses = RunFollower(make_cluster(), RUN, timings=TIMINGS).statuses()
+    next(statuses)
+    api_server.inject(Fault(api_statuses.unauthorized()), times=10_000)
     with pytest.raises(SettingError):
-        list(states)
+        list(statuses)
 
 
-def test_a_run_that_is_not_there_can_not_be_followed(cluster: Cluster):
+def test_unknown_run_can_not_be_followed(cluster: Cluster):
     with pytest.raises(SettingError) as raised:
-        list(Following(cluster, "nothing-00000000", pace=PACE).states())
-    assert str(raised.value) == "there is no Job of nothing-00000000 in namespace team-a any more."
+        list(RunFollower(cluster, "nothing-00000000", timings=TIMINGS).statuses())
+    assert str(raised.value) == ("nothing-00000000 has no Job in namespace team-a: it does not exist or was deleted.")
 
 
-def test_a_job_of_the_same_name_is_another_submission(
-    job: None, cluster: Cluster, api_server: ApiServer, played: Played
+def test_new_job_with_the_same_name_is_another_submission(
+    job: None, cluster: Cluster, api_server: ApiServer, simulated: SimulatedCluster
 ):
-    states = Following(cluster, RUN, pace=PACE).states()
-    next(states)
-    again = dict(played.job())
+    statuses = RunFollower(cluster, RUN, timings=TIMINGS).statuses()
+    next(statuses)
+    again = dict(simulated.wait_for_job())
     api_server.remove("Job", RUN)
     again["metadata"] = {key: value for key, value in again["metadata"].items() if key != "uid"}
     api_server.put(again)
-    last = list(states)[-1]
-    assert isinstance(last, RunState)
-    assert (last.exit_code, last.error) == (143, "its Job was deleted")
+    last = list(statuses)[-1]
+    assert isinstance(last, RunStatus)
+    assert (last.exit_code, last.error) == (143, "the Job was deleted")
 
 
-def test_events_that_must_not_be_read_are_no_end(
-    job: None, make_cluster: Callable[..., Cluster], api_server: ApiServer, played: Played
+def test_follow_works_without_permission_to_read_events(
+    job: None, make_cluster: Callable[..., Cluster], api_server: ApiServer, simulated: SimulatedCluster
 ):
-    api_server.plant(Fault(api_statuses.rbac("list", "events", "team-a"), path="/events"), times=10_000)
-    states = Following(make_cluster(), RUN, pace=PACE).states()
-    assert next(states).phase == "pending"
-    played.finish()
-    assert list(states)[-1].phase == "succeeded"
+    api_server.inject(Fault(api_statuses.rbac_denied("list", "events", "team-a"), path="/events"), times=10_000)
+    statuses = RunFollower(make_cluster(), RUN, timings=TIMINGS).statuses()
+    assert next(statuses).phase == "pending"
+    simulated.finish_run()
+    assert list(statuses)[-1].phase == "succeeded"
 
 
-def test_the_job_that_pulls_ahead_is_followed_to_its_own_end(
-    make_cluster: Callable[..., Cluster], api_server: ApiServer, played: Played
+def test_prefetch_job_is_followed_to_its_own_end(
+    make_cluster: Callable[..., Cluster], api_server: ApiServer, simulated: SimulatedCluster
 ):
-    from states import job as made
+    from sample_objects import job as sample_job
 
-    api_server.put(made(role="prefetch"))
-    states = Following(make_cluster(), RUN, "prefetch", PACE).states()
-    assert next(states).phase == "pending"
-    played.pod({"pull": running()}, job=f"{RUN}-pull")
-    assert eventually(lambda: next(states).phase == "running", "run")
-    played.pod({"pull": done("pull")}, job=f"{RUN}-pull", phase="Succeeded")
-    played.status(job_condition("Complete", "CompletionsReached", "Reached"), job=f"{RUN}-pull", completionTime=at(90))
-    assert [(state.phase, state.exit_code) for state in states][-1] == ("succeeded", 0)
+    api_server.put(sample_job(role="prefetch"))
+    statuses = RunFollower(make_cluster(), RUN, "prefetch", TIMINGS).statuses()
+    assert next(statuses).phase == "pending"
+    simulated.put_pod({"pull": running()}, job=f"{RUN}-pull")
+    assert wait_for(lambda: next(statuses).phase == "running", "run")
+    simulated.put_pod({"pull": done("pull")}, job=f"{RUN}-pull", phase="Succeeded")
+    simulated.patch_job_status(
+        job_condition("Complete", "CompletionsReached", "Reached"), job=f"{RUN}-pull", completionTime=at(90)
+    )
+    assert [(state.phase, state.exit_code) for state in statuses][-1] == ("succeeded", 0)

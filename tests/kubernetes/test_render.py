@@ -1,4 +1,4 @@
-"""What the renderer promises beyond its golden files: names, images, digests, refusals, and whose labels win."""
+"""Rendering: names, images, labels, digests, and rejected specs; the golden files cover the rest."""
 
 import copy
 import re
@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from standards import check_object, violations
+from object_validation import assert_valid_object, pod_security_violations
 
 from topwork import __version__
 from topwork.clients.kubernetes import KubernetesObject
-from topwork.cluster.manifests.render import Placement, Rendered, render
+from topwork.cluster.manifests.render import RenderedObjects, RenderOptions, render
 from topwork.cluster.names import DIGEST_ANNOTATION
 from topwork.errors import SettingError, SpecError
 from topwork.spec import TransferJob
@@ -50,7 +50,7 @@ def with_spec(job: TransferJob, change: Callable[[dict[str, Any]], Any]) -> Tran
 
 
 def objects(job: TransferJob, **placement: str) -> list[KubernetesObject]:
-    return render(job, Placement(**placement)).objects
+    return render(job, RenderOptions(**placement)).objects
 
 
 def pod(job: KubernetesObject) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def digest(job: KubernetesObject | None) -> str:
 
 
 @pytest.mark.parametrize("name", ["a", "a" * 40, f"a{'-' * 38}a"])
-def test_names_and_labels_are_valid_for_any_name_of_a_job(name: str) -> None:
+def test_names_and_labels_are_valid_for_any_job_name(name: str) -> None:
     for manifest in objects(make({"prefetch": True}, name)):
         own = manifest["metadata"]["name"]
         assert DNS_LABEL.fullmatch(own)
@@ -71,27 +71,27 @@ def test_names_and_labels_are_valid_for_any_name_of_a_job(name: str) -> None:
         for value in manifest["metadata"]["labels"].values():
             assert LABEL_VALUE.fullmatch(value)
             assert len(value) <= LONGEST
-        check_object(manifest)
+        assert_valid_object(manifest)
 
 
-def test_names_of_two_specs_with_the_same_name_differ() -> None:
+def test_object_names_of_two_specs_with_the_same_name_differ() -> None:
     job = make({"prefetch": True}, "a" * 40)
     other = with_spec(job, lambda spec: spec.update(seed=1))
     names = [manifest["metadata"]["name"] for one in (job, other) for manifest in objects(one)]
-    # The ConfigMap and the Job that trains share theirs.
+    # The ConfigMap and the training Job have the same name.
     assert len(names) == 6
     assert len(set(names)) == 4
 
 
-def test_name_is_that_of_the_run_whatever_is_computed_where() -> None:
+def test_object_name_is_the_run_for_any_compute_settings() -> None:
     names = {objects(make(compute))[0]["metadata"]["name"] for compute in ({}, {"gpus": 4}, {"queue": "a"})}
     assert names == {make().run}
 
 
-def test_rendering_is_pure() -> None:
+def test_render_is_pure() -> None:
     job = make({"affinity": {"nodeAffinity": {}}, "tolerations": [{"operator": "Exists"}], "prefetch": True})
     before = copy.deepcopy(job)
-    first = render(job, Placement())
+    first = render(job, RenderOptions())
     expected = copy.deepcopy(first.objects)
     for manifest in first.objects:
         manifest["metadata"]["labels"]["mine"] = "yes"
@@ -100,10 +100,10 @@ def test_rendering_is_pure() -> None:
         part.setdefault("affinity", {}).setdefault("nodeAffinity", {})["mine"] = 1
         part["containers"][0]["resources"]["limits"]["mine"] = 1
     assert job == before
-    assert render(job, Placement()).objects == expected
+    assert render(job, RenderOptions()).objects == expected
 
 
-def test_no_part_of_an_object_is_part_of_another() -> None:
+def test_rendered_objects_share_no_parts() -> None:
     seen: list[int] = []
 
     def walk(value: Any) -> None:
@@ -118,45 +118,46 @@ def test_no_part_of_an_object_is_part_of_another() -> None:
 
 
 @pytest.mark.parametrize(("gpus", "flavour"), [(0, "cpu"), (1, "gpu"), (8, "gpu")])
-def test_image_is_the_one_that_make_image_builds(gpus: int, flavour: str) -> None:
-    training = render(make({"gpus": gpus}), Placement()).training
+def test_default_image_is_the_one_that_make_image_builds(gpus: int, flavour: str) -> None:
+    training = render(make({"gpus": gpus}), RenderOptions()).training
     containers = pod(training)["initContainers"] + pod(training)["containers"]
     assert {container["image"] for container in containers} == {f"topwork:{__version__}-{flavour}"}
 
 
 @pytest.mark.parametrize("image", IMAGES)
-def test_image_of_the_user_is_that_of_every_container(image: str) -> None:
+def test_given_image_is_used_for_every_container(image: str) -> None:
     for manifest in objects(make({"prefetch": True}), image=image)[1:]:
         for container in pod(manifest).get("initContainers", []) + pod(manifest)["containers"]:
             assert container["image"] == image
 
 
 @pytest.mark.parametrize("image", ["", "Topwork:1", "a b", "a:", ":1", "https://host/a", "a@sha256:1", "a/", "a:b:c/d"])
-def test_image_that_is_no_reference_is_refused(image: str) -> None:
+def test_invalid_image_reference_is_rejected(image: str) -> None:
     with pytest.raises(SettingError) as caught:
-        Placement(image=image)
+        RenderOptions(image=image)
     assert str(caught.value) == (
-        f'the image "{image}" is no image reference. Expected: [registry/]name[:tag][@sha256:…], such as '
+        f'the image "{image}" is not a valid image reference. Expected: [registry/]name[:tag][@sha256:…], such as '
         "registry.example.com/team/topwork:1.0-gpu."
     )
 
 
 @pytest.mark.parametrize("namespace", ["", "Team", "team_a", "-a", "a.b", "a" * 64])
-def test_namespace_that_can_be_none_is_refused(namespace: str) -> None:
+def test_invalid_namespace_is_rejected(namespace: str) -> None:
     with pytest.raises(SettingError) as caught:
-        Placement(namespace=namespace)
+        RenderOptions(namespace=namespace)
     assert str(caught.value).endswith(
-        "can't be one. Expected: a-z, 0-9 and dash, first and last no dash, at most 63 characters."
+        "is not a valid name. Expected: lowercase letters, digits and hyphens, starting and ending with a letter or "
+        "digit, at most 63 characters."
     )
 
 
-def test_namespace_is_that_of_every_object_or_of_none() -> None:
+def test_namespace_is_set_on_every_object_or_on_none() -> None:
     job = make({"prefetch": True})
     assert [manifest["metadata"]["namespace"] for manifest in objects(job, namespace="team-a")] == ["team-a"] * 3
     assert not any("namespace" in manifest["metadata"] for manifest in objects(job))
 
 
-def test_labels_of_the_user_are_on_every_object_and_never_in_place_of_ours() -> None:
+def test_user_labels_are_on_every_object_and_never_override_those_of_topwork() -> None:
     job = make({"prefetch": True}, labels={"team": "vision", "topwork.dev/run": "mine", "topwork.dev/role": "mine"})
     for manifest in objects(job):
         assert manifest["metadata"]["labels"]["team"] == "vision"
@@ -166,7 +167,7 @@ def test_labels_of_the_user_are_on_every_object_and_never_in_place_of_ours() -> 
         assert manifest["spec"]["template"]["metadata"]["labels"] == manifest["metadata"]["labels"]
 
 
-def test_queue_is_a_label_of_jobs_alone() -> None:
+def test_queue_label_is_only_on_jobs() -> None:
     config_map, prefetch, training = objects(make({"queue": "team-a", "prefetch": True}))
     assert "kueue.x-k8s.io/queue-name" not in config_map["metadata"]["labels"]
     for manifest in (prefetch, training):
@@ -174,48 +175,50 @@ def test_queue_is_a_label_of_jobs_alone() -> None:
         assert "kueue.x-k8s.io/queue-name" not in manifest["spec"]["template"]["metadata"]["labels"]
 
 
-def test_pull_ahead_asks_for_no_more_than_the_job() -> None:
-    small = render(make({"cpu": 0.5, "memory": "6Gi", "prefetch": True}), Placement()).prefetch
+def test_prefetch_pod_requests_no_more_than_the_job() -> None:
+    small = render(make({"cpu": 0.5, "memory": "6Gi", "prefetch": True}), RenderOptions()).prefetch
     assert small
     assert pod(small)["containers"][0]["resources"]["limits"] == {"cpu": "500m", "memory": "6Gi"}
 
 
-def of(**changes: Any) -> tuple[str, str]:
-    rendered: Rendered = render(make({"prefetch": True, **changes}), Placement())
+def digests(**changes: Any) -> tuple[str, str]:
+    rendered: RenderedObjects = render(make({"prefetch": True, **changes}), RenderOptions())
     return digest(rendered.training), digest(rendered.prefetch)
 
 
-def test_digest_is_that_of_the_objects() -> None:
-    assert of() == of()
-    training, prefetch = of()
+def test_digest_depends_on_the_rendered_objects() -> None:
+    assert digests() == digests()
+    training, prefetch = digests()
     assert training != prefetch
-    assert not {training, prefetch} & set(of(gpus=4))
+    assert not {training, prefetch} & set(digests(gpus=4))
     job = make()
-    assert digest(render(job, Placement(image="a:1")).training) != digest(render(job, Placement(image="a:2")).training)
-    # In another namespace it is another object; there, too, it can be compared with what is rendered without one.
-    assert digest(render(job, Placement(namespace="a")).training) == digest(render(job, Placement()).training)
+    assert digest(render(job, RenderOptions(image="a:1")).training) != digest(
+        render(job, RenderOptions(image="a:2")).training
+    )
+    # The digest excludes the namespace, so that a Job can be compared with one rendered without a namespace.
+    assert digest(render(job, RenderOptions(namespace="a")).training) == digest(render(job, RenderOptions()).training)
 
 
-LOCAL = "is a path on this machine: a pod can't read it. Put it into object storage: s3://…"
+LOCAL = "is a path on this machine: a pod can't read it. Upload it to object storage: s3://…"
 
 
 @pytest.mark.parametrize(
-    ("source", "told"),
+    ("source", "message"),
     [
         ({"folder": {"uri": "photos/"}}, f'spec.dataset.source.folder.uri: "photos/" {LOCAL}'),
         ({"archive": {"uri": "/tmp/cats.zip"}}, f'spec.dataset.source.archive.uri: "/tmp/cats.zip" {LOCAL}'),
         ({"table": {"uri": "../cats.csv"}}, f'spec.dataset.source.table.uri: "../cats.csv" {LOCAL}'),
     ],
 )
-def test_dataset_on_this_machine_is_refused(source: dict[str, Any], told: str) -> None:
+def test_local_dataset_is_rejected(source: dict[str, Any], message: str) -> None:
     job = with_spec(make(), lambda spec: spec["dataset"].update(source=source))
     with pytest.raises(SpecError) as caught:
-        render(job, Placement())
-    assert str(caught.value) == told
+        render(job, RenderOptions())
+    assert str(caught.value) == message
 
 
 @pytest.mark.parametrize(
-    ("base", "told"),
+    ("base", "message"),
     [
         ({"saved": {"uri": "old.keras"}}, f'spec.model.base.saved.uri: "old.keras" {LOCAL}'),
         (
@@ -224,23 +227,23 @@ def test_dataset_on_this_machine_is_refused(source: dict[str, Any], told: str) -
         ),
     ],
 )
-def test_base_on_this_machine_is_refused(base: dict[str, Any], told: str) -> None:
+def test_local_base_model_is_rejected(base: dict[str, Any], message: str) -> None:
     job = with_spec(make(), lambda spec: spec["model"].update(base=base))
     with pytest.raises(SpecError) as caught:
-        render(job, Placement())
-    assert str(caught.value) == told
+        render(job, RenderOptions())
+    assert str(caught.value) == message
 
 
 @pytest.mark.parametrize("weights", ["imagenet", "none", None, "s3://ml-artifacts/x.weights.h5"])
 @pytest.mark.parametrize("source", [{"archive": {"uri": "https://host/a"}}, {"folder": {"uri": "s3://bucket/photos/"}}])
-def test_what_a_pod_can_reach_is_rendered(weights: str | None, source: dict[str, Any]) -> None:
+def test_remote_sources_and_weights_are_rendered(weights: str | None, source: dict[str, Any]) -> None:
     job = with_spec(make(), lambda spec: spec["model"].update(base={"application": "ResNet50", "weights": weights}))
     job = with_spec(job, lambda spec: spec["dataset"].update(source=source))
     assert len(objects(job)) == 2
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (lambda pod: pod.update(hostNetwork=True), "hostNetwork is set"),
         (lambda pod: pod["volumes"].append({"name": "x", "hostPath": {"path": "/"}}), "volume x is a hostPath"),
@@ -255,14 +258,14 @@ def test_what_a_pod_can_reach_is_rendered(weights: str | None, source: dict[str,
         (lambda pod: pod["containers"][0]["ports"][0].update(hostPort=80), "fine-tune: hostPort"),
     ],
 )
-def test_check_of_the_restricted_standard_finds_what_breaks_it(change: Callable[[Any], Any], told: str) -> None:
-    spec = pod(render(make(), Placement()).training)
+def test_pod_security_check_finds_violations(change: Callable[[Any], Any], message: str) -> None:
+    spec = pod(render(make(), RenderOptions()).training)
     change(spec)
-    assert told in list(violations(spec))
+    assert message in list(pod_security_violations(spec))
 
 
-def test_check_of_the_schemas_finds_a_key_that_is_none() -> None:
-    manifest = render(make(), Placement()).training
+def test_schema_check_finds_an_unknown_key() -> None:
+    manifest = render(make(), RenderOptions()).training
     pod(manifest)["nodeSelektor"] = {}
     with pytest.raises(Exception, match="nodeSelektor"):
-        check_object(manifest)
+        assert_valid_object(manifest)

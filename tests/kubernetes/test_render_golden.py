@@ -1,56 +1,56 @@
-"""The objects of a job, compared whole. `make goldens` writes them anew; read the diff before committing it."""
+"""Golden files: complete rendered_yaml objects. `make goldens` rewrites them; review the diff before you commit it."""
 
 import os
 from pathlib import Path
 
 import pytest
+from object_validation import assert_valid_object
 from ruamel.yaml import YAML
-from standards import check_object
 
-from topwork.cluster.manifests.render import Placement, render
+from topwork.cluster.manifests.render import RenderOptions, render
 from topwork.spec.compute import Compute
 from topwork.spec.loading.loader import read_jobs, read_text
-from topwork.spec.yaml_output import as_yaml
+from topwork.spec.yaml_output import dump_yaml
 
 GOLDEN = Path(__file__).with_name("golden")
-PLACEMENTS = {
-    "least-cpu": Placement(),
-    "no-fine-tune": Placement(),
-    "longest-name": Placement(),
-    "prefetch": Placement(namespace="vision"),
-    "full": Placement(
+OPTIONS = {
+    "least-cpu": RenderOptions(),
+    "no-fine-tune": RenderOptions(),
+    "longest-name": RenderOptions(),
+    "prefetch": RenderOptions(namespace="vision"),
+    "full": RenderOptions(
         image="registry.example.com:5000/ml/topwork@sha256:" + "0123456789abcdef" * 4, namespace="vision"
     ),
 }
 
 
-def rendered(case: str) -> str:
+def rendered_yaml(case: str) -> str:
     (job,) = read_jobs(GOLDEN / case / "job.yaml")
-    return as_yaml(render(job, PLACEMENTS[case]).objects)
+    return dump_yaml(render(job, OPTIONS[case]).objects)
 
 
-def test_each_golden_folder_is_compared() -> None:
-    assert {folder.name for folder in GOLDEN.iterdir()} == PLACEMENTS.keys()
+def test_every_golden_directory_is_tested() -> None:
+    assert {folder.name for folder in GOLDEN.iterdir()} == OPTIONS.keys()
 
 
-@pytest.mark.parametrize("case", PLACEMENTS)
-def test_objects_are_those_of_the_golden_file(case: str) -> None:
+@pytest.mark.parametrize("case", OPTIONS)
+def test_objects_match_the_golden_file(case: str) -> None:
     golden = GOLDEN / case / "objects.yaml"
     if os.environ.get("TOPWORK_WRITE_GOLDENS"):
-        golden.write_text(rendered(case), encoding="utf-8")
-    assert rendered(case) == golden.read_text(encoding="utf-8")
+        golden.write_text(rendered_yaml(case), encoding="utf-8")
+    assert rendered_yaml(case) == golden.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("case", PLACEMENTS)
-def test_every_version_of_kubernetes_takes_the_golden_objects(case: str) -> None:
+@pytest.mark.parametrize("case", OPTIONS)
+def test_golden_objects_are_valid_in_every_kubernetes_version(case: str) -> None:
     for manifest in YAML(typ="safe").load_all(GOLDEN / case / "objects.yaml"):
-        check_object(manifest)
+        assert_valid_object(manifest)
 
 
-@pytest.mark.parametrize("case", PLACEMENTS)
-def test_pod_reads_the_job_that_was_rendered(case: str) -> None:
+@pytest.mark.parametrize("case", OPTIONS)
+def test_config_map_contains_the_rendered_job(case: str) -> None:
     (job,) = read_jobs(GOLDEN / case / "job.yaml")
-    assert read_text(render(job, PLACEMENTS[case]).config_map["data"]["job.yaml"], "job.yaml") == [job]
+    assert read_text(render(job, OPTIONS[case]).config_map["data"]["job.yaml"], "job.yaml") == [job]
 
 
 def test_full_job_uses_every_key_of_compute() -> None:

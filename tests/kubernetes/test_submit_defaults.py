@@ -1,4 +1,4 @@
-"""What `topwork submit` takes from the namespace where a spec says nothing."""
+"""Defaults of the namespace that `topwork submit` fills in."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -46,14 +46,14 @@ def put(server: ApiServer, text: str) -> None:
 
 
 def applied(server: ApiServer) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The spec in the ConfigMap of the only run, and its last container."""
-    (job,) = server.all("Job")
+    """Return the spec in the ConfigMap of the only run, and its main container."""
+    (job,) = server.list("Job")
     config_map = server.get("ConfigMap", job["metadata"]["name"])
     (container,) = job["spec"]["template"]["spec"]["containers"]
     return yaml.safe_load(config_map["data"]["job.yaml"])["spec"], container
 
 
-def test_what_a_spec_does_not_say_comes_from_the_namespace(topwork: Topwork, api_server: ApiServer, spec: Path) -> None:
+def test_submit_fills_in_defaults_of_the_namespace(topwork: Topwork, api_server: ApiServer, spec: Path) -> None:
     put(api_server, DEFAULTS)
     code, lines = topwork("submit", spec)
     assert code == 0
@@ -67,7 +67,7 @@ def test_what_a_spec_does_not_say_comes_from_the_namespace(topwork: Topwork, api
     assert container["image"] == "registry.example.com/topwork:1"
 
 
-def test_the_command_line_comes_before_the_defaults(topwork: Topwork, api_server: ApiServer, spec: Path) -> None:
+def test_command_line_takes_precedence_over_defaults(topwork: Topwork, api_server: ApiServer, spec: Path) -> None:
     put(api_server, DEFAULTS)
     code, lines = topwork(
         "submit", spec, "--image", "own:1", "--set", "spec.compute.queue=b", "--set", "spec.compute.gpus=null"
@@ -78,43 +78,45 @@ def test_the_command_line_comes_before_the_defaults(topwork: Topwork, api_server
     assert "image" not in lines[0]
 
 
-def test_without_defaults_a_spec_names_its_storage(topwork: Topwork, api_server: ApiServer, spec: Path) -> None:
+def test_storage_is_required_without_defaults(topwork: Topwork, api_server: ApiServer, spec: Path) -> None:
     code, lines = topwork("submit", spec)
     assert code == 2
     assert "spec.storage" in lines[0]
-    assert api_server.all("Job") == []
+    assert api_server.list("Job") == []
 
 
-def test_who_must_not_read_the_defaults_goes_without(topwork: Topwork, api_server: ApiServer, spec: Path) -> None:
+def test_submit_without_permission_to_read_defaults_ignores_them(
+    topwork: Topwork, api_server: ApiServer, spec: Path
+) -> None:
     put(api_server, DEFAULTS)
-    api_server.plant(
-        Fault(api_statuses.rbac("get", "configmaps", "team-a", "topwork-defaults"), path="topwork-defaults")
+    api_server.inject(
+        Fault(api_statuses.rbac_denied("get", "configmaps", "team-a", "topwork-defaults"), path="topwork-defaults")
     )
     code, lines = topwork("submit", spec, "--set", "spec.storage=s3://own")
     assert code == 0
-    assert any(line.startswith("Note: configmap/topwork-defaults is not taken into account: ") for line in lines)
+    assert any(line.startswith("Note: configmap/topwork-defaults is ignored: ") for line in lines)
     assert "queue" not in applied(api_server)[0]["compute"]
 
 
-def test_a_wrong_default_is_told_with_its_place(topwork: Topwork, api_server: ApiServer, spec: Path) -> None:
+def test_invalid_default_is_reported_with_its_key(topwork: Topwork, api_server: ApiServer, spec: Path) -> None:
     put(api_server, "spec: {storage: s3://artifacts, compute: {gpus: 99, quue: a}}")
     code, lines = topwork("submit", spec)
     assert code == 2
     assert lines[0].startswith("configmap/topwork-defaults: spec.compute.gpus: 99 is not allowed")
-    assert lines[1].startswith("configmap/topwork-defaults: spec.compute.quue: no such key. Did you mean queue?")
+    assert lines[1].startswith("configmap/topwork-defaults: spec.compute.quue: unknown key. Did you mean queue?")
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
-        ("imag: a", "imag: no such key. Did you mean image? Known: image, spec."),
-        ("spec: {seed: 1}", "spec.seed: no such key. Known: storage, compute, metrics."),
+        ("imag: a", "imag: unknown key. Did you mean image? Known keys: image, spec."),
+        ("spec: {seed: 1}", "spec.seed: unknown key. Known keys: storage, compute, metrics."),
         ("spec: {compute: [1]}", "spec.compute: a list of 1 is not allowed. Allowed: a mapping."),
         ("image: 1", "image: 1 is not allowed. Allowed: text."),
         ("- a", "a list of 1 is not allowed. Allowed: a mapping."),
     ],
 )
-def test_defaults_of_another_shape_are_refused(text: str, told: str) -> None:
-    with pytest.raises(SettingError) as refused:
+def test_parse_defaults_rejects_invalid_structure(text: str, message: str) -> None:
+    with pytest.raises(SettingError) as raised:
         parse_defaults(text)
-    assert str(refused.value) == f"configmap/topwork-defaults: defaults.yaml: {told}"
+    assert str(raised.value) == f"configmap/topwork-defaults: defaults.yaml: {message}"

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from topwork.cli import app
 from topwork.clients.prometheus.metrics import Metrics
-from topwork.clients.prometheus.pushgateway import push
+from topwork.clients.prometheus.pushgateway import push_outcome
 from topwork.spec.loading.loader import read_jobs
 
 SERVER = shutil.which("prometheus-pushgateway")
@@ -42,12 +42,12 @@ def gateway():
 
 def outcome(run: str = RUN, accuracy: float = 0.9) -> Metrics:
     metrics = Metrics()
-    metrics.describe(job="cats", run=run, stage="fine-tune", version="0.1.0")
-    with metrics.stage("transfer"):
-        metrics.step(images=64, seconds=0.2)
-    metrics.evaluation("test", {"accuracy": accuracy})
-    metrics.gates_failed(1)
-    metrics.exit_code("fine-tune", 3)
+    metrics.start_job(job="cats", run=run, stage="fine-tune", version="0.1.0")
+    with metrics.track_stage("transfer"):
+        metrics.record_step(images=64, seconds=0.2)
+    metrics.set_evaluation("test", {"accuracy": accuracy})
+    metrics.set_failed_gates(1)
+    metrics.set_exit_code("fine-tune", 3)
     return metrics
 
 
@@ -59,9 +59,9 @@ def shown(gateway: str, run: str = RUN) -> list[str]:
 
 
 def test_the_outcome_of_a_run_replaces_what_stood_for_it_and_goes_when_it_is_deleted(gateway):
-    push(gateway, outcome(accuracy=0.1))
-    push(gateway, outcome())
-    push(gateway, outcome("cats-87654321"))
+    push_outcome(gateway, outcome(accuracy=0.1))
+    push_outcome(gateway, outcome())
+    push_outcome(gateway, outcome("cats-87654321"))
     labels = f'instance="",job="topwork",name="accuracy",run="{RUN}",split="test",transferjob="cats"'
     lines = shown(gateway)
     assert f"topwork_metric{{{labels}}} 0.9" in lines
@@ -72,11 +72,11 @@ def test_the_outcome_of_a_run_replaces_what_stood_for_it_and_goes_when_it_is_del
     assert shown(gateway) == []
     assert shown(gateway, "cats-87654321")
     told = CliRunner().invoke(app, ["metrics", "delete", RUN, "--pushgateway", gateway])
-    assert (told.exit_code, told.output) == (0, f"{gateway} holds nothing of {RUN}.\n")
+    assert (told.exit_code, told.output) == (0, f"{gateway} has no metrics of {RUN}.\n")
 
 
 def test_the_page_of_a_pushgateway_is_clean_for_promtool(gateway):
-    push(gateway, outcome())
+    push_outcome(gateway, outcome())
     with urllib.request.urlopen(f"{gateway}/metrics", timeout=60) as answer:
         families = answer.read().decode().split("# HELP ")
     page = "".join(f"# HELP {family}" for family in families if family.startswith("topwork_")).encode()
@@ -87,7 +87,7 @@ def test_the_page_of_a_pushgateway_is_clean_for_promtool(gateway):
 
 def test_a_job_spec_says_which_run_and_which_pushgateway(gateway):
     run = read_jobs(SPEC)[0].run
-    push(gateway, outcome(run))
+    push_outcome(gateway, outcome(run))
     address = ("--set", f"spec.metrics.pushgateway={gateway}")
     told = CliRunner().invoke(app, ["metrics", "delete", "--file", str(SPEC), *address])
     assert (told.exit_code, told.output) == (0, f"Deleted {run} from {gateway}.\n")

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(not shutil.which("prometheus"), reason="needs Pr
 
 def process(run: str, stage: str) -> Metrics:
     metrics = Metrics(gpus=False)
-    metrics.describe(job=run.rpartition("-")[0], run=run, stage=stage, version="1.2.3")
+    metrics.start_job(job=run.rpartition("-")[0], run=run, stage=stage, version="1.2.3")
     return metrics
 
 
@@ -85,13 +85,13 @@ def test_runs_are_read_with_the_rates_of_their_scrapes(start):
     pushed, _ = start_http_server(0, "127.0.0.1", registry=outcome.outcome)
     ports = metrics.serve(0, "127.0.0.1"), other.serve(0, "127.0.0.1")
     gateway = {"targets": [f"127.0.0.1:{pushed.server_port}"]}
-    with metrics.stage("transfer"), other.stage("pull"):
-        metrics.epochs_planned("transfer", 20)
-        metrics.epoch("transfer", 5)
-        metrics.step(images=64, seconds=9.0)
+    with metrics.track_stage("transfer"), other.track_stage("pull"):
+        metrics.set_planned_epochs("transfer", 20)
+        metrics.set_epoch("transfer", 5)
+        metrics.record_step(images=64, seconds=9.0)
         url = start(pod(ports[0], f"{RUN}-abcde"), {**pod(ports[1], "dogs-22222222-fghij")}, gateway)
         eventually(lambda: samples_of(url, "topwork_steps_total%5B1m%5D") >= 4)
-        metrics.step(images=64, seconds=0.25)
+        metrics.record_step(images=64, seconds=0.25)
         cats = eventually(lambda: [one for one in top(url, "cats") if one["speed"]["lately"]])[0]
         assert [one["run"] for one in top(url)] == [RUN, "dogs-22222222"]
         assert [one["run"] for one in top(url, "-n", "team-a")] == [RUN, "dogs-22222222"]

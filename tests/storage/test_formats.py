@@ -8,7 +8,7 @@ from topwork import __version__
 from topwork.errors import DataError
 from topwork.registry import versions
 from topwork.stages.publish import published_earlier
-from topwork.stages.pull import pulled_earlier
+from topwork.stages.pull import find_pulled_dataset
 
 PUBLISHED = {"name": "tiny", "version": 1, "uri": "s3://…", "report_uri": "s3://…", "metrics": {}, "split": "test",
              "images": 1}  # fmt: skip
@@ -16,7 +16,7 @@ PUBLISHED = {"name": "tiny", "version": 1, "uri": "s3://…", "report_uri": "s3:
 
 def pulled(job, workspace, content):
     workspace.storage.write(f"runs/{job.run}/pull/done.json", content)
-    return pulled_earlier(job, workspace)
+    return find_pulled_dataset(job, workspace)
 
 
 def published(job, workspace, content):
@@ -34,7 +34,7 @@ def pointed(job, workspace, content):
 def test_a_record_of_another_format_asks_for_the_other_topwork(make_job, workspace, read, found, age):
     with pytest.raises(DataError) as caught:
         read(make_job(), workspace, json.dumps({"format": found}).encode())
-    assert f"has format {found}; topwork {__version__} reads format 1. Read it with {age} topwork" in str(caught.value)
+    assert f"has format {found}, but topwork {__version__} reads format 1. Read it with {age} topwork" in str(caught.value)
     assert str(caught.value).startswith(workspace.storage.uri)
 
 
@@ -62,5 +62,5 @@ def test_a_manifest_that_describes_no_dataset_is_named(make_job, workspace):
     manifest = {"format": 1, "files": {}, "facts": {"name": "photos"}}
     workspace.storage.write("datasets/photos/aaaa/manifest.json", json.dumps(manifest).encode())
     done = json.dumps({"format": 1, "dataset": "datasets/photos/aaaa"}).encode()
-    with pytest.raises(DataError, match=r"datasets/photos/aaaa does not describe a dataset of topwork: Field required"):
+    with pytest.raises(DataError, match=r"datasets/photos/aaaa does not describe a topwork dataset: Field required"):
         pulled(make_job(), workspace, done)

@@ -6,9 +6,9 @@ from datetime import timedelta
 import pytest
 from typer.testing import CliRunner
 
-from topwork.artifacts import write_whole
+from topwork.artifacts import write_artifact
 from topwork.cli import app
-from topwork.cli.runtime.exit_codes import failure_of
+from topwork.cli.runtime.shutdown import to_topwork_error
 from topwork.registry.garbage_collection import leftovers, remove
 from topwork.registry.versions import Version, claim
 
@@ -19,7 +19,7 @@ PART_BYTES = 5 << 20
 def whole(storage, prefix, folder, facts=None):
     folder.mkdir(exist_ok=True)
     (folder / "file").write_bytes(b"1234")
-    write_whole(storage, prefix, folder, facts or {})
+    write_artifact(storage, prefix, folder, facts or {})
 
 
 def version(number, dataset):
@@ -67,12 +67,12 @@ def littered(used, storage, tmp_path):
     storage.write("runs/cats-2/transfer/model-fedcba9876543210.keras", b"another process was faster")
     whole(storage, "runs/cats-2/transfer/checkpoints/00002", tmp_path / "made")
     storage.write("runs/cats-2/transfer/features/train-0000000000.npy", b"features")
-    upload = storage._client.create_multipart_upload(Bucket=storage._bucket, Key=f"{storage._base}runs/cats-3/big")
+    upload = storage._client.create_multipart_upload(Bucket=storage._bucket, Key=f"{storage._key_prefix}runs/cats-3/big")
     storage._client.upload_part(
-        Bucket=storage._bucket, Key=f"{storage._base}runs/cats-3/big", UploadId=upload["UploadId"], PartNumber=1,
+        Bucket=storage._bucket, Key=f"{storage._key_prefix}runs/cats-3/big", UploadId=upload["UploadId"], PartNumber=1,
         Body=bytes(PART_BYTES),
     )  # fmt: skip
-    storage._client.create_multipart_upload(Bucket=storage._bucket, Key=f"{storage._base}foreign/big")
+    storage._client.create_multipart_upload(Bucket=storage._bucket, Key=f"{storage._key_prefix}foreign/big")
     return used | {"runs/cats-2/transfer/done.json", NAMED}
 
 
@@ -101,7 +101,7 @@ def test_every_kind_of_leftover_goes_and_nothing_else(littered, storage):
     assert sizes["runs/cats-1/fine-tune/checkpoints/00001"] == len(b"half")
     assert [leftover.prefix for leftover in remove(storage, found)] == sorted(GOES)
     assert {stored.key for stored in storage.list()} == littered
-    assert [upload.key for upload in storage.uploads.unfinished(older_than_seconds=0)] == ["foreign/big"]
+    assert [upload.key for upload in storage.multipart_uploads.list_incomplete(older_than_seconds=0)] == ["foreign/big"]
     assert leftovers(storage, AT_ONCE) == []
 
 
@@ -146,6 +146,6 @@ def test_a_dry_run_lists_and_deletes_nothing_and_the_next_one_says_what_it_freed
 
 
 def test_a_limit_that_is_none_is_refused(command):
-    assert str(failure_of(command("--older-than", "soon").exception)) == (
+    assert str(to_topwork_error(command("--older-than", "soon").exception)) == (
         "--older-than is 'soon': expected a whole number of minutes, hours or days, such as 90m, 24h or 7d."
     )

@@ -13,15 +13,15 @@ from keras.src.applications import efficientnet, mobilenet
 from keras.src.legacy.saving import legacy_h5_format
 
 from topwork.errors import DataError, UnavailableError
-from topwork.model.backbones import backbone
-from topwork.model.classifier import in_precision
-from topwork.model.freezing import leaves
+from topwork.model.backbones import find_backbone
+from topwork.model.classifier import with_precision
+from topwork.model.layer_tree import leaf_layers
 from topwork.spec.model import Base
 from topwork.stages.fine_tune import fine_tune
 from topwork.stages.pull import pull
 from topwork.stages.transfer import transfer
 from topwork.training import base_files
-from topwork.training.base_files import base_file, mirror_weights
+from topwork.training.base_files import fetch_base_file, mirror_weights
 
 
 @pytest.fixture
@@ -36,23 +36,23 @@ def test_weights_of_a_file_are_mirrored_once_and_found(workspace, weights):
     file, values = weights
     assert mirror_weights("MobileNet", workspace, file) is False
     assert mirror_weights("MobileNet", workspace, file) is True
-    found = base_file(Base(application="MobileNet"), workspace)
+    found = fetch_base_file(Base(application="MobileNet"), workspace)
     assert found.name == "MobileNet.weights.h5"
-    model = backbone("MobileNet").build((64, 48), found)
+    model = find_backbone("MobileNet").build((64, 48), found)
     for mine, given in zip(model.get_weights(), values, strict=True):
         np.testing.assert_array_equal(mine, given)
-    assert base_file(Base(application="MobileNet", weights="none"), workspace) is None
+    assert fetch_base_file(Base(application="MobileNet", weights="none"), workspace) is None
 
 
 def test_weights_that_the_spec_names_are_taken_from_a_local_path_and_from_storage(workspace, weights):
     file, values = weights
     workspace.storage.upload(file, "bases/own.weights.h5")
     for where in (str(file), f"{workspace.storage.uri}/bases/own.weights.h5"):
-        found = base_file(Base(application="MobileNet", weights=where), workspace)
-        for mine, given in zip(backbone("MobileNet").build((32, 32), found).get_weights(), values, strict=True):
+        found = fetch_base_file(Base(application="MobileNet", weights=where), workspace)
+        for mine, given in zip(find_backbone("MobileNet").build((32, 32), found).get_weights(), values, strict=True):
             np.testing.assert_array_equal(mine, given)
     with pytest.raises(DataError, match=r"^spec\.model\.base\.weights is /no/w\.h5, and there's no such file here"):
-        base_file(Base(application="MobileNet", weights="/no/w.h5"), workspace)
+        fetch_base_file(Base(application="MobileNet", weights="/no/w.h5"), workspace)
 
 
 def test_weights_of_another_model_are_refused_and_nothing_is_stored(workspace, weights):
@@ -69,7 +69,7 @@ def test_the_files_that_keras_itself_offers_are_taken(workspace, tmp_path):
     with h5py.File(tmp_path / "mobilenet_1_0_224_tf_no_top.h5", "w") as file:
         legacy_h5_format.save_weights_to_hdf5_group(file, model)
     mirror_weights("MobileNet", workspace, tmp_path / "mobilenet_1_0_224_tf_no_top.h5")
-    other = backbone("MobileNet").build((32, 32), base_file(Base(application="MobileNet"), workspace))
+    other = find_backbone("MobileNet").build((32, 32), fetch_base_file(Base(application="MobileNet"), workspace))
     for mine, given in zip(other.get_weights(), model.get_weights(), strict=True):
         np.testing.assert_array_equal(mine, given)
 
@@ -86,7 +86,7 @@ def test_weights_that_can_not_be_downloaded_end_soon_and_name_the_command(worksp
     # Keras' own address, on a port of this machine that nobody listens on.
     monkeypatch.setattr(mobilenet, "BASE_WEIGHT_PATH", "http://127.0.0.1:9/")
     with pytest.raises(UnavailableError) as error:
-        base_file(Base(application="MobileNet"), workspace)
+        fetch_base_file(Base(application="MobileNet"), workspace)
     assert f"run `topwork mirror weights {workspace.storage.uri} MobileNet` on a machine that has it" in str(
         error.value
     )
@@ -102,10 +102,10 @@ def test_a_download_is_kept_for_the_next_run(workspace, weights, monkeypatch, tm
         threading.Thread(target=server.serve_forever, daemon=True).start()
         no_downloads_before(monkeypatch, tmp_path / "home")
         monkeypatch.setattr(mobilenet, "BASE_WEIGHT_PATH", f"http://127.0.0.1:{server.server_port}/")
-        first = base_file(Base(application="MobileNet"), workspace).read_bytes()
+        first = fetch_base_file(Base(application="MobileNet"), workspace).read_bytes()
         server.shutdown()
     shutil.rmtree(tmp_path / "home")
-    assert base_file(Base(application="MobileNet"), workspace).read_bytes() == first
+    assert fetch_base_file(Base(application="MobileNet"), workspace).read_bytes() == first
     assert capsys.readouterr().out == ""
 
 
@@ -119,15 +119,15 @@ def test_imagenet_weights_of_efficientnet_mean_the_same_from_a_file_as_from_kera
         legacy_h5_format.save_weights_to_hdf5_group(file, model)
     monkeypatch.setattr(efficientnet.file_utils, "get_file", lambda name, *args, **kwargs: str(tmp_path / name))
     by_keras = keras.applications.EfficientNetB0(weights="imagenet", include_top=False, input_shape=(32, 32, 3))
-    mirrored = backbone("EfficientNetB0").build((32, 32), base_file(Base(application="EfficientNetB0"), workspace))
-    of_file = backbone("EfficientNetB0").build((32, 32), tmp_path / "efficientnetb0_notop.h5")
+    mirrored = find_backbone("EfficientNetB0").build((32, 32), fetch_base_file(Base(application="EfficientNetB0"), workspace))
+    of_file = find_backbone("EfficientNetB0").build((32, 32), tmp_path / "efficientnetb0_notop.h5")
     pixels = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3)).astype(np.float32)
     expected = by_keras.predict_on_batch(pixels)
     np.testing.assert_allclose(mirrored.predict_on_batch(pixels), expected, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(of_file.predict_on_batch(pixels), expected, rtol=1e-4, atol=1e-6)
     # In half precision the model is a copy, whose normalization must not go back to mean 0 and variance 1.
     image = keras.Input((32, 32, 3), name="image")
-    classifier = in_precision(keras.Model(image, mirrored(image)), "mixed_bfloat16")
+    classifier = with_precision(keras.Model(image, mirrored(image)), "mixed_bfloat16")
     norms = [x for x in classifier.layers[-1].layers if isinstance(x, keras.layers.Normalization)]
     np.testing.assert_allclose(np.asarray(norms[0].mean, np.float32).ravel(), [0.485, 0.456, 0.406], rtol=1e-2)
 
@@ -140,29 +140,29 @@ def test_pixels_are_scaled_as_keras_does_whatever_a_model_is_called():
         return [layer.get_config() | {"name": ""} for layer in model.layers if isinstance(layer, kinds)]
 
     by_keras = keras.applications.EfficientNetV2S(weights=None, include_top=False, input_shape=(32, 32, 3))
-    assert scaling(backbone("EfficientNetV2S").build((32, 32), None)) == scaling(by_keras)
+    assert scaling(find_backbone("EfficientNetV2S").build((32, 32), None)) == scaling(by_keras)
 
 
 def test_files_come_from_storage_or_from_disk(workspace, tmp_path):
     workspace.storage.write("own/a.weights.h5", b"weights")
     uri = workspace.storage.uri_of("own/a.weights.h5")
-    assert base_file(Base(application="MobileNet", weights=uri), workspace).read_bytes() == b"weights"
+    assert fetch_base_file(Base(application="MobileNet", weights=uri), workspace).read_bytes() == b"weights"
     (tmp_path / "a.keras").write_bytes(b"model")
     base = Base.model_validate({"saved": {"uri": str(tmp_path / "a.keras")}})
-    assert base_file(base, workspace) == tmp_path / "a.keras"
+    assert fetch_base_file(base, workspace) == tmp_path / "a.keras"
 
 
 def test_a_file_that_is_not_there_is_named(workspace):
     uri = workspace.storage.uri_of("own/a.keras")
     with pytest.raises(DataError, match=rf"^spec\.model\.base\.saved\.uri is {uri}, and there's no such object"):
-        base_file(Base.model_validate({"saved": {"uri": uri}}), workspace)
+        fetch_base_file(Base.model_validate({"saved": {"uri": uri}}), workspace)
     with pytest.raises(DataError, match=r"^spec\.model\.base\.saved\.uri is /nowhere/a\.h5, and there's no such file"):
-        base_file(Base.model_validate({"saved": {"uri": "/nowhere/a.h5"}}), workspace)
+        fetch_base_file(Base.model_validate({"saved": {"uri": "/nowhere/a.h5"}}), workspace)
 
 
 def test_a_mirrored_backbone_goes_through_both_stages_with_its_statistics_untouched(make_job, workspace, tmp_path):
     source = keras.applications.MobileNetV2(include_top=False, weights=None, input_shape=(32, 32, 3))
-    for layer in leaves(source):
+    for layer in leaf_layers(source):
         if isinstance(layer, keras.layers.BatchNormalization):
             # Unlike those of the images: one normalization that is not in inference mode would move them.
             layer.moving_mean.assign(np.full(layer.moving_mean.shape, 0.1))
@@ -177,10 +177,10 @@ def test_a_mirrored_backbone_goes_through_both_stages_with_its_statistics_untouc
     classifier = fine_tune(job, transfer(job, dataset, workspace), dataset, workspace)
     path = workspace.scratch / "end.keras"
     workspace.storage.download(classifier.key, path, classifier.file)
-    ended = {layer.name: layer.get_weights() for layer in leaves(keras.models.load_model(path, compile=False))}
+    ended = {layer.name: layer.get_weights() for layer in leaf_layers(keras.models.load_model(path, compile=False))}
     moved = {
         layer.name
-        for layer in leaves(source)
+        for layer in leaf_layers(source)
         if layer.weights
         and any(not np.array_equal(a, b) for a, b in zip(layer.get_weights(), ended[layer.name], strict=True))
     }

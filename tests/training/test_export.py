@@ -1,4 +1,4 @@
-"""Every export format, loaded by its own library in another process, against the model that was exported."""
+"""Every export format, loaded by its own library in another process, predicts like the exported model."""
 
 import keras
 import numpy as np
@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from topwork.data.decoding import resize
 from topwork.errors import SpecError
-from topwork.model.export import export, with_probabilities
+from topwork.model.export import export_model, add_probabilities
 from topwork.report import export_check as module
 from topwork.report.export_check import recheck, spread, write_questions
 from topwork.report.exported_model import load
@@ -31,7 +31,7 @@ def logits_model(classes, policy="float32"):
 
 
 def ask(model, folder):
-    """Questions about 12 random images, half of them as PNG files too."""
+    """Inputs for the export check: 12 random images, half of them also as PNG files."""
     random = np.random.default_rng(3)
     images = random.integers(0, 256, (12, 32, 32, 3), dtype=np.uint8)
     probabilities = model(images.astype(np.float32), training=False).numpy()
@@ -41,13 +41,13 @@ def ask(model, folder):
 
 
 @pytest.mark.parametrize("classes", [2, 3])
-def test_every_format_answers_as_the_model_and_a_tampered_one_is_noticed(classes, tmp_path, capfd):
-    model = with_probabilities(logits_model(classes), classes)
+def test_every_format_predicts_like_the_model_and_tampering_is_detected(classes, tmp_path, capfd):
+    model = add_probabilities(logits_model(classes), classes)
     probabilities = ask(model, tmp_path / "questions")
     np.testing.assert_allclose(probabilities.sum(axis=1), 1.0, atol=1e-6)
     version = tmp_path / "version"
     version.mkdir()
-    files = export(model, ("a", "b", "ünïcode")[:classes], FORMATS, resize, version)
+    files = export_model(model, ("a", "b", "ünïcode")[:classes], FORMATS, resize, version)
     assert capfd.readouterr().out == ""
     assert files == ("model.keras", "saved_model.pb", "model.tflite", "model.onnx")
     if classes == 2:  # one process is enough to prove the process
@@ -68,9 +68,9 @@ def _tamper(model):
     model.set_weights([weights * 1.05 for weights in model.get_weights()])
 
 
-def test_the_saved_model_takes_images_and_files_of_any_size(tmp_path):
-    model = with_probabilities(logits_model(3), 3)
-    export(model, ("a", "b", "ünïcode"), ("savedModel",), resize, tmp_path)
+def test_saved_model_accepts_images_and_files_of_any_size(tmp_path):
+    model = add_probabilities(logits_model(3), 3)
+    export_model(model, ("a", "b", "ünïcode"), ("savedModel",), resize, tmp_path)
     signatures = tf.saved_model.load(str(tmp_path)).signatures
     sizes = [(50, 41), (32, 32), (20, 90)]
     pictures = [tf.random.stateless_uniform((*size, 3), (0, 1), 0, 256, tf.int32) for size in sizes]
@@ -87,9 +87,9 @@ def test_the_saved_model_takes_images_and_files_of_any_size(tmp_path):
     np.testing.assert_allclose(by_image, wanted[:1], atol=1e-6)
 
 
-def test_a_grey_file_is_answered_as_a_coloured_one(tmp_path):
-    model = with_probabilities(logits_model(2), 2)
-    export(model, ("a", "b"), ("savedModel",), resize, tmp_path)
+def test_grayscale_file_is_predicted_like_an_rgb_one(tmp_path):
+    model = add_probabilities(logits_model(2), 2)
+    export_model(model, ("a", "b"), ("savedModel",), resize, tmp_path)
     encoded = tf.saved_model.load(str(tmp_path)).signatures["encoded"]
     grey = tf.cast(tf.random.stateless_uniform((40, 40, 1), (0, 1), 0, 256, tf.int32), tf.uint8)
     files = [tf.io.encode_png(grey), tf.io.encode_png(tf.repeat(grey, 3, axis=-1)), tf.io.encode_jpeg(grey)]
@@ -97,49 +97,49 @@ def test_a_grey_file_is_answered_as_a_coloured_one(tmp_path):
     np.testing.assert_array_equal(answers[0], answers[1])
 
 
-def test_a_model_trained_in_mixed_precision_is_published_in_float32(tmp_path):
+def test_mixed_precision_model_is_exported_in_float32(tmp_path):
     mixed = logits_model(3, "mixed_bfloat16")
     exact = logits_model(3)
     exact.set_weights(mixed.get_weights())
     images = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3)).astype(np.float32)
-    published = with_probabilities(mixed, 3)
-    np.testing.assert_array_equal(published(images).numpy(), with_probabilities(exact, 3)(images).numpy())
-    export(published, ("a", "b", "c"), ("keras", "tflite"), resize, tmp_path)
+    published = add_probabilities(mixed, 3)
+    np.testing.assert_array_equal(published(images).numpy(), add_probabilities(exact, 3)(images).numpy())
+    export_model(published, ("a", "b", "c"), ("keras", "tflite"), resize, tmp_path)
     np.testing.assert_allclose(load(tmp_path, "tflite").predict(images), published(images).numpy(), atol=1e-5)
 
 
-def test_a_format_that_a_model_can_not_have_is_named(tmp_path, monkeypatch):
-    model = with_probabilities(logits_model(2), 2)
+def test_unsupported_format_is_reported(tmp_path, monkeypatch):
+    model = add_probabilities(logits_model(2), 2)
 
     def refuse(*arguments, **named):
         raise ValueError("no converter for Frobnicate\nand pages more")
 
     monkeypatch.setattr(model, "export", refuse)
     with pytest.raises(SpecError) as raised:
-        export(model, ("a", "b"), ("onnx",), resize, tmp_path)
+        export_model(model, ("a", "b"), ("onnx",), resize, tmp_path)
     assert str(raised.value) == (
-        "spec.publish.formats holds onnx, but this model can't be converted to it (ValueError: no converter for "
-        "Frobnicate). Leave onnx out."
+        "spec.publish.formats contains onnx, but this model cannot be converted to onnx (ValueError: no converter for "
+        "Frobnicate). Remove onnx from the list."
     )
 
 
-def test_an_operation_that_onnx_does_not_know_is_named(tmp_path):
+def test_operation_unsupported_by_onnx_is_reported(tmp_path):
     image = keras.Input((32, 32, 3), name="image")
     features = keras.layers.Activation("gelu")(keras.layers.GlobalAveragePooling2D()(image))
-    model = with_probabilities(keras.Model(image, keras.layers.Dense(3)(features)), 3)
-    with pytest.raises(SpecError, match=r"holds onnx, but .* ONNX has no operation like Erfc\)\. Leave onnx out\."):
-        export(model, ("a", "b", "c"), ("onnx",), resize, tmp_path)
+    model = add_probabilities(keras.Model(image, keras.layers.Dense(3)(features)), 3)
+    with pytest.raises(SpecError, match=r"contains onnx, but .* ONNX does not support Erfc\)\. Remove onnx from the list\."):
+        export_model(model, ("a", "b", "c"), ("onnx",), resize, tmp_path)
 
 
-def test_a_file_that_does_not_load_stops_the_recheck(tmp_path):
-    model = with_probabilities(logits_model(2), 2)
+def test_export_check_fails_if_a_file_does_not_load(tmp_path):
+    model = add_probabilities(logits_model(2), 2)
     ask(model, tmp_path / "questions")
     (tmp_path / "model.keras").write_bytes(b"not a model")
     with pytest.raises(RuntimeError, match="What was exported does not load in a fresh process"):
         recheck(tmp_path, tmp_path / "questions", ("keras",))
 
 
-def test_indices_are_spread_over_the_whole_split():
+def test_sampled_indices_are_spread_over_the_split():
     assert spread(5, 10).tolist() == [0, 1, 2, 3, 4]
     assert spread(101, 3).tolist() == [0, 50, 100]
     assert spread(1, 3).tolist() == [0]

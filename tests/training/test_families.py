@@ -1,4 +1,4 @@
-"""One model of each family of keras.applications, transferred and fine-tuned: what is frozen stays bit for bit."""
+"""One model of each family of keras.applications, transferred and fine-tuned: frozen layers stay bit-identical."""
 
 import io
 import os
@@ -11,18 +11,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from topwork.cli.output.progress import NoProgress
 from topwork.clients.prometheus.metrics import Metrics
 from topwork.clients.s3.storage import Storage
-from topwork.model.backbones import backbone
-from topwork.model.layer_groups import blocks
-from topwork.model.layer_tree import leaves
-from topwork.progress import Quiet
+from topwork.model.backbones import find_backbone
+from topwork.model.layer_groups import name_layer_groups
+from topwork.model.layer_tree import leaf_layers
 from topwork.spec import TransferJob
-from topwork.spec.applications import LEAST_SIDE
+from topwork.spec.applications import MIN_SIDE
 from topwork.stages.fine_tune import fine_tune
 from topwork.stages.pull import pull
 from topwork.stages.transfer import transfer
-from topwork.training.base_files import mirror_key
+from topwork.training.base_files import mirrored_weights_key
 from topwork.workspace import Workspace
 
 
@@ -73,8 +73,8 @@ SHORT_FORM = {"ConvNeXtTiny", "EfficientNetV2B0", "MobileNetV2"}
 
 
 @pytest.fixture(scope="module")
-def surroundings(s3_settings, tmp_path_factory):
-    """Storage, scratch and a folder of images that all families share."""
+def environment(s3_settings, tmp_path_factory):
+    """Storage, scratch and image directory shared by all families."""
     folder = tmp_path_factory.mktemp("families")
     random = np.random.default_rng(0)
     for channel, name in ((2, "blue"), (0, "red")):
@@ -85,7 +85,7 @@ def surroundings(s3_settings, tmp_path_factory):
             Image.fromarray(pixels).save(folder / "photos" / name / f"{index}.png")
     storage = Storage(f"s3://topwork-test/{uuid.uuid4().hex[:12]}", s3_settings)
     (folder / "scratch").mkdir()
-    return Workspace(storage, Metrics(), Quiet(), folder / "scratch"), folder / "photos"
+    return Workspace(storage, Metrics(), NoProgress(), folder / "scratch"), folder / "photos"
 
 
 def job_of(name, unfreeze, workspace, photos):
@@ -95,7 +95,7 @@ def job_of(name, unfreeze, workspace, photos):
         "dataset": {
             "source": {"folder": {"uri": str(photos)}},
             "splits": {"train": "train[:12]", "test": "train[12:]"},
-            "imageSize": [LEAST_SIDE[name], LEAST_SIDE[name]],
+            "imageSize": [MIN_SIDE[name], MIN_SIDE[name]],
         },
         "model": {"base": {"application": name, "weights": "imagenet"}, "head": {"dropout": 0.0}},
         "transfer": {"epochs": 1, "batchSize": 6, "featureCache": cache},
@@ -108,21 +108,21 @@ def job_of(name, unfreeze, workspace, photos):
 
 
 def upload_weights(name, workspace, folder):
-    """Put weights where `topwork mirror weights` puts them, with statistics that no image would leave as they are."""
-    model = backbone(name).build((LEAST_SIDE[name], LEAST_SIDE[name]), None)
+    """Store weights like `topwork mirror weights`, with statistics that any training image would change."""
+    model = find_backbone(name).build((MIN_SIDE[name], MIN_SIDE[name]), None)
     random = np.random.default_rng(0)
-    for layer in leaves(model):
+    for layer in leaf_layers(model):
         if isinstance(layer, keras.layers.BatchNormalization):
             layer.moving_mean.assign(random.normal(0, 0.05, layer.moving_mean.shape))
             layer.moving_variance.assign(random.uniform(0.8, 1.2, layer.moving_variance.shape))
     path = folder / f"{name}.weights.h5"
     model.save_weights(path)
-    workspace.storage.upload(path, mirror_key(name))
+    workspace.storage.upload(path, mirrored_weights_key(name))
     return model, path
 
 
 def by_layer(file):
-    """Read the arrays of each layer from a weights file of Keras, without Keras."""
+    """Read the arrays of each layer from a Keras weights file, without Keras."""
     found = {}
 
     def visit(path, item):
@@ -141,7 +141,7 @@ def stored(classifier, workspace):
 
 
 def changed(before, after):
-    """Name the layers of which a single bit is another."""
+    """Return the names of the layers that differ in at least one bit."""
     return {
         name
         for name, arrays in before.items()
@@ -150,8 +150,8 @@ def changed(before, after):
 
 
 def unfrozen(model, what):
-    """Name the layers that `spec.fineTune.unfreeze` asks for, counted by hand; batch normalization stays frozen."""
-    layers = [layer for layer in leaves(model) if layer.weights]
+    """Return the names of the layers that `spec.fineTune.unfreeze` selects; BatchNormalization stays frozen."""
+    layers = [layer for layer in leaf_layers(model) if layer.weights]
     if what != "all":
         names = [layer.name for layer in layers]
         layers = layers[-what["layers"] :] if "layers" in what else layers[names.index(what["from"]) :]
@@ -159,19 +159,19 @@ def unfrozen(model, what):
 
 
 def families():
-    """Each of them; most in the long form alone, as their graphs take long to build."""
+    """All families; most run only in the long form, because their graphs take long to build."""
     for name in FAMILIES:
         skipped = name not in SHORT_FORM and not os.environ.get("TOPWORK_LONG")
         yield pytest.param(name, marks=pytest.mark.skipif(skipped, reason="TOPWORK_LONG=1 make test-systems"))
 
 
 @pytest.mark.parametrize("name", list(families()))
-def test_what_is_frozen_stays_bit_for_bit_and_the_rest_learns(name, surroundings):
-    workspace, photos = surroundings
+def test_frozen_layers_are_bit_identical_and_the_rest_learns(name, environment):
+    workspace, photos = environment
     what, names = FAMILIES[name]
     keras.utils.clear_session()
     model, file = upload_weights(name, workspace, photos.parent)
-    assert list(dict.fromkeys(block for _, block in blocks(model))) == names.split()
+    assert list(dict.fromkeys(block for _, block in name_layer_groups(model))) == names.split()
     job = job_of(name, what, workspace, photos)
     dataset = pull(job, workspace)
     first = transfer(job, dataset, workspace)

@@ -14,7 +14,7 @@ import pytest
 from topwork.artifacts import read_manifest
 from topwork.errors import GateError
 from topwork.registry import versions
-from topwork.registry.stage_results import Classifier, Parameters
+from topwork.registry.stage_results import Classifier, ParameterCounts
 from topwork.report import export_check
 from topwork.stages import publish as stage
 from topwork.stages.publish import publish
@@ -73,7 +73,7 @@ def classifier_of(workspace, tmp_path):
             image_size=(32, 32),
             history=HISTORY,
             best_epoch=1,
-            parameters=Parameters(trainable=1, frozen=0),
+            parameters=ParameterCounts(trainable=1, frozen=0),
             started=datetime.now(UTC),
             finished=datetime.now(UTC),
             seconds=1.0,
@@ -131,9 +131,9 @@ def test_a_published_version_is_complete_and_loads_with_plain_libraries(
 
 
 def _same_probabilities_in_another_process(storage, classifier, picture, tmp_path):
-    from topwork.artifacts import fetch_whole
+    from topwork.artifacts import download_artifact
 
-    fetch_whole(storage, "models/tiny/1", tmp_path / "model")
+    download_artifact(storage, "models/tiny/1", tmp_path / "model")
     images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3)).astype(np.float32)
     np.save(tmp_path / "images.npy", images)
     storage.download(classifier.key, tmp_path / "logits.keras")
@@ -181,7 +181,7 @@ def test_an_attempt_that_was_killed_before_its_manifest_is_taken_up_again(
         raise Killed
 
     with monkeypatch.context() as patched, pytest.raises(Killed):
-        patched.setattr(stage, "write_whole", upload_some)
+        patched.setattr(stage, "write_artifact", upload_some)
         publish(job, classifier, dataset, workspace)
     assert versions.numbers(workspace.storage, "tiny") == {1: False}
     assert versions.latest(workspace.storage, "tiny") is None
@@ -196,7 +196,7 @@ def test_an_export_that_answers_otherwise_is_not_published(make_job, classifier_
 
     job = make_job(publish={"formats": ["keras"]})
     dataset, classifier = pull(job, workspace), classifier_of(job)
-    export = export.export
+    export = export.export_model
 
     def tampered(model, *others):
         copy = keras.models.clone_model(model)

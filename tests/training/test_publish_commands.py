@@ -11,12 +11,12 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from topwork.artifacts import write_whole
+from topwork.artifacts import write_artifact
 from topwork.cli import app
 from topwork.cli.model_address import ModelAddress, model_address
 from topwork.data.decoding import resize
 from topwork.errors import DataError, SettingError
-from topwork.model.export import export
+from topwork.model.export import export_model
 from topwork.registry import versions
 
 
@@ -47,7 +47,7 @@ def exported(tmp_path_factory):
     logits = dense(means)
     dense.set_weights([np.array([[-0.05, 0.05], [0, 0], [0.05, -0.05]]), np.zeros(2)])
     model = keras.Model(image, keras.layers.Softmax()(logits))
-    export(model, ("blue", "red"), ("keras", "savedModel"), resize, folder)
+    export_model(model, ("blue", "red"), ("keras", "savedModel"), resize, folder)
     (folder / "labels.txt").write_text("blue\nred\n")
     return folder
 
@@ -62,7 +62,7 @@ def published(storage, exported):
             weights="0a", split="test", images=8,
             published="2030-01-02T03:04:05Z", main_metric="auc", metrics=metrics,
         )  # fmt: skip
-        write_whole(storage, versions.prefix_of("colours", number), exported, version.model_dump(mode="json"))
+        write_artifact(storage, versions.prefix_of("colours", number), exported, version.model_dump(mode="json"))
     versions.move_latest(storage, "colours")
     assert versions.claim(storage, "colours", "another") == 3
     return storage
@@ -114,7 +114,7 @@ def test_fetch_brings_the_whole_version_or_nothing(command, published, exported,
         command("models", "fetch", f"{published.uri}/models/colours", target)
 
     published.write("models/colours/2/labels.txt", b"red\nblue\n")
-    with pytest.raises(Exception, match=r"labels\.txt is not what its manifest says"):
+    with pytest.raises(Exception, match=r"labels\.txt does not match its manifest"):
         command("models", "fetch", f"{published.uri}/models/colours", tmp_path / "damaged")
     assert [path.name for path in tmp_path.iterdir()] == ["fetched"]
 

@@ -17,9 +17,9 @@ from pathlib import Path
 import keras, numpy as np
 from topwork.clients.prometheus.metrics import Metrics
 from topwork.clients.s3.storage import Storage, StorageSettings
-from topwork.progress import Quiet
+from topwork.cli.output.progress import NoProgress
 from topwork.spec import TransferJob
-from topwork.spec.training import Optimizer
+from topwork.spec.optimizer import Optimizer
 from topwork.stages.fine_tune import fine_tune
 from topwork.stages.pull import pull
 from topwork.stages.transfer import transfer
@@ -33,7 +33,7 @@ replicas, out = int(sys.argv[1]), Path(sys.argv[2])
 job = TransferJob.model_validate_json(os.environ["JOB"])
 settings = StorageSettings(*os.environ["S3"].split())
 workspace = Workspace(
-    Storage(os.environ["URI"], settings), Metrics(), Quiet(), Path(os.environ["SCRATCH"]), replicas=replicas
+    Storage(os.environ["URI"], settings), Metrics(), NoProgress(), Path(os.environ["SCRATCH"]), replicas=replicas
 )
 
 def weights(classifier):

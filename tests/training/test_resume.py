@@ -1,4 +1,4 @@
-"""A stage that was stopped or killed goes on from its last checkpoint, as if nothing had happened."""
+"""Resuming: a stopped or killed stage continues from its newest checkpoint with exactly the same result."""
 
 import json
 import os
@@ -16,17 +16,17 @@ from dataclasses import replace
 import keras
 import numpy as np
 import pytest
+from tests.training.observer import RunObserver
 
-from topwork.cancellation import StopSignal
+from topwork.cancellation import StopRequest
 from topwork.clients.prometheus.metrics import Metrics
 from topwork.clients.s3.storage import Storage
 from topwork.errors import FormatError, Stopped, UnavailableError
-from topwork.progress import Quiet
 from topwork.stages.fine_tune import fine_tune
 from topwork.stages.pull import pull
 from topwork.stages.transfer import transfer
 
-# Everything that has a state of its own: random views, dropout, a schedule, an average, early stopping, phases.
+# Everything that has state: random views, dropout, a schedule, a moving average, early stopping, phases.
 SPEC = {
     "augmentation": {"flip": "horizontal", "rotation": 0.1},
     "model": {"base": {"cnn": {"filters": [4, 6]}}, "head": {"hidden": [8], "dropout": 0.4}},
@@ -44,41 +44,13 @@ SPEC = {
 }  # fmt: skip
 
 
-class Watched(Quiet):
-    """Keeps what was said, and does something at a chosen step or epoch of a stage."""
-
-    def __init__(self, at_step=None, at_epoch=None, act=lambda: None):
-        self.at_step, self.at_epoch, self.act = at_step, at_epoch, act
-        self.notes, self.steps = [], {}
-        self.advanced = lambda: None
-
-    def note(self, message, **facts):
-        self.notes.append((message, facts))
-
-    def epoch(self, stage, epoch, epochs, **facts):
-        if (stage, epoch) == self.at_epoch:
-            self.act()
-
-    @contextmanager
-    def track(self, what, total):
-        watched = self
-
-        class Count:
-            def advance(self, count=1, **facts):
-                watched.steps[what] = watched.steps.get(what, 0) + count
-                watched.advanced()
-                if (what, watched.steps[what]) == watched.at_step:
-                    watched.act()
-
-        yield Count()
-
-
-def place(workspace, name, progress):
-    """A workspace of its own: storage, scratch and metrics."""
+def make_workspace(workspace, name, observer):
+    """Create a workspace with its own storage prefix, scratch directory and metrics, and observe its log."""
+    observer.observe_log()
     scratch = workspace.scratch / f"{name}-{os.urandom(4).hex()}"
     scratch.mkdir()
     storage = workspace.storage.at(f"{workspace.storage.uri}/{name}")
-    return replace(workspace, storage=storage, scratch=scratch, metrics=Metrics(), progress=progress, stop=StopSignal())
+    return replace(workspace, storage=storage, scratch=scratch, metrics=Metrics(), progress=observer, stop=StopRequest())
 
 
 def run(job, workspace):
@@ -108,7 +80,7 @@ def reference_of():
 
     def reference(job, workspace):
         if not known:
-            known["run"] = run(job, place(workspace, "reference", Quiet()))
+            known["run"] = run(job, make_workspace(workspace, "reference", RunObserver()))
         return known["run"]
 
     return reference
@@ -127,9 +99,9 @@ def test_stopped_within_and_between_epochs_it_goes_on_step_by_step(make_job, wor
     steps_per_epoch = 4
 
     def stopped(expected_checkpoints, stage, **when):
-        progress = Watched(**when)
-        here = place(workspace, "stopped", progress)
-        progress.act = here.stop.ask
+        progress = RunObserver(**when)
+        here = make_workspace(workspace, "stopped", progress)
+        progress.action = here.stop.set
         with pytest.raises(Stopped, match="the checkpoint is stored"):
             run(job, here)
         assert checkpoints(job, here, stage)[-1:] == expected_checkpoints
@@ -144,8 +116,8 @@ def test_stopped_within_and_between_epochs_it_goes_on_step_by_step(make_job, wor
     # In the first phase of fine-tune, and at its end.
     stopped(["00001-0000001"], "fine-tune", at_step=("fine-tune", steps_per_epoch + 1))
     stopped(["00002"], "fine-tune", at_epoch=("fine-tune", 2))
-    last = Watched()
-    here = place(workspace, "stopped", last)
+    last = RunObserver()
+    here = make_workspace(workspace, "stopped", last)
     assert_same_run(run(job, here), reference)
     assert last.steps["fine-tune"] == 2 * steps_per_epoch
     assert [(message, facts["stage"]) for message, facts in last.notes if message in {"already done", "resumed"}] == [
@@ -157,26 +129,28 @@ def test_stopped_within_and_between_epochs_it_goes_on_step_by_step(make_job, wor
 
 
 KILLED = """
-import os, signal, sys, time
+import os, time
 from pathlib import Path
+import structlog
+from topwork.cli.output.progress import NoProgress
 from topwork.clients.prometheus.metrics import Metrics
 from topwork.clients.s3.storage import Storage, StorageSettings
-from topwork.progress import Quiet
 from topwork.spec import TransferJob
 from topwork.stages.pull import pull
 from topwork.stages.transfer import transfer
-from topwork.cancellation import StopSignal
 from topwork.workspace import Workspace
 
-class Killed(Quiet):
-    def epoch(self, stage, epoch, epochs, **facts):
-        print(stage, epoch, flush=True)
-        if epoch == 3:
+def print_epochs(_logger, _method, event):
+    if event["event"] == "epoch":
+        print(event["stage"], event["epoch"], flush=True)
+        if event["epoch"] == 3:
             time.sleep(30)
+    raise structlog.DropEvent
 
+structlog.configure(processors=[print_epochs])
 job = TransferJob.model_validate_json(os.environ["JOB"])
 settings = StorageSettings(*os.environ["S3"].split())
-workspace = Workspace(Storage(os.environ["URI"], settings), Metrics(), Killed(), Path(os.environ["SCRATCH"]))
+workspace = Workspace(Storage(os.environ["URI"], settings), Metrics(), NoProgress(), Path(os.environ["SCRATCH"]))
 transfer(job, pull(job, workspace), workspace)
 """
 
@@ -184,8 +158,8 @@ transfer(job, pull(job, workspace), workspace)
 def test_killed_between_epochs_it_ends_as_if_it_had_not_been(make_job, workspace, reference_of, s3_settings):
     job = make_job(**SPEC)
     reference = reference_of(job, workspace)
-    progress = Watched()
-    here = place(workspace, "killed", progress)
+    progress = RunObserver()
+    here = make_workspace(workspace, "killed", progress)
     process = subprocess.Popen(
         [sys.executable, "-c", KILLED],
         env={
@@ -219,8 +193,8 @@ def spoil(storage, key):
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(make_job, workspace, reference_of, damage):
     job = make_job(**SPEC)
     reference_rows = [row for row in rows(reference_of(job, workspace)[0]) if row["stage"] == "transfer"]
-    here = place(workspace, "damaged", Watched(at_epoch=("transfer", 2)))
-    here.progress.act = here.stop.ask
+    here = make_workspace(workspace, "damaged", RunObserver(at_epoch=("transfer", 2)))
+    here.progress.action = here.stop.set
     with pytest.raises(Stopped):
         run(job, here)
     assert checkpoints(job, here, "transfer") == ["00001", "00002"]
@@ -233,8 +207,8 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(make_job, worksp
         here.storage.write(f"{folder}/state.npz", b"")
     else:
         here.storage.write(f"{folder}/manifest.json", b"{")
-    again = Watched()
-    assert rows(train_head(job, place_again(here, again))) == reference_rows
+    again = RunObserver()
+    assert rows(train_head(job, next_process(here, again))) == reference_rows
     assert [facts["checkpoint"] for said, facts in again.notes if said == "checkpoint can't be read"] == ["00002"]
     assert ("resumed", {"stage": "transfer", "epoch": 1, "step": 0}) in again.notes
 
@@ -243,19 +217,19 @@ def train_head(job, workspace):
     return transfer(job, pull(job, workspace), workspace)
 
 
-def place_again(workspace, progress):
-    """What the next process finds: the same storage, and scratch that was lost."""
-    return replace(place(workspace, "next", progress), storage=workspace.storage)
+def next_process(workspace, observer):
+    """Create the workspace of the next process: the same storage and an empty scratch directory."""
+    return replace(make_workspace(workspace, "next", observer), storage=workspace.storage)
 
 
 def test_a_checkpoint_that_storage_does_not_give_is_neither_passed_over_nor_deleted(make_job, workspace, s3_settings):
     job = make_job(**SPEC)
-    here = place(workspace, "away", Watched(at_epoch=("transfer", 1)))
-    here.progress.act = here.stop.ask
+    here = make_workspace(workspace, "away", RunObserver(at_epoch=("transfer", 1)))
+    here.progress.action = here.stop.set
     with pytest.raises(Stopped):
         run(job, here)
     with breaking(s3_settings, b"GET", b"state.npz") as settings:
-        away = replace(place_again(here, Quiet()), storage=Storage(here.storage.uri, settings))
+        away = replace(next_process(here, RunObserver()), storage=Storage(here.storage.uri, settings))
         with pytest.raises(UnavailableError):
             run(job, away)
     assert checkpoints(job, here, "transfer") == ["00001"]
@@ -290,8 +264,8 @@ def test_checkpoints_are_stored_within_epochs_when_it_is_time(make_job, workspac
     hurried = make_job(**SPEC, compute={"gpus": 0, "checkpointMinutes": 1e-6})
     assert hurried.run == job.run
     seen, whole = set(), []
-    progress = Watched()
-    here = place(workspace, "hurried", progress)
+    progress = RunObserver()
+    here = make_workspace(workspace, "hurried", progress)
 
     def look():
         whole.append(checkpoints(job, here, "transfer"))
@@ -303,15 +277,15 @@ def test_checkpoints_are_stored_within_epochs_when_it_is_time(make_job, workspac
     assert within
     assert max(map(len, whole)) <= 3  # two are kept, and a third may just have been stored
     # One that was stored so is as good as any: a run that finds it goes on from there.
-    stopped_at = place(workspace, "hurried-2", Watched(at_step=("transfer", 6)))
-    stopped_at.progress.act = fail_in_a_second
+    stopped_at = make_workspace(workspace, "hurried-2", RunObserver(at_step=("transfer", 6)))
+    stopped_at.progress.action = fail_in_a_second
     with pytest.raises(ZeroDivisionError):
         run(hurried, stopped_at)
     newest = checkpoints(job, stopped_at, "transfer")[-1]
     assert "-" in newest
-    again = Watched()
+    again = RunObserver()
     reference_rows = [row for row in rows(reference[0]) if row["stage"] == "transfer"]
-    assert rows(train_head(job, place_again(stopped_at, again))) == reference_rows
+    assert rows(train_head(job, next_process(stopped_at, again))) == reference_rows
     epoch, step = map(int, newest.split("-"))
     assert ("resumed", {"stage": "transfer", "epoch": epoch, "step": step}) in again.notes
 
@@ -325,8 +299,8 @@ def fail_in_a_second():
 @pytest.mark.parametrize("found", [0, 2])
 def test_a_checkpoint_of_another_format_is_an_error_that_says_so(make_job, workspace, found):
     job = make_job(**SPEC)
-    here = place(workspace, f"format-{found}", Watched(at_epoch=("transfer", 1)))
-    here.progress.act = here.stop.ask
+    here = make_workspace(workspace, f"format-{found}", RunObserver(at_epoch=("transfer", 1)))
+    here.progress.action = here.stop.set
     with pytest.raises(Stopped):
         run(job, here)
     key = f"runs/{job.run}/transfer/checkpoints/00001/manifest.json"
@@ -334,7 +308,7 @@ def test_a_checkpoint_of_another_format_is_an_error_that_says_so(make_job, works
     manifest["facts"]["format"] = found
     here.storage.write(key, json.dumps(manifest).encode())
     with pytest.raises(FormatError, match=rf"00001 has format {found}, and this topwork reads format 1\. Go on with"):
-        run(job, place_again(here, Quiet()))
+        run(job, next_process(here, RunObserver()))
     assert checkpoints(job, here, "transfer") == ["00001"]
 
 
@@ -342,15 +316,16 @@ ON_TWO_REPLICAS = """
 import os
 from contextlib import contextmanager
 from pathlib import Path
+from topwork.cli.output.progress import NoProgress
+from topwork.cli.runtime.logging import configure_logging
 from topwork.clients.prometheus.metrics import Metrics
 from topwork.clients.s3.storage import Storage, StorageSettings
 from topwork.errors import Stopped
 from topwork.pipeline import run_transfer
-from topwork.progress import Quiet
 from topwork.spec import TransferJob
 from topwork.workspace import Workspace
 
-class Stopping(Quiet):
+class StopAtStep6(NoProgress):
     steps = 0
 
     @contextmanager
@@ -364,11 +339,12 @@ class Stopping(Quiet):
     def advance(self, count=1, **facts):
         self.steps += 1
         if self.steps == 6:
-            workspace.stop.ask()
+            workspace.stop.set()
 
+configure_logging()
 job = TransferJob.model_validate_json(os.environ["JOB"])
 storage = Storage(os.environ["URI"], StorageSettings(*os.environ["S3"].split()))
-workspace = Workspace(storage, Metrics(), Stopping(), Path(os.environ["SCRATCH"]), replicas=2)
+workspace = Workspace(storage, Metrics(), StopAtStep6(), Path(os.environ["SCRATCH"]), replicas=2)
 try:
     run_transfer(job, workspace)
 except Stopped as stopped:
@@ -380,8 +356,8 @@ def test_a_run_goes_on_with_another_number_of_replicas(make_job, workspace, s3_s
     # Dropout draws for each replica by itself: without, both numbers compute the same but for rounding.
     model = {"base": SPEC["model"]["base"], "head": {"hidden": [8], "dropout": 0.0}}
     job = make_job(**{**SPEC, "model": model, "transfer": {**SPEC["transfer"], "batchSize": 6}})
-    alone = rows(train_head(job, place(workspace, "one", Quiet())))
-    here = place(workspace, "two-then-one", Quiet())
+    alone = rows(train_head(job, make_workspace(workspace, "one", RunObserver())))
+    here = make_workspace(workspace, "two-then-one", RunObserver())
     s3 = f"{s3_settings.endpoint_url} {s3_settings.access_key} {s3_settings.secret_key}"
     variables = {"URI": here.storage.uri, "S3": s3, "SCRATCH": str(here.scratch)}
     variables["JOB"] = job.model_dump_json(by_alias=True)
@@ -394,8 +370,8 @@ def test_a_run_goes_on_with_another_number_of_replicas(make_job, workspace, s3_s
     )
     assert ended.stdout.startswith("Stopped in epoch 2 of transfer after step 2"), ended.stderr[-3000:]
     assert ended.stdout.endswith(" 2.0\n")
-    again = Watched()
-    together = rows(train_head(job, place_again(here, again)))
+    again = RunObserver()
+    together = rows(train_head(job, next_process(here, again)))
     assert ("resumed", {"stage": "transfer", "epoch": 1, "step": 2}) in again.notes
     assert again.steps["transfer"] == 3 * 4 - 6
     assert [row["epoch"] for row in together] == [row["epoch"] for row in alone]

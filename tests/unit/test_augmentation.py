@@ -1,10 +1,10 @@
-"""Views of the training images: decided by the seed of the step alone, and within 0..255."""
+"""Augmented training images depend only on the seed of the step and stay within 0..255."""
 
 import numpy as np
 import pytest
 import tensorflow as tf
 
-from topwork.model.augmentation import augment
+from topwork.model.augmentation import build_augmentation
 from topwork.spec.model import Augmentation
 
 KINDS = {
@@ -26,15 +26,15 @@ LABELS = np.eye(4, dtype=np.float32)[np.arange(16) % 4]
 
 
 def views(settings, seeds, images=IMAGES):
-    """Apply in graph mode inside tf.data, as training does."""
-    change = augment(Augmentation.model_validate(settings))
+    """Apply the augmentation in graph mode inside tf.data, as in training."""
+    change = build_augmentation(Augmentation.model_validate(settings))
     dataset = tf.data.Dataset.from_tensor_slices(np.array(seeds, np.int32))
     dataset = dataset.map(lambda seed: change(tf.constant(images), tf.constant(LABELS), seed), num_parallel_calls=2)
     return [(image.numpy(), label.numpy()) for image, label in dataset]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_seed_alone_decides(kind):
+def test_augmentation_depends_only_on_the_seed(kind):
     first, again, other = views(KINDS[kind], [(1, 2), (1, 2), (1, 3)])
     (elsewhere,) = views(KINDS[kind], [(1, 2)])
     for one, two in zip(first, again, strict=True):
@@ -46,7 +46,7 @@ def test_the_seed_alone_decides(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_images_stay_images_and_labels_labels(kind):
+def test_augmentation_keeps_shapes_and_value_ranges(kind):
     for images, labels in views(KINDS[kind], [(n, n + 1) for n in range(4)]):
         assert images.shape == IMAGES.shape
         assert images.dtype == np.float32
@@ -59,13 +59,13 @@ def test_images_stay_images_and_labels_labels(kind):
 
 
 @pytest.mark.parametrize("kind", sorted(set(KINDS) - MIXED))
-def test_each_image_has_its_own_view(kind):
+def test_each_image_is_augmented_differently(kind):
     same = np.repeat(IMAGES[:1], 16, axis=0)
     ((images, _),) = views(KINDS[kind], [(5, 6)], same)
     assert len({image.tobytes() for image in images}) > 1
 
 
-def test_horizontal_flip_mirrors_whole_images():
+def test_horizontal_flip_mirrors_the_image():
     ((images, _),) = views({"flip": "horizontal"}, [(7, 8)])
     flipped = [np.array_equal(image, original[:, ::-1]) for image, original in zip(images, IMAGES, strict=True)]
     kept = [np.array_equal(image, original) for image, original in zip(images, IMAGES, strict=True)]
@@ -73,7 +73,7 @@ def test_horizontal_flip_mirrors_whole_images():
     assert 2 < sum(flipped) < 14
 
 
-def test_mix_up_mixes_labels_as_it_mixes_images():
+def test_mix_up_mixes_labels_in_the_ratio_of_the_images():
     flat = np.zeros_like(IMAGES)
     flat[np.arange(16) % 4 == 1] = 200.0
     ((images, labels),) = views({"mixUp": 1.0}, [(3, 4)], flat)
@@ -81,7 +81,7 @@ def test_mix_up_mixes_labels_as_it_mixes_images():
     assert len(np.unique(labels)) > 4
 
 
-def test_cut_mix_weighs_labels_by_area():
+def test_cut_mix_weights_labels_by_area():
     flat = np.zeros_like(IMAGES)
     flat[np.arange(16) % 4 == 1] = 200.0
     ((images, labels),) = views({"cutMix": 2.0}, [(3, 4)], flat)
@@ -89,8 +89,8 @@ def test_cut_mix_weighs_labels_by_area():
     assert len(np.unique(labels)) > 4
 
 
-def test_several_changes_go_together_and_none_is_none():
+def test_augmentations_combine_and_none_gives_none():
     settings = {"flip": "both", "rotation": 0.1, "randAugment": {}, "mixUp": 0.2}
     first, again = views(settings, [(1, 2), (1, 2)])
     np.testing.assert_array_equal(first[0], again[0])
-    assert augment(Augmentation()) is None
+    assert build_augmentation(Augmentation()) is None

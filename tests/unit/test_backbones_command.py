@@ -1,4 +1,4 @@
-"""`topwork backbones`, as a user calls it."""
+"""`topwork backbones` as a user calls it."""
 
 import json
 import subprocess
@@ -15,9 +15,9 @@ def call(*arguments: str, before: str = "") -> str:
     return ended.stdout
 
 
-def test_backbones_is_a_table_of_all_models_that_fits_a_terminal() -> None:
+def test_backbones_prints_a_table_that_fits_a_terminal() -> None:
     header, *rows = call().splitlines()
-    assert header == "model             input least  parameters without top depth   MB top-1 top-5"
+    assert header == "model             input min  parameters without top depth   MB top-1 top-5"
     assert [row.split()[0] for row in rows] == list(APPLICATIONS)
     by_name = {row.split()[0]: row.split()[1:] for row in rows}
     assert by_name["Xception"] == ["299", "71", "22,910,480", "20,861,480", "81", "88", "79.0%", "94.5%"]
@@ -25,7 +25,7 @@ def test_backbones_is_a_table_of_all_models_that_fits_a_terminal() -> None:
     assert all(len(line) <= 80 for line in (header, *rows))
 
 
-def test_backbones_as_json_holds_the_same_for_programs() -> None:
+def test_backbones_json_has_the_same_content() -> None:
     found = {one["name"]: one for one in json.loads(call("--json"))}
     assert list(found) == list(APPLICATIONS)
     assert found["ConvNeXtXLarge"] == {
@@ -42,6 +42,6 @@ def test_backbones_as_json_holds_the_same_for_programs() -> None:
     }
 
 
-def test_backbones_needs_no_training_library() -> None:
+def test_backbones_imports_no_training_library() -> None:
     missing = "for name in ('numpy', 'tensorflow', 'keras'): sys.modules[name] = None"
     assert len(call(before=missing).splitlines()) == 41

@@ -1,4 +1,4 @@
-"""Batches: their order, their resuming, and that images keep their labels."""
+"""Batches: order, resumption, and the match of images and labels."""
 
 from itertools import chain
 
@@ -14,7 +14,7 @@ CLASSES = 3
 
 
 class _InMemory(Split):
-    """A split whose image number i is filled with the value i, and whose label is i modulo the classes."""
+    """A split in which the pixels of image i have the value i and its label is i modulo the number of classes."""
 
     def __init__(self, size):
         self.size = size
@@ -37,7 +37,7 @@ def _steps(split, count, **options):
     return [_indices(batch) for batch in training_batches(split, **options).take(count)]
 
 
-def test_each_epoch_is_a_new_permutation_without_repeats_and_drops_the_remainder():
+def test_training_batches_shuffle_each_epoch_and_drop_the_remainder():
     steps = _steps(_InMemory(14), 9)
     epochs = [[*chain(*steps[start : start + 3])] for start in (0, 3, 6)]
 
@@ -45,19 +45,19 @@ def test_each_epoch_is_a_new_permutation_without_repeats_and_drops_the_remainder
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
 
 
-def test_the_same_seed_gives_the_same_batches_and_another_seed_others():
+def test_training_batches_depend_on_the_seed():
     split = _InMemory(14)
     assert _steps(split, 5) == _steps(split, 5)
     assert _steps(split, 5) != _steps(split, 5, seed=8)
 
 
 @pytest.mark.parametrize("first_step", [1, 3, 5])
-def test_training_goes_on_exactly_from_any_step(first_step):
+def test_training_batches_resume_at_any_step(first_step):
     split = _InMemory(14)
     assert _steps(split, 9 - first_step, first_step=first_step) == _steps(split, 9)[first_step:]
 
 
-def test_labels_and_weights_fit_their_images():
+def test_training_batches_match_labels_and_weights_to_images():
     weights = np.array([1.0, 2.0, 4.0], np.float32)
     for images, one_hot, weight in training_batches(
         _InMemory(14), classes=CLASSES, batch_size=4, seed=7, class_weights=weights
@@ -67,7 +67,7 @@ def test_labels_and_weights_fit_their_images():
         assert weight.numpy().tolist() == weights[labels].tolist()
 
 
-def test_augmentation_gets_a_seed_of_its_own_for_each_step_also_after_a_resume():
+def test_training_batches_pass_the_same_augmentation_seed_to_a_step_after_resuming():
     def augment(images, one_hot, seed):
         return images + tf.random.stateless_uniform([], seed), one_hot
 
@@ -77,18 +77,18 @@ def test_augmentation_gets_a_seed_of_its_own_for_each_step_also_after_a_resume()
         )
         return [float(images.numpy()[0, 0, 0, 0]) % 1 for images, _, _ in batches.take(count)]
 
-    straight = noise(0, 6)
-    assert len(set(straight)) == 6
-    assert noise(2, 4) == straight[2:]
+    uninterrupted = noise(0, 6)
+    assert len(set(uninterrupted)) == 6
+    assert noise(2, 4) == uninterrupted[2:]
 
 
-def test_a_split_smaller_than_a_batch_is_refused():
-    with pytest.raises(DataError, match=r"holds 3 images, less than one batch of 4\. Give a batchSize of at most 3"):
+def test_training_batches_reject_a_split_smaller_than_a_batch():
+    with pytest.raises(DataError, match=r"contains 3 images, fewer than one batch of 4\. Set batchSize to at most 3"):
         training_batches(_InMemory(3), classes=CLASSES, batch_size=4, seed=7)
 
 
 @pytest.mark.parametrize("size", [1, 7, 8, 9])
-def test_evaluation_covers_each_image_once_in_order(size):
+def test_evaluation_batches_contain_each_image_once_in_order(size):
     seen, total = [], 0.0
     for images, one_hot, weights in evaluation_batches(_InMemory(size), classes=CLASSES, batch_size=4):
         assert images.shape == (4, 4, 6, 3)

@@ -1,10 +1,10 @@
-"""The command line as a whole: what it says of itself, and of what is missing."""
+"""The command line as a whole: help, global options, missing libraries and unknown commands."""
 
 import subprocess
 import sys
 
 
-def call(script: str) -> "subprocess.CompletedProcess[str]":
+def run_python(script: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
 
 
@@ -17,12 +17,12 @@ def test_help_names_every_command_without_training_libraries():
         "try: main()\n"
         "finally: print(*COMMANDS)"
     )
-    ended = call(script)
-    assert ended.returncode == 0, ended.stderr
-    assert all(f"\n  {name} " in ended.stdout for name in ended.stdout.splitlines()[-1].split())
+    result = run_python(script)
+    assert result.returncode == 0, result.stderr
+    assert all(f"\n  {name} " in result.stdout for name in result.stdout.splitlines()[-1].split())
 
 
-def test_a_library_of_an_extra_that_is_missing_is_named_with_the_extra():
+def test_missing_library_error_names_its_extra():
     script = (
         "import sys\n"
         "sys.modules['numpy'] = None\n"
@@ -30,15 +30,28 @@ def test_a_library_of_an_extra_that_is_missing_is_named_with_the_extra():
         "sys.argv = ['topwork', 'run', 'examples/solar-base.yaml']\n"
         "main()"
     )
-    ended = call(script)
-    assert ended.returncode == 2
-    assert ended.stderr == (
+    result = run_python(script)
+    assert result.returncode == 2
+    assert result.stderr == (
         "topwork: numpy is not installed. To train and predict, install topwork[cpu] or topwork[gpu]; for the embedded "
         "S3 server, topwork[local].\n"
     )
 
 
-def test_a_command_that_is_none_is_an_error_of_usage():
-    ended = call("import sys; sys.argv = ['topwork', 'trane']; from topwork.cli import main; main()")
-    assert ended.returncode == 2
-    assert "No such command 'trane'" in ended.stderr
+def test_unknown_command_is_a_usage_error():
+    result = run_python("import sys; sys.argv = ['topwork', 'trane']; from topwork.cli import main; main()")
+    assert result.returncode == 2
+    assert "No such command 'trane'" in result.stderr
+
+
+def test_verbose_option_logs_debug_messages():
+    script = (
+        "import sys\n"
+        "from topwork.cli import main\n"
+        "from topwork.cli.runtime.logging import is_verbose\n"
+        "sys.argv = ['topwork', {options}'schema']\n"
+        "try: main()\n"
+        "finally: print(is_verbose())"
+    )
+    assert run_python(script.format(options="")).stdout.endswith("False\n")
+    assert run_python(script.format(options="'--verbose', ")).stdout.endswith("True\n")

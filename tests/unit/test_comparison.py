@@ -66,7 +66,7 @@ def test_summary_says_that_input_held_training_up():
 def test_a_version_that_was_published_earlier_shows_its_figures_again():
     began, metrics = datetime(2026, 5, 1, tzinfo=UTC), Metrics()
     earlier = published("one", 0.9).model_copy(update={"started": began, "finished": began + timedelta(minutes=2)})
-    with metrics.stage("publish"):
+    with metrics.track_stage("publish"):
         earlier.repeat(metrics)
     series = metrics.registry.get_sample_value
     assert series("topwork_metric", {"name": "accuracy", "split": "test"}) == 0.9

@@ -1,4 +1,4 @@
-"""What a container tells, and what it must not."""
+"""A container of a job: log lines, exit code and termination message."""
 
 import json
 import subprocess
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from topwork.cluster.termination_message import MOST_BYTES, Ending, read_ending
+from topwork.cluster.termination_message import MAX_BYTES, TerminationMessage, parse_termination_message
 
 SCRIPT = """
 import sys
@@ -19,42 +19,45 @@ from topwork.errors import DataError, GateError, SpecError, Stopped, Unavailable
 container = Container("transfer", Path(sys.argv[1]))
 container.run = "tiny-12345678"
 container.metrics = Metrics()
-container.metrics.epoch("transfer", 3)
-container.metrics.best("transfer", "accuracy", "validation", 0.75)
-{then}
+container.metrics.set_epoch("transfer", 3)
+container.metrics.set_best_metric("transfer", "accuracy", "validation", 0.75)
+{statements}
 """
 
 
 @pytest.fixture
-def log(tmp_path: Path) -> Path:
-    """The file that the kubelet makes for a termination message."""
+def termination_log(tmp_path: Path) -> Path:
+    """The file that the kubelet creates for a termination message."""
     path = tmp_path / "termination-log"
     path.touch()
     return path
 
 
 @pytest.fixture
-def told(log: Path, monkeypatch: pytest.MonkeyPatch):
-    """Let a container end in a process of its own: gives exit code, lines of JSON, other text, termination message."""
+def run_container(termination_log: Path, monkeypatch: pytest.MonkeyPatch):
+    """Run statements in the process of a container; returns exit code, log lines and termination message.
 
-    def tell(then: str) -> tuple[int, list[dict[str, object]], str, Ending | None]:
-        done = subprocess.run(
-            [sys.executable, "-c", SCRIPT.format(then=then), log], capture_output=True, text=True, check=False
+    Every line of the log must be JSON.
+    """
+
+    def run(statements: str) -> tuple[int, list[dict[str, object]], TerminationMessage | None]:
+        script = SCRIPT.format(statements=statements)
+        process = subprocess.run(
+            [sys.executable, "-c", script, termination_log], capture_output=True, text=True, check=False
         )
-        lines = [json.loads(line) for line in done.stderr.splitlines() if line.startswith("{")]
+        lines = [json.loads(line) for line in process.stderr.splitlines()]
         for line in lines:
             assert line.pop("time").endswith("Z")
-        others = "".join(line for line in done.stderr.splitlines(keepends=True) if not line.startswith("{"))
-        assert done.stdout == ""
-        return done.returncode, lines, others, read_ending(log.read_text())
+        assert process.stdout == ""
+        return process.returncode, lines, parse_termination_message(termination_log.read_text())
 
-    return tell
+    return run
 
 
-def test_a_stage_that_is_done_tells_its_best_metric(told):
-    _, lines, others, ending = told("container.done(epochs=3)")
-    assert (lines, others) == ([{"message": "done", "stage": "transfer", "run": "tiny-12345678", "epochs": 3}], "")
-    assert ending == Ending(
+def test_complete_stage_reports_its_best_metric(run_container):
+    _, lines, message = run_container("container.report_success(epochs=3)")
+    assert lines == [{"level": "info", "message": "done", "stage": "transfer", "run": "tiny-12345678", "epochs": 3}]
+    assert message == TerminationMessage(
         stage="transfer",
         outcome="done",
         exit_code=0,
@@ -65,9 +68,9 @@ def test_a_stage_that_is_done_tells_its_best_metric(told):
     )
 
 
-def test_a_published_model_is_told_with_its_own_metric(told):
-    _, _, _, ending = told("container.done(metric=('auc', 0.9), model='s3://b/models/tiny/1')")
-    assert (ending.metric, ending.value, ending.model) == ("auc", 0.9, "s3://b/models/tiny/1")
+def test_published_model_is_reported_with_its_main_metric(run_container):
+    _, _, message = run_container("container.report_success(metric=('auc', 0.9), model='s3://b/models/tiny/1')")
+    assert (message.metric, message.value, message.model) == ("auc", 0.9, "s3://b/models/tiny/1")
 
 
 @pytest.mark.parametrize(
@@ -79,12 +82,14 @@ def test_a_published_model_is_told_with_its_own_metric(told):
         ("Stopped", "stopped", 143),
     ],
 )
-def test_a_failure_is_one_line_of_json_and_the_termination_message(told, error, outcome, code):
-    ended, lines, others, ending = told(f"sys.exit(container.failed({error}('Why.')))")
-    level = {"level": "error"} if outcome == "failed" else {}
-    assert (ended, others) == (code, "")
-    assert lines == [{"message": "Why.", "stage": "transfer", "run": "tiny-12345678", "exit_code": code, **level}]
-    assert ending == Ending(
+def test_failure_is_one_log_line_and_the_termination_message(run_container, error, outcome, code):
+    exit_code, lines, message = run_container(f"sys.exit(container.report_failure({error}('Why.')))")
+    level = "error" if outcome == "failed" else "info"
+    assert exit_code == code
+    assert lines == [
+        {"level": level, "message": "Why.", "stage": "transfer", "run": "tiny-12345678", "exit_code": code}
+    ]
+    assert message == TerminationMessage(
         stage="transfer",
         outcome=outcome,
         exit_code=code,
@@ -96,85 +101,89 @@ def test_a_failure_is_one_line_of_json_and_the_termination_message(told, error, 
     )
 
 
-def test_a_bug_keeps_its_traceback_after_its_line(told):
-    ended, lines, others, ending = told(
-        "try: {}['epochs']\nexcept BaseException as error: sys.exit(container.failed(error))"
+def test_bug_is_logged_with_its_traceback(run_container):
+    exit_code, lines, message = run_container(
+        "try: {}['epochs']\nexcept BaseException as error: sys.exit(container.report_failure(error))"
     )
-    assert ended == 1
+    assert exit_code == 1
     assert [line["message"] for line in lines] == ["KeyError: 'epochs'"]
-    assert others.startswith("Traceback (most recent call last):\n")
-    assert others.endswith("KeyError: 'epochs'\n")
-    assert (ending.outcome, ending.exit_code, ending.error) == ("failed", 1, "KeyError: 'epochs'")
+    assert lines[0]["traceback"].startswith("Traceback (most recent call last):\n")
+    assert lines[0]["traceback"].endswith("KeyError: 'epochs'")
+    assert (message.outcome, message.exit_code, message.error) == ("failed", 1, "KeyError: 'epochs'")
 
 
 @pytest.mark.parametrize(("code", "exit_code"), [(9, 9), (0, 1), ("'text'", 1)])
-def test_a_library_that_ends_the_process_is_a_failure(told, code, exit_code):
-    ended, _, _, ending = told(f"sys.exit(container.failed(SystemExit({code})))")
-    assert (ended, ending.outcome, ending.exit_code) == (exit_code, "failed", exit_code)
+def test_library_that_calls_sys_exit_is_a_failure(run_container, code, exit_code):
+    actual, _, message = run_container(f"sys.exit(container.report_failure(SystemExit({code})))")
+    assert (actual, message.outcome, message.exit_code) == (exit_code, "failed", exit_code)
 
 
-def test_a_library_that_is_missing_is_named_with_the_extra_that_brings_it(told):
-    ended, _, others, ending = told("sys.exit(container.failed(ModuleNotFoundError(name='tensorflow')))")
-    assert (ended, others) == (2, "")
-    assert ending.error.startswith("tensorflow is not installed. To train and predict, install topwork[cpu]")
+def test_missing_library_error_names_its_extra(run_container):
+    exit_code, lines, message = run_container(
+        "sys.exit(container.report_failure(ModuleNotFoundError(name='tensorflow')))"
+    )
+    assert exit_code == 2
+    assert "traceback" not in lines[0]
+    assert message.error.startswith("tensorflow is not installed. To train and predict, install topwork[cpu]")
 
 
-def test_secrets_are_in_no_message_and_no_traceback(told, monkeypatch):
+def test_messages_and_tracebacks_are_redacted(run_container, monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wJalrXUtnFEMI")
     monkeypatch.setenv("AWS_SESSION_TOKEN", "FwoGZXIvYXdzE")
     monkeypatch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", "/var/run/token")
-    _, lines, others, ending = told(
+    _, lines, message = run_container(
         "try: raise KeyError('wJalrXUtnFEMI FwoGZXIvYXdzE /var/run/token http://ada:pass@proxy:3128')\n"
-        "except BaseException as error: container.failed(error)"
+        "except BaseException as error: container.report_failure(error)"
     )
-    safe = "KeyError: '*** *** /var/run/token http://***@proxy:3128'"
-    assert (lines[0]["message"], ending.error) == (safe, safe)
-    assert others.endswith(f"{safe}\n")
-    assert "wJalrXUtnFEMI" not in others
+    redacted = "KeyError: '*** *** /var/run/token http://***@proxy:3128'"
+    assert (lines[0]["message"], message.error) == (redacted, redacted)
+    assert lines[0]["traceback"].endswith(redacted)
+    assert "wJalrXUtnFEMI" not in json.dumps(lines)
 
 
-def test_a_message_that_is_too_long_is_cut_and_still_read(told, log):
-    _, _, _, ending = told("container.failed(DataError('\"ü\\n' * 5000 + '\\udce4'))")
-    assert MOST_BYTES - 300 < len(log.read_bytes()) <= MOST_BYTES
-    assert ending.error.endswith("…")
+def test_long_termination_message_is_truncated_to_valid_json(run_container, termination_log):
+    _, _, message = run_container("container.report_failure(DataError('\"ü\\n' * 5000 + '\\udce4'))")
+    assert MAX_BYTES - 300 < len(termination_log.read_bytes()) <= MAX_BYTES
+    assert message.error.endswith("…")
 
 
-def test_only_the_first_ending_counts(told):
-    ended, lines, _, ending = told("container.done()\nsys.exit(container.failed(Stopped('Late.')))")
-    assert (ended, ending.outcome, len(lines)) == (0, "done", 1)
+def test_only_the_first_outcome_is_reported(run_container):
+    exit_code, lines, message = run_container(
+        "container.report_success()\nsys.exit(container.report_failure(Stopped('Late.')))"
+    )
+    assert (exit_code, message.outcome, len(lines)) == (0, "done", 1)
 
 
-def test_no_file_is_made_where_there_is_no_kubelet(told, log):
-    log.unlink()
-    script = SCRIPT.format(then="container.done()")
-    subprocess.run([sys.executable, "-c", script, log], capture_output=True, check=True)
-    assert not log.exists()
+def test_termination_log_is_not_created_without_a_kubelet(termination_log):
+    termination_log.unlink()
+    script = SCRIPT.format(statements="container.report_success()")
+    subprocess.run([sys.executable, "-c", script, termination_log], capture_output=True, check=True)
+    assert not termination_log.exists()
 
 
-def test_what_libraries_log_and_warn_of_is_json(told):
-    _, lines, others, _ = told(
+def test_library_logs_and_warnings_are_json(run_container):
+    _, lines, _ = run_container(
         "import logging, warnings\n"
         "logging.getLogger('absl').warning('slow %s', 'input')\n"
         "logging.getLogger('absl').info('chatter')\n"
         "warnings.warn('old', UserWarning)"
     )
-    assert others == ""
-    assert lines[0] == {"message": "slow input", "level": "warning", "logger": "absl"}
+    assert lines[0] == {"level": "warning", "message": "slow input", "logger": "absl"}
     assert (lines[1]["level"], lines[1]["logger"]) == ("warning", "py.warnings")
     assert "UserWarning: old" in lines[1]["message"]
 
 
-def test_a_container_that_ends_at_once_has_no_afterword(told):
-    """Python's resource tracker, a process of its own, finds semaphores of the decoders' queues when it is gone."""
-    code, lines, others, _ = told(
-        "import multiprocessing\nqueue = multiprocessing.get_context('spawn').Queue()\ncontainer.leave(143)"
+def test_container_prints_nothing_after_an_immediate_exit(run_container):
+    """Python's resource tracker, a separate process, finds leaked semaphores of the decoders' queues."""
+    code, lines, _ = run_container(
+        "import multiprocessing\nqueue = multiprocessing.get_context('spawn').Queue()\ncontainer.exit(143)"
     )
-    assert (code, lines, others) == (143, [], "")
+    assert (code, lines) == (143, [])
 
 
-def test_what_is_said_while_start_up_talk_is_kept_away_arrives(told):
-    _, lines, others, _ = told(
-        "import os\nfrom topwork.cli.runtime.environment import hushed\n"
-        "with hushed():\n    os.write(2, b'talk')\n    container.log.note('here')"
+def test_log_lines_are_written_while_stderr_is_suppressed(run_container):
+    _, lines, _ = run_container(
+        "import os, structlog\nfrom topwork.cli.runtime.tensorflow_import import suppress_stderr\n"
+        "with suppress_stderr():\n    os.write(2, b'startup')\n    structlog.get_logger('topwork').info('here')"
     )
-    assert (lines, others) == ([{"message": "here"}], "")
+    assert lines == [{"level": "info", "message": "here"}]

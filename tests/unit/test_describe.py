@@ -7,17 +7,18 @@ from pathlib import Path
 
 import keras
 import pytest
+from structlog.testing import capture_logs
 
-from topwork.artifacts import write_whole
+from topwork.artifacts import write_artifact
 from topwork.cli.commands.describe import describe
+from topwork.cli.output.progress import NoProgress
 from topwork.clients.prometheus.metrics import Metrics
-from topwork.clients.s3.storage import Storage, make_bucket
-from topwork.data.dataset_manifest import DatasetFacts
+from topwork.clients.s3.storage import Storage, create_bucket
+from topwork.data.dataset_manifest import DatasetMetadata
 from topwork.errors import DataError
 from topwork.local.server import embedded_storage
-from topwork.progress import Quiet
 from topwork.spec.loading.loader import read_files
-from topwork.spec.yaml_output import yaml_text
+from topwork.spec.yaml_output import dump_job
 from topwork.stages.fine_tune import fine_tune
 from topwork.stages.pull import pull
 from topwork.stages.transfer import transfer
@@ -59,7 +60,7 @@ def described(capsys):
 def write_job(make_job, tmp_path):
     def write(**overrides):
         path = tmp_path / "job.yaml"
-        path.write_text(yaml_text(make_job(**overrides)))
+        path.write_text(dump_job(make_job(**overrides)))
         return path
 
     return write
@@ -69,26 +70,17 @@ def application(name, weights="none"):
     return {"base": {"application": name, "weights": weights}, "head": {"dropout": 0.0}}
 
 
-class Notes(Quiet):
-    """Keeps what a run says."""
-
-    def __init__(self):
-        self.notes = []
-
-    def note(self, message, **facts):
-        self.notes.append((message, facts))
-
-
 def trained(job, workspace):
-    """Train a job for real, and give what was noted about parameters and the feature cache, and the steps done."""
-    noting = Workspace(workspace.storage, workspace.metrics, Notes(), workspace.scratch)
-    dataset = pull(job, noting)
-    fine_tune(job, transfer(job, dataset, noting), dataset, noting)
-    notes = noting.progress.notes
-    counts = [(facts.pop("stage"), facts) for message, facts in notes if message == "parameters"]
-    caches = {
-        facts["stage"]: (facts["used"], facts["reason"]) for message, facts in notes if message == "feature cache"
-    }
+    """Train a job, and return the logged parameter counts per stage and the logged use of the feature cache."""
+    with capture_logs() as lines:
+        dataset = pull(job, workspace)
+        fine_tune(job, transfer(job, dataset, workspace), dataset, workspace)
+    counts = [
+        (line["stage"], {name: value for name, value in line.items() if name not in ("event", "log_level", "stage")})
+        for line in lines
+        if line["event"] == "parameters"
+    ]
+    caches = {line["stage"]: (line["used"], line["reason"]) for line in lines if line["event"] == "feature cache"}
     return counts, caches
 
 
@@ -249,7 +241,7 @@ def test_a_stored_tfds_dataset_is_found_by_its_name(write_job, described, worksp
     (tmp_path / "files").mkdir()
     (tmp_path / "files" / "features.json").write_text("{}")
     for config, classes in (("small", ("a", "b", "c")), ("large", ("a", "b", "c", "d"))):
-        facts = DatasetFacts(
+        facts = DatasetMetadata(
             name="plants",
             fingerprint=config,
             source={"tfds": f"plants/{config}/1.0.0"},
@@ -259,7 +251,7 @@ def test_a_stored_tfds_dataset_is_found_by_its_name(write_job, described, worksp
             rejected=(),
             duplicates=0,
         )
-        write_whole(workspace.storage, f"datasets/plants/{config}", tmp_path / "files", facts.model_dump(mode="json"))
+        write_artifact(workspace.storage, f"datasets/plants/{config}", tmp_path / "files", facts.model_dump(mode="json"))
     found = {
         name: described(write_job(), sets=[f"spec.dataset.source={{tfds: {name}}}"])[0]["data"]
         for name in ("plants/small", "plants/large:1.0.0", "plants/large:2.0.0", "plants")
@@ -323,9 +315,9 @@ def test_embedded_storage_of_an_earlier_run_is_read_and_none_is_made(write_job, 
     path = write_job()
     ((_, job),) = read_files([path])
     with embedded_storage(tmp_path / "state") as settings:
-        make_bucket(settings, "topwork-test")
+        create_bucket(settings, "topwork-test")
         storage = Storage(job.spec.storage, settings)
-        pull(job, Workspace(storage, Metrics(), Quiet(), tmp_path))
+        pull(job, Workspace(storage, Metrics(), NoProgress(), tmp_path))
     assert described(path)[0]["data"]["classes"] == 2
 
 

@@ -7,11 +7,11 @@ import pytest
 
 from topwork.cli.commands.describe import describe
 from topwork.spec.applications import APPLICATIONS
-from topwork.spec.yaml_output import yaml_text
+from topwork.spec.yaml_output import dump_job
 
 
 @pytest.mark.parametrize("name", APPLICATIONS)
-def test_every_application_is_described_without_its_weights(name, monkeypatch, make_job, tmp_path, capsys):
+def test_every_application_is_described_without_downloading_weights(name, monkeypatch, make_job, tmp_path, capsys):
     def fails(*_, **__):
         raise AssertionError("nothing is downloaded")
 
@@ -24,7 +24,7 @@ def test_every_application_is_described_without_its_weights(name, monkeypatch, m
     job = make_job(
         model={"base": {"application": "VGG16", "weights": "none"}}, transfer={"train": "head"}, fineTune=fine
     )
-    (tmp_path / "job.yaml").write_text(yaml_text(job))
+    (tmp_path / "job.yaml").write_text(dump_job(job))
     sets = [f"spec.model.base={{application: {name}}}", f"spec.dataset.imageSize=[{side}, {side}]"]
     describe([tmp_path / "job.yaml"], sets, as_json=True)
     (found,) = json.loads(capsys.readouterr().out)

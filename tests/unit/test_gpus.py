@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 from prometheus_client import CollectorRegistry
 
-from topwork.clients.prometheus.gpus import Gpus, visible_gpus
+from topwork.clients.prometheus.gpus import GpuCollector, open_gpu_collector
 
 
 class NVMLError(Exception):
@@ -31,7 +31,7 @@ TWO_GPUS = SimpleNamespace(
 
 def test_every_gpu_is_read_in_base_units():
     registry = CollectorRegistry()
-    registry.register(Gpus(TWO_GPUS))
+    registry.register(GpuCollector(TWO_GPUS))
     assert registry.get_sample_value("topwork_gpu_utilization_ratio", {"gpu": "0"}) == 0.97
     assert registry.get_sample_value("topwork_gpu_utilization_ratio", {"gpu": "1"}) == 0.5
     assert registry.get_sample_value("topwork_gpu_memory_used_bytes", {"gpu": "1"}) == 2**30
@@ -42,7 +42,7 @@ def test_every_gpu_is_read_in_base_units():
 
 def test_a_reading_that_a_gpu_does_not_have_is_left_out():
     registry = CollectorRegistry()
-    registry.register(Gpus(TWO_GPUS))
+    registry.register(GpuCollector(TWO_GPUS))
     assert registry.get_sample_value("topwork_gpu_power_watts", {"gpu": "1"}) is None
 
 
@@ -51,24 +51,24 @@ def test_a_reading_that_a_gpu_does_not_have_is_left_out():
     [(None, ["0", "1"]), ("1", ["1"]), ("1,0", ["0", "1"]), ("GPU-bbbb", ["1"]), ("-1", []), ("", []), ("2", [])],
 )
 def test_gpus_that_cuda_is_kept_from_are_not_shown(only, shown):
-    gpus = Gpus(TWO_GPUS, only)
+    gpus = GpuCollector(TWO_GPUS, only)
     assert [sample.labels["gpu"] for sample in next(iter(gpus.collect())).samples] == shown
     assert gpus.count == len(shown)
 
 
 def test_a_driver_that_fails_costs_its_figures_and_not_the_page():
     registry = CollectorRegistry()
-    gpus = Gpus(SimpleNamespace(NVMLError=NVMLError, nvmlDeviceGetCount=lambda: refuse(0)))
+    gpus = GpuCollector(SimpleNamespace(NVMLError=NVMLError, nvmlDeviceGetCount=lambda: refuse(0)))
     registry.register(gpus)
     assert gpus.count == 0
     assert [family.samples for family in registry.collect()] == [[]] * 5
     lost = SimpleNamespace(**{**vars(TWO_GPUS), "nvmlDeviceGetHandleByIndex": lambda index: index or refuse(index)})
     registry = CollectorRegistry()
-    registry.register(Gpus(lost))
+    registry.register(GpuCollector(lost))
     assert registry.get_sample_value("topwork_gpu_utilization_ratio", {"gpu": "0"}) is None
     assert registry.get_sample_value("topwork_gpu_utilization_ratio", {"gpu": "1"}) == 0.5
 
 
 def test_without_a_gpu_there_is_none():
-    gpus = visible_gpus()
+    gpus = open_gpu_collector()
     assert gpus is None or len(list(gpus.collect())) == 5

@@ -3,12 +3,12 @@
 import pytest
 
 from topwork.spec import TransferJob
-from topwork.training.input_stalls import HoldUps, is_held_up, remedies, wait_share
+from topwork.training.input_stalls import InputStalls, input_bound_advice, input_wait_share, is_input_bound
 
 
 def held(steps: list[tuple[float, float]], last: float) -> tuple[float, float]:
     """Account for steps, each asked for and started at a second, of which the device had done the last one then."""
-    holdups = HoldUps()
+    holdups = InputStalls()
     for asked, start in steps:
         holdups.step(asked, start)
     return holdups.settle(last)
@@ -39,7 +39,7 @@ def test_time_that_nobody_waited_for_input_is_computing():
 
 
 def test_steps_are_accounted_for_once():
-    holdups = HoldUps()
+    holdups = InputStalls()
     holdups.step(0, 1)
     assert holdups.settle(2) == (1, 1)
     holdups.step(10, 10)
@@ -52,13 +52,13 @@ def test_steps_are_accounted_for_once():
 )
 def test_input_holds_up_an_epoch_over_a_third_of_its_time(waited, seconds, says):
     row = {"stage": "transfer", "seconds": seconds} | ({} if waited is None else {"input_wait_seconds": waited})
-    assert is_held_up(row) is says
+    assert is_input_bound(row) is says
 
 
 def test_the_share_of_a_stage_is_that_of_all_its_epochs():
     rows = [{"seconds": 30.0, "input_wait_seconds": 15.0}, {"seconds": 10.0, "input_wait_seconds": 5.0}]
-    assert wait_share(rows) == 0.5
-    assert wait_share([]) == 0.0
+    assert input_wait_share(rows) == 0.5
+    assert input_wait_share([]) == 0.0
 
 
 def spec(**parts: object):
@@ -78,19 +78,19 @@ def spec(**parts: object):
 
 def test_the_remedies_go_by_what_the_job_says():
     cores = "raise spec.compute.cpu from 4, or run on a machine with more cores"
-    assert remedies(spec(), "transfer", "none", on_features=False) == cores
+    assert input_bound_advice(spec(), "transfer", "none", on_features=False) == cores
     slow = spec(
         augmentation={"flip": "horizontal", "rotation": 0.1, "randAugment": {}}, transfer={"featureCache": "off"}
     )
-    assert remedies(slow, "transfer", "none", on_features=False) == (
+    assert input_bound_advice(slow, "transfer", "none", on_features=False) == (
         "set spec.transfer.featureCache: on, so that images are read once for each view, not each epoch; "
         f"do without rotation and randAugment in spec.augmentation; {cores}"
     )
     # What is mixed anew at each step can't be kept, and neither can what a base gives that is trained.
     mixed = spec(augmentation={"mixUp": 0.2}, transfer={"featureCache": "off"})
-    assert remedies(mixed, "transfer", "none", on_features=False).startswith("do without mixUp in spec.augmentation")
+    assert input_bound_advice(mixed, "transfer", "none", on_features=False).startswith("do without mixUp in spec.augmentation")
     whole = spec(fineTune={"epochs": 2, "unfreeze": "all", "featureCache": "off"})
-    assert remedies(whole, "fine-tune", "all", on_features=False) == cores
-    assert remedies(slow, "transfer", "none", on_features=True) == (
+    assert input_bound_advice(whole, "fine-tune", "all", on_features=False) == cores
+    assert input_bound_advice(slow, "transfer", "none", on_features=True) == (
         f"{cores}; raise spec.compute.memory, so that the features need not be read from scratch"
     )

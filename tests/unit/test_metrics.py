@@ -8,8 +8,8 @@ from typing import get_args
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics
 
-from topwork.clients.prometheus.metrics import Metrics, Reached, serve_nothing
-from topwork.clients.prometheus.series import MOST_SERIES
+from topwork.clients.prometheus.metrics import Metrics, StageProgress, serve_empty_page
+from topwork.clients.prometheus.series import MAX_SERIES
 from topwork.data.image_validation import REASONS
 from topwork.spec.evaluation import MetricName
 
@@ -27,9 +27,9 @@ def page(metrics: Metrics, **headers: str) -> str:
 
 def test_a_step_counts_images_time_and_wait():
     metrics = Metrics()
-    metrics.step(images=64, seconds=0.2)
-    metrics.step(images=64, seconds=0.4)
-    metrics.spent(input_wait_seconds=0.05, compute_seconds=0.55)
+    metrics.record_step(images=64, seconds=0.2)
+    metrics.record_step(images=64, seconds=0.4)
+    metrics.record_step_time(input_wait_seconds=0.05, compute_seconds=0.55)
     assert value(metrics, "topwork_steps_total") == 2
     assert value(metrics, "topwork_images_total") == 128
     assert value(metrics, "topwork_step_duration_seconds_sum") == pytest.approx(0.6)
@@ -39,7 +39,7 @@ def test_a_step_counts_images_time_and_wait():
 
 def test_a_stage_is_running_until_it_ends_however_it_ends():
     metrics = Metrics()
-    with pytest.raises(RuntimeError), metrics.stage("transfer"):
+    with pytest.raises(RuntimeError), metrics.track_stage("transfer"):
         assert value(metrics, "topwork_stage_running", stage="transfer") == 1
         raise RuntimeError
     assert value(metrics, "topwork_stage_running", stage="transfer") == 0
@@ -48,20 +48,20 @@ def test_a_stage_is_running_until_it_ends_however_it_ends():
 
 def test_two_runs_in_one_process_share_no_series():
     first, second = Metrics(), Metrics()
-    first.loss("train", 0.5)
+    first.set_loss("train", 0.5)
     assert value(first, "topwork_loss", split="train") == 0.5
     assert value(second, "topwork_loss", split="train") is None
 
 
 def test_nothing_of_a_job_stands_as_that_of_the_next():
     metrics = Metrics()
-    metrics.describe(job="cats", run="cats-12345678", stage="run", version="0.1.0")
-    metrics.loss("train", 0.5)
-    metrics.step(images=64, seconds=0.2)
-    metrics.exit_code("run", 3)
+    metrics.start_job(job="cats", run="cats-12345678", stage="run", version="0.1.0")
+    metrics.set_loss("train", 0.5)
+    metrics.record_step(images=64, seconds=0.2)
+    metrics.set_exit_code("run", 3)
     first = page(metrics)
     assert 'topwork_loss{run="cats-12345678",split="train",transferjob="cats"} 0.5' in first
-    metrics.describe(job="dogs", run="dogs-87654321", stage="run", version="0.1.0")
+    metrics.start_job(job="dogs", run="dogs-87654321", stage="run", version="0.1.0")
     second = page(metrics)
     assert "cats" not in second
     assert "topwork_loss{" not in second
@@ -71,7 +71,7 @@ def test_nothing_of_a_job_stands_as_that_of_the_next():
 
 def test_what_is_not_known_yet_is_absent_and_what_is_counted_begins_at_0():
     metrics = Metrics(gpus=False)
-    metrics.describe(job="cats", run="cats-12345678", stage="pull", version="0.1.0")
+    metrics.start_job(job="cats", run="cats-12345678", stage="pull", version="0.1.0")
     lines = page(metrics).splitlines()
     values = {line.split("{")[0]: line.rsplit(" ", 1)[1] for line in lines if not line.startswith("#")}
     assert values.pop("topwork_stage_info") == "1.0"
@@ -94,18 +94,18 @@ def test_what_is_not_known_yet_is_absent_and_what_is_counted_begins_at_0():
 
 def test_a_stage_of_an_earlier_process_keeps_its_times():
     metrics, began = Metrics(), datetime(2026, 5, 1, tzinfo=UTC)
-    with metrics.stage("transfer"):
-        metrics.repeat_stage("transfer", began, began + timedelta(minutes=5))
+    with metrics.track_stage("transfer"):
+        metrics.restore_stage("transfer", began, began + timedelta(minutes=5))
     assert value(metrics, "topwork_stage_duration_seconds", stage="transfer") == 300
     assert value(metrics, "topwork_stage_start_timestamp_seconds", stage="transfer") == began.timestamp()
-    with metrics.stage("fine-tune"):
-        metrics.resumed("fine-tune", datetime.now(UTC) - timedelta(hours=1))
+    with metrics.track_stage("fine-tune"):
+        metrics.set_stage_start("fine-tune", datetime.now(UTC) - timedelta(hours=1))
     assert value(metrics, "topwork_stage_duration_seconds", stage="fine-tune") == pytest.approx(3600, abs=5)
 
 
 def test_whoever_asks_for_openmetrics_gets_it_with_units():
     metrics = Metrics()
-    metrics.describe(job="cats", run="cats-12345678", stage="run", version="0.1.0")
+    metrics.start_job(job="cats", run="cats-12345678", stage="run", version="0.1.0")
     text = page(metrics, Accept="application/openmetrics-text; version=1.0.0")
     families = {family.name: family for family in openmetrics(text)}
     assert families["topwork_step_duration_seconds"].unit == "seconds"
@@ -117,33 +117,33 @@ def test_whoever_asks_for_openmetrics_gets_it_with_units():
 def test_a_run_has_a_bounded_number_of_series():
     """Stated in docs/metrics.md."""
     metrics = Metrics(gpus=False)
-    metrics.describe(job="cats", run="cats-12345678", stage="run", version="0.1.0")
-    metrics.rejectable(REASONS)
+    metrics.start_job(job="cats", run="cats-12345678", stage="run", version="0.1.0")
+    metrics.init_rejection_reasons(REASONS)
     for stage in ("pull", "transfer", "fine-tune", "publish"):
-        with metrics.stage(stage):
+        with metrics.track_stage(stage):
             pass
     for stage in ("transfer", "fine-tune"):
-        metrics.epochs_planned(stage, 2)
-        metrics.epoch(stage, 1)
-        metrics.best(stage, "accuracy", "validation", 0.5)
-    metrics.evaluation("train", {"accuracy": 0.5, "loss": 0.5})
-    metrics.evaluation("validation", {"accuracy": 0.5, "auc": 0.5, "loss": 0.5})
-    metrics.evaluation("test", dict.fromkeys([*get_args(MetricName), "loss"], 0.5))
-    metrics.learning_rate(0.1)
-    metrics.parameters(1, 2)
-    metrics.replicas(2)
-    metrics.dataset(100)
-    metrics.gates_failed(0)
-    metrics.checkpoint_saved(1.0)
-    metrics.exit_code("run", 0)
+        metrics.set_planned_epochs(stage, 2)
+        metrics.set_epoch(stage, 1)
+        metrics.set_best_metric(stage, "accuracy", "validation", 0.5)
+    metrics.set_evaluation("train", {"accuracy": 0.5, "loss": 0.5})
+    metrics.set_evaluation("validation", {"accuracy": 0.5, "auc": 0.5, "loss": 0.5})
+    metrics.set_evaluation("test", dict.fromkeys([*get_args(MetricName), "loss"], 0.5))
+    metrics.set_learning_rate(0.1)
+    metrics.set_parameters(1, 2)
+    metrics.set_replicas(2)
+    metrics.set_dataset_images(100)
+    metrics.set_failed_gates(0)
+    metrics.record_checkpoint(1.0)
+    metrics.set_exit_code("run", 0)
     lines = [line for line in page(metrics).splitlines() if not line.startswith("#")]
-    assert len(lines) == MOST_SERIES
+    assert len(lines) == MAX_SERIES
 
 
 def test_the_port_serves_all_series_with_help_and_type():
     metrics = Metrics()
-    metrics.describe(job="cats", run="cats-12345678", stage="transfer", version="0.1.0")
-    metrics.parameters(trainable=10, frozen=90)
+    metrics.start_job(job="cats", run="cats-12345678", stage="transfer", version="0.1.0")
+    metrics.set_parameters(trainable=10, frozen=90)
     text = page(metrics)
     job = 'transferjob="cats"'
     assert f'topwork_stage_info{{gpus="0",run="cats-12345678",stage="transfer",{job},version="0.1.0"}} 1.0' in text
@@ -153,7 +153,7 @@ def test_the_port_serves_all_series_with_help_and_type():
 
 
 def test_a_port_of_a_stage_that_is_over_answers_with_a_page_without_series():
-    with urllib.request.urlopen(f"http://127.0.0.1:{serve_nothing(0, '127.0.0.1')}/metrics", timeout=60) as answer:
+    with urllib.request.urlopen(f"http://127.0.0.1:{serve_empty_page(0, '127.0.0.1')}/metrics", timeout=60) as answer:
         assert (answer.status, answer.read()) == (200, b"")
 
 
@@ -166,11 +166,11 @@ def test_a_taken_port_is_an_error():
 
 def test_how_far_a_stage_has_come_can_be_asked_for():
     metrics = Metrics()
-    assert metrics.reached("transfer") == Reached(None, None, None)
-    metrics.epoch("transfer", 4)
-    metrics.best("transfer", "accuracy", "train", 0.5)
-    metrics.epoch("fine-tune", 1)
-    metrics.best("fine-tune", "accuracy", "validation", 0.75)
-    assert metrics.reached("transfer") == Reached(4, "accuracy", 0.5)
-    assert metrics.reached("fine-tune") == Reached(1, "validation_accuracy", 0.75)
-    assert metrics.reached("pull") == Reached(None, None, None)
+    assert metrics.stage_progress("transfer") == StageProgress(None, None, None)
+    metrics.set_epoch("transfer", 4)
+    metrics.set_best_metric("transfer", "accuracy", "train", 0.5)
+    metrics.set_epoch("fine-tune", 1)
+    metrics.set_best_metric("fine-tune", "accuracy", "validation", 0.75)
+    assert metrics.stage_progress("transfer") == StageProgress(4, "accuracy", 0.5)
+    assert metrics.stage_progress("fine-tune") == StageProgress(1, "validation_accuracy", 0.75)
+    assert metrics.stage_progress("pull") == StageProgress(None, None, None)

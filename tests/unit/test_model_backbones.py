@@ -1,4 +1,4 @@
-"""Every model of keras.applications by name, with its own input scaling, and the heads that go on top."""
+"""Backbones of keras.applications, their input scaling, and heads."""
 
 import importlib
 
@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from topwork.errors import DataError, SpecError, UnavailableError
-from topwork.model.backbones import Backbone, backbone, scaled
-from topwork.model.classifier import build, in_precision
-from topwork.model.freezing import leaves
+from topwork.model.backbones import Backbone, find_backbone, scale_inputs
+from topwork.model.classifier import build_classifier, with_precision
+from topwork.model.layer_tree import leaf_layers
 from topwork.spec.applications import APPLICATIONS
 from topwork.spec.model import Head, Model
 
@@ -22,33 +22,33 @@ def preprocess_input(name):
     return importlib.import_module(module).preprocess_input
 
 
-def test_the_table_names_every_classification_model_of_keras():
+def test_table_lists_every_classification_model_of_keras():
     models = {name for name in dir(keras.applications) if name[0].isupper()}
     assert set(APPLICATIONS) == models
 
 
 def shapes_alone(name, **arguments):
-    """Build a model whose variables have shapes and no values: ConvNeXtXLarge takes no gigabyte."""
+    """Build a model whose variables have shapes but no values: ConvNeXtXLarge would take gigabytes."""
     keras.utils.clear_session()
     with keras.StatelessScope(initialize_variables=False):
         return getattr(keras.applications, name)(weights=None, **arguments)
 
 
 @pytest.mark.parametrize("name", APPLICATIONS)
-def test_the_figures_of_the_table_are_those_of_the_model(name):
+def test_table_matches_the_built_model(name):
     known = APPLICATIONS[name]
     whole = shapes_alone(name)
     assert whole.count_params() == known.parameters
-    assert sum(bool(layer.weights) for layer in leaves(whole)) == known.depth
+    assert sum(bool(layer.weights) for layer in leaf_layers(whole)) == known.depth
     # MobileNetV3 is built for any size; 224 is in the names of its weights.
     assert whole.input_shape[1:3] in {(known.default_side, known.default_side), (None, None)}
-    base = shapes_alone(name, include_top=False, input_shape=(known.least_side, known.least_side, 3))
+    base = shapes_alone(name, include_top=False, input_shape=(known.min_side, known.min_side, 3))
     assert base.count_params() == known.parameters_without_top
     assert min(base.output_shape[1:3]) >= 1
 
 
 @pytest.mark.parametrize("name", APPLICATIONS)
-def test_sizes_and_accuracies_are_of_the_right_order(name):
+def test_sizes_and_accuracies_are_plausible(name):
     known = APPLICATIONS[name]
     # Files of weights hold four bytes a parameter, and those of EfficientNet some more.
     assert known.parameters * 4 / 2**20 <= known.size_mb * 1.05 <= known.parameters * 4 / 2**20 * 1.6
@@ -56,63 +56,65 @@ def test_sizes_and_accuracies_are_of_the_right_order(name):
 
 
 @pytest.mark.parametrize("name", sorted(APPLICATIONS))
-def test_input_scaling_is_that_of_keras(name):
+def test_input_scaling_matches_preprocess_input_of_keras(name):
     image = keras.Input((8, 8, 3))
-    model = keras.Model(image, scaled(image, APPLICATIONS[name].scaling))
+    model = keras.Model(image, scale_inputs(image, APPLICATIONS[name].scaling))
     expected = preprocess_input(name)(PIXELS.copy())
     np.testing.assert_allclose(model.predict_on_batch(PIXELS), expected, rtol=1e-5, atol=2e-5)
 
 
-def test_a_model_with_its_scaling_comes_back_from_its_file(tmp_path):
+def test_model_with_input_scaling_survives_save_and_load(tmp_path):
     settings = Model.model_validate({"base": {"application": "VGG16", "weights": "none"}, "head": {"hidden": [4]}})
-    model = build(settings, (32, 32), 3, None)
+    model = build_classifier(settings, (32, 32), 3, None)
     names = [layer.name for layer in model.layers]
     assert names == ["image", "input_scaling", "base", "pooling", "hidden_1", "dropout", "logits"]
     assert model.output_shape == (None, 3)
     # Only the scaling and the head, or the file would be large and the test slow.
     image = keras.Input((8, 8, 3))
-    small = keras.Model(image, scaled(image, "caffe"))
+    small = keras.Model(image, scale_inputs(image, "caffe"))
     small.save(tmp_path / "small.keras")
     loaded = keras.models.load_model(tmp_path / "small.keras", safe_mode=True)
     np.testing.assert_array_equal(loaded.predict_on_batch(PIXELS), small.predict_on_batch(PIXELS))
-    half = in_precision(model, "mixed_bfloat16")
+    half = with_precision(model, "mixed_bfloat16")
     assert half.get_layer("base").layers[1].compute_dtype == "bfloat16"
     assert half.get_layer("logits").compute_dtype == half.get_layer("input_scaling").compute_dtype == "float32"
-    assert in_precision(model, "float32") is model
+    assert with_precision(model, "float32") is model
 
 
-def test_weights_come_from_a_file_of_the_model_without_its_head(tmp_path):
+def test_weights_are_loaded_from_a_file_without_head(tmp_path):
     settings = {"base": {"application": "MobileNetV2", "weights": "none"}}
     source = keras.applications.MobileNetV2(include_top=False, weights=None, input_shape=(32, 32, 3))
     file = tmp_path / "mobile.weights.h5"
     source.save_weights(file)
-    model = build(Model.model_validate(settings), (48, 48), 2, file)
+    model = build_classifier(Model.model_validate(settings), (48, 48), 2, file)
     for one, other in zip(model.get_layer("base").get_weights(), source.get_weights(), strict=True):
         np.testing.assert_array_equal(one, other)
     assert model.output_shape == (None, 1)
 
 
-def test_a_file_of_other_weights_is_refused(tmp_path):
+def test_weights_of_another_model_are_rejected(tmp_path):
     file = tmp_path / "other.weights.h5"
     keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)]).save_weights(file)
-    with pytest.raises(DataError, match=r"^other\.weights\.h5 doesn't hold the weights of MobileNet without its head"):
+    with pytest.raises(
+        DataError, match=r"^other\.weights\.h5 does not contain the weights of MobileNet without its head"
+    ):
         Backbone("MobileNet").build((32, 32), file)
 
 
-def test_an_unknown_model_is_told_with_the_nearest_name():
+def test_unknown_model_is_rejected_with_the_nearest_name():
     with pytest.raises(SpecError) as error:
-        backbone("Xeption")
+        find_backbone("Xeption")
     assert str(error.value) == (
-        "spec.model.base.application is Xeption, which keras.applications doesn't have. Did you mean Xception?"
+        "spec.model.base.application is Xeption, which keras.applications does not have. Did you mean Xception?"
     )
 
 
-def test_images_that_are_too_small_are_refused():
-    with pytest.raises(SpecError, match=r"Xception can't be built for spec\.dataset\.imageSize \[32, 48\]"):
+def test_too_small_image_size_is_rejected():
+    with pytest.raises(SpecError, match=r"Xception cannot be built for spec\.dataset\.imageSize \[32, 48\]"):
         Backbone("Xception").build((32, 48), None)
 
 
-def test_a_failed_download_is_told_as_such(monkeypatch):
+def test_failed_download_is_reported(monkeypatch):
     def fails(**_):
         raise Exception("URL fetch failure on https://host/x.h5: None -- timed out")  # noqa: TRY002 - as Keras does
 
@@ -122,9 +124,9 @@ def test_a_failed_download_is_told_as_such(monkeypatch):
 
 
 @pytest.mark.parametrize(("pooling", "names"), [("avg", ["pooling"]), ("max", ["pooling"]), ("flatten", ["flatten"])])
-def test_a_small_new_base_halves_the_side_with_each_convolution(pooling, names):
+def test_cnn_base_halves_the_side_with_each_convolution(pooling, names):
     settings = {"base": {"cnn": {"filters": [2, 3, 4], "kernelSize": 5}}, "head": {"pooling": pooling, "dropout": 0}}
-    model = build(Model.model_validate(settings), (32, 40), 10, None)
+    model = build_classifier(Model.model_validate(settings), (32, 40), 10, None)
     base = model.get_layer("base")
     assert base.output_shape == (None, 4, 5, 4)
     assert [layer.name for layer in model.layers] == ["image", "input_scaling", "base", *names, "logits"]
@@ -132,8 +134,10 @@ def test_a_small_new_base_halves_the_side_with_each_convolution(pooling, names):
     assert model.output_shape == (None, 10)
 
 
-def test_a_base_without_maps_or_vector_is_refused():
-    from topwork.model.classifier import logits
+def test_base_without_feature_maps_or_vector_is_rejected():
+    from topwork.model.classifier import build_head
 
-    with pytest.raises(DataError, match=r"^The base's output has the shape \(None, 4, 3\): a head needs feature maps"):
-        logits(keras.Input((4, 3)), Head(), 3)
+    with pytest.raises(
+        DataError, match=r"^The output of the base has shape \(None, 4, 3\), but a head needs feature maps"
+    ):
+        build_head(keras.Input((4, 3)), Head(), 3)

@@ -1,4 +1,4 @@
-"""`trainable`: what freezing and unfreezing a model does to its layers, counts and digests."""
+"""Freezing and unfreezing: trainable layers, parameter counts and hashes of frozen weights."""
 
 import keras
 import numpy as np
@@ -7,20 +7,20 @@ import pytest
 from topwork.errors import DataError
 from topwork.model.freezing import (
     LayerGroup,
-    audit,
-    digest,
+    count_parameters,
     frozen_variables,
-    parameter_groups,
+    hash_variables,
+    set_trainable,
     synchronize_batch_norm,
-    unfreeze,
+    verify_frozen_unchanged,
 )
-from topwork.model.layer_tree import walk
-from topwork.spec.training import UnfreezeFrom, UnfreezeLayers
+from topwork.model.layer_tree import walk_layers
+from topwork.spec.fine_tune import UnfreezeFrom, UnfreezeLayers
 
 
 @pytest.fixture
 def model():
-    """A classifier whose base holds a nested model, as a base of a base does."""
+    """A classifier whose base contains a nested model."""
     inner_in = keras.Input((8, 8, 4))
     inner = keras.Model(inner_in, keras.layers.BatchNormalization(name="inner_norm")(inner_in), name="inner")
     pixels = keras.Input((8, 8, 3))
@@ -56,82 +56,84 @@ def trained(model):
         (UnfreezeFrom.model_validate({"from": "inner_norm"}), True, ["block2_conv", "inner_norm", "logits"]),
     ],
 )
-def test_unfreezing_trains_what_is_asked_for_whatever_was_before(model, what, batch_norm, expected):
+def test_set_trainable_does_not_depend_on_the_previous_setting(model, what, batch_norm, expected):
     base = model.get_layer("base")
     for before in ("all", "none"):
-        unfreeze(base, before, batch_norm=True)
-        unfreeze(base, what, batch_norm=batch_norm)
+        set_trainable(base, before, batch_norm=True)
+        set_trainable(base, what, batch_norm=batch_norm)
         assert trained(model) == expected
 
 
-def test_counts_are_those_of_keras(model):
+def test_parameter_counts_match_keras(model):
     # Dense has 2 trainable weights, BatchNormalization 2 and 2 that are never trained.
     base = model.get_layer("base")
-    unfreeze(base, "all", batch_norm=True)
+    set_trainable(base, "all", batch_norm=True)
     assert (len(model.get_layer("logits").trainable_weights), len(model.get_layer("logits").weights)) == (2, 2)
     norm = base.get_layer("inner").get_layer("inner_norm")
     assert (len(norm.trainable_weights), len(norm.non_trainable_weights)) == (2, 2)
-    assert parameter_groups(model) == [
+    assert count_parameters(model) == [
         LayerGroup("base/block1", 112, 0),
         LayerGroup("base/inner", 8, 8),
         LayerGroup("base/block2", 10, 0),
         LayerGroup("head", 387, 0),
     ]
-    unfreeze(base, "none")
+    set_trainable(base, "none")
     # Freezing a model freezes every nested layer.
     assert (len(norm.trainable_weights), len(norm.non_trainable_weights)) == (0, 4)
-    assert [(group.trainable, group.frozen) for group in parameter_groups(model)] == [
+    assert [(group.trainable, group.frozen) for group in count_parameters(model)] == [
         (0, 112), (0, 16), (0, 10), (387, 0),
     ]  # fmt: skip
 
 
-def test_frozen_variables_are_those_that_training_must_not_move(model):
+def test_frozen_variables_include_statistics_of_frozen_batch_norm(model):
     base = model.get_layer("base")
-    unfreeze(base, "all", batch_norm=True)
+    set_trainable(base, "all", batch_norm=True)
     assert frozen_variables(model) == []
-    unfreeze(base, "all")
-    assert len(frozen_variables(model)) == 4  # scale, offset and both statistics of the normalization
-    unfreeze(base, "none")
+    set_trainable(base, "all")
+    assert len(frozen_variables(model)) == 4  # gamma, beta and both moving statistics
+    set_trainable(base, "none")
     assert len(frozen_variables(model)) == 8
 
 
-def test_an_audit_sees_a_change_of_one_bit(model):
-    unfreeze(model.get_layer("base"), "all")
-    before = digest(frozen_variables(model))
+def test_verify_frozen_unchanged_detects_a_one_bit_change(model):
+    set_trainable(model.get_layer("base"), "all")
+    before = hash_variables(frozen_variables(model))
     model.get_layer("logits").bias.assign(np.ones(3))
-    audit(model, before, "fine-tune")
+    verify_frozen_unchanged(model, before, "fine-tune")
     mean = model.get_layer("base").get_layer("inner").get_layer("inner_norm").moving_mean
     mean.assign(np.nextafter(keras.ops.convert_to_numpy(mean), np.float32(1)))
-    with pytest.raises(RuntimeError, match=r"^fine-tune changed weights or statistics that are frozen"):
-        audit(model, before, "fine-tune")
+    with pytest.raises(RuntimeError, match=r"^fine-tune changed frozen weights or statistics"):
+        verify_frozen_unchanged(model, before, "fine-tune")
 
 
-def test_layers_that_are_not_there_are_refused(model):
+def test_set_trainable_rejects_layers_that_do_not_exist(model):
     base = model.get_layer("base")
-    with pytest.raises(DataError, match=r"asks for the last 4 layers with weights, but the base has 3\. Use 3 at most"):
-        unfreeze(base, UnfreezeLayers(layers=4))
+    with pytest.raises(
+        DataError, match=r"requests the last 4 layers with weights, but the base has only 3\. Use at most 3"
+    ):
+        set_trainable(base, UnfreezeLayers(layers=4))
     with pytest.raises(DataError) as error:
-        unfreeze(base, from_layer("block2_cnv"))
+        set_trainable(base, from_layer("block2_cnv"))
     assert str(error.value) == (
         "spec.fineTune.unfreeze.from is block2_cnv, but the base has no layer of that name. "
         "Did you mean block2_conv or block1_conv?"
     )
 
 
-def test_only_a_normalization_that_is_trained_shares_its_statistics(model):
+def test_only_trainable_batch_norm_is_synchronized(model):
     base = model.get_layer("base")
     norm = base.get_layer("inner").get_layer("inner_norm")
-    unfreeze(base, "all")
+    set_trainable(base, "all")
     synchronize_batch_norm(model, synchronized=True)
     assert norm.synchronized is False
-    unfreeze(base, "all", batch_norm=True)
+    set_trainable(base, "all", batch_norm=True)
     synchronize_batch_norm(model, synchronized=True)
     assert norm.synchronized is True
 
 
 @pytest.fixture
 def deep():
-    """A base within a base within a base, with layers of one name in two of them."""
+    """A base nested three levels deep; two of the models have a layer of the same name."""
     first_in = keras.Input((8, 8, 3))
     first = keras.Sequential(
         [keras.Input((8, 8, 3)), keras.layers.Conv2D(3, 1, name="low"), keras.layers.BatchNormalization(name="norm")],
@@ -147,7 +149,9 @@ def deep():
 
 
 def trained_in(model):
-    return [f"{path[-2]}/{path[-1]}" for path, layer in walk(model.get_layer("base"), ("base",)) if weighs(layer)]
+    return [
+        f"{path[-2]}/{path[-1]}" for path, layer in walk_layers(model.get_layer("base"), ("base",)) if weighs(layer)
+    ]
 
 
 def weighs(layer):
@@ -171,43 +175,43 @@ def weighs(layer):
         (from_layer("middle/first/norm"), ["middle/same", "last/same"]),
     ],
 )
-def test_layers_of_nested_bases_count_and_are_named_like_others(deep, what, expected):
-    unfreeze(deep.get_layer("base"), what)
+def test_layers_of_nested_models_are_counted_and_named_like_others(deep, what, expected):
+    set_trainable(deep.get_layer("base"), what)
     assert trained_in(deep) == expected
     norm = deep.get_layer("base").get_layer("middle").get_layer("first").get_layer("norm")
     assert (len(norm.trainable_weights), len(norm.non_trainable_weights)) == (0, 4)
 
 
-def test_a_name_of_several_nested_layers_is_refused_with_their_paths(deep):
+def test_ambiguous_layer_name_is_rejected_with_all_paths(deep):
     with pytest.raises(DataError) as error:
-        unfreeze(deep.get_layer("base"), from_layer("same"))
+        set_trainable(deep.get_layer("base"), from_layer("same"))
     assert str(error.value) == (
         "spec.fineTune.unfreeze.from is same, and the base has 2 layers of that name: middle/same and last/same. "
-        "Name one."
+        "Use one of these paths."
     )
 
 
-def test_groups_of_a_nested_base_are_its_models(deep):
-    unfreeze(deep.get_layer("base"), UnfreezeLayers(layers=2))
-    assert parameter_groups(deep) == [
+def test_layer_groups_of_a_nested_base_are_its_models(deep):
+    set_trainable(deep.get_layer("base"), UnfreezeLayers(layers=2))
+    assert count_parameters(deep) == [
         LayerGroup("base/middle", 12, 24),
         LayerGroup("base/last", 8, 0),
         LayerGroup("head", 258, 0),
     ]
 
 
-def test_a_base_of_hundreds_of_layers_has_a_few_groups():
+def test_layer_groups_are_merged_in_a_base_with_hundreds_of_layers():
     pixels = maps = keras.Input((4, 4, 3))
     for index in range(130):
         maps = keras.layers.Conv2D(3, 1, name=f"layer{index}")(maps)
     base = keras.Model(pixels, maps, name="base")
     image = keras.Input((4, 4, 3))
-    groups = parameter_groups(keras.Model(image, keras.layers.Flatten()(base(image))))
+    groups = count_parameters(keras.Model(image, keras.layers.Flatten()(base(image))))
     assert len(groups) == 33
     assert groups[0] == LayerGroup("base/layer0..layer3", 48, 0)
 
 
-def test_a_change_of_trainable_counts_from_the_next_compile_on(deep):
+def test_trainable_takes_effect_at_the_next_compile(deep):
     images, labels = np.random.default_rng(0).random((4, 8, 8, 3)).astype(np.float32), np.array([0, 1, 0, 1])
     base, head = deep.get_layer("base"), deep.get_layer("logits")
     low = base.get_layer("middle").get_layer("first").get_layer("low")
@@ -219,21 +223,21 @@ def test_a_change_of_trainable_counts_from_the_next_compile_on(deep):
         return [any((a != b).any() for a, b in zip(*pair, strict=True)) for pair in zip(before, after, strict=True)]
 
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    unfreeze(base, "none")
+    set_trainable(base, "none")
     deep.compile(optimizer=keras.optimizers.SGD(0.01), loss=loss)
     assert moves(low, head) == [False, True]
-    unfreeze(base, "all")
-    # Keras goes on with the step that it compiled.
+    set_trainable(base, "all")
+    # Keras still uses the compiled training step.
     assert moves(low, head) == [False, True]
     deep.compile(optimizer=keras.optimizers.SGD(0.01), loss=loss)
     assert moves(low, head) == [True, True]
 
 
-def test_a_frozen_batch_normalization_is_in_inference_mode_and_stays_so_when_the_base_is_unfrozen(deep):
+def test_batch_norm_stays_in_inference_mode_when_the_base_is_unfrozen(deep):
     images = np.random.default_rng(0).normal(5, 3, (8, 8, 8, 3)).astype(np.float32)
     norm = deep.get_layer("base").get_layer("middle").get_layer("first").get_layer("norm")
     for what in ("none", "all"):
-        unfreeze(deep.get_layer("base"), what)
+        set_trainable(deep.get_layer("base"), what)
         deep.compile(optimizer="sgd", loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True))
         before = norm.get_weights()
         deep.fit(images, np.zeros(8), epochs=2, verbose=0)
@@ -242,8 +246,8 @@ def test_a_frozen_batch_normalization_is_in_inference_mode_and_stays_so_when_the
         np.testing.assert_array_equal(norm(images, training=True), norm(images, training=False))
 
 
-def test_a_wrapped_batch_normalization_stays_frozen_too():
+def test_wrapped_batch_norm_stays_frozen():
     pixels = keras.Input((2, 4, 4, 3))
     base = keras.Model(pixels, keras.layers.TimeDistributed(keras.layers.BatchNormalization())(pixels), name="base")
-    unfreeze(base, "all")
+    set_trainable(base, "all")
     assert base.trainable_variables == []

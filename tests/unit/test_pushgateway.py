@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from topwork.cli import app
 from topwork.clients.prometheus.metrics import Metrics
-from topwork.clients.prometheus.pushgateway import delete, push
+from topwork.clients.prometheus.pushgateway import delete_outcome, push_outcome
 from topwork.errors import SettingError, UnavailableError
 
 RUN = "cats-12345678"
@@ -62,7 +62,7 @@ def faulty():
 @pytest.fixture
 def outcome() -> Metrics:
     metrics = Metrics()
-    metrics.describe(job="cats", run=RUN, stage="fine-tune", version="0.1.0")
+    metrics.start_job(job="cats", run=RUN, stage="fine-tune", version="0.1.0")
     return metrics
 
 
@@ -70,7 +70,7 @@ def outcome() -> Metrics:
 def test_a_pushgateway_that_is_silent_or_slow_is_given_up_in_time(faulty, outcome, answer):
     address, began = faulty(answer), time.monotonic()
     with pytest.raises(UnavailableError) as refused:
-        push(address, outcome, seconds=0.3)
+        push_outcome(address, outcome, seconds=0.3)
     assert time.monotonic() - began < 10
     assert str(refused.value) in {
         f"The Pushgateway {address} did not answer within 0.3 s.",
@@ -81,18 +81,18 @@ def test_a_pushgateway_that_is_silent_or_slow_is_given_up_in_time(faulty, outcom
 def test_what_a_pushgateway_says_when_it_refuses_is_told(faulty, outcome):
     address = faulty(400)
     with pytest.raises(UnavailableError) as refused:
-        push(address, outcome)
+        push_outcome(address, outcome)
     assert str(refused.value) == f"The Pushgateway {address} refused with 400: pushed metrics are invalid"
 
 
 def test_a_server_that_is_no_pushgateway_is_named(faulty):
     with pytest.raises(UnavailableError, match="does not answer as a Pushgateway does"):
-        delete(faulty(200), RUN)
+        delete_outcome(faulty(200), RUN)
 
 
 def test_a_pushgateway_that_is_away_is_named(outcome):
     with pytest.raises(UnavailableError, match=r"^The Pushgateway http://127.0.0.1:9 can't be reached: .*refused"):
-        push("http://127.0.0.1:9", outcome)
+        push_outcome("http://127.0.0.1:9", outcome)
 
 
 @pytest.mark.parametrize(
@@ -105,14 +105,14 @@ def test_a_pushgateway_that_is_away_is_named(outcome):
 )
 def test_addresses_that_no_outcome_may_go_to(address, said, outcome):
     with pytest.raises(SettingError, match=said):
-        push(address, outcome)
+        push_outcome(address, outcome)
 
 
 def test_without_an_address_deleting_says_where_to_name_it():
     told = CliRunner().invoke(app, ["metrics", "delete", RUN])
     assert str(told.exception) == (
-        f"Nothing says which Pushgateway holds {RUN}. Name it with --pushgateway http://host:port, or in "
-        "spec.metrics.pushgateway of a job spec given with --file."
+        f"The Pushgateway of {RUN} is unknown. Pass --pushgateway http://host:port, or a job spec with "
+        "spec.metrics.pushgateway as --file."
     )
 
 

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 from ruamel.yaml import YAML
 
-from topwork.data.dataset_manifest import DatasetFacts, RejectedImage
+from topwork.data.dataset_manifest import DatasetMetadata, RejectedImage
 from topwork.report.documents import card_md, confusions, report_html
 from topwork.report.evaluation import evaluation
 from topwork.report.export_check import Recheck
 from topwork.report.plots import curves
 from topwork.report.results import Mistake, Outcome, history_csv, metrics_json, step_seconds
 from topwork.spec import TransferJob
-from topwork.spec.training import FineTune
-from topwork.spec.yaml_output import yaml_text
+from topwork.spec.fine_tune import FineTune
+from topwork.spec.yaml_output import dump_job
 
 HOSTILE = '<script>alert("x")</script>|`$\\alpha$`'
 HISTORY = [
@@ -63,7 +63,7 @@ def make_outcome(job, names):
     probabilities = random.dirichlet(np.ones(len(names)), 60).astype(np.float32)
     return Outcome(
         job=job,
-        facts=DatasetFacts(
+        facts=DatasetMetadata(
             name="photos",
             fingerprint="0123456789abcdef",
             source={"folder": "s3://ml-artifacts/photos/"},
@@ -225,6 +225,6 @@ def test_history_leaves_empty_what_an_epoch_does_not_have():
 
 
 def test_the_spec_reads_back_as_the_same_job(job):
-    again = TransferJob.model_validate(YAML(typ="safe").load(yaml_text(job)))
+    again = TransferJob.model_validate(YAML(typ="safe").load(dump_job(job)))
     assert again == job
     assert again.run == job.run

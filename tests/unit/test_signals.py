@@ -1,4 +1,4 @@
-"""SIGTERM, in processes of their own."""
+"""Signal handling: SIGTERM and SIGINT in separate processes."""
 
 import signal
 import subprocess
@@ -6,114 +6,118 @@ import sys
 
 import pytest
 
-STOPPED_WHERE = """
+SCRIPT = """
 import os, signal, sys, time, weakref
-from topwork.cli.runtime.signals import end_overdue, stopped_by_signals
+from topwork.cancellation import StopRequest
+from topwork.cli.runtime.signals import start_stop_watchdog, stop_on_signals
 from topwork.errors import Stopped
-from topwork.cancellation import StopSignal
 
 def ready():
     print("ready", flush=True)
 
 
-stop = StopSignal()
+stop = StopRequest()
 try:
-    with stopped_by_signals(stop, patient={patient}):
-        end_overdue(stop, {seconds}, lambda: os._exit(7), grace_seconds={grace})
+    with stop_on_signals(stop, ignore_repeats={ignore_repeats}):
+        start_stop_watchdog(stop, {seconds}, lambda: os._exit(7), grace_seconds={grace})
         {work}
 except Stopped as error:
     sys.exit(error.exit_code)
 """
 
 
-def ended(work: str, *numbers: int, patient=False, seconds=30, grace=None) -> tuple[int, str]:
-    """Send signals to a process once its work is ready, and say how it ended and what it said from then on."""
-    work = work.replace("\n", "\n        ")
-    script = STOPPED_WHERE.format(work=work, patient=patient, seconds=seconds, grace=grace)
+def run_until_signals(
+    work: str, *numbers: int, ignore_repeats: bool = False, seconds: float = 30, grace: float | None = None
+) -> tuple[int, str]:
+    """Start a process, send signals once its work is ready, and return its exit code and all further output."""
+    script = SCRIPT.format(
+        work=work.replace("\n", "\n        "), ignore_repeats=ignore_repeats, seconds=seconds, grace=grace
+    )
     with subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
         assert process.stdout.readline() == "ready\n"
         for number in numbers:
             process.send_signal(number)
-        said = process.stdout.read()
-        return process.wait(timeout=30), said
+        output = process.stdout.read()
+        return process.wait(timeout=30), output
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_stops_the_work_where_it_is(number):
-    assert ended("ready()\ntime.sleep(60)", number) == (143, "")
+def test_signal_interrupts_the_work_immediately(number):
+    assert run_until_signals("ready()\ntime.sleep(60)", number) == (143, "")
 
 
-def test_work_that_swallows_the_wish_is_ended_when_its_time_is_over():
+def test_work_that_swallows_the_interrupt_is_ended_by_the_watchdog():
     work = (
         "try:\n    ready()\n    time.sleep(60)\nexcept BaseException:\n    print('swallowed', flush=True)\n"
         "while True:\n    time.sleep(60)"
     )
-    assert ended(work, signal.SIGTERM, seconds=0.3) == (7, "swallowed\n")
+    assert run_until_signals(work, signal.SIGTERM, seconds=0.3) == (7, "swallowed\n")
 
 
-def test_work_that_holds_the_wish_off_has_all_the_time_it_needs():
-    work = "with stop.held():\n    ready()\n    time.sleep(3.5)\n    print('stored', stop.is_set(), flush=True)"
-    assert ended(work, signal.SIGTERM, seconds=2) == (143, "stored True\n")
+def test_work_that_defers_the_request_may_exceed_the_watchdog_timeout():
+    work = "with stop.deferred():\n    ready()\n    time.sleep(3.5)\n    print('stored', stop.is_set(), flush=True)"
+    assert run_until_signals(work, signal.SIGTERM, seconds=2) == (143, "stored True\n")
 
 
-def test_a_second_signal_ends_the_process_as_it_would_without():
+def test_second_signal_has_its_default_effect():
     work = (
-        "with stop.held():\n    os.kill(os.getpid(), 15)\n    while not stop.is_set(): time.sleep(0.01)\n"
+        "with stop.deferred():\n    os.kill(os.getpid(), 15)\n    while not stop.is_set(): time.sleep(0.01)\n"
         "    ready()\n    time.sleep(60)"
     )
-    assert ended(work, signal.SIGTERM) == (-signal.SIGTERM, "")
+    assert run_until_signals(work, signal.SIGTERM) == (-signal.SIGTERM, "")
 
 
-def test_a_patient_process_goes_on_storing_when_it_is_asked_again():
+def test_second_signal_is_ignored_if_repeats_are_ignored():
     work = (
-        "with stop.held():\n    os.kill(os.getpid(), 15)\n    while not stop.is_set(): time.sleep(0.01)\n"
+        "with stop.deferred():\n    os.kill(os.getpid(), 15)\n    while not stop.is_set(): time.sleep(0.01)\n"
         "    ready()\n    time.sleep(1)\n    print('stored', flush=True)"
     )
-    assert ended(work, signal.SIGTERM, signal.SIGINT, patient=True, grace=60) == (143, "stored\n")
+    result = run_until_signals(work, signal.SIGTERM, signal.SIGINT, ignore_repeats=True, grace=60)
+    assert result == (143, "stored\n")
 
 
-def test_work_that_holds_the_wish_off_is_ended_before_its_grace_period_is_over():
-    # 5 seconds of it are kept for the end.
-    work = "with stop.held():\n    ready()\n    time.sleep(60)"
-    assert ended(work, signal.SIGTERM, patient=True, grace=6) == (7, "")
+def test_work_that_defers_the_request_is_ended_before_the_grace_period_expires():
+    # 5 seconds of the grace period are reserved for the shutdown.
+    work = "with stop.deferred():\n    ready()\n    time.sleep(60)"
+    assert run_until_signals(work, signal.SIGTERM, ignore_repeats=True, grace=6) == (7, "")
 
 
-def test_a_wish_that_native_code_swallows_is_asked_again():
+def test_interrupt_that_native_code_swallows_is_repeated():
     work = (
         "try:\n    ready()\n    time.sleep(60)\nexcept BaseException:\n    print('swallowed', flush=True)\n"
         "time.sleep(60)"
     )
-    assert ended(work, signal.SIGTERM) == (143, "swallowed\n")
+    assert run_until_signals(work, signal.SIGTERM) == (143, "swallowed\n")
 
 
-def test_a_wish_that_python_drops_is_asked_again_without_a_word():
-    """Python prints what is raised in a callback, and goes on: that would be no line of JSON."""
+def test_interrupt_that_python_discards_is_repeated_without_output():
+    """Python prints an exception of a callback and continues: in a container, that line would not be JSON."""
     work = (
-        "gone = StopSignal()\nseen = weakref.ref(gone, lambda _: (ready(), time.sleep(60)))\ndel gone\n"
-        "print('went on', flush=True)\ntime.sleep(60)"
+        "target = StopRequest()\nref = weakref.ref(target, lambda _: (ready(), time.sleep(60)))\ndel target\n"
+        "print('continued', flush=True)\ntime.sleep(60)"
     )
-    assert ended(work, signal.SIGTERM) == (143, "went on\n")
+    assert run_until_signals(work, signal.SIGTERM) == (143, "continued\n")
 
 
-def test_what_else_python_drops_is_told():
+def test_other_exceptions_that_python_discards_are_reported():
     work = (
-        "gone = StopSignal()\nseen = weakref.ref(gone, lambda _: 1 / 0)\n"
-        "with stop.held():\n    ready()\n    del gone\n    while not stop.is_set(): time.sleep(0.01)"
+        "target = StopRequest()\nref = weakref.ref(target, lambda _: 1 / 0)\n"
+        "with stop.deferred():\n    ready()\n    del target\n    while not stop.is_set(): time.sleep(0.01)"
     )
-    code, said = ended(work, signal.SIGTERM)
-    assert (code, said.splitlines()[-1]) == (143, "ZeroDivisionError: division by zero")
+    code, output = run_until_signals(work, signal.SIGTERM)
+    assert (code, output.splitlines()[-1]) == (143, "ZeroDivisionError: division by zero")
 
 
-def test_nothing_interrupts_the_cleaning_up_of_a_wish_that_is_heard():
+def test_cleanup_after_an_interrupt_is_not_interrupted():
     work = "try:\n    ready()\n    time.sleep(60)\nfinally:\n    time.sleep(1.5)\n    print('clean', flush=True)"
-    assert ended(work, signal.SIGTERM) == (143, "clean\n")
+    assert run_until_signals(work, signal.SIGTERM) == (143, "clean\n")
 
 
-def test_nothing_interrupts_the_cleaning_up_after_training_either():
+def test_cleanup_after_a_deferred_request_is_not_interrupted():
     work = (
-        "try:\n    with stop.held():\n        ready()\n        while not stop.is_set(): time.sleep(0.01)\n"
+        "try:\n    with stop.deferred():\n        ready()\n        while not stop.is_set(): time.sleep(0.01)\n"
         "finally:\n    time.sleep(1.5)\n    print('clean', flush=True)"
     )
-    assert ended(work, signal.SIGTERM) == (143, "clean\n")
+    assert run_until_signals(work, signal.SIGTERM) == (143, "clean\n")

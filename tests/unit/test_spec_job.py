@@ -6,7 +6,7 @@ import pytest
 from pydantic import Strict, ValidationError
 
 from topwork.spec import TransferJob
-from topwork.spec.compute import in_millicores
+from topwork.spec.kubernetes_types import cpu_to_millicores
 from topwork.spec.schema import key_types
 
 LEAST: dict[str, Any] = {
@@ -194,7 +194,7 @@ def test_job_comes_back_from_what_it_is_written_as(by_alias: bool) -> None:
     ("cpu", "thousandths"), [(4, 4000), (0.5, 500), (1.5, 1500), (1e-9, 1), (0.1, 100), ("500m", 500), ("2.25", 2250)]
 )
 def test_cores_are_counted_in_thousandths(cpu: Any, thousandths: int) -> None:
-    assert in_millicores(with_spec(compute={"cpu": cpu}).spec.compute.cpu) == thousandths
+    assert cpu_to_millicores(with_spec(compute={"cpu": cpu}).spec.compute.cpu) == thousandths
 
 
 @pytest.mark.parametrize("unfreeze", ["all", {"layers": 3}, {"from": "block_13_expand"}], ids=["all", "layers", "from"])
@@ -225,9 +225,9 @@ def test_job_is_frozen() -> None:
 def test_every_number_and_boolean_is_strict() -> None:
     lax = [
         f"{path}.{key}"
-        for path, part in key_types.parts(TransferJob)
-        for key, field in key_types.keys(part).items()
-        for kind in key_types.kinds(field.annotation, field.metadata)
+        for path, part in key_types.walk_models(TransferJob)
+        for key, field in key_types.fields_by_key(part).items()
+        for kind in key_types.expand_types(field.annotation, field.metadata)
         if kind.of in {int, float, bool} and not kind.find(Strict)
     ]
     assert lax == []
@@ -236,8 +236,8 @@ def test_every_number_and_boolean_is_strict() -> None:
 def test_every_key_is_described() -> None:
     silent = [
         f"{path}.{key}"
-        for path, part in key_types.parts(TransferJob)
-        for key, field in key_types.keys(part).items()
+        for path, part in key_types.walk_models(TransferJob)
+        for key, field in key_types.fields_by_key(part).items()
         if not (field.description or "").endswith(".")
     ]
     assert silent == []

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from topwork.spec import TransferJob
 from topwork.spec.loading.loader import read_bytes, read_text
-from topwork.spec.loading.problems import WrongSpec
+from topwork.spec.loading.problems import InvalidSpecError
 
 GOOD = Path(__file__).with_name("test_spec_good.yaml").read_text(encoding="utf-8")
 LINES = GOOD.splitlines()
@@ -32,10 +32,10 @@ VALUES = st.recursive(
 )
 
 
-def outcome(text: str) -> list[TransferJob] | WrongSpec:
+def outcome(text: str) -> list[TransferJob] | InvalidSpecError:
     try:
         return read_text(text, "job.yaml")
-    except WrongSpec as error:
+    except InvalidSpecError as error:
         assert error.problems
         assert all(problem.message and "\n" not in str(problem) for problem in error.problems)
         return error
@@ -68,7 +68,7 @@ def test_any_yaml_is_a_job_or_a_problem(text: str) -> None:
 def test_any_bytes_are_a_job_or_a_problem(data: bytes) -> None:
     try:
         read_bytes(data, "job.yaml")
-    except WrongSpec as error:
+    except InvalidSpecError as error:
         assert error.problems
 
 

@@ -50,4 +50,4 @@ def test_what_is_no_slicing_is_refused(text: str) -> None:
 )
 def test_overlap_is_found_where_it_is_certain(one: str, other: str, overlap: bool) -> None:
     (a,), (b,) = parse_slices(one), parse_slices(other)
-    assert (a.surely_overlaps(b), b.surely_overlaps(a)) == (overlap, overlap)
+    assert (a.definitely_overlaps(b), b.definitely_overlaps(a)) == (overlap, overlap)

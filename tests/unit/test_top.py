@@ -21,19 +21,19 @@ PLACE = Place("http://127.0.0.1:9101/metrics")
 
 def metrics_of(run: str = "cats-1a2b3c4d", stage: str = "run") -> Metrics:
     metrics = Metrics(gpus=False)
-    metrics.describe(job=run.rpartition("-")[0], run=run, stage=stage, version="1.2.3")
+    metrics.start_job(job=run.rpartition("-")[0], run=run, stage=stage, version="1.2.3")
     return metrics
 
 
 def read(metrics: Metrics, seconds: float) -> Reading:
     """What the page of a process says so many seconds after the beginning."""
-    return parse_page(generate_latest(metrics.page).decode(), BEGAN + seconds)
+    return parse_page(generate_latest(metrics.labeled_registry).decode(), BEGAN + seconds)
 
 
 @contextmanager
 def stage(metrics: Metrics, name: str, seconds: float = 0.0) -> Iterator[None]:
-    with metrics.stage(name):
-        metrics.resumed(name, datetime.fromtimestamp(BEGAN + seconds, UTC))
+    with metrics.track_stage(name):
+        metrics.set_stage_start(name, datetime.fromtimestamp(BEGAN + seconds, UTC))
         yield
 
 
@@ -46,8 +46,8 @@ def seen(*readings: Reading, seconds: float | None = None) -> Figures:
 
 def steps(metrics: Metrics, count: int, seconds: float, wait: float = 0.0) -> None:
     for _ in range(count):
-        metrics.step(images=64, seconds=seconds)
-    metrics.spent(count * wait, count * (seconds - wait))
+        metrics.record_step(images=64, seconds=seconds)
+    metrics.record_step_time(count * wait, count * (seconds - wait))
 
 
 # ── Figures ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -65,7 +65,7 @@ def test_a_container_that_has_just_begun_tells_its_stage():
 
 def test_the_stage_at_work_is_shown_with_its_age_and_those_before_with_what_they_took():
     metrics = metrics_of()
-    metrics.repeat_stage("pull", datetime.fromtimestamp(BEGAN, UTC), datetime.fromtimestamp(BEGAN + 40, UTC))
+    metrics.restore_stage("pull", datetime.fromtimestamp(BEGAN, UTC), datetime.fromtimestamp(BEGAN + 40, UTC))
     with stage(metrics, "transfer", 50):
         found = seen(read(metrics, 110))
     assert (found.state, found.stage, found.stage_seconds) == ("running", "transfer", 60)
@@ -101,11 +101,11 @@ def test_steps_long_ago_do_not_count_for_the_speed_of_now():
 
 def test_time_left_follows_the_epochs_that_were_seen_to_end():
     metrics = metrics_of()
-    metrics.epochs_planned("transfer", 20)
+    metrics.set_planned_epochs("transfer", 20)
     with stage(metrics, "transfer", -5000):  # it was slow before
         readings = []
         for epoch in range(5, 9):
-            metrics.epoch("transfer", epoch)
+            metrics.set_epoch("transfer", epoch)
             readings += [read(metrics, epoch * 100), read(metrics, epoch * 100 + 50)]
     # Epochs of 100 s; the eighth ended 50 s ago.
     assert seen(*readings).seconds_left == pytest.approx(12 * 100 - 50)
@@ -113,10 +113,10 @@ def test_time_left_follows_the_epochs_that_were_seen_to_end():
 
 def test_time_left_follows_the_age_of_the_stage_where_no_epoch_was_seen_to_end():
     metrics = metrics_of()
-    metrics.epochs_planned("transfer", 20)
+    metrics.set_planned_epochs("transfer", 20)
     with stage(metrics, "transfer"):
         assert seen(read(metrics, 10)).seconds_left is None
-        metrics.epoch("transfer", 4)
+        metrics.set_epoch("transfer", 4)
         assert seen(read(metrics, 450)).seconds_left == pytest.approx(100 * 15.5)
     assert seen(read(metrics, 450)).seconds_left is None
 
@@ -133,16 +133,16 @@ def test_another_run_at_the_same_address_begins_anew():
 def test_a_process_that_was_started_anew_has_no_negative_rates():
     before, after = metrics_of(), metrics_of()
     steps(before, 100, 1.0)
-    before.storage_bytes("upload", 1000)
+    before.count_storage_bytes("upload", 1000)
     assert seen(read(before, 0), read(after, 2)).traffic["upload"] == Traffic(0.0, None)
 
 
 def test_traffic_is_the_sum_and_the_rate():
     metrics = metrics_of()
-    metrics.storage_bytes("upload", 1000)
+    metrics.count_storage_bytes("upload", 1000)
     first = read(metrics, 0)
-    metrics.storage_bytes("upload", 500)
-    metrics.storage_retry()
+    metrics.count_storage_bytes("upload", 500)
+    metrics.count_storage_retry()
     found = seen(first, read(metrics, 2))
     assert found.traffic == {"download": Traffic(0.0, 0.0), "upload": Traffic(1500.0, 250.0)}
     assert found.retries == 1
@@ -156,7 +156,7 @@ def test_a_process_that_lingers_says_how_it_ended(code: int, state: str):
     metrics = metrics_of()
     with stage(metrics, "publish"):
         pass
-    metrics.exit_code("run", code)
+    metrics.set_exit_code("run", code)
     found = seen(read(metrics, 9))
     assert (found.state, found.exit_code, found.stage) == (state, code, "publish")
 
@@ -165,7 +165,7 @@ def test_a_history_stays_small_however_long_it_is_watched():
     metrics = metrics_of()
     history = History()
     for second in range(0, 800, 2):
-        metrics.epoch("transfer", second // 10)
+        metrics.set_epoch("transfer", second // 10)
         history.add(read(metrics, second))
     assert len(history.readings) < 40
 
@@ -176,20 +176,20 @@ def test_a_history_stays_small_however_long_it_is_watched():
 def played() -> Figures:
     """A run in its seventh epoch of twenty."""
     metrics = metrics_of()
-    metrics.dataset(24998)
-    metrics.rejected("truncated", 12)
-    metrics.repeat_stage("pull", datetime.fromtimestamp(BEGAN, UTC), datetime.fromtimestamp(BEGAN + 40, UTC))
-    metrics.epochs_planned("transfer", 20)
-    metrics.replicas(2)
-    metrics.learning_rate(0.001)
+    metrics.set_dataset_images(24998)
+    metrics.count_rejected_images("truncated", 12)
+    metrics.restore_stage("pull", datetime.fromtimestamp(BEGAN, UTC), datetime.fromtimestamp(BEGAN + 40, UTC))
+    metrics.set_planned_epochs("transfer", 20)
+    metrics.set_replicas(2)
+    metrics.set_learning_rate(0.001)
     with stage(metrics, "transfer", 50):
         first = read(metrics, 60)
         steps(metrics, 10, 0.08, wait=0.04)
-        metrics.epoch("transfer", 7)
-        metrics.evaluation("train", {"loss": 0.25, "accuracy": 0.875})
-        metrics.evaluation("validation", {"loss": 0.5, "accuracy": 0.75})
-        metrics.best("transfer", "accuracy", "validation", 0.8125)
-        metrics.storage_bytes("upload", 3 * 2**20)
+        metrics.set_epoch("transfer", 7)
+        metrics.set_evaluation("train", {"loss": 0.25, "accuracy": 0.875})
+        metrics.set_evaluation("validation", {"loss": 0.5, "accuracy": 0.75})
+        metrics.set_best_metric("transfer", "accuracy", "validation", 0.8125)
+        metrics.count_storage_bytes("upload", 3 * 2**20)
         return seen(first, read(metrics, 62), seconds=62)
 
 
@@ -251,8 +251,8 @@ def test_a_run_that_stands_still_says_so():
 
 def test_json_says_what_is_no_number_as_text():
     metrics = metrics_of()
-    metrics.loss("train", math.nan)
-    metrics.metric("top_5", "train", 0.5)
+    metrics.set_loss("train", math.nan)
+    metrics.set_metric("top_5", "train", 0.5)
     told = json.loads(json.dumps(as_json(seen(read(metrics, 0))), allow_nan=False))
     assert told["loss"] == {"train": "nan"}
     assert told["metrics"] == {"train": {"top_5": 0.5}}

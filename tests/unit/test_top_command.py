@@ -53,17 +53,17 @@ class Process:
 
     def __init__(self, run: str) -> None:
         self.metrics = Metrics(gpus=False)
-        self.metrics.describe(job=run.rpartition("-")[0], run=run, stage="run", version="1.2.3")
+        self.metrics.start_job(job=run.rpartition("-")[0], run=run, stage="run", version="1.2.3")
         self.port = self.metrics.serve(0, "127.0.0.1")
 
 
 @pytest.fixture
 def cats() -> Iterator[Process]:
     process = Process("cats-1a2b3c4d")
-    with process.metrics.stage("transfer"):
-        process.metrics.epochs_planned("transfer", 20)
-        process.metrics.epoch("transfer", 5)
-        process.metrics.step(images=64, seconds=0.5)
+    with process.metrics.track_stage("transfer"):
+        process.metrics.set_planned_epochs("transfer", 20)
+        process.metrics.set_epoch("transfer", 5)
+        process.metrics.record_step(images=64, seconds=0.5)
         yield process
 
 
@@ -112,7 +112,7 @@ def test_rates_of_one_call_are_between_two_readings(top: Callable[..., Ended], c
 
     def train() -> None:
         while not ended.wait(0.02):
-            cats.metrics.step(images=64, seconds=0.25)
+            cats.metrics.record_step(images=64, seconds=0.25)
 
     trainer = threading.Thread(target=train)
     trainer.start()
@@ -248,7 +248,7 @@ def test_on_a_terminal_it_goes_on_until_ctrl_c_and_leaves_the_last_picture(cats:
     with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment) as process:
         os.close(theirs)
         shown = _read_until(ours, b"5/20")
-        cats.metrics.epoch("transfer", 6)
+        cats.metrics.set_epoch("transfer", 6)
         shown += _read_until(ours, b"6/20")
         process.send_signal(signal.SIGINT)
         left = _read_until(ours, None).partition(LEFT)[2]

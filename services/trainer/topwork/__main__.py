@@ -1,4 +1,4 @@
-"""`python -m topwork` is the command `topwork`."""
+"""`python -m topwork` runs the `topwork` command."""
 
 from topwork.cli import main
 

@@ -1,7 +1,7 @@
-"""A folder in storage that appears whole: its files first, its manifest last.
+"""Artifacts: directories in storage that become visible when their manifest is written, after all other files.
 
-Writers of one prefix write the same bytes, or hold a claim on it: the manifest decides who is done, and nothing is
-uploaded below a manifest that stands.
+Writers of the same artifact write identical files, or hold a claim on it. The first manifest wins, and no file of an
+artifact that has a manifest is replaced.
 """
 
 import json
@@ -13,24 +13,24 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from topwork import __version__
-from topwork.clients.s3.storage import FileEntry, Storage, entry_of
-from topwork.disk_space import require_room
+from topwork.clients.s3.storage import FileEntry, Storage, describe_file
+from topwork.disk_space import require_free_space
 from topwork.errors import DataError, FormatError
 
 FORMAT = 1
-NAME = "manifest.json"
-PARALLEL_FILES = 8
+MANIFEST_NAME = "manifest.json"
+MAX_CONCURRENT_FILES = 8
 Result = TypeVar("Result")
 Record = TypeVar("Record", bound=BaseModel)
 
 
 class Manifest(BaseModel):
-    """What a whole folder holds.
+    """The content of an artifact.
 
     Attributes:
-        format: Version of this description.
-        files: Size and digest of each file, by its path relative to the folder.
-        facts: What the writer has to say about the folder.
+        format: Version of the manifest format.
+        files: Size and digest of each file, keyed by its path in the artifact.
+        facts: Metadata from the writer of the artifact.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -40,149 +40,141 @@ class Manifest(BaseModel):
     facts: dict[str, Any] = Field(default_factory=dict)
 
 
-def write_whole(
-    storage: Storage,
-    prefix: str,
-    folder: Path,
-    facts: dict[str, Any],
-    *,
-    name: str = NAME,
-    files: Iterable[str] | None = None,
+def write_artifact(
+    storage: Storage, prefix: str, directory: Path, facts: dict[str, Any], *, files: Iterable[str] | None = None
 ) -> Manifest:
-    """Store a folder, its manifest last.
+    """Upload a directory as an artifact: its files first, its manifest last.
 
     Args:
-        storage: Where to.
-        prefix: Key of the folder in storage.
-        folder: Local folder.
-        facts: Kept in the manifest; must be JSON.
-        name: Name of the manifest in `prefix`.
-        files: Paths relative to `folder`; None takes every file in it.
+        storage: Storage that receives the artifact.
+        prefix: Key of the artifact.
+        directory: Local directory.
+        facts: Metadata for the manifest; must be serializable as JSON.
+        files: Paths relative to `directory`; None uploads all files in it.
 
     Returns:
-        The manifest that stands: another writer's, where one was there first.
+        The manifest in storage: that of another writer, if it was the first.
+
+    Example:
+        ```python
+        write_artifact(storage, "datasets/cats/1a2b3c4d", Path("/scratch/cats"), {"images": 2000})
+        download_artifact(storage, "datasets/cats/1a2b3c4d", Path("/scratch/copy"))
+        ```
     """
-    if (standing := read_manifest(storage, prefix, name=name)) is not None:
-        return standing
-    chosen = sorted(files if files is not None else _files_of(folder) - {name})
+    if (existing := read_manifest(storage, prefix)) is not None:
+        return existing
+    names = sorted(files if files is not None else _list_files(directory) - {MANIFEST_NAME})
 
-    def send(file: str) -> FileEntry:
-        # Another writer can be done at any time; its files stay as its manifest says.
-        if storage.size(_key(prefix, name)) is not None:
-            return entry_of(folder / file)
-        return storage.upload(folder / file, _key(prefix, file))
+    def upload(name: str) -> FileEntry:
+        # Another writer can finish at any time: from then on its files must not change.
+        if storage.size(_key(prefix, MANIFEST_NAME)) is not None:
+            return describe_file(directory / name)
+        return storage.upload(directory / name, _key(prefix, name))
 
-    entries = _in_parallel(send, chosen)
-    manifest = Manifest(files=dict(zip(chosen, entries, strict=True)), facts=facts)
+    entries = _run_concurrently(upload, names)
+    manifest = Manifest(files=dict(zip(names, entries, strict=True)), facts=facts)
     data = json.dumps(manifest.model_dump(mode="json"), indent=1, sort_keys=True).encode()
-    if storage.write(_key(prefix, name), data, only_if_absent=True, content_type="application/json"):
+    if storage.write(_key(prefix, MANIFEST_NAME), data, only_if_absent=True, content_type="application/json"):
         return manifest
-    return read_manifest(storage, prefix, name=name) or manifest
+    return read_manifest(storage, prefix) or manifest
 
 
-def read_manifest(storage: Storage, prefix: str, *, name: str = NAME) -> Manifest | None:
-    """Read the manifest of a folder in storage.
+def read_manifest(storage: Storage, prefix: str) -> Manifest | None:
+    """Read the manifest of an artifact.
 
     Args:
-        storage: Where from.
-        prefix: Key of the folder.
-        name: Name of the manifest in `prefix`.
+        storage: Storage that holds the artifact.
+        prefix: Key of the artifact.
 
     Returns:
-        The manifest; None while the folder is not there or not whole.
+        The manifest; None if the artifact does not exist or is incomplete.
 
     Raises:
-        DataError: If it is no manifest, or one of a newer format.
+        DataError: If the manifest is invalid or has a newer format.
     """
-    key = _key(prefix, name)
+    key = _key(prefix, MANIFEST_NAME)
     data = storage.read(key)
-    return None if data is None else read_record(Manifest, data, storage.uri_of(key), "a manifest of topwork")
+    return None if data is None else read_json_record(Manifest, data, storage.uri_of(key), "a topwork manifest")
 
 
-def read_record(model: type[Record], data: bytes, where: str, what: str, hint: str = "") -> Record:
-    """Read something that topwork has written down, of this format and no other.
+def read_json_record(model: type[Record], data: bytes, uri: str, description: str, hint: str = "") -> Record:
+    """Parse a JSON document that topwork has stored, in the current format only.
 
     Args:
-        model: What it is.
-        data: JSON, with its format.
-        where: Its URI, for the sentence.
-        what: What it should be, for the sentence.
-        hint: What else to do.
+        model: Model of the document.
+        data: The JSON text, including its format number.
+        uri: URI of the document, for error messages.
+        description: What the document should be, such as "a topwork manifest", for error messages.
+        hint: Another way to fix the error, for error messages.
 
     Returns:
-        The content.
+        The validated document.
 
     Raises:
-        DataError: If it is something else, or of another format.
+        FormatError: If the document has another format.
+        DataError: If the document is invalid.
     """
-    or_hint, doing = (f", or {hint}", f" You can {hint}.") if hint else ("", "")
+    alternative, advice = (f", or {hint}", f" You can {hint}.") if hint else ("", "")
     try:
         content = json.loads(data)
-        found = content.get("format", FORMAT)  # what is older than its own format has none
+        found = content.get("format", FORMAT)  # documents older than the format number have none
         if found != FORMAT and isinstance(found, int):
             raise FormatError(
-                f"{where} has format {found}; topwork {__version__} reads format {FORMAT}. "
-                f"Read it with {'a newer' if found > FORMAT else 'an older'} topwork{or_hint}."
+                f"{uri} has format {found}, but topwork {__version__} reads format {FORMAT}. "
+                f"Read it with {'a newer' if found > FORMAT else 'an older'} topwork{alternative}."
             )
         return model.model_validate(content)
     except (ValueError, AttributeError) as error:
         reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
-        raise DataError(f"{where} is not {what} ({reason}).{doing}") from error
+        raise DataError(f"{uri} is not {description} ({reason}).{advice}") from error
 
 
-def fetch_whole(
-    storage: Storage,
-    prefix: str,
-    folder: Path,
-    *,
-    only: Callable[[str], bool] | None = None,
-    name: str = NAME,
+def download_artifact(
+    storage: Storage, prefix: str, directory: Path, *, select: Callable[[str], bool] | None = None
 ) -> Manifest:
-    """Fetch a folder that is whole, in parallel, and check every file against the manifest.
+    """Download an artifact concurrently, and verify every file against the manifest.
 
     Args:
-        storage: Where from.
-        prefix: Key of the folder in storage.
-        folder: Local folder; files in it that are right already are not fetched again.
-        only: Chooses files by their path in the manifest; None takes all.
-        name: Name of the manifest in `prefix`.
+        storage: Storage that holds the artifact.
+        prefix: Key of the artifact.
+        directory: Local directory. Files that already match the manifest are not downloaded again.
+        select: Selects files by their path in the manifest; None selects all.
 
     Returns:
         The manifest.
 
     Raises:
-        DataError: If there is no manifest, or it names a path outside `folder`.
-        UnavailableError: If a file is not what the manifest says, or the disk has no room for it.
+        DataError: If the artifact has no manifest, or the manifest contains a path outside `directory`.
+        UnavailableError: If a file does not match the manifest, or the disk has too little free space.
     """
-    manifest = read_manifest(storage, prefix, name=name)
+    manifest = read_manifest(storage, prefix)
+    manifest_uri = storage.uri_of(_key(prefix, MANIFEST_NAME))
     if manifest is None:
-        raise DataError(
-            f"{storage.uri_of(_key(prefix, name))} does not exist: the folder is not there, or not whole yet."
-        )
-    chosen = {file: entry for file, entry in manifest.files.items() if only is None or only(file)}
-    for file in chosen:
-        if not _is_inside(file):
-            raise DataError(f"{storage.uri_of(_key(prefix, name))} names {file!r}, a path outside of its folder.")
+        raise DataError(f"{manifest_uri} does not exist: the directory is missing or incomplete.")
+    selected = {name: entry for name, entry in manifest.files.items() if select is None or select(name)}
+    for name in selected:
+        if not _is_relative_path(name):
+            raise DataError(f"{manifest_uri} contains {name!r}, a path outside its directory.")
 
-    def fetch(file: str) -> None:
-        path, entry = folder / file, chosen[file]
-        if not (_has_size(path, entry) and entry_of(path) == entry):
-            storage.download(_key(prefix, file), path, entry)
+    def download(name: str) -> None:
+        path, entry = directory / name, selected[name]
+        if not (_has_size(path, entry) and describe_file(path) == entry):
+            storage.download(_key(prefix, name), path, entry)
 
-    if missing := sum(entry.size for file, entry in chosen.items() if not _has_size(folder / file, entry)):
-        folder.mkdir(parents=True, exist_ok=True)
-        require_room(folder, missing, f"Fetching {storage.uri_of(prefix)}")
-    _in_parallel(fetch, list(chosen))
+    if missing := sum(entry.size for name, entry in selected.items() if not _has_size(directory / name, entry)):
+        directory.mkdir(parents=True, exist_ok=True)
+        require_free_space(directory, missing, f"Downloading {storage.uri_of(prefix)}")
+    _run_concurrently(download, list(selected))
     return manifest
 
 
-def _in_parallel(work: Callable[[str], Result], files: list[str]) -> list[Result]:
-    with ThreadPoolExecutor(PARALLEL_FILES, thread_name_prefix="storage") as pool:
-        futures = [pool.submit(work, file) for file in files]
+def _run_concurrently(function: Callable[[str], Result], names: list[str]) -> list[Result]:
+    with ThreadPoolExecutor(MAX_CONCURRENT_FILES, thread_name_prefix="storage") as pool:
+        futures = [pool.submit(function, name) for name in names]
         try:
             return [future.result() for future in futures]
         except BaseException:
-            # What failed for one file after all retries is not tried again for a thousand others.
+            # If one file failed after all retries, do not try a thousand others.
             pool.shutdown(cancel_futures=True)
             raise
 
@@ -195,12 +187,10 @@ def _has_size(path: Path, entry: FileEntry) -> bool:
     return path.is_file() and path.stat().st_size == entry.size
 
 
-def _files_of(folder: Path) -> set[str]:
-    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+def _list_files(directory: Path) -> set[str]:
+    return {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}
 
 
-def _is_inside(file: str) -> bool:
-    path = PurePosixPath(file)
-    return (
-        not path.is_absolute() and path.parts != () and ".." not in path.parts and "\\" not in file and "\0" not in file
-    )
+def _is_relative_path(name: str) -> bool:
+    path = PurePosixPath(name)
+    return not path.is_absolute() and path.parts != () and ".." not in path.parts and not set(name) & {"\\", "\0"}

@@ -1,60 +1,69 @@
-"""The wish to stop: how it reaches the work that goes on."""
+"""Stop requests: how SIGTERM and Ctrl-C interrupt the running work."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from topwork.errors import Stopped
 
-STOPPED = "Stopped. Start the same job again to go on."
+STOPPED_MESSAGE = "Stopped. Start the same job again to resume."
 
 
-class StopNow(BaseException):
-    """Unwinds the main thread when somebody asked to stop; whoever listens to the signals turns it into `Stopped`.
+class StopInterrupt(BaseException):
+    """Unwinds the main thread after a stop request; `stop_on_signals` turns it into `Stopped`.
 
-    No `Exception`: libraries catch those by the dozen, to try a request again or to do without a module.
+    Like KeyboardInterrupt it is not an `Exception`: many libraries catch those to retry a request or to continue
+    without an optional module.
     """
 
 
-class StopSignal:
-    """The wish to stop, as SIGTERM brings it.
+class StopRequest:
+    """A request to stop, usually from SIGTERM.
 
-    A stage may be ended at any moment, so the wish is granted at once, by raising `StopNow` where the main thread
-    is. Training alone holds it off, until its step is ended and its checkpoint written.
+    A request interrupts the main thread at once with `StopInterrupt`, because most stages can be stopped at any moment.
+    Training defers it until the current step has finished and its checkpoint is written.
+
+    Example:
+        with stop.deferred():
+            for step in steps:
+                train(step)
+                if stop.is_set():
+                    save_checkpoint()
+                    break
     """
 
     def __init__(self) -> None:
-        self._asked = False
-        self._held = False
+        self._is_set = False
+        self._is_deferred = False
 
-    def ask(self) -> None:
-        """Ask to stop; call it in the main thread, from a signal handler.
+    def set(self) -> None:
+        """Request a stop. Call this in the main thread, from a signal handler.
 
         Raises:
-            StopNow: Unless the wish is held off.
+            StopInterrupt: Unless the request is deferred.
         """
-        self._asked = True
-        if not self._held:
-            raise StopNow
+        self._is_set = True
+        if not self._is_deferred:
+            raise StopInterrupt
 
     def is_set(self) -> bool:
-        """Whether somebody asked to stop."""
-        return self._asked
+        """Whether a stop was requested."""
+        return self._is_set
 
-    def is_held(self) -> bool:
-        """Whether training is about to stop in its own way."""
-        return self._held
+    def is_deferred(self) -> bool:
+        """Whether the running work handles stop requests itself."""
+        return self._is_deferred
 
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """Hold the wish off while the block runs; the block looks at `is_set` and ends in its own way.
+    def deferred(self) -> Iterator[None]:
+        """Defer stop requests while the block runs. The block polls `is_set` and returns early.
 
         Raises:
-            Stopped: At the end of a block that did not.
+            Stopped: At the end of the block, if a stop was requested.
         """
-        self._held = True
+        self._is_deferred = True
         try:
             yield
         finally:
-            self._held = False
-        if self._asked:
-            raise Stopped(STOPPED)
+            self._is_deferred = False
+        if self._is_set:
+            raise Stopped(STOPPED_MESSAGE)

@@ -1,7 +1,7 @@
-"""Room on a local disk: asked for before it is taken, and told in a sentence where it ran out.
+"""Free disk space: checks it before a large write, and reports a full disk clearly.
 
-A disk that is full ends with 75: in a cluster it is the node's, and another node, or this one later, has room. A quota
-or a limit of the spec ends with 2: no other try changes it.
+A full disk ends with exit code 75: another node, or the same node later, may have free space. An exhausted quota or a
+limit of the spec ends with exit code 2: retrying does not help.
 """
 
 import errno
@@ -13,104 +13,110 @@ from pathlib import Path
 from topwork.errors import SettingError, TopworkError, UnavailableError
 
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
-# Left for everything that nobody counts: logs, indices, files of libraries.
+# Reserve for logs, indices and files of libraries.
 MARGIN_BYTES = 64 << 20
-_FULL = "No space left on device"
-_QUOTA = "Disk quota exceeded"
+_FULL_MESSAGE = "No space left on device"
+_QUOTA_MESSAGE = "Disk quota exceeded"
 
 
-def shown_bytes(size: float) -> str:
-    """Show a number of bytes with one decimal and its unit, such as 1.5 GiB."""
+def format_bytes(size: float) -> str:
+    """Format a number of bytes with one decimal and its unit.
+
+    Example:
+        ```python
+        format_bytes(1610612736)  # "1.5 GiB"
+        ```
+    """
     unit = 0
     while size >= 1024 and unit < len(UNITS) - 1:
         size, unit = size / 1024, unit + 1
     return f"{size:.1f} {UNITS[unit]}" if unit else f"{size:.0f} B"
 
 
-def full_disk(error: BaseException, where: Path | None = None) -> TopworkError | None:
-    """Tell a full disk from other errors, whichever library met it.
+def disk_full_error(error: BaseException, directory: Path | None = None) -> TopworkError | None:
+    """Convert an exception that a full disk caused, in whichever library, into an error for the user.
 
     Args:
-        error: What was raised; what it came from counts, too.
-        where: Folder that was written to, if that is known.
+        error: The exception. Its causes are inspected too.
+        directory: Directory of the failed write, if known.
 
     Returns:
-        What the user is told; None for another error.
+        The error for the user; None if the disk was not full.
     """
-    seen: BaseException | None = error
-    while seen is not None and not isinstance(seen, TopworkError):
-        if kind := _kind(seen):
-            return _told(seen, kind, where)
-        seen = seen.__cause__ or (None if seen.__suppress_context__ else seen.__context__)
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, TopworkError):
+        if kind := _error_type(cause):
+            return _create_error(cause, kind, directory)
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
     return None
 
 
 @contextmanager
-def room_told(where: Path) -> Iterator[None]:
-    """Say where the room ran out, should it.
+def report_full_disk(directory: Path) -> Iterator[None]:
+    """Convert exceptions of a full disk in the block into errors for the user.
 
     Args:
-        where: Folder that the block writes to.
+        directory: Directory that the block writes to.
 
     Raises:
-        UnavailableError: If its disk is full.
-        SettingError: If its quota is used up.
+        UnavailableError: If the disk is full.
+        SettingError: If the disk quota is exhausted.
     """
     try:
         yield
     except Exception as error:
-        if told := full_disk(error, where):
-            raise told from error
+        if full := disk_full_error(error, directory):
+            raise full from error
         raise
 
 
-def require_room(where: Path, needed: int, what: str, limit: int | None = None) -> None:
-    """Refuse to begin what the disk can't hold.
+def require_free_space(directory: Path, needed: int, operation: str, limit: int | None = None) -> None:
+    """Check that the disk has space for an operation before it starts.
 
     Args:
-        where: Folder that will be written to; it is there.
-        needed: Bytes, as far as they are known.
-        what: What takes them, for the sentence: "pulling s3://…".
-        limit: Size of the volume in bytes (`spec.compute.scratch`), where the cluster ends a pod that goes beyond.
+        directory: Existing directory that the operation writes to.
+        needed: Required space in bytes, as far as it is known.
+        operation: Subject of the error message, such as "Pulling s3://…".
+        limit: Size limit of the volume in bytes (`spec.compute.scratch`), beyond which the cluster evicts the pod.
 
     Raises:
-        SettingError: If it is more than the volume may hold.
-        UnavailableError: If the disk has less room.
+        SettingError: If the operation needs more space than the volume limit.
+        UnavailableError: If the disk has too little free space.
     """
     if limit is not None and needed > limit:
         raise SettingError(
-            f"{what} takes about {shown_bytes(needed)} of the scratch volume, but spec.compute.scratch is "
-            f"{shown_bytes(limit)}. Raise it: the cluster ends a pod whose volume grows beyond it."
+            f"{operation} needs about {format_bytes(needed)} of the scratch volume, but spec.compute.scratch is "
+            f"{format_bytes(limit)}. Increase it: the cluster evicts a pod whose volume exceeds its limit."
         )
-    free = shutil.disk_usage(where).free
+    free = shutil.disk_usage(directory).free
     if needed + MARGIN_BYTES > free:
         raise UnavailableError(
-            f"{what} takes about {shown_bytes(needed)}, and {where} has {shown_bytes(free)} free. Make room there, or "
-            "take a larger disk or node, then start again."
+            f"{operation} needs about {format_bytes(needed)}, but {directory} has {format_bytes(free)} free. Free "
+            "space there, or use a larger disk or another node, then start again."
         )
 
 
-def _kind(error: BaseException) -> type[TopworkError] | None:
-    number, text = getattr(error, "errno", None), str(error)
-    # TensorFlow and HDF5 tell it in words alone.
-    in_words = isinstance(error, OSError) or type(error).__module__.startswith(("tensorflow", "h5py"))
-    if number == errno.ENOSPC or (in_words and _FULL in text):
+def _error_type(error: BaseException) -> type[TopworkError] | None:
+    number, message = getattr(error, "errno", None), str(error)
+    # TensorFlow and HDF5 report it in the message only.
+    has_message = isinstance(error, OSError) or type(error).__module__.startswith(("tensorflow", "h5py"))
+    if number == errno.ENOSPC or (has_message and _FULL_MESSAGE in message):
         return UnavailableError
-    if number == errno.EDQUOT or (in_words and _QUOTA in text):
+    if number == errno.EDQUOT or (has_message and _QUOTA_MESSAGE in message):
         return SettingError
     return None
 
 
-def _told(error: BaseException, kind: type[TopworkError], where: Path | None) -> TopworkError:
-    name = getattr(error, "filename", None)
-    place = str(where or name or "the disk that topwork writes to")
+def _create_error(error: BaseException, kind: type[TopworkError], directory: Path | None) -> TopworkError:
+    filename = getattr(error, "filename", None)
+    location = str(directory or filename or "the disk that topwork writes to")
     free = ""
-    if where and where.exists():
-        usage = shutil.disk_usage(where)
-        free = f" ({shown_bytes(usage.free)} of {shown_bytes(usage.total)} free)"
-    file = f" while {name} was written" if where and name and str(name) != place else ""
-    lack = "The quota is used up" if kind is SettingError else "There is no room left"
+    if directory and directory.exists():
+        usage = shutil.disk_usage(directory)
+        free = f" ({format_bytes(usage.free)} of {format_bytes(usage.total)} free)"
+    file = f" while writing {filename}" if directory and filename and str(filename) != location else ""
+    problem = "The disk quota is exhausted" if kind is SettingError else "No disk space is left"
     return kind(
-        f"{lack} in {place}{free}{file}. Make room there, or take a larger disk (in a cluster spec.compute.scratch, a "
-        "node with more), then start again: what is stored is kept."
+        f"{problem} in {location}{free}{file}. Free space there, or use a larger disk (in a cluster, "
+        "spec.compute.scratch or another node), then start again: stored data is kept."
     )

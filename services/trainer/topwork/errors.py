@@ -1,64 +1,64 @@
-"""Everything that can go wrong for a user, each with the exit code that Kubernetes reads.
+"""Errors that users can act on, each with the exit code that the Job's pod failure policy reads.
 
     TopworkError
-    ├── SpecError             2   the job spec is wrong
-    ├── DataError             2   the data or a model handed in is wrong
-    │   └── FormatError       2   what is stored was written by another topwork
-    ├── SettingError          2   a setting outside the spec is wrong: credentials, bucket, option
-    ├── GateError             3   the model was trained and evaluated, and a gate was not met
-    ├── UnavailableError     75   storage or the network failed after its retries
-    │   └── DamagedError     75   what storage gave, more than once, is not what was stored
-    └── Stopped             143   asked to stop; the checkpoint is written
+    ├── SpecError             2   the job spec is invalid
+    ├── DataError             2   the data or a provided model is invalid
+    │   └── FormatError       2   stored data was written by another version of topwork
+    ├── SettingError          2   a setting outside the spec is invalid: credentials, bucket, option
+    ├── GateError             3   the model was trained and evaluated, but did not meet a gate
+    ├── UnavailableError     75   storage or the network failed after all retries
+    │   └── DamagedError     75   storage repeatedly returned other bytes than were stored
+    └── Stopped             143   a stop was requested; the checkpoint is stored
 
-Whatever else is raised is a bug and keeps its traceback (exit code 1).
+Any other exception is a bug: it keeps its traceback and ends with exit code 1.
 """
 
 
 class TopworkError(Exception):
-    """A failure that is told to the user in a sentence and without a traceback."""
+    """An error that is reported to the user as a message without a traceback."""
 
     exit_code = 1
 
 
 class SpecError(TopworkError):
-    """The job spec is wrong. Never retried."""
+    """The job spec is invalid. Never retried."""
 
     exit_code = 2
 
 
 class DataError(TopworkError):
-    """The data, or a model or archive handed in, is wrong. Never retried."""
+    """The data, or a provided model or archive, is invalid. Never retried."""
 
     exit_code = 2
 
 
 class FormatError(DataError):
-    """What is stored was written by an older or newer topwork, which can read it. Never retried."""
+    """Stored data was written by an older or newer version of topwork, which can read it. Never retried."""
 
 
 class SettingError(TopworkError):
-    """A setting outside the spec is wrong: credentials, a bucket, an option. Never retried."""
+    """A setting outside the spec is invalid: credentials, a bucket, an option. Never retried."""
 
     exit_code = 2
 
 
 class GateError(TopworkError):
-    """The model was trained and evaluated, and a gate of `spec.evaluate` was not met. Never retried."""
+    """The model was trained and evaluated, but did not meet a gate of `spec.evaluate`. Never retried."""
 
     exit_code = 3
 
 
 class UnavailableError(TopworkError):
-    """Storage or the network failed after its retries (EX_TEMPFAIL of sysexits.h). Worth another try."""
+    """Storage or the network failed after all retries (EX_TEMPFAIL of sysexits.h). Retried by the Job."""
 
     exit_code = 75
 
 
 class DamagedError(UnavailableError):
-    """What storage gave is not what was stored: its bytes changed there or on the way."""
+    """Storage returned other bytes than were stored: they changed there or in transit."""
 
 
-class Stopped(TopworkError):  # noqa: N818 - a wish that was granted, not an error
-    """The process was asked to stop (SIGTERM) and has written its checkpoint."""
+class Stopped(TopworkError):  # noqa: N818 - a request that was fulfilled, not an error
+    """A stop was requested (SIGTERM), and the checkpoint is stored."""
 
     exit_code = 143

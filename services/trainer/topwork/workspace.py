@@ -1,11 +1,11 @@
-"""What a stage may touch beside its arguments, handed down by the command line."""
+"""The workspace of a run: storage, metrics, progress display and scratch directory, passed to every stage."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from topwork.cancellation import StopSignal
+from topwork.cancellation import StopRequest
 from topwork.clients.prometheus.metrics import Metrics
 from topwork.clients.s3.storage import Storage
 from topwork.progress import Fact, Progress, Tracker
@@ -13,16 +13,16 @@ from topwork.progress import Fact, Progress, Tracker
 
 @dataclass(frozen=True)
 class Workspace:
-    """The surroundings of a run.
+    """What a stage uses besides the job and the results of earlier stages.
 
     Attributes:
-        storage: Object storage of the job; every key is relative to `spec.storage`.
-        metrics: Prometheus series, filled by the stages.
-        progress: What the user sees while a stage runs.
-        scratch: Local folder of this run; may be lost at any time between two processes.
-        replicas: Replicas of the model; None is one on each visible GPU, or one on the processor.
-        scratch_limit: Bytes that the scratch volume may hold, where the cluster ends a pod that goes beyond.
-        stop: The wish to stop; training then writes its checkpoint and raises `Stopped`.
+        storage: Object storage of the job; keys are relative to `spec.storage`.
+        metrics: Prometheus metrics, updated by the stages.
+        progress: Progress display for the user.
+        scratch: Local directory of this run; its contents may be lost between two processes.
+        replicas: Number of model replicas; None is one per visible GPU, or one on the CPU.
+        scratch_limit: Size limit of the scratch volume in bytes; the cluster evicts a pod that exceeds it.
+        stop: Stop request; training then writes its checkpoint and raises `Stopped`.
     """
 
     storage: Storage
@@ -31,22 +31,27 @@ class Workspace:
     scratch: Path
     replicas: int | None = None
     scratch_limit: int | None = None
-    stop: StopSignal = field(default_factory=StopSignal)
+    stop: StopRequest = field(default_factory=StopRequest)
 
     @contextmanager
     def track(self, what: str, total: int | None) -> Iterator[Tracker]:
-        """Follow work of `total` pieces (None: unknown), before a person's eyes and for who watches from afar."""
-        with self.progress.track(what, total) as shown:
-            yield _Watched(shown, self.metrics)
+        """Show the progress of an operation to the user and in the metrics while the block runs.
+
+        Args:
+            what: Name of the operation, such as `transfer`.
+            total: Number of items; None if unknown.
+        """
+        with self.progress.track(what, total) as tracker:
+            yield _MeteredTracker(tracker, self.metrics)
 
 
-class _Watched:
-    """Tells the metrics of each piece, too: what goes on slowly and what hangs look the same otherwise."""
+class _MeteredTracker:
+    """Also records each step in the metrics, so that a slow operation can be told from a hanging one."""
 
-    def __init__(self, shown: Tracker, metrics: Metrics) -> None:
-        self._shown, self._metrics = shown, metrics
+    def __init__(self, tracker: Tracker, metrics: Metrics) -> None:
+        self._tracker, self._metrics = tracker, metrics
 
     def advance(self, count: int = 1, **facts: Fact) -> None:
-        """Say that `count` more are done."""
-        self._metrics.progress()
-        self._shown.advance(count, **facts)
+        """Add completed items."""
+        self._metrics.record_progress()
+        self._tracker.advance(count, **facts)

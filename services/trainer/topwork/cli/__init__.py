@@ -1,6 +1,7 @@
-"""The command `topwork`: one module for each group of commands; here they are gathered and exit codes are picked."""
+"""The `topwork` command: its sub-commands, logging setup, error messages and exit codes."""
 
 import importlib
+import logging
 import sys
 import traceback
 from typing import Annotated, Any
@@ -9,9 +10,11 @@ import typer
 from typer.core import TyperGroup
 
 from topwork import __version__
-from topwork.cli.runtime.environment import prepare_process
-from topwork.cli.runtime.exit_codes import BUG, failure_of
-from topwork.redaction import without_secrets
+from topwork.cli.runtime.environment import allowed_http_hosts, register_environment_secrets
+from topwork.cli.runtime.logging import configure_logging, set_log_level
+from topwork.cli.runtime.shutdown import EXIT_CODE_BUG, to_topwork_error
+from topwork.clients.url_policy import allow_plain_http
+from topwork.redaction import redact
 
 COMMANDS = {
     "run": "topwork.cli.commands.run:run",
@@ -36,28 +39,28 @@ COMMANDS = {
 }
 
 
-class Commands(TyperGroup):
-    """Imports the module of a command when it is called: `validate` waits for no S3 client."""
+class LazyCommands(TyperGroup):
+    """Imports a command's module only when the command runs, so that `validate` does not wait for an S3 client."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        """Name the commands, in the order of their use."""
+        """List the names of all commands, in the order of the help text."""
         return list(COMMANDS)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """Import a command; None if there is none of that name."""
+        """Import a command by its name; None if there is no such command."""
         if cmd_name not in COMMANDS:
             return None
         module, name = COMMANDS[cmd_name].split(":")
-        found = getattr(importlib.import_module(module), name)
-        if not isinstance(found, typer.Typer):
-            command = found
-            found = typer.Typer(rich_markup_mode=None, add_completion=False)
-            found.command(cmd_name)(command)
-        return typer.main.get_command(found)
+        command = getattr(importlib.import_module(module), name)
+        if isinstance(command, typer.Typer):
+            return typer.main.get_command(command)
+        group = typer.Typer(rich_markup_mode=None, add_completion=False)
+        group.command(cmd_name)(command)
+        return typer.main.get_command(group)
 
 
 app = typer.Typer(
-    cls=Commands,
+    cls=LazyCommands,
     help="Transfer learning for image classifiers: one YAML job spec in, an evaluated model in object storage out.",
     no_args_is_help=True,
     add_completion=False,
@@ -66,32 +69,42 @@ app = typer.Typer(
 )
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(requested: bool) -> None:
+    if requested:
         print(f"topwork {__version__}")
         raise typer.Exit
 
 
 @app.callback()
-def _options(
+def _global_options(
     _version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Log debug messages, too.")] = False,
 ) -> None:
-    """Take the options that come before the command."""
+    """Handle the options that precede the command."""
+    if verbose:
+        set_log_level(logging.DEBUG)
 
 
 def main() -> None:
-    """Run the command line; a user's mistake ends with a sentence, a bug with its traceback."""
-    prepare_process()
+    """Run the command line. A user's mistake ends with a message, a bug with its traceback."""
+    configure_process()
     try:
         app()
     except Exception as error:
-        known = failure_of(error)
+        known = to_topwork_error(error)
         if known is None:
-            print(without_secrets(traceback.format_exc()), end="", file=sys.stderr)
-            sys.exit(BUG)
-        # The problems of a spec begin with the file and the line in it, as editors read them.
+            print(redact(traceback.format_exc()), end="", file=sys.stderr)
+            sys.exit(EXIT_CODE_BUG)
+        # Problems of a spec already begin with file and line, in the format that editors recognize.
         text = str(known) if getattr(known, "problems", ()) else f"topwork: {known}"
-        print(without_secrets(text), file=sys.stderr)
+        print(redact(text), file=sys.stderr)
         sys.exit(known.exit_code)
+
+
+def configure_process() -> None:
+    """Apply the settings of the whole process: secrets to redact, hosts that may use plain HTTP, and logging."""
+    register_environment_secrets()
+    allow_plain_http(allowed_http_hosts())
+    configure_logging()

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from topwork.cli.runtime.environment import storage_at
+from topwork.cli.runtime.storage import open_storage
 from topwork.clients.s3.storage import Storage
 from topwork.errors import SettingError
 from topwork.registry import versions
@@ -72,7 +72,7 @@ def open_version(address: ModelAddress, state: Path | None) -> Iterator[tuple[St
     Raises:
         SettingError: If there is no such model or version.
     """
-    with storage_at(address.storage, state) as storage:
+    with open_storage(address.storage, state) as storage:
         yield storage, find_version(storage, address)
 
 

@@ -1,4 +1,4 @@
-"""Options that say which cluster, namespace and image is meant, as kubectl has them."""
+"""Options that several commands share: cluster, namespace, image, overrides, state directory and metrics port."""
 
 import shlex
 from collections.abc import Iterable
@@ -7,46 +7,82 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from topwork.cli.runtime.environment import default_kubeconfig, is_in_pod
+from topwork.errors import SettingError
+
 if TYPE_CHECKING:
     from topwork.clients.kubernetes.cluster import Cluster
+    from topwork.clients.prometheus.metrics import Metrics
 
 Namespace = Annotated[
-    str | None, typer.Option("--namespace", "-n", help="Namespace [default: that of the context].", show_default=False)
+    str | None,
+    typer.Option("--namespace", "-n", help="Namespace [default: that of the context].", show_default=False),
 ]
 Context = Annotated[str | None, typer.Option(help="Context of the kubeconfig [default: the current one].")]
 Kubeconfig = Annotated[
-    Path | None, typer.Option(help="kubeconfig file [default: $KUBECONFIG, ~/.kube/config, or the pod's own account].")
+    Path | None,
+    typer.Option(help="kubeconfig file [default: $KUBECONFIG, ~/.kube/config, or the pod's service account]."),
 ]
-
 Image = Annotated[
     str | None,
-    typer.Option(envvar="TOPWORK_IMAGE", help="Image of all containers [default: the one that make image builds]."),
+    typer.Option(envvar="TOPWORK_IMAGE", help="Image of all containers [default: the image that make image builds]."),
 ]
-
-
-def open_cluster(namespace: str | None, context: str | None, kubeconfig: Path | None) -> "Cluster":
-    """Connect to the cluster that the options name, as kubectl would.
-
-    Raises:
-        SettingError: If there is no configuration, no such context, or it can't be used.
-    """
-    from topwork.clients.kubernetes.cluster import ClusterSettings, connect
-
-    return connect(ClusterSettings(namespace, context, str(kubeconfig) if kubeconfig else None))
-
-
+State = Annotated[
+    Path | None,
+    typer.Option(help="Directory for scratch and the embedded S3 server [default: ~/.local/state/topwork]."),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
         metavar="PATH=VALUE",
-        help="Set a value in all specs, such as spec.transfer.epochs=2; several allowed. VALUE is YAML, null takes the "
-        "key out, and list items go by number: spec.evaluate.gates.0.atLeast=0.9.",
+        help="Set a value in all specs, such as spec.transfer.epochs=2; repeatable. VALUE is YAML; null removes the "
+        "key. List items are addressed by index: spec.evaluate.gates.0.atLeast=0.9.",
         show_default=False,
     ),
 ]
 
 
-def as_options(overrides: Iterable[str]) -> list[str]:
-    """Write overrides as a shell takes them, for a command that is shown."""
+def format_overrides(overrides: Iterable[str]) -> list[str]:
+    """Format overrides as shell-quoted `--set` options, for a command line that is shown to the user."""
     return [f"--set {shlex.quote(override)}" for override in overrides]
+
+
+def open_cluster(namespace: str | None, context: str | None, kubeconfig: Path | None) -> "Cluster":
+    """Connect to the cluster that the options select, as kubectl does.
+
+    Raises:
+        SettingError: If there is no configuration or no such context, or if it can't be used.
+    """
+    from topwork.clients.kubernetes.cluster import ClusterSettings, connect
+
+    return connect(
+        ClusterSettings(
+            namespace,
+            context,
+            str(kubeconfig) if kubeconfig else None,
+            default_kubeconfig=default_kubeconfig(),
+            in_pod=is_in_pod(),
+        )
+    )
+
+
+def serve_metrics(metrics: "Metrics", port: int) -> int:
+    """Serve metrics on the port of `--metrics-port`.
+
+    Args:
+        metrics: The metrics of the process.
+        port: TCP port; 0 selects a free port.
+
+    Returns:
+        The port.
+
+    Raises:
+        SettingError: If the port is in use or not permitted.
+    """
+    try:
+        return metrics.serve(port)
+    except OSError as error:
+        raise SettingError(
+            f"Cannot listen on --metrics-port {port} ({error.strerror}). Choose another port, or 0 for a free one."
+        ) from error

@@ -1,1 +1,1 @@
-"""The outside world: object storage and metrics, each behind one module."""
+"""Clients for external services: object storage, Prometheus and the Kubernetes API, one package for each."""

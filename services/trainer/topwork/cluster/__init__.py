@@ -1,1 +1,1 @@
-"""A job in a Kubernetes cluster: the objects that it is made of, and what they tell about how it goes."""
+"""Runs in a Kubernetes cluster: their objects, their status, and operations on them."""

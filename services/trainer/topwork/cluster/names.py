@@ -1,7 +1,7 @@
-"""What the objects of a job are called in a cluster, and the labels, paths and ports by which they find each other.
+"""Names, labels, paths and ports of the Kubernetes objects of a run.
 
-The longest name of a job (40 characters) makes a run of 49 and an object of 54: with what Kubernetes appends to name
-a pod, that stays within the 63 characters of a label.
+The name of a job has at most 40 characters, the name of its run 49, and the name of an object 54. Kubernetes appends a
+suffix to name a pod; the result stays within the 63 characters of a label value.
 """
 
 from typing import Literal
@@ -11,77 +11,80 @@ from topwork.spec import TransferJob
 
 StageName = Literal["pull", "transfer", "fine-tune"]
 STAGES: tuple[StageName, ...] = ("pull", "transfer", "fine-tune")
-"""Containers of the pod in their order: the first two are init containers; the last one publishes, too."""
+"""Containers of the training pod in order: the first two are init containers; the last one also publishes."""
 
-# Init and main containers share the pod's address: with one port, two targets of Prometheus would be one process.
+# Init and main containers share the pod IP: on a single port, Prometheus would treat them as one process.
 METRICS_PORTS: dict[StageName, int] = {"pull": 9101, "transfer": 9102, "fine-tune": 9103}
 
-MANAGER = "topwork"
-"""Field manager of server-side apply, and value of `app.kubernetes.io/managed-by`."""
+APP_NAME = "topwork"
+"""Value of the labels `app.kubernetes.io/name`, `part-of` and `managed-by`."""
 
-PART_LABEL = "app.kubernetes.io/part-of"
-"""Label by which an object is known as topwork's, whether `submit`, kubectl or Helm has applied it."""
+PART_OF_LABEL = "app.kubernetes.io/part-of"
+"""Label that identifies an object as topwork's, whether `submit`, kubectl or Helm applied it."""
 JOB_LABEL = "topwork.dev/job"
 RUN_LABEL = "topwork.dev/run"
 ROLE_LABEL = "topwork.dev/role"
-"""Role of a Job of the run: `training`, or `prefetch` for the one that pulls ahead."""
+"""Role of a Job of the run: `training`, or `prefetch` for the Job that only pulls the dataset."""
 DIGEST_ANNOTATION = "topwork.dev/digest"
-"""SHA-256 of what was rendered, so that the same spec is known again."""
+"""SHA-256 of the rendered Job and its spec: two submissions with the same digest are the same."""
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 
+GPU_RESOURCE = "nvidia.com/gpu"
+"""Extended resource of the NVIDIA device plugin."""
+
 JOB_FILE = "job.yaml"
-"""Key in the ConfigMap, and name of the file in the pod."""
-JOB_FOLDER = "/etc/topwork"
-SCRATCH = "/scratch"
+"""Key in the ConfigMap, and file name in the pod."""
+JOB_DIRECTORY = "/etc/topwork"
+SCRATCH_DIRECTORY = "/scratch"
 DEFAULTS_CONFIG_MAP = "topwork-defaults"
-"""ConfigMap with what the job specs of its namespace don't have to say."""
+"""ConfigMap with default values for the job specs of its namespace."""
 DEFAULTS_FILE = "defaults.yaml"
-STORAGE_SECRET = "topwork-s3"  # noqa: S105 - the name of a Secret, no secret
-"""Secret with the AWS variables of the storage; it may be missing where a service account has access."""
+STORAGE_SECRET = "topwork-s3"  # noqa: S105 - the name of a Secret, not a secret
+"""Secret with the AWS variables of the storage; optional if a service account grants access."""
 
 
 def object_name(job: TransferJob) -> str:
-    """Name the Job and the ConfigMap of a run: the run's own name, so that one run never trains twice at once."""
+    """Return the name of the training Job and the ConfigMap: the run, so that a run never trains twice at once."""
     return job.run
 
 
-def prefetch_name(job: TransferJob) -> str:
-    """Name the Job that pulls ahead."""
+def prefetch_job_name(job: TransferJob) -> str:
+    """Return the name of the Job that only pulls the dataset."""
     return f"{job.run}-pull"
 
 
 Role = Literal["training", "prefetch"]
 
 
-def labels(job: TransferJob, component: Role = "training") -> dict[str, str]:
-    """Give the labels of any object of a job.
+def labels(job: TransferJob, role: Role = "training") -> dict[str, str]:
+    """Return the labels of any object of a job.
 
     Args:
-        job: The job; its own labels are given too, where none of ours has the same key.
-        component: What the object is for.
+        job: The job. Its own labels are included, but never override topwork's.
+        role: What the object is for.
 
     Returns:
-        The labels that Kubernetes recommends, ours, and the user's.
+        The labels that Kubernetes recommends, topwork's labels, and the user's.
     """
-    ours = {
-        "app.kubernetes.io/name": "topwork",
+    own = {
+        "app.kubernetes.io/name": APP_NAME,
         "app.kubernetes.io/instance": job.run,
         "app.kubernetes.io/version": __version__,
-        "app.kubernetes.io/component": component,
-        PART_LABEL: MANAGER,
-        "app.kubernetes.io/managed-by": MANAGER,
+        "app.kubernetes.io/component": role,
+        PART_OF_LABEL: APP_NAME,
+        "app.kubernetes.io/managed-by": APP_NAME,
         JOB_LABEL: job.metadata.name,
         RUN_LABEL: job.run,
     }
-    return ours | job.metadata.labels | ours
+    return own | job.metadata.labels | own
 
 
 def pod_labels(job: TransferJob, role: Role) -> dict[str, str]:
-    """Give the labels of a pod."""
+    """Return the labels of a pod."""
     return labels(job, role) | {ROLE_LABEL: role}
 
 
 def job_labels(job: TransferJob, role: Role) -> dict[str, str]:
-    """Give the labels of a Job: with the queue's, which Kueue reads there and not on pods."""
+    """Return the labels of a Job, with the queue: Kueue reads its label on Jobs, not on pods."""
     queue = job.spec.compute.queue
     return pod_labels(job, role) | ({QUEUE_LABEL: queue} if queue else {})

@@ -1,27 +1,27 @@
-"""How a container of a job ended, in the few words that Kubernetes keeps of it: the termination message."""
+"""The termination message that each container leaves: outcome, best metric, model URI or error, as JSON."""
 
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-# Kubernetes keeps no more of a container's message.
-MOST_BYTES = 4096
-CUT = 32
+# The limit of Kubernetes for one container.
+MAX_BYTES = 4096
+TRUNCATION_STEP = 32
 
 
-class Ending(BaseModel):
-    """The termination message of a container, as JSON.
+class TerminationMessage(BaseModel):
+    """The termination message of a container.
 
     Attributes:
         stage: The stage that ended.
         outcome: `done`, `stopped` by SIGTERM with its checkpoint stored, or `failed`.
         exit_code: Exit code of the process; see `topwork.errors`.
         run: Name of the run.
-        epochs: Epochs that the stage has trained.
-        metric: Name of the best metric, such as `validation_accuracy`, or of the first one evaluated.
-        value: Its value.
-        model: Where the published model lies.
-        error: Why it failed, in a sentence.
+        epochs: Number of epochs that the stage trained.
+        metric: Name of the best metric, such as `validation_accuracy`, or of the first metric evaluated.
+        value: Value of that metric.
+        model: URI of the published model.
+        error: Why the stage failed, in one sentence.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -36,20 +36,32 @@ class Ending(BaseModel):
     model: str | None = None
     error: str | None = None
 
-    def text(self) -> str:
-        """Write the message, with its error cut where it would be too long for Kubernetes."""
+    def to_json(self) -> str:
+        """Serialize the message, truncating its error to stay within the limit of Kubernetes."""
         text = self.model_dump_json(exclude_none=True)
-        kept = MOST_BYTES
-        # Quotes and characters beyond ASCII take more room in JSON than they look: cut until it fits.
-        while len(text.encode()) > MOST_BYTES and self.error and kept > 0:
-            kept -= CUT
+        kept = MAX_BYTES
+        # JSON escapes and UTF-8 need more bytes than characters: truncate until the result fits.
+        while len(text.encode()) > MAX_BYTES and self.error and kept > 0:
+            kept -= TRUNCATION_STEP
             text = self.model_copy(update={"error": f"{self.error[:kept]}…"}).model_dump_json(exclude_none=True)
         return text
 
 
-def read_ending(text: str) -> Ending | None:
-    """Read a termination message; None for the end of a log that Kubernetes takes where a process left none."""
+def parse_termination_message(text: str) -> TerminationMessage | None:
+    """Parse a termination message.
+
+    Args:
+        text: `terminated.message` of a container status.
+
+    Returns:
+        The message; None if the text is the end of the log, which Kubernetes uses if a process left no message.
+
+    Example:
+        >>> message = parse_termination_message('{"stage":"pull","outcome":"done","exit_code":0,"run":"cats-1a2b3c4d"}')
+        >>> message.outcome
+        'done'
+    """
     try:
-        return Ending.model_validate_json(text)
+        return TerminationMessage.model_validate_json(text)
     except ValidationError:
         return None

@@ -1,1 +1,1 @@
-"""From a source of images to a stored dataset to batches."""
+"""Datasets: from an image source to a stored dataset to training batches."""

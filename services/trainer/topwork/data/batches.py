@@ -1,4 +1,4 @@
-"""Batches for training and evaluation, made by tf.data from a split on scratch."""
+"""Training and evaluation batches: tf.data pipelines over the splits of a local dataset."""
 
 from collections.abc import Callable
 from functools import lru_cache
@@ -8,20 +8,21 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
-from topwork.data.decode_pool import usable_cores
-from topwork.data.local_dataset import Indices, Split, fixed
+from topwork.data.decode_pool import available_cpus
+from topwork.data.local_dataset import Indices, Split, disable_autotune
 from topwork.data.splits import permutation
 from topwork.errors import DataError
 
 Augment = Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor]]
-"""(images float32 (batch, height, width, 3) in 0..255, one_hot float32 (batch, classes), seed int32 (2,)) to the first
-two, changed."""
+"""Augmentation: (images float32 (batch, height, width, 3) in 0..255, one_hot float32 (batch, classes), seed int32 (2,))
+to augmented (images, one_hot) of the same shapes."""
 
-_AHEAD = 2
-"""Batches that wait for the model."""
+_PREFETCHED_BATCHES = 2
+_MAX_PARALLEL_CALLS = 8
 
-_ORDER, _VIEWS = 0, 1  # what a random number is for: the order of an epoch, or the views of a step
-_ENDLESS = 2**62
+# Keys of independent random streams.
+_SHUFFLING, _AUGMENTATION = 0, 1
+_UNLIMITED_STEPS = 2**62
 
 
 def training_batches(
@@ -34,20 +35,19 @@ def training_batches(
     augment: Augment | None = None,
     class_weights: npt.NDArray[np.float32] | None = None,
 ) -> Any:
-    """Make an endless stream of full training batches.
+    """Return an endless dataset of full training batches.
 
-    Each epoch goes once through a new permutation of the split; what is left over of it when batches are cut stays
-    out. Batch number `step`, counted over all epochs from 0, depends on the split, the seed and the step alone, so that
-    training goes on exactly from any step.
+    Each epoch iterates over a new permutation of the split and drops the incomplete last batch. The content of a batch
+    depends only on the split, the seed and the step, so training can resume at any step with the same batches.
 
     Args:
         split: The training images.
-        classes: Classes.
-        batch_size: Images a batch, over all replicas.
-        seed: Of the order and the views.
-        first_step: Batch to begin with.
-        augment: Changes images and labels; None leaves them.
-        class_weights: float32 (classes,), weight of the images of each class; None is 1.
+        classes: Number of classes.
+        batch_size: Global batch size, over all replicas.
+        seed: Seed of the shuffling and the augmentation.
+        first_step: Step of the first batch, counted from 0 over all epochs.
+        augment: Augmentation of images and labels. None disables it.
+        class_weights: Sample weight of each class, float32 (classes,). None weights all classes equally.
 
     Returns:
         tf.data.Dataset of (images float32 (batch, height, width, 3) in 0..255, one_hot float32 (batch, classes),
@@ -55,129 +55,136 @@ def training_batches(
 
     Raises:
         DataError: If the split is smaller than a batch.
+
+    Example:
+        >>> batches = training_batches(dataset.train, classes=2, batch_size=32, seed=42)
+        >>> images, one_hot, weights = next(iter(batches))
     """
     if split.size < batch_size:
         raise DataError(
-            f"The training split holds {split.size} images, less than one batch of {batch_size}. Give a batchSize of "
-            f"at most {split.size}, or more images in spec.dataset.splits.train."
+            f"The training split contains {split.size} images, fewer than one batch of {batch_size}. Set batchSize to "
+            f"at most {split.size}, or add images to spec.dataset.splits.train."
         )
     weights = np.ones(classes, np.float32) if class_weights is None else class_weights.astype(np.float32)
 
-    def choose(step: np.int64) -> tuple[Indices, npt.NDArray[np.int64], npt.NDArray[np.int32]]:
-        indices = _indices(int(step), split.size, batch_size, seed)
+    def select(step: np.int64) -> tuple[Indices, npt.NDArray[np.int64], npt.NDArray[np.int32]]:
+        indices = _batch_indices(int(step), split.size, batch_size, seed)
         epoch = int(step) // (split.size // batch_size)
-        # Kept views take turns, and not all images are at the same one.
-        places = indices + split.size * ((indices + epoch) % split.views)
-        return places, split.labels[indices], _view_seed(int(step), seed)
+        # Rotate through the cached views. Each epoch mixes different views of different images.
+        rows = indices + split.size * ((indices + epoch) % split.views)
+        return rows, split.labels[indices], _augmentation_seed(int(step), seed)
 
-    def batch(step: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        places, labels, view_seed = tf.numpy_function(choose, [step], [tf.int64, tf.int64, tf.int32], stateful=False)
+    def load_batch(step: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        rows, labels, view_seed = tf.numpy_function(select, [step], [tf.int64, tf.int64, tf.int32], stateful=False)
         labels = tf.ensure_shape(labels, (batch_size,))
-        images = split.gather(tf.ensure_shape(places, (batch_size,)))
+        images = split.gather(tf.ensure_shape(rows, (batch_size,)))
         one_hot = tf.one_hot(labels, classes)
         if augment is not None:
             images, one_hot = augment(images, one_hot, tf.ensure_shape(view_seed, (2,)))
         return images, one_hot, tf.gather(weights, labels)
 
-    return _batches(tf.data.Dataset.range(first_step, _ENDLESS), batch)
+    return _map_steps(tf.data.Dataset.range(first_step, _UNLIMITED_STEPS), load_batch)
 
 
-def names_in_batch(split: Split, step: int, batch_size: int, seed: int) -> list[str]:
-    """Name the images of a training batch.
+def batch_image_names(split: Split, step: int, batch_size: int, seed: int) -> list[str]:
+    """Return the names of the images in a training batch.
 
     Args:
         split: The training images.
-        step: Number of the batch, counted over all epochs from 0.
-        batch_size: Images a batch, over all replicas.
-        seed: Of the order and the views.
+        step: Step of the batch, counted from 0 over all epochs.
+        batch_size: Global batch size, over all replicas.
+        seed: Seed of the shuffling.
 
     Returns:
-        Their origins, as their source called them.
+        Image names, as in the source.
     """
-    return [split.names[index] for index in _indices(step, split.size, batch_size, seed)]
+    return [split.names[index] for index in _batch_indices(step, split.size, batch_size, seed)]
 
 
 def evaluation_batches(split: Split, *, classes: int, batch_size: int) -> Any:
-    """Make full batches of every image once, in order.
+    """Return a dataset of full batches that contains every image once, in order.
 
-    The last batch is filled up with black images of weight 0 and no class, so that replicas share it evenly.
+    The last batch is padded with black images of weight 0 and all-zero labels, so that it divides evenly among
+    replicas.
 
     Args:
         split: The images.
-        classes: Classes.
-        batch_size: Images a batch, over all replicas.
+        classes: Number of classes.
+        batch_size: Global batch size, over all replicas.
 
     Returns:
         tf.data.Dataset of (images float32 (batch, height, width, 3) in 0..255, one_hot float32 (batch, classes),
-        weights float32 (batch,), 1 or 0).
+        weights float32 (batch,)). Weights are 1 for images and 0 for padding.
     """
-    batch = _in_order(split, classes, batch_size)
-    return _batches(tf.data.Dataset.range(-(-split.size // batch_size)), batch)
+    load_batch = _sequential_loader(split, classes, batch_size)
+    return _map_steps(tf.data.Dataset.range(-(-split.size // batch_size)), load_batch)
 
 
 def view_batches(
     split: Split, *, classes: int, batch_size: int, views: int, first: int = 0, augment: Augment | None, seed: int
 ) -> Any:
-    """Make full batches of one view after another of all images, each view in order.
+    """Return a dataset of full batches of augmented views: the first view of all images in order, then the second, etc.
 
     Args:
         split: The images.
-        classes: Classes.
-        batch_size: Images a batch, over all replicas. The last batch of each view is filled up with black images.
-        views: Views of each image.
-        first: Batch to begin with, counted over all views.
-        augment: Changes the images; None leaves them.
-        seed: Of the views.
+        classes: Number of classes.
+        batch_size: Global batch size, over all replicas. The last batch of each view is padded with black images.
+        views: Number of views per image.
+        first: First batch, counted over all views.
+        augment: Augmentation of the images. None disables it.
+        seed: Seed of the augmentation.
 
     Returns:
         tf.data.Dataset of images float32 (batch, height, width, 3) in 0..255.
     """
-    in_view = -(-split.size // batch_size)
-    in_order = _in_order(split, classes, batch_size)
+    batches_per_view = -(-split.size // batch_size)
+    load_sequential = _sequential_loader(split, classes, batch_size)
 
-    def batch(number: tf.Tensor) -> tf.Tensor:
-        images, one_hot, _ = in_order(number % in_view)
+    def load_batch(number: tf.Tensor) -> tf.Tensor:
+        images, one_hot, _ = load_sequential(number % batches_per_view)
         if augment is not None:
-            view_seed = tf.numpy_function(lambda one: _view_seed(int(one), seed), [number], tf.int32, stateful=False)
+            view_seed = tf.numpy_function(
+                lambda step: _augmentation_seed(int(step), seed), [number], tf.int32, stateful=False
+            )
             images, _ = augment(images, one_hot, tf.ensure_shape(view_seed, (2,)))
         return images
 
-    return _batches(tf.data.Dataset.range(first, in_view * views), batch)
+    return _map_steps(tf.data.Dataset.range(first, batches_per_view * views), load_batch)
 
 
-def _in_order(
+def _sequential_loader(
     split: Split, classes: int, batch_size: int
 ) -> Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor, tf.Tensor]]:
     labels = tf.constant(split.labels)
 
-    def batch(step: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    def load_batch(step: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         indices = step * batch_size + tf.range(batch_size, dtype=tf.int64)
-        real = indices < split.size
-        weights = tf.cast(real, tf.float32)
-        within = tf.minimum(indices, split.size - 1)
-        images = split.gather(within)
+        weights = tf.cast(indices < split.size, tf.float32)
+        indices = tf.minimum(indices, split.size - 1)
+        images = split.gather(indices)
         images *= tf.reshape(weights, (batch_size, *[1] * (len(images.shape) - 1)))
-        one_hot = tf.one_hot(tf.gather(labels, within), classes) * weights[:, tf.newaxis]
+        one_hot = tf.one_hot(tf.gather(labels, indices), classes) * weights[:, tf.newaxis]
         return images, one_hot, weights
 
-    return batch
+    return load_batch
 
 
-def _batches(steps: Any, batch: Callable[[tf.Tensor], Any]) -> Any:
-    parallel = min(usable_cores(), 8)
-    return fixed(steps.map(batch, num_parallel_calls=parallel, deterministic=True).prefetch(_AHEAD))
+def _map_steps(steps: Any, load_batch: Callable[[tf.Tensor], Any]) -> Any:
+    parallel = min(available_cpus(), _MAX_PARALLEL_CALLS)
+    batches = steps.map(load_batch, num_parallel_calls=parallel, deterministic=True)
+    return disable_autotune(batches.prefetch(_PREFETCHED_BATCHES))
 
 
-def _indices(step: int, size: int, batch_size: int, seed: int) -> Indices:
+def _batch_indices(step: int, size: int, batch_size: int, seed: int) -> Indices:
     epoch, number = divmod(step, size // batch_size)
-    return _order(seed, epoch, size)[number * batch_size : (number + 1) * batch_size]
+    return _epoch_order(seed, epoch, size)[number * batch_size : (number + 1) * batch_size]
 
 
-# The end of an epoch and the beginning of the next are in work at the same time.
+# Prefetching works on the end of one epoch and the start of the next at the same time.
 @lru_cache(maxsize=4)
-def _order(seed: int, epoch: int, size: int) -> Indices:
-    return permutation(size, seed, _ORDER, epoch)
+def _epoch_order(seed: int, epoch: int, size: int) -> Indices:
+    return permutation(size, seed, _SHUFFLING, epoch)
 
 
-def _view_seed(step: int, seed: int) -> npt.NDArray[np.int32]:
-    return np.random.SeedSequence((seed, _VIEWS, step)).generate_state(2).view(np.int32)
+def _augmentation_seed(step: int, seed: int) -> npt.NDArray[np.int32]:
+    return np.random.SeedSequence((seed, _AUGMENTATION, step)).generate_state(2).view(np.int32)

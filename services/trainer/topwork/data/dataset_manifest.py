@@ -1,30 +1,33 @@
-"""What is known of a dataset in storage: the facts in its manifest."""
+"""Metadata of a dataset in storage, as recorded in its manifest."""
 
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from topwork.artifacts import read_manifest
+from topwork.clients.s3.storage import Storage
+from topwork.errors import DataError
 
 TFDS_NAME = "stored_images"
-"""Name of every stored dataset inside its TFDS files."""
+"""TFDS name of every stored dataset."""
 
-
-DATASETS = "datasets"
-"""Folder of all stored datasets in storage."""
+DATASETS_PREFIX = "datasets"
+"""Key prefix of all datasets in storage."""
 
 
 def dataset_prefix(name: str, fingerprint: str) -> str:
-    """Key of the folder of a stored dataset."""
-    return f"{DATASETS}/{name}/{fingerprint}"
+    """Return the key prefix of a dataset in storage."""
+    return f"{DATASETS_PREFIX}/{name}/{fingerprint}"
 
 
 class RejectedImage(BaseModel):
-    """An image that was left out.
+    """An image that was rejected during the pull.
 
     Attributes:
-        name: Where it came from, as the source calls it.
+        name: Name of the image in its source.
         reason: One of `topwork.data.image_validation.REASONS`.
-        detail: What the decoder or the source said.
+        detail: Error message of the decoder or the source.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -34,18 +37,18 @@ class RejectedImage(BaseModel):
     detail: str = ""
 
 
-class DatasetFacts(BaseModel):
-    """The facts of a stored dataset.
+class DatasetMetadata(BaseModel):
+    """Metadata of a stored dataset.
 
     Attributes:
-        name: Name of the dataset, from its source.
-        fingerprint: 16 hex digits that stand for the source and its content.
-        source: Where the images came from, without credentials.
-        class_names: Classes, in the order of their labels.
-        splits: Images of each class in each split of the source.
-        images: Images stored.
-        rejected: Images left out.
-        duplicates: Images whose pixels were stored before.
+        name: Name of the dataset, derived from its source.
+        fingerprint: 16 hex digits that identify the source and its content.
+        source: Where the images come from, without credentials.
+        class_names: Class names, in label order.
+        splits: Number of images per class, for each split of the source.
+        images: Number of stored images.
+        rejected: Images that were not stored.
+        duplicates: Number of images with the same pixels as an earlier image.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -61,41 +64,67 @@ class DatasetFacts(BaseModel):
 
     @property
     def class_counts(self) -> dict[str, int]:
-        """Images of each class over all splits of the source."""
+        """Number of images per class, over all splits of the source."""
         return {name: sum(counts.get(name, 0) for counts in self.splits.values()) for name in self.class_names}
 
     @property
     def origin(self) -> str:
-        """Where the images came from, in a word: an address, or the name of a dataset of TFDS."""
+        """Where the images come from: a URI, or the name of a TFDS dataset."""
         ((_, source),) = self.source.items()
         return str(source["uri"] if isinstance(source, dict) else source)
 
 
 @dataclass(frozen=True)
 class StoredDataset:
-    """A dataset that stands whole in storage.
+    """A complete dataset in storage.
 
     Attributes:
-        prefix: Its key, `datasets/<name>/<fingerprint>`, relative to the job's storage.
-        facts: What its manifest says.
+        prefix: Its key prefix, `datasets/<name>/<fingerprint>`, relative to the job's storage.
+        metadata: Metadata from its manifest.
     """
 
     prefix: str
-    facts: DatasetFacts
+    metadata: DatasetMetadata
 
 
-def shown_rejections(rejected: list[RejectedImage], most: int = 20) -> str:
-    """Say which images were left out and why.
+def read_dataset_metadata(storage: Storage, prefix: str) -> DatasetMetadata | None:
+    """Read the metadata of a stored dataset.
+
+    Args:
+        storage: Storage that holds the dataset.
+        prefix: Key prefix of the dataset.
+
+    Returns:
+        The metadata, or None if the dataset does not exist or is incomplete.
+
+    Raises:
+        DataError: If the manifest does not describe a dataset.
+    """
+    manifest = read_manifest(storage, prefix)
+    if manifest is None:
+        return None
+    try:
+        return DatasetMetadata.model_validate(manifest.facts)
+    except ValidationError as error:
+        raise DataError(
+            f"The manifest at {storage.uri_of(prefix)} does not describe a topwork dataset: "
+            f"{error.errors()[0]['msg']}. To pull the dataset again, delete everything under this prefix, the "
+            "manifest first."
+        ) from error
+
+
+def format_rejections(rejected: list[RejectedImage], limit: int = 20) -> str:
+    """Format a list of rejected images as one sentence.
 
     Args:
         rejected: The images.
-        most: How many are named.
+        limit: Maximum number of images to name.
 
     Returns:
-        One sentence with the total and the first names.
+        The total, then the names and reasons of the first images.
     """
     if not rejected:
-        return "None was left out."
-    named = "; ".join(f"{image.name} ({image.reason})" for image in rejected[:most])
-    more = f"; and {len(rejected) - most} more" if len(rejected) > most else ""
-    return f"{len(rejected)} left out: {named}{more}."
+        return "No image was rejected."
+    named = "; ".join(f"{image.name} ({image.reason})" for image in rejected[:limit])
+    more = f"; and {len(rejected) - limit} more" if len(rejected) > limit else ""
+    return f"{len(rejected)} rejected: {named}{more}."

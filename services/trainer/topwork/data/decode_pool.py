@@ -1,4 +1,4 @@
-"""Worker processes that prove images on all cores, a bounded number at a time."""
+"""Process pool that validates images on all CPUs and survives images that crash or hang the decoder."""
 
 import multiprocessing
 import os
@@ -13,62 +13,68 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Self, TypeVar
 
-from topwork.data.image_validation import CRASHED, HUNG, Proved, Rejection, prove
+from topwork.data.image_validation import CRASHED, HUNG, Rejection, ValidatedImage, validate_image
 from topwork.errors import DataError
 
-# Spawned, not forked: TensorFlow's threads do not survive a fork.
+# Spawn, not fork: the threads of TensorFlow do not survive a fork.
 _CONTEXT = multiprocessing.get_context("spawn")
 
-IMAGE_SECONDS = 300.0
-"""Time that one image may take: the largest that is allowed took two minutes on a core that ten others wanted."""
+IMAGE_TIMEOUT_SECONDS = 300.0
+"""Time limit for one image. The largest allowed image took two minutes on a CPU shared with ten other processes."""
 
-MAX_HUNG = 10
-"""Images that took longer, after which the data is refused: each costs twice `IMAGE_SECONDS`."""
+MAX_TIMEOUTS = 10
+"""Number of timeouts that are tolerated before the pull fails. Each costs up to twice `IMAGE_TIMEOUT_SECONDS`."""
 
-WORKER_BYTES = 4 * 2**30
-"""Address space of a worker: the largest image that is allowed takes 1.7 GB. A worker imports Pillow alone; in a
-process with numpy's or TensorFlow's threads such a limit would say nothing about memory."""
+WORKER_MEMORY_BYTES = 4 * 2**30
+"""Address space limit of a worker; the largest allowed image takes 1.7 GB. Such a limit works because workers import
+only Pillow: the threads of NumPy or TensorFlow reserve far more address space than they use."""
 
 T = TypeVar("T")
 
 
-def usable_cores() -> int:
-    """Cores that this process may use: its affinity, and the CPU limit of its container (cgroup v2)."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def available_cpus() -> int:
+    """Return the number of CPUs that this process may use, from its affinity and its cgroup v2 CPU limit."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with suppress(OSError, ValueError):
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         if quota != "max":
-            cores = min(cores, -(-int(quota) // int(period)))
-    return max(1, cores)
+            cpus = min(cpus, -(-int(quota) // int(period)))
+    return max(1, cpus)
 
 
-class Provers:
-    """A pool of processes, one a core, that survives an image which kills its decoder or never lets go of it."""
+class DecodePool:
+    """A pool of worker processes that validate images. An image that crashes or hangs a worker is rejected.
+
+    Example:
+        >>> with DecodePool() as pool:
+        ...     for path, result in pool.validate_all(paths, Path.read_bytes):
+        ...         print(path, result)
+    """
 
     def __init__(
         self,
-        function: Callable[..., Proved] = prove,
-        readable: Callable[[bytes], bool] = bool,
+        validate: Callable[..., ValidatedImage] = validate_image,
+        is_decodable: Callable[[bytes], bool] = bool,
         workers: int | None = None,
     ) -> None:
-        """Make the pool; processes start with the first image.
+        """Create the pool. Worker processes start with the first image.
 
         Args:
-            function: What a worker does with an image file, as `prove` does; importable from its module.
-            readable: Whether an image that would keep its bytes can be read by those who train on it; where not, it is
-                encoded anew. Called from several threads of this process.
-            workers: Processes; None is one a core.
+            validate: Function that runs in the workers, with the signature of `validate_image`. Must be importable.
+            is_decodable: Whether the training code can decode a file that would be stored unchanged. A file that it
+                can't decode is re-encoded. Called from several threads of this process.
+            workers: Number of worker processes. None starts one per CPU.
         """
-        self._readable = readable
-        self._function = function
-        self._workers = workers or usable_cores()
+        self._is_decodable = is_decodable
+        self._validate_image = validate
+        self._workers = workers or available_cpus()
         self._lock = threading.Lock()
-        self._hung = 0
+        self._timeouts = 0
         self._pool = self._start(self._workers)
 
     @staticmethod
     def _start(workers: int) -> ProcessPoolExecutor:
-        return ProcessPoolExecutor(workers, mp_context=_CONTEXT, initializer=_prepare_worker)
+        return ProcessPoolExecutor(workers, mp_context=_CONTEXT, initializer=_initialize_worker)
 
     def __enter__(self) -> Self:
         return self
@@ -76,112 +82,117 @@ class Provers:
     def __exit__(self, *exception: object) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def prove(self, data: bytes) -> Proved:
-        """Prove one image; may be called from several threads at once.
+    def validate(self, data: bytes) -> ValidatedImage:
+        """Validate one image. Safe to call from several threads.
 
-        Decoders differ in what damage they mend: what keeps its bytes must be readable by the other one, too.
+        Decoders tolerate different kinds of damage, so a file that Pillow accepts is stored unchanged only if
+        `is_decodable` accepts it too.
 
         Args:
-            data: The image file.
+            data: Bytes of the image file.
 
         Returns:
-            What is stored.
+            The normalized image.
 
         Raises:
-            Rejection: If the image is left out; also when it kills the process that decodes it, or keeps it busy.
-            DataError: If too many images keep their process busy.
+            Rejection: If the image is invalid, crashes its worker, or exceeds `IMAGE_TIMEOUT_SECONDS`.
+            DataError: If more than `MAX_TIMEOUTS` images exceeded the time limit.
         """
-        proved = self._prove(data, keep=True)
-        if proved.encoded == data and not self._readable(data):
-            return self._prove(data, keep=False)
-        return proved
+        image = self._run(data, keep_encoding=True)
+        if image.encoded == data and not self._is_decodable(data):
+            return self._run(data, keep_encoding=False)
+        return image
 
-    def _prove(self, data: bytes, *, keep: bool) -> Proved:
+    def _run(self, data: bytes, *, keep_encoding: bool) -> ValidatedImage:
         pool = self._pool
         try:
-            return pool.submit(self._function, data, keep=keep).result(IMAGE_SECONDS)
+            return pool.submit(self._validate_image, data, keep_encoding=keep_encoding).result(IMAGE_TIMEOUT_SECONDS)
         except TimeoutError:
-            # Perhaps it only waited behind one that hangs: in a process of its own that will show.
+            # The image may only have been queued behind one that hangs. Running it in its own process shows which.
             _kill(pool)
-            return self._prove_alone(pool, data, keep=keep)
+            return self._run_isolated(pool, data, keep_encoding=keep_encoding)
         except (BrokenProcessPool, CancelledError):
-            return self._prove_alone(pool, data, keep=keep)
+            return self._run_isolated(pool, data, keep_encoding=keep_encoding)
 
-    def _prove_alone(self, broken: ProcessPoolExecutor, data: bytes, *, keep: bool) -> Proved:
-        """Prove an image in a process of its own: all that were in the broken pool come here, one is to blame."""
+    def _run_isolated(self, broken: ProcessPoolExecutor, data: bytes, *, keep_encoding: bool) -> ValidatedImage:
+        """Validate an image in its own process. Finds the culprit among all images of a broken pool."""
         with self._lock:
             if self._pool is broken:
                 self._pool = self._start(self._workers)
-            with self._start(1) as alone:
+            with self._start(1) as isolated:
                 try:
-                    # The time of an image begins where its process runs.
-                    alone.submit(os.getpid).result()
-                    return alone.submit(self._function, data, keep=keep).result(IMAGE_SECONDS)
+                    # Wait for the process to start, so that its start does not count towards the time limit.
+                    isolated.submit(os.getpid).result()
+                    future = isolated.submit(self._validate_image, data, keep_encoding=keep_encoding)
+                    return future.result(IMAGE_TIMEOUT_SECONDS)
                 except BrokenProcessPool as error:
-                    raise Rejection(CRASHED, "the process that decoded it died") from error
+                    raise Rejection(CRASHED, "the decoder process died") from error
                 except TimeoutError as error:
-                    _kill(alone)
-                    self._hung += 1
-                    if self._hung > MAX_HUNG:
+                    _kill(isolated)
+                    self._timeouts += 1
+                    if self._timeouts > MAX_TIMEOUTS:
                         raise DataError(
-                            f"More than {MAX_HUNG} images each took longer than {IMAGE_SECONDS:g} seconds to decode. "
-                            "No picture does: these files are made to keep a computer busy. Take them out."
+                            f"More than {MAX_TIMEOUTS} images each took longer than {IMAGE_TIMEOUT_SECONDS:g} seconds "
+                            "to decode. Valid images are much faster, so these files may be malicious. "
+                            "Remove them from the source."
                         ) from error
-                    raise Rejection(HUNG, f"not decoded after {IMAGE_SECONDS:g} seconds") from error
+                    raise Rejection(HUNG, f"not decoded after {IMAGE_TIMEOUT_SECONDS:g} seconds") from error
 
-    def each(self, items: Iterable[T], read: Callable[[T], bytes]) -> Iterator[tuple[T, Proved | Rejection]]:
-        """Read and prove many images, several at a time, in their order.
+    def validate_all(
+        self, items: Iterable[T], read: Callable[[T], bytes]
+    ) -> Iterator[tuple[T, ValidatedImage | Rejection]]:
+        """Read and validate many images in parallel, in order.
 
-        At most a few images a core are in memory, however many there are.
+        Holds only a few images per CPU in memory, however many there are.
 
         Args:
-            items: What `read` takes.
-            read: Gives the file of an item; may raise `Rejection`. Called from several threads.
+            items: Items to pass to `read`.
+            read: Returns the image file of an item, or raises `Rejection`. Called from several threads.
 
         Yields:
-            Each item with what became of it.
+            Each item with its normalized image or rejection, in the order of `items`.
         """
 
-        def outcome(item: T) -> Proved | Rejection:
+        def outcome(item: T) -> ValidatedImage | Rejection:
             try:
-                return self.prove(read(item))
+                return self.validate(read(item))
             except Rejection as rejection:
                 return rejection
 
-        # More threads than processes: reading waits for storage while others decode.
+        # More threads than processes, so that reads from storage overlap with decoding.
         threads = 2 * self._workers + 2
-        waiting: deque[tuple[T, Future[Proved | Rejection]]] = deque()
+        pending: deque[tuple[T, Future[ValidatedImage | Rejection]]] = deque()
         with ThreadPoolExecutor(threads, "read") as readers:
             try:
                 for item in items:
-                    waiting.append((item, readers.submit(outcome, item)))
-                    if len(waiting) > 2 * threads:
-                        first, future = waiting.popleft()
+                    pending.append((item, readers.submit(outcome, item)))
+                    if len(pending) > 2 * threads:
+                        first, future = pending.popleft()
                         yield first, future.result()
-                while waiting:
-                    first, future = waiting.popleft()
+                while pending:
+                    first, future = pending.popleft()
                     yield first, future.result()
             finally:
                 readers.shutdown(wait=False, cancel_futures=True)
 
 
 def _kill(pool: ProcessPoolExecutor) -> None:
-    """Kill the processes of a pool, which then counts as broken: nothing else ends a decoder that hangs."""
+    """Kill the processes of a pool, which marks it as broken. There is no other way to stop a decoder that hangs."""
     for process in list((pool._processes or {}).values()):
         process.kill()
 
 
-def _prepare_worker() -> None:
-    # Not everywhere is there such a limit, and a lower one may stand already.
+def _initialize_worker() -> None:
+    # Some platforms don't support this limit, and a lower hard limit may already be set.
     with suppress(OSError, ValueError):
-        resource.setrlimit(resource.RLIMIT_AS, (WORKER_BYTES, WORKER_BYTES))
-    # Ctrl-C goes to the whole terminal: the parent ends its workers itself.
+        resource.setrlimit(resource.RLIMIT_AS, (WORKER_MEMORY_BYTES, WORKER_MEMORY_BYTES))
+    # Ctrl-C reaches every process of the terminal. The parent shuts its workers down itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
-def _end_with_parent() -> None:
-    """End this worker when its parent was killed: nobody else would."""
+def _exit_with_parent() -> None:
+    """Exit when the parent process is gone: no one else stops a worker whose parent was killed."""
     parent = multiprocessing.parent_process()
     if parent:
         parent.join()

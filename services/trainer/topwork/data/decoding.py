@@ -1,4 +1,4 @@
-"""Decoding and resizing with TensorFlow: the one way in training, evaluation and serving."""
+"""Image decoding and resizing in TensorFlow, shared by training, evaluation and serving."""
 
 import tensorflow as tf
 
@@ -7,7 +7,7 @@ def decode(encoded: tf.Tensor) -> tf.Tensor:
     """Decode an image file to RGB.
 
     Args:
-        encoded: JPEG, PNG, GIF (its first frame) or BMP file, scalar string.
+        encoded: Scalar string with the bytes of a JPEG, PNG, BMP or GIF file. Only the first frame of a GIF is used.
 
     Returns:
         uint8 (height, width, 3).
@@ -15,14 +15,14 @@ def decode(encoded: tf.Tensor) -> tf.Tensor:
     return tf.io.decode_image(encoded, channels=3, dtype=tf.uint8, expand_animations=False)
 
 
-def is_readable(encoded: bytes) -> bool:
-    """Say whether TensorFlow decodes an image file.
+def is_decodable(encoded: bytes) -> bool:
+    """Check whether TensorFlow can decode an image file.
 
     Args:
-        encoded: The file.
+        encoded: Bytes of the file.
 
     Returns:
-        Whether `decode` will.
+        True if `decode` accepts the file.
     """
     try:
         decode(encoded)
@@ -32,14 +32,18 @@ def is_readable(encoded: bytes) -> bool:
 
 
 def resize(image: tf.Tensor, size: tuple[int, int]) -> tf.Tensor:
-    """Resize to an exact size, without regard to the aspect ratio: bilinear, antialiased, rounded to whole values.
+    """Resize images to an exact size: bilinear with antialiasing, rounded to integers. The aspect ratio is not kept.
 
     Args:
-        image: Any number type, values 0..255, (height, width, 3) or (batch, height, width, 3).
-        size: Height and width in pixels.
+        image: Any numeric dtype, values 0..255, (height, width, 3) or (batch, height, width, 3).
+        size: Target height and width in pixels.
 
     Returns:
-        float32 (height, width, 3) or (batch, height, width, 3) with whole values 0..255, as uint8 would hold them.
+        float32 with the same rank as `image`. Values are integers 0..255, so a cast to uint8 is lossless.
+
+    Example:
+        >>> resize(decode(Path("cat.jpg").read_bytes()), (224, 224)).shape
+        TensorShape([224, 224, 3])
     """
     resized = tf.image.resize(image, size, method="bilinear", antialias=True)
     return tf.clip_by_value(tf.round(resized), 0.0, 255.0)

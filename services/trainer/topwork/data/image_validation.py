@@ -1,6 +1,6 @@
-"""Proves that an image decodes, and brings it into the one stored form: upright, 8 bit, RGB or grey, JPEG or PNG.
+"""Image validation: decodes an image and normalizes it to an upright 8-bit RGB or grayscale JPEG or PNG file.
 
-Runs in worker processes: nothing here imports TensorFlow, so that a worker starts in a moment and stays small.
+Runs in worker processes. This module does not import TensorFlow, so that workers start quickly and stay small.
 """
 
 import hashlib
@@ -12,16 +12,16 @@ from typing import cast
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from topwork.redaction import without_secrets
+from topwork.redaction import redact
 
 MAX_BYTES = 64 * 2**20
-"""Bytes of an encoded image at most."""
+"""Maximum size of an encoded image, in bytes."""
 
 MAX_PIXELS = 64_000_000
-"""Pixels of an image at most, read from its header before anything is decoded: 192 MB as RGB."""
+"""Maximum number of pixels of an image: 192 MB as RGB. Checked against the header, before decoding."""
 
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF")
-"""What is decoded, in Pillow's names, whatever the suffix says."""
+"""Accepted formats, as Pillow names them. The format is detected from the content, not from the file name."""
 
 EMPTY = "empty"
 TOO_LARGE = "too large"
@@ -34,116 +34,120 @@ MISSING = "missing"
 NO_LABEL = "no label"
 UNSAFE = "unsafe member"
 REASONS = (EMPTY, TOO_LARGE, UNKNOWN_FORMAT, TRUNCATED, UNDECODABLE, CRASHED, HUNG, MISSING, NO_LABEL, UNSAFE)
-"""Why an image is left out: all values of the label `reason` of topwork_images_rejected_total."""
+"""Why an image is rejected: all values of the label `reason` of topwork_images_rejected_total."""
 
-# The coefficients of baseline, extended and progressive JPEG with Huffman codes: what TensorFlow decodes too.
-_PLAIN_JPEG_FRAMES = (0xC0, 0xC1, 0xC2)
+# Start-of-frame markers of baseline, extended and progressive Huffman-coded JPEG, which TensorFlow decodes too.
+_DECODABLE_JPEG_FRAMES = (0xC0, 0xC1, 0xC2)
 _JPEG_FRAMES = tuple(marker for marker in range(0xC0, 0xD0) if marker not in (0xC4, 0xC8, 0xCC))
 _UPRIGHT = 1
-_ORIENTATION = 0x0112
+_ORIENTATION = 0x0112  # EXIF tag
 _SIXTEEN_BIT = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 
 
-class Rejection(Exception):  # noqa: N818 - no error of the program
-    """An image is left out.
+class Rejection(Exception):  # noqa: N818 - a result, not a program error
+    """An image is rejected.
 
     Attributes:
         reason: One of `REASONS`.
-        detail: What the decoder or the source said.
+        detail: Error message of the decoder or the source.
     """
 
     def __init__(self, reason: str, detail: str = "") -> None:
-        # What a decoder or server said may hold what nobody may read, and is stored.
-        detail = without_secrets(detail)
+        # The message of a decoder or server is stored, and it may contain credentials.
+        detail = redact(detail)
         super().__init__(reason, detail)
         self.reason = reason
         self.detail = detail
 
 
 @dataclass(frozen=True)
-class Proved:
-    """An image that decodes.
+class ValidatedImage:
+    """An image that decodes, in the form in which it is stored.
 
     Attributes:
-        encoded: JPEG or PNG file, upright, 8 bit, RGB or grey.
-        sha256: Digest, in hex, of its size and RGB pixels: equal for equal pictures, however they are encoded.
+        encoded: Bytes of an upright 8-bit RGB or grayscale JPEG or PNG file.
+        sha256: Hex digest of the size and the RGB pixels, independent of the encoding.
     """
 
     encoded: bytes
     sha256: str
 
 
-def prove(data: bytes, *, keep: bool = True) -> Proved:
-    """Decode an image file whole.
+def validate_image(data: bytes, *, keep_encoding: bool = True) -> ValidatedImage:
+    """Decode an image file completely and normalize it.
 
-    A plain upright JPEG or PNG keeps its bytes. Everything else is encoded anew as PNG, without loss: EXIF orientation
-    applied, transparency laid on white, CMYK, palette, 16 bit and one bit turned to 8-bit RGB or grey, the first frame
-    of an animation.
+    An upright 8-bit RGB or grayscale JPEG or PNG file is returned unchanged. Any other image is re-encoded losslessly
+    as PNG: the EXIF orientation is applied, transparency is composited on white, and CMYK, palette, 16-bit and 1-bit
+    pixels are converted to 8-bit RGB or grayscale. Only the first frame of an animation is used.
 
     Args:
-        data: The file.
-        keep: Whether a plain image may keep its bytes.
+        data: Bytes of the file.
+        keep_encoding: Whether a file that needs no conversion is returned unchanged. If False, it is re-encoded too.
 
     Returns:
-        What is stored.
+        The normalized image.
 
     Raises:
-        Rejection: If the file is empty, too large, of no known format, truncated or does not decode.
+        Rejection: If the file is empty, too large, truncated, of an unknown format, or can't be decoded.
+
+    Example:
+        >>> image = validate_image(Path("scan.tiff").read_bytes())
+        >>> Path("scan.png").write_bytes(image.encoded)
     """
     if not data:
         raise Rejection(EMPTY)
     if len(data) > MAX_BYTES:
         raise Rejection(TOO_LARGE, f"{len(data)} bytes, at most {MAX_BYTES}")
     Image.init()
-    # The limit of pixels is ours; and what libjpeg mends without a word is no reason to warn about.
+    # `_decode` has its own pixel limit. Damage that libjpeg repairs silently is not worth a warning.
     Image.MAX_IMAGE_PIXELS = None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return _decode(data, keep=keep)
+        return _decode(data, keep_encoding=keep_encoding)
 
 
-def _decode(data: bytes, *, keep: bool) -> Proved:
+def _decode(data: bytes, *, keep_encoding: bool) -> ValidatedImage:
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise Rejection(TOO_LARGE, f"{image.width}x{image.height} pixels, at most {MAX_PIXELS}")
             image.load()
-            orientation = _orientation(image)
-            keep = keep and orientation == _UPRIGHT and _is_plain(image, data)
-            pixels = _upright(_eight_bit(image), orientation)
+            orientation = _read_orientation(image)
+            keep_encoding = keep_encoding and orientation == _UPRIGHT and _is_normalized(image, data)
+            pixels = _apply_orientation(_convert_to_8_bit(image), orientation)
     except Rejection:
         raise
     except UnidentifiedImageError as error:
         raise Rejection(UNKNOWN_FORMAT, f"begins with {data[:8]!r}") from error
     except MemoryError as error:
-        # Provers bound the memory of their workers: other images need it, too.
-        raise Rejection(TOO_LARGE, "it takes more memory to decode than any image of its size") from error
+        # DecodePool limits the memory of its workers.
+        raise Rejection(TOO_LARGE, "decoding it takes more memory than an image of this size needs") from error
     except Exception as error:  # Pillow's decoders raise OSError, ValueError, SyntaxError, struct.error and more
         truncated = isinstance(error, EOFError) or "truncated" in str(error).lower()
         raise Rejection(TRUNCATED if truncated else UNDECODABLE, f"{type(error).__name__}: {error}"[:200]) from error
-    return Proved(data if keep else _png(pixels), _digest(pixels))
+    return ValidatedImage(data if keep_encoding else _encode_png(pixels), _pixel_digest(pixels))
 
 
-def _orientation(image: Image.Image) -> int:
+def _read_orientation(image: Image.Image) -> int:
     try:
         value = image.getexif().get(_ORIENTATION, _UPRIGHT)
-    except Exception:  # broken EXIF says nothing about the picture
+    except Exception:  # the image may be fine even if its EXIF data is damaged
         return _UPRIGHT
     return value if value in range(1, 9) else _UPRIGHT
 
 
-def _upright(image: Image.Image, orientation: int) -> Image.Image:
+def _apply_orientation(image: Image.Image, orientation: int) -> Image.Image:
     if orientation == _UPRIGHT:
         return image
     image.getexif()[_ORIENTATION] = orientation
     return ImageOps.exif_transpose(image)
 
 
-def _is_plain(image: Image.Image, data: bytes) -> bool:
+def _is_normalized(image: Image.Image, data: bytes) -> bool:
     if image.mode not in ("RGB", "L") or "transparency" in image.info:
         return False
-    if image.format in ("JPEG", "MPO"):  # MPO is the JPEG of cameras that store several views
-        return next(_jpeg_frames(data), None) in _PLAIN_JPEG_FRAMES
+    if image.format in ("JPEG", "MPO"):  # MPO is a JPEG file with several views, written by some cameras
+        return next(_jpeg_frames(data), None) in _DECODABLE_JPEG_FRAMES
     # Byte 24 of a PNG is the bit depth: Pillow shows 1, 2, 4 and 16 bits as 8.
     return image.format == "PNG" and data[24] == 8 and not getattr(image, "is_animated", False)
 
@@ -153,7 +157,7 @@ def _jpeg_frames(data: bytes) -> Iterator[int]:
     position = 2
     while position + 4 <= len(data):
         if data[position] != 0xFF:
-            position += 1  # fill bytes or garbage between segments, which decoders skip too
+            position += 1  # fill bytes or garbage between segments: decoders skip them too
             continue
         marker = data[position + 1]
         if marker in _JPEG_FRAMES:
@@ -164,14 +168,14 @@ def _jpeg_frames(data: bytes) -> Iterator[int]:
             position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
 
 
-def _eight_bit(image: Image.Image) -> Image.Image:
+def _convert_to_8_bit(image: Image.Image) -> Image.Image:
     if image.mode in _SIXTEEN_BIT:
         low, high = cast("tuple[float, float]", image.getextrema())
         if low < 0 or high > 65535:
-            raise Rejection(UNKNOWN_FORMAT, f"32-bit pixels from {low:g} to {high:g}; at most 16 bits are known")
+            raise Rejection(UNKNOWN_FORMAT, f"32-bit pixels from {low:g} to {high:g}; at most 16 bits are supported")
         return image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
     if image.mode == "F":
-        raise Rejection(UNKNOWN_FORMAT, "floating-point pixels have no known range")
+        raise Rejection(UNKNOWN_FORMAT, "floating-point pixels are not supported: their value range is unknown")
     if image.has_transparency_data:
         opaque = Image.new("RGBA", image.size, "white")
         opaque.alpha_composite(image.convert("RGBA"))
@@ -179,14 +183,14 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     return image.convert("L" if image.mode in ("1", "L") else "RGB")
 
 
-def _png(image: Image.Image) -> bytes:
-    plain = Image.frombytes(image.mode, image.size, image.tobytes())  # pixels alone: no profile, no EXIF
+def _encode_png(image: Image.Image) -> bytes:
+    bare = Image.frombytes(image.mode, image.size, image.tobytes())  # drops the color profile and EXIF
     file = io.BytesIO()
-    plain.save(file, "PNG", compress_level=3)
+    bare.save(file, "PNG", compress_level=3)
     return file.getvalue()
 
 
-def _digest(image: Image.Image) -> str:
+def _pixel_digest(image: Image.Image) -> str:
     digest = hashlib.sha256(f"{image.width}x{image.height}:".encode())
     digest.update(image.convert("RGB").tobytes())
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""A stored dataset on scratch, ready to train: chosen splits with random access to resized images."""
+"""Local copy of a stored dataset: the splits of a job, with random access to resized images."""
 
 import hashlib
 import os
@@ -12,23 +12,26 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import structlog
 import tensorflow as tf
 
-from topwork.artifacts import fetch_whole
+from topwork.artifacts import download_artifact
 from topwork.data.dataset_manifest import StoredDataset
-from topwork.data.decode_pool import usable_cores
+from topwork.data.decode_pool import available_cpus
 from topwork.data.decoding import decode, resize
-from topwork.data.record_index import Records, open_records
-from topwork.data.splits import NAMES, Examples, choose, missing_classes
+from topwork.data.record_index import RecordIndex, open_record_index
+from topwork.data.splits import SPLIT_NAMES, SourceSplit, format_missing_classes, select_splits
 from topwork.spec import TransferJob
-from topwork.spec.compute import in_bytes
+from topwork.spec.kubernetes_types import quantity_to_bytes
 from topwork.workspace import Workspace
 
-_PIXELS = "pixels-1"
-"""Name and version of the files of resized images: another version where resizing gives other values."""
+log = structlog.get_logger(__name__)
 
-_SHARE = 0.8
-"""Part of the free scratch that resized images may take."""
+_PIXEL_CACHE = "pixels-1"
+"""File name prefix of cached resized images. Increment the number whenever `resize` changes its results."""
+
+_PIXEL_CACHE_MAX_SHARE = 0.8
+"""Maximum share of the free scratch space for cached resized images."""
 
 Pixels = npt.NDArray[np.uint8]
 Indices = npt.NDArray[np.int64]
@@ -38,15 +41,16 @@ class Split:
     """The images of one split, in a fixed order.
 
     Attributes:
-        size: Images.
-        labels: int64 (size,), values 0 … classes-1.
+        size: Number of images.
+        labels: int64 (size,), values 0..classes-1.
         image_size: Height and width in pixels.
-        views: Kept views of each image; the place of image i in view v is v * size + i.
+        views: Number of cached views per image. Row v * size + i is view v of image i.
     """
 
     views = 1
 
-    def __init__(self, records: Records, positions: Indices, image_size: tuple[int, int]) -> None:
+    def __init__(self, records: RecordIndex, positions: Indices, image_size: tuple[int, int]) -> None:
+        """Select images by their positions among all stored examples, int64 (size,)."""
         self.size = len(positions)
         self.labels: npt.NDArray[np.int64] = records.labels[positions]
         self.image_size = image_size
@@ -56,55 +60,61 @@ class Split:
 
     @cached_property
     def names(self) -> Sequence[str]:
-        """Origin of each image, as its source called it."""
-        return self._records.names_of(self._positions)
+        """Name of each image, as in the source."""
+        return self._records.image_names(self._positions)
 
     @property
     def digests(self) -> npt.NDArray[np.uint64]:
-        """First 8 bytes of the digest of each image's pixels, uint64 (size,): equal for equal pictures."""
+        """First 8 bytes of the pixel digest of each image, uint64 (size,). Identical images have equal digests."""
         digests: npt.NDArray[np.uint64] = self._records.digests[self._positions]
         return digests
 
-    def encoded(self, index: int) -> bytes:
-        """Give the stored file of one image.
+    def load_encoded(self, index: int) -> bytes:
+        """Load the stored file of one image.
 
         Args:
-            index: 0 … size-1.
+            index: 0..size-1.
 
         Returns:
-            JPEG or PNG file.
+            Bytes of a JPEG or PNG file.
         """
-        return self._records.encoded(int(self._positions[index]))
+        return self._records.read_image(int(self._positions[index]))
 
-    def images(self, indices: Indices) -> Pixels:
-        """Give resized images.
+    def load_images(self, indices: Indices) -> Pixels:
+        """Load resized images.
 
         Args:
-            indices: int64 (n,), each 0 … size-1, in any order.
+            indices: int64 (n,), values 0..size-1, in any order.
 
         Returns:
             uint8 (n, height, width, 3).
+
+        Example:
+            >>> dataset.test.load_images(np.arange(10)).shape
+            (10, 224, 224, 3)
         """
         if self._pixels is not None:
             return np.take(self._pixels, indices, axis=0)
-        resized = [resize(decode(self.encoded(index)), self.image_size).numpy().astype(np.uint8) for index in indices]
+        resized = [
+            resize(decode(self.load_encoded(index)), self.image_size).numpy().astype(np.uint8) for index in indices
+        ]
         return np.stack(resized) if resized else np.zeros((0, *self.image_size, 3), np.uint8)
 
     def gather(self, indices: tf.Tensor) -> tf.Tensor:
-        """Give resized images inside tf.data.
+        """Load resized images inside a tf.data pipeline.
 
         Args:
-            indices: int64 (n,), each 0 … size-1, in any order.
+            indices: int64 (n,), values 0..size-1, in any order.
 
         Returns:
             float32 (n, height, width, 3), values 0..255.
         """
         if self._pixels is not None:
-            pixels = tf.numpy_function(self.images, [indices], tf.uint8, stateful=False)
+            pixels = tf.numpy_function(self.load_images, [indices], tf.uint8, stateful=False)
             images = tf.cast(pixels, tf.float32)
         else:
-            # Decoding stays in the graph: no TensorFlow runs inside Python here, which could wait for its own threads.
-            files = tf.numpy_function(self._files, [indices], tf.string, stateful=False)
+            # Decode in the graph. TensorFlow ops inside numpy_function could deadlock on TensorFlow's own threads.
+            files = tf.numpy_function(self._load_files, [indices], tf.string, stateful=False)
             images = tf.map_fn(
                 lambda file: resize(decode(file), self.image_size),
                 tf.ensure_shape(files, indices.shape),
@@ -112,46 +122,46 @@ class Split:
             )
         return tf.ensure_shape(images, (*indices.shape, *self.image_size, 3))
 
-    def _files(self, indices: Indices) -> npt.NDArray[np.object_]:
-        return np.array([self.encoded(index) for index in indices], dtype=object)
+    def _load_files(self, indices: Indices) -> npt.NDArray[np.object_]:
+        return np.array([self.load_encoded(index) for index in indices], dtype=object)
 
-    def keep_resized(self, folder: Path, workspace: Workspace) -> None:
-        """Decode and resize every image once into one file, which an earlier stage may have written.
+    def cache_pixels(self, directory: Path, workspace: Workspace) -> None:
+        """Decode and resize all images into one file, or open the file if an earlier stage has written it.
 
         Args:
-            folder: Scratch of the dataset.
-            workspace: For its progress.
+            directory: Directory of the dataset on scratch.
+            workspace: Workspace that displays the progress.
         """
         content = hashlib.sha256(repr(self.image_size).encode() + self._positions.tobytes()).hexdigest()[:16]
-        path = folder / f"{_PIXELS}-{content}.u8"
+        path = directory / f"{_PIXEL_CACHE}-{content}.u8"
         shape = (self.size, *self.image_size, 3)
         if not (path.exists() and path.stat().st_size == int(np.prod(shape))):
-            self._write_resized(path, workspace)
+            self._write_pixels(path, workspace)
         self._pixels = np.memmap(path, np.uint8, "r", shape=shape).view(np.ndarray)
 
-    def _write_resized(self, path: Path, workspace: Workspace) -> None:
+    def _write_pixels(self, path: Path, workspace: Workspace) -> None:
         part = path.with_name(f"{path.name}.{os.getpid()}.part")
         dataset = tf.data.Dataset.range(self.size).map(
             lambda index: tf.cast(self.gather(index[tf.newaxis])[0], tf.uint8),
-            num_parallel_calls=usable_cores(),
+            num_parallel_calls=available_cpus(),
             deterministic=True,
         )
         with workspace.track("images: decode", self.size) as tracker, part.open("wb") as file:
-            for some in fixed(dataset.batch(16).prefetch(2)).as_numpy_iterator():
-                file.write(some.tobytes())
-                tracker.advance(len(some))
+            for batch in disable_autotune(dataset.batch(16).prefetch(2)).as_numpy_iterator():
+                file.write(batch.tobytes())
+                tracker.advance(len(batch))
         part.replace(path)
 
 
 @dataclass(frozen=True)
 class LocalDataset:
-    """The chosen splits of a dataset, on scratch.
+    """The splits of a job, on scratch.
 
     Attributes:
-        class_names: Classes, in the order of their labels.
-        train: What is learned from.
-        validation: What is watched while learning; None where the spec names none.
-        test: What the result is evaluated on; None where the spec names none.
+        class_names: Class names, in label order.
+        train: Training images.
+        validation: Validation images, or None if the spec has no validation split.
+        test: Test images, or None if the spec has no test split.
     """
 
     class_names: tuple[str, ...]
@@ -160,11 +170,11 @@ class LocalDataset:
     test: Split | None
 
 
-def fetch(dataset: StoredDataset, job: TransferJob, workspace: Workspace) -> LocalDataset:
-    """Bring a stored dataset to scratch, checked against its manifest, and choose the splits of the job.
+def fetch_dataset(dataset: StoredDataset, job: TransferJob, workspace: Workspace) -> LocalDataset:
+    """Download a stored dataset to scratch, verify it against its manifest, and select the splits of a job.
 
-    Images are decoded and resized once into a file on scratch where that has room for them, and on the fly otherwise.
-    What an earlier stage left on scratch is used again.
+    Images are decoded and resized once into files on scratch if these fit, otherwise each time they are used. Files
+    that an earlier stage left on scratch are reused.
 
     Args:
         dataset: The stored dataset.
@@ -176,57 +186,63 @@ def fetch(dataset: StoredDataset, job: TransferJob, workspace: Workspace) -> Loc
 
     Raises:
         DataError: If the splits can't be filled.
-        UnavailableError: If storage can't be reached, or a file is not what the manifest says.
+        UnavailableError: If storage can't be reached, or a file does not match the manifest.
+
+    Example:
+        >>> dataset = fetch_dataset(pull(job, workspace), job, workspace)
+        >>> dataset.train.size
+        1000
     """
-    spec, facts = job.spec.dataset, dataset.facts
-    folder = workspace.scratch / dataset.prefix
-    fetch_whole(workspace.storage, dataset.prefix, folder)
-    records = open_records(folder, list(facts.splits))
+    spec, metadata = job.spec.dataset, dataset.metadata
+    directory = workspace.scratch / dataset.prefix
+    download_artifact(workspace.storage, dataset.prefix, directory)
+    records = open_record_index(directory, list(metadata.splits))
     sources = {
-        name: Examples(first, records.labels[first : first + size]) for name, (first, size) in records.splits.items()
+        name: SourceSplit(first, records.labels[first : first + size]) for name, (first, size) in records.splits.items()
     }
-    chosen = choose(spec, sources, facts.class_names, job.spec.seed)
-    splits = {name: Split(records, positions, spec.image_size) for name, positions in chosen.items()}
-    if _has_room(workspace.scratch, sum(_bytes_of(split) for split in splits.values()), job):
+    selected = select_splits(spec, sources, metadata.class_names, job.spec.seed)
+    splits = {name: Split(records, positions, spec.image_size) for name, positions in selected.items()}
+    if _fits_on_scratch(sum(_pixel_bytes(split) for split in splits.values()), workspace.scratch, job):
         for split in splits.values():
-            split.keep_resized(folder, workspace)
-    _note_once(folder / "noted", splits, facts.class_names, workspace)
-    return LocalDataset(facts.class_names, *(splits.get(name) for name in NAMES))  # type: ignore[arg-type]
+            split.cache_pixels(directory, workspace)
+    _log_splits_once(directory / "splits-logged", splits, metadata.class_names)
+    return LocalDataset(metadata.class_names, *(splits.get(name) for name in SPLIT_NAMES))  # type: ignore[arg-type]
 
 
-def fixed(dataset: Any) -> Any:
-    """Turn tf.data's autotuner off: it can hold up the end of an iteration until its next tick.
+def disable_autotune(dataset: Any) -> Any:
+    """Disable tf.data's autotuner, which can delay the end of an iteration until its next period.
 
     Args:
-        dataset: A tf.data.Dataset with its parallelism given.
+        dataset: A tf.data.Dataset with explicit parallelism.
 
     Returns:
-        The same dataset with that option.
+        The dataset with autotuning disabled.
     """
     options = tf.data.Options()
     options.autotune.enabled = False
     return dataset.with_options(options)
 
 
-def _bytes_of(split: Split) -> int:
+def _pixel_bytes(split: Split) -> int:
     return split.size * split.image_size[0] * split.image_size[1] * 3
 
 
-def _has_room(scratch: Path, needed: int, job: TransferJob) -> bool:
-    """Say whether resized images fit: on the disk, and in the scratch volume, whose limit ends the pod."""
-    return needed <= _SHARE * min(shutil.disk_usage(scratch).free, in_bytes(job.spec.compute.scratch) / 2)
+def _fits_on_scratch(needed: int, scratch: Path, job: TransferJob) -> bool:
+    """Check the free disk space and the size limit of the scratch volume. A pod that exceeds the limit is evicted."""
+    available = min(shutil.disk_usage(scratch).free, quantity_to_bytes(job.spec.compute.scratch) / 2)
+    return needed <= _PIXEL_CACHE_MAX_SHARE * available
 
 
-def _note_once(mark: Path, splits: dict[str, Split], class_names: tuple[str, ...], workspace: Workspace) -> None:
-    """Tell what is odd about the splits, in the first of the stages only."""
-    if mark.exists():
+def _log_splits_once(marker: Path, splits: dict[str, Split], class_names: tuple[str, ...]) -> None:
+    """Log the split sizes, duplicates and missing classes, only in the first stage that uses this directory."""
+    if marker.exists():
         return
-    workspace.progress.note("splits", **{name: split.size for name, split in splits.items()})
+    log.info("splits", **{name: split.size for name, split in splits.items()})
     for one, other in combinations(splits, 2):
         common = int(np.isin(splits[other].digests, splits[one].digests).sum())
         if common:
-            workspace.progress.note("duplicates across splits", images=common, of=other, also_in=one)
+            log.warning("duplicates across splits", images=common, of=other, also_in=one)
     for name, split in splits.items():
-        if missing := missing_classes(split.labels, class_names):
-            workspace.progress.note("classes without an image", split=name, classes=missing)
-    mark.touch()
+        if missing := format_missing_classes(split.labels, class_names):
+            log.warning("classes without images", split=name, classes=missing)
+    marker.touch()

@@ -1,4 +1,4 @@
-"""Which stored images train, validate and test."""
+"""Dataset splits: selects which stored images are used for training, validation and test."""
 
 import zlib
 from collections.abc import Mapping
@@ -7,20 +7,19 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from topwork.data.dataset_manifest import DatasetFacts
+from topwork.data.dataset_manifest import DatasetMetadata
 from topwork.errors import DataError
 from topwork.spec.dataset import Dataset, PerClass, Splits
 from topwork.spec.slices import Slice, parse_slices
 
-NAMES = ("train", "validation", "test")
-SPLIT_WORDS = {"train": "training", "validation": "validation", "test": "test"}
+SPLIT_NAMES = ("train", "validation", "test")
 
 Positions = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Examples:
-    """The stored examples of one split of the source, in their stored order.
+class SourceSplit:
+    """The stored examples of one split of the source, in stored order.
 
     Attributes:
         first: Position of its first example among all stored examples.
@@ -31,118 +30,124 @@ class Examples:
     labels: npt.NDArray[np.int64]
 
 
-def check_splits(splits: Splits, facts: DatasetFacts) -> None:
-    """Refuse splits that a stored dataset can't fill, by its counts alone.
+def check_splits(splits: Splits, dataset: DatasetMetadata) -> None:
+    """Check that a stored dataset can fill the splits of a spec, using only the counts in its metadata.
 
     Args:
         splits: `spec.dataset.splits`.
-        facts: What is stored.
+        dataset: Metadata of the stored dataset.
 
     Raises:
-        DataError: If a slice names what is not there or is empty, or a class has too few images.
+        DataError: If a slice is empty or out of range, names an unknown split, or a class has too few images.
     """
     if splits.per_class:
-        _check_counts(splits.per_class, facts.class_counts)
+        _check_counts(splits.per_class, dataset.class_counts)
         return
-    sizes = {name: sum(counts.values()) for name, counts in facts.splits.items()}
-    for name in NAMES:
+    sizes = {name: sum(counts.values()) for name, counts in dataset.splits.items()}
+    for name in SPLIT_NAMES:
         text = getattr(splits, name)
         if text:
-            _ranges(name, text, sizes)
+            _resolve_slices(name, text, sizes)
 
 
 def count_images(splits: Splits, sizes: Mapping[str, int], classes: int | None) -> dict[str, int | None]:
-    """Count the images of each split, before any is there.
+    """Compute the number of images in each split of a spec, before the dataset is pulled.
 
     Args:
         splits: `spec.dataset.splits`.
-        sizes: Images of the source's own splits, as far as they are known.
-        classes: Number of classes; None where it isn't known.
+        sizes: Number of images in each split of the source, for the splits where it is known.
+        classes: Number of classes, or None if unknown.
 
     Returns:
-        Images of each split that the spec names; None where that can't be told.
+        Number of images in each split that the spec defines. None where it can't be determined.
 
     Raises:
-        DataError: If a slice reaches beyond what there is, or is empty.
+        DataError: If a slice is empty or out of range.
+
+    Example:
+        >>> count_images(Splits(train="train[:80%]", test="train[80%:]"), {"train": 1000}, None)
+        {'train': 800, 'test': 200}
     """
     if splits.per_class:
-        counts = {name: getattr(splits.per_class, name) for name in NAMES}
+        counts = {name: getattr(splits.per_class, name) for name in SPLIT_NAMES}
         return {name: classes and count * classes for name, count in counts.items() if count}
     images: dict[str, int | None] = {}
-    for name in NAMES:
+    for name in SPLIT_NAMES:
         if text := getattr(splits, name):
             is_known = all(piece.split in sizes for piece in parse_slices(text))
-            ranges = _ranges(name, text, sizes) if is_known else []
+            ranges = _resolve_slices(name, text, sizes) if is_known else []
             images[name] = sum(end - start for _, start, end in ranges) if is_known else None
     return images
 
 
-def choose(
-    dataset: Dataset, sources: Mapping[str, Examples], class_names: tuple[str, ...], seed: int
+def select_splits(
+    dataset: Dataset, sources: Mapping[str, SourceSplit], class_names: tuple[str, ...], seed: int
 ) -> dict[str, Positions]:
-    """Choose the examples of each split.
+    """Select the examples of each split.
 
-    Slices are taken from a permutation of each source split that depends on the seed and the split's name and size
-    alone, so that a folder that was read class by class gives mixed slices. Counts a class are taken from all source
-    splits together, permuted in the same way.
+    Slices are taken from a permutation of each source split. The permutation depends only on the seed and on the name
+    and size of the source split, so slices mix the classes even if the images were stored class by class. Counts per
+    class are taken from a permutation of all source splits together.
 
     Args:
         dataset: `spec.dataset`.
-        sources: What is stored, by source split.
-        class_names: Classes in the order of their labels.
+        sources: The stored examples, by source split.
+        class_names: Class names, in label order.
         seed: `spec.seed`.
 
     Returns:
-        Positions among all stored examples, int64 (size,), for each split that the spec names.
+        For each split that the spec defines, the positions of its examples among all stored examples, int64 (size,).
 
     Raises:
-        DataError: If the splits can't be filled, or one lacks a class that it may not lack.
+        DataError: If the splits can't be filled, or a split lacks a class that it must contain.
     """
     splits = dataset.splits
     if splits.per_class:
-        chosen = _by_counts(splits.per_class, sources, class_names, seed)
+        selected = _select_per_class(splits.per_class, sources, class_names, seed)
     else:
-        chosen = {name: _by_slices(name, text, sources, seed) for name in NAMES if (text := getattr(splits, name))}
-    labels = np.concatenate([examples.labels for examples in sources.values()])
-    for name, positions in chosen.items():
-        if missing := missing_classes(labels[positions], class_names):
-            _refuse_missing(name, missing, dataset)
-    return chosen
+        selected = {
+            name: _select_slices(name, text, sources, seed) for name in SPLIT_NAMES if (text := getattr(splits, name))
+        }
+    labels = np.concatenate([source.labels for source in sources.values()])
+    for name, positions in selected.items():
+        if missing := format_missing_classes(labels[positions], class_names):
+            _check_missing_classes(name, missing, dataset)
+    return selected
 
 
-def missing_classes(labels: npt.NDArray[np.int64], class_names: tuple[str, ...]) -> str:
-    """Name the classes that a split lacks; empty where it lacks none.
+def format_missing_classes(labels: npt.NDArray[np.int64], class_names: tuple[str, ...]) -> str:
+    """List the classes that a split does not contain.
 
     Args:
-        labels: int64 (size,).
-        class_names: Classes in the order of their labels.
+        labels: Labels of the split, int64 (size,).
+        class_names: Class names, in label order.
 
     Returns:
-        Their names, in one line.
+        The missing class names on one line, or an empty string if there are none.
     """
     missing = sorted(set(range(len(class_names))) - set(np.unique(labels).tolist()))
-    return _named(class_names, missing) if missing else ""
+    return _format_class_names(class_names, missing) if missing else ""
 
 
-def _refuse_missing(name: str, missing: str, dataset: Dataset) -> None:
-    if name == "train" or dataset.on_missing_class == "fail":
-        ways = [
-            f"Enlarge spec.dataset.splits.{name}",
-            "give counts with splits.perClass",
-            "leave the class out of the source",
-            *([] if name == "train" else ["evaluate without it: spec.dataset.onMissingClass: allow"]),
-        ]
-        raise DataError(
-            f"The {SPLIT_WORDS[name]} split holds no image of {missing}. {', '.join(ways[:-1])}, or {ways[-1]}."
-        )
+def _check_missing_classes(name: str, missing: str, dataset: Dataset) -> None:
+    if name != "train" and dataset.on_missing_class != "fail":
+        return
+    fixes = [
+        f"Enlarge spec.dataset.splits.{name}",
+        "use exact counts with splits.perClass",
+        "remove the class from the source",
+        *([] if name == "train" else ["evaluate without it: spec.dataset.onMissingClass: allow"]),
+    ]
+    split = "training" if name == "train" else name
+    raise DataError(f"The {split} split contains no image of {missing}. {', '.join(fixes[:-1])}, or {fixes[-1]}.")
 
 
 def permutation(size: int, *seeds: int) -> Positions:
-    """Shuffle 0 … size-1, the same way for the same seeds on every machine.
+    """Return a permutation of 0..size-1 that is the same for the same seeds on every machine.
 
     Args:
-        size: How many.
-        seeds: Whole numbers from 0.
+        size: Number of elements.
+        seeds: Non-negative integers.
 
     Returns:
         int64 (size,).
@@ -150,17 +155,17 @@ def permutation(size: int, *seeds: int) -> Positions:
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(seeds))).permutation(size)
 
 
-def _by_slices(name: str, text: str, sources: Mapping[str, Examples], seed: int) -> Positions:
+def _select_slices(name: str, text: str, sources: Mapping[str, SourceSplit], seed: int) -> Positions:
     sizes = {source: len(examples.labels) for source, examples in sources.items()}
     parts = []
-    for source, start, end in _ranges(name, text, sizes):
+    for source, start, end in _resolve_slices(name, text, sizes):
         order = permutation(sizes[source], seed, zlib.crc32(source.encode()))
         parts.append(order[start:end] + sources[source].first)
     return np.concatenate(parts)
 
 
-def _ranges(name: str, text: str, sizes: Mapping[str, int]) -> list[tuple[str, int, int]]:
-    """Turn slicing into (source split, start, end), each checked against what is there."""
+def _resolve_slices(name: str, text: str, sizes: Mapping[str, int]) -> list[tuple[str, int, int]]:
+    """Convert slices to (source split, start, end) and check each against the size of its source split."""
     ranges = []
     for piece in parse_slices(text):
         if piece.split not in sizes:
@@ -169,7 +174,7 @@ def _ranges(name: str, text: str, sizes: Mapping[str, int]) -> list[tuple[str, i
                 f"{', '.join(f'{split} ({size} images)' for split, size in sizes.items())}."
             )
         size = sizes[piece.split]
-        start, end = _position(piece.start, size), _position(piece.end, size)
+        start, end = _resolve_boundary(piece.start, size), _resolve_boundary(piece.end, size)
         _check_range(f"spec.dataset.splits.{name}", piece, size, start, end)
         ranges.append((piece.split, start, end))
     return ranges
@@ -177,44 +182,44 @@ def _ranges(name: str, text: str, sizes: Mapping[str, int]) -> list[tuple[str, i
 
 def _check_range(key: str, piece: Slice, size: int, start: int, end: int) -> None:
     if not (0 <= start <= size and 0 <= end <= size):
-        raise DataError(f"{key}: {piece.text} reaches beyond the {size} images of {piece.split}.")
+        raise DataError(f"{key}: {piece.text} is out of range: {piece.split} has {size} images.")
     if start >= end:
-        raise DataError(f"{key}: {piece.text} holds no image: {piece.split} has {size} images. Widen the slice.")
+        raise DataError(f"{key}: {piece.text} is empty: {piece.split} has {size} images. Widen the slice.")
 
 
-def _position(boundary: tuple[int, int], size: int) -> int:
+def _resolve_boundary(boundary: tuple[int, int], size: int) -> int:
     percent, images = boundary
-    # Rounded half up in whole numbers: one boundary is one position, however it is written.
+    # Integer arithmetic, rounding half up: 70% and -30% resolve to the same position.
     return (percent * size + 50) // 100 + images
 
 
-def _by_counts(
-    wanted: PerClass, sources: Mapping[str, Examples], class_names: tuple[str, ...], seed: int
+def _select_per_class(
+    requested: PerClass, sources: Mapping[str, SourceSplit], class_names: tuple[str, ...], seed: int
 ) -> dict[str, Positions]:
-    labels = np.concatenate([examples.labels for examples in sources.values()])
-    _check_counts(wanted, {name: int((labels == index).sum()) for index, name in enumerate(class_names)})
+    labels = np.concatenate([source.labels for source in sources.values()])
+    _check_counts(requested, {name: int((labels == index).sum()) for index, name in enumerate(class_names)})
     order = permutation(len(labels), seed)
-    counts = {"train": wanted.train, "validation": wanted.validation, "test": wanted.test}
-    chosen: dict[str, list[Positions]] = {name: [] for name, count in counts.items() if count}
+    counts = {"train": requested.train, "validation": requested.validation, "test": requested.test}
+    selected: dict[str, list[Positions]] = {name: [] for name, count in counts.items() if count}
     for label in range(len(class_names)):
         of_class = order[labels[order] == label]
         start = 0
-        for name, parts in chosen.items():
+        for name, parts in selected.items():
             parts.append(of_class[start : start + counts[name]])
             start += counts[name]
-    return {name: np.concatenate(parts) for name, parts in chosen.items()}
+    return {name: np.concatenate(parts) for name, parts in selected.items()}
 
 
-def _check_counts(wanted: PerClass, counts: Mapping[str, int]) -> None:
-    needed = wanted.train + wanted.validation + wanted.test
-    few = [f"{name} has {count}" for name, count in counts.items() if count < needed]
-    if few:
+def _check_counts(requested: PerClass, counts: Mapping[str, int]) -> None:
+    needed = requested.train + requested.validation + requested.test
+    too_few = [f"{name} has {count}" for name, count in counts.items() if count < needed]
+    if too_few:
         raise DataError(
-            f"spec.dataset.splits.perClass asks for {needed} images of each class (train {wanted.train}, validation "
-            f"{wanted.validation}, test {wanted.test}), but {', '.join(few[:20])}. Ask for fewer."
+            f"spec.dataset.splits.perClass requests {needed} images per class (train {requested.train}, validation "
+            f"{requested.validation}, test {requested.test}), but {', '.join(too_few[:20])}. Request fewer."
         )
 
 
-def _named(class_names: tuple[str, ...], labels: list[int], most: int = 20) -> str:
-    more = f" and {len(labels) - most} more classes" if len(labels) > most else ""
-    return ", ".join(class_names[label] for label in labels[:most]) + more
+def _format_class_names(class_names: tuple[str, ...], labels: list[int], limit: int = 20) -> str:
+    more = f" and {len(labels) - limit} more classes" if len(labels) > limit else ""
+    return ", ".join(class_names[label] for label in labels[:limit]) + more

@@ -1,4 +1,4 @@
-"""Writes proved images as a TensorFlow Datasets dataset."""
+"""Writes validated images as a TensorFlow Datasets (TFDS) dataset."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -6,59 +6,67 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+import tensorflow as tf
 import tensorflow_datasets as tfds
 
-from topwork.data.dataset_manifest import TFDS_NAME, RejectedImage, shown_rejections
-from topwork.data.decode_pool import Provers
+from topwork.data.dataset_manifest import TFDS_NAME, RejectedImage, format_rejections
+from topwork.data.decode_pool import DecodePool
 from topwork.data.image_validation import NO_LABEL, Rejection
-from topwork.data.sources import Item, Source
+from topwork.data.sources import Source, SourceImage
 from topwork.errors import DataError
 
 
-def _serialized(serializer: tfds.core.ExampleSerializer, example: dict[str, Any]) -> bytes:
-    data: bytes = serializer.get_tf_example(example).SerializeToString(deterministic=True)
-    return data
-
-
-# protobuf orders the features of an example anew in each process: two that pull at once must write the same bytes.
-tfds.core.ExampleSerializer.serialize_example = _serialized
-
-
 @dataclass
-class Tally:
-    """What became of the images of a source so far.
+class DatasetStats:
+    """Counts of the images that were processed so far.
 
     Attributes:
-        splits: Images stored of each class, by split.
-        rejected: Images left out.
-        duplicates: Images whose pixels were stored before.
+        splits: Number of stored images per class, by split.
+        rejected: Rejected images.
+        duplicates: Number of images with the same pixels as an earlier image.
     """
 
     splits: dict[str, Counter[str]] = field(default_factory=dict)
     rejected: list[RejectedImage] = field(default_factory=list)
     duplicates: int = 0
-    # 8 bytes an image: among a million images one pair in 37 million is mistaken for a duplicate.
+    # 8 bytes per image. In a million images, the chance of a false duplicate is 1 in 37 million.
     _seen: set[bytes] = field(default_factory=set)
 
-    def store(self, split: str, label: str, sha256: str) -> None:
-        """Count an image that is stored."""
+    def add_stored(self, split: str, label: str, sha256: str) -> None:
+        """Count a stored image."""
         self.splits.setdefault(split, Counter())[label] += 1
         short = bytes.fromhex(sha256[:16])
         self.duplicates += short in self._seen
         self._seen.add(short)
 
-    def reject(self, name: str, rejection: Rejection) -> None:
-        """Keep an image that is left out, with its reason."""
+    def add_rejected(self, name: str, rejection: Rejection) -> None:
+        """Record a rejected image and its reason."""
         self.rejected.append(RejectedImage(name=name, reason=rejection.reason, detail=rejection.detail))
 
     @property
     def images(self) -> int:
-        """Images stored."""
+        """Number of stored images."""
         return sum(counts.total() for counts in self.splits.values())
 
 
+class _DeterministicWriter(tfds.core.ExampleWriter):
+    """Writes examples with a fixed feature order.
+
+    Protobuf serializes maps in an order that differs between processes. Two concurrent pulls of the same source must
+    write identical files, because either may upload them.
+    """
+
+    def write(self, path: Any, examples: Any) -> Any:
+        return super().write(path, ((key, _sort_features(record)) for key, record in examples))
+
+
+def _sort_features(record: bytes) -> bytes:
+    data: bytes = tf.train.Example.FromString(record).SerializeToString(deterministic=True)
+    return data
+
+
 class StoredImages(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
-    """The TFDS dataset that is stored: image, label, name and digest of the pixels."""
+    """TFDS builder of stored datasets, with the features image, label, name and sha256 (digest of the pixels)."""
 
     name = TFDS_NAME
     VERSION = tfds.core.Version("1.0.0")
@@ -72,7 +80,7 @@ class StoredImages(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # 
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
             builder=self,
-            description="Images that topwork proved and stored.",
+            description="Images validated and stored by topwork.",
             features=tfds.features.FeaturesDict(
                 {
                     "image": tfds.features.Image(shape=(None, None, 3)),
@@ -87,71 +95,76 @@ class StoredImages(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator[tuple[int, Any]]]:
         return self._generators
 
+    def _example_writer(self) -> tfds.core.ExampleWriter:
+        return _DeterministicWriter(file_format=self.info.file_format)
+
     def _log_download_bytes(self) -> None:
-        """Leave standard output alone: TFDS prints there."""
+        """Do nothing: TFDS prints to standard output here."""
 
     def _log_download_done(self) -> None:
-        """Leave standard output alone: TFDS prints there."""
+        """Do nothing: TFDS prints to standard output here."""
 
     def _generate_examples(self) -> Iterator[tuple[int, Any]]:
-        raise NotImplementedError  # every split has its generator
+        raise NotImplementedError  # _split_generators returns one generator per split
 
 
-def write_tfds(source: Source, provers: Provers, folder: Path, advance: Callable[[], None]) -> tuple[Path, Tally]:
-    """Prove every image of a source and write those that decode.
+def write_tfds(
+    source: Source, pool: DecodePool, directory: Path, advance: Callable[[], None]
+) -> tuple[Path, DatasetStats]:
+    """Validate every image of a source and write the valid ones as a TFDS dataset.
 
-    The files depend on the content of the source alone, not on when or where they are written.
+    The content of the files depends only on the content of the source.
 
     Args:
-        source: Where the images come from.
-        provers: Who proves them.
-        folder: Empty local folder.
+        source: Source of the images.
+        pool: Pool that validates the images.
+        directory: Empty local directory.
         advance: Called after each image.
 
     Returns:
-        The folder inside `folder` that holds the dataset, and the tally.
+        The directory of the dataset, inside `directory`, and the counts of stored and rejected images.
 
     Raises:
-        DataError: If not one image of a split decodes, or the source holds a class that it did not name.
+        DataError: If a split has no valid image, or the source returns a class that it did not list.
     """
-    tally = Tally()
-    splits = {split: _examples(source, split, provers, tally, advance) for split in source.splits()}
+    stats = DatasetStats()
+    splits = {split: _generate_examples(source, split, pool, stats, advance) for split in source.splits()}
     tfds.disable_progress_bar()
-    builder = StoredImages(folder / "building", source.class_names(), splits)
+    builder = StoredImages(directory / "building", source.class_names(), splits)
     builder.download_and_prepare(
-        download_dir=folder / "downloads",
+        download_dir=directory / "downloads",
         download_config=tfds.download.DownloadConfig(try_download_gcs=False, compute_stats="skip"),
     )
-    return Path(builder.data_dir), tally
+    return Path(builder.data_dir), stats
 
 
-def _examples(
-    source: Source, split: str, provers: Provers, tally: Tally, advance: Callable[[], None]
+def _generate_examples(
+    source: Source, split: str, pool: DecodePool, stats: DatasetStats, advance: Callable[[], None]
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     labels = {name: index for index, name in enumerate(source.class_names())}
-    # The position is the key: unique, stable, and TFDS shuffles by its hash.
-    for key, (item, outcome) in enumerate(provers.each(source.items(split), _read)):
-        if isinstance(outcome, Rejection):
-            tally.reject(item.name, outcome)
-        elif item.label not in labels:
-            raise DataError(f"{item.name} is of the class {item.label!r}, which was not there when the pull began.")
+    # The position is the key: unique and stable. TFDS shuffles by the hash of the key.
+    for key, (image, result) in enumerate(pool.validate_all(source.images(split), _read)):
+        if isinstance(result, Rejection):
+            stats.add_rejected(image.name, result)
+        elif image.label not in labels:
+            raise DataError(f"{image.name} has the class {image.label!r}, which did not exist when the pull started.")
         else:
-            tally.store(split, str(item.label), outcome.sha256)
+            stats.add_stored(split, str(image.label), result.sha256)
             yield (
                 key,
                 {
-                    "image": outcome.encoded,
-                    "label": labels[item.label],
-                    "name": item.name,
-                    "sha256": outcome.sha256,
+                    "image": result.encoded,
+                    "label": labels[image.label],
+                    "name": image.name,
+                    "sha256": result.sha256,
                 },
             )
         advance()
-    if not tally.splits.get(split):
-        raise DataError(f"Not one image of the split {split} can be used. {shown_rejections(tally.rejected)}")
+    if not stats.splits.get(split):
+        raise DataError(f"No image of the split {split} is valid. {format_rejections(stats.rejected)}")
 
 
-def _read(item: Item) -> bytes:
-    if item.label is None:
+def _read(image: SourceImage) -> bytes:
+    if image.label is None:
         raise Rejection(NO_LABEL)
-    return item.read()
+    return image.read()

@@ -17,20 +17,21 @@ from topwork.description.job_description import (
     StageFacts,
 )
 from topwork.description.known_dataset import KnownData
-from topwork.model.classifier import build
-from topwork.model.freezing import Unfrozen, parameter_groups, unfreeze
-from topwork.model.partition import halves
+from topwork.model.classifier import build_classifier
+from topwork.model.freezing import UnfreezeSetting, count_parameters, set_trainable
+from topwork.model.partition import partition_model
 from topwork.spec import TransferJob
 from topwork.spec.applications import APPLICATIONS
+from topwork.spec.fine_tune import UnfreezeFrom, UnfreezeLayers
 from topwork.spec.job import JobSpec
 from topwork.spec.model import Base
-from topwork.spec.training import Optimizer, UnfreezeFrom, UnfreezeLayers
-from topwork.stages.fine_tune import fine_tune_plan
-from topwork.stages.transfer import transfer_plan
-from topwork.training.feature_cache.policy import keeps_features
-from topwork.training.losses import loss
-from topwork.training.optimizers import learning_rate
-from topwork.training.plan import Phase, Plan
+from topwork.spec.optimizer import Optimizer
+from topwork.stages.fine_tune import plan_fine_tune
+from topwork.stages.transfer import plan_transfer
+from topwork.training.feature_cache.policy import should_cache_features
+from topwork.training.losses import make_loss
+from topwork.training.optimizers import make_learning_rate
+from topwork.training.plan import TrainingPhase, TrainingPlan
 
 # The head is counted for these where the number of classes isn't known.
 ASSUMED_CLASSES = 2
@@ -56,7 +57,7 @@ def describe(job: TransferJob, data: KnownData, file: Path | None, notes: tuple[
     keras.utils.clear_session()
     with _shapes_alone(spec.model.base):
         model = _model(spec, data.classes or ASSUMED_CLASSES, file)
-        plans = [plan for plan in (transfer_plan(spec), fine_tune_plan(spec)) if plan]
+        plans = [plan for plan in (plan_transfer(spec), plan_fine_tune(spec)) if plan]
         stages = tuple(_stage(plan, model, data) for plan in plans)
         base = _base(spec, model)
     keras.utils.clear_session()
@@ -84,12 +85,12 @@ def _model(spec: JobSpec, classes: int, file: Path | None) -> keras.Model | None
     """Build the classifier as training would, but without the weights of an application."""
     base = spec.model.base
     if base.saved:
-        return build(spec.model, spec.dataset.image_size, classes, file) if file else None
+        return build_classifier(spec.model, spec.dataset.image_size, classes, file) if file else None
     blank = base.model_copy(update={"weights": "none"}) if base.application else base
-    return build(spec.model.model_copy(update={"base": blank}), spec.dataset.image_size, classes, None)
+    return build_classifier(spec.model.model_copy(update={"base": blank}), spec.dataset.image_size, classes, None)
 
 
-def _stage(plan: Plan, model: keras.Model | None, data: KnownData) -> StageFacts:
+def _stage(plan: TrainingPlan, model: keras.Model | None, data: KnownData) -> StageFacts:
     images = data.images.get("train")
     per_epoch = None if images is None else images // plan.batch_size
     return StageFacts(
@@ -99,27 +100,27 @@ def _stage(plan: Plan, model: keras.Model | None, data: KnownData) -> StageFacts
         epochs=plan.epochs,
         steps=_times(plan.epochs, per_epoch),
         loss=_loss(plan, data.classes),
-        balanced=plan.balanced,
+        balanced=plan.balance_classes,
         early_stopping=plan.early_stopping,
         feature_cache=_feature_cache(plan, model),
         phases=tuple(_phase(phase, plan, model, per_epoch) for phase in plan.phases),
     )
 
 
-def _feature_cache(plan: Plan, model: keras.Model | None) -> CacheFacts | None:
+def _feature_cache(plan: TrainingPlan, model: keras.Model | None) -> CacheFacts | None:
     """Ask what decides in training; only whether there is room for the features is not known before."""
     if model is None:
         return None
-    unfreeze(model.get_layer("base"), plan.phases[-1].unfrozen, batch_norm=plan.batch_norm)
-    used, reason = keeps_features(plan.caching, plan.epochs, halves(model))
-    return CacheFacts(used=used, views=plan.caching.views if used else 0, reason=reason)
+    set_trainable(model.get_layer("base"), plan.phases[-1].unfrozen, batch_norm=plan.train_batch_norm)
+    used, reason = should_cache_features(plan.feature_cache, plan.epochs, partition_model(model))
+    return CacheFacts(used=used, views=plan.feature_cache.views if used else 0, reason=reason)
 
 
-def _phase(phase: Phase, plan: Plan, model: keras.Model | None, per_epoch: int | None) -> PhaseFacts:
+def _phase(phase: TrainingPhase, plan: TrainingPlan, model: keras.Model | None, per_epoch: int | None) -> PhaseFacts:
     groups = []
     if model is not None:
-        unfreeze(model.get_layer("base"), phase.unfrozen, batch_norm=plan.batch_norm)
-        groups = parameter_groups(model)
+        set_trainable(model.get_layer("base"), phase.unfrozen, batch_norm=plan.train_batch_norm)
+        groups = count_parameters(model)
     return PhaseFacts(
         trained=_in_words(phase.unfrozen),
         epochs=phase.epochs,
@@ -139,17 +140,17 @@ def _rate(settings: Optimizer, epochs: int, per_epoch: int | None) -> Rate:
         return Rate(peak=peak, schedule=name, first=peak, last=peak)
     if not per_epoch:
         return Rate(peak=peak, schedule=name, first=None, last=None)
-    course = learning_rate(peak, settings.schedule, steps_per_epoch=per_epoch, epochs=epochs)
+    course = make_learning_rate(peak, settings.schedule, steps_per_epoch=per_epoch, epochs=epochs)
     return Rate(peak=peak, schedule=name, first=float(course(0)), last=float(course(epochs * per_epoch - 1)))
 
 
-def _loss(plan: Plan, classes: int | None) -> str:
+def _loss(plan: TrainingPlan, classes: int | None) -> str:
     if classes is None:
         return plan.loss if isinstance(plan.loss, str) else plan.loss.name
-    return str(loss(plan.loss, classes).name)
+    return str(make_loss(plan.loss, classes).name)
 
 
-def _in_words(unfrozen: Unfrozen) -> str:
+def _in_words(unfrozen: UnfreezeSetting) -> str:
     if isinstance(unfrozen, UnfreezeLayers):
         layers = f"the last {unfrozen.layers} layers" if unfrozen.layers > 1 else "the last layer"
         return f"the head and {layers} of the base"

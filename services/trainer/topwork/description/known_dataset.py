@@ -3,14 +3,14 @@
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from topwork.artifacts import NAME
-from topwork.data.dataset_manifest import StoredDataset
+from topwork.artifacts import MANIFEST_NAME
+from topwork.data.dataset_manifest import StoredDataset, read_dataset_metadata
 from topwork.data.splits import check_splits, count_images
-from topwork.data.tfds_mirror import AskedName
+from topwork.data.tfds_mirror import TfdsName
 from topwork.errors import DataError
 from topwork.spec import TransferJob
 from topwork.spec.dataset import DatasetSource
-from topwork.stages.pull import pulled_earlier, stored_facts
+from topwork.stages.pull import find_pulled_dataset
 from topwork.workspace import Workspace
 
 TRAIN = "train"
@@ -53,7 +53,7 @@ def known_data(job: TransferJob, workspace: Workspace | None, classes: int | Non
     stored = _stored(job, workspace) if workspace else None
     if stored is None or workspace is None:
         return KnownData(classes, count_images(splits, {TRAIN: images} if images else {}, classes))
-    facts = stored.facts
+    facts = stored.metadata
     check_splits(splits, facts)
     sizes = {name: sum(counts.values()) for name, counts in facts.splits.items()}
     there = {"--classes": (classes, len(facts.class_names)), "--images": (images, sizes.get(TRAIN))}
@@ -71,29 +71,29 @@ def known_data(job: TransferJob, workspace: Workspace | None, classes: int | Non
 
 def _stored(job: TransferJob, workspace: Workspace) -> StoredDataset | None:
     """Find what this run has pulled, or else what another job has pulled of the same source."""
-    if earlier := pulled_earlier(job, workspace):
+    if earlier := find_pulled_dataset(job, workspace):
         return earlier
     found: dict[str, StoredDataset] = {}
     for stored in workspace.storage.list(ROOT):
         prefix, _, name = stored.key.rpartition("/")
         # A folder that is broken, or of a newer topwork, is none that this job would find.
         with suppress(DataError):
-            if name == NAME and (facts := stored_facts(workspace.storage, prefix)):
+            if name == MANIFEST_NAME and (facts := read_dataset_metadata(workspace.storage, prefix)):
                 found[prefix] = StoredDataset(prefix, facts)
     return _of_source(job.spec.dataset.source, list(found.values()))
 
 
 def _of_source(source: DatasetSource, found: list[StoredDataset]) -> StoredDataset | None:
     if source.tfds:
-        by_name = {str(one.facts.source["tfds"]): one for one in found if "tfds" in one.facts.source}
+        by_name = {str(one.metadata.source["tfds"]): one for one in found if "tfds" in one.metadata.source}
         try:
-            name = AskedName.parse(source.tfds).pick(by_name, None)
+            name = TfdsName.parse(source.tfds).select(by_name, None)
         except DataError:
             return None  # several configurations are there, and only TFDS itself knows which is the default
         return by_name[name] if name else None
     kind, settings = next((kind, part) for kind, part in source if part is not None)
     asked = settings.model_dump(mode="json")
-    same = [one for one in found if _same(asked, one.facts.source.get(kind))]
+    same = [one for one in found if _same(asked, one.metadata.source.get(kind))]
     return same[-1] if same else None
 
 

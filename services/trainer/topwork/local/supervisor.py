@@ -1,18 +1,19 @@
-"""Runs the embedded server for as long as somebody uses it: a process of its own, of the standard library alone.
+"""Runs the embedded S3 server in a separate process while it has users. Imports only the standard library.
 
-    state/
-      users.lock        shared lock of every user; who gets it exclusively knows that nobody is left
-      start.lock        exclusive lock of the user that looks for the server or starts it
-      server.lock       exclusive lock of supervisor and server; free means that neither runs
-      server.json       endpoint of the server that holds server.lock
-      server.log        what supervisor and server say
-      ports.json        ports of the last server, taken again while they are free
-      credentials.json  keys for the users            (0600)
-      s3.json           the same keys for the server  (0600)
-      security.toml     keys between the parts of the server  (0600)
-      data/             the objects
+Files of the state directory:
 
-The kernel drops the locks of a process that dies in whatever way, so no process id is ever kept or trusted.
+    users.lock        shared lock of every user; an exclusive lock proves that there are no users
+    start.lock        exclusive lock of the user that looks for the server or starts it
+    server.lock       exclusive lock of supervisor and server; free if neither is running
+    server.json       endpoint of the server that holds server.lock
+    server.log        output of supervisor and server
+    ports.json        ports of the last server, reused while they are free
+    credentials.json  keys for the users  (mode 0600)
+    s3.json           the same keys for the server  (mode 0600)
+    security.toml     keys between the components of the server  (mode 0600)
+    data/             the stored objects
+
+The kernel releases the locks of a process however it ends, so no process ID needs to be stored or trusted.
 """
 
 import ctypes
@@ -27,52 +28,52 @@ from pathlib import Path
 from typing import IO
 
 POLL_SECONDS = 0.25
-# A kill loses no completed write, so a server that is slow to close its connections is not waited for.
-STOP_SECONDS = 0.5
-SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of linux/prctl.h
+# Killing the server loses no completed write, so there is no need to wait for it to close its connections.
+STOP_TIMEOUT_SECONDS = 0.5
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def main() -> None:
-    """Detach, then run the server: `supervisor.py STATE ENDPOINT COMMAND…`."""
+    """Detach from the calling process, then run the server: `supervisor.py STATE ENDPOINT COMMAND…`."""
     state, endpoint, command = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
     if os.fork():
         os._exit(0)
-    # A Ctrl-C reaches the whole foreground process group: the users still need storage for their last checkpoint.
+    # Ctrl-C interrupts the foreground process group, whose members still need storage for their last checkpoint.
     os.setsid()
     os.chdir(state)
     supervise(state, endpoint, command)
 
 
 def supervise(state: Path, endpoint: str, command: list[str]) -> None:
-    """Run the server until nobody uses it.
+    """Run the server until it has no users.
 
     Args:
-        state: Folder of the embedded storage.
-        endpoint: URL at which the server will answer.
-        command: The server and its arguments.
+        state: Directory of the embedded storage.
+        endpoint: URL of the server.
+        command: The server program and its arguments.
     """
-    with (state / "server.lock").open("a") as held, (state / "users.lock").open("a") as users:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        write_whole(state / "server.json", json.dumps({"endpoint": endpoint}))
-        # The server inherits the lock: as long as it lives, in whatever way, no second one opens its data.
+    with (state / "server.lock").open("a") as server_lock, (state / "users.lock").open("a") as users:
+        fcntl.flock(server_lock, fcntl.LOCK_EX)
+        write_private_file(state / "server.json", json.dumps({"endpoint": endpoint}))
+        # The server inherits the lock: while it is alive, no second server can open its data.
         server = subprocess.Popen(
             command,
             cwd=state,
             stdin=subprocess.DEVNULL,
-            pass_fds=(held.fileno(),),
+            pass_fds=(server_lock.fileno(),),
             preexec_fn=die_with_parent,  # noqa: PLW1509 - this process has one thread
         )
-        stopped: list[int] = []
-        signal.signal(signal.SIGTERM, lambda number, _: stopped.append(number))
-        while server.poll() is None and not stopped and not is_free(users):
+        stop_requests: list[int] = []
+        signal.signal(signal.SIGTERM, lambda number, _: stop_requests.append(number))
+        while server.poll() is None and not stop_requests and not lock_if_unused(users):
             time.sleep(POLL_SECONDS)
         stop(server)
         remove_sockets(command)
         (state / "server.json").unlink(missing_ok=True)
 
 
-def is_free(users: IO[str]) -> bool:
-    """Take the users' lock if nobody holds it, and keep it: a new user then waits for the end."""
+def lock_if_unused(users: IO[str]) -> bool:
+    """Lock the users' lock exclusively if nobody holds it. A new user then waits until the server has stopped."""
     try:
         fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -81,32 +82,32 @@ def is_free(users: IO[str]) -> bool:
 
 
 def stop(server: "subprocess.Popen[bytes]") -> None:
-    """Stop the server, kindly at first."""
+    """Terminate the server, and kill it if it does not exit in time."""
     server.terminate()
     try:
-        server.wait(STOP_SECONDS)
+        server.wait(STOP_TIMEOUT_SECONDS)
     except subprocess.TimeoutExpired:
         server.kill()
         server.wait()
 
 
 def remove_sockets(command: list[str]) -> None:
-    """Remove the Unix sockets that the server makes beside its ports, at a place of its own choice."""
+    """Remove the Unix sockets that the server creates in /tmp for its gRPC ports."""
     for argument in command:
         name, _, port = argument.partition("=")
         if name.endswith(".port.grpc"):
-            part = name.strip("-").partition(".")[0]
-            Path(f"/tmp/seaweedfs-{part}-grpc-{port}.sock").unlink(missing_ok=True)  # noqa: S108
+            component = name.strip("-").partition(".")[0]
+            Path(f"/tmp/seaweedfs-{component}-grpc-{port}.sock").unlink(missing_ok=True)  # noqa: S108
 
 
 def die_with_parent() -> None:
-    """Let the kernel kill this process when the supervisor dies (Linux)."""
+    """Make the kernel kill this process when the supervisor dies (Linux only)."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that only its owner reads and that is never seen half-written."""
+def write_private_file(path: Path, text: str) -> None:
+    """Write a file atomically, readable by its owner only."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
         file.write(text)

@@ -1,1 +1,1 @@
-"""The classifier: backbones, heads, freezing, augmentation and serving signatures."""
+"""The classifier: backbones, heads, freezing, augmentation and export."""

@@ -1,4 +1,4 @@
-"""Random changes of the training images, decided by an explicit seed: (seed, step) alone gives the view."""
+"""Augments training images; the result depends only on the images and an explicit seed per step."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,31 +12,31 @@ from topwork.spec.model import Augmentation
 Augment = Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor]]
 
 
-def augment(settings: Augmentation) -> Augment | None:
-    """Make the function that changes a batch of training images as `spec.augmentation` says.
+def build_augmentation(settings: Augmentation) -> Augment | None:
+    """Build the function that augments a batch of training images as specified in `spec.augmentation`.
 
-    The function has no state: the same images and seed give the same result, in any process and at any step.
-    MixUp and CutMix mix the labels too.
+    The function is stateless: the same images and seed give the same result, in any process and at any step.
+    MixUp and CutMix also mix the labels.
 
     Args:
-        settings: Kinds and strengths of the changes.
+        settings: Kinds and strengths of the augmentations.
 
     Returns:
         A function of (images float32 (batch, height, width, 3) in 0..255, one-hot labels float32 (batch, classes),
-        seed int32 (2,)) to changed images and labels of the same shapes; None where nothing is to be changed.
+        seed int32 (2,)) to augmented images and labels of the same shapes, or None without augmentation.
     """
     layers = _layers(settings)
     if not layers:
         return None
 
     def apply(images: tf.Tensor, one_hot: tf.Tensor, seed: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        draws = _StepSeed(seed)
+        seeds = _StepSeed(seed)
         for layer in layers:
             if isinstance(layer, keras.layers.RandAugment):
-                # It draws from its own generator, whatever seed it is called with. Set past Keras' tracking, which
-                # would keep a tensor of one graph for the next.
-                object.__setattr__(layer, "generator", draws)
-            change = layer.get_random_transformation(images, training=True, seed=draws)
+                # RandAugment ignores the seed argument and uses its own generator. Bypass Keras' attribute tracking,
+                # which would keep a tensor of one graph for the next.
+                object.__setattr__(layer, "generator", seeds)
+            change = layer.get_random_transformation(images, training=True, seed=seeds)
             images = layer.transform_images(images, change, training=True)
             one_hot = layer.transform_labels(one_hot, change, training=True)
         return tf.clip_by_value(images, 0.0, 255.0), one_hot
@@ -67,20 +67,20 @@ def _layers(settings: Augmentation) -> list[Any]:
         chosen.append(layers.MixUp(settings.mix_up))
     if settings.cut_mix:
         cut_mix = layers.CutMix()
-        # Keras draws alpha from this range, and its constructor refuses the paper's values above 1.
+        # Keras samples alpha from this range, and its constructor rejects values above 1, which the paper uses.
         cut_mix.factor = (settings.cut_mix, settings.cut_mix)
         chosen.append(cut_mix)
     return chosen
 
 
 class _StepSeed(keras.random.SeedGenerator):
-    """Gives Keras' layers one seed after another, all of them folded from the seed of the step."""
+    """A stateless seed generator: derives a sequence of seeds from the seed of the step."""
 
     def __init__(self, seed: tf.Tensor) -> None:
-        # Keras' own constructor makes a variable, the state that must not be.
+        # The constructor of Keras creates a variable, which would be state.
         self._seed = seed
-        self._drawn = 0
+        self._count = 0
 
     def next(self, ordered: bool = True) -> tf.Tensor:
-        self._drawn += 1
-        return tf.random.experimental.stateless_fold_in(self._seed, self._drawn)
+        self._count += 1
+        return tf.random.experimental.stateless_fold_in(self._seed, self._count)

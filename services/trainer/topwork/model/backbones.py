@@ -1,4 +1,4 @@
-"""The classification models of keras.applications, each with the input scaling that its weights were trained on."""
+"""Models of keras.applications as backbones, each with the input scaling that its weights expect."""
 
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -11,20 +11,24 @@ from topwork.errors import SpecError, UnavailableError
 from topwork.model.weights import load_weights
 from topwork.spec.applications import APPLICATIONS, Scaling
 
-# ImageNet in keras.applications.imagenet_utils: RGB in 0..1 for torch, BGR in 0..255 for caffe.
+# ImageNet constants of keras.applications.imagenet_utils: RGB in 0..1 for torch, BGR in 0..255 for caffe.
 _TORCH_MEAN, _TORCH_DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _CAFFE_MEAN = (103.939, 116.779, 123.68)
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """A model of keras.applications by name."""
+    """A model of keras.applications.
+
+    Attributes:
+        name: Its name in keras.applications.
+    """
 
     name: str
 
     @property
     def scaling(self) -> Scaling:
-        """Scaling of raw pixels that the model's weights expect."""
+        """How raw pixels are scaled for this model."""
         return APPLICATIONS[self.name].scaling
 
     def build(self, image_size: tuple[int, int], weights: Literal["imagenet"] | Path | None) -> keras.Model:
@@ -32,15 +36,15 @@ class Backbone:
 
         Args:
             image_size: Height and width in pixels.
-            weights: "imagenet" (downloaded by Keras), a file of weights of this model without its head, or None for
-                random ones.
+            weights: "imagenet" (downloaded by Keras), a weights file of this model without its head, or None for
+                random initialization.
 
         Returns:
-            The model, named "base"; its input is what `scaled` gives.
+            The model, named "base". It expects input scaled by `scale_inputs`.
 
         Raises:
-            SpecError: If the model can't take images of this size.
-            DataError: If the file doesn't hold this model's weights.
+            SpecError: If the model does not support this image size.
+            DataError: If the file does not contain this model's weights.
             UnavailableError: If the download failed.
         """
         base = self._build(image_size, "imagenet" if weights == "imagenet" else None)
@@ -51,40 +55,45 @@ class Backbone:
     def _build(self, image_size: tuple[int, int], weights: str | None) -> keras.Model:
         application = getattr(keras.applications, self.name)
         try:
-            # Named "base" later: by the name Keras finds the file of EfficientNet and the scaling of EfficientNetV2.
+            # Renamed to "base" below: Keras derives the weights file of EfficientNet and the scaling of EfficientNetV2
+            # from the model name.
             model = application(include_top=False, weights=weights, input_shape=(*image_size, 3))
         except ValueError as error:
             raise SpecError(
-                f"spec.model.base.application {self.name} can't be built for spec.dataset.imageSize "
+                f"spec.model.base.application {self.name} cannot be built for spec.dataset.imageSize "
                 f"[{image_size[0]}, {image_size[1]}]: {error}"
             ) from error
         except Exception as error:
-            # keras.utils.get_file raises a bare Exception for whatever ends a download.
+            # keras.utils.get_file raises a bare Exception for every failed download.
             if "URL fetch failure" not in str(error):
                 raise
             raise UnavailableError(f"The ImageNet weights of {self.name} could not be downloaded: {error}.") from error
         return keras.Model(model.inputs[0], model.outputs[0], name="base")
 
 
-def backbone(name: str) -> Backbone:
-    """Find a model of keras.applications.
+def find_backbone(name: str) -> Backbone:
+    """Look up a backbone by its name in keras.applications.
 
     Raises:
-        SpecError: If there's no classification model of that name.
+        SpecError: If there is no classification model of that name.
+
+    Example:
+        >>> find_backbone("ResNet50").scaling
+        'caffe'
     """
     if name not in APPLICATIONS:
         near = get_close_matches(name, APPLICATIONS, n=1, cutoff=0.4)
-        hint = f" Did you mean {near[0]}?" if near else f" Known are {', '.join(sorted(APPLICATIONS))}."
-        raise SpecError(f"spec.model.base.application is {name}, which keras.applications doesn't have.{hint}")
+        hint = f" Did you mean {near[0]}?" if near else f" Available models: {', '.join(sorted(APPLICATIONS))}."
+        raise SpecError(f"spec.model.base.application is {name}, which keras.applications does not have.{hint}")
     return Backbone(name)
 
 
-def scaled(image: Any, scaling: Scaling) -> Any:
-    """Scale raw pixels with built-in layers, so that a plain `keras.models.load_model` knows them all.
+def scale_inputs(image: Any, scaling: Scaling) -> Any:
+    """Scale raw pixels with built-in layers, so that plain `keras.models.load_model` can load the result.
 
     Args:
         image: KerasTensor float32 (batch, height, width, 3), RGB in 0..255.
-        scaling: What the weights expect.
+        scaling: Scaling that the weights expect.
 
     Returns:
         KerasTensor of the same shape.

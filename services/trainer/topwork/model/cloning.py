@@ -1,48 +1,48 @@
-"""Copies of models: for another image size or number format, with models nested at any depth, sharing nothing."""
+"""Clones models, nested to any depth, for another image size or dtype policy, without sharing variables."""
 
 from typing import Any
 
 import keras
 
-from topwork.model.weights import finalize
+from topwork.model.weights import finalize_normalization
 
-# Layers that change images at random while a model is trained; those of Keras that are not named Random….
+# Keras layers that augment images and whose names do not start with Random.
 _AUGMENTATIONS = frozenset({"RandAugment", "AugMix", "MixUp", "CutMix"})
 
 
-class Copier:
-    """Copies functional and sequential models in float32; a layer that is shared stays shared in the copy."""
+class ModelCloner:
+    """Clones functional and sequential models in float32. Shared layers stay shared in the clone."""
 
     def __init__(self) -> None:
         self._copies: dict[int, tuple[Any, Any]] = {}
         self._models: dict[int, tuple[Any, keras.Model]] = {}
 
     def base(self, model: keras.Model, image: Any) -> keras.Model:
-        """Copy a model for other images, still without its weights.
+        """Clone a model for another input, without its weights.
 
         Args:
             model: Functional or sequential model with one input.
-            image: KerasTensor (batch, height, width, channels) that the copy begins with.
+            image: KerasTensor (batch, height, width, channels), the input of the clone.
 
         Returns:
-            The copy, named "base".
+            The clone, named "base".
 
         Raises:
-            ValueError: If the model can't take such images.
+            ValueError: If the model does not support this input shape.
         """
         inputs = keras.tree.pack_sequence_as(as_functional(model).input, [image])
         copy = self._graph(model, inputs)
         return keras.Model(image, keras.tree.flatten(copy.output)[0], name="base")
 
     def copy_weights(self) -> None:
-        """Give every copy the weights of its layer.
+        """Copy the weights of every cloned layer.
 
         Raises:
-            ValueError: If the weights of a layer have another shape for the new images.
+            ValueError: If the weights of a layer have a different shape for the new input.
         """
         for layer, copy in self._copies.values():
             copy.set_weights(layer.get_weights())
-            finalize(copy)
+            finalize_normalization(copy)
 
     def _graph(self, model: keras.Model, inputs: Any) -> keras.Model:
         return keras.models.clone_model(
@@ -66,7 +66,7 @@ class Copier:
 
     def _copy(self, layer: Any) -> Any:
         if id(layer) not in self._copies:
-            copy = with_dtype(layer, "float32")
+            copy = clone_layer(layer, "float32")
             if not isinstance(layer, keras.layers.Layer):
                 return copy
             self._copies[id(layer)] = (layer, copy)
@@ -74,13 +74,13 @@ class Copier:
 
 
 def as_functional(model: keras.Model) -> keras.Model:
-    """See a sequential model as a functional one: Keras hands out the tensors of layers for these alone.
+    """Convert a sequential model to a functional one, because Keras exposes layer tensors only for those.
 
     Args:
         model: Functional or sequential model.
 
     Returns:
-        A functional model of the same layers.
+        A functional model with the same layers.
     """
     if isinstance(model, keras.Sequential):
         return keras.Model(model.inputs[0], model.outputs[0], name=model.name)
@@ -88,34 +88,34 @@ def as_functional(model: keras.Model) -> keras.Model:
 
 
 def is_augmentation(layer: Any) -> bool:
-    """Say whether a layer changes images at random in training, and not at all otherwise."""
+    """Whether a layer augments images in training and is the identity in inference."""
     kind = type(layer).__name__
-    # RandomCrop changes the size, in training and otherwise.
+    # RandomCrop changes the size in training and in inference.
     return (kind.startswith("Random") and kind != "RandomCrop") or kind in _AUGMENTATIONS
 
 
-def with_dtype(layer: Any, policy: str) -> Any:
-    """Copy a layer without its weights into a number format.
+def clone_layer(layer: Any, policy: str) -> Any:
+    """Clone a layer, without its weights, with another dtype policy.
 
     Args:
-        layer: A layer, or an operation such as a flip, which has no format of its own and is copied as it is.
+        layer: A layer, or an operation such as a flip, which has no dtype policy and is cloned unchanged.
         policy: Keras dtype policy.
 
     Returns:
-        The copy.
+        The clone.
     """
     config = layer.get_config()
     if isinstance(layer, keras.layers.Layer) and not isinstance(layer, keras.Model):
-        config = _in_format({**config, "dtype": policy}, policy)
+        config = _replace_policy({**config, "dtype": policy}, policy)
     return layer.__class__.from_config(config)
 
 
-def _in_format(config: Any, policy: str) -> Any:
-    """Change the number formats in a configuration: of a layer, and of those that it wraps."""
+def _replace_policy(config: Any, policy: str) -> Any:
+    """Replace the dtype policies in the config of a layer and of the layers it wraps."""
     if isinstance(config, dict):
         if config.get("class_name") == "DTypePolicy":
             return policy
-        return {key: _in_format(value, policy) for key, value in config.items()}
+        return {key: _replace_policy(value, policy) for key, value in config.items()}
     if isinstance(config, list):
-        return [_in_format(value, policy) for value in config]
+        return [_replace_policy(value, policy) for value in config]
     return config

@@ -1,4 +1,4 @@
-"""The trained classifier as others use it: probabilities out, in every format, with nothing to preprocess outside."""
+"""Exports a trained classifier as Keras, SavedModel, TFLite or ONNX, with all preprocessing inside the model."""
 
 import contextlib
 import io
@@ -11,30 +11,35 @@ import keras
 import tensorflow as tf
 
 from topwork.errors import SpecError
-from topwork.model.classifier import in_precision
+from topwork.model.classifier import with_precision
 
-# The one resize of the pipeline: images (…, height, width, 3) in 0..255 and (height, width) to float32 of that size.
+# Resizes images (..., height, width, 3) in 0..255 to float32 of the given (height, width), as in training.
 Resize = Callable[[tf.Tensor, tuple[int, int]], tf.Tensor]
 
-# What each format of `spec.publish.formats` leaves in the folder of a version.
-EXPORTED = {"keras": "model.keras", "savedModel": "saved_model.pb", "tflite": "model.tflite", "onnx": "model.onnx"}
+# Main file of each format of `spec.publish.formats`.
+EXPORTED_FILES = {
+    "keras": "model.keras",
+    "savedModel": "saved_model.pb",
+    "tflite": "model.tflite",
+    "onnx": "model.onnx",
+}
 
 
-def with_probabilities(model: keras.Model, classes: int) -> keras.Model:
-    """Put what turns logits into probabilities on top of a trained model, whose weights it shares.
+def add_probabilities(model: keras.Model, classes: int) -> keras.Model:
+    """Add the conversion from logits to probabilities to a trained model.
 
-    The result holds layers of Keras only, so that plain `keras.models.load_model` loads it, and computes in float32
-    even where the training did not: the weights are kept in float32 anyway, and every machine can serve that.
+    The result consists of built-in Keras layers, so that plain `keras.models.load_model` can load it. It computes in
+    float32, which every machine supports, even if training used another precision.
 
     Args:
         model: Input float32 (batch, height, width, 3) in 0..255, output float32 logits: (batch, 1) for two classes,
-            where a positive logit speaks for class 1, else (batch, classes).
+            where a positive logit means class 1, otherwise (batch, classes).
         classes: Number of classes.
 
     Returns:
-        A model with the same input whose output is float32 (batch, classes), each row adding up to 1.
+        A model with the same input and weights and output float32 (batch, classes); each row sums to 1.
     """
-    model = in_precision(model, "float32")
+    model = with_precision(model, "float32")
     logits = model.output
     if classes == 2:
         second = keras.layers.Activation("sigmoid", name="second_class")(logits)
@@ -45,55 +50,59 @@ def with_probabilities(model: keras.Model, classes: int) -> keras.Model:
     return keras.Model(model.input, probabilities, name="classifier")
 
 
-def export(
+def export_model(
     model: keras.Model, class_names: Sequence[str], formats: Sequence[str], resize: Resize, folder: Path
 ) -> tuple[str, ...]:
-    """Write a model in each of the formats.
+    """Export a model in the given formats.
 
     Args:
-        model: As from `with_probabilities`.
+        model: The result of `add_probabilities`.
         class_names: Name of each class, in the order of the outputs.
-        formats: Some of keras, savedModel, tflite and onnx.
-        resize: The resize of the pipeline; the SavedModel holds it, the other formats want images of the model's size.
-        folder: Where the files go; it exists.
+        formats: Any of keras, savedModel, tflite and onnx.
+        resize: Resizing as in training. Only the SavedModel contains it; other formats expect images of the model's
+            input size.
+        folder: Existing directory for the files.
 
     Returns:
         The main file of each format, relative to `folder`.
 
+
     Raises:
-        SpecError: If the model holds an operation that a format does not know.
+        SpecError: If the model contains an operation that a format does not support.
     """
-    model(tf.zeros((1, *model.input_shape[1:])), training=False)  # Keras refuses to convert what was never called
+    model(tf.zeros((1, *model.input_shape[1:])), training=False)  # Keras cannot convert a model that was never called
     for name in formats:
-        path = folder / EXPORTED[name]
-        with _quietly():
+        path = folder / EXPORTED_FILES[name]
+        with _silence_converters():
             if name == "keras":
                 model.save(path)
             elif name == "savedModel":
                 save_saved_model(model, class_names, resize, folder)
             else:
                 _convert(model, name, path)
-    return tuple(EXPORTED[name] for name in formats)
+    return tuple(EXPORTED_FILES[name] for name in formats)
 
 
 def save_saved_model(model: keras.Model, class_names: Sequence[str], resize: Resize, folder: Path) -> None:
-    """Write a SavedModel that takes images as they come.
+    """Write a SavedModel that accepts images of any size.
 
-    Its signatures are `serving_default`, with `image` float32 (batch, height, width, 3) in 0..255 of any size, and
-    `encoded`, with `bytes` string (batch,), each a whole JPEG, PNG, GIF or BMP file. Both give `class` string
-    (batch,), `probability` float32 (batch,), `classes` string (batch, classes) and `probabilities` float32
-    (batch, classes).
+    Signatures:
+        serving_default: `image` float32 (batch, height, width, 3) in 0..255.
+        encoded: `bytes` string (batch,), each the content of a JPEG, PNG, GIF or BMP file.
+
+    Both return `class` string (batch,), `probability` float32 (batch,), `classes` string (batch, classes) and
+    `probabilities` float32 (batch, classes).
 
     Args:
-        model: As from `with_probabilities`.
+        model: The result of `add_probabilities`.
         class_names: Name of each class, in the order of the outputs.
-        resize: The resize of the pipeline.
-        folder: Where `saved_model.pb` and `variables/` go.
+        resize: Resizing as in training.
+        folder: Directory for `saved_model.pb` and `variables/`.
     """
     height, width = model.input_shape[1:3]
     names = tf.constant([name.encode() for name in class_names])
 
-    def answer(images: tf.Tensor) -> dict[str, tf.Tensor]:
+    def classify(images: tf.Tensor) -> dict[str, tf.Tensor]:
         probabilities = model(images, training=False)
         best = tf.argmax(probabilities, axis=-1)
         return {
@@ -103,16 +112,16 @@ def save_saved_model(model: keras.Model, class_names: Sequence[str], resize: Res
             "probabilities": probabilities,
         }
 
-    def decoded(encoded: tf.Tensor) -> tf.Tensor:
+    def decode(encoded: tf.Tensor) -> tf.Tensor:
         image = tf.io.decode_image(encoded, channels=3, expand_animations=False)
         return tf.ensure_shape(resize(tf.cast(image, tf.float32), (height, width)), (height, width, 3))
 
     def from_image(image: tf.Tensor) -> dict[str, tf.Tensor]:
-        return answer(tf.ensure_shape(resize(image, (height, width)), (None, height, width, 3)))
+        return classify(tf.ensure_shape(resize(image, (height, width)), (None, height, width, 3)))
 
     def from_encoded(encoded: tf.Tensor) -> dict[str, tf.Tensor]:
-        # One by one: images of a request may differ in size until they are resized.
-        return answer(tf.map_fn(decoded, encoded, fn_output_signature=tf.TensorSpec((height, width, 3), tf.float32)))
+        # One by one: the images of a request may differ in size before they are resized.
+        return classify(tf.map_fn(decode, encoded, fn_output_signature=tf.TensorSpec((height, width, 3), tf.float32)))
 
     archive = keras.export.ExportArchive()
     archive.track(model)
@@ -129,26 +138,26 @@ def _convert(model: keras.Model, name: str, path: Path) -> None:
             _check_onnx(path)
     except Exception as error:
         raise SpecError(
-            f"spec.publish.formats holds {name}, but this model can't be converted to it "
+            f"spec.publish.formats contains {name}, but this model cannot be converted to {name} "
             f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}). "
-            f"Leave {name} out."
+            f"Remove {name} from the list."
         ) from error
 
 
 def _check_onnx(path: Path) -> None:
-    """Refuse what tf2onnx writes where it knows no counterpart of an operation: a file that nothing can run."""
+    """Reject files with unknown operations, which tf2onnx writes if ONNX has no counterpart of an operation."""
     import onnx
 
     known = {schema.name for schema in onnx.defs.get_all_schemas()}
     graph = onnx.load(path, load_external_data=False).graph
     unknown = sorted({node.op_type for node in graph.node if node.domain in ("", "ai.onnx")} - known)
     if unknown:
-        raise ValueError(f"ONNX has no operation like {', '.join(unknown)}")
+        raise ValueError(f"ONNX does not support {', '.join(unknown)}")
 
 
 @contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """Keep what the converters say away from the user: pages of tensor specs, and warnings about their own future."""
+def _silence_converters() -> Iterator[None]:
+    """Suppress the output of the converters: pages of tensor specs, and deprecation warnings."""
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:

@@ -1,4 +1,4 @@
-"""What is trained and what is kept: freezing, unfreezing, counting, and the proof that the kept did not change."""
+"""Freezes and unfreezes layers, counts their parameters, and verifies that frozen weights did not change."""
 
 import hashlib
 from dataclasses import dataclass
@@ -8,43 +8,47 @@ from typing import Any, Literal
 import keras
 
 from topwork.errors import DataError
-from topwork.model.layer_groups import blocks
-from topwork.model.layer_tree import find, leaves
-from topwork.spec.training import UnfreezeFrom, UnfreezeLayers
+from topwork.model.layer_groups import name_layer_groups
+from topwork.model.layer_tree import find_layer, leaf_layers
+from topwork.spec.fine_tune import UnfreezeFrom, UnfreezeLayers
 
-__all__ = ["LayerGroup", "Unfrozen", "audit", "digest", "frozen_variables", "leaves", "parameter_groups", "unfreeze"]
-
-Unfrozen = Literal["all", "none"] | UnfreezeLayers | UnfreezeFrom
+UnfreezeSetting = Literal["all", "none"] | UnfreezeLayers | UnfreezeFrom
 
 
 @dataclass(frozen=True)
 class LayerGroup:
-    """Parameters of the layers that belong together."""
+    """Parameter counts of a group of layers.
+
+    Attributes:
+        name: `base/<block>` or `head`.
+        trainable: Number of trainable parameters.
+        frozen: Number of frozen parameters.
+    """
 
     name: str
     trainable: int
     frozen: int
 
 
-def unfreeze(base: keras.Model, what: Unfrozen, *, batch_norm: bool = False) -> None:
-    """Set which layers of the base are trained; it counts from the next compile on.
+def set_trainable(base: keras.Model, what: UnfreezeSetting, *, batch_norm: bool = False) -> None:
+    """Set which layers of the base are trainable. Takes effect at the next `compile`.
 
     Args:
         base: The base of a classifier.
-        what: "none", "all", the last layers with weights counted from the top, or a layer and all above it. Layers
-            of nested models count and are named like those of the base itself; a nested model's name stands for its
-            first layer.
-        batch_norm: Whether batch normalization is trained too. A pretrained one stays in inference mode: small batches
-            would erase its statistics, and `training=False` at the call does not hold in `fit` (keras#20285).
+        what: "none", "all", the last n layers with weights, or a layer and all layers above it. Layers of nested
+            models are counted and named like layers of the base; the name of a nested model refers to its first layer.
+        batch_norm: Whether BatchNormalization layers are trainable too. With pretrained weights they must stay in
+            inference mode: small batches would destroy their moving statistics, and `training=False` at the call
+            has no effect in `fit` (keras#20285).
 
     Raises:
-        DataError: If the base has no such layer, or fewer layers than asked for.
+        DataError: If the base has no such layer, or fewer layers than requested.
     """
-    chosen = {id(layer) for layer in _chosen(base, what)}
-    # The containers first: Keras hands a container's `trainable` down to every layer in it.
+    selected = {id(layer) for layer in _select_layers(base, what)}
+    # Set the model first: Keras propagates its `trainable` to every layer in it.
     base.trainable = what != "none"
-    for layer in leaves(base):
-        layer.trainable = id(layer) in chosen and (batch_norm or not _is_batch_norm(layer))
+    for layer in leaf_layers(base):
+        layer.trainable = id(layer) in selected and (batch_norm or not _is_batch_norm(layer))
 
 
 def _is_batch_norm(layer: Any) -> bool:
@@ -53,53 +57,53 @@ def _is_batch_norm(layer: Any) -> bool:
     return isinstance(layer, keras.layers.BatchNormalization)
 
 
-def _chosen(base: keras.Model, what: Unfrozen) -> list[Any]:
-    layers = list(leaves(base))
+def _select_layers(base: keras.Model, what: UnfreezeSetting) -> list[Any]:
+    layers = list(leaf_layers(base))
     if what == "all":
         return layers
     if isinstance(what, UnfreezeLayers):
         with_weights = [layer for layer in layers if layer.weights]
         if what.layers > len(with_weights):
             raise DataError(
-                f"spec.fineTune.unfreeze asks for the last {what.layers} layers with weights, but the base has "
-                f"{len(with_weights)}. Use {len(with_weights)} at most, or unfreeze: all."
+                f"spec.fineTune.unfreeze requests the last {what.layers} layers with weights, but the base has "
+                f"only {len(with_weights)}. Use at most {len(with_weights)}, or unfreeze: all."
             )
         return layers[layers.index(with_weights[-what.layers]) :]
     if isinstance(what, UnfreezeFrom):
-        _, first = find(base, what.from_layer, "spec.fineTune.unfreeze.from", "the base")
-        return layers[layers.index(next(leaves(first))) :]
+        _, first = find_layer(base, what.from_layer, "spec.fineTune.unfreeze.from", "the base")
+        return layers[layers.index(next(leaf_layers(first))) :]
     return []
 
 
 def synchronize_batch_norm(model: keras.Model, synchronized: bool) -> None:
-    """Make the batch normalizations that are trained share their statistics between the replicas, or stop it.
+    """Turn synchronization of trainable BatchNormalization layers across replicas on or off.
 
-    Without it each replica has its own and only the first one's are saved.
+    Without it, each replica keeps its own moving statistics, and only those of the first replica are saved.
     """
-    for layer in leaves(model):
+    for layer in leaf_layers(model):
         if isinstance(layer, keras.layers.BatchNormalization) and layer.trainable:
             layer.synchronized = synchronized
 
 
 def frozen_variables(model: keras.Model) -> list[Any]:
-    """List the variables that training must not change: weights of frozen layers and the statistics in them.
+    """List the variables that training must not change: weights and moving statistics of frozen layers.
 
-    States of random generators and the statistics of a batch normalization that is trained may move.
+    The states of random generators and the moving statistics of trainable BatchNormalization layers may change.
     """
     trainable = {id(variable) for variable in model.trainable_variables}
     return [
         variable
-        for layer in leaves(model)
+        for layer in leaf_layers(model)
         for variable in layer.weights
         if id(variable) not in trainable and not (_is_batch_norm(layer) and layer.trainable)
     ]
 
 
-def digest(variables: list[Any]) -> str:
+def hash_variables(variables: list[Any]) -> str:
     """Hash the values of variables.
 
     Returns:
-        SHA-256, in hex, over dtype, shape and bytes of each in order.
+        Hexadecimal SHA-256 over the dtype, shape and bytes of each variable, in order.
     """
     total = hashlib.sha256()
     for variable in variables:
@@ -109,27 +113,32 @@ def digest(variables: list[Any]) -> str:
     return total.hexdigest()
 
 
-def audit(model: keras.Model, before: str, stage: str) -> None:
-    """Prove that the frozen variables are bit-identical to what they were.
+def verify_frozen_unchanged(model: keras.Model, before: str, stage: str) -> None:
+    """Verify that the frozen variables are bit-identical to their values before training.
+
+    Args:
+        model: The model after training.
+        before: `hash_variables(frozen_variables(model))` before training.
+        stage: Name of the stage, for the error message.
 
     Raises:
         RuntimeError: If they changed, which is a bug.
     """
-    if digest(frozen_variables(model)) != before:
-        raise RuntimeError(f"{stage} changed weights or statistics that are frozen. This is a bug in topwork.")
+    if hash_variables(frozen_variables(model)) != before:
+        raise RuntimeError(f"{stage} changed frozen weights or statistics. This is a bug in topwork.")
 
 
-def parameter_groups(model: keras.Model) -> list[LayerGroup]:
-    """Count the trainable and frozen parameters of the blocks of the base and of the head.
+def count_parameters(model: keras.Model) -> list[LayerGroup]:
+    """Count the trainable and frozen parameters of each block of the base and of the head.
 
     Args:
-        model: Classifier whose base is nested and named "base".
+        model: Classifier with a nested model named "base".
 
     Returns:
-        One group for each block of the base, from input to output, and one for the head.
+        One group per block of the base, from input to output, and one for the head.
     """
     base = model.get_layer("base")
-    groups = [(layer, f"base/{block}") for layer, block in blocks(base)]
+    groups = [(layer, f"base/{block}") for layer, block in name_layer_groups(base)]
     groups += [(layer, "head") for layer in model.layers if layer is not base]
     counts: dict[str, list[int]] = {}
     seen: set[int] = set()

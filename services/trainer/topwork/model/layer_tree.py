@@ -1,4 +1,4 @@
-"""Layers of a model and of the models nested in it: their order, their paths, and how a name finds one."""
+"""Traverses the layers of nested models and finds them by name or path."""
 
 from collections.abc import Iterator
 from difflib import get_close_matches
@@ -9,62 +9,64 @@ import keras
 from topwork.errors import DataError
 
 LayerPath = tuple[str, ...]
-"""Names of the nested models that a layer lies in, from the outside in, and its own name last."""
+"""Names of the nested models that contain a layer, outermost first, then the name of the layer."""
 
 
-def walk(model: keras.Model, within: LayerPath = ()) -> Iterator[tuple[LayerPath, Any]]:
-    """Give every layer from input to output; a nested model comes first, then its layers in its place.
+def walk_layers(model: keras.Model, within: LayerPath = ()) -> Iterator[tuple[LayerPath, Any]]:
+    """Iterate over all layers from input to output; a nested model comes right before its layers.
 
     Args:
         model: Functional or sequential model.
-        within: Path of the model itself.
+        within: Path of the model.
 
     Yields:
-        The layer's path and the layer. One that several models share comes once for each.
+        The path of the layer and the layer. A layer shared by several models is yielded once for each.
     """
     for layer in model.layers:
         path = (*within, str(layer.name))
         yield path, layer
         if isinstance(layer, keras.Model):
-            yield from walk(layer, path)
+            yield from walk_layers(layer, path)
 
 
-def leaves(layer: Any) -> Iterator[Any]:
-    """Give the layers of a model from input to output, those of nested models in their place, each once."""
+def leaf_layers(layer: Any) -> Iterator[Any]:
+    """Iterate over the layers of a model and its nested models from input to output, each layer once."""
     if not isinstance(layer, keras.Model):
         yield layer
         return
     seen: set[int] = set()
-    for _, inner in walk(layer):
+    for _, inner in walk_layers(layer):
         if not isinstance(inner, keras.Model) and id(inner) not in seen:
             seen.add(id(inner))
             yield inner
 
 
-def find(model: keras.Model, name: str, key: str, owner: str) -> tuple[LayerPath, Any]:
-    """Find a layer by its name, wherever it is nested.
+def find_layer(model: keras.Model, name: str, key: str, owner: str) -> tuple[LayerPath, Any]:
+    """Find a layer by name, at any nesting depth.
 
     Args:
-        model: Where to look.
-        name: Name of a layer, or the end of its path: `outer/inner`. One that is a whole path comes first.
-        key: Path of the key in the spec, for messages.
-        owner: What the model is called in messages.
+        model: Model to search.
+        name: Name of a layer, or the end of its path: `outer/inner`. A complete path takes precedence.
+        key: Path of the spec key, for error messages.
+        owner: Name of the model in error messages.
 
     Returns:
-        The layer's path and the layer, which may be a nested model.
+        The path of the layer and the layer, which may be a nested model.
 
     Raises:
-        DataError: If there's no such layer, or there are several.
+        DataError: If there is no such layer, or more than one.
     """
-    asked = tuple(name.split("/"))
-    layers = list(walk(model))
-    found = [(path, layer) for path, layer in layers if path[-len(asked) :] == asked]
-    whole = [entry for entry in found if entry[0] == asked]
-    if whole or len({id(layer) for _, layer in found}) == 1:
-        return (whole or found)[0]
+    parts = tuple(name.split("/"))
+    layers = list(walk_layers(model))
+    found = [(path, layer) for path, layer in layers if path[-len(parts) :] == parts]
+    exact = [entry for entry in found if entry[0] == parts]
+    if exact or len({id(layer) for _, layer in found}) == 1:
+        return (exact or found)[0]
     if found:
         paths = " and ".join("/".join(path) for path, _ in found[:5])
-        raise DataError(f"{key} is {name}, and {owner} has {len(found)} layers of that name: {paths}. Name one.")
-    names = [path[-1] if len(asked) == 1 else "/".join(path) for path, _ in layers]
+        raise DataError(
+            f"{key} is {name}, and {owner} has {len(found)} layers of that name: {paths}. Use one of these paths."
+        )
+    names = [path[-1] if len(parts) == 1 else "/".join(path) for path, _ in layers]
     near = list(dict.fromkeys(get_close_matches(name, names, n=2, cutoff=0.4))) or names[-2:]
     raise DataError(f"{key} is {name}, but {owner} has no layer of that name. Did you mean {' or '.join(near)}?")

@@ -1,4 +1,4 @@
-"""A classifier in two halves: the lower one frozen, the upper one trained."""
+"""Splits a classifier into a frozen part, which can run once per image, and a trainable part."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -7,128 +7,134 @@ from typing import Any
 
 import keras
 
-from topwork.model.freezing import leaves
+from topwork.model.layer_tree import leaf_layers
 
 
 @dataclass(frozen=True)
-class Halves:
-    """A classifier cut where everything that is trained lies above; all layers are those of the classifier.
+class Partition:
+    """A classifier, split below its first trainable layer. Both parts share the layers of the classifier.
 
     Attributes:
-        lower: From images float32 (batch, height, width, 3) in 0..255 to the features that the upper half takes.
-        upper: From the features to logits.
+        frozen_part: From images float32 (batch, height, width, 3) in 0..255 to features.
+        trainable_part: From features to logits.
     """
 
-    lower: keras.Model
-    upper: keras.Model
+    frozen_part: keras.Model
+    trainable_part: keras.Model
 
     @property
     def feature_shape(self) -> tuple[int, ...]:
         """Shape of the features of one image."""
-        return tuple(self.lower.output_shape[1:])
+        return tuple(self.frozen_part.output_shape[1:])
 
     @property
-    def work(self) -> tuple[float, float]:
-        """Multiplications of the lower and of the upper half for one image, forward."""
-        return multiplications(self.lower), multiplications(self.upper)
+    def multiplications(self) -> tuple[float, float]:
+        """Multiplications of the frozen and of the trainable part in the forward pass of one image."""
+        return count_multiplications(self.frozen_part), count_multiplications(self.trainable_part)
 
-    def joined(self) -> keras.Model:
-        """Put both together again, the lower half in inference mode whatever is trained above it.
+    def recombine(self) -> keras.Model:
+        """Recombine both parts, with the frozen part always in inference mode.
 
-        Keras hands `training=True` of a `fit` down to every layer (keras#20285): dropout and stochastic depth of a
-        frozen base would be active.
+        `fit` passes `training=True` to every layer (keras#20285), which would activate dropout and stochastic depth in
+        a frozen base.
         """
-        image = keras.Input(self.lower.input_shape[1:], name="image")
-        return keras.Model(image, self.upper(Frozen(self.lower, name="frozen")(image)), name="classifier")
+        image = keras.Input(self.frozen_part.input_shape[1:], name="image")
+        return keras.Model(
+            image, self.trainable_part(InferenceOnly(self.frozen_part, name="frozen")(image)), name="classifier"
+        )
 
 
-class Frozen(keras.layers.Layer):
-    """Calls a model in inference mode only."""
+class InferenceOnly(keras.layers.Layer):
+    """Wraps a model and always calls it in inference mode."""
 
     def __init__(self, model: keras.Model, name: str) -> None:
-        # float32 at the door: pixels up to 255 lose their last bits in half precision.
+        # float32 input: pixels up to 255 lose their last bits in half precision.
         super().__init__(name=name, dtype="float32", trainable=False)
         self.model = model
 
     def call(self, images: Any) -> Any:
-        """Give the model's output.
+        """Compute the output of the model.
 
         Args:
-            images: As the model takes them.
+            images: Input of the wrapped model.
         """
         return self.model(images, training=False)
 
 
-def halves(model: keras.Model) -> Halves | None:
-    """Cut a classifier as high as possible below all that is trained; call it in the scope of the strategy.
+def partition_model(model: keras.Model) -> Partition | None:
+    """Split a classifier as high as possible below its first trainable layer. Call this in the strategy scope.
 
     Args:
-        model: Classifier, a chain of layers with a nested model "base"; its layers are frozen or not as they will be
-            trained.
+        model: Classifier, a chain of layers with a nested model "base". Its layers already have the `trainable`
+            values of the stage.
 
     Returns:
-        Both halves; None where no layer with weights could stay below the cut.
+        The partition, or None if no layer with weights is below the split.
     """
     base = model.get_layer("base")
     position = model.layers.index(base)
     head = model.layers[position + 1 :]
     if not base.trainable_weights:
-        # Pooling makes features small, and has nothing to learn.
+        # Pooling shrinks the features and has no weights.
         pooled = head[0].name == "pooling"
         tensor = head[0].output if pooled else head[0].input
-        lower = keras.Model(model.inputs[0], tensor, name="lower")
-        return Halves(lower, _chain(lower, head[pooled:])) if base.weights else None
+        frozen = keras.Model(model.inputs[0], tensor, name="frozen_part")
+        return Partition(frozen, _trainable_part(frozen, head[pooled:])) if base.weights else None
     bottleneck = _bottleneck(base)
     if bottleneck is None:
         return None
     below = keras.Model(base.inputs[0], bottleneck, name="below")
     above = keras.Model(bottleneck, base.outputs[0], name="above")
-    lower = keras.Model(model.inputs[0], below(model.layers[position - 1].output), name="lower")
-    return Halves(lower, _chain(lower, [above, *head]))
+    frozen = keras.Model(model.inputs[0], below(model.layers[position - 1].output), name="frozen_part")
+    return Partition(frozen, _trainable_part(frozen, [above, *head]))
 
 
-def multiplications(model: keras.Model) -> float:
-    """Estimate the multiplications of a model for one image: those of its kernels, at each place they are applied."""
+def count_multiplications(model: keras.Model) -> float:
+    """Estimate the multiplications in the forward pass of one image: kernel size times output positions.
+
+    Args:
+        model: Any functional model.
+    """
     total = 0.0
-    for layer in leaves(model):
+    for layer in leaf_layers(model):
         kernels = sum(prod(variable.shape) for variable in layer.weights if len(variable.shape) > 1)
-        places = prod(layer.output.shape[1:-1]) if kernels else 0
-        total += kernels * places
+        positions = prod(layer.output.shape[1:-1]) if kernels else 0
+        total += kernels * positions
     return total
 
 
-def _chain(lower: keras.Model, layers: list[Any]) -> keras.Model:
-    features = keras.Input(lower.output_shape[1:], name="features")
+def _trainable_part(frozen: keras.Model, layers: list[Any]) -> keras.Model:
+    features = keras.Input(frozen.output_shape[1:], name="features")
     outputs: Any = features
     for layer in layers:
         outputs = layer(outputs)
-    return keras.Model(features, outputs, name="upper")
+    return keras.Model(features, outputs, name="trainable_part")
 
 
 def _bottleneck(base: keras.Model) -> Any:
-    """Find the highest tensor of a base below all its trained layers through which every path goes."""
+    """Find the last tensor below the first trainable layer of a base that all paths go through."""
     layers = {layer.name: layer for layer in base.layers}
-    # From input to output; of a nested model only what goes in and out.
+    # From input to output; a nested model is a single node.
     order = base.get_config()["layers"]
-    last_use = {name: index for index, node in enumerate(order) for name in _sources(node["inbound_nodes"])}
-    found, waiting, has_weights = None, set[str](), False
+    last_use = {name: index for index, node in enumerate(order) for name in _input_layers(node["inbound_nodes"])}
+    found, live, has_weights = None, set[str](), False
     for index, node in enumerate(order):
-        # An operation such as a flip is no layer.
+        # An operation such as a flip is not a layer.
         layer = layers.get(node["name"])
         if layer is not None and layer.trainable_weights:
             break
         has_weights |= layer is not None and bool(layer.weights)
-        waiting = {name for name in (*waiting, node["name"]) if last_use.get(name, 0) > index}
+        live = {name for name in (*live, node["name"]) if last_use.get(name, 0) > index}
         # A layer that is called twice has two outputs.
-        if layer is not None and has_weights and waiting == {layer.name} and len(node["inbound_nodes"]) == 1:
+        if layer is not None and has_weights and live == {layer.name} and len(node["inbound_nodes"]) == 1:
             found = layer
     return found and found.output
 
 
-def _sources(node: Any) -> Iterator[str]:
-    """Name the layers whose outputs stand somewhere in the serialized arguments of a call."""
+def _input_layers(node: Any) -> Iterator[str]:
+    """Yield the names of the layers whose outputs occur in the serialized arguments of a call."""
     if isinstance(node, dict) and node.get("class_name") == "__keras_tensor__":
         yield node["config"]["keras_history"][0]
     elif isinstance(node, dict | list | tuple):
         for inner in node.values() if isinstance(node, dict) else node:
-            yield from _sources(inner)
+            yield from _input_layers(inner)

@@ -1,4 +1,4 @@
-"""A model that somebody saved, cut below its head: it becomes the base of a new classifier."""
+"""Turns a saved Keras model into a base: loads it, cuts off its head, and clones the rest."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,78 +7,83 @@ from typing import Any
 import keras
 
 from topwork.errors import DataError
-from topwork.model.cloning import Copier, as_functional
-from topwork.model.layer_tree import LayerPath, find, walk
-from topwork.model.safe_loading import open_model
+from topwork.model.cloning import ModelCloner, as_functional
+from topwork.model.layer_tree import LayerPath, find_layer, walk_layers
+from topwork.model.safe_loading import load_model_safely
 
 KEY = "spec.model.base.saved.cutAt"
 
 
-def cut(path: Path, cut_at: str | int | None, image_size: tuple[int, int]) -> keras.Model:
+def load_saved_base(path: Path, cut_at: str | int | None, image_size: tuple[int, int]) -> keras.Model:
     """Load a saved model and keep everything from its input to one of its layers.
 
-    The file stays as it is, and the base shares no variable with what was loaded. Code in the file is never run.
-    Layers that augment images are left out: `spec.augmentation` says what is done to them.
+    The file is not modified, and code in it is never run. Augmentation layers are removed: `spec.augmentation`
+    replaces them.
 
     Args:
-        path: `.keras` file, or legacy `.h5`.
-        cut_at: Last layer that is kept: its name, `outer/inner` where several nested models have one of that name, or
-            its index in `model.layers`. None keeps the nested "base" of a model of topwork, else everything below the
-            last layer with weights, however deep that is nested. Of a layer that is called several times, the last
-            call counts.
-        image_size: Height and width in pixels of the images that the base will see.
+        path: `.keras` file, or legacy `.h5` file.
+        cut_at: Last layer to keep: its name, its path `outer/inner` if several nested models have a layer of that
+            name, or its index in `model.layers`. None keeps the nested "base" of a model trained by topwork, or else
+            everything below the last layer with weights, at any nesting depth. If a layer is called several times,
+            the last call counts.
+        image_size: Height and width of the images in pixels.
 
     Returns:
         The base, named "base", in float32.
 
     Raises:
-        DataError: If the file is no such model, holds code, takes other images, or has no such layer.
+        DataError: If the file is not such a model, contains code, expects other images, or has no such layer.
     """
-    model = open_model(path)
+    model = load_model_safely(path)
     _check_input(model, path)
-    kept = _kept(model, _place(model, cut_at, path))
+    kept = _truncate(model, _find_cut_point(model, cut_at, path))
     if len(keras.tree.flatten(kept.output)) != 1 or not kept.weights:
         what = "several tensors" if kept.weights else "no layer with weights"
-        raise DataError(f"{KEY} is {cut_at}, and {path.name} up to there gives {what}. Name another layer.")
-    copier = Copier()
+        raise DataError(f"{KEY} is {cut_at}, but {path.name} up to that layer has {what}. Choose another layer.")
+    copier = ModelCloner()
     try:
         base = copier.base(kept, keras.Input((*image_size, 3), name="pixels"))
         copier.copy_weights()
     except ValueError as error:
-        raise DataError(_size_refusal(model, path, image_size, error)) from error
+        raise DataError(_size_error(model, path, image_size, error)) from error
     base.trainable = True
     return base
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where a model is cut: above a layer, or below it."""
+class _CutPoint:
+    """Where to cut a model.
+
+    Attributes:
+        path: Path of a layer.
+        below: Whether to cut below that layer instead of above it.
+    """
 
     path: LayerPath
     below: bool = False
 
 
-def _place(model: keras.Model, cut_at: str | int | None, path: Path) -> _Place:
+def _find_cut_point(model: keras.Model, cut_at: str | int | None, path: Path) -> _CutPoint:
     if isinstance(cut_at, str):
-        return _Place(find(model, cut_at, KEY, path.name)[0])
+        return _CutPoint(find_layer(model, cut_at, KEY, path.name)[0])
     if cut_at is not None:
         if not -len(model.layers) <= cut_at < len(model.layers):
             raise DataError(
-                f"{KEY} is {cut_at}, but {path.name} has {len(model.layers)} layers: an index "
-                f"lies between {-len(model.layers)} and {len(model.layers) - 1}."
+                f"{KEY} is {cut_at}, but {path.name} has {len(model.layers)} layers. Use an index "
+                f"between {-len(model.layers)} and {len(model.layers) - 1}."
             )
-        return _Place((str(model.layers[cut_at].name),))
-    layers = list(walk(model))
+        return _CutPoint((str(model.layers[cut_at].name),))
+    layers = list(walk_layers(model))
     if any(where == ("base",) and isinstance(layer, keras.Model) for where, layer in layers):
-        return _Place(("base",))
+        return _CutPoint(("base",))
     with_weights = [where for where, layer in layers if layer.weights and not isinstance(layer, keras.Model)]
     if not with_weights:
-        raise DataError(f"{path.name} has no layer with weights: there's nothing to keep.")
-    return _Place(with_weights[-1], below=True)
+        raise DataError(f"{path.name} has no layer with weights, so there is nothing to keep.")
+    return _CutPoint(with_weights[-1], below=True)
 
 
-def _kept(model: keras.Model, place: _Place) -> keras.Model:
-    """Take the part of a model up to a place, with the model's own layers."""
+def _truncate(model: keras.Model, point: _CutPoint) -> keras.Model:
+    """Return the part of a model up to the cut point; it shares the layers of the model."""
     graph = as_functional(model)
     into: dict[str, Any] = {}
     out: dict[str, Any] = {}
@@ -89,27 +94,30 @@ def _kept(model: keras.Model, place: _Place) -> keras.Model:
 
     images = keras.tree.map_structure(lambda tensor: keras.Input(batch_shape=tensor.shape), graph.input)
     keras.models.clone_model(graph, input_tensors=images, call_function=traced, clone_function=lambda layer: layer)
-    first, *rest = place.path
+    first, *rest = point.path
     if first not in out:
-        # Inputs are no calls.
+        # The cut point is an input, which is never called.
         return keras.Model(images, images, name=model.name)
     if rest:
-        inner = _kept(model.get_layer(first), _Place(tuple(rest), place.below))
+        inner = _truncate(model.get_layer(first), _CutPoint(tuple(rest), point.below))
         return keras.Model(images, inner(into[first]), name=model.name)
-    return keras.Model(images, into[first] if place.below else out[first], name=model.name)
+    return keras.Model(images, into[first] if point.below else out[first], name=model.name)
 
 
 def _check_input(model: keras.Model, path: Path) -> None:
     if len(model.inputs) != 1 or len(model.inputs[0].shape) != 4 or model.inputs[0].shape[-1] != 3:
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in model.inputs)
-        raise DataError(f"{path.name} takes {shapes}: a base takes one batch of RGB images, (batch, height, width, 3).")
+        raise DataError(
+            f"{path.name} expects input of shape {shapes}, but a base takes one batch of RGB images, "
+            "(batch, height, width, 3)."
+        )
 
 
-def _size_refusal(model: keras.Model, path: Path, image_size: tuple[int, int], error: Exception) -> str:
+def _size_error(model: keras.Model, path: Path, image_size: tuple[int, int], error: Exception) -> str:
     height, width = model.inputs[0].shape[1:3]
     if (height, width) == tuple(image_size) or height is None:
-        return f"{path.name} can't be rebuilt as a base for images of {image_size[0]}x{image_size[1]}: {error}"
+        return f"{path.name} cannot be rebuilt as a base for images of {image_size[0]}x{image_size[1]}: {error}"
     return (
-        f"{path.name} was made for images of {height}x{width}, and can't take spec.dataset.imageSize "
+        f"{path.name} was built for images of {height}x{width} and does not support spec.dataset.imageSize "
         f"[{image_size[0]}, {image_size[1]}]. Use [{height}, {width}]."
     )

@@ -1,4 +1,4 @@
-"""Weights from files and from other models, with what Keras leaves to be done by hand."""
+"""Loads and copies weights, and works around what Keras does not restore."""
 
 import warnings
 from pathlib import Path
@@ -7,47 +7,47 @@ import keras
 import numpy as np
 
 from topwork.errors import DataError
-from topwork.model.file_inspection import Refused, check_h5
+from topwork.model.file_inspection import UnsafeFileError, inspect_h5
 
-# Deviation of ImageNet's pixels in 0..1: IMAGENET_STDDEV_RGB of keras/src/applications/efficientnet.py.
+# Standard deviation of ImageNet pixels in 0..1: IMAGENET_STDDEV_RGB in keras/src/applications/efficientnet.py.
 _IMAGENET_DEVIATION = np.array([0.229, 0.224, 0.225], np.float32)
 
 
 def load_weights(model: keras.Model, path: Path, name: str) -> None:
-    """Load a file of weights into a model of keras.applications that was built with random ones.
+    """Load a weights file into a randomly initialized model of keras.applications.
 
     Args:
         model: The model without its head.
-        path: File of weights: `model.save_weights`, or Keras' own `*_notop.h5`.
+        path: Weights file, from `model.save_weights` or a `*_notop.h5` file of Keras.
         name: Name of the model in keras.applications.
 
     Raises:
-        DataError: If the file doesn't hold this model's weights.
+        DataError: If the file does not contain this model's weights.
     """
     try:
-        check_h5(path, path.name)
+        inspect_h5(path, path.name)
         with warnings.catch_warnings():
-            # Keras only warns where a file lacks a layer, and leaves that layer at random values.
+            # If a layer is missing in the file, Keras only warns and leaves its random values.
             warnings.simplefilter("error", UserWarning)
             model.load_weights(path)
-    except (Refused, MemoryError):
+    except (UnsafeFileError, MemoryError):
         raise
-    except Exception as error:  # HDF5 and Keras raise half a dozen kinds of errors of broken files
+    except Exception as error:  # HDF5 and Keras raise many kinds of errors for corrupt files
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise DataError(
-            f"{path.name} doesn't hold the weights of {name} without its head (include_top=False): {reason} "
+            f"{path.name} does not contain the weights of {name} without its head (include_top=False): {reason} "
             f"Save them with model.save_weights('{name}.weights.h5')."
         ) from error
     if name.startswith("EfficientNetB"):
-        _scale_as_imagenet(model)
+        _correct_imagenet_variance(model)
 
 
-def _scale_as_imagenet(model: keras.Model) -> None:
-    """Give ImageNet's weights of EfficientNet their scaling.
+def _correct_imagenet_variance(model: keras.Model) -> None:
+    """Correct the input normalization in the ImageNet weights of EfficientNet.
 
-    Their file holds the deviation of the pixels where the variance should be (tensorflow#49930). Keras makes up for
-    it with one more scaling layer, which it adds for `weights="imagenet"` alone: with the same weights from a file,
-    pixels would come out half as large. Here the variance is put right instead.
+    The file contains the standard deviation of the pixels instead of the variance (tensorflow#49930). Keras
+    compensates with an extra scaling layer, but only for `weights="imagenet"`: with the same weights from a file,
+    pixels would be half as large. This function corrects the variance instead.
     """
     for layer in model.layers:
         if isinstance(layer, keras.layers.Normalization):
@@ -58,20 +58,20 @@ def _scale_as_imagenet(model: keras.Model) -> None:
 
 
 def copy_weights(source: keras.Model, target: keras.Model) -> None:
-    """Give a model the weights of another of the same architecture.
+    """Copy the weights of a model to another one of the same architecture.
 
     Args:
-        source: Whose weights are read.
-        target: Whose weights are set.
+        source: Model to read from.
+        target: Model to write to.
     """
     target.set_weights(source.get_weights())
-    finalize(target)
+    finalize_normalization(target)
 
 
-def finalize(layer: keras.layers.Layer) -> None:
-    """Let the normalizations of pixels in a model take up weights that were set.
+def finalize_normalization(layer: keras.layers.Layer) -> None:
+    """Apply newly set weights of the `Normalization` layers in a model.
 
-    `Normalization` computes with constants that it makes of its weights, and Keras renews them only where it loads a
+    `Normalization` computes with constants derived from its weights, and Keras updates these only when it loads a
     file.
     """
     for inner in layer._flatten_layers():

@@ -11,25 +11,25 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
 
-from topwork.artifacts import NAME as MANIFEST
+from topwork.artifacts import MANIFEST_NAME as MANIFEST
 from topwork.artifacts import read_manifest
-from topwork.clients.s3.storage import NEVER, Storage, StoredObject, UnfinishedUpload
-from topwork.data.dataset_manifest import DATASETS
+from topwork.clients.s3.storage import MIN_TIME, Storage, StoredObject, IncompleteUpload
+from topwork.data.dataset_manifest import DATASETS_PREFIX
 from topwork.errors import DataError
 from topwork.registry import versions
-from topwork.registry.stage_results import MODEL
+from topwork.registry.stage_results import MODEL_KEY
 
 Kind = Literal["half-written", "finished stage", "unreferenced dataset", "unfinished upload"]
 
-_DATASET = re.compile(rf"{DATASETS}/[^/]+/[^/]+(?=/)")
+_DATASET = re.compile(rf"{DATASETS_PREFIX}/[^/]+/[^/]+(?=/)")
 _VERSION = re.compile(rf"{versions.ROOT}/[^/]+/[0-9]+(?=/)")
 _CHECKPOINT = re.compile(r"runs/[^/]+/[^/]+/checkpoints/[^/]+(?=/)")
 # What a stage keeps while it runs; the stage deletes it when it is done, unless it is killed right then.
 _OF_A_STAGE = re.compile(r"(?P<stage>runs/[^/]+/[^/]+)/(checkpoints|features)(?=/)")
 # An upload anywhere else is none of topwork's.
-_OURS = re.compile(rf"({DATASETS}|runs|{versions.ROOT}|mirror|weights)/")
+_OURS = re.compile(rf"({DATASETS_PREFIX}|runs|{versions.ROOT}|mirror|weights)/")
 # Older versions say in their card alone what they were trained on.
-_IN_CARD = re.compile(rf"/({DATASETS}/[^/\s]+/[0-9a-f]+)\b")
+_IN_CARD = re.compile(rf"/({DATASETS_PREFIX}/[^/\s]+/[0-9a-f]+)\b")
 
 
 @dataclass
@@ -49,8 +49,8 @@ class Leftover:
     prefix: str
     keys: list[str] = field(default_factory=list)
     size: int = 0
-    newest: datetime = NEVER
-    upload: UnfinishedUpload | None = None
+    newest: datetime = MIN_TIME
+    upload: IncompleteUpload | None = None
 
     def add(self, stored: StoredObject) -> None:
         """Count an object in."""
@@ -85,9 +85,9 @@ def leftovers(storage: Storage, older_than: timedelta) -> list[Leftover]:
     by_prefix = {leftover.prefix: leftover for leftover in found if leftover.newest <= before}
     uploads = [
         Leftover(
-            "unfinished upload", upload.key, size=storage.uploads.size_of(upload), newest=upload.begun, upload=upload
+            "unfinished upload", upload.key, size=storage.multipart_uploads.uploaded_bytes(upload), newest=upload.started, upload=upload
         )
-        for upload in storage.uploads.unfinished(older_than_seconds=older_than.total_seconds())
+        for upload in storage.multipart_uploads.list_incomplete(older_than_seconds=older_than.total_seconds())
         if _OURS.match(upload.key)
     ]
     inside = [one for one in by_prefix.values() if not _lies_in_another(one, by_prefix)]
@@ -109,7 +109,7 @@ def remove(storage: Storage, found: Iterable[Leftover]) -> Iterator[Leftover]:
     """
     for leftover in found:
         if leftover.upload:
-            gone = bool(storage.uploads.abort([leftover.upload]))
+            gone = bool(storage.multipart_uploads.abort([leftover.upload]))
         elif gone := not _came_into_use(storage, leftover):
             storage.delete(leftover.keys)
         if gone:
@@ -164,7 +164,7 @@ def _finished_folders(stored: Sequence[StoredObject]) -> list[Leftover]:
 def _unnamed_models(storage: Storage, stored: Sequence[StoredObject]) -> list[Leftover]:
     """Models that the mark of their stage does not name: the process was killed before, or another one was faster."""
     found = []
-    for key, model in _grouped(stored, MODEL, "half-written").items():
+    for key, model in _grouped(stored, MODEL_KEY, "half-written").items():
         if kind := _unnamed(storage, key):
             model.kind = kind
             found.append(model)
@@ -226,7 +226,7 @@ def _lies_in_another(leftover: Leftover, found: dict[str, Leftover]) -> bool:
 
 def _came_into_use(storage: Storage, leftover: Leftover) -> bool:
     """Look again right before the deletion: a run may have found the dataset, a writer may have ended its work."""
-    if MODEL.match(leftover.prefix):
+    if MODEL_KEY.match(leftover.prefix):
         return _unnamed(storage, leftover.prefix) != leftover.kind
     if leftover.kind == "half-written":
         return storage.size(f"{leftover.prefix}/{MANIFEST}") is not None

@@ -8,8 +8,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from topwork.artifacts import NAME as MANIFEST
-from topwork.artifacts import read_manifest, read_record
+from topwork.artifacts import MANIFEST_NAME as MANIFEST
+from topwork.artifacts import read_manifest, read_json_record
 from topwork.clients.s3.storage import Storage
 from topwork.errors import UnavailableError
 
@@ -221,7 +221,7 @@ def now() -> str:
 
 
 def _read(data: bytes, where: str) -> Version:
-    return read_record(Version, data, where, "a model published by topwork")
+    return read_json_record(Version, data, where, "a model published by topwork")
 
 
 def _claimant(storage: Storage, name: str, number: int) -> Any:

@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from topwork.report.plots import confusion_picture, curves, reliability_diagram
 from topwork.report.results import Outcome, told
-from topwork.spec.yaml_output import yaml_text
+from topwork.spec.yaml_output import dump_job
 
 # A confusion matrix of more classes than this is drawn as a picture: as a table nobody could read it.
 MOST_CLASSES_IN_A_TABLE = 16
@@ -81,7 +81,7 @@ def _render(template: str, outcome: Outcome, *, escape: bool, **more: Any) -> st
         outcome=outcome,
         evaluation=outcome.evaluation,
         job=outcome.job,
-        spec=yaml_text(outcome.job),
+        spec=dump_job(outcome.job),
         confusions=confusions(outcome),
         rejected=outcome.facts.rejected[:MOST_REJECTED],
         rejected_reasons=_reasons(outcome),

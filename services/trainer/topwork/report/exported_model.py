@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from topwork.data.decode_pool import usable_cores
+from topwork.data.decode_pool import available_cpus
 
 # float32 or uint8 (batch, height, width, 3) in 0..255 -> float32 (batch, classes)
 Predict = Callable[[NDArray[Any]], NDArray[np.float32]]
@@ -62,7 +62,7 @@ def load_tflite(path: Path) -> Loaded:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it tells of its successor, ai-edge-litert
-        interpreter = tf.lite.Interpreter(str(path), num_threads=usable_cores())
+        interpreter = tf.lite.Interpreter(str(path), num_threads=available_cpus())
     entry, result = interpreter.get_input_details()[0], interpreter.get_output_details()[0]
     shape = entry["shape_signature"]
 

@@ -16,9 +16,9 @@ from PIL import Image
 from topwork import __version__
 from topwork.data.batches import evaluation_batches
 from topwork.data.dataset_manifest import StoredDataset
-from topwork.data.local_dataset import LocalDataset, Split, fetch
+from topwork.data.local_dataset import LocalDataset, Split, fetch_dataset
 from topwork.errors import DataError
-from topwork.model.export import with_probabilities
+from topwork.model.export import add_probabilities
 from topwork.registry.stage_results import Classifier
 from topwork.report.evaluation import evaluation
 from topwork.report.export_check import MOST_BYTES, MOST_ENCODED, MOST_IMAGES, spread, write_questions
@@ -69,15 +69,15 @@ def assess(
     Raises:
         DataError: If there is neither a test nor a validation split, or the model's answers are not numbers.
     """
-    local = fetch(dataset, job, workspace)
+    local = fetch_dataset(dataset, job, workspace)
     name, split = _held_back(local)
     workspace.storage.download(classifier.key, folder / "model.keras", classifier.file)
-    model = with_probabilities(keras.models.load_model(folder / "model.keras", compile=False), len(local.class_names))
+    model = add_probabilities(keras.models.load_model(folder / "model.keras", compile=False), len(local.class_names))
     batch_size = min(job.spec.transfer.batch_size, LARGEST_BATCH)
     probabilities = _probabilities(model, split, len(local.class_names), batch_size, workspace)
     outcome = Outcome(
         job=job,
-        facts=dataset.facts,
+        facts=dataset.metadata,
         counts=_counts(local),
         history=classifier.history,
         evaluation=evaluation(probabilities, split.labels, tuple(local.class_names), name),
@@ -153,7 +153,7 @@ def _worst_mistakes(
             truth=class_names[split.labels[index]],
             answer=class_names[answers[index]],
             confidence=float(confidence[index]),
-            picture=_thumbnail(split.images(np.array([index]))[0]),
+            picture=_thumbnail(split.load_images(np.array([index]))[0]),
         )
         for index in worst
     )
@@ -172,8 +172,8 @@ def _ask(split: Split, probabilities: NDArray[np.float32], folder: Path) -> None
     height, width = split.image_size
     chosen = spread(split.size, min(MOST_IMAGES, MOST_BYTES // (height * width * 3)))
     places = spread(len(chosen), MOST_ENCODED)
-    encoded = [(int(place), split.encoded(int(chosen[place]))) for place in places]
-    write_questions(folder, split.images(chosen), probabilities[chosen], split.labels[chosen], encoded)
+    encoded = [(int(place), split.load_encoded(int(chosen[place]))) for place in places]
+    write_questions(folder, split.load_images(chosen), probabilities[chosen], split.labels[chosen], encoded)
 
 
 def _lineage(job: TransferJob, classifier: Classifier, dataset: StoredDataset, workspace: Workspace) -> dict[str, str]:
@@ -186,7 +186,7 @@ def _lineage(job: TransferJob, classifier: Classifier, dataset: StoredDataset, w
         "Stages": "transfer, fine-tune" if job.spec.fine_tune else "transfer",
         "Weights": f"{workspace.storage.uri_of(classifier.key)} (sha256 {classifier.file.sha256})",
         "Dataset": workspace.storage.uri_of(dataset.prefix),
-        "Dataset fingerprint": dataset.facts.fingerprint,
+        "Dataset fingerprint": dataset.metadata.fingerprint,
         "topwork": __version__,
         "TensorFlow": tf.__version__,
         "Keras": keras.__version__,

@@ -8,9 +8,9 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from topwork.data.decoding import decode, resize
-from topwork.data.image_validation import prove
+from topwork.data.image_validation import validate_image
 from topwork.errors import DataError, SettingError
-from topwork.model.export import EXPORTED
+from topwork.model.export import EXPORTED_FILES
 from topwork.report.exported_model import Loaded, load, load_keras
 
 
@@ -65,7 +65,7 @@ def usable(data: bytes) -> bytes:
     Raises:
         Rejection: If it does not decode; with the reason.
     """
-    return prove(data).encoded
+    return validate_image(data).encoded
 
 
 def _load(path: Path) -> Loaded:
@@ -73,10 +73,10 @@ def _load(path: Path) -> Loaded:
         return _checked(path)
     if not path.is_dir():
         raise SettingError(f"{path} does not exist. Name an s3:// address, a .keras file or the folder of a version.")
-    for name, file in EXPORTED.items():
+    for name, file in EXPORTED_FILES.items():
         if (path / file).is_file():
             return _checked(path / file) if name == "keras" else load(path, name)
-    raise SettingError(f"{path} holds no model: expected one of {', '.join(EXPORTED.values())} in it.")
+    raise SettingError(f"{path} holds no model: expected one of {', '.join(EXPORTED_FILES.values())} in it.")
 
 
 def _checked(path: Path) -> Loaded:

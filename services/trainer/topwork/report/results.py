@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import median_low
 from typing import Any
 
-from topwork.data.dataset_manifest import DatasetFacts
+from topwork.data.dataset_manifest import DatasetMetadata
 from topwork.report.evaluation import Evaluation
 from topwork.report.export_check import Recheck
 from topwork.report.gates import GateOutcome
@@ -58,7 +58,7 @@ class Outcome:
     """
 
     job: TransferJob
-    facts: DatasetFacts
+    facts: DatasetMetadata
     counts: dict[str, dict[str, int]]
     history: Sequence[HistoryRow]
     evaluation: Evaluation

@@ -1,36 +1,37 @@
-"""The classification models of keras.applications (Keras 3.15), known without importing Keras."""
+"""Facts about the classification models of keras.applications (Keras 3.15), available without importing Keras."""
 
 from dataclasses import dataclass
 from typing import Literal
 
-# Scaling of raw pixels in 0..255, named as keras.applications.imagenet_utils names its modes; "inside" is done by the
-# model's own first layers.
+# Scaling of raw pixels in 0..255, with the mode names of keras.applications.imagenet_utils; "inside" means that the
+# first layers of the model scale their input.
 Scaling = Literal["tf", "torch", "caffe", "inside"]
 
 
 @dataclass(frozen=True)
 class Application:
-    """What is known of a classification model of keras.applications.
+    """Facts about a classification model of keras.applications.
 
-    Size and accuracies are those of the table of https://keras.io/api/applications/. It leaves out top-5 of ConvNeXt
-    and all of MobileNetV3, whose top-1 is that of the docstring of keras/src/applications/mobilenet_v3.py, and whose
-    size is that of its parameters in float32. A test builds every model and compares the rest.
+    Size and accuracy come from the table at https://keras.io/api/applications/. That table has no top-5 accuracy for
+    ConvNeXt and no row for MobileNetV3. For MobileNetV3, the top-1 accuracy comes from the docstring of
+    keras/src/applications/mobilenet_v3.py, and the size is that of its float32 parameters. A test builds every model
+    and verifies the other values.
 
     Attributes:
         scaling: Scaling of raw pixels that the weights expect.
-        default_side: Side in pixels of the images that the weights were trained on.
-        least_side: Least side in pixels without the top: `min_size` in keras/src/applications/<model>.py.
-        parameters: Parameters with the top of 1,000 classes.
-        parameters_without_top: Parameters of the base alone.
-        depth: Layers with weights, with the top.
-        size_mb: Size of the weights with the top in MB.
-        top1: Top-1 accuracy on ImageNet's validation images, 0 to 1.
-        top5: Top-5 accuracy, 0 to 1; None where that table has none.
+        default_side: Height and width in pixels of the images that the weights were trained on.
+        min_side: Minimum height and width in pixels without the top: `min_size` in keras/src/applications/<model>.py.
+        parameters: Number of parameters, including the top for 1,000 classes.
+        parameters_without_top: Number of parameters of the base.
+        depth: Number of layers with weights, including the top.
+        size_mb: Size of the weights in MB, including the top.
+        top1: Top-1 accuracy on the ImageNet validation images, from 0 to 1.
+        top5: Top-5 accuracy, from 0 to 1; None if the table has none.
     """
 
     scaling: Scaling
     default_side: int
-    least_side: int
+    min_side: int
     parameters: int
     parameters_without_top: int
     depth: int
@@ -82,4 +83,4 @@ APPLICATIONS: dict[str, Application] = {
     "Xception": Application("tf", 299, 71, 22_910_480, 20_861_480, 81, 88, 0.790, 0.945),
 }
 
-LEAST_SIDE = {name: application.least_side for name, application in APPLICATIONS.items()}
+MIN_SIDE = {name: application.min_side for name, application in APPLICATIONS.items()}

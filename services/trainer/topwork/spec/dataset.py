@@ -4,166 +4,191 @@ from collections.abc import Iterator
 from itertools import combinations
 from typing import Annotated, Literal
 
-from pydantic import Field, StringConstraints
+from pydantic import Field, StrictFloat, StrictInt, StringConstraints
 
-from topwork.spec.messages import listed, shown
-from topwork.spec.section import Meaning, Number, Part, Refusal, Whole, rule
+from topwork.spec.messages import format_value, join_words
 from topwork.spec.slices import Slicing, parse_slices
+from topwork.spec.spec_model import SpecModel, ValueDescription, Violation, rule
 from topwork.spec.uris import ArchiveUri, FolderUri, TableUri
 
-Side = Annotated[Whole, Field(ge=16, le=2048)]
+SideLength = Annotated[StrictInt, Field(ge=16, le=2048)]
 Sha256 = Annotated[
-    str, StringConstraints(pattern=r"^[0-9a-f]{64}$"), Meaning("64 hex digits in lower case, as sha256sum prints them")
+    str,
+    StringConstraints(pattern=r"^[0-9a-f]{64}$"),
+    ValueDescription("64 lowercase hex digits, as printed by sha256sum"),
 ]
 TfdsName = Annotated[
     str,
     StringConstraints(
         pattern=r"^[a-z][a-z0-9_]{0,99}(/[A-Za-z0-9][A-Za-z0-9._-]{0,99})?(:([0-9]+|\*)(\.([0-9]+|\*)){2})?$"
     ),
-    Meaning("name[/config][:version], such as cats_vs_dogs or cats_vs_dogs:4.0.1"),
+    ValueDescription("name[/config][:version], such as cats_vs_dogs or cats_vs_dogs:4.0.1"),
 ]
-InnerFolder = Annotated[
+ArchivePath = Annotated[
     str,
     StringConstraints(pattern=r"^$|^[^/\\\x00-\x1f][^\\\x00-\x1f]*$", max_length=1024),
-    Meaning("a relative path with forward slashes"),
+    ValueDescription("a relative path with forward slashes"),
 ]
-Column = Annotated[str, StringConstraints(min_length=1, max_length=200), Meaning("the name of a column")]
+Column = Annotated[str, StringConstraints(min_length=1, max_length=200), ValueDescription("the name of a column")]
 
 
-class FolderSource(Part):
-    """Images in folders that are named for their class: `<class>/<image>`."""
+class FolderSource(SpecModel):
+    """Images in one directory per class: `<class>/<image>`."""
 
-    uri: FolderUri = Field(description="S3 prefix (s3://bucket/prefix/) or local path that holds one folder a class.")
-
-
-class ArchiveSource(Part):
-    """An archive of class folders: zip, tar, tar.gz, tar.bz2 or tar.xz."""
-
-    uri: ArchiveUri = Field(description="http(s) address, S3 object or local path of the archive.")
-    root: InnerFolder = Field(default="", description="Folder inside the archive that holds one folder a class.")
-    sha256: Sha256 | None = Field(default=None, description="SHA-256 of the archive, in lower-case hex; checked.")
+    uri: FolderUri = Field(
+        description="S3 prefix (s3://bucket/prefix/) or local path that contains one directory per class."
+    )
 
 
-class TableSource(Part):
-    """A CSV or JSON-lines table that names an image and its class in each row."""
+class ArchiveSource(SpecModel):
+    """An archive with one directory per class: zip, tar, tar.gz, tar.bz2 or tar.xz."""
+
+    uri: ArchiveUri = Field(description="HTTP(S) URL, S3 object or local path of the archive.")
+    root: ArchivePath = Field(
+        default="", description="Directory inside the archive that contains one directory per class."
+    )
+    sha256: Sha256 | None = Field(
+        default=None,
+        description="SHA-256 of the archive in lowercase hex. The pull stage fails if the download does not match.",
+    )
+
+
+class TableSource(SpecModel):
+    """A CSV or JSON Lines table with one image and its class per row."""
 
     uri: TableUri = Field(description="S3 object or local path of a .csv, .jsonl or .ndjson file.")
-    image: Column = Field(default="image", description="Column with the image's address, relative to the table.")
+    image: Column = Field(
+        default="image", description="Column with the path or URI of the image, relative to the table."
+    )
     label: Column = Field(default="label", description="Column with the class name.")
 
 
-class DatasetSource(Part):
-    """Exactly one of tfds, folder, archive and table."""
+class DatasetSource(SpecModel):
+    """The source of the images. Set exactly one of tfds, folder, archive and table."""
 
-    tfds: TfdsName | None = Field(default=None, description="TensorFlow Datasets name: name[/config][:version].")
-    folder: FolderSource | None = Field(default=None, description="Folders named for their class.")
-    archive: ArchiveSource | None = Field(default=None, description="An archive of class folders.")
-    table: TableSource | None = Field(default=None, description="A table of images and classes.")
-
-
-class PerClass(Part):
-    """Exact counts of images of each class in each split."""
-
-    train: Whole = Field(ge=1, description="Training images of each class.")
-    validation: Whole = Field(default=0, ge=0, description="Validation images of each class.")
-    test: Whole = Field(ge=1, description="Test images of each class.")
+    tfds: TfdsName | None = Field(
+        default=None, description="Dataset in TensorFlow Datasets, as name[/config][:version]."
+    )
+    folder: FolderSource | None = Field(default=None, description="A directory or S3 prefix with one folder per class.")
+    archive: ArchiveSource | None = Field(default=None, description="An archive with one directory per class.")
+    table: TableSource | None = Field(default=None, description="A table that lists images and their classes.")
 
 
-class Splits(Part):
-    """Which part of the stored dataset trains, validates and tests: TFDS slicing, or counts a class."""
+class PerClass(SpecModel):
+    """Exact number of images per class in each split."""
 
-    train: Slicing | None = Field(default=None, description="Images that train, such as train[:40%].")
+    train: StrictInt = Field(ge=1, description="Training images per class.")
+    validation: StrictInt = Field(default=0, ge=0, description="Validation images per class.")
+    test: StrictInt = Field(ge=1, description="Test images per class.")
+
+
+class Splits(SpecModel):
+    """Training, validation and test splits of the stored dataset, as TFDS slices or as counts per class."""
+
+    train: Slicing | None = Field(default=None, description="Images used for training, such as train[:40%].")
     validation: Slicing | None = Field(
-        default=None, description="Images that early stopping and the best epoch go by, such as train[40%:50%]."
+        default=None,
+        description="Images used for early stopping and for selecting the best epoch, such as train[40%:50%].",
     )
     test: Slicing | None = Field(
-        default=None, description="Images that the result is evaluated on, such as train[50%:60%]; else validation's."
+        default=None,
+        description="Images used to evaluate the final model, such as train[50%:60%]. Unset: the validation split.",
     )
-    per_class: PerClass | None = Field(default=None, description="Exact counts a class, instead of slices.")
+    per_class: PerClass | None = Field(
+        default=None, description="Exact number of images per class. Cannot be combined with slices."
+    )
 
     @property
-    def validates(self) -> bool:
+    def has_validation(self) -> bool:
         """Whether there is a validation split."""
         return self.validation is not None or (self.per_class is not None and self.per_class.validation > 0)
 
 
-class Dataset(Part):
-    """The images that the classifier learns from and is tested on."""
+class Dataset(SpecModel):
+    """The images that train and evaluate the classifier."""
 
     source: DatasetSource = Field(description="Where the images come from.")
-    splits: Splits = Field(description="Which images train, validate and test.")
-    image_size: tuple[Side, Side] = Field(description="Height and width in pixels that every image is resized to.")
-    on_corrupt_image: Literal["skip", "fail"] = Field(
-        default="skip", description="What an image that does not decode does to the job."
+    splits: Splits = Field(description="Which images are used for training, validation and test.")
+    image_size: tuple[SideLength, SideLength] = Field(
+        description="Height and width in pixels to which every image is resized."
     )
-    max_rejected_ratio: Number = Field(
-        default=0.2, ge=0.0, le=1.0, description="Share of rejected images above which the job fails."
+    on_corrupt_image: Literal["skip", "fail"] = Field(
+        default="skip",
+        description="How to handle images that cannot be decoded: skip rejects the image, fail stops the job.",
+    )
+    max_rejected_ratio: StrictFloat = Field(
+        default=0.2,
+        ge=0.0,
+        le=1.0,
+        description="Fraction of rejected images, from 0 to 1, above which the job fails.",
     )
     on_missing_class: Literal["fail", "allow"] = Field(
         default="fail",
-        description="What a class without an image in the validation or test split does to the job; one without a "
-        "training image always fails it.",
+        description="How to handle classes without images in the validation or test split. A class without training "
+        "images always fails the job.",
     )
 
 
 @rule(ArchiveSource)
-def root_stays_inside_the_archive(archive: ArchiveSource) -> Iterator[Refusal]:
-    """A path that climbs out of the archive names nothing in it."""
+def root_is_inside_the_archive(archive: ArchiveSource) -> Iterator[Violation]:
+    """A path with `..` does not name a directory in the archive."""
     if ".." in archive.root.split("/"):
-        yield Refusal("root", f"{shown(archive.root)} climbs out of the archive. Take the .. out.")
+        yield Violation("root", f"{format_value(archive.root)} is outside the archive. Remove the .. segments.")
 
 
 @rule(TableSource)
-def image_and_label_are_two_columns(table: TableSource) -> Iterator[Refusal]:
-    """One column can't be both the picture and its class."""
+def image_and_label_are_different_columns(table: TableSource) -> Iterator[Violation]:
+    """One column cannot contain both the image and its class."""
     if table.image == table.label:
-        yield Refusal(
-            "label", f"{shown(table.label)} is spec.dataset.source.table.image too. Name the class's own column."
+        yield Violation(
+            "label",
+            f"{format_value(table.label)} is also set as spec.dataset.source.table.image. Name the column with the "
+            "class.",
         )
 
 
 @rule(DatasetSource)
-def exactly_one_source(source: DatasetSource) -> Iterator[Refusal]:
-    """A job has one dataset."""
+def exactly_one_source(source: DatasetSource) -> Iterator[Violation]:
+    """A job has exactly one dataset."""
     given = [kind for kind in DatasetSource.model_fields if getattr(source, kind) is not None]
     if len(given) != 1:
-        found = f"{listed(given)} are given" if given else "none is given"
-        yield Refusal("", f"{found}, exactly one of tfds, folder, archive and table is needed.")
+        found = f"{join_words(given)} are set" if given else "none is set"
+        yield Violation("", f"{found}, but exactly one of tfds, folder, archive and table is required.")
 
 
 @rule(Splits)
-def either_slices_or_counts(splits: Splits) -> Iterator[Refusal]:
-    """Both at once would say two things about the same images."""
+def slices_or_counts(splits: Splits) -> Iterator[Violation]:
+    """Slices and counts per class would define the same splits twice."""
     given = [name for name in ("train", "validation", "test") if getattr(splits, name) is not None]
     if splits.per_class and given:
-        yield Refusal(
+        yield Violation(
             "perClass",
-            f"stands beside {listed(given)}. Give either counts per class or slices, and take the other out.",
+            f"cannot be combined with {join_words(given)}. Use either counts per class or slices.",
         )
 
 
 @rule(Splits)
-def there_is_something_to_train_on(splits: Splits) -> Iterator[Refusal]:
-    """Without training images nothing is learnt."""
+def training_split_is_set(splits: Splits) -> Iterator[Violation]:
+    """Training needs a training split."""
     if not splits.per_class and splits.train is None:
-        yield Refusal("train", "missing. Say which images train, such as train: train[:80%], or give perClass.")
+        yield Violation("train", "is required. Set a slice, such as train: train[:80%], or use perClass.")
 
 
 @rule(Splits)
-def there_is_something_to_evaluate_on(splits: Splits) -> Iterator[Refusal]:
-    """A model of which nobody knows how good it is isn't published. Without a test split, validation serves."""
+def evaluation_split_is_set(splits: Splits) -> Iterator[Violation]:
+    """Only an evaluated model is published. Without a test split, the validation split is used."""
     if not splits.per_class and splits.test is None and splits.validation is None:
-        yield Refusal("test", "missing. Say which images the result is evaluated on, such as test: train[80%:].")
+        yield Violation("test", "is required if there is no validation split. Set a slice, such as test: train[80%:].")
 
 
 @rule(Splits)
-def splits_share_no_image(splits: Splits) -> Iterator[Refusal]:
-    """An image that trained and is evaluated on makes the model look better than it is."""
+def splits_do_not_overlap(splits: Splits) -> Iterator[Violation]:
+    """Evaluating on training images overestimates the quality of the model."""
     given = {name: text for name in ("train", "validation", "test") if (text := getattr(splits, name)) is not None}
     for (one, text), (other, other_text) in combinations(given.items(), 2):
-        if any(a.surely_overlaps(b) for a in parse_slices(text) for b in parse_slices(other_text)):
-            yield Refusal(
+        if any(a.definitely_overlaps(b) for a in parse_slices(text) for b in parse_slices(other_text)):
+            yield Violation(
                 other,
-                f"{other_text} overlaps {one}: {text}, so the same images would be in both and the figures too good. "
-                "Choose slices that share no image.",
+                f"{other_text} overlaps {one}: {text}. Shared images make the metrics too optimistic. "
+                "Choose slices that do not overlap.",
             )

@@ -1,61 +1,74 @@
-"""TransferJob, the whole of a job spec."""
+"""TransferJob, the root of the job spec, and the rules that check several sections of it together."""
 
 import hashlib
 import json
+from collections.abc import Iterator
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, StrictInt
 
-from topwork.spec.compute import Compute, LabelKey, LabelValue, Metrics
+from topwork.spec.applications import MIN_SIDE
+from topwork.spec.compute import Compute, Metrics
 from topwork.spec.dataset import Dataset
-from topwork.spec.evaluation import DnsLabel, Evaluate, Publish
+from topwork.spec.evaluation import Evaluate, Publish
+from topwork.spec.fine_tune import FineTune, UnfreezeSteps
+from topwork.spec.kubernetes_types import DnsLabel, LabelKey, LabelValue
+from topwork.spec.messages import format_value
 from topwork.spec.model import Augmentation, Model
-from topwork.spec.section import Part, Whole
-from topwork.spec.training import FineTune, Transfer
+from topwork.spec.optimizer import Optimizer
+from topwork.spec.spec_model import SpecModel, Violation, rule
+from topwork.spec.training import FeatureCache, Loss, Transfer
 from topwork.spec.uris import StorageUri
 
-# What changes no result, so that a run goes on when it is changed.
-NO_RESULT: Any = {
+# Fields that do not affect the result, so that a run continues under the same name when they change.
+EXCLUDED_FROM_DIGEST: Any = {
     "metadata": {"labels": True},
     "spec": {"compute": True, "metrics": True, "dataset": {"on_missing_class": True}},
 }
 
 
-class Metadata(Part):
-    """Name and labels, as on any Kubernetes object."""
+class Metadata(SpecModel):
+    """Name and labels of the job, as in any Kubernetes object."""
 
-    name: DnsLabel = Field(description="DNS-1123 label of at most 40 characters; names the job, its dataset and model.")
-    labels: dict[LabelKey, LabelValue] = Field(default={}, description="Labels that are copied to every object.")
-
-
-class JobSpec(Part):
-    """What is to be done."""
-
-    storage: StorageUri = Field(description="s3://bucket/prefix; everything that the job reads and writes lies below.")
-    dataset: Dataset = Field(description="The images.")
-    model: Model = Field(description="The classifier.")
-    augmentation: Augmentation = Field(default=Augmentation(), description="Random changes of the training images.")
-    transfer: Transfer = Field(default=Transfer(), description="Stage 1: the head.")
-    fine_tune: FineTune | None = Field(default=None, description="Stage 2: the base too; without it, none.")
-    evaluate: Evaluate = Field(default=Evaluate(), description="Evaluation and gates.")
-    publish: Publish = Field(default=Publish(), description="What is handed over.")
-    compute: Compute = Field(default=Compute(), description="What the Kubernetes Job asks for.")
-    metrics: Metrics = Field(default=Metrics(), description="How the metrics leave the job.")
-    seed: Whole = Field(default=42, ge=0, le=2**31 - 1, description="Seed of every random choice.")
+    name: DnsLabel = Field(description="Name of the job, its dataset and, unless spec.publish.name is set, its model.")
+    labels: dict[LabelKey, LabelValue] = Field(
+        default={}, description="Labels that are added to every Kubernetes object of the job."
+    )
 
 
-class TransferJob(Part):
-    """A transfer-learning job, shaped like a Kubernetes object."""
+class JobSpec(SpecModel):
+    """The desired training: dataset, model, stages, evaluation, publishing and resources."""
 
-    api_version: Literal["topwork.dev/v1alpha1"] = Field(description="Version of this format.")
-    kind: Literal["TransferJob"] = Field(description="Kind of object.")
-    metadata: Metadata = Field(description="Name and labels.")
-    spec: JobSpec = Field(description="What is to be done.")
+    storage: StorageUri = Field(
+        description="S3 bucket and prefix (s3://bucket/prefix) for datasets, runs and models. Endpoint and "
+        "credentials come from environment variables, not from the spec."
+    )
+    dataset: Dataset = Field(description="Source, splits and size of the images.")
+    model: Model = Field(description="Base and head of the classifier.")
+    augmentation: Augmentation = Field(default=Augmentation(), description="Random transformations of training images.")
+    transfer: Transfer = Field(default=Transfer(), description="Stage 1: training of the head on a frozen base.")
+    fine_tune: FineTune | None = Field(
+        default=None, description="Stage 2: training of part or all of the base. Unset: no fine-tuning."
+    )
+    evaluate: Evaluate = Field(default=Evaluate(), description="Metrics and gates.")
+    publish: Publish = Field(default=Publish(), description="Name and formats of the published model.")
+    compute: Compute = Field(default=Compute(), description="Resources and scheduling of the Kubernetes Job.")
+    metrics: Metrics = Field(default=Metrics(), description="Export of Prometheus metrics.")
+    seed: StrictInt = Field(default=42, ge=0, le=2**31 - 1, description="Seed of all random number generators.")
+
+
+class TransferJob(SpecModel):
+    """A transfer learning job, in the form of a Kubernetes object."""
+
+    api_version: Literal["topwork.dev/v1alpha1"] = Field(description="Version of the spec format.")
+    kind: Literal["TransferJob"] = Field(description="Kind of the object.")
+    metadata: Metadata = Field(description="Name and labels of the job.")
+    spec: JobSpec = Field(description="The desired training.")
 
     @property
     def digest(self) -> str:
-        """SHA-256, in hex, of all that can change the result: not labels, compute, metrics and what refuses splits."""
-        content = self.model_dump(mode="json", by_alias=True, exclude=NO_RESULT)
+        """SHA-256 in hex of all fields that can affect the result; see `EXCLUDED_FROM_DIGEST`."""
+        content = self.model_dump(mode="json", by_alias=True, exclude=EXCLUDED_FROM_DIGEST)
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
     @property
@@ -65,5 +78,161 @@ class TransferJob(Part):
 
     @property
     def model_name(self) -> str:
-        """Name under which the model is published."""
+        """Name of the published model."""
         return self.spec.publish.name or self.metadata.name
+
+
+@rule(JobSpec)
+def batch_size_is_divisible_by_gpus(spec: JobSpec) -> Iterator[Violation]:
+    """Each replica gets an equal part of the global batch; uneven parts crash in AddN (keras#19246)."""
+    sizes = {"transfer": spec.transfer.batch_size, "fineTune": spec.fine_tune.batch_size if spec.fine_tune else None}
+    gpus = spec.compute.gpus
+    for stage, size in sizes.items():
+        if size and gpus > 1 and size % gpus:
+            multiples = ([size // gpus * gpus] if size > gpus else []) + [(size // gpus + 1) * gpus]
+            yield Violation(
+                f"{stage}.batchSize",
+                f"{size} is not divisible by spec.compute.gpus {gpus}, but each replica processes an equal part of the "
+                f"global batch. Try {' or '.join(map(str, multiples))}.",
+            )
+
+
+@rule(JobSpec)
+def gradient_accumulation_requires_one_replica(spec: JobSpec) -> Iterator[Violation]:
+    """Keras crashes when it accumulates gradients under MirroredStrategy (keras#20582)."""
+    for stage, optimizer in _optimizers(spec).items():
+        if spec.compute.gpus > 1 and optimizer.gradient_accumulation_steps is not None:
+            yield Violation(
+                f"{stage}.optimizer.gradientAccumulationSteps",
+                f"{optimizer.gradient_accumulation_steps} is not supported with spec.compute.gpus {spec.compute.gpus}: "
+                "Keras crashes when it accumulates gradients over several replicas (keras#20582). Remove it, or set "
+                "gpus: 1.",
+            )
+
+
+@rule(JobSpec)
+def global_clipnorm_requires_one_replica(spec: JobSpec) -> Iterator[Violation]:
+    """Under MirroredStrategy each replica clips its own gradients, so the result would depend on the number of GPUs."""
+    for stage, optimizer in _optimizers(spec).items():
+        if spec.compute.gpus > 1 and optimizer.global_clipnorm is not None:
+            yield Violation(
+                f"{stage}.optimizer.globalClipnorm",
+                f"{format_value(optimizer.global_clipnorm)} is not supported with spec.compute.gpus "
+                f"{spec.compute.gpus}: each replica would clip its gradients before they are summed. Use clipvalue, or "
+                "set gpus: 1.",
+            )
+
+
+@rule(JobSpec)
+def fine_tune_learning_rate_is_not_higher(spec: JobSpec) -> Iterator[Violation]:
+    """A higher learning rate destroys pretrained weights. Checked only if both stages use the same optimizer."""
+    if not spec.fine_tune or not spec.model.base.is_pretrained:
+        return
+    transfer, fine_tune = spec.transfer.optimizer, spec.fine_tune.optimizer
+    if transfer.name != fine_tune.name:
+        return
+    unfreeze = spec.fine_tune.unfreeze
+    rates = {"optimizer.learningRate": fine_tune.learning_rate}
+    if isinstance(unfreeze, UnfreezeSteps):
+        rates = {
+            f"unfreeze.steps.{index}.learningRate": step.learning_rate for index, step in enumerate(unfreeze.steps)
+        }
+    for path, rate in rates.items():
+        if rate > transfer.learning_rate:
+            yield Violation(
+                f"fineTune.{path}",
+                f"{format_value(rate)} is above spec.transfer.optimizer.learningRate "
+                f"{format_value(transfer.learning_rate)}. A higher learning rate destroys pretrained weights. Try a "
+                f"tenth of it, {format_value(transfer.learning_rate / 10)}.",
+            )
+
+
+@rule(JobSpec)
+def early_stopping_requires_validation(spec: JobSpec) -> Iterator[Violation]:
+    """Training metrics nearly always improve; only validation metrics show when to stop."""
+    stages = {"transfer": spec.transfer.early_stopping}
+    if spec.fine_tune:
+        stages["fineTune"] = spec.fine_tune.early_stopping
+    for stage, early_stopping in stages.items():
+        if early_stopping and not spec.dataset.splits.has_validation:
+            yield Violation(
+                f"{stage}.earlyStopping",
+                f"monitors the validation {early_stopping.monitor}, but there is no validation split. Add "
+                "spec.dataset.splits.validation, or remove earlyStopping.",
+            )
+
+
+@rule(JobSpec)
+def image_size_is_supported(spec: JobSpec) -> Iterator[Violation]:
+    """Keras rejects images below a minimum size that depends on the application."""
+    application = spec.model.base.application
+    minimum = MIN_SIDE[application] if application else 0
+    for index, side in enumerate(spec.dataset.image_size):
+        if side < minimum:
+            yield Violation(
+                f"dataset.imageSize.{index}",
+                f"{side} is too small for {application}, which needs at least {minimum} pixels.",
+            )
+
+
+@rule(JobSpec)
+def cnn_is_trained(spec: JobSpec) -> Iterator[Violation]:
+    """A cnn starts from random weights, and a head cannot learn much from a frozen random base."""
+    if spec.transfer.train == "head" and spec.model.base.cnn:
+        yield Violation(
+            "transfer.train",
+            "head would freeze the cnn at its random weights. Set train: all.",
+        )
+
+
+@rule(JobSpec)
+def feature_cache_excludes_mixing(spec: JobSpec) -> Iterator[Violation]:
+    """MixUp and CutMix combine different images at each step, so their features cannot be computed in advance."""
+    mixing = [
+        key for key, alpha in (("mixUp", spec.augmentation.mix_up), ("cutMix", spec.augmentation.cut_mix)) if alpha
+    ]
+    for stage, cache in _feature_caches(spec).items():
+        if mixing and cache.use == "on":
+            yield Violation(
+                f"{stage}.featureCache",
+                f"on cannot be combined with augmentation.{mixing[0]}, which combines different images at each step. "
+                f"Set featureCache: auto, or remove {mixing[0]}.",
+            )
+
+
+@rule(JobSpec)
+def views_require_augmentation(spec: JobSpec) -> Iterator[Violation]:
+    """Without augmentation, all views of an image are identical."""
+    if spec.augmentation != Augmentation():
+        return
+    for stage, cache in _feature_caches(spec).items():
+        if cache.views is not None and cache.views > 1:
+            yield Violation(
+                f"{stage}.featureCache.views",
+                f"{cache.views} views of an image would be identical, because spec.augmentation is off. Remove views, "
+                "or set spec.augmentation.",
+            )
+
+
+@rule(JobSpec)
+def mixed_labels_require_a_categorical_loss(spec: JobSpec) -> Iterator[Violation]:
+    """MixUp and CutMix create labels with two classes; sparse cross-entropy supports only one."""
+    loss = spec.transfer.loss
+    name = loss.name if isinstance(loss, Loss) else loss
+    for key, alpha in (("mixUp", spec.augmentation.mix_up), ("cutMix", spec.augmentation.cut_mix)):
+        if alpha and name == "sparseCategoricalCrossentropy":
+            yield Violation(
+                f"augmentation.{key}",
+                f"{format_value(alpha)} mixes two labels, but {name} expects a single class index. Set "
+                f"spec.transfer.loss to categoricalCrossentropy or auto, or set {key} to 0.",
+            )
+
+
+def _optimizers(spec: JobSpec) -> dict[str, Optimizer]:
+    optimizers = {"transfer": spec.transfer.optimizer}
+    return optimizers | ({"fineTune": spec.fine_tune.optimizer} if spec.fine_tune else {})
+
+
+def _feature_caches(spec: JobSpec) -> dict[str, FeatureCache]:
+    caches = {"transfer": spec.transfer.cache}
+    return caches | ({"fineTune": spec.fine_tune.cache} if spec.fine_tune else {})

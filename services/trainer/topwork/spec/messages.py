@@ -1,62 +1,72 @@
-"""How messages show what stood in a spec, and how they find the nearest known word."""
+"""Building blocks of error messages: values without secrets, suggestions for typos, and lists of words."""
 
 import difflib
 import json
 import re
 from collections.abc import Iterable
 
-LONGEST = 60
+MAX_LENGTH = 60
 SECRET = re.compile(r"://[^/\s]*@|[?].*", re.DOTALL)
 
 
-def shown(value: object) -> str:
-    """Show a value in a message: short, on one line and without what may be a secret.
+def format_value(value: object) -> str:
+    """Format a value for a message: short, on one line, without credentials and query strings of URIs.
 
     Args:
-        value: Whatever YAML or Python handed in.
+        value: Any value from YAML or Python.
 
     Returns:
-        Text in quotes, numbers as they are, and collections by their size.
+        Strings in quotes and shortened to 60 characters, numbers unchanged, and collections by their size.
+
+    Example:
+        >>> format_value("s3://user:password@bucket/key")
+        '"s3…bucket/key"'
+        >>> format_value([1, 2])
+        'a list of 2'
     """
     if value is None:
         return "null"
     if isinstance(value, dict):
-        return f"a mapping with {listed([shown(key) for key in list(value)[:5]])}" if value else "an empty mapping"
+        return (
+            f"a mapping with {join_words([format_value(key) for key in list(value)[:5]])}"
+            if value
+            else "an empty mapping"
+        )
     if isinstance(value, list | tuple):
         return f"a list of {len(value)}"
     if isinstance(value, str):
         text = SECRET.sub("…", value) if "://" in value else value
-        return json.dumps(text if len(text) <= LONGEST else f"{text[:LONGEST]}…", ensure_ascii=False)
+        return json.dumps(text if len(text) <= MAX_LENGTH else f"{text[:MAX_LENGTH]}…", ensure_ascii=False)
     if isinstance(value, bool):
         return str(value).lower()
     return f"{value:g}" if isinstance(value, float) and abs(value) < 1e-4 else str(value)
 
 
-def nearest(word: str, known: Iterable[str]) -> str | None:
-    """Find the known word that was probably meant.
+def nearest_word(word: str, known: Iterable[str]) -> str | None:
+    """Find the known word that the user probably meant.
 
     Args:
-        word: What was written.
-        known: The words that are allowed.
+        word: The word as written.
+        known: The allowed words.
 
     Returns:
-        The nearest known word, whatever its case, dashes and underscores; None where none is near.
+        The most similar known word, ignoring case, dashes and underscores; None if none is similar.
     """
-    plain = {_plain(candidate): candidate for candidate in known}
-    found = difflib.get_close_matches(_plain(word[:LONGEST]), plain, n=1, cutoff=0.6)
-    return plain[found[0]] if found else None
+    normalized = {_normalize(candidate): candidate for candidate in known}
+    matches = difflib.get_close_matches(_normalize(word[:MAX_LENGTH]), normalized, n=1, cutoff=0.6)
+    return normalized[matches[0]] if matches else None
 
 
-def hint(word: object, known: Iterable[str]) -> str:
-    """Ask `Did you mean …?`, with a space before it; nothing where no known word is near."""
-    found = nearest(word, known) if isinstance(word, str) else None
-    return f" Did you mean {found}?" if found else ""
+def did_you_mean(word: object, known: Iterable[str]) -> str:
+    """Return ` Did you mean …?` with a leading space, or an empty string if no known word is similar."""
+    match = nearest_word(word, known) if isinstance(word, str) else None
+    return f" Did you mean {match}?" if match else ""
 
 
-def listed(words: list[str], last: str = "and") -> str:
-    """Join words as a sentence does: `a, b and c`."""
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} {last} {words[-1]}"
+def join_words(words: list[str], conjunction: str = "and") -> str:
+    """Join words as in a sentence: `a, b and c`."""
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} {conjunction} {words[-1]}"
 
 
-def _plain(word: str) -> str:
+def _normalize(word: str) -> str:
     return re.sub(r"[-_\s]", "", word).lower()

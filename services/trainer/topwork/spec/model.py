@@ -1,75 +1,82 @@
-"""`spec.model` and `spec.augmentation`: the trained base, the new head and the views of an image."""
+"""`spec.model` and `spec.augmentation`: the pretrained base, the new head and the augmentation of training images."""
 
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Discriminator, Field, StringConstraints, Tag
+from pydantic import AfterValidator, Discriminator, Field, StrictFloat, StrictInt, StringConstraints, Tag
 
 from topwork.spec.applications import APPLICATIONS
-from topwork.spec.messages import hint, listed, shown
-from topwork.spec.section import Meaning, Number, Part, Refusal, Whole, rule
-from topwork.spec.uris import ModelUri, Weights, refused
+from topwork.spec.messages import did_you_mean, format_value, join_words
+from topwork.spec.spec_model import SpecModel, ValueDescription, Violation, rule
+from topwork.spec.uris import ModelUri, Weights, invalid_value
 
-Units = Annotated[Whole, Field(ge=1, le=65536)]
+Units = Annotated[StrictInt, Field(ge=1, le=65536)]
 
 
-def check_application(name: str) -> str:
-    """Refuse what is no classification model of keras.applications."""
+def validate_application(name: str) -> str:
+    """Return the name if it is a classification model of keras.applications, or raise an error."""
     if name not in APPLICATIONS:
-        raise refused(f"{shown(name)} is not allowed.{hint(name, APPLICATIONS)} Allowed: {', '.join(APPLICATIONS)}.")
+        suggestion = did_you_mean(name, APPLICATIONS)
+        raise invalid_value(f"{format_value(name)} is not allowed.{suggestion} Allowed: {', '.join(APPLICATIONS)}.")
     return name
 
 
 Application = Annotated[
     str,
-    AfterValidator(check_application),
+    AfterValidator(validate_application),
     Field(json_schema_extra={"enum": list(APPLICATIONS)}),
-    Meaning("a classification model of keras.applications, such as Xception or ResNet50"),
+    ValueDescription("a classification model of keras.applications, such as Xception or ResNet50"),
 ]
-LayerName = Annotated[str, StringConstraints(min_length=1, max_length=200), Meaning("the name of a layer")]
-LayerIndex = Annotated[Whole, Field(ge=-10000, le=10000), Meaning("its index, negative from the end")]
+LayerName = Annotated[str, StringConstraints(min_length=1, max_length=200), ValueDescription("the name of a layer")]
+LayerIndex = Annotated[StrictInt, Field(ge=-10000, le=10000), ValueDescription("its index, negative from the end")]
 
 
-def _layer_kind(value: object) -> str:
+def _layer_tag(value: object) -> str:
     return "<name>" if isinstance(value, str) else "<index>"
 
 
-class SavedBase(Part):
-    """A model that somebody saved: `.keras`, or legacy `.h5`."""
+class SavedBase(SpecModel):
+    """A saved Keras model: `.keras`, or legacy `.h5`."""
 
     uri: ModelUri = Field(description="S3 object or local path of the saved model.")
     cut_at: (
         Annotated[
-            Annotated[LayerName, Tag("<name>")] | Annotated[LayerIndex, Tag("<index>")], Discriminator(_layer_kind)
+            Annotated[LayerName, Tag("<name>")] | Annotated[LayerIndex, Tag("<index>")], Discriminator(_layer_tag)
         ]
         | None
     ) = Field(
         default=None,
-        description="Last layer that is kept: its name (`outer/inner` where nested models share a name) or "
-        "its index; without it the layer before the head. Layers that augment images are left out.",
+        description="Last layer to keep, by name (`outer/inner` if nested models share a name) or by index. Unset: the "
+        "layer before the head. Augmentation layers are always removed.",
     )
 
 
-class Cnn(Part):
-    """A small convolutional base that is trained from scratch."""
+class Cnn(SpecModel):
+    """A small convolutional network that is trained from scratch."""
 
-    filters: tuple[Units, ...] = Field(min_length=1, max_length=12, description="Filters of each convolution.")
-    kernel_size: Whole = Field(default=3, ge=1, le=15, description="Side of each convolution's kernel in pixels.")
+    filters: tuple[Units, ...] = Field(
+        min_length=1, max_length=12, description="Number of filters of each convolution, in order."
+    )
+    kernel_size: StrictInt = Field(
+        default=3, ge=1, le=15, description="Height and width of the convolution kernels in pixels."
+    )
 
 
-class Base(Part):
-    """Exactly one of application, saved and cnn."""
+class Base(SpecModel):
+    """The base of the classifier. Set exactly one of application, saved and cnn."""
 
     application: Application | None = Field(default=None, description="A classification model of keras.applications.")
     weights: Weights | None = Field(
-        default=None, description="With application: imagenet (default), none, or s3://…/x.weights.h5."
+        default=None,
+        description="Initial weights of application: imagenet, none (random), or the URI of a weights file such as "
+        "s3://…/x.weights.h5. Unset: imagenet.",
     )
-    saved: SavedBase | None = Field(default=None, description="A model that somebody saved.")
-    cnn: Cnn | None = Field(default=None, description="A small convolutional base, trained from scratch.")
+    saved: SavedBase | None = Field(default=None, description="A model that you saved earlier.")
+    cnn: Cnn | None = Field(default=None, description="A small convolutional network, trained from scratch.")
 
     @property
     def is_pretrained(self) -> bool:
-        """Whether the base has learnt anything before this job."""
+        """Whether the base starts with trained weights."""
         return self.saved is not None or (self.application is not None and self.weights != "none")
 
     @property
@@ -78,60 +85,89 @@ class Base(Part):
         return self.application is not None and self.weights in {None, "imagenet"}
 
 
-class Head(Part):
-    """The new top: pooling, hidden layers, dropout, one output a class (one in all for two classes)."""
+class Head(SpecModel):
+    """The new head: pooling, hidden layers, dropout, and one output per class (a single output for two classes)."""
 
-    pooling: Literal["avg", "max", "flatten"] = Field(default="avg", description="How feature maps become a vector.")
-    hidden: tuple[Units, ...] = Field(default=(), max_length=8, description="Units of each hidden relu layer.")
-    dropout: Number = Field(default=0.2, ge=0.0, lt=1.0, description="Share of features dropped in training.")
-
-
-class Model(Part):
-    """The classifier: a base that is kept and a head that is new."""
-
-    base: Base = Field(description="What is kept.")
-    head: Head = Field(default=Head(), description="What is new.")
-
-
-class RandAugment(Part):
-    """RandAugment (Cubuk et al. 2019): a number of random operations, each of one magnitude."""
-
-    operations: Whole = Field(default=2, ge=1, le=10, description="Operations an image.")
-    magnitude: Number = Field(default=0.5, ge=0.0, le=1.0, description="Strength of each operation.")
+    pooling: Literal["avg", "max", "flatten"] = Field(
+        default="avg",
+        description="How feature maps become a vector: global average pooling, global max pooling or flattening.",
+    )
+    hidden: tuple[Units, ...] = Field(
+        default=(), max_length=8, description="Number of units of each hidden ReLU layer, in order."
+    )
+    dropout: StrictFloat = Field(
+        default=0.2, ge=0.0, lt=1.0, description="Fraction of features dropped during training."
+    )
 
 
-class Augmentation(Part):
-    """Random changes of the training images. Evaluation sees the images as they are."""
+class Model(SpecModel):
+    """The classifier: a pretrained base and a new head."""
 
-    flip: Literal["none", "horizontal", "vertical", "both"] = Field(default="none", description="Random mirroring.")
-    rotation: Number = Field(default=0.0, ge=0.0, le=1.0, description="Largest rotation, as a share of a full turn.")
-    zoom: Number = Field(default=0.0, ge=0.0, lt=1.0, description="Largest zoom in or out, as a share of the image.")
-    translation: Number = Field(default=0.0, ge=0.0, lt=1.0, description="Largest shift, as a share of the side.")
-    contrast: Number = Field(default=0.0, ge=0.0, le=1.0, description="Largest change of contrast.")
-    brightness: Number = Field(default=0.0, ge=0.0, le=1.0, description="Largest change of brightness.")
-    rand_augment: RandAugment | None = Field(default=None, description="RandAugment.")
-    mix_up: Number = Field(default=0.0, ge=0.0, le=10.0, description="Alpha of MixUp (Zhang et al. 2017); 0 is off.")
-    cut_mix: Number = Field(default=0.0, ge=0.0, le=10.0, description="Alpha of CutMix (Yun et al. 2019); 0 is off.")
+    base: Base = Field(description="Pretrained base that extracts features.")
+    head: Head = Field(default=Head(), description="New layers on top of the base.")
+
+
+class RandAugment(SpecModel):
+    """RandAugment (Cubuk et al. 2019): a number of random operations of equal magnitude per image."""
+
+    operations: StrictInt = Field(default=2, ge=1, le=10, description="Number of operations per image.")
+    magnitude: StrictFloat = Field(default=0.5, ge=0.0, le=1.0, description="Strength of each operation, from 0 to 1.")
+
+
+class Augmentation(SpecModel):
+    """Random transformations of training images. Validation and test images are never augmented."""
+
+    flip: Literal["none", "horizontal", "vertical", "both"] = Field(
+        default="none", description="Axes along which images are flipped at random."
+    )
+    rotation: StrictFloat = Field(
+        default=0.0, ge=0.0, le=1.0, description="Maximum rotation in both directions, as a fraction of a full turn."
+    )
+    zoom: StrictFloat = Field(
+        default=0.0, ge=0.0, lt=1.0, description="Maximum zoom in or out, as a fraction of the image."
+    )
+    translation: StrictFloat = Field(
+        default=0.0, ge=0.0, lt=1.0, description="Maximum shift, as a fraction of the height and width."
+    )
+    contrast: StrictFloat = Field(
+        default=0.0, ge=0.0, le=1.0, description="Maximum change of contrast, as a fraction from 0 to 1."
+    )
+    brightness: StrictFloat = Field(
+        default=0.0, ge=0.0, le=1.0, description="Maximum change of brightness, as a fraction from 0 to 1."
+    )
+    rand_augment: RandAugment | None = Field(default=None, description="RandAugment settings. Unset: off.")
+    mix_up: StrictFloat = Field(
+        default=0.0, ge=0.0, le=10.0, description="Alpha of MixUp (Zhang et al. 2017). 0 turns it off."
+    )
+    cut_mix: StrictFloat = Field(
+        default=0.0, ge=0.0, le=10.0, description="Alpha of CutMix (Yun et al. 2019). 0 turns it off."
+    )
 
 
 @rule(Base)
-def exactly_one_base(base: Base) -> Iterator[Refusal]:
-    """A classifier stands on one base."""
+def exactly_one_base(base: Base) -> Iterator[Violation]:
+    """A classifier has exactly one base."""
     given = [kind for kind in ("application", "saved", "cnn") if getattr(base, kind) is not None]
     if len(given) != 1:
-        found = f"{listed(given)} are given" if given else "none is given"
-        yield Refusal("", f"{found}, exactly one of application, saved and cnn is needed.")
+        found = f"{join_words(given)} are set" if given else "none is set"
+        yield Violation("", f"{found}, but exactly one of application, saved and cnn is required.")
 
 
 @rule(Base)
-def weights_belong_to_an_application(base: Base) -> Iterator[Refusal]:
-    """A saved model brings its weights, a cnn has none."""
+def weights_require_an_application(base: Base) -> Iterator[Violation]:
+    """A saved model includes its weights, and a cnn starts from random weights."""
     if base.weights is not None and base.application is None:
-        yield Refusal("weights", "goes with application only: a saved model brings its own, a cnn starts without.")
+        yield Violation(
+            "weights",
+            "applies only to application: a saved model includes its weights, and a cnn starts from random weights. "
+            "Remove it.",
+        )
 
 
 @rule(Augmentation)
-def one_way_of_mixing(augmentation: Augmentation) -> Iterator[Refusal]:
-    """Both mix the same pairs of images and labels; one after the other, the labels no longer tell the shares."""
+def mix_up_or_cut_mix(augmentation: Augmentation) -> Iterator[Violation]:
+    """Both mix images and labels; applied in sequence, the labels no longer match the images."""
     if augmentation.mix_up and augmentation.cut_mix:
-        yield Refusal("cutMix", "stands beside mixUp, and both mix the same images and labels. Set one of them to 0.")
+        yield Violation(
+            "cutMix", "cannot be combined with mixUp: both mix the same images and labels. Set one of them to 0."
+        )

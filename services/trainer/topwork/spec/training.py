@@ -1,273 +1,205 @@
-"""`spec.transfer` and `spec.fineTune`: how the head, then the base, is trained."""
+"""`spec.transfer`: training of the head, with the loss, early stopping and feature cache settings of a stage."""
 
 from collections.abc import Iterator
-from itertools import pairwise
 from typing import Annotated, Literal
 
-from pydantic import Discriminator, Field, StringConstraints, Tag
+from pydantic import Discriminator, Field, StrictFloat, StrictInt, Tag
 
-from topwork.spec.feature_cache import CacheSetting, FeatureCache, views_are_seen
-from topwork.spec.messages import shown
-from topwork.spec.optimizer import Ema, LearningRate, Optimizer, Schedule
-from topwork.spec.section import Meaning, Number, Part, Refusal, Whole, rule
+from topwork.spec.messages import format_value
+from topwork.spec.optimizer import Optimizer, Schedule
+from topwork.spec.spec_model import SpecModel, Violation, rule
 
-__all__ = [
-    "EarlyStopping",
-    "Ema",
-    "FeatureCache",
-    "FineTune",
-    "Loss",
-    "Optimizer",
-    "Schedule",
-    "Transfer",
-    "UnfreezeFrom",
-    "UnfreezeLayers",
-    "UnfreezeStep",
-    "UnfreezeSteps",
-]
-
-BatchSize = Annotated[Whole, Field(ge=1, le=65536)]
-Epochs = Annotated[Whole, Field(ge=1, le=10000)]
-Layers = Annotated[Whole, Field(ge=1, le=10000)]
-LayerName = Annotated[str, StringConstraints(min_length=1, max_length=200), Meaning("the name of a layer of the base")]
+BatchSize = Annotated[StrictInt, Field(ge=1, le=65536)]
+Epochs = Annotated[StrictInt, Field(ge=1, le=10000)]
 LossName = Literal["auto", "binaryCrossentropy", "categoricalCrossentropy", "sparseCategoricalCrossentropy", "focal"]
+CacheMode = Literal["auto", "on", "off"]
 
 
-class Loss(Part):
-    """The loss that training minimises."""
+class Loss(SpecModel):
+    """The loss function and its parameters."""
 
-    name: LossName = Field(default="auto", description="auto: binary cross-entropy for two classes, else categorical.")
-    label_smoothing: Number = Field(default=0.0, ge=0.0, lt=1.0, description="Share of the label spread over classes.")
-    gamma: Number = Field(default=2.0, ge=0.0, le=10.0, description="focal: how much easy examples count less.")
+    name: LossName = Field(
+        default="auto",
+        description="Loss function. auto selects binary cross-entropy for two classes and categorical cross-entropy "
+        "for more.",
+    )
+    label_smoothing: StrictFloat = Field(
+        default=0.0, ge=0.0, lt=1.0, description="Fraction of each label that is spread evenly over all classes."
+    )
+    gamma: StrictFloat = Field(
+        default=2.0,
+        ge=0.0,
+        le=10.0,
+        description="With focal: focusing parameter. Higher values reduce the weight of easy examples.",
+    )
 
 
-class EarlyStopping(Part):
-    """End a stage when the monitored value no longer gets better, and keep the best weights."""
+class EarlyStopping(SpecModel):
+    """Ends a stage when the monitored metric stops improving. The best weights are kept."""
 
-    monitor: Literal["loss", "accuracy", "auc"] = Field(default="loss", description="Validation value that is watched.")
-    patience: Whole = Field(default=3, ge=1, le=1000, description="Epochs without a gain that are borne.")
-    min_delta: Number = Field(default=0.0, ge=0.0, le=1000.0, description="Least change that counts as a gain.")
+    monitor: Literal["loss", "accuracy", "auc"] = Field(default="loss", description="Validation metric to monitor.")
+    patience: StrictInt = Field(
+        default=3, ge=1, le=1000, description="Epochs without improvement before training stops."
+    )
+    min_delta: StrictFloat = Field(
+        default=0.0, ge=0.0, le=1000.0, description="Minimum change of the metric that counts as an improvement."
+    )
 
 
-def _loss_kind(value: object) -> str | None:
+class FeatureCache(SpecModel):
+    """Cache of the output of the frozen layers, which is then computed once instead of in every epoch."""
+
+    use: CacheMode = Field(
+        default="auto",
+        description="Whether to cache features: auto caches them if that is estimated to be faster, and the log states "
+        "the reason; on always caches; off never caches.",
+    )
+    views: Annotated[StrictInt, Field(ge=1, le=100)] | None = Field(
+        default=None,
+        description="Number of augmented views to cache per training image; epochs use them in turn. Unset: one per "
+        "epoch, at most 4.",
+    )
+
+    @classmethod
+    def from_setting(cls, setting: "FeatureCache | CacheMode") -> "FeatureCache":
+        """Expand the short form (`auto`, `on` or `off`) of `featureCache`; a full setting is returned unchanged."""
+        return setting if isinstance(setting, FeatureCache) else cls(use=setting)
+
+
+def _loss_tag(value: object) -> str | None:
     if isinstance(value, str):
         return "<name>"
     return "<mapping>" if isinstance(value, dict | Loss) else None
 
 
-class Transfer(Part):
-    """Stage 1: the base frozen (or all of it trained, for a base from scratch), the head new."""
-
-    train: Literal["head", "all"] = Field(default="head", description="What is trained: the head alone, or all.")
-    epochs: Epochs = Field(default=10, description="Epochs at most.")
-    batch_size: BatchSize = Field(default=64, description="Images a step over all replicas (global batch).")
-    optimizer: Optimizer = Field(default=Optimizer(), description="Optimizer of the head.")
-    loss: Annotated[
-        Annotated[LossName, Tag("<name>")] | Annotated[Loss, Tag("<mapping>")], Discriminator(_loss_kind)
-    ] = Field(default="auto", description="Loss by name, or with its parameters.")
-    class_weights: Literal["none", "balanced"] = Field(
-        default="none", description="balanced: each class counts alike, however many images it has."
-    )
-    early_stopping: EarlyStopping | None = Field(default=None, description="When to end before the last epoch.")
-    feature_cache: CacheSetting = Field(
-        default="auto",
-        description="Compute what the frozen base gives once instead of once an epoch: auto, on, off or {use, views}.",
-    )
-
-    @property
-    def cache(self) -> FeatureCache:
-        """The feature cache with all its settings."""
-        return FeatureCache.of(self.feature_cache)
-
-
-class UnfreezeLayers(Part):
-    """The last layers of the base, counted from the top."""
-
-    layers: Layers = Field(description="Layers with weights, counted from the top of the base.")
-
-
-class UnfreezeFrom(Part):
-    """A layer of the base and all above it."""
-
-    from_layer: LayerName = Field(alias="from", description="Name of the lowest layer that is unfrozen.")
-
-
-class UnfreezeStep(Part):
-    """One step of gradual unfreezing."""
-
-    layers: Layers = Field(
-        description="Layers with weights that are unfrozen in this step, counted from the top; those of the steps "
-        "before are among them."
-    )
-    epochs: Epochs = Field(description="Epochs of this step.")
-    learning_rate: LearningRate = Field(description="Learning rate of this step.")
-
-
-class UnfreezeSteps(Part):
-    """Gradual unfreezing, from the top of the base downwards."""
-
-    steps: tuple[UnfreezeStep, ...] = Field(min_length=1, max_length=100, description="The steps, in order.")
-
-
-UNFREEZE_KINDS: dict[str, type[Part]] = {"layers": UnfreezeLayers, "from": UnfreezeFrom, "steps": UnfreezeSteps}
-
-
-def _unfreeze_kind(value: object) -> str | None:
+def _cache_tag(value: object) -> str | None:
     if isinstance(value, str):
-        return "<all>"
-    for key, part in UNFREEZE_KINDS.items():
-        if isinstance(value, part) or (isinstance(value, dict) and (key in value or f"{key}_layer" in value)):
-            return f"<{key}>"
-    return None
+        return "<name>"
+    return "<mapping>" if isinstance(value, dict | FeatureCache) else None
 
 
-class FineTune(Part):
-    """Stage 2: part or all of the base unfrozen, trained on at a very low learning rate."""
+CacheSetting = Annotated[
+    Annotated[CacheMode, Tag("<name>")] | Annotated[FeatureCache, Tag("<mapping>")], Discriminator(_cache_tag)
+]
 
-    epochs: Epochs | None = Field(default=None, description="Epochs at most; with unfreeze.steps each has its own.")
-    unfreeze: Annotated[
-        Annotated[Literal["all"], Tag("<all>")]
-        | Annotated[UnfreezeLayers, Tag("<layers>")]
-        | Annotated[UnfreezeFrom, Tag("<from>")]
-        | Annotated[UnfreezeSteps, Tag("<steps>")],
-        Discriminator(_unfreeze_kind),
-        Meaning("all, {layers: n}, {from: name} or {steps: […]}"),
-    ] = Field(default="all", description="What is unfrozen: all, {layers: n}, {from: name} or {steps: […]}.")
-    batch_size: BatchSize | None = Field(default=None, description="Images a step over all replicas; as in transfer.")
-    optimizer: Optimizer = Field(default=Optimizer(learning_rate=1e-5), description="Optimizer of the whole.")
-    class_weights: Literal["none", "balanced"] | None = Field(default=None, description="As in transfer.")
-    early_stopping: EarlyStopping | None = Field(default=None, description="When to end before the last epoch.")
+
+class Transfer(SpecModel):
+    """Stage 1: trains a new head on the frozen base, or the whole model if the base starts from random weights."""
+
+    train: Literal["head", "all"] = Field(
+        default="head", description="What to train: head freezes the base, all also trains the base."
+    )
+    epochs: Epochs = Field(default=10, description="Maximum number of epochs.")
+    batch_size: BatchSize = Field(default=64, description="Global batch size: images per step over all replicas.")
+    optimizer: Optimizer = Field(default=Optimizer(), description="Optimizer of this stage.")
+    loss: Annotated[
+        Annotated[LossName, Tag("<name>")] | Annotated[Loss, Tag("<mapping>")], Discriminator(_loss_tag)
+    ] = Field(default="auto", description="Loss function, as a name or as a mapping with parameters.")
+    class_weights: Literal["none", "balanced"] = Field(
+        default="none",
+        description="Weights of the classes in the loss. balanced gives each class the same total weight.",
+    )
+    early_stopping: EarlyStopping | None = Field(
+        default=None, description="When to stop before the last epoch. Unset: never."
+    )
     feature_cache: CacheSetting = Field(
         default="auto",
-        description="Compute what the layers below the unfrozen ones give once instead of once an epoch, as in "
-        "transfer.",
+        description="Whether to compute the output of the frozen base once instead of in every epoch: auto, on, off, "
+        "or {use, views}.",
     )
 
     @property
     def cache(self) -> FeatureCache:
-        """The feature cache with all its settings."""
-        return FeatureCache.of(self.feature_cache)
-
-    @property
-    def most_epochs(self) -> int:
-        """Epochs at most, over all steps."""
-        if isinstance(self.unfreeze, UnfreezeSteps):
-            return sum(step.epochs for step in self.unfreeze.steps)
-        return self.epochs or 0
+        """The feature cache setting in its full form."""
+        return FeatureCache.from_setting(self.feature_cache)
 
 
 @rule(Loss)
-def smoothing_needs_soft_labels(loss: Loss) -> Iterator[Refusal]:
-    """Sparse cross-entropy takes the number of a class, of which no share can be spread."""
+def label_smoothing_requires_one_hot_labels(loss: Loss) -> Iterator[Violation]:
+    """Sparse cross-entropy uses class indices as labels, which cannot be smoothed."""
     if loss.label_smoothing and loss.name == "sparseCategoricalCrossentropy":
-        yield Refusal(
+        yield Violation(
             "labelSmoothing",
-            f"{shown(loss.label_smoothing)} can't be had with sparseCategoricalCrossentropy, whose labels are class "
-            "numbers. Name categoricalCrossentropy, which learns the same otherwise.",
+            f"{format_value(loss.label_smoothing)} is not supported with sparseCategoricalCrossentropy, whose labels "
+            "are class indices. Use categoricalCrossentropy, which is otherwise equivalent.",
         )
 
 
 @rule(Loss)
-def gamma_belongs_to_focal_loss(loss: Loss) -> Iterator[Refusal]:
-    """Another loss would ignore it without a word."""
+def gamma_requires_focal_loss(loss: Loss) -> Iterator[Violation]:
+    """Other loss functions would ignore gamma silently."""
     if loss.gamma != Loss.model_fields["gamma"].default and loss.name != "focal":
-        yield Refusal("gamma", f"{shown(loss.gamma)} goes with focal, not with {loss.name}. Take it out or name focal.")
+        yield Violation(
+            "gamma", f"{format_value(loss.gamma)} applies only to focal, not to {loss.name}. Remove it or use focal."
+        )
+
+
+@rule(FeatureCache)
+def views_require_a_cache(cache: FeatureCache) -> Iterator[Violation]:
+    """Without a cache, each step augments images anew."""
+    if cache.use == "off" and cache.views is not None:
+        yield Violation("views", f"{cache.views} requires a cache, but use is off. Remove it, or set use: auto.")
 
 
 @rule(Transfer)
-def cache_needs_a_frozen_base(transfer: Transfer) -> Iterator[Refusal]:
-    """The features of a base that learns are others after each step."""
+def feature_cache_requires_a_frozen_base(transfer: Transfer) -> Iterator[Violation]:
+    """The features of a trained base change at every step."""
     if transfer.cache.use == "on" and transfer.train == "all":
-        yield Refusal(
-            "featureCache", "on needs a frozen base, but train is all. Set featureCache: auto, or train: head."
-        )
-
-
-@rule(FineTune)
-def cache_needs_frozen_layers(fine_tune: FineTune) -> Iterator[Refusal]:
-    """With all of the base unfrozen there's nothing below what is trained."""
-    if fine_tune.cache.use == "on" and fine_tune.unfreeze == "all":
-        yield Refusal(
-            "featureCache",
-            "on needs layers that stay frozen, but unfreeze is all. Set featureCache: auto, or unfreeze the top alone.",
+        yield Violation(
+            "featureCache", "on requires a frozen base, but train is all. Set featureCache: auto, or train: head."
         )
 
 
 @rule(Transfer)
-def transfer_sees_all_views(transfer: Transfer) -> Iterator[Refusal]:
-    """Each epoch takes one view of an image."""
-    yield from views_are_seen(transfer.cache, transfer.epochs)
-
-
-@rule(FineTune)
-def fine_tune_sees_all_views(fine_tune: FineTune) -> Iterator[Refusal]:
-    """As in transfer."""
-    yield from views_are_seen(fine_tune.cache, fine_tune.most_epochs)
+def every_view_is_used(transfer: Transfer) -> Iterator[Violation]:
+    """Each epoch uses one view of an image."""
+    yield from check_view_count(transfer.cache, transfer.epochs)
 
 
 @rule(Transfer)
-def transfer_schedule_fits(transfer: Transfer) -> Iterator[Refusal]:
-    """A warmup that outlasts the stage never reaches the learning rate, a step after its end never comes."""
-    yield from _schedule_fits(transfer.optimizer.schedule, transfer.epochs)
+def schedule_fits_the_epochs(transfer: Transfer) -> Iterator[Violation]:
+    """A warmup longer than the stage never reaches the peak, and a step after the last epoch never happens."""
+    yield from check_schedule(transfer.optimizer.schedule, transfer.epochs)
 
 
-@rule(FineTune)
-def fine_tune_schedule_fits(fine_tune: FineTune) -> Iterator[Refusal]:
-    """As in transfer; with steps, the schedule begins anew in each."""
-    if isinstance(fine_tune.unfreeze, UnfreezeSteps):
-        yield from _schedule_fits(
-            fine_tune.optimizer.schedule, min(step.epochs for step in fine_tune.unfreeze.steps), " of the shortest step"
-        )
-    elif fine_tune.epochs is not None:
-        yield from _schedule_fits(fine_tune.optimizer.schedule, fine_tune.epochs)
+def check_view_count(cache: FeatureCache, epochs: int) -> Iterator[Violation]:
+    """Reject more views than a stage has epochs, because each epoch uses one view of an image.
 
+    Args:
+        cache: The cache of the stage.
+        epochs: Maximum number of epochs; 0 if unknown.
 
-@rule(FineTune)
-def epochs_are_said_once(fine_tune: FineTune) -> Iterator[Refusal]:
-    """Steps have epochs of their own; without steps the stage needs its number."""
-    by_steps = isinstance(fine_tune.unfreeze, UnfreezeSteps)
-    if by_steps and fine_tune.epochs is not None:
-        yield Refusal("epochs", f"{fine_tune.epochs} stands beside unfreeze.steps, which have their own. Take it out.")
-    if not by_steps and fine_tune.epochs is None:
-        yield Refusal("epochs", "missing. Epochs at most of this stage.")
-
-
-@rule(FineTune)
-def own_optimizer_names_its_rate(fine_tune: FineTune) -> Iterator[Refusal]:
-    """The default of an optimizer is made for a new head; for pretrained weights it is far too high."""
-    optimizer = fine_tune.optimizer
-    if "learning_rate" not in optimizer.model_fields_set and not isinstance(fine_tune.unfreeze, UnfreezeSteps):
-        yield Refusal(
-            "optimizer.learningRate",
-            f"missing. An optimizer of its own would begin at {shown(optimizer.learning_rate)}, which suits a new head "
-            "and washes out pretrained weights. Try 1e-05.",
+    Yields:
+        At most one violation, relative to the stage.
+    """
+    if cache.views is not None and epochs and cache.views > epochs:
+        yield Violation(
+            "featureCache.views",
+            f"{cache.views} is above epochs {epochs}: each epoch uses one view of an image, so some views would never "
+            f"be used. Use at most {epochs}.",
         )
 
 
-@rule(FineTune)
-def steps_go_down(fine_tune: FineTune) -> Iterator[Refusal]:
-    """Each step unfreezes more than the one before; what has been unfrozen stays so."""
-    if isinstance(fine_tune.unfreeze, UnfreezeSteps):
-        steps = fine_tune.unfreeze.steps
-        for index, (one, other) in enumerate(pairwise(steps)):
-            if other.layers <= one.layers:
-                yield Refusal(
-                    f"unfreeze.steps.{index + 1}.layers",
-                    f"{other.layers} is not above {one.layers} of the step before. Layers are counted from the top "
-                    "each time, so every step names more.",
-                )
+def check_schedule(schedule: Schedule, epochs: int, of: str = "") -> Iterator[Violation]:
+    """Reject a learning rate schedule that is longer than its stage.
 
+    Args:
+        schedule: The schedule.
+        epochs: Maximum number of epochs.
+        of: What the epochs belong to, for the message; empty for the stage itself.
 
-def _schedule_fits(schedule: Schedule, epochs: int, of: str = "") -> Iterator[Refusal]:
+    Yields:
+        Violations relative to the stage.
+    """
     if schedule.warmup_epochs >= epochs:
-        yield Refusal(
+        yield Violation(
             "optimizer.schedule.warmupEpochs",
-            f"{shown(schedule.warmup_epochs)} is not below epochs {epochs}{of}: it would end before the learning rate "
-            "is reached. Try a tenth of the epochs.",
+            f"{format_value(schedule.warmup_epochs)} is not below epochs {epochs}{of}, so the warmup would never reach "
+            "the learning rate. Try a tenth of the epochs.",
         )
     if schedule.at_epochs and schedule.at_epochs[-1] >= epochs:
-        yield Refusal(
+        yield Violation(
             f"optimizer.schedule.atEpochs.{len(schedule.at_epochs) - 1}",
-            f"{schedule.at_epochs[-1]} is not before the last epoch{of}, {epochs}: the step would never come. "
-            "Take it out.",
+            f"{schedule.at_epochs[-1]} is not before the last epoch{of}, {epochs}, so this step would never happen. "
+            "Remove it.",
         )

@@ -1,4 +1,4 @@
-"""Addresses of things outside the spec: s3://, http(s):// and local paths, never with a password in them."""
+"""URIs in the spec: s3://, http(s):// and local paths, validated and free of credentials."""
 
 import re
 from collections.abc import Callable
@@ -9,8 +9,8 @@ from pydantic import AfterValidator
 from pydantic_core import PydanticCustomError
 
 from topwork.redaction import SECRET_PARAMETER
-from topwork.spec.messages import hint, shown
-from topwork.spec.section import Meaning
+from topwork.spec.messages import did_you_mean, format_value
+from topwork.spec.spec_model import ValueDescription
 
 # Bucket names of Amazon S3: 3 to 63 characters of a-z, 0-9, dot and dash.
 BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
@@ -21,117 +21,123 @@ TABLES = (".csv", ".jsonl", ".ndjson")
 MODELS = (".keras", ".h5")
 
 
-def refused(reason: str) -> PydanticCustomError:
-    """Make the error of a field whose value is refused for a reason that is told as it stands."""
-    return PydanticCustomError("refused", "{reason}", {"reason": reason})
+def invalid_value(message: str) -> PydanticCustomError:
+    """Create the validation error of a single field; users see the message unchanged."""
+    return PydanticCustomError("invalid_value", "{message}", {"message": message})
 
 
-def address(
-    *schemes: str, local: bool = False, endings: tuple[str, ...] = (), prefix: bool = False
+def uri_validator(
+    *schemes: str, local: bool = False, extensions: tuple[str, ...] = (), prefix: bool = False
 ) -> Callable[[str], str]:
-    """Make the check of an address.
+    """Create a validator for URIs.
 
     Args:
-        *schemes: Schemes that are allowed, such as s3.
-        local: Whether a local path is allowed too.
-        endings: File endings of which the path must have one, where it isn't an http(s) address; empty allows all.
-        prefix: Whether a bucket or a folder is meant, and not one object.
+        *schemes: Allowed schemes, such as `s3`.
+        local: Whether local paths are allowed too.
+        extensions: Allowed file extensions of S3 keys and local paths; empty allows all.
+        prefix: Whether an S3 URI names a bucket or a prefix instead of one object.
 
     Returns:
-        A function that returns its argument or raises with the reason.
+        A function that returns its argument, or raises an error that explains why the URI is invalid.
     """
 
-    def check(value: str) -> str:
-        _refuse_secrets(value)
+    def validate(value: str) -> str:
+        _reject_secrets(value)
         if not value or value != value.strip() or any(ord(character) < 32 for character in value):
-            raise refused("is empty, or begins or ends with a space, or holds a control character")
+            raise invalid_value("is empty, starts or ends with a space, or contains a control character")
         scheme = SCHEME.match(value)
         if scheme is None:
             if not local:
-                raise refused(f"{shown(value)} has no scheme. Allowed: {_forms(schemes, local)}")
+                raise invalid_value(f"{format_value(value)} has no scheme. Allowed: {_list_forms(schemes, local)}")
         elif scheme[1] not in schemes or not value.startswith(f"{scheme[1]}://"):
-            raise refused(f"{shown(value)} is not allowed. Allowed: {_forms(schemes, local)}")
+            raise invalid_value(f"{format_value(value)} is not allowed. Allowed: {_list_forms(schemes, local)}")
         elif scheme[1] == "s3":
-            _check_s3(value, prefix)
+            _validate_s3(value, prefix)
         elif not urlsplit(value).hostname:
-            raise refused("names no host")
-        # An http(s) address may end in anything: its archive is told by its content.
-        if endings and (scheme is None or scheme[1] == "s3") and not value.lower().endswith(endings):
-            raise refused(f"{shown(value)} does not end in one of {', '.join(endings)}")
+            raise invalid_value("has no host name")
+        # http(s) URLs may have any extension: the type of an archive is detected from its content.
+        if extensions and (scheme is None or scheme[1] == "s3") and not value.lower().endswith(extensions):
+            raise invalid_value(f"{format_value(value)} does not end in one of {', '.join(extensions)}")
         return value
 
-    return check
+    return validate
 
 
-def _forms(schemes: tuple[str, ...], local: bool) -> str:
+def _list_forms(schemes: tuple[str, ...], local: bool) -> str:
     return ", ".join([f"{scheme}://…" for scheme in schemes] + ["a local path"] * local)
 
 
-def _refuse_secrets(value: str) -> None:
+def _reject_secrets(value: str) -> None:
     if "://" not in value:
         return
     try:
         parts = urlsplit(value)
         names = [name for part in (parts.query, parts.fragment) for name, _ in parse_qsl(part, keep_blank_values=True)]
     except ValueError:
-        raise refused("is no well-formed address") from None
+        raise invalid_value("is not a valid URL") from None
     if "@" in parts.netloc:
-        raise refused(
-            "holds a user name or password (not shown here), and a spec is stored and shared. "
-            "Take it out, and hand credentials over by the environment"
+        raise invalid_value(
+            "contains a user name or password (not shown here), but specs are stored and shared. "
+            "Remove it and pass credentials in environment variables"
         )
     secret = next((name for name in names if SECRET.fullmatch(name)), None)
     if secret:
-        raise refused(
-            f"is signed or holds a secret in its query ({secret}, not shown here), and a spec is stored and shared. "
-            "Copy the file to S3 and name it as s3://bucket/key"
+        raise invalid_value(
+            f"is signed or has a secret in its query ({secret}, not shown here), but specs are stored and shared. "
+            "Copy the file to S3 and use s3://bucket/key"
         )
 
 
-def _check_s3(value: str, prefix: bool) -> None:
+def _validate_s3(value: str, prefix: bool) -> None:
     bucket, _, key = value.removeprefix("s3://").partition("/")
     if not BUCKET.fullmatch(bucket):
-        raise refused(f"{shown(bucket)} is no bucket name: 3 to 63 characters of a-z, 0-9, dot and dash")
+        raise invalid_value(
+            f"{format_value(bucket)} is not a bucket name. Use 3 to 63 characters of a-z, 0-9, dot and dash"
+        )
     if "?" in key or "#" in key:
-        raise refused(f"{shown(value)} holds ? or # in its key, which no key here does")
+        raise invalid_value(f"{format_value(value)} has ? or # in its key, which topwork does not support")
     if not prefix and (not key or key.endswith("/")):
-        raise refused(f"{shown(value)} names no object: s3://bucket/key is expected")
+        raise invalid_value(f"{format_value(value)} does not name an object. Use s3://bucket/key")
     if any(part in {"", ".", ".."} for part in key.removesuffix("/").split("/") if key):
-        raise refused(f"{shown(value)} has an empty part, . or .. in its key")
+        raise invalid_value(f"{format_value(value)} has an empty segment, . or .. in its key")
 
 
-StorageUri = Annotated[str, AfterValidator(address("s3", prefix=True)), Meaning("s3://bucket or s3://bucket/prefix")]
+StorageUri = Annotated[
+    str, AfterValidator(uri_validator("s3", prefix=True)), ValueDescription("s3://bucket or s3://bucket/prefix")
+]
 FolderUri = Annotated[
-    str, AfterValidator(address("s3", local=True, prefix=True)), Meaning("s3://bucket/prefix/ or a local path")
+    str,
+    AfterValidator(uri_validator("s3", local=True, prefix=True)),
+    ValueDescription("s3://bucket/prefix/ or a local path"),
 ]
 ArchiveUri = Annotated[
     str,
-    AfterValidator(address("http", "https", "s3", local=True, endings=ARCHIVES)),
-    Meaning("http(s)://host/file, s3://bucket/key or a local path"),
+    AfterValidator(uri_validator("http", "https", "s3", local=True, extensions=ARCHIVES)),
+    ValueDescription("http(s)://host/file, s3://bucket/key or a local path"),
 ]
 TableUri = Annotated[
     str,
-    AfterValidator(address("s3", local=True, endings=TABLES)),
-    Meaning("s3://bucket/key or a local path, ending in .csv, .jsonl or .ndjson"),
+    AfterValidator(uri_validator("s3", local=True, extensions=TABLES)),
+    ValueDescription("s3://bucket/key or a local path, ending in .csv, .jsonl or .ndjson"),
 ]
 ModelUri = Annotated[
     str,
-    AfterValidator(address("s3", local=True, endings=MODELS)),
-    Meaning("s3://bucket/key or a local path, ending in .keras or .h5"),
+    AfterValidator(uri_validator("s3", local=True, extensions=MODELS)),
+    ValueDescription("s3://bucket/key or a local path, ending in .keras or .h5"),
 ]
-HttpUrl = Annotated[str, AfterValidator(address("http", "https")), Meaning("http(s)://host:port")]
+HttpUrl = Annotated[str, AfterValidator(uri_validator("http", "https")), ValueDescription("http(s)://host:port")]
 
 WEIGHTS = "imagenet, none, or s3://bucket/key or a local path, ending in .h5"
 
 
-def check_weights(value: str) -> str:
-    """Refuse base weights that are neither a known word nor the address of a weights file."""
+def validate_weights(value: str) -> str:
+    """Return the value if it is a known keyword or the URI of a weights file, or raise an error."""
     if value in {"imagenet", "none"}:
         return value
     if not value.lower().endswith(".h5"):
-        known = hint(value, ("imagenet", "none"))
-        raise refused(f"{shown(value)} is not allowed.{known} Allowed: {WEIGHTS}.")
-    return address("s3", local=True)(value)
+        suggestion = did_you_mean(value, ("imagenet", "none"))
+        raise invalid_value(f"{format_value(value)} is not allowed.{suggestion} Allowed: {WEIGHTS}.")
+    return uri_validator("s3", local=True)(value)
 
 
-Weights = Annotated[str, AfterValidator(check_weights), Meaning(WEIGHTS)]
+Weights = Annotated[str, AfterValidator(validate_weights), ValueDescription(WEIGHTS)]

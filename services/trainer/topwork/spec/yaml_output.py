@@ -1,6 +1,6 @@
-"""Writing job specs and Kubernetes objects as YAML, as people write it.
+"""Writing job specs and Kubernetes objects as readable YAML.
 
-PyYAML writes through libyaml, some ten times faster than ruamel.yaml, which reads and keeps the line of every key.
+This module uses PyYAML with libyaml, which writes about ten times faster than ruamel.yaml.
 """
 
 import re
@@ -11,35 +11,34 @@ import yaml
 
 from topwork.spec.job import TransferJob
 
-# Readers of YAML 1.1 (kubectl) and 1.2 take many a word and number for no text unless it stands in quotes: yes, 017,
-# 1_000, 12:30, 1e5.
-NO_TEXT = re.compile(r"(y|n|yes|no|on|off|true|false|null|~|=|<<|[-+.]?[0-9][0-9a-fA-FxXoO_.:eE+-]*)?", re.IGNORECASE)
-WIDE = 2**16
-LONGEST_ON_ONE_LINE = 80
+# YAML 1.1 (kubectl) and YAML 1.2 parsers read these as other types unless they are quoted: yes, 017, 1_000, 12:30, 1e5.
+AMBIGUOUS = re.compile(r"(y|n|yes|no|on|off|true|false|null|~|=|<<|[-+.]?[0-9][0-9a-fA-FxXoO_.:eE+-]*)?", re.IGNORECASE)
+UNLIMITED_WIDTH = 2**16
+MAX_FLOW_LENGTH = 80
 
 
 class _Dumper(yaml.CSafeDumper):
-    """Short lists on one line, texts of several lines as blocks, quotes where they are needed."""
+    """Writes short lists on one line, multi-line strings as blocks, and quotes only where they are needed."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
-    def represent_text(self, data: str) -> yaml.ScalarNode:
+    def represent_string(self, data: str) -> yaml.ScalarNode:
         style = None
         if _is_block(data):
             style = "|"
-        elif not data.isprintable() or NO_TEXT.fullmatch(data):
+        elif not data.isprintable() or AMBIGUOUS.fullmatch(data):
             style = '"'
         return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
 
     def represent_items(self, data: Sequence[Any]) -> yaml.SequenceNode:
         words = [str(item) for item in data if isinstance(item, str | int)]
-        on_one_line = len(words) == len(data) and sum(map(len, words)) <= LONGEST_ON_ONE_LINE
-        return self.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=on_one_line)
+        fits_on_one_line = len(words) == len(data) and sum(map(len, words)) <= MAX_FLOW_LENGTH
+        return self.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=fits_on_one_line)
 
 
 def _is_block(text: str) -> bool:
-    """Whether a text of several lines can stand as they are, without a sign that a reader would have to know."""
+    """Whether a multi-line string fits in a `|` block without indentation or chomping indicators."""
     lines = text.removesuffix("\n").split("\n")
     return (
         "\n" in text
@@ -49,44 +48,49 @@ def _is_block(text: str) -> bool:
     )
 
 
-_Dumper.add_representer(str, _Dumper.represent_text)
+_Dumper.add_representer(str, _Dumper.represent_string)
 _Dumper.add_representer(list, _Dumper.represent_items)
 
 
-def as_yaml(documents: Sequence[dict[str, Any]]) -> str:
-    """Write mappings as YAML.
+def dump_yaml(documents: Sequence[dict[str, Any]]) -> str:
+    """Write mappings as YAML documents.
 
     Args:
         documents: Mappings of JSON values.
 
     Returns:
-        One document each, with the keys in their order.
+        One YAML document per mapping, with keys in their original order.
+
+    Example:
+        >>> print(dump_yaml([{"metadata": {"name": "cats"}}]), end="")
+        metadata:
+          name: cats
     """
     dumped = yaml.dump_all(
-        documents, Dumper=_Dumper, default_flow_style=False, sort_keys=False, allow_unicode=True, width=WIDE
+        documents, Dumper=_Dumper, default_flow_style=False, sort_keys=False, allow_unicode=True, width=UNLIMITED_WIDTH
     )
     return str(dumped)
 
 
-def plain(job: TransferJob) -> dict[str, Any]:
-    """Give a job spec in full, as JSON values: every key that has a value, defaults as well.
+def job_to_dict(job: TransferJob) -> dict[str, Any]:
+    """Convert a job spec to JSON values, including defaults but no null values.
 
     Args:
         job: The job.
 
     Returns:
-        Mappings with their keys in the order of the reference.
+        Nested mappings with camelCase keys in the order of the reference.
     """
     return job.model_dump(mode="json", by_alias=True, exclude_none=True)
 
 
-def yaml_text(job: TransferJob) -> str:
-    """Write a job spec in full: every key, defaults as well, in the order of the reference.
+def dump_job(job: TransferJob) -> str:
+    """Write a job spec as YAML, including defaults.
 
     Args:
         job: The job.
 
     Returns:
-        YAML that reads back as the same job.
+        YAML that loads as the same job, with keys in the order of the reference.
     """
-    return as_yaml([plain(job)])
+    return dump_yaml([job_to_dict(job)])

@@ -1,1 +1,1 @@
-"""The stages of a run, in order: pull, transfer, fine-tune, publish. Each is idempotent and resumable."""
+"""The four stages of a run, in order: pull, transfer, fine-tune, publish. Each is idempotent and resumable."""

@@ -1,89 +1,96 @@
-"""Stage 2: part or all of the base unfrozen, at once or step by step from the top, at a very low learning rate."""
+"""The fine-tune stage: unfreezes part or all of the base, at once or step by step, at a low learning rate."""
 
 import keras
 
 from topwork.data.dataset_manifest import StoredDataset
-from topwork.registry.stage_results import Classifier, read_done
+from topwork.registry.stage_results import Classifier, find_completed_stage
 from topwork.spec import TransferJob
+from topwork.spec.fine_tune import FineTune, UnfreezeLayers, UnfreezeSteps
 from topwork.spec.job import JobSpec
-from topwork.spec.training import FineTune, UnfreezeLayers, UnfreezeSteps
-from topwork.training.feature_cache.policy import caching
-from topwork.training.plan import Phase, Plan
-from topwork.training.stage import found, train
+from topwork.training.feature_cache.policy import feature_cache_policy
+from topwork.training.plan import StageContext, TrainingPhase, TrainingPlan
+from topwork.training.trainer import train
 from topwork.workspace import Workspace
 
-# Keeps the views and orders of this stage apart from those of transfer, which has the job's seed itself.
+# Gives this stage another image order and other augmented views than transfer, which uses the job's seed itself.
 _SEED_OFFSET = 1_000_003
 
 
 def fine_tune(job: TransferJob, classifier: Classifier, dataset: StoredDataset, workspace: Workspace) -> Classifier:
-    """Train on with the base unfrozen; its batch normalization stays as it is.
+    """Unfreeze layers of the base and continue training. Batch normalization of the base stays frozen.
+
+    A completed stage is skipped, an interrupted one resumes from its newest checkpoint.
 
     Args:
-        job: The job; it has `spec.fineTune`.
-        classifier: What transfer made.
+        job: The job; without `spec.fineTune` the stage returns its input.
+        classifier: Result of the transfer stage.
         dataset: The stored dataset.
-        workspace: Storage, metrics, progress and scratch.
+        workspace: Storage, metrics, progress and scratch directory.
 
     Returns:
-        The classifier with the best weights of this stage, stored.
+        The stored classifier with the best weights of this stage.
 
     Raises:
-        SpecError: If the settings don't go with the replicas or splits.
-        DataError: If the base has no layer that is to be unfrozen.
+        SpecError: If the settings do not suit the replicas or splits.
+        DataError: If the base does not have the layers to unfreeze.
         UnavailableError: If storage failed.
-        Stopped: If asked to stop; the checkpoint is stored.
+        Stopped: If a stop was requested; the checkpoint is stored.
+
+    Example:
+        `classifier = fine_tune(job, transfer(job, dataset, workspace), dataset, workspace)`
     """
-    with workspace.metrics.stage("fine-tune"):
-        if (done := read_done(workspace.storage, job.run, "fine-tune")) is not None:
-            return found(done, workspace)
-        plan = fine_tune_plan(job.spec)
+    with workspace.metrics.track_stage("fine-tune"):
+        if (completed := find_completed_stage(job.run, "fine-tune", workspace)) is not None:
+            return completed
+        plan = plan_fine_tune(job.spec)
         if plan is None:
             return classifier
-        return train(plan, lambda: _start(classifier, workspace), classifier.history, job, dataset, workspace)
+        return train(
+            StageContext(job, plan, workspace), dataset, lambda: _load(classifier, workspace), classifier.history
+        )
 
 
-def fine_tune_plan(spec: JobSpec) -> Plan | None:
-    """Say what the stage does.
+def plan_fine_tune(spec: JobSpec) -> TrainingPlan | None:
+    """Derive the plan of the stage from the spec.
 
     Args:
         spec: The job's `spec`.
 
     Returns:
-        Its phases and settings; None without `spec.fineTune`.
+        The plan; None without `spec.fineTune`.
     """
-    settings, first = spec.fine_tune, spec.transfer
+    settings, transfer = spec.fine_tune, spec.transfer
     if settings is None:
         return None
-    return Plan(
+    return TrainingPlan(
         stage="fine-tune",
-        phases=_phases(settings, first.epochs),
-        batch_size=settings.batch_size or first.batch_size,
-        loss=first.loss,
-        balanced=(settings.class_weights or first.class_weights) == "balanced",
+        phases=_phases(settings, transfer.epochs),
+        batch_size=settings.batch_size or transfer.batch_size,
+        loss=transfer.loss,
+        balance_classes=(settings.class_weights or transfer.class_weights) == "balanced",
         early_stopping=settings.early_stopping,
         seed=(spec.seed + _SEED_OFFSET) % 2**31,
-        caching=caching(
-            settings.cache, settings.most_epochs, spec.augmentation, all_trained=settings.unfreeze == "all"
+        feature_cache=feature_cache_policy(
+            settings.cache, settings.max_epochs, spec.augmentation, all_trained=settings.unfreeze == "all"
         ),
     )
 
 
-def _phases(settings: FineTune, default_epochs: int) -> tuple[Phase, ...]:
-    what = settings.unfreeze
-    if not isinstance(what, UnfreezeSteps):
-        return (Phase(what, settings.epochs or default_epochs, settings.optimizer),)
+def _phases(settings: FineTune, default_epochs: int) -> tuple[TrainingPhase, ...]:
+    unfreeze = settings.unfreeze
+    if not isinstance(unfreeze, UnfreezeSteps):
+        return (TrainingPhase(unfreeze, settings.epochs or default_epochs, settings.optimizer),)
     return tuple(
-        Phase(
+        TrainingPhase(
             UnfreezeLayers(layers=step.layers),
             step.epochs,
             settings.optimizer.model_copy(update={"learning_rate": step.learning_rate}),
         )
-        for step in what.steps
+        for step in unfreeze.steps
     )
 
 
-def _start(classifier: Classifier, workspace: Workspace) -> keras.Model:
+def _load(classifier: Classifier, workspace: Workspace) -> keras.Model:
     path = workspace.scratch / "transferred.keras"
     workspace.storage.download(classifier.key, path, classifier.file)
     model = keras.models.load_model(path, compile=False, safe_mode=True)

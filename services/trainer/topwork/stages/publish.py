@@ -6,26 +6,29 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import structlog
 from pydantic import BaseModel, ConfigDict
 
-from topwork.artifacts import read_record, write_whole
+from topwork.artifacts import read_json_record, write_artifact
 from topwork.clients.prometheus.metrics import Metrics
 from topwork.clients.s3.storage import Storage
 from topwork.data.dataset_manifest import StoredDataset, dataset_prefix
 from topwork.errors import DataError
 from topwork.registry import versions
-from topwork.registry.stage_results import Classifier, TrainingStage, read_done
+from topwork.registry.stage_results import Classifier, TrainingStage, read_stage_result
 from topwork.registry.versions import Version
 from topwork.report.documents import card_md, report_html
 from topwork.report.gates import gate_outcomes, require_gates
 from topwork.report.results import Outcome, batch_sizes, history_csv, metrics_json, step_seconds
 from topwork.spec import TransferJob
-from topwork.spec.yaml_output import yaml_text
-from topwork.training.input_stalls import is_held_up, wait_share
+from topwork.spec.yaml_output import dump_job
+from topwork.training.input_stalls import input_wait_share, is_input_bound
 from topwork.workspace import Workspace
 
 if TYPE_CHECKING:
     from topwork.report.held_out import Assessed
+
+log = structlog.get_logger(__name__)
 
 # Those that train, in their order.
 STAGES: tuple[TrainingStage, ...] = ("transfer", "fine-tune")
@@ -83,10 +86,10 @@ class Published(BaseModel):
 
     def repeat(self, metrics: Metrics) -> None:
         """Set the series of the evaluation, so that they are still scraped."""
-        metrics.evaluation(self.split, self.metrics)
-        metrics.gates_failed(0)
+        metrics.set_evaluation(self.split, self.metrics)
+        metrics.set_failed_gates(0)
         if self.started and self.finished:
-            metrics.repeat_stage("publish", self.started, self.finished)
+            metrics.restore_stage("publish", self.started, self.finished)
 
     def summary(self) -> list[str]:
         """Say in a few lines what was published and how good it is."""
@@ -123,10 +126,10 @@ def publish(job: TransferJob, classifier: Classifier, dataset: StoredDataset, wo
         DataError: If there is nothing to evaluate on, or the model's answers are not numbers.
         RuntimeError: If what was exported does not answer as what was evaluated.
     """
-    with workspace.metrics.stage("publish"):
+    with workspace.metrics.track_stage("publish"):
         published = _done(job, classifier, workspace)
         if published:
-            workspace.progress.note("already published", model=published.uri)
+            log.info("already published", model=published.uri)
             published.repeat(workspace.metrics)
             return published
         folder = workspace.scratch / "publish"
@@ -154,7 +157,7 @@ def published_earlier(job: TransferJob, storage: Storage) -> Published | None:
     if data is None:
         return None
     where = storage.uri_of(f"runs/{job.run}/publish/done.json")
-    published = read_record(Published, data, where, "what a published run leaves", "start over with --restart")
+    published = read_json_record(Published, data, where, "what a published run leaves", "start over with --restart")
     return published if versions.published(storage, published.name, published.version) else None
 
 
@@ -172,8 +175,8 @@ def _assess(
 
     assessed = assess(job, classifier, dataset, workspace, folder)
     evaluation = assessed.outcome.evaluation
-    workspace.metrics.evaluation(evaluation.split, evaluation.values)
-    workspace.progress.note("evaluation", images=evaluation.images, split=evaluation.split, **assessed.outcome.metrics)
+    workspace.metrics.set_evaluation(evaluation.split, evaluation.values)
+    log.info("evaluation", images=evaluation.images, split=evaluation.split, **assessed.outcome.metrics)
     return assessed
 
 
@@ -186,7 +189,7 @@ def _hold_gates(outcome: Outcome, workspace: Workspace) -> Outcome:
         latest.metrics if latest else None,
         f"{latest.name}/{latest.version}" if latest else "",
     )
-    workspace.metrics.gates_failed(sum(not gate.met for gate in gates))
+    workspace.metrics.set_failed_gates(sum(not gate.met for gate in gates))
     outcome = dataclasses.replace(outcome, gates=gates)
     storage, prefix = workspace.storage, f"runs/{outcome.job.run}"
     storage.write(f"{prefix}/metrics.json", metrics_json(outcome), content_type="application/json")
@@ -198,17 +201,17 @@ def _hold_gates(outcome: Outcome, workspace: Workspace) -> Outcome:
 
 def _export(outcome: Outcome, assessed: "Assessed", workspace: Workspace, folder: Path) -> Outcome:
     from topwork.data.decoding import resize
-    from topwork.model.export import export
+    from topwork.model.export import export_model
     from topwork.report.export_check import recheck
 
     formats = outcome.job.spec.publish.formats
-    workspace.progress.note("export", formats=" ".join(formats))
+    log.info("export", formats=" ".join(formats))
     version = folder / "version"
     version.mkdir()
-    export(assessed.model, outcome.evaluation.class_names, formats, resize, version)
+    export_model(assessed.model, outcome.evaluation.class_names, formats, resize, version)
     found = recheck(version, assessed.questions, formats)
-    workspace.progress.note(
-        "recheck",
+    log.info(
+        "export check",
         images=found.images,
         largest_difference=max(found.largest_difference.values()),
         accepted=found.tolerance,
@@ -237,7 +240,7 @@ def _hand_over(outcome: Outcome, weights: str, workspace: Workspace, folder: Pat
         images=outcome.evaluation.images,
         dataset=dataset_prefix(outcome.facts.name, outcome.facts.fingerprint),
     )
-    manifest = write_whole(storage, prefix, folder, version.model_dump(mode="json"))
+    manifest = write_artifact(storage, prefix, folder, version.model_dump(mode="json"))
     if manifest.facts != version.model_dump(mode="json"):
         raise DataError(
             f"{uri} was published by another process of {job.run} at the same time. Let one process at a time work on "
@@ -259,7 +262,7 @@ def _finish(job: TransferJob, version: Version, workspace: Workspace) -> Publish
         split=version.split,
         images=version.images,
         stages=_efforts(job, workspace.storage),
-        started=workspace.metrics.stage_started("publish"),
+        started=workspace.metrics.stage_start_time("publish"),
         finished=datetime.now(UTC),
     )
     storage, key, data = workspace.storage, f"runs/{job.run}/publish/done.json", published.model_dump_json().encode()
@@ -274,12 +277,12 @@ def _finish(job: TransferJob, version: Version, workspace: Workspace) -> Publish
 def _efforts(job: TransferJob, storage: Storage) -> dict[str, Effort]:
     efforts: dict[str, Effort] = {}
     for stage in STAGES:
-        if (done := read_done(storage, job.run, stage)) is not None:
+        if (done := read_stage_result(storage, job.run, stage)) is not None:
             efforts[stage] = Effort(
                 trainable=done.parameters.trainable,
                 batch_size=batch_sizes(job)[stage],
                 step_seconds=step_seconds(job, done.rows).get(stage),
-                input_wait_share=wait_share(done.rows) if any(map(is_held_up, done.rows)) else None,
+                input_wait_share=input_wait_share(done.rows) if any(map(is_input_bound, done.rows)) else None,
             )
     return efforts
 
@@ -290,6 +293,6 @@ def _write_papers(outcome: Outcome, folder: Path) -> None:
     (folder / "labels.txt").write_text("".join(f"{label}\n" for label in labels), "utf-8")
     (folder / "metrics.json").write_bytes(metrics_json(outcome))
     (folder / "history.csv").write_bytes(history_csv(outcome.history))
-    (folder / "spec.yaml").write_text(yaml_text(outcome.job), "utf-8")
+    (folder / "spec.yaml").write_text(dump_job(outcome.job), "utf-8")
     (folder / "card.md").write_text(card_md(outcome), "utf-8")
     (folder / "report.html").write_text(report_html(outcome), "utf-8")

@@ -1,4 +1,4 @@
-"""The pull stage: from the source to a proved dataset in object storage."""
+"""The pull stage: validates the images of a source and stores them as a dataset in object storage."""
 
 import hashlib
 import json
@@ -8,34 +8,45 @@ from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+import structlog
+from pydantic import BaseModel, ConfigDict
 
-from topwork.artifacts import read_manifest, read_record, write_whole
+from topwork.artifacts import read_json_record, write_artifact
 from topwork.clients.s3.storage import Storage
-from topwork.data.dataset_manifest import DatasetFacts, RejectedImage, StoredDataset, dataset_prefix, shown_rejections
-from topwork.data.decode_pool import Provers
+from topwork.data.dataset_manifest import (
+    DatasetMetadata,
+    RejectedImage,
+    StoredDataset,
+    dataset_prefix,
+    format_rejections,
+    read_dataset_metadata,
+)
+from topwork.data.decode_pool import DecodePool
 from topwork.data.image_validation import REASONS
 from topwork.data.sources import Source, open_source
-from topwork.data.sources.source import lookalikes
+from topwork.data.sources.source import find_similar_class_names
 from topwork.data.splits import check_splits
-from topwork.disk_space import require_room
+from topwork.disk_space import require_free_space
 from topwork.errors import DataError
 from topwork.spec import TransferJob
 from topwork.workspace import Workspace
 
+log = structlog.get_logger(__name__)
+
 # MAX_MEM_BUFFER_SIZE of tensorflow_datasets.core.shuffle.
-SORTED_IN_MEMORY_BYTES = 1000 << 20
+SHUFFLE_BUFFER_BYTES = 1000 << 20
 FORMAT = 1
-"""Version of what is stored. Another one makes every dataset anew."""
+"""Version of the stored dataset format. It is part of every fingerprint, so a new version pulls every dataset again."""
 
 
-class Pulled(BaseModel):
-    """The mark of a run whose images are in storage.
+class PullResult(BaseModel):
+    """The result of a finished pull, stored as `done.json`.
 
     Attributes:
-        dataset: Key of their folder.
-        started: When the pull that made it was started; None in the mark of an older topwork.
-        finished: When it was done.
+        format: Version of this record.
+        dataset: Key prefix of the dataset.
+        started: When the pull started. None if an older version of topwork wrote the record.
+        finished: When the pull finished.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -47,7 +58,7 @@ class Pulled(BaseModel):
 
 
 def pull(job: TransferJob, workspace: Workspace) -> StoredDataset:
-    """Bring the images of a job to storage, each proved to decode, unless they are there.
+    """Validate the images of a job and store them, unless they are already stored.
 
     Args:
         job: The job.
@@ -57,77 +68,86 @@ def pull(job: TransferJob, workspace: Workspace) -> StoredDataset:
         The stored dataset.
 
     Raises:
-        DataError: If the source holds no usable images, too many do not decode, or the splits do not fit it.
-        SettingError: If it takes more than the scratch volume holds.
-        UnavailableError: If the source or storage can't be reached, or scratch has no room.
+        DataError: If the source has no valid images, too many images are invalid, or the splits can't be filled.
+        SettingError: If the images exceed the limit of the scratch volume.
+        UnavailableError: If the source or storage can't be reached, or the scratch disk is full.
+
+    Example:
+        >>> dataset = pull(job, workspace)
+        >>> dataset.prefix
+        'datasets/photos/0f3a9c57d2e84b16'
     """
-    with workspace.metrics.stage("pull"):
-        workspace.metrics.rejectable(REASONS)
-        dataset = pulled_earlier(job, workspace) or _of_the_source(job, workspace)
-        workspace.metrics.dataset(dataset.facts.images)
-        _report(dataset.facts, workspace)
+    with workspace.metrics.track_stage("pull"):
+        workspace.metrics.init_rejection_reasons(REASONS)
+        dataset = find_pulled_dataset(job, workspace) or _pull_source(job, workspace)
+        workspace.metrics.set_dataset_images(dataset.metadata.images)
+        _log_dataset(dataset.metadata)
         return dataset
 
 
-def _done_key(job: TransferJob) -> str:
-    return f"runs/{job.run}/pull/done.json"
+def find_pulled_dataset(job: TransferJob, workspace: Workspace) -> StoredDataset | None:
+    """Find the dataset that a run has already pulled. A run keeps its dataset even if the source changes.
 
-
-def pulled_earlier(job: TransferJob, workspace: Workspace) -> StoredDataset | None:
-    """Find what a run has pulled, without training libraries: it keeps its images, also where the source has changed.
+    Does not import the training libraries.
 
     Args:
         job: The job of the run.
-        workspace: Storage, metrics and progress.
+        workspace: Storage and metrics.
 
     Returns:
-        The dataset; None if there is none, or if somebody has deleted it.
+        The dataset, or None if the run has not pulled one or the dataset was deleted.
     """
-    mark = _mark(job, workspace.storage)
-    if mark is None:
+    result = _read_result(job, workspace.storage)
+    if result is None:
         return None
-    prefix = mark.dataset
-    facts = stored_facts(workspace.storage, prefix)
-    if facts is None:
-        return None  # somebody deleted the dataset
-    workspace.progress.note("already done", stage="pull", dataset=workspace.storage.uri_of(prefix))
-    _repeat(mark, facts, workspace)
-    return StoredDataset(prefix, facts)
+    metadata = read_dataset_metadata(workspace.storage, result.dataset)
+    if metadata is None:
+        return None  # the dataset was deleted
+    log.info("stage already complete", stage="pull", dataset=workspace.storage.uri_of(result.dataset))
+    _restore_metrics(result, metadata, workspace)
+    return StoredDataset(result.dataset, metadata)
 
 
-def _mark(job: TransferJob, storage: Storage) -> Pulled | None:
-    key = _done_key(job)
+def _result_key(job: TransferJob) -> str:
+    return f"runs/{job.run}/pull/done.json"
+
+
+def _read_result(job: TransferJob, storage: Storage) -> PullResult | None:
+    key = _result_key(job)
     data = storage.read(key)
     if data is None:
         return None
-    return read_record(Pulled, data, storage.uri_of(key), "what a finished pull leaves", "start over with --restart")
+    return read_json_record(
+        PullResult, data, storage.uri_of(key), "the result of a finished pull", "start over with --restart"
+    )
 
 
-def _of_the_source(job: TransferJob, workspace: Workspace) -> StoredDataset:
+def _write_result(job: TransferJob, result: PullResult, storage: Storage) -> None:
+    """Write `done.json`, unless another process of the run has already finished a pull of the same dataset."""
+    key, data = _result_key(job), result.model_dump_json().encode()
+    if storage.write(key, data, only_if_absent=True, content_type="application/json"):
+        return
+    existing = _read_result(job, storage)
+    if existing is None or existing.dataset != result.dataset:
+        storage.write(key, data, content_type="application/json")
+
+
+def _pull_source(job: TransferJob, workspace: Workspace) -> StoredDataset:
     """Find the dataset of the source in storage, or store it."""
     source = open_source(job.spec.dataset.source, workspace)
     fingerprint = _fingerprint(source)
     prefix = dataset_prefix(source.name, fingerprint)
-    facts = stored_facts(workspace.storage, prefix)
-    if facts:
-        workspace.progress.note("dataset found", uri=workspace.storage.uri_of(prefix), images=facts.images)
-        _count_rejected(facts.rejected, workspace)
-        _check(facts, job)
+    metadata = read_dataset_metadata(workspace.storage, prefix)
+    if metadata:
+        log.info("dataset already stored", uri=workspace.storage.uri_of(prefix), images=metadata.images)
+        _count_rejected(metadata.rejected, workspace)
+        _check_dataset(metadata, job)
     else:
-        facts = _store(source, fingerprint, prefix, job, workspace)
-    done = Pulled(dataset=prefix, started=workspace.metrics.stage_started("pull"), finished=datetime.now(UTC))
-    _keep_mark(job, done, workspace.storage)
-    return StoredDataset(prefix, facts)
-
-
-def _keep_mark(job: TransferJob, done: Pulled, storage: Storage) -> None:
-    """Mark the pull as done; another process of the run that was faster keeps its mark and its times."""
-    key, data = _done_key(job), done.model_dump_json().encode()
-    if storage.write(key, data, only_if_absent=True, content_type="application/json"):
-        return
-    standing = _mark(job, storage)
-    if standing is None or standing.dataset != done.dataset:
-        storage.write(key, data, content_type="application/json")
+        metadata = _store_dataset(source, fingerprint, prefix, job, workspace)
+    started = workspace.metrics.stage_start_time("pull")
+    result = PullResult(dataset=prefix, started=started, finished=datetime.now(UTC))
+    _write_result(job, result, workspace.storage)
+    return StoredDataset(prefix, metadata)
 
 
 def _fingerprint(source: Source) -> str:
@@ -135,142 +155,121 @@ def _fingerprint(source: Source) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def stored_facts(storage: Storage, prefix: str) -> DatasetFacts | None:
-    """Read the facts of a dataset.
-
-    Args:
-        storage: Where it is.
-        prefix: Its key.
-
-    Returns:
-        The facts; None if it isn't there, or not whole.
-
-    Raises:
-        DataError: If its manifest is none of a dataset.
-    """
-    manifest = read_manifest(storage, prefix)
-    if manifest is None:
-        return None
-    try:
-        return DatasetFacts.model_validate(manifest.facts)
-    except ValidationError as error:
-        raise DataError(
-            f"The manifest of {storage.uri_of(prefix)} does not describe a dataset of topwork: "
-            f"{error.errors()[0]['msg']}. Delete that folder, manifest first, to have it pulled anew."
-        ) from error
-
-
-def _store(source: Source, fingerprint: str, prefix: str, job: TransferJob, workspace: Workspace) -> DatasetFacts:
-    """Prove and write the dataset on scratch, then upload it."""
-    _require_room(source, workspace)
+def _store_dataset(
+    source: Source, fingerprint: str, prefix: str, job: TransferJob, workspace: Workspace
+) -> DatasetMetadata:
+    """Validate and write the dataset on scratch, then upload it."""
+    _check_free_space(source, workspace)
     classes = source.class_names()
     if len(classes) < 2:
         raise DataError(
-            f"{_where(source)} holds one class only, {', '.join(classes) or 'without a name'}: a classifier needs two "
-            f"or more. Expected one folder a class; perhaps the address is one level too high or too low."
+            f"{_format_source(source)} contains only one class, {', '.join(classes) or '(unnamed)'}, but a classifier "
+            "needs at least two. Expected one directory per class. The address may be one level too high or too low."
         )
-    folder = workspace.scratch / "pull" / fingerprint
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    directory = workspace.scratch / "pull" / fingerprint
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
     try:
-        written, facts = _written(source, fingerprint, folder, workspace)
-        _check(facts, job)
-        # Another pull of the same source may write at the same time: the same files, since they depend on it alone.
-        manifest = write_whole(workspace.storage, prefix, written, facts.model_dump(mode="json"))
-        return DatasetFacts.model_validate(manifest.facts)
+        dataset, metadata = _write_dataset(source, fingerprint, directory, workspace)
+        _check_dataset(metadata, job)
+        # A concurrent pull of the same source uploads identical files: they depend only on the source.
+        manifest = write_artifact(workspace.storage, prefix, dataset, metadata.model_dump(mode="json"))
+        return DatasetMetadata.model_validate(manifest.facts)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(directory, ignore_errors=True)
 
 
-def _require_room(source: Source, workspace: Workspace) -> None:
-    """Refuse what scratch can't hold before anything is fetched, as far as that can be told."""
-    if (room := source.room()) is None:
+def _check_free_space(source: Source, workspace: Workspace) -> None:
+    """Check that the scratch disk can hold the images before downloading them, if the source knows their size."""
+    if (estimate := source.estimate_space()) is None:
         return
-    # TFDS sorts what is more than its memory in a second copy on disk.
-    copies = 2 if room.images > SORTED_IN_MEMORY_BYTES else 1
-    what = f"Pulling {_where(source)}"
+    # TFDS shuffles on disk what exceeds its memory buffer, which takes a second copy.
+    copies = 2 if estimate.image_bytes > SHUFFLE_BUFFER_BYTES else 1
+    needed = estimate.download_bytes + copies * estimate.image_bytes
     workspace.scratch.mkdir(parents=True, exist_ok=True)
-    require_room(workspace.scratch, room.fetched + copies * room.images, what, workspace.scratch_limit)
+    require_free_space(workspace.scratch, needed, f"Pulling {_format_source(source)}", workspace.scratch_limit)
 
 
-def _written(source: Source, fingerprint: str, folder: Path, workspace: Workspace) -> tuple[Path, DatasetFacts]:
-    from topwork.data.decoding import is_readable
+def _write_dataset(
+    source: Source, fingerprint: str, directory: Path, workspace: Workspace
+) -> tuple[Path, DatasetMetadata]:
+    from topwork.data.decoding import is_decodable
     from topwork.data.tfds_writer import write_tfds
 
     counts = list(source.splits().values())
     total = None if None in counts else sum(count or 0 for count in counts)
-    with workspace.track("pull: images", total) as tracker, Provers(readable=is_readable) as provers:
-        written, tally = write_tfds(source, provers, folder, tracker.advance)
-    _count_rejected(tally.rejected, workspace)
-    return written, DatasetFacts(
+    with workspace.track("pull: images", total) as tracker, DecodePool(is_decodable=is_decodable) as pool:
+        dataset, stats = write_tfds(source, pool, directory, tracker.advance)
+    _count_rejected(stats.rejected, workspace)
+    return dataset, DatasetMetadata(
         name=source.name,
         fingerprint=fingerprint,
         source=source.description(),
         class_names=source.class_names(),
-        splits={split: dict(sorted(counts.items())) for split, counts in sorted(tally.splits.items())},
-        images=tally.images,
-        rejected=tuple(tally.rejected),
-        duplicates=tally.duplicates,
+        splits={split: dict(sorted(counts.items())) for split, counts in sorted(stats.splits.items())},
+        images=stats.images,
+        rejected=tuple(stats.rejected),
+        duplicates=stats.duplicates,
     )
 
 
-def _repeat(mark: Pulled, facts: DatasetFacts, workspace: Workspace) -> None:
-    """Set the series of a pull that is done, so that its results are still scraped."""
-    workspace.metrics.dataset(facts.images)
-    _count_rejected(facts.rejected, workspace)
-    if mark.started and mark.finished:
-        workspace.metrics.repeat_stage("pull", mark.started, mark.finished)
+def _restore_metrics(result: PullResult, metadata: DatasetMetadata, workspace: Workspace) -> None:
+    """Expose the metrics of a finished pull again, so that Prometheus can still scrape them."""
+    workspace.metrics.set_dataset_images(metadata.images)
+    _count_rejected(metadata.rejected, workspace)
+    if result.started and result.finished:
+        workspace.metrics.restore_stage("pull", result.started, result.finished)
 
 
 def _count_rejected(rejected: Iterable[RejectedImage], workspace: Workspace) -> None:
     for reason, count in Counter(image.reason for image in rejected).items():
-        workspace.metrics.rejected(reason, count)
+        workspace.metrics.count_rejected_images(reason, count)
 
 
-def _check(facts: DatasetFacts, job: TransferJob) -> None:
-    """Refuse a dataset that the job's spec does not allow; run for a dataset that is found, too."""
-    wanted, rejected = job.spec.dataset, list(facts.rejected)
-    if rejected and wanted.on_corrupt_image == "fail":
+def _check_dataset(metadata: DatasetMetadata, job: TransferJob) -> None:
+    """Check a dataset against the rules of the spec. Applies to datasets that were already stored, too."""
+    spec, rejected = job.spec.dataset, list(metadata.rejected)
+    if rejected and spec.on_corrupt_image == "fail":
         raise DataError(
-            f"spec.dataset.onCorruptImage is fail, and not every image can be used. {shown_rejections(rejected)} "
-            f"Mend or remove them, or set onCorruptImage: skip."
+            f"Some images are invalid, and spec.dataset.onCorruptImage is fail. {format_rejections(rejected)} "
+            "Fix or remove them, or set onCorruptImage: skip."
         )
-    ratio = len(rejected) / max(1, len(rejected) + facts.images)
-    if ratio > wanted.max_rejected_ratio:
+    ratio = len(rejected) / max(1, len(rejected) + metadata.images)
+    if ratio > spec.max_rejected_ratio:
         raise DataError(
-            f"{ratio:.1%} of the images of {facts.origin} can't be used, more than spec.dataset.maxRejectedRatio "
-            f"{wanted.max_rejected_ratio:g} allows. {shown_rejections(rejected)}"
+            f"{ratio:.1%} of the images of {metadata.origin} are invalid, more than spec.dataset.maxRejectedRatio "
+            f"{spec.max_rejected_ratio:g} allows. {format_rejections(rejected)}"
         )
-    check_splits(wanted.splits, facts)
+    check_splits(spec.splits, metadata)
 
 
-def _report(facts: DatasetFacts, workspace: Workspace) -> None:
-    counts = facts.class_counts
-    workspace.progress.note(
+def _log_dataset(metadata: DatasetMetadata) -> None:
+    counts = metadata.class_counts
+    log.info(
         "dataset",
-        name=facts.name,
-        images=facts.images,
-        classes=len(facts.class_names),
+        name=metadata.name,
+        images=metadata.images,
+        classes=len(metadata.class_names),
         imbalance=round(max(counts.values()) / max(1, min(counts.values())), 2),
-        duplicates=facts.duplicates,
-        rejected=len(facts.rejected),
+        duplicates=metadata.duplicates,
+        rejected=len(metadata.rejected),
     )
-    workspace.progress.note("images of each class", counts=_shown(counts))
-    if alike := lookalikes(facts.class_names):
-        workspace.progress.note("classes that differ by case or spaces alone", classes="; ".join(alike[:20]))
-    if facts.rejected:
-        reasons = Counter(image.reason for image in facts.rejected)
-        workspace.progress.note("images left out", reasons=_shown(reasons))
+    log.info("images per class", counts=_format_counts(counts))
+    if similar := find_similar_class_names(metadata.class_names):
+        log.warning("class names differ only by case or spaces", classes="; ".join(similar[:20]))
+    if metadata.rejected:
+        reasons = Counter(image.reason for image in metadata.rejected)
+        log.warning("images rejected", reasons=_format_counts(reasons))
 
 
-def _shown(counts: Mapping[str, int], most: int = 20) -> str:
-    """Show counts in one line, the rarest first where there are many."""
+def _format_counts(counts: Mapping[str, int], limit: int = 20) -> str:
+    """Format counts on one line. If there are more than `limit`, show the smallest ones."""
     shown = list(counts.items())
-    if len(shown) > most:
-        shown = sorted(shown, key=lambda entry: entry[1])[:most]
-    more = f", and {len(counts) - most} more" if len(counts) > most else ""
+    if len(shown) > limit:
+        shown = sorted(shown, key=lambda entry: entry[1])[:limit]
+    more = f", and {len(counts) - limit} more" if len(counts) > limit else ""
     return ", ".join(f"{name} {count}" for name, count in shown) + more
 
 
-def _where(source: Source) -> str:
+def _format_source(source: Source) -> str:
     return json.dumps(source.description())

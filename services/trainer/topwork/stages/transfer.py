@@ -1,69 +1,73 @@
-"""Stage 1: the base frozen and a new head trained, or all of a new model."""
-
-from pathlib import Path
+"""The transfer stage: trains a new head on the frozen base, or the whole model."""
 
 import keras
 
 from topwork.data.dataset_manifest import StoredDataset
-from topwork.model.classifier import build
-from topwork.registry.stage_results import Classifier, read_done
+from topwork.model.classifier import build_classifier
+from topwork.registry.stage_results import Classifier, find_completed_stage
 from topwork.spec import TransferJob
 from topwork.spec.job import JobSpec
-from topwork.training.base_files import base_file
-from topwork.training.feature_cache.policy import caching
-from topwork.training.plan import Phase, Plan
-from topwork.training.stage import found, train
+from topwork.training.base_files import fetch_base_file
+from topwork.training.feature_cache.policy import feature_cache_policy
+from topwork.training.plan import StageContext, TrainingPhase, TrainingPlan
+from topwork.training.trainer import train
 from topwork.workspace import Workspace
 
 
 def transfer(job: TransferJob, dataset: StoredDataset, workspace: Workspace) -> Classifier:
-    """Put a new head on the base and train it; the base is frozen unless `spec.transfer.train` is all.
+    """Train a new head on the base. The base is frozen unless `spec.transfer.train` is all.
+
+    A completed stage is skipped, an interrupted one resumes from its newest checkpoint.
 
     Args:
         job: The job.
         dataset: The stored dataset.
-        workspace: Storage, metrics, progress and scratch.
+        workspace: Storage, metrics, progress and scratch directory.
 
     Returns:
-        The classifier with the best weights, stored.
+        The stored classifier with the best weights.
 
     Raises:
-        SpecError: If the base or the settings don't go with the data or the replicas.
-        DataError: If the data or the base can't be used.
+        SpecError: If the base or the settings do not suit the data or the replicas.
+        DataError: If the data or the base cannot be used.
         UnavailableError: If storage or a download failed.
-        Stopped: If asked to stop; the checkpoint is stored.
+        Stopped: If a stop was requested; the checkpoint is stored.
+
+    Example:
+        `classifier = transfer(job, pull(job, workspace), workspace)`
     """
-    with workspace.metrics.stage("transfer"):
-        if (done := read_done(workspace.storage, job.run, "transfer")) is not None:
-            return found(done, workspace)
-        file = base_file(job.spec.model.base, workspace)
-        return train(transfer_plan(job.spec), lambda: _start(job, dataset, file), [], job, dataset, workspace)
+    with workspace.metrics.track_stage("transfer"):
+        if (completed := find_completed_stage(job.run, "transfer", workspace)) is not None:
+            return completed
+        base_file = fetch_base_file(job.spec.model.base, workspace)
+
+        def build_model() -> keras.Model:
+            classes = len(dataset.metadata.class_names)
+            return build_classifier(job.spec.model, job.spec.dataset.image_size, classes, base_file)
+
+        return train(StageContext(job, plan_transfer(job.spec), workspace), dataset, build_model, [])
 
 
-def transfer_plan(spec: JobSpec) -> Plan:
-    """Say what the stage does.
+def plan_transfer(spec: JobSpec) -> TrainingPlan:
+    """Derive the plan of the stage from the spec.
 
     Args:
         spec: The job's `spec`.
 
     Returns:
-        Its phases and settings.
+        The plan, with one phase.
     """
     settings = spec.transfer
-    return Plan(
+    trains_all = settings.train == "all"
+    return TrainingPlan(
         stage="transfer",
-        phases=(Phase("all" if settings.train == "all" else "none", settings.epochs, settings.optimizer),),
+        phases=(TrainingPhase("all" if trains_all else "none", settings.epochs, settings.optimizer),),
         batch_size=settings.batch_size,
         loss=settings.loss,
-        balanced=settings.class_weights == "balanced",
+        balance_classes=settings.class_weights == "balanced",
         early_stopping=settings.early_stopping,
         seed=spec.seed,
-        caching=caching(settings.cache, settings.epochs, spec.augmentation, all_trained=settings.train == "all"),
-        # A new base must learn its statistics; a trained one has some worth keeping.
-        batch_norm=not spec.model.base.is_pretrained,
+        feature_cache=feature_cache_policy(settings.cache, settings.epochs, spec.augmentation, all_trained=trains_all),
+        # A new base must learn its statistics; those of a pretrained base are kept.
+        train_batch_norm=not spec.model.base.is_pretrained,
     )
-
-
-def _start(job: TransferJob, dataset: StoredDataset, file: Path | None) -> keras.Model:
-    settings = job.spec
-    return build(settings.model, settings.dataset.image_size, len(dataset.facts.class_names), file)

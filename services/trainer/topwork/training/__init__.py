@@ -1,1 +1,1 @@
-"""The training loop of one stage: strategy, optimizer, callbacks, checkpoints."""
+"""Training of one stage: strategy, optimizer, loss, trainer, checkpoints and the feature cache."""

@@ -1,4 +1,4 @@
-"""Files that a base is made from: weights and saved models in storage, and the mirror of ImageNet weights."""
+"""Files of the pretrained base: user weights and saved models, and ImageNet weights mirrored to storage."""
 
 import contextlib
 import http.client
@@ -9,71 +9,84 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import keras
+import structlog
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
 from topwork.errors import DataError, SpecError, UnavailableError
-from topwork.model.backbones import backbone
+from topwork.model.backbones import find_backbone
 from topwork.spec.model import Base
 from topwork.workspace import Workspace
 
-ATTEMPTS = 3
-LONGEST_WAIT_SECONDS = 2.0
-SILENCE_SECONDS = 60.0
-# Weights without a head are the same for every image size; MobileNet warns of any but its own sides.
-SIDE = 224
+log = structlog.get_logger(__name__)
+
+MAX_ATTEMPTS = 3
+MAX_RETRY_WAIT_SECONDS = 2.0
+SOCKET_TIMEOUT_SECONDS = 60.0
+# Weights without a head are the same for every image size. MobileNet warns about any but its standard sizes.
+STANDARD_IMAGE_SIDE = 224
 
 
-def base_file(base: Base, workspace: Workspace) -> Path | None:
-    """Bring the file that the spec's base is made from to scratch.
+def fetch_base_file(base: Base, workspace: Workspace) -> Path | None:
+    """Fetch the file that the base is built from.
+
+    ImageNet weights are downloaded once and then kept in storage for later runs.
 
     Args:
         base: `spec.model.base`.
-        workspace: Storage, where downloaded ImageNet weights are kept for the next run, and scratch.
+        workspace: Storage and scratch directory.
 
     Returns:
-        The saved model or the weights; None where the base needs no file.
+        Path of the saved model or the weights; None if the base needs no file.
 
     Raises:
-        DataError: If there's no such file.
-        UnavailableError: If storage can't be reached, or ImageNet weights could not be downloaded.
+        DataError: If the file does not exist.
+        UnavailableError: If storage cannot be reached, or ImageNet weights cannot be downloaded.
     """
     if base.saved:
-        return _fetched(base.saved.uri, "spec.model.base.saved.uri", workspace)
+        return _fetch(base.saved.uri, "spec.model.base.saved.uri", workspace)
     if base.weights not in {None, "imagenet", "none"}:
-        return _fetched(base.weights, "spec.model.base.weights", workspace)
+        return _fetch(base.weights, "spec.model.base.weights", workspace)
     if not base.needs_imagenet:
         return None
     name = str(base.application)
     mirror_weights(name, workspace)
-    path = workspace.scratch / Path(mirror_key(name)).name
-    workspace.storage.download(mirror_key(name), path)
+    key = mirrored_weights_key(name)
+    path = workspace.scratch / Path(key).name
+    workspace.storage.download(key, path)
     return path
 
 
-def mirror_key(name: str) -> str:
-    """Give the key of the mirrored ImageNet weights of a model of keras.applications."""
+def mirrored_weights_key(name: str) -> str:
+    """Storage key of the mirrored ImageNet weights of a keras.applications model."""
     return f"weights/imagenet/{name}.weights.h5"
 
 
 def mirror_weights(name: str, workspace: Workspace, file: Path | None = None) -> bool:
-    """Bring ImageNet weights into storage, unless they are there: jobs then need no internet for them.
+    """Copy ImageNet weights to storage, unless they are there, so that jobs do not need internet access.
 
     Args:
         name: Name of the model in keras.applications.
-        workspace: Storage, progress and scratch.
-        file: Weights of the model without its head; None downloads Keras' own.
+        workspace: Storage and scratch directory.
+        file: Weights of the model without its head; None downloads them with Keras.
 
     Returns:
-        Whether they were there.
+        Whether storage already had the weights.
 
     Raises:
-        DataError: If the file doesn't hold this model's weights.
+        DataError: If the file does not contain weights of this model.
         UnavailableError: If the download or storage failed.
+
+    Example:
+        `mirror_weights("MobileNetV2", workspace)`
     """
-    key = mirror_key(name)
+    key = mirrored_weights_key(name)
     if workspace.storage.size(key) is not None:
         return True
-    model = backbone(name).build((SIDE, SIDE), file) if file else _downloaded(name, workspace)
+    model = (
+        find_backbone(name).build((STANDARD_IMAGE_SIDE, STANDARD_IMAGE_SIDE), file)
+        if file
+        else _download(name, workspace)
+    )
     path = workspace.scratch / Path(key).name
     model.save_weights(path)
     workspace.storage.upload(path, key)
@@ -81,28 +94,28 @@ def mirror_weights(name: str, workspace: Workspace, file: Path | None = None) ->
     return False
 
 
-def _downloaded(name: str, workspace: Workspace) -> keras.Model:
+def _download(name: str, workspace: Workspace) -> keras.Model:
     retrying = Retrying(
         retry=retry_if_exception_type(UnavailableError),
-        stop=stop_after_attempt(ATTEMPTS),
-        wait=wait_random_exponential(max=LONGEST_WAIT_SECONDS),
+        stop=stop_after_attempt(MAX_ATTEMPTS),
+        wait=wait_random_exponential(max=MAX_RETRY_WAIT_SECONDS),
         reraise=True,
     )
-    workspace.progress.note("downloading ImageNet weights", model=name)
+    log.info("downloading ImageNet weights", model=name)
     try:
-        return retrying(_download, name)
+        return retrying(_download_once, name)
     except UnavailableError as error:
         raise UnavailableError(
-            f"{error} Where there is no internet, run `topwork mirror weights {workspace.storage.uri} {name}` on a "
-            "machine that has it, or give it a file of these weights with --file."
+            f"{error} Without internet access, run `topwork mirror weights {workspace.storage.uri} {name}` on a "
+            "machine that has it, or pass it a file with these weights with --file."
         ) from error
 
 
-def _download(name: str) -> keras.Model:
-    # Keras shows its progress on standard output, which belongs to the commands.
-    with contextlib.redirect_stdout(io.StringIO()), _impatient():
+def _download_once(name: str) -> keras.Model:
+    # Keras prints its progress to standard output, which is reserved for the output of commands.
+    with contextlib.redirect_stdout(io.StringIO()), _socket_timeout():
         try:
-            return backbone(name).build((SIDE, SIDE), "imagenet")
+            return find_backbone(name).build((STANDARD_IMAGE_SIDE, STANDARD_IMAGE_SIDE), "imagenet")
         except (SpecError, ConnectionError, TimeoutError, ssl.SSLError, http.client.HTTPException) as error:
             if isinstance(error, SpecError) and "file hash" not in str(error):
                 raise
@@ -110,26 +123,26 @@ def _download(name: str) -> keras.Model:
 
 
 @contextlib.contextmanager
-def _impatient() -> Iterator[None]:
-    """Let no server that falls silent hold up a download for ever: Keras sets no time limit of its own."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(SILENCE_SECONDS)
+def _socket_timeout() -> Iterator[None]:
+    """Set a default socket timeout: Keras sets none, so a server that stops responding would block forever."""
+    previous = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(SOCKET_TIMEOUT_SECONDS)
     try:
         yield
     finally:
-        socket.setdefaulttimeout(before)
+        socket.setdefaulttimeout(previous)
 
 
-def _fetched(uri: str, where: str, workspace: Workspace) -> Path:
+def _fetch(uri: str, spec_key: str, workspace: Workspace) -> Path:
     if not uri.startswith("s3://"):
         path = Path(uri.removeprefix("file://"))
         if not path.is_file():
-            raise DataError(f"{where} is {uri}, and there's no such file here. Name a local file or an s3:// object.")
+            raise DataError(f"{spec_key} is {uri}, which does not exist. Use a local file or an s3:// object.")
         return path
-    folder, _, name = uri.rpartition("/")
-    source = workspace.storage.at(folder)
+    directory, _, name = uri.rpartition("/")
+    source = workspace.storage.at(directory)
     if source.size(name) is None:
-        raise DataError(f"{where} is {uri}, and there's no such object in storage.")
+        raise DataError(f"{spec_key} is {uri}, and storage has no such object.")
     path = workspace.scratch / name
     source.download(name, path)
     return path

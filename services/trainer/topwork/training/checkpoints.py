@@ -1,4 +1,4 @@
-"""Checkpoints of a stage in storage, written beside training: only the newest matters."""
+"""Checkpoints of a training stage: stored in the background, pruned to the newest two, and read on resume."""
 
 import re
 import shutil
@@ -12,128 +12,130 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import structlog
 from pydantic import ValidationError
 
-from topwork.artifacts import NAME as MANIFEST
-from topwork.artifacts import fetch_whole, write_whole
+from topwork.artifacts import MANIFEST_NAME, download_artifact, write_artifact
 from topwork.errors import DamagedError, DataError, FormatError, TopworkError
-from topwork.training.train_state import Course
+from topwork.training.train_state import TrainState
 from topwork.workspace import Workspace
 
-FORMAT = 1
-"""Version of what a checkpoint holds; another one where an older topwork would go on wrongly from it."""
+log = structlog.get_logger(__name__)
 
-# Values of the variables of a group, in the order of the model's variables.
+FORMAT = 1
+"""Version of the checkpoint format. Increase it when an older topwork would resume incorrectly from a checkpoint."""
+
+CHECKPOINTS_TO_KEEP = 2
+"""The newest checkpoint, and the one before in case the newest is damaged. The older one is deleted only after a newer
+one is stored completely."""
+
+# Values of the variables in each group, in the order of the model's variables.
 Values = dict[str, list[np.ndarray]]
-GROUPS = frozenset({"model", "optimizer"})
-_ARRAYS = "state.npz"
+REQUIRED_GROUPS = frozenset({"model", "optimizer"})
+_ARRAYS_FILE = "state.npz"
+_CHECKPOINT_NAME = re.compile(r"(\d{5})(?:-(\d{7}))?$")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """All that a stage needs to go on exactly where it was.
+    """Everything that a stage needs to resume exactly where it was.
 
     Attributes:
-        course: How far the stage is.
+        state: Progress and history of the stage.
         values: Values of the variables in the groups model, optimizer, metrics and best.
     """
 
-    course: Course
+    state: TrainState
     values: Values
 
     @property
     def name(self) -> str:
-        """Folder of the checkpoint: complete epochs and, within an epoch, the steps done of the next."""
-        step = f"-{self.course.step:07}" if self.course.step else ""
-        return f"{self.course.epoch:05}{step}"
+        """Directory of the checkpoint: completed epochs and, within an epoch, completed steps of the next one."""
+        step = f"-{self.state.step:07}" if self.state.step else ""
+        return f"{self.state.epoch:05}{step}"
 
 
-def write(checkpoint: Checkpoint, prefix: str, workspace: Workspace) -> None:
+def write_checkpoint(checkpoint: Checkpoint, prefix: str, workspace: Workspace) -> None:
     """Store a checkpoint.
 
     Args:
         checkpoint: The checkpoint.
-        prefix: Key of its folder.
-        workspace: Storage and scratch.
+        prefix: Storage key prefix of the checkpoint.
+        workspace: Storage and scratch directory.
 
     Raises:
-        UnavailableError: If storage can't be reached.
+        UnavailableError: If storage cannot be reached.
     """
-    with tempfile.TemporaryDirectory(dir=workspace.scratch, prefix="checkpoint-") as folder:
+    with tempfile.TemporaryDirectory(dir=workspace.scratch, prefix="checkpoint-") as directory:
         arrays = {
             f"{group}/{index:05}": value
             for group, values in checkpoint.values.items()
             for index, value in enumerate(values)
         }
-        with (Path(folder) / _ARRAYS).open("wb") as file:
+        with (Path(directory) / _ARRAYS_FILE).open("wb") as file:
             np.savez(file, **arrays)  # type: ignore[arg-type] # numpy's stub takes the names for its options
-        facts = {"format": FORMAT, **checkpoint.course.model_dump(mode="json")}
-        write_whole(workspace.storage, prefix, Path(folder), facts)
+        facts = {"format": FORMAT, **checkpoint.state.model_dump(mode="json")}
+        write_artifact(workspace.storage, prefix, Path(directory), facts)
 
 
-def read(prefix: str, workspace: Workspace) -> Checkpoint:
-    """Fetch a checkpoint.
+def read_checkpoint(prefix: str, workspace: Workspace) -> Checkpoint:
+    """Download a checkpoint and verify it.
 
     Args:
-        prefix: Key of its folder.
-        workspace: Storage and scratch.
+        prefix: Storage key prefix of the checkpoint.
+        workspace: Storage and scratch directory.
 
     Returns:
         The checkpoint.
 
     Raises:
-        FormatError: If another topwork wrote it.
-        DataError: If a part of it is missing, or it is none.
-        DamagedError: If its bytes aren't those that its manifest names.
-        UnavailableError: If storage can't be reached.
+        FormatError: If a topwork version with another checkpoint format wrote it.
+        DataError: If a part of it is missing, or it is not a checkpoint.
+        DamagedError: If a file does not match the digest in the manifest.
+        UnavailableError: If storage cannot be reached.
     """
-    folder = workspace.scratch / f"restored-{Path(prefix).name}"
+    uri = workspace.storage.uri_of(prefix)
+    directory = workspace.scratch / f"restored-{Path(prefix).name}"
     try:
-        facts = fetch_whole(workspace.storage, prefix, folder).facts
+        facts = download_artifact(workspace.storage, prefix, directory).facts
         if (found := facts.pop("format", FORMAT)) != FORMAT:
             raise FormatError(
-                f"The checkpoint {workspace.storage.uri_of(prefix)} has format {found}, and this topwork reads format "
-                f"{FORMAT}. Go on with the topwork that the run was begun with, or start over with --restart."
+                f"The checkpoint {uri} has format {found}, but this topwork reads format {FORMAT}. Resume with the "
+                "topwork version that started the run, or start over with --restart."
             )
         values: Values = {}
-        with np.load(folder / _ARRAYS) as arrays:
+        with np.load(directory / _ARRAYS_FILE) as arrays:
             for key in sorted(arrays.files):
                 values.setdefault(key.split("/")[0], []).append(arrays[key])
-        if missing := GROUPS - values.keys():
-            raise DataError(f"{workspace.storage.uri_of(prefix)} lacks the values of {', '.join(sorted(missing))}.")
-        return Checkpoint(Course.model_validate(facts), values)
+        if missing := REQUIRED_GROUPS - values.keys():
+            raise DataError(f"{uri} lacks the values of {', '.join(sorted(missing))}.")
+        return Checkpoint(TrainState.model_validate(facts), values)
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
         reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
-        raise DataError(f"{workspace.storage.uri_of(prefix)} is no checkpoint of topwork: {reason}.") from error
+        raise DataError(f"{uri} is not a topwork checkpoint: {reason}.") from error
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-_FOLDER = re.compile(r"(\d{5})(?:-(\d{7}))?$")
-KEPT = 2
-"""The newest, and one more should the newest be damaged. A third would not help: the one before is only deleted when
-the newest stands whole, so two are lost only where a store loses what it has confirmed time and again."""
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 class Checkpoints:
-    """Writes checkpoints from a thread of its own and finds the newest; a context manager that waits at its end."""
+    """The checkpoints of a stage. A background thread stores them; leaving the context waits for it."""
 
     def __init__(self, workspace: Workspace, prefix: str, minutes: float) -> None:
-        """Prepare the writer.
+        """Start the background thread.
 
         Args:
-            workspace: Storage, scratch, metrics and progress.
-            prefix: Key of the stage in storage; the checkpoints lie in `checkpoints/` below it.
-            minutes: Age at which the last one calls for another, in the middle of an epoch.
+            workspace: Storage, metrics and scratch directory.
+            prefix: Storage key prefix of the stage; checkpoints are stored in `checkpoints/` below it.
+            minutes: Interval after which a checkpoint is due in the middle of an epoch.
         """
-        self._seconds, self._saved = 60 * minutes, time.monotonic()
+        self._interval_seconds, self._last_save = 60 * minutes, time.monotonic()
         self._workspace = workspace
         self._prefix = f"{prefix}/checkpoints"
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._lock = threading.Lock()
-        self._waiting: Checkpoint | None = None
+        self._pending: Checkpoint | None = None
         self._running: Future[None] | None = None
-        # What can't be read is in the way of what is written anew, and lies there until then.
+        # A checkpoint that cannot be read stays until a new one is stored, and is deleted before its name is reused.
         self._unreadable: set[str] = set()
 
     def __enter__(self) -> "Checkpoints":
@@ -143,51 +145,51 @@ class Checkpoints:
         self._thread.shutdown(wait=True)
 
     def newest(self) -> Checkpoint | None:
-        """Fetch the newest checkpoint that can be read, and clear away what killed processes left half-written.
+        """Read the newest readable checkpoint, and delete incomplete ones that killed processes left behind.
 
-        One that is damaged or lacks a file is passed over, and deleted when another is stored.
+        A damaged checkpoint is skipped; it is deleted after the next one is stored.
 
         Returns:
             The checkpoint; None if there is none.
 
         Raises:
-            FormatError: If another topwork wrote it.
-            UnavailableError: If storage can't be reached: a checkpoint may be there all the same.
+            FormatError: If a topwork version with another checkpoint format wrote it.
+            UnavailableError: If storage cannot be reached: there may be a checkpoint all the same.
         """
-        folders = self._folders()
-        whole = [name for name, keys in folders.items() if _is_whole(keys)]
-        self._delete(folders.keys() - set(whole))
-        for name in sorted(whole, reverse=True):
+        stored = self._list()
+        complete = [name for name, keys in stored.items() if _is_complete(keys)]
+        self._delete(stored.keys() - set(complete))
+        for name in sorted(complete, reverse=True):
             try:
-                return read(f"{self._prefix}/{name}", self._workspace)
+                return read_checkpoint(f"{self._prefix}/{name}", self._workspace)
             except FormatError:
                 raise
             except (DataError, DamagedError) as error:
-                self._workspace.progress.note("checkpoint can't be read", checkpoint=name, reason=str(error))
+                log.warning("checkpoint is unreadable", checkpoint=name, reason=str(error))
                 self._unreadable.add(name)
         return None
 
     @property
     def is_due(self) -> bool:
-        """Whether the last one is older than the spec lets it become; an epoch has its own at its end."""
-        return time.monotonic() - self._saved >= self._seconds
+        """Whether the interval since the last checkpoint has passed. The end of an epoch always stores one."""
+        return time.monotonic() - self._last_save >= self._interval_seconds
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Store a checkpoint beside training. One that still waits is replaced: only the newest matters."""
-        self._saved = time.monotonic()
+        """Store a checkpoint in the background. It replaces one that is still waiting: only the newest matters."""
+        self._last_save = time.monotonic()
         with self._lock:
-            self._waiting = checkpoint
+            self._pending = checkpoint
             if self._running is None:
-                self._running = self._thread.submit(self._drain)
+                self._running = self._thread.submit(self._write_pending)
 
     def save_now(self, checkpoint: Checkpoint) -> None:
         """Store a checkpoint and wait for it.
 
         Raises:
-            UnavailableError: If storage can't be reached.
+            UnavailableError: If storage cannot be reached.
         """
         with self._lock:
-            self._waiting = None
+            self._pending = None
         self._thread.submit(self._write, checkpoint).result()
 
     def wait(self) -> None:
@@ -198,47 +200,49 @@ class Checkpoints:
             running.result()
 
     def clear(self) -> None:
-        """Delete all checkpoints of a stage that is done."""
+        """Delete all checkpoints of a completed stage."""
         self.wait()
         self._workspace.storage.delete([stored.key for stored in self._workspace.storage.list(f"{self._prefix}/")])
 
-    def _drain(self) -> None:
+    def _write_pending(self) -> None:
         while True:
             with self._lock:
-                checkpoint, self._waiting = self._waiting, None
+                checkpoint, self._pending = self._pending, None
                 if checkpoint is None:
                     self._running = None
                     return
             try:
                 self._write(checkpoint)
             except TopworkError as error:
-                # Training goes on: the next checkpoint may get through.
-                self._workspace.progress.note("checkpoint not stored", checkpoint=checkpoint.name, reason=str(error))
+                # Training continues: the next checkpoint may succeed.
+                log.warning("checkpoint not stored", checkpoint=checkpoint.name, reason=str(error))
 
     def _write(self, checkpoint: Checkpoint) -> None:
         self._delete({checkpoint.name} & self._unreadable)
-        began = time.monotonic()
-        write(checkpoint, f"{self._prefix}/{checkpoint.name}", self._workspace)
-        self._workspace.metrics.checkpoint_saved(time.monotonic() - began)
-        whole = {name for name, keys in self._folders().items() if _is_whole(keys)}
-        old = sorted(whole - self._unreadable | {checkpoint.name})[:-KEPT]
+        start = time.monotonic()
+        write_checkpoint(checkpoint, f"{self._prefix}/{checkpoint.name}", self._workspace)
+        self._workspace.metrics.record_checkpoint(time.monotonic() - start)
+        complete = {name for name, keys in self._list().items() if _is_complete(keys)}
+        old = sorted(complete - self._unreadable | {checkpoint.name})[:-CHECKPOINTS_TO_KEEP]
         self._delete({*old, *self._unreadable} - {checkpoint.name})
         self._unreadable.clear()
 
-    def _folders(self) -> dict[str, list[str]]:
-        """Keys of each checkpoint, whole or not, its manifest first: what lacks that is no checkpoint."""
-        folders: dict[str, list[str]] = {}
+    def _list(self) -> dict[str, list[str]]:
+        """List the keys of each checkpoint, complete or not, with its manifest first: deletion starts with it."""
+        checkpoints: dict[str, list[str]] = {}
         for stored in self._workspace.storage.list(f"{self._prefix}/"):
-            folder, _, _ = stored.key.removeprefix(f"{self._prefix}/").partition("/")
-            if _FOLDER.match(folder):
-                folders.setdefault(folder, []).append(stored.key)
-        return {name: sorted(keys, key=lambda key: not key.endswith(MANIFEST)) for name, keys in folders.items()}
+            name, _, _ = stored.key.removeprefix(f"{self._prefix}/").partition("/")
+            if _CHECKPOINT_NAME.match(name):
+                checkpoints.setdefault(name, []).append(stored.key)
+        return {
+            name: sorted(keys, key=lambda key: not key.endswith(MANIFEST_NAME)) for name, keys in checkpoints.items()
+        }
 
     def _delete(self, names: Collection[str]) -> None:
         if names:
-            folders = self._folders()
-            self._workspace.storage.delete([key for name in sorted(names) for key in folders.get(name, ())])
+            stored = self._list()
+            self._workspace.storage.delete([key for name in sorted(names) for key in stored.get(name, ())])
 
 
-def _is_whole(keys: list[str]) -> bool:
-    return keys[0].endswith(f"/{MANIFEST}")
+def _is_complete(keys: list[str]) -> bool:
+    return keys[0].endswith(f"/{MANIFEST_NAME}")

@@ -1,4 +1,4 @@
-"""How long training stood still for want of input: what the wait for batches says on a device that computes aside."""
+"""Input stalls: how long training waits for batches, whether it is input-bound, and what to change in the spec."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -7,112 +7,124 @@ from typing import TYPE_CHECKING
 from topwork.spec.job import JobSpec
 from topwork.spec.model import Augmentation
 
+# `topwork top` imports this module on machines without TensorFlow.
+if TYPE_CHECKING:
+    from topwork.model.freezing import UnfreezeSetting
+    from topwork.registry.stage_results import HistoryRow, TrainingStage
+
+INPUT_BOUND_SHARE = 1 / 3
+"""Share of an epoch that training waits for input, above which it is input-bound."""
+MIN_INPUT_WAIT_SECONDS = 1.0
+"""Shorter waits per epoch are not worth a warning."""
+# Each of these computes every pixel again. Of these, rotation alone was measured to cost more than decoding.
+_EXPENSIVE_AUGMENTATIONS = (
+    "rotation",
+    "zoom",
+    "translation",
+    "contrast",
+    "brightness",
+    "rand_augment",
+    "mix_up",
+    "cut_mix",
+)
+
 
 @dataclass
-class HoldUps:
-    """Steps since the device was last waited for.
+class InputStalls:
+    """Measures how long the device is idle because the next batch is not ready.
 
-    On a processor a step has ended when its call returns, and each wait for a batch is time lost. A GPU is given its
-    work and computes aside: the host that waits for a batch meanwhile holds nothing up. So the waits count no further
-    than the device can have been idle. It works off the steps one after the other; should each take it c seconds, the
-    last one ends at the latest of (start of step k) + c * (steps from k on). The end is seen, which gives c.
+    On a CPU a step ends when its call returns, so every wait for a batch stalls training. A GPU computes
+    asynchronously: a host that waits for a batch while the GPU is still busy stalls nothing. So waits count only up to
+    the time that the device can have been idle. It runs the steps one after the other. If each step takes c seconds,
+    the last one ends at the latest of (start of step k) + c * (number of steps from k on). The end is observed, which
+    gives c.
     """
 
     starts: list[float] = field(default_factory=list)
-    waited: float = 0.0
-    began: float = 0.0
+    wait_seconds: float = 0.0
+    first_request: float = 0.0
 
-    def step(self, asked: float, start: float) -> None:
-        """Note a step.
+    def add_step(self, requested: float, start: float) -> None:
+        """Add a step.
 
         Args:
-            asked: When its batch was asked for, on the clock of `time.perf_counter`.
-            start: When the batch was there, and the device was given its work.
+            requested: Time at which its batch was requested, on the clock of `time.perf_counter`.
+            start: Time at which the batch was ready and the step was handed to the device.
         """
         if not self.starts:
-            self.began = asked
+            self.first_request = requested
         self.starts.append(start)
-        self.waited += start - asked
+        self.wait_seconds += start - requested
 
-    def settle(self, ended: float) -> tuple[float, float]:
-        """Account for the steps, now that the device has done them all, and begin anew.
+    def settle(self, end: float) -> tuple[float, float]:
+        """Divide the time since the last call into waiting and computing, and start over.
 
         Args:
-            ended: When it had, on the same clock.
+            end: Time at which the device had completed all steps, on the same clock.
 
         Returns:
-            Seconds in which it stood still for want of input, and seconds in which it computed.
+            Seconds in which the device waited for input, and seconds in which it computed.
         """
         steps = len(self.starts)
-        longest = min(max(ended - start, 0.0) / (steps - index) for index, start in enumerate(self.starts))
-        idle = max(ended - self.began - steps * longest, 0.0)
-        held = min(self.waited, idle)
-        took = ended - self.began
-        self.starts, self.waited = [], 0.0
-        return held, took - held
+        step_seconds = min(max(end - start, 0.0) / (steps - index) for index, start in enumerate(self.starts))
+        duration = end - self.first_request
+        idle = max(duration - steps * step_seconds, 0.0)
+        stalled = min(self.wait_seconds, idle)
+        self.starts, self.wait_seconds = [], 0.0
+        return stalled, duration - stalled
 
 
-if TYPE_CHECKING:
-    from topwork.model.freezing import Unfrozen
-    from topwork.registry.stage_results import Row, TrainingStage
-
-MOST_SHARE = 1 / 3
-"""Share of an epoch's steps from which input holds them up."""
-LEAST_SECONDS = 1.0
-"""Nobody gains from saving less than this in an epoch."""
-# Each of them computes every pixel anew; of these, rotation alone was measured to cost more than decoding.
-COSTLY = ("rotation", "zoom", "translation", "contrast", "brightness", "rand_augment", "mix_up", "cut_mix")
-
-
-def wait_share(rows: Sequence["Row"]) -> float:
-    """Say for what share of its steps training stood still for want of input.
+def input_wait_share(rows: Sequence["HistoryRow"]) -> float:
+    """Compute the share of time in which training waited for input.
 
     Args:
-        rows: Epochs, each with its seconds and, unless an older topwork wrote it, input_wait_seconds.
+        rows: History rows with `seconds` and, unless an older topwork wrote them, `input_wait_seconds`.
 
     Returns:
-        0..1.
+        Share in 0..1.
     """
     seconds = sum(float(row["seconds"]) for row in rows)
     return sum(float(row.get("input_wait_seconds", 0.0)) for row in rows) / seconds if seconds else 0.0
 
 
-def is_held_up(row: "Row") -> bool:
-    """Whether input took too much of an epoch.
+def is_input_bound(row: "HistoryRow") -> bool:
+    """Whether training waited for input for too much of an epoch.
 
     Args:
-        row: The epoch.
+        row: History row of the epoch.
     """
-    return wait_share([row]) > MOST_SHARE and float(row.get("input_wait_seconds", 0.0)) >= LEAST_SECONDS
+    return (
+        input_wait_share([row]) > INPUT_BOUND_SHARE
+        and float(row.get("input_wait_seconds", 0.0)) >= MIN_INPUT_WAIT_SECONDS
+    )
 
 
-def remedies(spec: JobSpec, stage: "TrainingStage", unfrozen: "Unfrozen", *, on_features: bool) -> str:
-    """Say what would bring the input of a stage up to its training, by what the job says now.
+def input_bound_advice(spec: JobSpec, stage: "TrainingStage", unfrozen: "UnfreezeSetting", *, from_cache: bool) -> str:
+    """Suggest changes to the spec for an input-bound stage.
 
     Args:
         spec: The job's `spec`.
-        stage: The stage.
-        unfrozen: What of the base it trains in the end.
-        on_features: Whether its input is kept features, and no images are read.
+        stage: Name of the stage.
+        unfrozen: Layers of the base that the last phase trains.
+        from_cache: Whether the input is cached features, so that no images are read.
 
     Returns:
-        What to do, the most rewarding first.
+        Suggestions separated by semicolons, the most effective first.
     """
-    found = []
-    if not on_features:
+    advice = []
+    if not from_cache:
         key = "transfer" if stage == "transfer" else "fineTune"
         settings = spec.transfer if stage == "transfer" else spec.fine_tune
-        mixes = spec.augmentation.mix_up or spec.augmentation.cut_mix
-        if settings and settings.cache.use == "off" and unfrozen != "all" and not mixes:
-            found.append(f"set spec.{key}.featureCache: on, so that images are read once for each view, not each epoch")
-        if costly := [_key(name) for name in COSTLY if getattr(spec.augmentation, name)]:
-            found.append(f"do without {' and '.join(costly)} in spec.augmentation")
-    found.append(f"raise spec.compute.cpu from {spec.compute.cpu}, or run on a machine with more cores")
-    if on_features:
-        found.append("raise spec.compute.memory, so that the features need not be read from scratch")
-    return "; ".join(found)
+        mixes_images = spec.augmentation.mix_up or spec.augmentation.cut_mix
+        if settings and settings.cache.use == "off" and unfrozen != "all" and not mixes_images:
+            advice.append(f"set spec.{key}.featureCache: on to read images once per view instead of once per epoch")
+        if expensive := [_spec_key(name) for name in _EXPENSIVE_AUGMENTATIONS if getattr(spec.augmentation, name)]:
+            advice.append(f"remove {' and '.join(expensive)} from spec.augmentation")
+    advice.append(f"raise spec.compute.cpu above {spec.compute.cpu}, or use a machine with more cores")
+    if from_cache:
+        advice.append("raise spec.compute.memory so that features are not read from scratch")
+    return "; ".join(advice)
 
 
-def _key(name: str) -> str:
-    """Name a field as the spec does."""
-    return Augmentation.model_fields[name].alias or name
+def _spec_key(field_name: str) -> str:
+    return Augmentation.model_fields[field_name].alias or field_name

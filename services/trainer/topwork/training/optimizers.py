@@ -1,13 +1,13 @@
-"""The optimizer of a stage and the course of its learning rate, as `spec` names them, made of Keras' own classes."""
+"""Optimizers and learning rate schedules from the spec, built from Keras' own classes."""
 
 from typing import Any
 
 import keras
 
 from topwork.errors import SpecError
-from topwork.spec.training import Optimizer, Schedule
+from topwork.spec.optimizer import Optimizer, Schedule
 
-CLASSES: dict[str, str] = {
+OPTIMIZER_CLASSES: dict[str, str] = {
     "adadelta": "Adadelta",
     "adafactor": "Adafactor",
     "adagrad": "Adagrad",
@@ -22,21 +22,24 @@ CLASSES: dict[str, str] = {
 }
 
 
-def optimizer(settings: Optimizer, *, steps_per_epoch: int, epochs: int) -> keras.optimizers.Optimizer:
-    """Make the optimizer.
+def make_optimizer(settings: Optimizer, *, steps_per_epoch: int, epochs: int) -> keras.optimizers.Optimizer:
+    """Create an optimizer.
 
     Args:
         settings: `spec.transfer.optimizer` or `spec.fineTune.optimizer`.
-        steps_per_epoch: Steps of an epoch.
-        epochs: Epochs at most, over which the schedule runs.
+        steps_per_epoch: Steps per epoch.
+        epochs: Maximum number of epochs; the learning rate schedule spans them.
 
     Returns:
-        A new optimizer of Keras.
+        A new Keras optimizer.
 
     Raises:
-        SpecError: If Keras refuses a parameter.
+        SpecError: If Keras rejects a parameter.
+
+    Example:
+        `make_optimizer(spec.transfer.optimizer, steps_per_epoch=31, epochs=20)`
     """
-    given = {
+    keras_arguments = {
         "momentum": settings.momentum,
         "nesterov": settings.nesterov,
         "beta_1": settings.beta1,
@@ -49,41 +52,41 @@ def optimizer(settings: Optimizer, *, steps_per_epoch: int, epochs: int) -> kera
         "clipvalue": settings.clipvalue,
         "gradient_accumulation_steps": settings.gradient_accumulation_steps,
     }
-    parameters = {name: value for name, value in given.items() if value is not None}
+    parameters = {name: value for name, value in keras_arguments.items() if value is not None}
     if settings.ema:
         parameters |= {"use_ema": True, "ema_momentum": settings.ema.momentum}
-    rate = learning_rate(settings.learning_rate, settings.schedule, steps_per_epoch=steps_per_epoch, epochs=epochs)
+    rate = make_learning_rate(settings.learning_rate, settings.schedule, steps_per_epoch=steps_per_epoch, epochs=epochs)
     try:
-        return getattr(keras.optimizers, CLASSES[settings.name])(learning_rate=rate, **parameters)
+        return getattr(keras.optimizers, OPTIMIZER_CLASSES[settings.name])(learning_rate=rate, **parameters)
     except (TypeError, ValueError) as error:
-        raise SpecError(f"optimizer {settings.name} can't be made with {sorted(parameters)}: {error}") from error
+        raise SpecError(f"optimizer {settings.name} does not accept {sorted(parameters)}: {error}") from error
 
 
-def learning_rate(peak: float, schedule: Schedule, *, steps_per_epoch: int, epochs: int) -> Any:
-    """Make the course of the learning rate.
+def make_learning_rate(peak: float, schedule: Schedule, *, steps_per_epoch: int, epochs: int) -> Any:
+    """Create a learning rate schedule.
 
     Args:
-        peak: Learning rate at its peak.
-        schedule: Kind of course.
-        steps_per_epoch: Steps of an epoch.
-        epochs: Epochs over which the course runs.
+        peak: Highest learning rate.
+        schedule: Settings of the schedule.
+        steps_per_epoch: Steps per epoch.
+        epochs: Number of epochs that the schedule spans.
 
     Returns:
-        A number, or a learning rate schedule of Keras.
+        The constant learning rate, or a Keras schedule: a function of the step.
 
     Raises:
-        SpecError: If the schedule lacks its parameter.
+        SpecError: If the schedule lacks a required parameter.
     """
     schedules = keras.optimizers.schedules
     if schedule.name == "cosine":
         return _cosine(peak, schedule, steps_per_epoch, epochs)
     if schedule.name == "exponential":
-        return schedules.ExponentialDecay(peak, steps_per_epoch, _needed(schedule, "rate", schedule.rate))
+        return schedules.ExponentialDecay(peak, steps_per_epoch, _required(schedule, "rate", schedule.rate))
     if schedule.name == "inverseTime":
-        return schedules.InverseTimeDecay(peak, 1, _needed(schedule, "rate", schedule.rate))
+        return schedules.InverseTimeDecay(peak, 1, _required(schedule, "rate", schedule.rate))
     if schedule.name == "step":
-        factor = _needed(schedule, "factor", schedule.factor)
-        # Keras keeps a value up to and including its boundary, counted from step 0.
+        factor = _required(schedule, "factor", schedule.factor)
+        # Keras applies a value up to and including its boundary; steps count from 0.
         boundaries = [epoch * steps_per_epoch - 1 for epoch in schedule.at_epochs]
         return schedules.PiecewiseConstantDecay(boundaries, [peak * factor**n for n in range(len(boundaries) + 1)])
     return peak
@@ -100,19 +103,25 @@ def _cosine(peak: float, schedule: Schedule, steps_per_epoch: int, epochs: int) 
     )
 
 
-def _needed(schedule: Schedule, key: str, value: float | None) -> float:
+def _required(schedule: Schedule, key: str, value: float | None) -> float:
     if value is None:
-        raise SpecError(f"optimizer.schedule {schedule.name} needs {key}, which is missing.")
+        raise SpecError(f"optimizer.schedule {schedule.name} requires {key}, which is missing.")
     return value
 
 
-def averages(made: keras.optimizers.Optimizer) -> list[tuple[Any, Any]]:
-    """Pair the trained variables with their moving averages; empty without EMA.
+def moving_averages(optimizer: keras.optimizers.Optimizer) -> list[tuple[Any, Any]]:
+    """Pair every trained variable with its exponential moving average.
 
-    Keras' own SwapEMAWeights reads the same attributes; it swaps at each epoch's end, where a checkpoint needs the
-    weights that training goes on from.
+    Keras' own SwapEMAWeights reads the same attributes, but swaps at the end of each epoch, where a checkpoint needs
+    the weights that training continues from.
+
+    Args:
+        optimizer: A built optimizer.
+
+    Returns:
+        Pairs of variable and average; empty without EMA.
     """
-    inner = getattr(made, "inner_optimizer", made)  # mixed_float16 wraps it in a LossScaleOptimizer
+    inner = getattr(optimizer, "inner_optimizer", optimizer)  # mixed_float16 wraps it in a LossScaleOptimizer
     if not inner.use_ema:
         return []
     return list(zip(inner._trainable_variables, inner._model_variables_moving_average, strict=True))

@@ -1,61 +1,86 @@
-"""What a training stage does: its phases and settings."""
+"""The plan of a training stage: its phases, its settings, and the context that it runs in."""
 
 from dataclasses import dataclass
 
-from topwork.model.freezing import Unfrozen
-from topwork.registry.stage_results import TrainingStage
-from topwork.spec.training import EarlyStopping, Loss, Optimizer
-from topwork.training.feature_cache.policy import Caching
+from topwork.model.freezing import UnfreezeSetting
+from topwork.registry.stage_results import TrainingStage, stage_prefix
+from topwork.spec import TransferJob
+from topwork.spec.optimizer import Optimizer
+from topwork.spec.training import EarlyStopping, Loss
+from topwork.training.feature_cache.policy import FeatureCachePolicy
+from topwork.workspace import Workspace
 
 
 @dataclass(frozen=True)
-class Phase:
-    """Epochs with the same layers trained by the same optimizer.
+class TrainingPhase:
+    """A number of epochs that train the same layers with the same optimizer.
 
     Attributes:
-        unfrozen: What of the base is trained.
-        epochs: Epochs at most.
-        optimizer: Settings of a new optimizer.
+        unfrozen: Layers of the base that are trained.
+        epochs: Maximum number of epochs.
+        optimizer: Settings of the optimizer; every phase creates a new one.
     """
 
-    unfrozen: Unfrozen
+    unfrozen: UnfreezeSetting
     epochs: int
     optimizer: Optimizer
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a stage does.
+class TrainingPlan:
+    """Everything that the spec says about one training stage.
 
     Attributes:
-        stage: Its name.
-        phases: What is trained, in order; each trains what the one before did, and more.
-        batch_size: Images a step over all replicas.
-        loss: Loss by name, or with its parameters.
-        balanced: Whether each class counts alike.
-        early_stopping: When to end a phase before its last epoch.
-        seed: Seed of the order of the images, their views and the new weights.
-        caching: Whether features of the frozen layers may be computed once, and in how many views.
-        batch_norm: Whether the batch normalizations of the base are trained where they're unfrozen.
-        remedies: What to do where input holds training up; known once it is known what that input is.
+        stage: Name of the stage.
+        phases: Phases in order; each trains the layers of the phase before it, and more.
+        batch_size: Global batch size: images per step over all replicas.
+        loss: Name of the loss, or the loss with its parameters.
+        balance_classes: Whether class weights make every class count equally.
+        early_stopping: When to end a phase before its last epoch; None never does.
+        seed: Seed of the image order, of random augmentation and of new weights.
+        feature_cache: Whether the output of the frozen layers may be cached, and for how many views.
+        train_batch_norm: Whether batch normalization layers of the base are trained when they are unfrozen.
     """
 
     stage: TrainingStage
-    phases: tuple[Phase, ...]
+    phases: tuple[TrainingPhase, ...]
     batch_size: int
     loss: Loss | str
-    balanced: bool
+    balance_classes: bool
     early_stopping: EarlyStopping | None
     seed: int
-    caching: Caching
-    batch_norm: bool = False
-    remedies: str = ""
+    feature_cache: FeatureCachePolicy
+    train_batch_norm: bool = False
 
     @property
     def epochs(self) -> int:
-        """Epochs at most over all phases."""
+        """Maximum number of epochs over all phases."""
         return sum(phase.epochs for phase in self.phases)
 
-    def end_of(self, phase: int) -> int:
-        """Epochs of the stage that are complete when a phase has run to its end."""
+    def last_epoch(self, phase: int) -> int:
+        """Number of the last epoch of a phase, counted from 1 at the start of the stage.
+
+        Args:
+            phase: Index of the phase.
+        """
         return sum(one.epochs for one in self.phases[: phase + 1])
+
+
+@dataclass(frozen=True)
+class StageContext:
+    """A training stage of a job, and the workspace that it runs in.
+
+    Attributes:
+        job: The job.
+        plan: Plan of the stage.
+        workspace: Storage, metrics, progress and scratch directory.
+    """
+
+    job: TransferJob
+    plan: TrainingPlan
+    workspace: Workspace
+
+    @property
+    def prefix(self) -> str:
+        """Storage key prefix of everything that the stage stores."""
+        return stage_prefix(self.job.run, self.plan.stage)

@@ -1,4 +1,4 @@
-"""On which devices the model is trained, and in which number format."""
+"""Device placement: the distribution strategy of the process, the replicas of a pod, and the dtype policy."""
 
 import re
 import threading
@@ -6,169 +6,140 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import structlog
 import tensorflow as tf
 
-from topwork.errors import SettingError, SpecError
-from topwork.progress import Progress
-from topwork.spec.training import Optimizer
+from topwork.errors import SettingError
 
-# NVIDIA Ampere, the first GPUs that compute in bfloat16.
+log = structlog.get_logger(__name__)
+
+# NVIDIA Ampere: the first GPUs that support bfloat16.
 BFLOAT16_COMPUTE_CAPABILITY = (8, 0)
-# Multiplications for one image, forward. Measured on two cores with AMX: a training step of Xception at 150 pixels
-# (2e9) takes 0.69 of the time in float32, one of ResNet50 at 224 (4e9) 0.53, one of MobileNetV2 at 96 (6e7) more.
-WORTH_BFLOAT16 = 1e9
+# Multiplications per image in a forward pass, above which bfloat16 pays off on a CPU. Measured on two cores with AMX,
+# relative to float32: a training step of Xception at 150 pixels (2e9) takes 0.69 of the time, of ResNet50 at 224 (4e9)
+# 0.53; one of MobileNetV2 at 96 (6e7) takes longer.
+MIN_MULTIPLICATIONS_FOR_BFLOAT16 = 1e9
 
 
 @dataclass
-class _Chosen:
-    """The one strategy of this process: one of another size aborts the collectives of the first."""
+class _ProcessStrategy:
+    """The strategy of this process. A second one with another number of replicas would abort its collectives."""
 
     lock: threading.Lock = field(default_factory=threading.Lock)
     replicas: int | None = None
     strategy: Any = None
 
 
-_chosen = _Chosen()
+_process = _ProcessStrategy()
 
 
-def strategy(replicas: int | None) -> tf.distribute.Strategy:
-    """Give the strategy of this process, made at the first call.
+def get_strategy(replicas: int | None) -> tf.distribute.Strategy:
+    """Return the distribution strategy of this process; the first call creates it.
 
     Args:
-        replicas: Replicas of the model; None is one on each visible GPU, or one on the processor.
+        replicas: Number of replicas; None uses one per visible GPU, or one on the CPU.
 
     Returns:
-        MirroredStrategy for several replicas, else TensorFlow's default strategy.
+        MirroredStrategy for several replicas, otherwise TensorFlow's default strategy.
 
     Raises:
-        SettingError: If there are fewer GPUs, if this process has a strategy of another size, or if TensorFlow has
-            started before it could be told about the replicas.
+        SettingError: If there are fewer GPUs, if this process has a strategy with another number of replicas, or if
+            TensorFlow was initialized before the replicas could be configured.
+
+    Example:
+        `with get_strategy(None).scope(): model = build_model()`
     """
-    with _chosen.lock:
+    with _process.lock:
         gpus = tf.config.list_physical_devices("GPU")
         count = replicas or max(1, len(gpus))
-        if _chosen.strategy is None:
-            _chosen.strategy = _make(count, gpus)
-            _chosen.replicas = count
-        if _chosen.replicas != count:
+        if _process.strategy is None:
+            _process.strategy = _create_strategy(count, gpus)
+            _process.replicas = count
+        if _process.replicas != count:
             raise SettingError(
-                f"This process trains on {_chosen.replicas} replicas and can't train on {count} too: TensorFlow takes "
-                "one strategy a process. Start another process."
+                f"This process trains on {_process.replicas} replicas and cannot also train on {count}: TensorFlow "
+                "supports one strategy per process. Start another process."
             )
-        return _chosen.strategy
+        return _process.strategy
 
 
-def replicas_in_pod(asked: int, progress: Progress) -> int | None:
-    """Choose the replicas of a container of the Job, by the GPUs that it has and not by those that its spec names.
+def choose_pod_replicas(gpus: int) -> int | None:
+    """Choose the replicas of a container of the Job by the GPUs that it has, which may differ from its spec.
 
     Args:
-        asked: `spec.compute.gpus`.
-        progress: Where it is said that there are others than asked for.
+        gpus: `spec.compute.gpus`.
 
     Returns:
-        What `strategy` takes: replicas on the processor; None is one on each visible GPU, or one on the processor.
+        The argument of `get_strategy`: number of replicas on the CPU, or None for one per visible GPU, or one on the
+        CPU.
 
     Raises:
-        SettingError: If GPUs were asked for, TensorFlow could use them, and it sees none.
+        SettingError: If the spec requests GPUs and TensorFlow supports them, but detects none.
     """
     visible = len(tf.config.list_physical_devices("GPU"))
-    if visible or not asked:
-        if visible != asked:
-            progress.note("other GPUs than asked for", asked=asked, visible=visible)
+    if visible or not gpus:
+        if visible != gpus:
+            log.warning("GPU count differs from spec", requested=gpus, visible=visible)
         return None
     if tf.test.is_built_with_cuda():
         raise SettingError(
-            f"spec.compute.gpus asks for {_gpus(asked)}, and TensorFlow sees none here. Look at the node's driver "
-            "(nvidia-smi), at its device plugin (kubectl describe node: is nvidia.com/gpu allocatable?), at the "
-            "RuntimeClass (nvidia, where it isn't the node's default) and at the image: its TensorFlow wants CUDA "
-            f"{tf.sysconfig.get_build_info().get('cuda_version', 'of its own')}, and a driver that has it."
+            f"spec.compute.gpus requests {gpus} GPU{'s' * (gpus != 1)}, but TensorFlow detects none. Check the node's "
+            "driver (nvidia-smi), its device plugin (kubectl describe node: is nvidia.com/gpu allocatable?), the "
+            "RuntimeClass (nvidia, if it is not the node's default) and the image: its TensorFlow requires CUDA "
+            f"{tf.sysconfig.get_build_info().get('cuda_version', '(bundled)')} and a driver that supports it."
         )
-    progress.note("no GPU can be used by this build of TensorFlow: replicas on the processor", replicas=asked)
-    return asked
+    log.warning(
+        "using CPU replicas instead of GPUs", replicas=gpus, reason="this build of TensorFlow does not support CUDA"
+    )
+    return gpus
 
 
-def _gpus(count: int) -> str:
-    return f"{count} GPU{'s' * (count != 1)}"
-
-
-def _make(count: int, gpus: list[Any]) -> tf.distribute.Strategy:
+def _create_strategy(count: int, gpus: list[Any]) -> tf.distribute.Strategy:
     if gpus and count > len(gpus):
-        raise SettingError(f"--replicas {count} asks for more than the {len(gpus)} GPUs that are visible here.")
+        raise SettingError(f"--replicas {count} is more than the {len(gpus)} visible GPUs.")
     try:
         for gpu in gpus:
-            # Otherwise the first process takes all of the memory.
+            # Otherwise the first process allocates all of the memory.
             tf.config.experimental.set_memory_growth(gpu, True)
         if not gpus and count > 1:
-            processor = tf.config.list_physical_devices("CPU")[0]
-            tf.config.set_logical_device_configuration(processor, [tf.config.LogicalDeviceConfiguration()] * count)
+            cpu = tf.config.list_physical_devices("CPU")[0]
+            tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * count)
     except RuntimeError as error:
         raise SettingError(
-            f"TensorFlow has started before it was told to train on {count} replicas: start another process."
+            f"TensorFlow was initialized before {count} replicas could be configured. Start another process."
         ) from error
     if count == 1:
         return tf.distribute.get_strategy()
-    kind = "GPU" if gpus else "CPU"
-    return tf.distribute.MirroredStrategy([f"/{kind}:{index}" for index in range(count)])
+    device = "GPU" if gpus else "CPU"
+    return tf.distribute.MirroredStrategy([f"/{device}:{index}" for index in range(count)])
 
 
-def check_replicas(replicas: int, batch_size: int, optimizer: Optimizer) -> None:
-    """Refuse what MirroredStrategy can't do with `fit`.
-
-    Args:
-        replicas: Replicas of the model.
-        batch_size: Images a step over all replicas.
-        optimizer: The optimizer's settings.
-
-    Raises:
-        SpecError: If the batch can't be divided, or the optimizer works on one replica only.
-    """
-    if replicas == 1:
-        return
-    if batch_size % replicas:
-        fitting = batch_size - batch_size % replicas or replicas
-        raise SpecError(
-            f"batchSize {batch_size} can't be divided by the {replicas} replicas that train here. Use {fitting}."
-        )
-    reasons = {
-        "gradientAccumulationSteps": (optimizer.gradient_accumulation_steps, "Keras crashes (keras#20582)"),
-        "globalClipnorm": (optimizer.global_clipnorm, "each replica clips before the gradients are added up"),
-    }
-    for key, (value, reason) in reasons.items():
-        if value is not None:
-            raise SpecError(
-                f"optimizer.{key} is {value}, but with {replicas} replicas {reason}. "
-                "Take it out or train on one GPU (clipnorm and clipvalue work everywhere)."
-            )
-
-
-def policy(precision: str, work: float) -> str:
-    """Choose the number format of the computation.
+def choose_dtype_policy(precision: str, multiplications: float) -> str:
+    """Choose the Keras dtype policy.
 
     Args:
-        precision: `spec.compute.precision`; auto is mixed_bfloat16 on GPUs that have it, on processors that have it
-            where the model is large enough to gain from it, else float32.
-        work: Multiplications for one image in a step, forward.
+        precision: `spec.compute.precision`. auto chooses mixed_bfloat16 on GPUs that support it, and on CPUs that
+            support it if the model is large enough; otherwise float32.
+        multiplications: Multiplications per image in the forward pass of a training step.
 
     Returns:
-        A Keras dtype policy.
+        Name of the dtype policy.
     """
     if precision != "auto":
         return precision
     gpus = tf.config.list_physical_devices("GPU")
     if not gpus:
-        return "mixed_bfloat16" if work >= WORTH_BFLOAT16 and processor_has_bfloat16() else "float32"
-    capable = [
-        tf.config.experimental.get_device_details(gpu).get("compute_capability", (0, 0)) >= BFLOAT16_COMPUTE_CAPABILITY
-        for gpu in gpus
-    ]
-    return "mixed_bfloat16" if all(capable) else "float32"
+        is_large = multiplications >= MIN_MULTIPLICATIONS_FOR_BFLOAT16
+        return "mixed_bfloat16" if is_large and cpu_supports_bfloat16() else "float32"
+    capabilities = (tf.config.experimental.get_device_details(gpu).get("compute_capability", (0, 0)) for gpu in gpus)
+    return "mixed_bfloat16" if all(found >= BFLOAT16_COMPUTE_CAPABILITY for found in capabilities) else "float32"
 
 
-def processor_has_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Say whether the processor multiplies in bfloat16, so that it takes less time than in float32.
+def cpu_supports_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether the CPU has bfloat16 instructions (AVX-512 BF16 or AMX), so that bfloat16 is faster than float32.
 
     Args:
-        cpuinfo: What Linux tells of the processor; on other systems the answer is no.
+        cpuinfo: File that describes the CPU on Linux; without it, the result is False.
     """
     try:
         return bool(re.search(r"^flags\b.*\b(avx512_bf16|amx_bf16)\b", cpuinfo.read_text(), re.MULTILINE))
@@ -177,9 +148,9 @@ def processor_has_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
 
 
 def jit_compile(replicas: int) -> bool | str:
-    """Say whether XLA compiles the step: Keras decides on one GPU.
+    """Choose the `jit_compile` argument of `compile`: Keras decides on one GPU, otherwise XLA is off.
 
-    Under several replicas it fails or hangs (keras#20763); on processors it is 7 to 19 times slower with depthwise
+    XLA fails or hangs with several replicas (keras#20763). On CPUs it is 7 to 19 times slower with depthwise
     convolutions.
     """
     return "auto" if replicas == 1 and tf.config.list_physical_devices("GPU") else False

@@ -1,29 +1,29 @@
-"""How far a stage is: what a checkpoint keeps beside weights, and when to end."""
+"""The state of a stage that checkpoints store beside the weights: progress, history, and when to stop early."""
 
 from datetime import UTC, datetime
 
 from pydantic import BaseModel, Field
 
-from topwork.registry.stage_results import Row
+from topwork.registry.stage_results import HistoryRow
 from topwork.spec.training import EarlyStopping
 
 
-class Course(BaseModel):
-    """How far a stage is.
+class TrainState(BaseModel):
+    """The progress of a training stage. Checkpoints store it as JSON.
 
     Attributes:
-        phase: Index of the phase that runs: gradual unfreezing has several.
-        ended: Whether that phase was ended by early stopping.
-        epoch: Complete epochs of the stage.
-        step: Steps done of the epoch that has begun.
-        epoch_seconds: Time that those steps took.
-        epoch_wait_seconds: Time of it in which training stood still for want of input.
-        wait: Epochs since the last gain.
-        best_value: Best value of what is monitored.
-        best_epoch: Its epoch, counted from 1.
-        rows: One for each complete epoch.
-        started: When the stage was first started.
-        frozen: Digest of the weights that the stage must not change.
+        phase: Index of the current phase. Gradual unfreezing has several.
+        ended: Whether early stopping ended that phase.
+        epoch: Completed epochs of the stage.
+        step: Completed steps of the current epoch.
+        epoch_seconds: Duration of those steps in seconds.
+        epoch_wait_seconds: Part of that duration in which training waited for input, in seconds.
+        wait: Epochs since the last improvement.
+        best_value: Best value of the monitored metric; None before the first epoch.
+        best_epoch: Epoch of that value, counted from 1.
+        rows: History, one row per completed epoch.
+        started: Time at which the stage started for the first time.
+        frozen: Hash of the weights that the stage must not change.
     """
 
     phase: int = 0
@@ -35,33 +35,44 @@ class Course(BaseModel):
     wait: int = 0
     best_value: float | None = None
     best_epoch: int = 0
-    rows: list[Row] = Field(default_factory=list)
+    rows: list[HistoryRow] = Field(default_factory=list)
     started: datetime = Field(default_factory=lambda: datetime.now(UTC))
     frozen: str = ""
 
-    def judge(self, measured: dict[str, float] | None, rule: EarlyStopping | None) -> bool:
-        """Say whether the epoch that has just ended is the best, and end the phase where it is time.
-
-        Args:
-            measured: Values on the validation split; None without one, where the last epoch is the best.
-            rule: Early stopping; None watches the loss and never ends early.
+    def complete_epoch(self) -> tuple[float, float]:
+        """Count the current epoch as completed and start the next one.
 
         Returns:
-            Whether its weights are to be kept.
+            Duration of the completed epoch, and the part of it in which training waited for input, in seconds.
         """
-        if measured is None:
+        durations = self.epoch_seconds, self.epoch_wait_seconds
+        self.epoch, self.step, self.epoch_seconds, self.epoch_wait_seconds = self.epoch + 1, 0, 0.0, 0.0
+        return durations
+
+    def update_best(self, validation: dict[str, float] | None, early_stopping: EarlyStopping | None) -> bool:
+        """Compare the epoch that just completed with the best one, and apply early stopping.
+
+        Args:
+            validation: Metrics on the validation split. Without a validation split, None: the last epoch is the best.
+            early_stopping: Settings; None monitors the loss and never stops early.
+
+        Returns:
+            Whether this epoch is the best so far, so that its weights are to be kept.
+        """
+        if validation is None:
             self.best_epoch = self.epoch
             return True
-        name, patience, delta = (rule.monitor, rule.patience, rule.min_delta) if rule else ("loss", None, 0.0)
-        # Everything but the loss is better when it's greater.
-        value = -measured[name] if name == "loss" else measured[name]
-        if self.best_value is None or value > self.best_value + delta:
+        monitor = early_stopping.monitor if early_stopping else "loss"
+        min_delta = early_stopping.min_delta if early_stopping else 0.0
+        # Every metric but the loss is better when it is greater.
+        value = -validation[monitor] if monitor == "loss" else validation[monitor]
+        if self.best_value is None or value > self.best_value + min_delta:
             self.best_value, self.best_epoch, self.wait = value, self.epoch, 0
             return True
         self.wait += 1
-        self.ended = patience is not None and self.wait >= patience
+        self.ended = early_stopping is not None and self.wait >= early_stopping.patience
         return False
 
-    def next_phase(self) -> None:
-        """Go on to the next phase, with patience as new."""
+    def start_next_phase(self) -> None:
+        """Continue with the next phase and reset the patience of early stopping."""
         self.phase, self.ended, self.wait = self.phase + 1, False, 0

@@ -1,310 +1,375 @@
-"""A stage's epochs: one `fit` of Keras a phase, from wherever the last checkpoint left it."""
+"""Training of one stage, from top to bottom: `train` runs the phases, `Trainer` runs `fit`, `TrainStep` runs a step.
 
+The stages `transfer` and `fine_tune` call `train` with their plan. Keras' own `fit` runs the epochs; the code here adds
+what a preemptible job needs: checkpoints within an epoch, an exact resume, early stopping whose best weights survive a
+restart, and the check that frozen weights did not change.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
 import keras
-import numpy as np
+import structlog
 import tensorflow as tf
 
-from topwork.data.batches import names_in_batch, training_batches
-from topwork.data.local_dataset import LocalDataset
+from topwork.data.batches import batch_image_names, training_batches
+from topwork.data.dataset_manifest import StoredDataset
+from topwork.data.local_dataset import fetch_dataset
 from topwork.errors import DataError, Stopped
-from topwork.model.augmentation import Augment
 from topwork.model.freezing import (
-    audit,
-    digest,
     frozen_variables,
+    hash_variables,
+    set_trainable,
     synchronize_batch_norm,
-    unfreeze,
+    verify_frozen_unchanged,
 )
-from topwork.registry.stage_results import Row, tell
+from topwork.progress import Tracker
+from topwork.registry.stage_results import Classifier, HistoryRow, TrainingSummary, store_stage_result
 from topwork.training.checkpoints import Checkpoint, Checkpoints
-from topwork.training.input_stalls import is_held_up, wait_share
-from topwork.training.losses import accuracy, balanced_class_weights, loss, targets
-from topwork.training.optimizers import averages, optimizer
-from topwork.training.plan import Phase, Plan
-from topwork.training.steps import Steps, StopAsked, lost
-from topwork.training.strategy import jit_compile
-from topwork.training.train_state import Course
+from topwork.training.divergence import diverged_error, first_non_finite
+from topwork.training.feature_cache.features import delete_features
+from topwork.training.input_stalls import InputStalls
+from topwork.training.inputs import TrainingInputs, prepare_inputs, prepare_model
+from topwork.training.losses import balanced_class_weights, loss_targets, make_accuracy, make_loss
+from topwork.training.optimizers import make_optimizer, moving_averages
+from topwork.training.plan import StageContext, TrainingPhase
+from topwork.training.preflight import check_data, check_replicas
+from topwork.training.reporting import report_epoch, report_parameters, report_resume
+from topwork.training.strategy import get_strategy, jit_compile
+from topwork.training.train_state import TrainState
 from topwork.training.validation import Validation
-from topwork.training.variables import all_finite, read_values, show_parameters, write_values
-from topwork.workspace import Workspace
+from topwork.training.variables import StageVariables, all_finite
+
+log = structlog.get_logger(__name__)
+
+# Reading the loss waits for the device: often enough to stop a diverged run soon, rarely enough not to slow it down.
+STEPS_BETWEEN_LOSS_CHECKS = 20
 
 
-class Training:
-    """A model on its way through the phases of a stage."""
+class StopTraining(Exception):  # noqa: N818 - not an error: it ends `fit` between two steps
+    """A stop was requested, and the current step is complete."""
+
+
+def train(
+    context: StageContext,
+    dataset: StoredDataset,
+    build_model: Callable[[], keras.Model],
+    earlier_history: list[HistoryRow],
+) -> Classifier:
+    """Train a stage from its start, or from its newest checkpoint, and store the result.
+
+    Args:
+        context: Job, plan and workspace of the stage.
+        dataset: The stored dataset.
+        build_model: Returns the initial classifier, in float32; called in the scope of the strategy.
+        earlier_history: History of the stages before.
+
+    Returns:
+        The stored classifier with the best weights.
+
+    Raises:
+        SpecError: If the settings do not suit the replicas or splits.
+        DataError: If the data or the base cannot be used, or training diverges.
+        Stopped: If a stop was requested; the checkpoint is stored.
+    """
+    job, plan, workspace = context.job, context.plan, context.workspace
+    strategy = get_strategy(workspace.replicas)
+    for phase in plan.phases:
+        check_replicas(strategy.num_replicas_in_sync, plan.batch_size, phase.optimizer)
+    data = fetch_dataset(dataset, job, workspace)
+    check_data(job, plan, data)
+    workspace.metrics.set_replicas(strategy.num_replicas_in_sync)
+    keras.utils.clear_session()
+    keras.utils.set_random_seed(plan.seed)
+    with strategy.scope():
+        model, partition = prepare_model(build_model(), context)
+    # A stop request waits until the step is complete and its checkpoint is stored.
+    with workspace.stop.deferred(), Checkpoints(workspace, context.prefix, job.spec.compute.checkpoint_minutes) as saved:
+        inputs = prepare_inputs(context, model, partition, data)
+        trainer = Trainer(context, model, inputs, saved)
+        workspace.metrics.set_planned_epochs(plan.stage, plan.epochs)
+        while trainer.state.phase < len(plan.phases):
+            trainer.fit_phase()
+        history = [*earlier_history, *trainer.state.rows]
+        summary = TrainingSummary(
+            plan.stage,
+            data.class_names,
+            job.spec.dataset.image_size,
+            history,
+            trainer.state.best_epoch,
+            trainer.state.started,
+        )
+        classifier = store_stage_result(model, summary, job.run, workspace)
+        saved.clear()
+        delete_features(context)
+    return classifier
+
+
+class Trainer:
+    """Trains the phases of a stage with Keras' `fit`, and resumes where the newest checkpoint was stored."""
 
     def __init__(
-        self,
-        plan: Plan,
-        model: keras.Model,
-        fitted: keras.Model,
-        data: LocalDataset,
-        workspace: Workspace,
-        checkpoints: Checkpoints,
-        augment: Augment | None,
+        self, context: StageContext, model: keras.Model, inputs: TrainingInputs, checkpoints: Checkpoints
     ) -> None:
-        """Take the model as it is at the start of the stage, or as its newest checkpoint left it.
+        """Initialize the trainer, and restore the newest checkpoint if there is one.
 
         Args:
-            plan: What the stage does.
-            model: Classifier with its nested base; built in the scope of the strategy.
-            fitted: What runs in `fit` and shares the model's layers: all of it, or its upper half on features.
-            data: Training and validation images, or features in their place.
-            workspace: Progress, metrics and the sign to stop.
-            checkpoints: Where the stage keeps how far it is.
-            augment: Changes of the training images.
+            context: Job, plan and workspace of the stage.
+            model: Classifier with its nested base, built in the scope of the strategy.
+            inputs: The model that `fit` trains, and its data.
+            checkpoints: Checkpoints of the stage.
 
         Raises:
-            DataError: If a checkpoint is of another model.
+            DataError: If the checkpoint belongs to a different base.
         """
-        self._plan, self._model, self._fitted, self._data = plan, model, fitted, data
-        self._workspace, self._checkpoints, self._augment = workspace, checkpoints, augment
+        self._context, self._plan, self.workspace = context, context.plan, context.workspace
+        self._model, self._inputs, self._fit_model = model, inputs, inputs.model
         self._strategy = model.distribute_strategy
-        self._classes = len(data.class_names)
-        self._loss = loss(plan.loss, self._classes)
-        self._steps_per_epoch = data.train.size // plan.batch_size
-        unfreeze(self._base, plan.phases[-1].unfrozen, batch_norm=plan.batch_norm)
-        never_trained = frozen_variables(model)
-        kept = {id(variable) for variable in never_trained}
-        # Fixed for the whole stage, so that a checkpoint of any phase means the same variables.
-        self._moving = [variable for variable in model.variables if id(variable) not in kept]
-        self._frozen = digest(never_trained)
-        self._best: list[np.ndarray] = []
-        self._restored: Checkpoint | None = checkpoints.newest()
-        self.course = self._restored.course if self._restored else self._begun()
-        self._take_up()
+        self._checkpoints = checkpoints
+        self._classes = len(inputs.data.class_names)
+        self._loss = make_loss(self._plan.loss, self._classes)
+        self.batch_size = self._plan.batch_size
+        self.steps_per_epoch = inputs.data.train.size // self.batch_size
+        self._unfreeze(self._plan.phases[-1])
+        self._variables = StageVariables(model, self._fit_model)
+        if (checkpoint := checkpoints.newest()) is not None:
+            self._variables.restore(checkpoint)
+            self.state = checkpoint.state
+            report_resume(self.state, context)
+        else:
+            started = self.workspace.metrics.stage_start_time(self._plan.stage)
+            self.state = TrainState(frozen=self._variables.frozen_hash, started=started)
 
-    def _begun(self) -> Course:
-        return Course(frozen=self._frozen, started=self._workspace.metrics.stage_started(self._plan.stage))
+    def fit_phase(self) -> None:
+        """Train the current phase to its end; the model then has its best weights.
 
-    @property
-    def _base(self) -> keras.Model:
-        return self._model.get_layer("base")
+        Raises:
+            Stopped: If a stop was requested; the checkpoint is stored.
+            DataError: If a loss or a weight becomes NaN or infinite.
+        """
+        state, model, stage = self.state, self._fit_model, self._plan.stage
+        last_epoch = self._plan.last_epoch(state.phase)
+        with self._compiled(self._plan.phases[state.phase]), self._checkpoint_on_stop():
+            while state.epoch < last_epoch and not state.ended:
+                # An epoch that was interrupted gets a `fit` of its own: it has fewer steps left than the others.
+                until = state.epoch + 1 if state.step else last_epoch
+                total = (until - state.epoch) * self.steps_per_epoch - state.step
+                with self.workspace.track(stage, total) as tracker:
+                    model.make_train_function(force=True)
+                    # `fit` calls the train function that the model has.
+                    model.train_function = TrainStep(model.train_function, self, tracker)
+                    model.fit(
+                        self._batches(),
+                        initial_epoch=state.epoch,
+                        epochs=until,
+                        steps_per_epoch=self.steps_per_epoch - state.step,
+                        callbacks=[self._epoch_callback()],
+                        shuffle=False,
+                        verbose=0,
+                    )
+                # With EMA, Keras ends every `fit` by replacing the weights with their averages.
+                self._variables.load_latest()
+        self._variables.load_best()
+        state.start_next_phase()
+
+    @contextmanager
+    def _compiled(self, phase: TrainingPhase) -> Iterator[None]:
+        """Compile with the layers of a phase unfrozen, and verify afterwards that the frozen ones are unchanged."""
+        replicas = self._strategy.num_replicas_in_sync
+        with self._strategy.scope():
+            # `compile` reads what is trainable: unfreezing later has no effect.
+            self._unfreeze(phase)
+            synchronize_batch_norm(self._model, synchronized=replicas > 1)
+            accuracy = make_accuracy()
+            self._fit_model.compile(
+                optimizer=make_optimizer(phase.optimizer, steps_per_epoch=self.steps_per_epoch, epochs=phase.epochs),
+                loss=self._loss,
+                metrics=[accuracy],
+                jit_compile=jit_compile(replicas),
+            )
+            self._variables.compiled(accuracy)
+        frozen_hash = hash_variables(frozen_variables(self._model))
+        report_parameters(self._model, self._context)
+        try:
+            yield
+        finally:
+            synchronize_batch_norm(self._model, synchronized=False)
+        verify_frozen_unchanged(self._model, frozen_hash, self._plan.stage)
+
+    @contextmanager
+    def _checkpoint_on_stop(self) -> Iterator[None]:
+        try:
+            yield
+        except StopTraining:
+            self._checkpoints.save_now(self.snapshot())
+            raise Stopped(
+                f"Stopped in epoch {self.state.epoch + 1} of {self._plan.stage} after step {self.state.step}; the "
+                "checkpoint is stored. Start the same job again to resume."
+            ) from None
+
+    def _batches(self) -> tf.data.Dataset:
+        """Create one endless iterator for all epochs: a new one per epoch would wait for tf.data's autotuner."""
+        train = self._inputs.data.train
+        weights = balanced_class_weights(train.labels, self._classes) if self._plan.balance_classes else None
+        batches = training_batches(
+            train,
+            classes=self._classes,
+            batch_size=self.batch_size,
+            seed=self._plan.seed,
+            first_step=self.state.epoch * self.steps_per_epoch + self.state.step,
+            augment=self._inputs.augment,
+            class_weights=weights,
+        )
+        return batches.map(lambda images, one_hot, weight: (images, loss_targets(one_hot), weight))
+
+    def _epoch_callback(self) -> keras.callbacks.Callback:
+        return keras.callbacks.LambdaCallback(
+            on_epoch_begin=lambda _epoch, _logs: self._variables.restore_running_metrics(mid_epoch=self.state.step > 0),
+            on_epoch_end=lambda _epoch, logs: self._end_epoch(logs),
+        )
+
+    def _end_epoch(self, logs: dict[str, float]) -> None:
+        """Validate, keep the best weights, write the history row, store a checkpoint, and decide whether to stop."""
+        state = self.state
+        learning_rate = float(keras.ops.convert_to_numpy(self._fit_model.optimizer.learning_rate))
+        seconds, input_wait_seconds = state.complete_epoch()
+        self._variables.save_latest()
+        validation = self._validate()
+        row: HistoryRow = {
+            "stage": self._plan.stage,
+            "epoch": state.epoch,
+            "loss": logs["loss"],
+            "accuracy": logs["accuracy"],
+            **{f"validation_{name}": value for name, value in (validation or {}).items()},
+            "learning_rate": learning_rate,
+            "seconds": seconds,
+            "images_per_second": self.steps_per_epoch * self.batch_size / max(seconds, 1e-9),
+            "input_wait_seconds": input_wait_seconds,
+        }
+        state.rows.append(row)
+        report_epoch(state, self._context, from_cache=self._inputs.from_cache)
+        self.save_checkpoint()
+        self._fit_model.stop_training = state.ended
+        if self.workspace.stop.is_set() and not state.ended and state.epoch < self._plan.epochs:
+            raise StopTraining
+
+    def _validate(self) -> dict[str, float] | None:
+        """Evaluate the model, with the moving averages of its weights if it has them, and keep its best weights."""
+        averages = moving_averages(self._fit_model.optimizer)
+        for variable, average in averages:
+            variable.assign(average)
+        validation = self._validation.evaluate(self._fit_model, self._loss) if self._validation else None
+        if self.state.update_best(validation, self._plan.early_stopping):
+            self._variables.save_best()
+        if averages:
+            self._variables.load_latest()
+        return validation
 
     @cached_property
     def _validation(self) -> Validation | None:
-        if self._data.validation is None or not self._data.validation.size:
+        split, rule = self._inputs.data.validation, self._plan.early_stopping
+        if split is None or not split.size:
             return None
-        rule = self._plan.early_stopping
-        return Validation(
-            self._data.validation,
-            classes=self._classes,
-            batch_size=self._plan.batch_size,
-            auc=rule is not None and rule.monitor == "auc",
-        )
+        auc = rule is not None and rule.monitor == "auc"
+        return Validation(split, classes=self._classes, batch_size=self.batch_size, auc=auc)
 
-    def _take_up(self) -> None:
-        if self._restored is None:
-            return
-        if self.course.frozen != self._frozen:
-            raise DataError(
-                f"The base isn't the one that this {self._plan.stage} stage was begun with, so its checkpoint can't be "
-                "used. Start over with --restart."
-            )
-        write_values(self._moving, self._restored.values["model"])
-        self._best = self._restored.values.get("best", [])
-        tell(self.course.rows, self.course.best_epoch, self._workspace.metrics)
-        self._workspace.metrics.resumed(self._plan.stage, self.course.started)
-        self._workspace.progress.note("resumed", stage=self._plan.stage, epoch=self.course.epoch, step=self.course.step)
-
-    def run(self) -> None:
-        """Train the phases that are left; the model ends with its best weights.
-
-        Raises:
-            Stopped: If asked to; the checkpoint is stored.
-            DataError: If a loss or a weight is no longer finite.
-        """
-        self._workspace.metrics.epochs_planned(self._plan.stage, self._plan.epochs)
-        while self.course.phase < len(self._plan.phases):
-            self._run_phase(self._plan.phases[self.course.phase])
-            write_values(self._moving, self._best)
-            self.course.next_phase()
-            self._restored = None
-
-    def _run_phase(self, phase: Phase) -> None:
-        self._compile(phase)
-        before = digest(frozen_variables(self._model))
-        show_parameters(self._model, self._plan.stage, self._workspace)
-        end = self._plan.end_of(self.course.phase)
-        try:
-            while self.course.epoch < end and not self.course.ended:
-                self._fit(end)
-        except StopAsked:
-            self._checkpoints.save_now(self.snapshot())
-            raise Stopped(
-                f"Stopped in epoch {self.course.epoch + 1} of {self._plan.stage} after step {self.course.step}; the "
-                "checkpoint is stored. Start the same job again to go on."
-            ) from None
-        finally:
-            synchronize_batch_norm(self._model, synchronized=False)
-        audit(self._model, before, self._plan.stage)
-
-    def _compile(self, phase: Phase) -> None:
-        """Compile with what is trained now; a change of `trainable` counts from here on."""
-        replicas = self._strategy.num_replicas_in_sync
-        with self._strategy.scope():
-            unfreeze(self._base, phase.unfrozen, batch_norm=self._plan.batch_norm)
-            synchronize_batch_norm(self._model, synchronized=replicas > 1)
-            self._accuracy = accuracy()
-            self._fitted.compile(
-                optimizer=optimizer(phase.optimizer, steps_per_epoch=self._steps_per_epoch, epochs=phase.epochs),
-                loss=self._loss,
-                metrics=[self._accuracy],
-                jit_compile=jit_compile(replicas),
-            )
-            made = self._fitted.optimizer
-            made.build(self._fitted.trainable_variables)
-            if self._restored is not None:
-                write_values(made.variables, self._restored.values["optimizer"])
-
-    def _fit(self, end: int) -> None:
-        """Run `fit` to the end of the phase, or of the epoch that a stop has cut in two."""
-        course = self.course
-        begun = course.step
-        steps = self._steps()
-        last = course.epoch + 1 if begun else end
-        total = (last - course.epoch) * self._steps_per_epoch - begun
-        with self._workspace.track(self._plan.stage, total) as steps.tracker:
-            self._fitted.fit(
-                self._batches(),
-                initial_epoch=course.epoch,
-                epochs=last,
-                steps_per_epoch=self._steps_per_epoch - begun,
-                callbacks=[_Epochs(self)],
-                shuffle=False,
-                verbose=0,
-            )
-        # With an average of the weights Keras ends each fit by putting it in their place.
-        write_values(self._moving, self._last_values)
-
-    def _steps(self) -> Steps:
-        self._fitted.make_train_function(force=True)
-        steps = Steps(
-            self._fitted.train_function,
-            self,
-            self._workspace,
-            steps_per_epoch=self._steps_per_epoch,
-            batch_size=self._plan.batch_size,
-        )
-        # `fit` makes no other where there is one.
-        self._fitted.train_function = steps
-        return steps
-
-    def _batches(self) -> tf.data.Dataset:
-        """One endless iterator for the whole phase: a new one each epoch would wait for tf.data's autotuner."""
-        weights = balanced_class_weights(self._data.train.labels, self._classes) if self._plan.balanced else None
-        batches = training_batches(
-            self._data.train,
-            classes=self._classes,
-            batch_size=self._plan.batch_size,
-            seed=self._plan.seed,
-            first_step=self.course.epoch * self._steps_per_epoch + self.course.step,
-            augment=self._augment,
-            class_weights=weights,
-        )
-        return batches.map(lambda images, one_hot, weight: (images, targets(one_hot), weight))
-
-    def begin_epoch(self) -> None:
-        """Take up the running means of an epoch that was begun before a stop."""
-        if self._restored is not None and self.course.step:
-            write_values(self._running_means, self._restored.values["metrics"])
-        self._restored = None
-
-    def end_epoch(self, logs: dict[str, float]) -> None:
-        """Measure, keep what is best, write the row, store a checkpoint, and see whether to go on."""
-        course = self.course
-        rate = float(keras.ops.convert_to_numpy(self._fitted.optimizer.learning_rate))
-        seconds, waited = course.epoch_seconds, course.epoch_wait_seconds
-        course.epoch, course.step, course.epoch_seconds, course.epoch_wait_seconds = course.epoch + 1, 0, 0.0, 0.0
-        self._last_values = read_values(self._moving)
-        measured = self._judge()
-        row: Row = {
-            "stage": self._plan.stage,
-            "epoch": course.epoch,
-            "loss": logs["loss"],
-            "accuracy": logs["accuracy"],
-        }
-        row |= {f"validation_{name}": value for name, value in (measured or {}).items()}
-        images = self._steps_per_epoch * self._plan.batch_size
-        row |= {"learning_rate": rate, "seconds": seconds, "images_per_second": images / max(seconds, 1e-9)}
-        row |= {"input_wait_seconds": waited}
-        course.rows.append(row)
-        self._tell(row)
-        self._checkpoints.save(self.snapshot())
-        self._fitted.stop_training = course.ended
-        if self._workspace.stop.is_set() and not course.ended and course.epoch < self._plan.epochs:
-            raise StopAsked
-
-    def _judge(self) -> dict[str, float] | None:
-        """Measure the model with its averages, where it has them, and keep its values if they're the best."""
-        pairs = averages(self._fitted.optimizer)
-        for variable, average in pairs:
-            variable.assign(average)
-        measured = self._validation.measure(self._fitted, self._loss) if self._validation else None
-        if self.course.judge(measured, self._plan.early_stopping):
-            self._best = read_values(self._moving)
-        if pairs:
-            write_values(self._moving, self._last_values)
-        return measured
-
-    @property
-    def _running_means(self) -> list[Any]:
-        means = [metric for metric in self._fitted.metrics if metric.name == "loss"]
-        return [variable for metric in (*means, self._accuracy) for variable in metric.variables]
-
-    def snapshot(self) -> Checkpoint:
-        """Copy everything that training changes."""
-        values = {
-            "model": read_values(self._moving),
-            "optimizer": read_values(self._fitted.optimizer.variables),
-            "best": self._best,
-        }
-        if self.course.step:
-            values["metrics"] = read_values(self._running_means)
-        if not all_finite(values["model"]):
-            raise self._lost_weights()
-        return Checkpoint(self.course.model_copy(deep=True), values)
-
-    def is_due(self) -> bool:
-        """Whether a checkpoint is to be stored in the middle of this epoch."""
+    def checkpoint_is_due(self) -> bool:
+        """Whether to store a checkpoint in the middle of the epoch."""
         return self._checkpoints.is_due
 
-    def save(self) -> None:
-        """Store a checkpoint beside training."""
+    def save_checkpoint(self) -> None:
+        """Store a checkpoint in the background."""
         self._checkpoints.save(self.snapshot())
 
-    def names(self, step: int) -> list[str]:
-        """Give the origins of the images of a step of the epoch that runs, counted from 1."""
-        number = self.course.epoch * self._steps_per_epoch + step - 1
-        return names_in_batch(self._data.train, number, self._plan.batch_size, self._plan.seed)
+    def snapshot(self) -> Checkpoint:
+        """Copy everything that training changes; an error if a weight is NaN or infinite."""
+        checkpoint = self._variables.snapshot(self.state)
+        if not all_finite(checkpoint.values["model"]):
+            state = self.state
+            epoch, step = (state.epoch + 1, state.step) if state.step else (state.epoch, self.steps_per_epoch)
+            raise self.diverged(f"Weights became NaN or infinite in epoch {epoch} after step {step}", epoch, step)
+        return checkpoint
 
-    def _lost_weights(self) -> DataError:
-        self._workspace.metrics.loss_not_finite()
-        course = self.course
-        epoch, step = (course.epoch + 1, course.step) if course.step else (course.epoch, self._steps_per_epoch)
-        names = self.names(step - self._steps_per_epoch * (not course.step))
-        return lost(f"Weights are no numbers any more in epoch {epoch} after step {step}", names)
+    def diverged(self, observation: str, epoch: int, step: int) -> DataError:
+        """Report diverged training, and return the error to raise. Epoch and step count from 1."""
+        number = (epoch - 1) * self.steps_per_epoch + step - 1
+        images = batch_image_names(self._inputs.data.train, number, self.batch_size, self._plan.seed)
+        self.workspace.metrics.count_non_finite_loss()
+        log.error("training diverged", epoch=epoch, step=step, images=", ".join(images))
+        return diverged_error(observation, images)
 
-    def _tell(self, row: Row) -> None:
-        tell(self.course.rows, self.course.best_epoch, self._workspace.metrics)
-        facts = {name: value for name, value in row.items() if name not in {"stage", "epoch"}}
-        self._workspace.progress.epoch(self._plan.stage, self.course.epoch, self._plan.epochs, **facts)
-        if is_held_up(row):
-            told = {"stage": self._plan.stage, "epoch": self.course.epoch, "waited": f"{wait_share([row]):.0%}"}
-            self._workspace.progress.note("input holds up training", **told, remedies=self._plan.remedies)
+    def _unfreeze(self, phase: TrainingPhase) -> None:
+        set_trainable(self._model.get_layer("base"), phase.unfrozen, batch_norm=self._plan.train_batch_norm)
 
 
-class _Epochs(keras.callbacks.Callback):
-    """Hands the ends of Keras' epochs to the training."""
+class TrainStep:
+    """Wraps Keras' train function: runs one step, measures it, checks the loss, and handles checkpoints and stops.
 
-    def __init__(self, training: Training) -> None:
-        super().__init__()
-        self._training = training
+    A callback could not tell waiting for data from computing: Keras' train function itself takes the next batch.
+    """
 
-    def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
-        self._training.begin_epoch()
+    def __init__(self, train_function: Callable[[Iterator[Any]], Any], trainer: Trainer, tracker: Tracker) -> None:
+        """Wrap a train function.
 
-    def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
-        self._training.end_epoch(logs or {})
+        Args:
+            train_function: Keras' train function: takes an iterator of batches and returns logs.
+            trainer: The trainer; steps are counted in its state.
+            tracker: Progress bar of the steps.
+        """
+        self._train_function, self._trainer, self._tracker = train_function, trainer, tracker
+        self._losses: list[Any] = []
+        self._stalls = InputStalls()
+
+    def __call__(self, batches: Iterator[Any]) -> Any:
+        """Run one step.
+
+        Args:
+            batches: Iterator of batches.
+
+        Returns:
+            The logs of Keras' train function.
+
+        Raises:
+            StopTraining: If a stop was requested before the last step of the epoch. After the last step, the end of
+                the epoch handles it, once its history row is written.
+            DataError: If the loss is NaN or infinite.
+        """
+        trainer, state = self._trainer, self._trainer.state
+        requested = time.perf_counter()
+        batch = next(batches)
+        self._stalls.add_step(requested, time.perf_counter())
+        logs = self._train_function(iter((batch,)))
+        state.step += 1
+        self._losses.append(logs["loss"])
+        self._tracker.advance()
+        is_last, is_stopping = state.step == trainer.steps_per_epoch, trainer.workspace.stop.is_set()
+        saves = not is_last and (is_stopping or trainer.checkpoint_is_due())
+        # The loss is checked before every checkpoint: one of a diverged model must not replace a good one.
+        if is_last or saves or state.step % STEPS_BETWEEN_LOSS_CHECKS == 0:
+            self._check_losses()
+            self._record_stalls()
+        seconds = time.perf_counter() - requested
+        state.epoch_seconds += seconds
+        trainer.workspace.metrics.record_step(trainer.batch_size, seconds)
+        if is_stopping and not is_last:
+            raise StopTraining
+        if saves:
+            trainer.save_checkpoint()
+        return logs
+
+    def _check_losses(self) -> None:
+        losses, self._losses = self._losses, []
+        if (bad := first_non_finite(losses)) is None:
+            return
+        index, value = bad
+        epoch = self._trainer.state.epoch + 1
+        step = self._trainer.state.step - len(losses) + index + 1
+        raise self._trainer.diverged(f"The loss is {value} in epoch {epoch} at step {step}", epoch, step)
+
+    def _record_stalls(self) -> None:
+        waited, computed = self._stalls.settle(time.perf_counter())
+        self._trainer.state.epoch_wait_seconds += waited
+        self._trainer.workspace.metrics.record_step_time(waited, computed)

@@ -1,4 +1,4 @@
-"""Loss and metrics on the validation split, over exactly its images."""
+"""Validation after each epoch: loss, accuracy and AUC over exactly the images of the validation split."""
 
 from typing import Any
 
@@ -10,15 +10,15 @@ from sklearn.metrics import roc_auc_score
 from topwork.data.batches import evaluation_batches
 from topwork.data.local_dataset import Split
 from topwork.errors import DataError
-from topwork.training.losses import correct, targets
-from topwork.training.steps import lost
+from topwork.training.divergence import diverged_error
+from topwork.training.losses import correct_predictions, loss_targets
 
 
 class Validation:
-    """The validation split, ready to be measured after each epoch.
+    """Evaluates a model on the validation split.
 
-    The logits are gathered and measured as one: the padding of the last batch is cut off, so that no image counts
-    twice or less than another, whatever the batch size and the number of replicas.
+    The logits of all batches are collected and evaluated together, without the padding of the last batch: every image
+    counts exactly once, whatever the batch size and the number of replicas.
     """
 
     def __init__(self, split: Split, *, classes: int, batch_size: int, auc: bool) -> None:
@@ -27,11 +27,11 @@ class Validation:
         Args:
             split: Images and labels.
             classes: Number of classes.
-            batch_size: Images a step over all replicas.
-            auc: Whether the area under the ROC curve is wanted.
+            batch_size: Images per step over all replicas.
+            auc: Whether to compute the area under the ROC curve.
 
         Raises:
-            DataError: If the area is wanted and a class has no image.
+            DataError: If `auc` is set and a class has no image.
         """
         self._labels = np.eye(classes, dtype=np.float32)[split.labels]
         batches = evaluation_batches(split, classes=classes, batch_size=batch_size)
@@ -40,38 +40,40 @@ class Validation:
         missing = np.flatnonzero(self._labels.sum(axis=0) == 0).tolist()
         if auc and missing:
             raise DataError(
-                f"earlyStopping.monitor is auc, but classes {missing} have no image in the validation split. "
-                "Use a larger one, or monitor: loss."
+                f"earlyStopping.monitor is auc, but the validation split has no image of classes {missing}. "
+                "Use a larger split, or monitor: loss."
             )
 
-    def measure(self, model: keras.Model, loss: keras.losses.Loss) -> dict[str, float]:
-        """Measure the model as it is.
+    def evaluate(self, model: keras.Model, loss: keras.losses.Loss) -> dict[str, float]:
+        """Evaluate a model.
 
         Args:
-            model: Gives logits.
+            model: Maps images to logits.
             loss: Loss over logits.
 
         Returns:
-            "loss", "accuracy" and, where wanted, "auc" (macro average of each class against the others).
+            "loss", "accuracy" and, if requested, "auc" (macro average, one class against the rest).
 
         Raises:
-            DataError: If the loss of an image is not finite.
+            DataError: If the loss of an image is NaN or infinite.
         """
         logits = np.asarray(model.predict(self._images, verbose=0), np.float32)[: len(self._labels)]
-        labels = targets(self._labels)
+        labels = loss_targets(self._labels)
         with tf.device("CPU"):
-            each = np.asarray(loss.call(tf.constant(labels), tf.constant(logits)))
-            if len(odd := np.flatnonzero(~np.isfinite(each)).tolist()):
-                names = [self._split.names[index] for index in odd]
-                raise lost(f"The loss is {each[odd[0]]} on {len(odd)} of {len(each)} validation images", names)
-            right = np.asarray(correct(tf.constant(labels), tf.constant(logits)))
-        measured = {"loss": float(each.mean(dtype=np.float64)), "accuracy": float(right.mean(dtype=np.float64))}
+            losses = np.asarray(loss.call(tf.constant(labels), tf.constant(logits)))
+            if len(bad := np.flatnonzero(~np.isfinite(losses)).tolist()):
+                names = [self._split.names[index] for index in bad]
+                raise diverged_error(
+                    f"The loss is {losses[bad[0]]} on {len(bad)} of {len(losses)} validation images", names
+                )
+            correct = np.asarray(correct_predictions(tf.constant(labels), tf.constant(logits)))
+        metrics = {"loss": float(losses.mean(dtype=np.float64)), "accuracy": float(correct.mean(dtype=np.float64))}
         if self._auc:
-            measured["auc"] = _area(self._labels, logits)
-        return measured
+            metrics["auc"] = _macro_auc(self._labels, logits)
+        return metrics
 
 
-def _area(labels: np.ndarray, logits: np.ndarray) -> float:
-    scores: Any = logits[:, 0] if logits.shape[-1] == 1 else logits
-    one_against_others = labels[:, 1] if logits.shape[-1] == 1 else labels
-    return float(roc_auc_score(one_against_others, scores, average="macro"))
+def _macro_auc(one_hot: np.ndarray, logits: np.ndarray) -> float:
+    is_binary = logits.shape[-1] == 1
+    scores: Any = logits[:, 0] if is_binary else logits
+    return float(roc_auc_score(one_hot[:, 1] if is_binary else one_hot, scores, average="macro"))

@@ -1,19 +1,117 @@
-"""Values of variables, copied out of a model and put back into it."""
+"""Variables that a stage changes: copying their values into checkpoints and back, and keeping the best ones."""
 
 from typing import Any
 
 import keras
 import numpy as np
 
-from topwork.errors import FormatError
-from topwork.model.freezing import parameter_groups
-from topwork.workspace import Workspace
+from topwork.errors import DataError, FormatError
+from topwork.model.freezing import frozen_variables, hash_variables
+from topwork.training.checkpoints import Checkpoint
+from topwork.training.train_state import TrainState
+
+
+class StageVariables:
+    """The variables of the classifier, its optimizer and its running metrics that a stage changes.
+
+    The variables of the classifier are chosen once, with every layer unfrozen that any phase trains: checkpoints of
+    all phases hold the same list.
+    """
+
+    def __init__(self, classifier: keras.Model, fit_model: keras.Model) -> None:
+        """Choose the variables.
+
+        Args:
+            classifier: The whole classifier, unfrozen as in its last phase.
+            fit_model: The model that `fit` trains; it shares the layers of the classifier.
+        """
+        never_trained = frozen_variables(classifier)
+        excluded = {id(variable) for variable in never_trained}
+        self.frozen_hash = hash_variables(never_trained)
+        self._variables = [variable for variable in classifier.variables if id(variable) not in excluded]
+        self._fit_model = fit_model
+        self._accuracy: keras.metrics.Metric | None = None
+        self._best: list[np.ndarray] = []
+        self._latest: list[np.ndarray] = []
+        self._restored: Checkpoint | None = None
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Restore the weights of a checkpoint now, its optimizer and running metrics as soon as they exist.
+
+        Raises:
+            DataError: If the stage started with a different base.
+            FormatError: If the variables of the model differ in number or shape.
+        """
+        if checkpoint.state.frozen != self.frozen_hash:
+            raise DataError(
+                "The base is not the one that this stage started with, so its checkpoint cannot be used. Start over "
+                "with --restart."
+            )
+        write_values(self._variables, checkpoint.values["model"])
+        self._best = checkpoint.values.get("best", [])
+        self._restored = checkpoint
+
+    def compiled(self, accuracy: keras.metrics.Metric) -> None:
+        """Create the variables of the optimizer after `compile`, and restore them if a checkpoint was read.
+
+        Args:
+            accuracy: The metric that the model was compiled with.
+        """
+        self._accuracy = accuracy
+        self._fit_model.optimizer.build(self._fit_model.trainable_variables)
+        if self._restored is not None:
+            write_values(self._fit_model.optimizer.variables, self._restored.values["optimizer"])
+
+    def restore_running_metrics(self, *, mid_epoch: bool) -> None:
+        """Restore loss and accuracy of an epoch that was interrupted; call it after `fit` has reset them.
+
+        Args:
+            mid_epoch: Whether steps of the current epoch are completed.
+        """
+        if self._restored is not None and mid_epoch:
+            write_values(self._running_metrics, self._restored.values["metrics"])
+        self._restored = None
+
+    def save_latest(self) -> None:
+        """Copy the current weights, which training continues from."""
+        self._latest = read_values(self._variables)
+
+    def load_latest(self) -> None:
+        """Set the weights to the last copy. `fit` leaves the moving average in their place."""
+        write_values(self._variables, self._latest)
+
+    def save_best(self) -> None:
+        """Keep the current weights as those of the best epoch."""
+        self._best = read_values(self._variables)
+
+    def load_best(self) -> None:
+        """Set the weights to those of the best epoch. The phase is over: its optimizer is not restored any more."""
+        write_values(self._variables, self._best)
+        self._restored = None
+
+    def snapshot(self, state: TrainState) -> Checkpoint:
+        """Copy everything that training changes.
+
+        Args:
+            state: State of the stage.
+        """
+        values = {
+            "model": read_values(self._variables),
+            "optimizer": read_values(self._fit_model.optimizer.variables),
+            "best": self._best,
+        }
+        if state.step:
+            values["metrics"] = read_values(self._running_metrics)
+        return Checkpoint(state.model_copy(deep=True), values)
+
+    @property
+    def _running_metrics(self) -> list[Any]:
+        means = [metric for metric in self._fit_model.metrics if metric.name == "loss"]
+        return [variable for metric in (*means, self._accuracy) for variable in metric.variables]
 
 
 def read_values(variables: list[Any]) -> list[np.ndarray]:
-    """Copy the values of variables to memory that training doesn't touch."""
-    import keras
-
+    """Copy the values of variables to memory that training does not touch."""
     return [np.array(keras.ops.convert_to_numpy(variable)) for variable in variables]
 
 
@@ -21,12 +119,12 @@ def write_values(variables: list[Any], values: list[np.ndarray]) -> None:
     """Set variables to values.
 
     Raises:
-        FormatError: If they are not those of these variables.
+        FormatError: If number or shapes differ.
     """
     shapes = [tuple(variable.shape) for variable in variables]
     if shapes != [value.shape for value in values]:
         raise FormatError(
-            "A checkpoint of this run doesn't fit its model: it was written by another version of topwork or Keras. "
+            "A checkpoint of this run does not fit its model: it was written by another version of topwork or Keras. "
             "Start over with --restart."
         )
     for variable, value in zip(variables, values, strict=True):
@@ -34,21 +132,5 @@ def write_values(variables: list[Any], values: list[np.ndarray]) -> None:
 
 
 def all_finite(values: list[np.ndarray]) -> bool:
-    """Whether each value is a number; whole numbers always are."""
+    """Whether no floating-point value is NaN or infinite."""
     return all(np.isfinite(value).all() for value in values if np.issubdtype(value.dtype, np.floating))
-
-
-def show_parameters(model: keras.Model, stage: str, workspace: Workspace) -> None:
-    """Say how many parameters of each layer group are trained and kept.
-
-    Args:
-        model: The classifier.
-        stage: Name of the stage.
-        workspace: Progress and metrics.
-    """
-    groups = parameter_groups(model)
-    for group in groups:
-        workspace.progress.note(
-            "parameters", stage=stage, layers=group.name, trainable=group.trainable, frozen=group.frozen
-        )
-    workspace.metrics.parameters(sum(one.trainable for one in groups), sum(one.frozen for one in groups))

@@ -1,38 +1,38 @@
-"""`topwork backbones`: the models that a job can stand on."""
+"""`topwork backbones`: list the backbones that a job can use."""
 
 import json
 from typing import Annotated, Any
 
 import typer
 
-from topwork.cli.output.tables import lines
+from topwork.cli.output.tables import format_table
 from topwork.spec.applications import APPLICATIONS, Application
 
-COLUMNS = ("model", "input", "least", "parameters", "without top", "depth", "MB", "top-1", "top-5")
+COLUMNS = ("model", "input", "min", "parameters", "without top", "depth", "MB", "top-1", "top-5")
 
 
 def backbones(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """List the models of keras.applications that spec.model.base.application takes.
+    """List the models of keras.applications that spec.model.base.application accepts.
 
-    For each its default and least input side in pixels, its parameters with the top of 1,000 classes and without it,
-    its layers with weights, the size of its weights, and its accuracy on ImageNet's validation images. With --json:
-    name, defaultSide, leastSide, scaling, parameters, parametersWithoutTop, depth, sizeMB, top1 and top5; the last is
-    null where keras.io gives none.
+    For each model: default and minimum input size in pixels, parameters with and without the 1,000-class top, number
+    of layers with weights, size of the weights, and accuracy on the ImageNet validation set. With --json: name,
+    defaultSide, leastSide, scaling, parameters, parametersWithoutTop, depth, sizeMB, top1 and top5; top5 is null if
+    keras.io does not list it.
     """
     if as_json:
         print(json.dumps([_as_json(name, known) for name, known in APPLICATIONS.items()], indent=2))
         return
-    for line in lines(COLUMNS, rows(), gap=1):
+    for line in format_table(COLUMNS, rows(), gap=1):
         print(line)
 
 
 def rows() -> list[tuple[str, ...]]:
-    """Write the table of all models, a cell for each of `COLUMNS`."""
+    """Return the table of all models, one cell per column of `COLUMNS`."""
     return [
         (
             name,
             f"{known.default_side}",
-            f"{known.least_side}",
+            f"{known.min_side}",
             f"{known.parameters:,}",
             f"{known.parameters_without_top:,}",
             f"{known.depth}",
@@ -48,7 +48,7 @@ def _as_json(name: str, known: Application) -> dict[str, Any]:
     return {
         "name": name,
         "defaultSide": known.default_side,
-        "leastSide": known.least_side,
+        "leastSide": known.min_side,
         "scaling": known.scaling,
         "parameters": known.parameters,
         "parametersWithoutTop": known.parameters_without_top,

@@ -1,4 +1,4 @@
-"""`topwork cancel`: end a run and take it out of the cluster."""
+"""`topwork cancel`: stop a run and delete its Kubernetes objects."""
 
 import sys
 from typing import TYPE_CHECKING, Annotated
@@ -9,67 +9,68 @@ from topwork.cli.options import Context, Kubeconfig, Namespace, open_cluster
 
 if TYPE_CHECKING:
     from topwork.clients.kubernetes.cluster import Cluster
-    from topwork.cluster.status.run_state import RunState
+    from topwork.cluster.status.run_status import RunStatus
 
 
 def cancel(
     name: Annotated[str, typer.Argument(help="Name of a job, for its newest run, or of a run.")],
     now: Annotated[
-        bool, typer.Option("--now", help="Give its pods no time: the work since the last checkpoint is lost.")
+        bool, typer.Option("--now", help="Kill its pods immediately: progress since the last checkpoint is lost.")
     ] = False,
     namespace: Namespace = None,
     context: Context = None,
     kubeconfig: Kubeconfig = None,
 ) -> None:
-    """Stop a run with a checkpoint, and remove its Jobs, pods and ConfigMap; what is in storage stays.
+    """Stop a run with a checkpoint, and delete its Jobs, pods and ConfigMap; its data in storage is kept.
 
-    Submitted again, the same spec goes on from the checkpoint. Exit codes: 0 all is gone; 2 no such run, or the cluster
-    refuses; 75 something does not go, or the API server does not answer; 130 after Ctrl-C, when cancelling goes on.
+    If you submit the same spec again, it resumes from the checkpoint. Exit codes: 0 everything is deleted; 2 no such
+    run, or the cluster rejected a request; 75 an object is not deleted in time, or the API server does not respond; 130
+    after Ctrl-C, which does not stop the cancellation.
     """
     cluster = open_cluster(namespace, context, kubeconfig)
-    from topwork.cli.output.follow import INTERRUPTED, Where
-    from topwork.cluster.operations.cancel import Cancelling, find_cancellable
+    from topwork.cli.output.follow import INTERRUPTED, ConnectionOptions
+    from topwork.cluster.operations.cancel import Cancellation, find_run_to_cancel
 
-    run = find_cancellable(cluster, name)
-    where = Where(cluster.namespace, context, kubeconfig)
-    state = _state(cluster, run)
-    print(f"cancelling {run} in namespace {cluster.namespace}{_standing(state)}", flush=True)
+    run = find_run_to_cancel(cluster, name)
+    status = _read_status(cluster, run)
+    print(f"canceling {run} in namespace {cluster.namespace}{_describe_before(status)}", flush=True)
     try:
-        Cancelling(cluster, run, now, lambda line: print(line, flush=True)).cancel()
+        Cancellation(cluster, run, now, lambda line: print(line, flush=True)).cancel()
     except KeyboardInterrupt:
-        see = where.command(f"status {run}")
-        print(f"\nCancelling goes on in the cluster. See how far it is with: {see}", file=sys.stderr)
+        command = ConnectionOptions(cluster.namespace, context, kubeconfig).command(f"status {run}")
+        print(f"\nThe cancellation continues in the cluster. Check it with: {command}", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None
-    print(f"{run} is cancelled: nothing of it is left in the cluster")
-    for line in _after(state, now):
+    print(f"{run} is canceled: all its objects are deleted")
+    for line in _describe_after(status, now):
         print(line)
 
 
-def _state(cluster: "Cluster", run: str) -> "RunState | None":
-    """How the run stands; None where only its ConfigMap is left."""
-    from topwork.cluster.operations.find_runs import read_run
-    from topwork.cluster.status.run_state import run_state
+def _read_status(cluster: "Cluster", run: str) -> "RunStatus | None":
+    """Read the status of the run; None if only its ConfigMap is left."""
+    from topwork.cluster.operations.runs import read_run_objects
+    from topwork.cluster.status.run_status import read_run_status
 
-    objects = read_run(cluster, run)
-    return run_state(objects) if objects.jobs else None
+    objects = read_run_objects(cluster, run)
+    return read_run_status(objects) if objects.jobs else None
 
 
-def _standing(state: "RunState | None") -> str:
-    if state is None:
+def _describe_before(status: "RunStatus | None") -> str:
+    if status is None:
         return ", of which only the ConfigMap is left"
-    if state.phase == "succeeded":
-        return ", which was complete already"
-    if state.phase == "failed":
-        return f", which had failed: {state.error}" if state.error else ", which had failed"
-    return f", which was {state.phase}" + (f" ({state.stage})" if state.stage else "")
+    if status.phase == "succeeded":
+        return ", which was already complete"
+    if status.phase == "failed":
+        return f", which had failed: {status.error}" if status.error else ", which had failed"
+    return f", which was {status.phase}" + (f" ({status.stage})" if status.stage else "")
 
 
-def _after(state: "RunState | None", now: bool) -> list[str]:
-    """What the user should know now."""
-    if state is None:
+def _describe_after(status: "RunStatus | None", now: bool) -> list[str]:
+    """Return what is kept, what is lost, and how to resume."""
+    if status is None:
         return []
-    if state.phase == "succeeded":
-        return [f"Its model stays at {state.model}"] if state.model else ["Its model stays in storage."]
-    lost = ["The work since its last checkpoint is lost."] if now and not state.is_over and state.running else []
-    has_begun = "" if state.attempts else ", if there is one"
-    return [*lost, f"Submitted again, the same spec goes on from its last checkpoint{has_begun}."]
+    if status.phase == "succeeded":
+        return [f"Its model is kept at {status.model}"] if status.model else ["Its model is kept in storage."]
+    is_lost = now and not status.is_finished and status.running_container
+    lost = ["Its progress since the last checkpoint is lost."] if is_lost else []
+    if_any = "" if status.attempts else ", if there is one"
+    return [*lost, f"If you submit the same spec again, it resumes from its last checkpoint{if_any}."]

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from topwork.cli.options import Overrides
-from topwork.cli.runtime.environment import default_state, has_own_storage, quiet_start
+from topwork.cli.runtime.environment import default_state_directory, has_storage_configuration
+from topwork.cli.runtime.tensorflow_import import quiet_tensorflow_import
 from topwork.errors import DataError, SettingError, UnavailableError
 from topwork.spec import TransferJob
 from topwork.spec.loading.loader import read_files
@@ -45,7 +46,7 @@ def describe(
     storage, if it was pulled, else as --classes and --images say. What can't be had is said so, and is no error.
     """
     jobs = [job for _, job in read_files(files, overrides or ())]
-    found = [_describe(job, state or default_state(), classes, images) for job in jobs]
+    found = [_describe(job, state or default_state_directory(), classes, images) for job in jobs]
     if as_json:
         print(json.dumps([one.model_dump(mode="json", by_alias=True) for one in found], indent=2, ensure_ascii=False))
         return
@@ -57,7 +58,7 @@ def describe(
 
 
 def _describe(job: TransferJob, state: Path, classes: int | None, images: int | None) -> "Description":
-    with quiet_start():
+    with quiet_tensorflow_import():
         from topwork.description.describe import describe as described
         from topwork.description.known_dataset import known_data
 
@@ -76,12 +77,12 @@ def _describe(job: TransferJob, state: Path, classes: int | None, images: int | 
 @contextmanager
 def _workspace(job: TransferJob, state: Path, scratch: Path) -> "Iterator[Workspace | None]":
     """Open the storage of a job, if there is one; None where nothing has been stored on this machine."""
+    from topwork.cli.output.progress import NoProgress
     from topwork.clients.prometheus.metrics import Metrics
-    from topwork.progress import Quiet
     from topwork.workspace import Workspace
 
     with _storage(job.spec.storage, state) as storage:
-        yield Workspace(storage, Metrics(), Quiet(), scratch) if storage else None
+        yield Workspace(storage, Metrics(), NoProgress(), scratch) if storage else None
 
 
 @contextmanager
@@ -90,7 +91,7 @@ def _storage(uri: str, state: Path) -> "Iterator[Storage | None]":
     from topwork.clients.s3.storage import Storage, StorageSettings
 
     with ExitStack() as stack:
-        if has_own_storage():
+        if has_storage_configuration():
             settings = StorageSettings(attempts=ATTEMPTS, connect_timeout_seconds=CONNECT_SECONDS)
         elif (state / "data").is_dir():
             from topwork.local.server import embedded_storage
@@ -113,14 +114,14 @@ def _saved(job: TransferJob, workspace: "Workspace | None") -> tuple[Path | None
     saved = job.spec.model.base.saved
     if saved is None:
         return None, ()
-    from topwork.training.base_files import base_file
+    from topwork.training.base_files import fetch_base_file
 
     path = Path(saved.uri.removeprefix("file://"))
     if not saved.uri.startswith("s3://") and path.is_file():
         return path, ()
     try:
         if workspace is not None:
-            return base_file(job.spec.model.base, workspace), ()
+            return fetch_base_file(job.spec.model.base, workspace), ()
         reason = f"spec.model.base.saved.uri is {saved.uri}, which can't be had here."
     except (DataError, SettingError, UnavailableError) as error:
         reason = str(error)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from topwork.cli.runtime.environment import storage_at
-from topwork.disk_space import shown_bytes
+from topwork.cli.runtime.storage import open_storage
+from topwork.disk_space import format_bytes
 from topwork.errors import SettingError
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def gc(
     from topwork.registry.garbage_collection import leftovers, remove
 
     limit = _duration(older_than)
-    with storage_at(storage_uri, state) as storage:
+    with open_storage(storage_uri, state) as storage:
         found = leftovers(storage, limit)
         if not dry_run:
             found = list(remove(storage, found))
@@ -47,7 +47,7 @@ def gc(
     _print(found)
     if found:
         what = f"{len(found)} leftover{'s' if len(found) > 1 else ''}"
-        typer.echo(f"{'Would free' if dry_run else 'Freed'} {shown_bytes(_total(found))}: {what} in {storage_uri}.")
+        typer.echo(f"{'Would free' if dry_run else 'Freed'} {format_bytes(_total(found))}: {what} in {storage_uri}.")
     else:
         typer.echo(f"Nothing in {storage_uri} is left over that is older than {older_than}.")
 
@@ -78,4 +78,4 @@ def _told(leftover: "Leftover") -> dict[str, Any]:
 def _print(found: "list[Leftover]") -> None:
     for leftover in found:
         when = f"{leftover.newest:%Y-%m-%d %H:%M}"
-        typer.echo(f"{leftover.kind:<20}  {shown_bytes(leftover.size):>10}  {when}  {leftover.prefix}")
+        typer.echo(f"{leftover.kind:<20}  {format_bytes(leftover.size):>10}  {when}  {leftover.prefix}")

@@ -1,4 +1,4 @@
-"""`topwork logs`: what the containers of a run write."""
+"""`topwork logs`: print the logs of the containers of a run."""
 
 import sys
 from enum import StrEnum
@@ -12,11 +12,11 @@ from topwork.errors import SettingError, UnavailableError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from topwork.cluster.operations.logs import Note, Part
+    from topwork.cluster.operations.logs import LogEntry
 
 
 class Stage(StrEnum):
-    """The stages that have a container."""
+    """The stages that run in a container."""
 
     pull = "pull"
     transfer = "transfer"
@@ -25,46 +25,46 @@ class Stage(StrEnum):
 
 def logs(
     name: Annotated[str, typer.Argument(help="Name of a job, for its newest run, or of a run.")],
-    stage: Annotated[Stage | None, typer.Option(help="Only what this stage wrote.")] = None,
+    stage: Annotated[Stage | None, typer.Option(help="Only the log of this stage.")] = None,
     follow: Annotated[
-        bool, typer.Option("--follow", "-f", help="Go on, from container to container, until the run is over.")
+        bool, typer.Option("--follow", "-f", help="Follow the log across containers until the run is finished.")
     ] = False,
     namespace: Namespace = None,
     context: Context = None,
     kubeconfig: Kubeconfig = None,
 ) -> None:
-    """Print what a run wrote, attempt by attempt.
+    """Print the log of a run, attempt by attempt.
 
-    Lines go to standard output as the containers wrote them: JSON, one object a line. Which container they are of
-    stands above them, on standard error. Exit codes: 0; 2 no such run, or the cluster refuses; 75 the API server does
-    not answer; 130 after Ctrl-C, which leaves the run alone.
+    Standard output contains the lines of the containers: one JSON object per line. Standard error contains a heading
+    for each container. Exit codes: 0 success; 2 no such run, or the cluster rejected a request; 75 the API server does
+    not respond; 130 after Ctrl-C, which does not stop the run.
     """
     cluster = open_cluster(namespace, context, kubeconfig)
-    from topwork.cli.output.follow import INTERRUPTED, Where
-    from topwork.cluster.operations.find_runs import find_run
+    from topwork.cli.output.follow import INTERRUPTED, ConnectionOptions
     from topwork.cluster.operations.logs import RunLog
+    from topwork.cluster.operations.runs import find_run
 
-    where = Where(cluster.namespace, context, kubeconfig)
-    options = [*(["--stage", stage.value] if stage else []), "-f"]
-    back = f"Come back with: {where.command(f'logs {name}', *options)}"
     log = RunLog(cluster, find_run(cluster, name).run, stage.value if stage else None)
     if not follow:
-        _print(log.entries())
+        _print(log.read())
         return
+    options = [*(["--stage", stage.value] if stage else []), "-f"]
+    command = ConnectionOptions(cluster.namespace, context, kubeconfig).command(f"logs {name}", *options)
+    reattach = f"The job continues. Follow it again with: {command}"
     try:
-        _print(log.followed())
+        _print(log.follow())
     except KeyboardInterrupt:
-        print(f"\nThe job goes on. {back}", file=sys.stderr)
+        print(f"\n{reattach}", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None
     except (SettingError, UnavailableError) as error:
-        raise type(error)(f"{error} The job goes on. {back}") from error
+        raise type(error)(f"{error} {reattach}") from error
 
 
-def _print(entries: "Iterator[Part | str | Note]") -> None:
-    from topwork.cluster.operations.logs import Note, Part
+def _print(entries: "Iterator[LogEntry]") -> None:
+    from topwork.cluster.operations.logs import ContainerHeading, Note
 
     for entry in entries:
-        if isinstance(entry, Part):
+        if isinstance(entry, ContainerHeading):
             print(f"── {entry.pod} {entry.stage} ──", file=sys.stderr, flush=True)
         elif isinstance(entry, Note):
             print(entry.text, file=sys.stderr, flush=True)

@@ -1,7 +1,5 @@
-"""`topwork mirror`: copy what jobs would download into their storage, so that they need no way out."""
+"""`topwork mirror`: copy weights and datasets into storage, so that jobs need no internet access."""
 
-import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,27 +7,26 @@ from typing import Annotated
 
 import typer
 
-from topwork.cli.options import Overrides
-from topwork.cli.runtime.environment import default_state, quiet_start, scratch_of, storage_at
+from topwork.cli.options import Overrides, State
+from topwork.cli.output.progress import open_progress
+from topwork.cli.runtime.environment import default_state_directory, hide_gpus
+from topwork.cli.runtime.storage import lock_scratch, open_storage
+from topwork.cli.runtime.tensorflow_import import quiet_tensorflow_import
 from topwork.clients.prometheus.metrics import Metrics
 from topwork.errors import SettingError
-from topwork.progress import BarProgress, LineProgress
-from topwork.spec.applications import LEAST_SIDE
+from topwork.spec.applications import MIN_SIDE
 from topwork.spec.job import JobSpec
 from topwork.spec.loading.loader import read_files
-from topwork.spec.messages import hint
+from topwork.spec.messages import did_you_mean
 from topwork.workspace import Workspace
 
 app = typer.Typer(
-    help="Copy weights and datasets into storage beforehand, for jobs that can't reach the internet.",
+    help="Copy weights and datasets into storage, for jobs without internet access.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
 
-StorageUri = Annotated[str, typer.Argument(metavar="STORAGE", help="s3://bucket/prefix, as spec.storage.")]
-State = Annotated[
-    Path | None, typer.Option(help="Folder of scratch and embedded S3 [default: ~/.local/state/topwork].")
-]
+StorageUri = Annotated[str, typer.Argument(metavar="STORAGE", help="s3://bucket/prefix, as in spec.storage.")]
 
 
 @app.command()
@@ -39,22 +36,25 @@ def weights(
     file: Annotated[
         Path | None,
         typer.Option(
-            help="Take this file (model.save_weights without the head, or Keras' *_notop.h5) instead of downloading.",
+            help="Copy this file, written by model.save_weights without the head or a *_notop.h5 of Keras, instead of "
+            "downloading.",
         ),
     ] = None,
     state: State = None,
 ) -> None:
-    """Copy ImageNet weights; those that are there stay."""
+    """Copy ImageNet weights, unless they are already in storage."""
     for name in names:
-        if name not in LEAST_SIDE:
-            raise SettingError(f"{name} is no classification model of keras.applications.{hint(name, LEAST_SIDE)}")
+        if name not in MIN_SIDE:
+            raise SettingError(
+                f"{name} is not a classification model of keras.applications.{did_you_mean(name, MIN_SIDE)}"
+            )
     if file and len(names) > 1:
-        raise SettingError(f"--file holds the weights of one model, and {len(names)} are named. Name one.")
+        raise SettingError(f"--file contains the weights of one model, but {len(names)} models are named. Name one.")
     if file and not file.is_file():
-        raise SettingError(f"--file {file} is no file here.")
-    with _workspace(storage_uri, state) as workspace:
+        raise SettingError(f"--file {file} does not exist or is not a file.")
+    with _open_workspace(storage_uri, state) as workspace:
         for name in names:
-            _weights(name, workspace, file)
+            _mirror_weights(name, workspace, file)
 
 
 @app.command()
@@ -63,17 +63,15 @@ def tfds(
     name: Annotated[str, typer.Argument(help="TensorFlow Datasets name: name[/config][:version].")],
     data_dir: Annotated[
         Path | None,
-        typer.Option(
-            help="Take the dataset that tfds.load(…, data_dir=DIR) left here instead of downloading.",
-        ),
+        typer.Option(help="Copy the dataset that tfds.load(…, data_dir=DIR) prepared here instead of downloading."),
     ] = None,
     state: State = None,
 ) -> None:
-    """Copy a dataset as TFDS prepares it; one that is there stays."""
+    """Copy a dataset as prepared by TFDS, unless it is already in storage."""
     if data_dir and not data_dir.is_dir():
-        raise SettingError(f"--data-dir {data_dir} is no folder here.")
-    with _workspace(storage_uri, state) as workspace:
-        _tfds(name, workspace, data_dir)
+        raise SettingError(f"--data-dir {data_dir} does not exist or is not a directory.")
+    with _open_workspace(storage_uri, state) as workspace:
+        _mirror_tfds(name, workspace, data_dir)
 
 
 @app.command()
@@ -82,45 +80,44 @@ def job(
     overrides: Overrides = None,
     state: State = None,
 ) -> None:
-    """Copy all that jobs would download: ImageNet weights and TFDS datasets, each into the job's own storage."""
+    """Copy the ImageNet weights and TFDS datasets that jobs would download, each into the storage of its job."""
     for _, read in read_files(files, overrides or ()):
-        if not _downloads(read.spec):
-            print(f"{read.metadata.name} downloads nothing that is mirrored.")
+        if not _needs_downloads(read.spec):
+            print(f"{read.metadata.name} downloads neither weights nor a TFDS dataset.")
             continue
-        with _workspace(read.spec.storage, state) as workspace:
+        with _open_workspace(read.spec.storage, state) as workspace:
             base, source = read.spec.model.base, read.spec.dataset.source
             if base.needs_imagenet:
-                _weights(str(base.application), workspace)
+                _mirror_weights(str(base.application), workspace)
             if source.tfds:
-                _tfds(source.tfds, workspace)
+                _mirror_tfds(source.tfds, workspace)
 
 
-def _downloads(spec: JobSpec) -> bool:
+def _needs_downloads(spec: JobSpec) -> bool:
     return spec.model.base.needs_imagenet or spec.dataset.source.tfds is not None
 
 
-def _weights(name: str, workspace: Workspace, file: Path | None = None) -> None:
-    with quiet_start():
-        from topwork.training.base_files import mirror_key, mirror_weights
+def _mirror_weights(name: str, workspace: Workspace, file: Path | None = None) -> None:
+    with quiet_tensorflow_import():
+        from topwork.training.base_files import mirror_weights, mirrored_weights_key
 
-    found = mirror_weights(name, workspace, file)
-    print(f"{'found' if found else 'mirrored'} {workspace.storage.uri_of(mirror_key(name))}")
+    existed = mirror_weights(name, workspace, file)
+    print(f"{'found' if existed else 'mirrored'} {workspace.storage.uri_of(mirrored_weights_key(name))}")
 
 
-def _tfds(name: str, workspace: Workspace, data_dir: Path | None = None) -> None:
-    with quiet_start():
-        from topwork.data.tfds_mirror import prefix_of
+def _mirror_tfds(name: str, workspace: Workspace, data_dir: Path | None = None) -> None:
+    with quiet_tensorflow_import():
+        from topwork.data.tfds_mirror import mirror_prefix
         from topwork.data.tfds_mirror_writer import mirror_tfds
 
-    full, found = mirror_tfds(name, workspace, data_dir)
-    print(f"{'found' if found else 'mirrored'} {workspace.storage.uri_of(prefix_of(full))}/")
+    full_name, existed = mirror_tfds(name, workspace, data_dir)
+    print(f"{'found' if existed else 'mirrored'} {workspace.storage.uri_of(mirror_prefix(full_name))}/")
 
 
 @contextmanager
-def _workspace(storage_uri: str, state: Path | None) -> Iterator[Workspace]:
-    # Nothing here is computed: a GPU is somebody else's.
-    os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
-    state = state or default_state()
-    progress = BarProgress() if sys.stderr.isatty() else LineProgress()
-    with scratch_of(state, "mirror") as scratch, storage_at(storage_uri, state) as storage:
-        yield Workspace(storage, Metrics(), progress, scratch)
+def _open_workspace(storage_uri: str, state: Path | None) -> Iterator[Workspace]:
+    # Mirroring computes nothing, and other processes may use the GPUs.
+    hide_gpus()
+    state = state or default_state_directory()
+    with lock_scratch(state, "mirror") as scratch, open_storage(storage_uri, state) as storage:
+        yield Workspace(storage, Metrics(), open_progress(), scratch)

@@ -9,9 +9,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from topwork.artifacts import fetch_whole, read_manifest
+from topwork.artifacts import download_artifact, read_manifest
 from topwork.cli.model_address import model_address, open_version
-from topwork.cli.runtime.environment import storage_at
+from topwork.cli.runtime.storage import open_storage
 from topwork.errors import SettingError
 from topwork.registry import versions
 from topwork.registry.versions import Version
@@ -32,7 +32,7 @@ def list_models(
     state: State = None,
 ) -> None:
     """List the published models of a storage, each with its latest version."""
-    with storage_at(storage_uri, state) as storage:
+    with open_storage(storage_uri, state) as storage:
         found = {
             name: (numbers, versions.latest(storage, name) or versions.published(storage, name, numbers[-1]))
             for name, numbers in versions.models(storage).items()
@@ -97,7 +97,7 @@ def fetch(
         part = target.absolute().with_name(f".{target.absolute().name}.part")
         shutil.rmtree(part, ignore_errors=True)  # left by a command that was killed
         try:
-            fetch_whole(storage, versions.prefix_of(found.name, found.version), part)
+            download_artifact(storage, versions.prefix_of(found.name, found.version), part)
             part.rename(target)
         finally:
             shutil.rmtree(part, ignore_errors=True)

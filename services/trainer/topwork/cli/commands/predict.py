@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -15,9 +14,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from topwork.artifacts import fetch_whole
+from topwork.artifacts import download_artifact
 from topwork.cli.model_address import IN_ONE_WORD, find_version, model_address
-from topwork.cli.runtime.environment import hushed, storage_at
+from topwork.cli.runtime.storage import open_storage
+from topwork.cli.runtime.tensorflow_import import quiet_tensorflow_import
 from topwork.clients.s3.storage import Storage
 from topwork.errors import DataError, SettingError
 from topwork.registry import versions
@@ -93,7 +93,7 @@ class _Storages:
 
     def at(self, uri: str) -> Storage:
         if self._first is None:
-            self._first = self._stack.enter_context(storage_at(uri, self._state))
+            self._first = self._stack.enter_context(open_storage(uri, self._state))
         return self._first.at(uri)
 
 
@@ -101,8 +101,7 @@ def _load(model: str, storages: _Storages, stack: ExitStack) -> "Answering":
     path = Path(model)
     if model.startswith("s3://"):
         path = _fetched(model, storages, Path(stack.enter_context(TemporaryDirectory(prefix="topwork-"))))
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    with hushed():
+    with quiet_tensorflow_import():
         from topwork.report.predictor import Answering
 
         return Answering(path)
@@ -117,9 +116,9 @@ def _fetched(model: str, storages: _Storages, folder: Path) -> Path:
     storage = storages.at(address.storage)
     found = find_version(storage, address)
     prefix = versions.prefix_of(found.name, found.version)
-    manifest = fetch_whole(storage, prefix, folder, only=lambda file: file in {"model.keras", "labels.txt"})
+    manifest = download_artifact(storage, prefix, folder, select=lambda file: file in {"model.keras", "labels.txt"})
     if "model.keras" not in manifest.files:
-        fetch_whole(storage, prefix, folder)
+        download_artifact(storage, prefix, folder)
     return folder
 
 

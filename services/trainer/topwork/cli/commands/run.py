@@ -1,22 +1,26 @@
-"""`topwork run`: the whole pipeline on this machine."""
+"""`topwork run`: run whole jobs on this machine."""
 
-import os
-import sys
-from enum import StrEnum
+import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+import structlog
 import typer
 
 from topwork import __version__
-from topwork.cancellation import StopSignal
-from topwork.cli.options import Overrides
+from topwork.cancellation import StopRequest
+from topwork.cli.options import Overrides, State, serve_metrics
 from topwork.cli.output.comparison import comparison
-from topwork.cli.runtime.environment import default_state, quiet_start, scratch_of, serve, storage_at
-from topwork.cli.runtime.shutdown import parting
-from topwork.cli.runtime.signals import stopped_by_signals
+from topwork.cli.output.progress import NoProgress, open_progress
+from topwork.cli.runtime.environment import default_state_directory, visible_gpus
+from topwork.cli.runtime.logging import LogFormat, configure_logging, is_verbose, set_log_level
+from topwork.cli.runtime.shutdown import record_outcome
+from topwork.cli.runtime.signals import stop_on_signals
+from topwork.cli.runtime.storage import lock_scratch, open_storage
+from topwork.cli.runtime.tensorflow_import import quiet_tensorflow_import
 from topwork.clients.prometheus.metrics import Metrics
-from topwork.progress import BarProgress, LineProgress, Progress, Quiet
+from topwork.progress import Progress
 from topwork.spec import TransferJob
 from topwork.spec.loading.loader import read_files
 from topwork.workspace import Workspace
@@ -24,82 +28,101 @@ from topwork.workspace import Workspace
 if TYPE_CHECKING:
     from topwork.stages.publish import Published
 
-
-class LogFormat(StrEnum):
-    """How lines are written where there is no terminal."""
-
-    text = "text"
-    json = "json"
+log = structlog.get_logger(__name__)
 
 
 def run(
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Job specs; - reads standard input.")],
     overrides: Overrides = None,
     replicas: Annotated[
-        int | None, typer.Option(min=1, max=64, help="Replicas on the processor; without it all GPUs, or one device.")
+        int | None,
+        typer.Option(min=1, max=64, help="Train this many replicas on the CPU [default: all GPUs, or one CPU device]."),
     ] = None,
-    restart: Annotated[bool, typer.Option("--restart", help="Forget what earlier attempts of this run did.")] = False,
-    state: Annotated[
-        Path | None, typer.Option(help="Folder of scratch and embedded S3 [default: ~/.local/state/topwork].")
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Delete the results of earlier attempts of this run first.")
+    ] = False,
+    state: State = None,
+    metrics_port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="Serve Prometheus metrics on this port.")
     ] = None,
-    metrics_port: Annotated[int | None, typer.Option(min=0, max=65535, help="Serve Prometheus metrics here.")] = None,
-    log_format: Annotated[LogFormat, typer.Option(help="Lines of text or of JSON, off a terminal.")] = LogFormat.text,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show what TensorFlow says, too.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show the final lines only.")] = False,
+    log_format: Annotated[
+        LogFormat, typer.Option(help="Format of log lines when standard error is not a terminal.")
+    ] = LogFormat.text,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Log debug messages and the output of TensorFlow, too.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only the final lines.")] = False,
 ) -> None:
-    """Pull, transfer, fine-tune and publish, here; a run that was begun goes on, a finished one says so."""
+    """Run jobs on this machine: pull, transfer, fine-tune, publish.
+
+    An interrupted run resumes, and a finished one is skipped.
+    """
     jobs = [job for _, job in read_files(files, overrides or ())]
-    progress = _progress(log_format, quiet)
-    # With replicas on the processor the GPUs are somebody else's.
-    metrics = Metrics(gpus=replicas is None, only_gpus=os.environ.get("CUDA_VISIBLE_DEVICES"))
+    progress = _configure_output(log_format, quiet=quiet, verbose=verbose)
+    # With replicas on the CPU, other processes use the GPUs.
+    metrics = Metrics(gpus=replicas is None, visible_devices=visible_gpus())
     if metrics_port is not None:
-        progress.note("metrics", port=serve(metrics, metrics_port))
+        log.info("metrics", port=serve_metrics(metrics, metrics_port))
+    runner = _Runner(metrics, progress, state or default_state_directory(), replicas, restart, verbose or is_verbose())
     published = []
     for job in jobs:
-        metrics.describe(job=job.metadata.name, run=job.run, stage="run", version=__version__)
-        with parting(job, metrics, progress, served=metrics_port is not None):
-            published.append(_run(job, metrics, progress, state or default_state(), replicas, restart, verbose))
+        metrics.start_job(job=job.metadata.name, run=job.run, stage="run", version=__version__)
+        with record_outcome(job, metrics, served=metrics_port is not None):
+            published.append(runner.run(job))
             for line in published[-1].summary():
                 print(line, flush=True)
     for line in comparison(published):
         print(line)
 
 
-def _run(
-    job: TransferJob,
-    metrics: Metrics,
-    progress: Progress,
-    state: Path,
-    replicas: int | None,
-    restart: bool,
-    verbose: bool,
-) -> "Published":
-    from topwork.stages.publish import published_earlier
-
-    stop = StopSignal()
-    with scratch_of(state, job.run) as scratch, storage_at(job.spec.storage, state, metrics) as storage:
-        workspace = Workspace(storage, metrics, progress, scratch, replicas, stop=stop)
-        progress.note("run", name=job.run, storage=storage.uri)
-        if restart:
-            storage.delete(stored.key for stored in storage.list(f"runs/{job.run}/"))
-        if published := published_earlier(job, storage):
-            progress.note("already published", model=published.uri)
-            return published
-        with stopped_by_signals(stop):
-            return _run_pipeline(job, workspace, verbose)
-
-
-def _run_pipeline(job: TransferJob, workspace: Workspace, verbose: bool) -> "Published":
-    """Import TensorFlow and all that stands on it, without its start-up talk unless that is wanted, and run."""
-    with quiet_start(verbose=verbose):
-        from topwork import pipeline
-
-    return pipeline.run(job, workspace)
-
-
-def _progress(log_format: LogFormat, quiet: bool) -> Progress:
+def _configure_output(log_format: LogFormat, *, quiet: bool, verbose: bool) -> Progress:
+    if log_format is LogFormat.json:
+        configure_logging(log_format)
+    if verbose:
+        set_log_level(logging.DEBUG)
     if quiet:
-        return Quiet()
-    if sys.stderr.isatty():
-        return BarProgress()
-    return LineProgress(as_json=log_format is LogFormat.json)
+        set_log_level(logging.CRITICAL)
+        return NoProgress()
+    return open_progress()
+
+
+@dataclass(frozen=True)
+class _Runner:
+    """Runs jobs one after the other, with the same options.
+
+    Attributes:
+        metrics: Metrics of the process.
+        progress: Progress display.
+        state: State directory.
+        replicas: Replicas on the CPU; None is one per GPU, or one.
+        restart: Whether to delete the results of earlier attempts.
+        verbose: Whether to show the output of TensorFlow.
+    """
+
+    metrics: Metrics
+    progress: Progress
+    state: Path
+    replicas: int | None
+    restart: bool
+    verbose: bool
+
+    def run(self, job: TransferJob) -> "Published":
+        from topwork.stages.publish import published_earlier
+
+        stop = StopRequest()
+        with (
+            lock_scratch(self.state, job.run) as scratch,
+            open_storage(job.spec.storage, self.state, self.metrics) as storage,
+        ):
+            workspace = Workspace(storage, self.metrics, self.progress, scratch, self.replicas, stop=stop)
+            log.info("run", name=job.run, storage=storage.uri)
+            if self.restart:
+                storage.delete(stored.key for stored in storage.list(f"runs/{job.run}/"))
+            if published := published_earlier(job, storage):
+                log.info("already published", model=published.uri)
+                return published
+            with stop_on_signals(stop):
+                with quiet_tensorflow_import(verbose=self.verbose):
+                    from topwork import pipeline
+
+                return pipeline.run(job, workspace)

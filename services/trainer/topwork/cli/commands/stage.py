@@ -1,209 +1,228 @@
-"""`topwork stage`: one stage of a job, as the containers of its pod call it."""
+"""`topwork stage`: run one stage of a job in a container of its pod."""
 
-import os
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+import structlog
 import typer
 
 from topwork import __version__
-from topwork.cancellation import STOPPED, StopNow, StopSignal
+from topwork.cancellation import STOPPED_MESSAGE, StopInterrupt, StopRequest
 from topwork.cli.runtime.container import Container
-from topwork.cli.runtime.signals import end_overdue, stopped_by_signals
-from topwork.cluster.names import JOB_FILE, JOB_FOLDER, METRICS_PORTS, SCRATCH, STAGES, StageName
+from topwork.cli.runtime.environment import hide_gpus, read_grace_seconds, visible_gpus
+from topwork.cli.runtime.signals import start_stop_watchdog, stop_on_signals
+from topwork.cluster.names import JOB_DIRECTORY, JOB_FILE, METRICS_PORTS, SCRATCH_DIRECTORY, STAGES, StageName
 from topwork.errors import SettingError
 
 if TYPE_CHECKING:
+    from topwork.clients.prometheus.metrics import Metrics
     from topwork.data.dataset_manifest import StoredDataset
     from topwork.registry.stage_results import Classifier
     from topwork.spec import TransferJob
     from topwork.stages.publish import Published
     from topwork.workspace import Workspace
 
-# From the signal to the end of the process where nothing has to be stored first.
+log = structlog.get_logger(__name__)
+
+# Time from the signal to the end of the process if nothing has to be stored first.
 STOP_SECONDS = 5.0
-GRACE = "TOPWORK_GRACE_SECONDS"
-LATE = (
-    "Stopped before the last checkpoint was stored: the step under way and its upload took longer than a grace period "
-    "of {grace:g} s leaves. What was stored before is kept: start the same job again to go on from there, and raise "
-    "spec.compute.terminationGracePeriodSeconds if this happens again."
+GRACE_PERIOD_EXCEEDED = (
+    "Stopped before the last checkpoint was stored: the current step and its upload took longer than the grace period "
+    "of {grace:g} s allows. Earlier checkpoints are kept: start the same job again to resume from the last one, and "
+    "raise spec.compute.terminationGracePeriodSeconds if this happens again."
 )
 
 
 def stage(
     name: Annotated[StageName, typer.Argument(metavar="STAGE", help="pull, transfer or fine-tune.")],
-    job: Annotated[Path, typer.Option(help="Job spec; it holds one job.")] = Path(JOB_FOLDER) / JOB_FILE,
-    scratch: Annotated[Path, typer.Option(help="Folder that the stages share, and may lose.")] = Path(SCRATCH),
+    job: Annotated[Path, typer.Option(help="Job spec with exactly one job.")] = Path(JOB_DIRECTORY) / JOB_FILE,
+    scratch: Annotated[Path, typer.Option(help="Directory that the stages share; its contents may be lost.")] = Path(
+        SCRATCH_DIRECTORY
+    ),
     metrics_port: Annotated[
         int | None,
         typer.Option(
             min=0,
             max=65535,
-            help="Serve Prometheus metrics here [default: 9101 pull, 9102 transfer, 9103 fine-tune].",
+            help="Serve Prometheus metrics on this port [default: 9101 pull, 9102 transfer, 9103 fine-tune].",
             show_default=False,
         ),
     ] = None,
     termination_log: Annotated[Path, typer.Option(hidden=True)] = Path("/dev/termination-log"),
 ) -> None:
-    """Run one stage of a job in its container; fine-tune publishes, too. What is done already is found in storage."""
-    stop = StopSignal()
+    """Run one stage of a job in its container; fine-tune also publishes.
+
+    A stage that is already complete is skipped.
+    """
+    stop = StopRequest()
     container = Container(name, termination_log)
     try:
-        grace = _grace_seconds()
-        with stopped_by_signals(stop, patient=grace is not None):
+        grace = read_grace_seconds()
+        with stop_on_signals(stop, ignore_repeats=grace is not None):
 
-            def end() -> None:
-                container.overdue(LATE.format(grace=grace) if stop.is_held() else STOPPED)
+            def exit_after_timeout() -> None:
+                container.exit_after_timeout(
+                    GRACE_PERIOD_EXCEEDED.format(grace=grace) if stop.is_deferred() else STOPPED_MESSAGE
+                )
 
-            end_overdue(stop, STOP_SECONDS, end, grace_seconds=grace)
+            start_stop_watchdog(stop, STOP_SECONDS, exit_after_timeout, grace_seconds=grace)
             port = METRICS_PORTS[name] if metrics_port is None else metrics_port
-            lingers = _run(container, job, scratch, port, stop)
-            # Who waits for a last scrape has nothing to lose.
-            with suppress(StopNow):
-                container.part(lingers=lingers)
+            wait_for_scrape = _run(container, job, scratch, port, stop)
+            # The stage is complete: a stop only ends the wait for the last scrape.
+            with suppress(StopInterrupt):
+                container.publish_outcome(wait_for_scrape=wait_for_scrape)
     except BaseException as error:
-        code = container.failed(error)
-        container.part(lingers=True)
-        container.leave(code)
-    container.leave(0)
+        code = container.report_failure(error)
+        container.publish_outcome(wait_for_scrape=True)
+        container.exit(code)
+    container.exit(0)
 
 
-def _run(container: Container, file: Path, scratch: Path, port: int, stop: StopSignal) -> bool:
-    """Run the stage and tell how it ended; says whether a last scrape is worth waiting for: later stages repeat it."""
-    from topwork.cli.runtime.environment import serve
-    from topwork.cli.runtime.pod_environment import check_variables, pod_storage, trust_extra_authority
+def _run(container: Container, file: Path, scratch: Path, port: int, stop: StopRequest) -> bool:
+    """Run the stage and report its outcome.
+
+    Returns:
+        Whether to wait for a last scrape. Later stages repeat the metrics of the earlier ones, so only the last waits.
+    """
+    from topwork.cli.options import serve_metrics
     from topwork.clients.prometheus.metrics import Metrics
-    from topwork.spec.compute import in_bytes
-    from topwork.workspace import Workspace
 
-    job = _only_job(file)
+    job = _read_job(file)
     container.run, container.job = job.run, job
-    container.metrics = metrics = Metrics(
-        gpus=_has_gpus(container, job), only_gpus=os.environ.get("CUDA_VISIBLE_DEVICES")
-    )
-    metrics.describe(job=job.metadata.name, run=job.run, stage=container.stage, version=__version__)
-    container.log.note("metrics", port=serve(metrics, port))
-    _stand_in_for_earlier_stages(container.stage, port)
-    folder = _writable(scratch / job.run)
-    check_variables()
-    trust_extra_authority(folder)
-    storage = pod_storage(job.spec.storage, metrics)
-    container.log.note("run", name=job.run, stage=container.stage, storage=storage.uri)
-    limit = int(in_bytes(job.spec.compute.scratch))
-    workspace = Workspace(storage, metrics, container.log, folder, scratch_limit=limit, stop=stop)
-    if _found(container, job, workspace):
+    container.metrics = metrics = Metrics(gpus=_owns_gpus(container, job), visible_devices=visible_gpus())
+    metrics.start_job(job=job.metadata.name, run=job.run, stage=container.stage, version=__version__)
+    log.info("metrics", port=serve_metrics(metrics, port))
+    _serve_ports_of_earlier_stages(container.stage, port)
+    workspace = _open_workspace(job, metrics, scratch, stop)
+    log.info("run", name=job.run, stage=container.stage, storage=workspace.storage.uri)
+    result = _find_result(container, job, workspace)
+    if result is not None:
+        _report_success(container, result, workspace)
         return False
-    _work(container, job, workspace)
+    _report_success(container, _run_stage(container, job, workspace), workspace)
     return container.stage == "fine-tune"
 
 
-def _stand_in_for_earlier_stages(stage: StageName, port: int) -> None:
-    """Answer on the ports of the containers before, which share the pod's address.
-
-    Prometheus still knows them as targets when they are over, and an alert on targets that are down would fire in every
-    long stage.
-    """
-    from topwork.clients.prometheus.metrics import serve_nothing
-
-    if port == METRICS_PORTS[stage]:
-        for earlier in STAGES[: STAGES.index(stage)]:
-            with suppress(OSError):
-                serve_nothing(METRICS_PORTS[earlier])
-
-
-def _grace_seconds() -> float | None:
-    """Read how long the pod has from SIGTERM to SIGKILL; None where nobody says."""
-    text = os.environ.get(GRACE)
-    try:
-        return float(text) if text else None
-    except ValueError:
-        raise SettingError(f"{GRACE} is {text!r}: expected seconds, such as 300.") from None
-
-
-def _only_job(file: Path) -> "TransferJob":
+def _read_job(file: Path) -> "TransferJob":
     from topwork.spec.loading.loader import read_jobs
 
     jobs = read_jobs(file)
     if len(jobs) > 1:
         names = ", ".join(job.metadata.name for job in jobs)
-        raise SettingError(f"{file} holds {len(jobs)} jobs ({names}), and a pod runs one. Give each a file of its own.")
+        raise SettingError(
+            f"{file} contains {len(jobs)} jobs ({names}), but a pod runs exactly one. Put each job in its own file."
+        )
     return jobs[0]
 
 
-def _writable(folder: Path) -> Path:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SettingError(
-            f"The scratch folder {folder} can't be made ({error.strerror}). Mount a volume that this user may write "
-            "to, or name another folder with --scratch."
-        ) from error
-    return folder
-
-
-def _has_gpus(container: Container, job: "TransferJob") -> bool:
-    """Whether the GPUs that are seen are its own: a node's runtime may show all of them to every container."""
+def _owns_gpus(container: Container, job: "TransferJob") -> bool:
+    """Whether visible GPUs belong to this container: some container runtimes show all GPUs to every container."""
     return container.stage != "pull" and job.spec.compute.gpus > 0
 
 
-def _found(container: Container, job: "TransferJob", workspace: "Workspace") -> bool:
-    """Tell what earlier attempts have done already, without importing TensorFlow."""
-    from topwork.registry.stage_results import read_done, repeat
+def _serve_ports_of_earlier_stages(stage: StageName, port: int) -> None:
+    """Serve an empty page on the metrics ports of the earlier containers, which have the same pod IP.
+
+    Prometheus keeps scraping them after they have ended, and an alert on targets that are down would fire in every
+    long stage.
+    """
+    from topwork.clients.prometheus.metrics import serve_empty_page
+
+    if port == METRICS_PORTS[stage]:
+        for earlier in STAGES[: STAGES.index(stage)]:
+            with suppress(OSError):
+                serve_empty_page(METRICS_PORTS[earlier])
+
+
+def _open_workspace(job: "TransferJob", metrics: "Metrics", scratch: Path, stop: StopRequest) -> "Workspace":
+    from topwork.cli.output.progress import NoProgress
+    from topwork.cli.runtime.environment import trust_extra_ca, validate_aws_variables
+    from topwork.cli.runtime.storage import open_pod_storage
+    from topwork.spec.kubernetes_types import quantity_to_bytes
+    from topwork.workspace import Workspace
+
+    directory = _create_scratch(scratch / job.run)
+    validate_aws_variables()
+    trust_extra_ca(directory)
+    storage = open_pod_storage(job.spec.storage, metrics)
+    limit = int(quantity_to_bytes(job.spec.compute.scratch))
+    return Workspace(storage, metrics, NoProgress(), directory, scratch_limit=limit, stop=stop)
+
+
+def _create_scratch(directory: Path) -> Path:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingError(
+            f"Cannot create the scratch directory {directory} ({error.strerror}). Mount a volume that this user can "
+            "write to, or choose another directory with --scratch."
+        ) from error
+    return directory
+
+
+def _find_result(
+    container: Container, job: "TransferJob", workspace: "Workspace"
+) -> "StoredDataset | Classifier | Published | None":
+    """Find the result of an earlier attempt and restore its metrics, without importing TensorFlow."""
+    from topwork.registry.stage_results import read_stage_result, republish_metrics
     from topwork.stages.publish import published_earlier
-    from topwork.stages.pull import pulled_earlier
+    from topwork.stages.pull import find_pulled_dataset
 
     if published := published_earlier(job, workspace.storage):
-        container.log.note("already published", model=published.uri)
+        log.info("already published", model=published.uri)
         for earlier in ("transfer", "fine-tune"):
-            if classifier := read_done(workspace.storage, job.run, earlier):
-                repeat(classifier, workspace.metrics)
+            if classifier := read_stage_result(workspace.storage, job.run, earlier):
+                republish_metrics(classifier, workspace.metrics)
         published.repeat(workspace.metrics)
-        _tell(container, published, workspace)
-    elif container.stage == "pull" and (dataset := pulled_earlier(job, workspace)):
-        _tell(container, dataset, workspace)
-    elif container.stage == "transfer" and (classifier := read_done(workspace.storage, job.run, "transfer")):
-        container.log.note("already done", stage="transfer")
-        repeat(classifier, workspace.metrics)
-        _tell(container, classifier, workspace)
-    else:
-        return False
-    return True
+        return published
+    if container.stage == "pull":
+        return find_pulled_dataset(job, workspace)
+    if container.stage == "transfer" and (classifier := read_stage_result(workspace.storage, job.run, "transfer")):
+        log.info("stage already complete", stage="transfer")
+        republish_metrics(classifier, workspace.metrics)
+        return classifier
+    return None
 
 
-def _work(container: Container, job: "TransferJob", workspace: "Workspace") -> None:
-    from topwork.cli.runtime.environment import quiet_start
+def _run_stage(
+    container: Container, job: "TransferJob", workspace: "Workspace"
+) -> "StoredDataset | Classifier | Published":
+    from topwork.cli.runtime.tensorflow_import import quiet_tensorflow_import
 
-    if not _has_gpus(container, job):
-        os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
-    with quiet_start():
+    if not _owns_gpus(container, job):
+        hide_gpus()
+    with quiet_tensorflow_import():
         from topwork import pipeline
-        from topwork.training.strategy import replicas_in_pod
+        from topwork.training.strategy import choose_pod_replicas
 
     if container.stage == "pull":
-        return _tell(container, pipeline.run_pull(job, workspace), workspace)
-    workspace = replace(workspace, replicas=replicas_in_pod(job.spec.compute.gpus, container.log))
+        return pipeline.run_pull(job, workspace)
+    workspace = replace(workspace, replicas=choose_pod_replicas(job.spec.compute.gpus))
     if container.stage == "transfer":
-        return _tell(container, pipeline.run_transfer(job, workspace), workspace)
-    return _tell(container, pipeline.run(job, workspace), workspace)
+        return pipeline.run_transfer(job, workspace)
+    return pipeline.run(job, workspace)
 
 
-def _tell(container: Container, made: "StoredDataset | Classifier | Published", workspace: "Workspace") -> None:
+def _report_success(
+    container: Container, result: "StoredDataset | Classifier | Published", workspace: "Workspace"
+) -> None:
     from topwork.data.dataset_manifest import StoredDataset
     from topwork.registry.stage_results import Classifier
 
-    if isinstance(made, StoredDataset):
-        container.done(dataset=workspace.storage.uri_of(made.prefix), images=made.facts.images)
-    elif isinstance(made, Classifier):
-        container.done(epochs=len(made.rows), best_epoch=made.best_epoch, weights=workspace.storage.uri_of(made.key))
+    if isinstance(result, StoredDataset):
+        container.report_success(dataset=workspace.storage.uri_of(result.prefix), images=result.metadata.images)
+    elif isinstance(result, Classifier):
+        container.report_success(
+            epochs=len(result.rows), best_epoch=result.best_epoch, weights=workspace.storage.uri_of(result.key)
+        )
     else:
-        main = next(iter(made.metrics.items())) if container.stage == "fine-tune" else None
-        container.done(
-            metric=main,
-            model=made.uri,
-            report=made.report_uri,
-            split=made.split,
-            images=made.images,
-            **made.metrics,
+        container.report_success(
+            metric=next(iter(result.metrics.items())) if container.stage == "fine-tune" else None,
+            model=result.uri,
+            report=result.report_uri,
+            split=result.split,
+            images=result.images,
+            **result.metrics,
         )

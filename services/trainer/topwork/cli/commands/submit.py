@@ -9,19 +9,19 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from topwork.cli.commands.render import RenderedJob, read_and_render
-from topwork.cli.options import Context, Image, Kubeconfig, Namespace, Overrides, as_options, open_cluster
-from topwork.cluster.manifests.render import Placement
+from topwork.cli.options import Context, Image, Kubeconfig, Namespace, Overrides, format_overrides, open_cluster
+from topwork.cluster.manifests.render import RenderOptions
 from topwork.errors import SettingError
 
 if TYPE_CHECKING:
-    from topwork.cli.output.follow import Where
+    from topwork.cli.output.follow import ConnectionOptions
     from topwork.clients.kubernetes.cluster import Cluster
-    from topwork.cluster.manifests.defaults import Defaults
+    from topwork.cluster.manifests.defaults import NamespaceDefaults
     from topwork.cluster.operations.submit import Outcome
 
 
 class DryRun(StrEnum):
-    """How much is tried without anything being changed."""
+    """Where objects are checked without being stored."""
 
     client = "client"
     server = "server"
@@ -37,186 +37,182 @@ def submit(
     dry_run: Annotated[
         DryRun | None,
         typer.Option(
-            help="client prints what would be applied, without the namespace's defaults; server lets the API server "
-            "check it."
+            help="client: print what would be applied, without the defaults of the namespace; server: let the API "
+            "server validate it."
         ),
     ] = None,
     follow: Annotated[
-        bool, typer.Option("--follow", "-f", help="Show the runs until they are over; ends with their exit code.")
+        bool,
+        typer.Option("--follow", "-f", help="Follow the runs until they are finished; exit with their exit code."),
     ] = False,
     wait_for_data: Annotated[
         bool,
-        typer.Option("--wait-for-data", help="Pull first, and take GPUs when all is there (spec.compute.prefetch)."),
+        typer.Option(
+            "--wait-for-data", help="Pull the dataset before requesting GPUs (requires spec.compute.prefetch)."
+        ),
     ] = False,
 ) -> None:
-    """Run job specs in the cluster; one that is there already is left alone, one that failed goes on.
+    """Run job specs in the cluster; an existing run is left unchanged, and a failed run resumes.
 
-    What a spec does not say comes from the ConfigMap topwork-defaults of the namespace, where there is one. Nothing
-    is applied if one of the files is wrong. Exit codes with --follow: that of the first run that is not 0:
-    2 spec, data or setting wrong, 3 a gate was not met, 75 storage or the network failed, or the deadline was over,
-    143 the Job was deleted; 130 after Ctrl-C, which leaves the runs alone.
+    The ConfigMap topwork-defaults of the namespace, if there is one, provides values that a spec does not set. If any
+    file is invalid, nothing is applied. With --follow, the exit code is that of the first run that did not succeed:
+    2 spec, data or setting is wrong; 3 a gate was not met; 75 storage or the network failed, or the deadline was
+    exceeded; 143 the Job was deleted; 130 after Ctrl-C, which does not stop the runs.
     """
     if dry_run and (follow or wait_for_data):
-        raise SettingError("--dry-run starts nothing that --follow or --wait-for-data could wait for. Leave one out.")
+        raise SettingError("--dry-run can't be combined with --follow or --wait-for-data: it starts no runs.")
     if dry_run is DryRun.client:
-        from topwork.spec.yaml_output import as_yaml
+        from topwork.spec.yaml_output import dump_yaml
 
-        wanted = _rendered(files, Placement(image, namespace), overrides or (), wait_for_data)
-        sys.stdout.write(as_yaml([manifest for each in wanted for manifest in each.rendered.objects]))
+        jobs = _render(files, RenderOptions(image, namespace), overrides or (), wait_for_data)
+        sys.stdout.write(dump_yaml([obj for job in jobs for obj in job.rendered.objects]))
         return
-    from topwork.cli.output.follow import Where
-
     try:
         cluster = open_cluster(namespace, context, kubeconfig)
     except SettingError:
-        # What is wrong with the files comes first, as without defaults.
-        _rendered(files, Placement(image, namespace), overrides or (), wait_for_data)
+        # Report problems of the files first.
+        _render(files, RenderOptions(image, namespace), overrides or (), wait_for_data)
         raise
-    defaults = _defaults(cluster)
-    placement = Placement(image or (defaults.image if defaults else None), namespace)
-    wanted = _rendered(files, placement, overrides or (), wait_for_data, defaults)
+    defaults = _read_defaults(cluster)
+    options = RenderOptions(image or (defaults.image if defaults else None), namespace)
+    jobs = _render(files, options, overrides or (), wait_for_data, defaults)
     if defaults:
-        _tell_taken(defaults, with_image=image is None)
+        _print_used_defaults(defaults, with_image=image is None)
     if dry_run is DryRun.server:
-        for each in wanted:
-            _try(cluster, each)
+        for job in jobs:
+            _validate_on_server(cluster, job)
         return
-    where = Where(cluster.namespace, context, kubeconfig)
-    code = _submit_all(cluster, wanted, where, follow, wait_for_data)
-    if code:
+    from topwork.cli.output.follow import ConnectionOptions
+
+    connection = ConnectionOptions(cluster.namespace, context, kubeconfig)
+    if code := _submit_all(cluster, jobs, connection, follow=follow, wait_for_data=wait_for_data):
         raise typer.Exit(code)
 
 
-def _rendered(
+def _render(
     files: list[Path],
-    placement: Placement,
+    options: RenderOptions,
     overrides: Sequence[str],
     wait_for_data: bool,
-    defaults: "Defaults | None" = None,
+    defaults: "NamespaceDefaults | None" = None,
 ) -> list[RenderedJob]:
-    """Read and render everything before anything is applied."""
-    found = read_and_render(files, placement, overrides, defaults.spec if defaults else None)
-    for each in found:
-        if wait_for_data and each.rendered.prefetch is None:
-            raise SettingError(f"--wait-for-data needs spec.compute.prefetch: true, which {each.path} does not have.")
-    return found
+    """Read and render all jobs, before anything is applied."""
+    jobs = read_and_render(files, options, overrides, defaults.spec if defaults else None)
+    for job in jobs:
+        if wait_for_data and job.rendered.prefetch is None:
+            raise SettingError(f"--wait-for-data requires spec.compute.prefetch: true, which {job.path} does not set.")
+    return jobs
 
 
-def _defaults(cluster: "Cluster") -> "Defaults | None":
-    """Read what jobs of the namespace don't have to say; who must not read it goes without."""
+def _read_defaults(cluster: "Cluster") -> "NamespaceDefaults | None":
+    """Read the defaults of the namespace; an account that may not read them submits without."""
     from topwork.clients.kubernetes.errors import ForbiddenError
-    from topwork.cluster.manifests.defaults import SOURCE, read_defaults
+    from topwork.cluster.manifests.defaults import DEFAULTS_SOURCE, read_defaults
 
     try:
         return read_defaults(cluster)
     except ForbiddenError as error:
-        print(f"Note: {SOURCE} is not taken into account: {error}", file=sys.stderr)
+        print(f"Note: {DEFAULTS_SOURCE} is ignored: {error}", file=sys.stderr)
         return None
 
 
-def _tell_taken(defaults: "Defaults", *, with_image: bool) -> None:
-    """Say what comes from the namespace and not from the files."""
-    from topwork.cluster.manifests.defaults import SOURCE
-    from topwork.spec.loading.problems import dotted
-    from topwork.spec.messages import shown
+def _print_used_defaults(defaults: "NamespaceDefaults", *, with_image: bool) -> None:
+    """Print which values come from the namespace and not from the files."""
+    from topwork.cluster.manifests.defaults import DEFAULTS_SOURCE
+    from topwork.spec.loading.problems import format_path
+    from topwork.spec.messages import format_value
 
-    found = [f"image {defaults.image}"] if defaults.image and with_image else []
-    taken = [(path, value) for path, value in defaults.spec.values.items() if path in defaults.spec.taken]
-    found += [f"{dotted(path)} {shown(value)}" for path, value in taken]
-    if found:
-        print(f"from {SOURCE}: {', '.join(found)}")
+    used = [f"image {defaults.image}"] if defaults.image and with_image else []
+    for path, value in defaults.spec.values.items():
+        if path in defaults.spec.used:
+            used.append(f"{format_path(path)} {format_value(value)}")
+    if used:
+        print(f"from {DEFAULTS_SOURCE}: {', '.join(used)}")
 
 
 def _submit_all(
-    cluster: "Cluster", wanted: list[RenderedJob], where: "Where", follow: bool, wait_for_data: bool
+    cluster: "Cluster", jobs: list[RenderedJob], connection: "ConnectionOptions", *, follow: bool, wait_for_data: bool
 ) -> int:
-    """Submit all, wait for their data and follow them, one after the other."""
+    """Submit all jobs, then wait for their data and follow them, one after the other."""
     from topwork.cli.output import follow as following
 
     codes = []
-    outcomes = [_submit(cluster, each, where, ahead=wait_for_data) for each in wanted]
-    for each, outcome in zip(wanted, outcomes, strict=True):
+    outcomes = [_submit(cluster, job, prefetch_only=wait_for_data) for job in jobs]
+    for job, outcome in zip(jobs, outcomes, strict=True):
         code = 0
         if wait_for_data and outcome in {"submitted", "replaced"}:
-            code = _wait_for_data(cluster, each, where)
+            code = _wait_for_data(cluster, job, connection)
             if code == 0:
-                _submit(cluster, each, where)
+                _submit(cluster, job)
         if follow and code == 0:
-            _next(each, where, follow=True)
-            code = following.follow(cluster, each.job.run, where)
+            print(f"following {job.job.run}; press Ctrl-C to leave it running", flush=True)
+            code = following.follow(cluster, job.job.run, connection)
         codes.append(code)
         if code == following.INTERRUPTED:
             break
     if not follow and not wait_for_data:
-        for each, outcome in zip(wanted, outcomes, strict=True):
+        for job, outcome in zip(jobs, outcomes, strict=True):
             if outcome != "complete":
-                _next(each, where, follow=False)
+                print(f"  follow  {connection.command(f'status {job.job.run}', '--follow')}")
+                print(f"  logs    {connection.command(f'logs {job.job.run}', '-f')}")
     return next((code for code in codes if code), 0)
 
 
-def _submit(cluster: "Cluster", each: RenderedJob, where: "Where", *, ahead: bool = False) -> "Outcome":
+def _submit(cluster: "Cluster", job: RenderedJob, *, prefetch_only: bool = False) -> "Outcome":
+    """Submit a job and print the outcome."""
     from topwork.cluster.operations.submit import Submission
 
-    warned = len(cluster.warnings)
-    outcome = Submission(cluster, each.rendered, print).submit(ahead=ahead)
-    for warning in cluster.warnings[warned:]:
+    known_warnings = len(cluster.warnings)
+    outcome = Submission(cluster, job.rendered, print).submit(prefetch_only=prefetch_only)
+    for warning in cluster.warnings[known_warnings:]:
         print(f"Warning: {warning}", file=sys.stderr)
-    run, name = each.job.run, each.job.metadata.name
+    run, name, namespace = job.job.run, job.job.metadata.name, cluster.namespace
     if outcome == "running":
-        print(f"transferjob {name} unchanged: job.batch/{run} in namespace {where.namespace} is there already")
+        print(f"transferjob {name} unchanged: job.batch/{run} in namespace {namespace} already exists")
     elif outcome == "complete":
-        print(f"transferjob {name} unchanged: job.batch/{run} in namespace {where.namespace} is complete")
-        for line in _model(cluster, run):
-            print(line)
-    elif ahead:
-        print(f"transferjob {name} pulls ahead as job.batch/{run}-pull in namespace {where.namespace}")
+        print(f"transferjob {name} unchanged: job.batch/{run} in namespace {namespace} is complete")
+        if model := _read_model_uri(cluster, run):
+            print(f"  model  {model}")
+    elif prefetch_only:
+        print(f"transferjob {name} pulls its dataset as job.batch/{run}-pull in namespace {namespace}")
     else:
-        print(f"transferjob {name} submitted as job.batch/{run} in namespace {where.namespace}")
-        if each.rendered.prefetch:
-            print(f"  job.batch/{run}-pull pulls ahead")
+        print(f"transferjob {name} submitted as job.batch/{run} in namespace {namespace}")
+        if job.rendered.prefetch:
+            print(f"  job.batch/{run}-pull pulls its dataset")
     return outcome
 
 
-def _model(cluster: "Cluster", run: str) -> list[str]:
-    from topwork.cluster.operations.find_runs import read_run
-    from topwork.cluster.status.run_state import run_state
+def _read_model_uri(cluster: "Cluster", run: str) -> str | None:
+    from topwork.cluster.operations.runs import read_run_objects
+    from topwork.cluster.status.run_status import read_run_status
 
-    objects = read_run(cluster, run)
-    model = run_state(objects).model if objects.jobs else None
-    return [f"  model  {model}"] if model else []
+    objects = read_run_objects(cluster, run)
+    return read_run_status(objects).model if objects.jobs else None
 
 
-def _wait_for_data(cluster: "Cluster", each: RenderedJob, where: "Where") -> int:
+def _wait_for_data(cluster: "Cluster", job: RenderedJob, connection: "ConnectionOptions") -> int:
+    """Follow the prefetch Job to its end; return its exit code."""
     from topwork.cli.output import follow as following
 
-    code = following.follow(cluster, each.job.run, where, "prefetch")
+    code = following.follow(cluster, job.job.run, connection, "prefetch")
     if code:
-        again = where.command(f"submit {each.path}", *as_options(each.overrides), "--wait-for-data")
-        print(f"transferjob {each.job.metadata.name} is not submitted yet. Go on with: {again}")
+        again = connection.command(f"submit {job.path}", *format_overrides(job.overrides), "--wait-for-data")
+        print(f"transferjob {job.job.metadata.name} is not submitted yet. Continue with: {again}")
     return code
 
 
-def _next(each: RenderedJob, where: "Where", *, follow: bool) -> None:
-    run = each.job.run
-    if follow:
-        print(f"following {run}; Ctrl-C leaves it running", flush=True)
-    else:
-        print(f"  follow  {where.command(f'status {run}', '--follow')}")
-        print(f"  logs    {where.command(f'logs {run}', '-f')}")
+def _validate_on_server(cluster: "Cluster", job: RenderedJob) -> None:
+    """Let the API server validate what would be applied."""
+    from topwork.cluster.operations.submit import Submission
+    from topwork.cluster.status.objects import kubectl_name
 
-
-def _try(cluster: "Cluster", each: RenderedJob) -> None:
-    """Let the API server check what would be applied."""
-    from topwork.cluster.operations.submit import Submission, called
-
-    there, outcome = Submission(cluster, each.rendered, print).preview()
-    if there is not None and outcome:
-        print(f"{called(there)} unchanged, {outcome} (server dry run)")
+    existing, outcome = Submission(cluster, job.rendered, print).preview()
+    if existing is not None and outcome:
+        print(f"{kubectl_name(existing)} unchanged, {outcome} (server dry run)")
         return
-    if there is not None:
-        print(f"{called(there)} would be replaced: it has failed or is being deleted (server dry run)")
+    if existing is not None:
+        print(f"{kubectl_name(existing)} would be replaced: it has failed or is being deleted (server dry run)")
         return
-    for manifest in each.rendered.objects:
-        cluster.apply(manifest, dry_run=True)
-        kind = "job.batch" if manifest["kind"] == "Job" else "configmap"
-        print(f"{kind}/{manifest['metadata']['name']} serverside-applied (server dry run)")
+    for obj in job.rendered.objects:
+        cluster.apply(obj, dry_run=True)
+        print(f"{kubectl_name(obj)} serverside-applied (server dry run)")

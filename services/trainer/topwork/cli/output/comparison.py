@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from topwork.cli.output.tables import lines
+from topwork.cli.output.tables import format_table
 
 if TYPE_CHECKING:
     from topwork.stages.publish import Published
@@ -25,7 +25,7 @@ def comparison(published: Sequence["Published"]) -> Iterator[str]:
     if len(published) < 2:
         return
     yield ""
-    yield from lines(HEADER, list(_rows(published)), words=len(HEADER), gap=GAP)
+    yield from format_table(HEADER, list(_rows(published)), text_columns=len(HEADER), gap=GAP)
 
 
 def _rows(published: Sequence["Published"]) -> Iterator[tuple[str, ...]]:

@@ -98,7 +98,7 @@ def _layers(phase: "PhaseFacts") -> Iterator[str]:
         return
     rows = [(one.layers, f"{one.trainable:,}", f"{one.frozen:,}") for one in phase.layers]
     total = ("total", f"{phase.trainable:,}", f"{phase.frozen:,}")
-    for line in tables.lines(("layers", "trainable", "frozen"), [*rows, total]):
+    for line in tables.format_table(("layers", "trainable", "frozen"), [*rows, total]):
         yield f"{INDENT * 2}{line}"
 
 

@@ -1,4 +1,4 @@
-"""Following a run on a terminal or in a log, to its end and its exit code."""
+"""Following a run on a terminal or in a log file, until its end; returns its exit code."""
 
 import sys
 from collections.abc import Iterator
@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from topwork.cli.output.run_status import best, since
-from topwork.cluster.operations.follow import Following, Role, Trouble
-from topwork.cluster.operations.run_events import Pace
-from topwork.cluster.status.attempts import Attempt, Container
-from topwork.cluster.status.epochs import Epoch
-from topwork.cluster.status.phase import FOLLOWS, ended
-from topwork.cluster.status.run_state import RunState
+from topwork.cli.output.status_printer import format_elapsed, format_metric
+from topwork.cluster.names import Role
+from topwork.cluster.operations.follow import ConnectionStatus, RunFollower
+from topwork.cluster.operations.run_watcher import FollowTimings
+from topwork.cluster.status.attempts import Attempt, ContainerStatus
+from topwork.cluster.status.job_status import NEW_POD_FOLLOWS, describe_end
+from topwork.cluster.status.run_status import EpochProgress, RunStatus
 from topwork.errors import SettingError, UnavailableError
 
 if TYPE_CHECKING:
@@ -27,13 +27,13 @@ INTERRUPTED = 130
 
 
 @dataclass(frozen=True)
-class Where:
-    """How the user came to the cluster, so that the next command that is shown goes there too.
+class ConnectionOptions:
+    """The options that selected the cluster, to repeat them in commands that are shown to the user.
 
     Attributes:
         namespace: The namespace.
-        context: Context of the kubeconfig, if one was named.
-        kubeconfig: kubeconfig file, if one was named.
+        context: Context of the kubeconfig, if `--context` was given.
+        kubeconfig: Kubeconfig file, if `--kubeconfig` was given.
     """
 
     namespace: str
@@ -41,206 +41,218 @@ class Where:
     kubeconfig: Path | None = None
 
     def command(self, words: str, *options: str) -> str:
-        """Write a command of topwork."""
+        """Return a topwork command line with these options.
+
+        Example:
+            >>> ConnectionOptions("vision").command("status cats", "--follow")
+            'topwork status cats -n vision --follow'
+        """
         context = f" --context {self.context}" if self.context else ""
         kubeconfig = f" --kubeconfig {self.kubeconfig}" if self.kubeconfig else ""
         return " ".join([f"topwork {words} -n {self.namespace}{context}{kubeconfig}", *options])
 
 
-class _Screen(Protocol):
-    narrates_epochs: bool
+class _Output(Protocol):
+    prints_epochs: bool
 
-    def say(self, line: str) -> None: ...
+    def print_line(self, line: str) -> None: ...
 
-    def show(self, state: RunState) -> None: ...
+    def show(self, status: RunStatus) -> None: ...
 
 
-class _Lines:
-    """One line for each thing: for pipes, files and the logs of a pipeline."""
+class _PlainOutput:
+    """Lines only: for pipes, files and CI logs."""
 
-    narrates_epochs = True
+    prints_epochs = True
 
-    def say(self, line: str) -> None:
+    def print_line(self, line: str) -> None:
         print(line, flush=True)
 
-    def show(self, state: RunState) -> None:
-        """Show nothing that would have to be taken back."""
+    def show(self, status: RunStatus) -> None:
+        """Print nothing: without a terminal, a progress bar can't be updated in place."""
 
 
-class _Bar:
-    """A bar with stage, epoch and metric below the lines: for terminals."""
+class _TerminalOutput:
+    """Lines above a progress bar with stage, epoch and metric."""
 
-    narrates_epochs = False
+    prints_epochs = False
 
-    def __init__(self, bars: Progress) -> None:
-        self._bars = bars
-        self._task = bars.add_task("", total=None, told="")
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._task = progress.add_task("", total=None, detail="")
 
-    def say(self, line: str) -> None:
-        self._bars.console.print(line, markup=False, highlight=False, soft_wrap=True)
+    def print_line(self, line: str) -> None:
+        self._progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    def show(self, state: RunState) -> None:
-        epoch = state.epoch
-        self._bars.update(
+    def show(self, status: RunStatus) -> None:
+        epoch = status.epoch
+        best = f"{epoch.epoch}/{epoch.epochs} best {format_metric(epoch.metric, epoch.best)}" if epoch else ""
+        self._progress.update(
             self._task,
-            description=f"{state.phase} {state.stage or ''}".strip(),
+            description=f"{status.phase} {status.stage or ''}".strip(),
             total=epoch.epochs if epoch else None,
             completed=epoch.epoch if epoch else 0,
-            told=f"{epoch.epoch}/{epoch.epochs} best {best(epoch.metric, epoch.best)}" if epoch else "",
+            detail=best,
         )
 
 
 @contextmanager
-def _screen() -> Iterator[_Screen]:
+def _open_output() -> Iterator[_Output]:
     if not sys.stdout.isatty():
-        yield _Lines()
+        yield _PlainOutput()
         return
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}", markup=False),
         BarColumn(),
-        TextColumn("{task.fields[told]}", markup=False),
+        TextColumn("{task.fields[detail]}", markup=False),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=Console(), transient=True) as bars:
-        yield _Bar(bars)
+    with Progress(*columns, console=Console(), transient=True) as progress:
+        yield _TerminalOutput(progress)
 
 
-def follow(cluster: "Cluster", run: str, where: Where, role: Role = "training", pace: Pace | None = None) -> int:
-    """Show how a run goes on, until it is over.
+def follow(
+    cluster: "Cluster",
+    run: str,
+    connection: ConnectionOptions,
+    role: Role = "training",
+    timings: FollowTimings | None = None,
+) -> int:
+    """Show the progress of a run until it is finished.
 
     Args:
         cluster: The cluster.
         run: Name of the run.
-        where: How the user came to the cluster.
-        role: The Job whose end is the end.
-        pace: How often and how long.
+        connection: The options that selected the cluster.
+        role: The Job to follow to its end.
+        timings: Intervals and timeouts.
 
     Returns:
-        The exit code of the run; 130 after Ctrl-C, which leaves the run alone.
+        The exit code of the run; 130 after Ctrl-C, which does not stop the run.
 
     Raises:
-        SettingError: If the cluster refuses to tell.
-        UnavailableError: If the API server does not answer for too long.
+        SettingError: If the API server rejects a request.
+        UnavailableError: If the API server does not respond for too long.
     """
-    back = where.command(f"status {run}", "--follow")
+    reattach = f"Follow it again with: {connection.command(f'status {run}', '--follow')}"
     try:
-        with _screen() as screen:
-            return _follow(Following(cluster, run, role, pace), screen)
+        with _open_output() as output:
+            return _follow(RunFollower(cluster, run, role, timings), output)
     except KeyboardInterrupt:
-        print(f"\nThe job goes on. Come back with: {back}")
+        print(f"\nThe job continues. {reattach}")
         return INTERRUPTED
     except (SettingError, UnavailableError) as error:
-        raise type(error)(f"{error} The job goes on. Come back with: {back}") from error
+        raise type(error)(f"{error} The job continues. {reattach}") from error
 
 
-def _follow(following: Following, screen: _Screen) -> int:
-    narration = Narration()
-    for state in following.states():
-        if isinstance(state, Trouble):
-            screen.say(
-                f"the API server does not answer: {state.message}" if state.message else "the API server answers"
-            )
+def _follow(follower: RunFollower, output: _Output) -> int:
+    reporter = ProgressReporter()
+    for status in follower.statuses():
+        if isinstance(status, ConnectionStatus):
+            problem = f"the API server does not respond: {status.error}"
+            output.print_line(problem if status.error else "the API server responds again")
             continue
-        for line in narration.lines(state, epochs=screen.narrates_epochs):
-            screen.say(line)
-        screen.show(state)
-        if state.is_over:
-            return state.exit_code or 0
-    raise AssertionError("a run is followed until it is over")
+        for line in reporter.lines(status, epochs=output.prints_epochs):
+            output.print_line(line)
+        output.show(status)
+        if status.is_finished:
+            return status.exit_code or 0
+    raise AssertionError("a run is followed until it is finished")
 
 
-class Narration:
-    """Turns states into lines, each of which says something new."""
+class ProgressReporter:
+    """Converts successive statuses of a run to lines, without repetition."""
 
     def __init__(self) -> None:
-        self._told: set[tuple[str, ...]] = set()
+        self._reported: set[tuple[str, ...]] = set()
         self._phase: str | None = None
-        self._epoch: Epoch | None = None
+        self._epoch: EpochProgress | None = None
 
-    def lines(self, state: RunState, *, epochs: bool = True) -> Iterator[str]:
-        """Say what is new in a state.
+    def lines(self, status: RunStatus, *, epochs: bool = True) -> Iterator[str]:
+        """Describe what is new in a status.
 
         Args:
-            state: The state.
-            epochs: Whether to say a line for each epoch.
+            status: The status.
+            epochs: Whether to add a line for each epoch.
 
         Yields:
             Lines.
         """
-        for number, attempt in enumerate(state.attempts, 1):
-            yield from self._attempt(state, attempt, number)
-        if state.epoch and state.epoch != self._epoch and epochs:
-            yield _epoch(state.epoch)
-        self._epoch = state.epoch or self._epoch
-        yield from self._standing(state)
+        for number, attempt in enumerate(status.attempts, 1):
+            yield from self._attempt_lines(status, attempt, number)
+        if status.epoch and status.epoch != self._epoch and epochs:
+            yield _epoch_line(status.epoch)
+        self._epoch = status.epoch or self._epoch
+        yield from self._phase_lines(status)
 
-    def _attempt(self, state: RunState, attempt: Attempt, number: int) -> Iterator[str]:
-        if attempt.current and self._first(attempt.pod, "begun"):
-            yield self._begun(state, attempt, number)
+    def _attempt_lines(self, status: RunStatus, attempt: Attempt, number: int) -> Iterator[str]:
+        if attempt.current_container and self._is_new(attempt.pod, "attempt started"):
+            yield self._start_line(status, attempt, number)
         for container in attempt.containers:
-            if container.state != "waiting" and self._first(attempt.pod, container.stage, "started"):
+            if container.state != "waiting" and self._is_new(attempt.pod, container.stage, "started"):
                 yield f"{container.stage} started"
-            if container.state == "done" and self._first(attempt.pod, container.stage, "done"):
-                yield _done(container)
-        # The end of the last attempt is told as the end of the run.
-        more = number < len(state.attempts) or not state.is_over
-        if attempt.state in {"failed", "stopped"} and more and self._first(attempt.pod, "over"):
+            if container.state == "done" and self._is_new(attempt.pod, container.stage, "done"):
+                yield _done_line(container)
+        # The end of the last attempt is reported as the end of the run.
+        is_followed = number < len(status.attempts) or not status.is_finished
+        if attempt.state in {"failed", "stopped"} and is_followed and self._is_new(attempt.pod, "attempt ended"):
             code = f" with exit code {attempt.exit_code}" if attempt.exit_code else ""
             yield f"attempt {number} ended{code}: {attempt.error or 'no reason given'}"
 
-    def _begun(self, state: RunState, attempt: Attempt, number: int) -> str:
-        where = f"on node {attempt.node} (pod {attempt.pod})"
+    def _start_line(self, status: RunStatus, attempt: Attempt, number: int) -> str:
+        started = f"started on node {attempt.node} (pod {attempt.pod})"
         if number == 1:
-            return f"started {where}"
-        before = state.attempts[number - 2]
-        code = f"exit {before.exit_code}" if before.exit_code else "its end"
-        return f"attempt {number} after {code}: started {where}"
+            return started
+        previous = status.attempts[number - 2]
+        code = f" after exit code {previous.exit_code}" if previous.exit_code else ""
+        return f"attempt {number}{code}: {started}"
 
-    def _standing(self, state: RunState) -> Iterator[str]:
-        changed, self._phase = state.phase != self._phase, state.phase
-        if state.is_over:
-            yield from _end(state)
-        elif state.phase == "running":
+    def _phase_lines(self, status: RunStatus) -> Iterator[str]:
+        has_changed, self._phase = status.phase != self._phase, status.phase
+        if status.is_finished:
+            yield from _end_lines(status)
+        elif status.phase == "running":
             return
-        elif not state.reason:
-            if changed:
-                yield state.phase
+        elif not status.reason:
+            if has_changed:
+                yield status.phase
         else:
-            yield from self._reason(state, state.reason)
+            yield from self._reason_line(status, status.reason)
 
-    def _reason(self, state: RunState, reason: str) -> Iterator[str]:
-        last = state.attempts[-1] if state.attempts else None
-        if last and last.is_over:
-            # Its end has been told.
-            reason = reason.removeprefix(f"{ended(last)}; ")
-        if reason != FOLLOWS and self._first(last.pod if last else "", state.phase, reason):
-            yield f"{state.phase}: {reason}"
+    def _reason_line(self, status: RunStatus, reason: str) -> Iterator[str]:
+        last = status.attempts[-1] if status.attempts else None
+        if last and last.is_finished:
+            # Its end has already been reported.
+            reason = reason.removeprefix(f"{describe_end(last)}; ")
+        if reason != NEW_POD_FOLLOWS and self._is_new(last.pod if last else "", status.phase, reason):
+            yield f"{status.phase}: {reason}"
 
-    def _first(self, *what: str) -> bool:
-        new = what not in self._told
-        self._told.add(what)
-        return new
-
-
-def _epoch(epoch: Epoch) -> str:
-    told = best(epoch.metric, epoch.value)
-    so_far = f" (best {epoch.best:.4f})" if epoch.best is not None and epoch.best != epoch.value else ""
-    return f"{epoch.stage} epoch {epoch.epoch}/{epoch.epochs}" + (f": {told}{so_far}" if told else "")
+    def _is_new(self, *item: str) -> bool:
+        is_new = item not in self._reported
+        self._reported.add(item)
+        return is_new
 
 
-def _done(container: Container) -> str:
-    ending = container.ending
-    told = best(ending.metric, ending.value) if ending else ""
-    return f"{container.stage} done in {since(container.started, container.ended)}" + (f": {told}" if told else "")
+def _epoch_line(epoch: EpochProgress) -> str:
+    metric = format_metric(epoch.metric, epoch.value)
+    best = f" (best {epoch.best:.4f})" if epoch.best is not None and epoch.best != epoch.value else ""
+    return f"{epoch.stage} epoch {epoch.epoch}/{epoch.epochs}" + (f": {metric}{best}" if metric else "")
 
 
-def _end(state: RunState) -> Iterator[str]:
-    if state.phase == "failed":
-        yield f"failed with exit code {state.exit_code}: {state.error or 'no reason given'}"
+def _done_line(container: ContainerStatus) -> str:
+    message = container.termination_message
+    metric = format_metric(message.metric, message.value) if message else ""
+    duration = format_elapsed(container.started, container.ended)
+    return f"{container.stage} done in {duration}" + (f": {metric}" if metric else "")
+
+
+def _end_lines(status: RunStatus) -> Iterator[str]:
+    if status.phase == "failed":
+        yield f"failed with exit code {status.exit_code}: {status.error or 'no reason given'}"
         return
-    took = f" in {since(state.created, state.ended)}" if state.ended else ""
-    told = best(state.metric, state.value)
-    yield f"succeeded{took}" + (f": {told}" if told else "")
-    if state.model:
-        yield f"model {state.model}"
+    duration = f" in {format_elapsed(status.created, status.ended)}" if status.ended else ""
+    metric = format_metric(status.metric, status.value)
+    yield f"succeeded{duration}" + (f": {metric}" if metric else "")
+    if status.model:
+        yield f"model {status.model}"

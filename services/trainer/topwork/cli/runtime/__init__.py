@@ -1,1 +1,1 @@
-"""The process around a command: environment, signals, logging, shutdown and exit codes."""
+"""The process of a command: environment variables, logging, signals, storage, shutdown and exit codes."""

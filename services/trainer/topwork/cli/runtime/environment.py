@@ -1,27 +1,20 @@
-"""What the commands find around them: the environment is read here, once, and nowhere else."""
+"""Environment variables: the only module that reads or changes them. Everything else gets their values as arguments."""
 
-import fcntl
-import logging
 import os
 import re
-import shutil
-import sys
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+import ssl
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from topwork.clients.url_policy import VARIABLE as ALLOW_HTTP
-from topwork.clients.url_policy import allow_plain_http
+from topwork.clients.url_policy import ALLOW_HTTP_VARIABLE
+from topwork.cluster.names import STORAGE_SECRET
 from topwork.errors import SettingError
-from topwork.redaction import hide, without_secrets
+from topwork.redaction import register_secrets
 
-if TYPE_CHECKING:
-    from topwork.clients.prometheus.metrics import Metrics
-    from topwork.clients.s3.storage import Meter, Storage
+GRACE_VARIABLE = "TOPWORK_GRACE_SECONDS"
+EXTRA_CA_VARIABLE = "TOPWORK_EXTRA_CA"
 
-# Any of these means that the user has an object storage of their own.
+# Any of these means that the user has configured an object storage.
 STORAGE_VARIABLES = (
     "AWS_ENDPOINT_URL",
     "AWS_ENDPOINT_URL_S3",
@@ -33,212 +26,168 @@ STORAGE_VARIABLES = (
     "AWS_SHARED_CREDENTIALS_FILE",
     "AWS_CONFIG_FILE",
 )
-LOGGER = logging.getLogger("topwork")
+KEY_VARIABLES = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+FILE_VARIABLES = ("AWS_CA_BUNDLE", "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE")
+# Read by boto3, by Python's ssl module, by requests and by libcurl, in this order.
+CA_VARIABLES = ("AWS_CA_BUNDLE", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
+
 SECRET_VARIABLE = re.compile(r"SECRET|TOKEN|PASSW|CREDENTIAL|PRIVATE|API_?KEY")
-# Variables that name where a secret is.
-NO_SECRETS = ("_FILE", "_FILES", "_URI", "_URL", "_PATH", "_DIR", "_ENDPOINT")
+# Suffixes of variables that name the location of a secret, not the secret.
+LOCATION_SUFFIXES = ("_FILE", "_FILES", "_URI", "_URL", "_PATH", "_DIR", "_ENDPOINT")
 
 
-def default_state(environment: Mapping[str, str] = os.environ) -> Path:
-    """Folder that keeps the embedded S3 server and the scratch of runs between commands.
-
-    Returns:
-        `$TOPWORK_STATE`, else `topwork` below `$XDG_STATE_HOME` or `~/.local/state`.
-    """
-    if stated := environment.get("TOPWORK_STATE"):
-        return Path(stated)
-    home = environment.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    return Path(home) / "topwork"
-
-
-def has_own_storage(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether the usual AWS variables or files name an object storage or an account."""
-    files = (Path.home() / ".aws" / "credentials", Path.home() / ".aws" / "config")
-    return any(environment.get(name) for name in STORAGE_VARIABLES) or any(file.exists() for file in files)
-
-
-def own_storage(uri: str, meter: "Meter | None" = None) -> "Storage":
-    """Open the storage that the AWS variables, files or accounts give access to.
-
-    Args:
-        uri: `s3://bucket[/prefix]`.
-        meter: Where bytes and retries are counted.
+def default_state_directory(environment: Mapping[str, str] = os.environ) -> Path:
+    """Directory of the embedded S3 server and of the scratch of runs.
 
     Returns:
-        The storage, checked: the bucket is there and the credentials are good.
+        `$TOPWORK_STATE`, or `topwork` below `$XDG_STATE_HOME` or `~/.local/state`.
+    """
+    if directory := environment.get("TOPWORK_STATE"):
+        return Path(directory)
+    state_home = environment.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    return Path(state_home) / "topwork"
+
+
+def default_kubeconfig(environment: Mapping[str, str] = os.environ) -> str | None:
+    """Value of KUBECONFIG: one or more files, separated by colons."""
+    return environment.get("KUBECONFIG")
+
+
+def is_in_pod(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process runs in a pod: the kubelet sets a variable in every container."""
+    return bool(environment.get("KUBERNETES_SERVICE_HOST"))
+
+
+def allowed_http_hosts(environment: Mapping[str, str] = os.environ) -> list[str]:
+    """Hosts on the public network to which the user allows plain HTTP."""
+    return environment.get(ALLOW_HTTP_VARIABLE, "").split(",")
+
+
+def read_grace_seconds(environment: Mapping[str, str] = os.environ) -> float | None:
+    """Seconds from SIGTERM to SIGKILL of this pod; None if unknown.
 
     Raises:
-        SettingError: If the bucket is missing or the credentials are refused.
-        UnavailableError: If the endpoint can't be reached.
+        SettingError: If the value is not a number.
     """
-    from topwork.clients.s3.storage import Storage, StorageSettings
-
-    storage = Storage(uri, StorageSettings(), meter)
-    storage.check()
-    return storage
-
-
-@contextmanager
-def storage_at(uri: str, state: Path | None = None, meter: "Meter | None" = None) -> "Iterator[Storage]":
-    """Open the storage at an address: the user's own, or the embedded server where none is configured.
-
-    Args:
-        uri: `s3://bucket[/prefix]`.
-        state: State folder; None is `default_state()`.
-        meter: Where bytes and retries are counted.
-
-    Yields:
-        The storage, checked: the bucket is there and the credentials are good.
-
-    Raises:
-        SettingError: If the bucket is missing or the credentials are refused.
-        UnavailableError: If the endpoint can't be reached.
-    """
-    from topwork.clients.s3.storage import Storage, make_bucket
-    from topwork.local.server import embedded_storage
-
-    if has_own_storage():
-        yield own_storage(uri, meter)
-        return
-    with embedded_storage(state or default_state()) as settings:
-        make_bucket(settings, re.sub(r"^s3://", "", uri).split("/")[0])
-        yield Storage(uri, settings, meter)
-
-
-@contextmanager
-def scratch_of(state: Path, name: str) -> Iterator[Path]:
-    """Hold the scratch of a run for this process alone.
-
-    Args:
-        state: State folder.
-        name: Name of the run.
-
-    Yields:
-        The folder; kept after a failure, since a checkpoint's data or half a download may be in it.
-
-    Raises:
-        SettingError: If another process holds it.
-    """
-    scratch = state / "scratch" / name
-    scratch.mkdir(parents=True, exist_ok=True)
-    with (state / "scratch" / f"{name}.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise SettingError(
-                f"{name} is being run by another process on this machine. Wait for it to end."
-            ) from error
-        yield scratch
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def serve(metrics: "Metrics", port: int) -> int:
-    """Serve metrics for Prometheus.
-
-    Args:
-        metrics: The series.
-        port: TCP port; 0 takes a free one.
-
-    Returns:
-        The port.
-
-    Raises:
-        SettingError: If the port is taken or not allowed.
-    """
+    text = environment.get(GRACE_VARIABLE)
     try:
-        return metrics.serve(port)
-    except OSError as error:
-        raise SettingError(
-            f"--metrics-port {port} can't be listened on ({error.strerror}). Name another, or 0 for a free one."
-        ) from error
+        return float(text) if text else None
+    except ValueError:
+        raise SettingError(f"{GRACE_VARIABLE} is {text!r}: expected seconds, such as 300.") from None
 
 
-def keep_secrets(environment: Mapping[str, str] = os.environ) -> None:
-    """Let no value of a secret variable, and no password of a proxy or endpoint, be said or stored.
+# ── Devices and libraries ───────────────────────────────────────────────────────────────────────────────────────────
 
-    The id of a key (`AWS_ACCESS_KEY_ID`) is a name and no secret, and with servers of one's own often a plain word; ids
-    of Amazon are known by their form.
 
-    Args:
-        environment: The variables.
+def visible_gpus(environment: Mapping[str, str] = os.environ) -> str | None:
+    """Value of CUDA_VISIBLE_DEVICES: indices or UUIDs of the GPUs that this process may use."""
+    return environment.get("CUDA_VISIBLE_DEVICES")
+
+
+def hide_gpus(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Hide all GPUs from TensorFlow. Call this before it is imported."""
+    environment["CUDA_VISIBLE_DEVICES"] = "-1"
+
+
+def limit_tensorflow_log(environment: MutableMapping[str, str] = os.environ, *, verbose: bool = False) -> None:
+    """Let TensorFlow's C++ code log errors only, or everything if `verbose`, unless the user set a level."""
+    environment.setdefault("TF_CPP_MIN_LOG_LEVEL", "0" if verbose else "2")
+
+
+def silence_resource_tracker(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Suppress the warnings of multiprocessing's resource tracker, which outlives this process and cleans up."""
+    filters = (environment.get("PYTHONWARNINGS"), "ignore:resource_tracker:UserWarning")
+    environment["PYTHONWARNINGS"] = ",".join(filter(None, filters))
+
+
+# ── Secrets ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def register_environment_secrets(environment: Mapping[str, str] = os.environ) -> None:
+    """Redact the values of secret variables, and passwords in URLs of proxies and endpoints, in all output.
+
+    AWS_ACCESS_KEY_ID is an identifier and not a secret; on private servers it is often an ordinary word. Key IDs of
+    Amazon are redacted by their format.
     """
     secrets = [
         value
         for name, value in environment.items()
-        if SECRET_VARIABLE.search(name.upper()) and not name.upper().endswith(NO_SECRETS)
+        if SECRET_VARIABLE.search(name.upper()) and not name.upper().endswith(LOCATION_SUFFIXES)
     ]
-    # Parts of a URL: the password of https_proxy is none of the variables above.
-    passwords = [found[1] for value in environment.values() if (found := re.search(r"://[^/\s:@]*:([^/\s]+)@", value))]
-    hide((value.strip() for value in (*secrets, *passwords)), "environment")
+    url_passwords = [
+        match[1] for value in environment.values() if (match := re.search(r"://[^/\s:@]*:([^/\s]+)@", value))
+    ]
+    register_secrets((value.strip() for value in (*secrets, *url_passwords)), "environment")
 
 
-def prepare_process(environment: Mapping[str, str] = os.environ) -> None:
-    """Set what holds for the whole process: what is secret, also in what libraries log, and where plain HTTP may go.
+# ── Storage ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    What ends a thread, and what Python drops in a callback, is logged as well: Python would print it as it is.
+
+def has_storage_configuration(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether AWS variables or files configure an object storage."""
+    files = (Path.home() / ".aws" / "credentials", Path.home() / ".aws" / "config")
+    return any(environment.get(name) for name in STORAGE_VARIABLES) or any(file.exists() for file in files)
+
+
+def missing_storage_variables(environment: Mapping[str, str] = os.environ) -> tuple[list[str], bool]:
+    """AWS key variables without a value, and whether AWS_ENDPOINT_URL is missing, too."""
+    return [name for name in KEY_VARIABLES if not environment.get(name)], not environment.get("AWS_ENDPOINT_URL")
+
+
+def validate_aws_variables(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Reject malformed AWS variables, and remove empty ones: a Secret made from a template may have empty values.
+
+    Raises:
+        SettingError: If a value begins or ends with whitespace, or names a file that does not exist.
+    """
+    for name, value in list(environment.items()):
+        if not name.startswith("AWS_"):
+            continue
+        if not value.strip():
+            del environment[name]
+        elif value != value.strip():
+            raise SettingError(
+                f"{name} begins or ends with a space or a line break. Recreate the Secret {STORAGE_SECRET} with "
+                "kubectl create secret generic --from-literal, or encode its values with printf instead of echo."
+            )
+        elif name in FILE_VARIABLES and not Path(value).is_file():
+            raise SettingError(
+                f"{name} names {value}, which does not exist in the container. Mount the file, or remove the variable "
+                f"from the Secret {STORAGE_SECRET}."
+            )
+
+
+def trust_extra_ca(directory: Path, environment: MutableMapping[str, str] = os.environ) -> None:
+    """Trust the certificate authority of `spec.compute.extraCA` in addition to the default ones, in all TLS clients.
 
     Args:
-        environment: The variables.
+        directory: Where the bundle of all authorities is written.
+        environment: `TOPWORK_EXTRA_CA` names the PEM file; the variables of the TLS clients are set to the bundle.
+
+    Raises:
+        SettingError: If the file is missing or holds no PEM certificates.
     """
-    keep_secrets(environment)
-    allow_plain_http(environment.get(ALLOW_HTTP, "").split(","))
-    make = logging.getLogRecordFactory()
+    if not (extra_ca := environment.get(EXTRA_CA_VARIABLE)):
+        return
+    default_bundle = next((environment[name] for name in CA_VARIABLES[:2] if environment.get(name)), None)
+    if default_bundle is None:
+        import certifi
 
-    def without(*arguments: Any, **options: Any) -> logging.LogRecord:
-        record = make(*arguments, **options)
-        record.msg, record.args = without_secrets(record.getMessage()), ()
-        if record.exc_info:
-            record.exc_text = without_secrets(logging.Formatter().formatException(record.exc_info))
-        return record
-
-    logging.setLogRecordFactory(without)
-    threading.excepthook = _log_end_of_thread
-    sys.unraisablehook = _log_dropped
+        default_bundle = certifi.where()
+    bundle = directory / "authorities.pem"
+    bundle.write_text(f"{_read_certificates(default_bundle)}\n{_read_certificates(extra_ca)}", "utf-8")
+    environment.update(dict.fromkeys(CA_VARIABLES, str(bundle)))
 
 
-def _log_end_of_thread(what: threading.ExceptHookArgs) -> None:
-    if what.exc_value and not isinstance(what.exc_value, SystemExit):
-        name = what.thread.name if what.thread else "a thread"
-        LOGGER.error("Exception in thread %s", name, exc_info=what.exc_value)
-
-
-def _log_dropped(what: "sys.UnraisableHookArgs") -> None:
-    if what.exc_value:
-        LOGGER.error("%s %r", what.err_msg or "Exception ignored in:", what.object, exc_info=what.exc_value)
-
-
-@contextmanager
-def quiet_start(*, verbose: bool = False) -> Iterator[None]:
-    """Keep TensorFlow's start-up talk away while it is imported, unless it is wanted."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "0" if verbose else "2")
-    if not verbose:
-        # Each phase of a stage traces a step of its own, which TensorFlow takes for a mistake.
-        logging.getLogger("tensorflow").setLevel(logging.ERROR)
-    with nullcontext() if verbose else hushed():
-        yield
-
-
-@contextmanager
-def hushed() -> Iterator[None]:
-    """Keep what C++ code writes to standard error away from the user: TensorFlow's start-up talk.
-
-    What was written is shown after all when the block fails.
-    """
-    sys.stderr.flush()
-    kept = os.dup(2)
-    reading, writing = os.pipe()
-    os.set_blocking(writing, False)  # more than a pipe holds is dropped, never waited for
-    os.dup2(writing, 2)
+def _read_certificates(path: str) -> str:
+    expected = "spec.compute.extraCA names a ConfigMap and its key with a PEM file: -----BEGIN CERTIFICATE-----…"
     try:
-        yield
-    except Exception:
-        sys.stderr.flush()
-        os.set_blocking(reading, False)
-        with suppress(BlockingIOError):
-            os.write(kept, os.read(reading, 65536))
-        raise
-    finally:
-        sys.stderr.flush()
-        os.dup2(kept, 2)
-        for descriptor in (kept, reading, writing):
-            os.close(descriptor)
+        text = Path(path).read_text("utf-8")
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=text)
+    except (ssl.SSLError, ValueError) as error:
+        raise SettingError(
+            f"Cannot load certificates from {path}: it holds no valid certificate. {expected}"
+        ) from error
+    except OSError as error:
+        raise SettingError(f"Cannot load certificates from {path}: {error.strerror}. {expected}") from error
+    return text

@@ -1,4 +1,4 @@
-"""The last things a process does for who watches its metrics: exit code, Pushgateway, time for a last scrape."""
+"""Exit codes, and what a process does for monitoring before it ends: Pushgateway and time for a last scrape."""
 
 import signal
 import time
@@ -7,92 +7,114 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from topwork.cancellation import STOPPED, StopNow
-from topwork.cli.runtime.exit_codes import BUG, failure_of
-from topwork.cli.runtime.signals import NUMBERS
-from topwork.errors import Stopped, TopworkError
+import structlog
+
+from topwork.cancellation import STOPPED_MESSAGE, StopInterrupt
+from topwork.cli.runtime.signals import STOP_SIGNALS
+from topwork.disk_space import disk_full_error
+from topwork.errors import SettingError, Stopped, TopworkError
 
 if TYPE_CHECKING:
     from topwork.clients.prometheus.metrics import Metrics
-    from topwork.progress import Progress
     from topwork.spec import TransferJob
 
-# A process that was asked to stop is killed soon.
-SECONDS_AFTER_A_STOP = 2.0
+log = structlog.get_logger(__name__)
+
+EXIT_CODE_BUG = 1
+"""Exit code after an unexpected exception."""
+INSTALL_HINT = "To train and predict, install topwork[cpu] or topwork[gpu]; for the embedded S3 server, topwork[local]."
+# A process that received SIGTERM is killed soon.
+PUSH_SECONDS_AFTER_STOP = 2.0
+
+
+def to_topwork_error(error: BaseException) -> TopworkError | None:
+    """Convert an exception to the error that is reported to the user.
+
+    Args:
+        error: The exception that ended a command.
+
+    Returns:
+        The error with its message and exit code; None for a bug, which keeps its traceback.
+    """
+    if isinstance(error, TopworkError):
+        return error
+    if isinstance(error, StopInterrupt | KeyboardInterrupt):
+        return Stopped(STOPPED_MESSAGE)
+    if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("topwork"):
+        return SettingError(f"{error.name} is not installed. {INSTALL_HINT}")
+    return disk_full_error(error)
 
 
 @contextmanager
-def parting(job: "TransferJob", metrics: "Metrics", progress: "Progress", *, served: bool) -> Iterator[None]:
-    """Tell the metrics of `topwork run` how the block has ended, whatever it raises.
+def record_outcome(job: "TransferJob", metrics: "Metrics", *, served: bool) -> Iterator[None]:
+    """Record the exit code of a block in the metrics of `topwork run`, push it, and wait for a last scrape.
 
     Args:
         job: The job that the block runs.
-        metrics: Its series.
-        progress: Where a person is told.
-        served: Whether a port shows them.
+        metrics: Its metrics.
+        served: Whether the metrics are served on a port.
 
     Raises:
-        Stopped: If asked to, while the port was kept open: no other job is to begin.
+        Stopped: If a stop was requested during the wait, so that no further job starts.
     """
     code = 0
     try:
         yield
     except BaseException as error:
-        known = failure_of(error)
-        code = known.exit_code if known else BUG
+        known = to_topwork_error(error)
+        code = known.exit_code if known else EXIT_CODE_BUG
         raise
     finally:
-        metrics.exit_code("run", code)
+        metrics.set_exit_code("run", code)
         stopped = code == Stopped.exit_code
-        hand_over(job, metrics, progress, stopped=stopped)
+        push_to_pushgateway(job, metrics, stopped=stopped)
         seconds = job.spec.metrics.linger_seconds if served and not stopped else 0
         if seconds:
-            progress.note("metrics stay open", seconds=seconds, exit_code=code)
-            if linger(seconds) and not code:
-                raise Stopped(STOPPED)
+            log.info("metrics port stays open", seconds=seconds, exit_code=code)
+            if wait_for_last_scrape(seconds) and not code:
+                raise Stopped(STOPPED_MESSAGE)
 
 
-def hand_over(job: "TransferJob", metrics: "Metrics", progress: "Progress", *, stopped: bool = False) -> None:
-    """Send the outcome to the job's Pushgateway, if it has one; one that is away or slow costs a line and seconds.
+def push_to_pushgateway(job: "TransferJob", metrics: "Metrics", *, stopped: bool = False) -> None:
+    """Push the outcome to the job's Pushgateway, if it has one. A failure is logged and changes nothing else.
 
     Args:
         job: The job.
-        metrics: Its series.
-        progress: Where a failure is told.
-        stopped: Whether the process was asked to stop.
+        metrics: Its metrics.
+        stopped: Whether a stop was requested, which shortens the timeout.
     """
     if (gateway := job.spec.metrics.pushgateway) is None:
         return
-    from topwork.clients.prometheus.pushgateway import TIMEOUT_SECONDS, push
+    from topwork.clients.prometheus.pushgateway import TIMEOUT_SECONDS, push_outcome
 
     try:
-        push(gateway, metrics, seconds=SECONDS_AFTER_A_STOP if stopped else TIMEOUT_SECONDS)
+        push_outcome(gateway, metrics, seconds=PUSH_SECONDS_AFTER_STOP if stopped else TIMEOUT_SECONDS)
     except TopworkError as error:
-        progress.note("outcome not pushed", reason=str(error))
+        log.warning("outcome not pushed", reason=str(error))
 
 
-def linger(seconds: float) -> bool:
-    """Keep the process, and with it the port, until the time is over or somebody asks to stop.
+def wait_for_last_scrape(seconds: float) -> bool:
+    """Keep the process and its metrics port alive for some time, or until a stop is requested.
 
     Args:
-        seconds: How long.
+        seconds: How long to wait.
 
     Returns:
-        Whether somebody asked to stop.
+        Whether a stop was requested.
     """
 
-    def leave(_number: int, _frame: FrameType | None) -> None:
-        raise StopNow
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        raise StopInterrupt
 
-    before = {number: signal.getsignal(number) for number in NUMBERS}
+    previous_handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     try:
-        for number in NUMBERS:
-            signal.signal(number, leave)
+        for number in STOP_SIGNALS:
+            signal.signal(number, interrupt)
         time.sleep(seconds)
-    except StopNow:
+    except StopInterrupt:
         return True
     finally:
-        with suppress(StopNow):
-            for number, handler in before.items():
+        with suppress(StopInterrupt):
+            for number, handler in previous_handlers.items():
                 signal.signal(number, handler)
     return False

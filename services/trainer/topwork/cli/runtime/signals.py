@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C, turned into the wish to stop; imported before anything heavy."""
+"""Signal handling: SIGTERM and Ctrl-C become a stop request. Imported before any heavy library."""
 
 import os
 import signal
@@ -10,100 +10,100 @@ from contextlib import contextmanager
 from math import inf
 from types import FrameType
 
-from topwork.cancellation import STOPPED, StopNow, StopSignal
+from topwork.cancellation import STOPPED_MESSAGE, StopInterrupt, StopRequest
 from topwork.errors import Stopped
 
-NUMBERS = (signal.SIGTERM, signal.SIGINT)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 POLL_SECONDS = 0.1
-AGAIN_SECONDS = 0.5
-MARGIN_SECONDS = 5.0
-"""Kept of the grace period for the end itself: the message, and a node that is under load."""
+REPEAT_SECONDS = 0.5
+RESERVED_SECONDS = 5.0
+"""Part of the grace period that is kept for the shutdown itself: the termination message, on a loaded node."""
 
 
 @contextmanager
-def stopped_by_signals(stop: StopSignal, *, patient: bool = False) -> Iterator[None]:
-    """Turn SIGTERM and SIGINT into the wish to stop, and ask again until it is heard.
+def stop_on_signals(stop: StopRequest, *, ignore_repeats: bool = False) -> Iterator[None]:
+    """Turn SIGTERM and SIGINT into a stop request, and repeat it until it takes effect.
 
-    Code of other languages that calls Python drops an exception now and then: pydantic did, and the stage went on. So
-    does Python itself in callbacks and finalizers; that it dropped the wish is nothing to print.
+    Native code that calls Python may discard an exception (pydantic does), and Python discards those of callbacks and
+    finalizers. The request is therefore repeated, and a discarded `StopInterrupt` is not reported.
 
     Args:
-        stop: Where the wish goes.
-        patient: Whether a second signal changes nothing, since the process ends in time by itself; it ends the
-            process as it would without, otherwise.
+        stop: The stop request.
+        ignore_repeats: Whether a second signal is ignored, because the process is sure to end in time. Otherwise it has
+            its default effect.
 
     Raises:
-        Stopped: When the wish was granted.
+        Stopped: When a stop was requested.
     """
 
-    def ask(number: int, _frame: FrameType | None) -> None:
-        if number in NUMBERS and not patient:
-            signal.signal(number, before[signal.Signals(number)])
-        signal.setitimer(signal.ITIMER_REAL, AGAIN_SECONDS, AGAIN_SECONDS)
-        if not _is_heard(sys.exception()):
-            stop.ask()
+    def request_stop(number: int, _frame: FrameType | None) -> None:
+        if number in STOP_SIGNALS and not ignore_repeats:
+            signal.signal(number, previous_handlers[signal.Signals(number)])
+        signal.setitimer(signal.ITIMER_REAL, REPEAT_SECONDS, REPEAT_SECONDS)
+        if not _is_unwinding(sys.exception()):
+            stop.set()
 
-    def dropped(what: "sys.UnraisableHookArgs") -> None:
-        if not issubclass(what.exc_type, StopNow):
-            tell_dropped(what)
+    def report_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
+        if not issubclass(unraisable.exc_type, StopInterrupt):
+            previous_hook(unraisable)
 
-    tell_dropped, sys.unraisablehook = sys.unraisablehook, dropped
-    before = {number: signal.getsignal(number) for number in (*NUMBERS, signal.SIGALRM)}
-    for number in before:
-        signal.signal(number, ask)
+    previous_hook, sys.unraisablehook = sys.unraisablehook, report_unraisable
+    previous_handlers = {number: signal.getsignal(number) for number in (*STOP_SIGNALS, signal.SIGALRM)}
+    for number in previous_handlers:
+        signal.signal(number, request_stop)
     try:
         yield
-    except StopNow:
-        raise Stopped(STOPPED) from None
+    except StopInterrupt:
+        raise Stopped(STOPPED_MESSAGE) from None
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        for number, handler in before.items():
+        for number, handler in previous_handlers.items():
             signal.signal(number, handler)
-        sys.unraisablehook = tell_dropped
+        sys.unraisablehook = previous_hook
 
 
-def _is_heard(handled: BaseException | None) -> bool:
-    """Whether the main thread is on its way out: what it cleans up there must not be interrupted again."""
+def _is_unwinding(handled: BaseException | None) -> bool:
+    """Whether the main thread is already stopping: its cleanup must not be interrupted."""
     while handled is not None:
-        if isinstance(handled, StopNow | Stopped):
+        if isinstance(handled, StopInterrupt | Stopped):
             return True
         handled = handled.__context__
     return False
 
 
-def ignore_signals() -> None:
-    """Let nothing disturb the last moments of a process that has said how it ended."""
-    for number in NUMBERS:
+def ignore_stop_signals() -> None:
+    """Ignore further signals in a process that has written its termination message."""
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
-def end_overdue(
-    stop: StopSignal, seconds: float, end: Callable[[], None], *, grace_seconds: float | None = None
+def start_stop_watchdog(
+    stop: StopRequest, seconds: float, on_timeout: Callable[[], None], *, grace_seconds: float | None = None
 ) -> None:
-    """See to it that a stop is granted: the main thread may be deep in a library that hears no signal for minutes.
+    """End the process if the main thread does not: it may be deep in a library that handles no signal for minutes.
 
-    A thread of its own learns of the signal from the interpreter's wakeup file. It waits for as long as training
-    holds the wish off, but no longer than the grace period allows, and then calls `end`.
+    A thread learns of the signal through the interpreter's wakeup file descriptor. It waits as long as training defers
+    the request, but no longer than the grace period allows, and then calls `on_timeout`.
 
     Args:
-        stop: The wish.
-        seconds: Time that the main thread has to end the process itself.
-        end: Ends the process.
-        grace_seconds: Time from the signal to SIGKILL; None where nobody kills.
+        stop: The stop request.
+        seconds: Time for the main thread to end the process.
+        on_timeout: Ends the process.
+        grace_seconds: Time from the signal to SIGKILL; None if nothing kills the process.
     """
-    reading, writing = os.pipe()
-    os.set_blocking(writing, False)
-    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
 
     def watch() -> None:
-        while os.read(reading, 1)[0] not in NUMBERS:
+        while os.read(reader, 1)[0] not in STOP_SIGNALS:
             pass
         deadline = time.monotonic() + seconds
-        latest = inf if grace_seconds is None else time.monotonic() + grace_seconds - MARGIN_SECONDS
+        latest = inf if grace_seconds is None else time.monotonic() + grace_seconds - RESERVED_SECONDS
         while time.monotonic() < min(deadline, latest):
-            if stop.is_held():
+            if stop.is_deferred():
                 deadline = time.monotonic() + seconds
             time.sleep(POLL_SECONDS)
-        end()
+        on_timeout()
 
     threading.Thread(target=watch, name="stop", daemon=True).start()

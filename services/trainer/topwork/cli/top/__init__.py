@@ -1,1 +1,1 @@
-"""`topwork top`: a live view of runs."""
+"""The `topwork top` command: a live view of runs."""

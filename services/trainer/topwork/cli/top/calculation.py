@@ -1,153 +1,156 @@
-"""What the series of a run say, reckoned into figures: rates, ages, the time that is left."""
+"""Computes what `topwork top` shows from the metrics of a run: rates, ages and the remaining time."""
 
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-from topwork.cli.top.snapshot import Best, Figures, Gpu, Speed, Traffic
+from topwork.cli.top.snapshot import BestMetric, GpuUsage, RunSnapshot, StorageTraffic, TrainingSpeed
 from topwork.clients.prometheus.scrape import Reading
 from topwork.cluster.names import STAGES
 
 RATE_SECONDS = 30.0
-"""Rates are of so much time at most; of the last two readings where they lie further apart."""
-KEPT_EPOCHS = 20
-"""Readings that are kept because an epoch ended then."""
-ENDINGS = {0: "done", 2: "refused", 3: "gate not met", 75: "storage failed", 143: "stopped"}
+"""Maximum period of rates. If the last two readings are further apart, rates are computed from these two."""
+MAX_EPOCH_READINGS = 20
+"""Maximum number of readings kept for the duration of epochs."""
+STATES_BY_EXIT_CODE = {0: "done", 2: "refused", 3: "gate not met", 75: "storage failed", 143: "stopped"}
 
 
-class History:
-    """What a process told lately, as far as figures need it."""
+class ReadingHistory:
+    """The recent readings of a process that rates and the remaining time are computed from."""
 
     def __init__(self) -> None:
         self.readings: list[Reading] = []
-        # The first reading, and each in which an epoch was seen to have ended since the one before.
-        self._marks: list[Reading] = []
+        # The first reading, and each reading with more completed epochs than the one before.
+        self._epoch_readings: list[Reading] = []
 
     def add(self, reading: Reading) -> None:
-        """Keep a reading; what another run, or an earlier process at the same address, told is forgotten."""
-        if self.readings and not _goes_on(self.readings[-1], reading):
-            self.readings, self._marks = [], []
-        if not self._marks or _epochs(self._marks[-1]) != _epochs(reading):
-            self._marks = [*self._marks, reading][-KEPT_EPOCHS:]
-        recent = [one for one in self.readings if reading.at - one.at <= RATE_SECONDS]
-        # The last one is kept however old it is, for whoever reads seldom.
-        kept = {one.at: one for one in (*self._marks, *self.readings[-1:], *recent, reading)}
+        """Add a reading. Readings of another run, or of an earlier process at the same address, are dropped."""
+        if self.readings and not _is_same_process(self.readings[-1], reading):
+            self.readings, self._epoch_readings = [], []
+        if not self._epoch_readings or _epochs(self._epoch_readings[-1]) != _epochs(reading):
+            self._epoch_readings = [*self._epoch_readings, reading][-MAX_EPOCH_READINGS:]
+        recent = [earlier for earlier in self.readings if reading.at - earlier.at <= RATE_SECONDS]
+        # The previous reading is kept at any age, for long intervals between readings.
+        kept = {item.at: item for item in (*self._epoch_readings, *self.readings[-1:], *recent, reading)}
         self.readings = [kept[at] for at in sorted(kept)]
 
 
-class Place(NamedTuple):
-    """Where a process was read: a URL or an instance of Prometheus; its namespace and pod where there are such."""
+class ProcessLocation(NamedTuple):
+    """Where a process was read: a URL, a pod or a Prometheus instance, and its namespace and pod in a cluster."""
 
     source: str
     namespace: str | None = None
     pod: str | None = None
 
 
-def figures(readings: Sequence[Reading], now: float, place: Place) -> Figures:
-    """Turn what a process told into figures.
+def compute_snapshot(readings: Sequence[Reading], now: float, location: ProcessLocation) -> RunSnapshot:
+    """Compute the state of a run from the readings of its process.
 
     Args:
-        readings: What it told, the oldest first; at least one.
+        readings: Readings in chronological order; at least one.
         now: Unix time in seconds.
-        place: Where it was read.
+        location: Where the process was read.
 
     Returns:
-        The figures.
+        The state of the run.
     """
     last = readings[-1]
-    stage = _stage(last)
-    code = _whole(max(last.by("exit_code", "stage").values(), default=None))
-    return Figures(
+    stage = _current_stage(last)
+    exit_code = _to_int(max(last.values_by_label("exit_code", "stage").values(), default=None))
+    return RunSnapshot(
         run=last.label("run") or "",
         job=last.label("transferjob") or "",
-        source=place.source,
-        namespace=place.namespace,
-        pod=place.pod,
-        state=_state(last, code),
+        source=location.source,
+        namespace=location.namespace,
+        pod=location.pod,
+        state=_state(last, exit_code),
         stage=stage,
         stage_seconds=_stage_seconds(last, stage, now),
-        seconds_by_stage=last.by("stage_duration_seconds", "stage"),
-        epoch=_whole(last.value("epoch", stage=stage)) if stage else None,
-        epochs=_whole(last.value("epochs_planned", stage=stage)) if stage else None,
-        seconds_left=_seconds_left(readings, stage, now) if code is None else None,
-        loss=last.by("loss", "split"),
+        seconds_by_stage=last.values_by_label("stage_duration_seconds", "stage"),
+        epoch=_to_int(last.value("epoch", stage=stage)) if stage else None,
+        epochs=_to_int(last.value("epochs_planned", stage=stage)) if stage else None,
+        seconds_left=_seconds_left(readings, stage, now) if exit_code is None else None,
+        loss=last.values_by_label("loss", "split"),
         metrics=_metrics(last),
-        best=_best(last, stage),
+        best=_best_metric(last, stage),
         learning_rate=last.value("learning_rate") or None,
         speed=_speed(readings),
-        replicas=_whole(last.value("replicas")) or None,
+        replicas=_to_int(last.value("replicas")) or None,
         gpus=_gpus(last),
         checkpoint_seconds_ago=_age(last.value("checkpoint_last_success_timestamp_seconds"), now),
         progress_seconds_ago=_age(last.value("last_progress_timestamp_seconds"), now),
         traffic=_traffic(readings),
-        retries=_whole(last.value("storage_retries_total")),
-        images=_whole(last.value("dataset_images")) or None,
-        rejected=_whole(sum(sample.value for sample in last.of("images_rejected_total"))),
-        gates_failed=_whole(last.value("gates_failed")),
-        exit_code=code,
+        retries=_to_int(last.value("storage_retries_total")),
+        images=_to_int(last.value("dataset_images")) or None,
+        rejected=_to_int(sum(sample.value for sample in last.select("images_rejected_total"))),
+        gates_failed=_to_int(last.value("gates_failed")),
+        exit_code=exit_code,
         version=last.label("version"),
         read_seconds_ago=max(0.0, now - last.at),
     )
 
 
-def _goes_on(before: Reading, after: Reading) -> bool:
-    same = before.label("run") == after.label("run")
-    return same and (before.value("steps_total") or 0) <= (after.value("steps_total") or 0)
+def _is_same_process(before: Reading, after: Reading) -> bool:
+    is_same_run = before.label("run") == after.label("run")
+    return is_same_run and (before.value("steps_total") or 0) <= (after.value("steps_total") or 0)
 
 
 def _epochs(reading: Reading) -> dict[str, float]:
-    return reading.by("epoch", "stage")
+    return reading.values_by_label("epoch", "stage")
 
 
-def _whole(value: float | None) -> int | None:
-    """Round what counts things; nan and infinity count nothing."""
+def _to_int(value: float | None) -> int | None:
+    """Round a count; None for NaN and infinity."""
     try:
         return None if value is None else round(value)
     except (ValueError, OverflowError):
         return None
 
 
-def _age(moment: float | None, now: float) -> float | None:
-    """Seconds since a moment; None for one that never came (0)."""
-    return max(0.0, now - moment) if moment and moment == moment else None  # noqa: PLR0124 - nan differs from itself
+def _age(time: float | None, now: float) -> float | None:
+    """Return the seconds since a time; None for a time of 0 or NaN."""
+    return max(0.0, now - time) if time and time == time else None  # noqa: PLR0124 - NaN differs from itself
 
 
-def _stage(reading: Reading) -> str | None:
-    """The stage at work, or else the one that was last, or else the one that this process is for."""
-    running = [stage for stage, value in reading.by("stage_running", "stage").items() if value == 1]
+# ── Stage and epochs ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _current_stage(reading: Reading) -> str | None:
+    """Return the running stage; otherwise the last one; otherwise the stage that this process is for."""
+    running = [stage for stage, value in reading.values_by_label("stage_running", "stage").items() if value == 1]
     if running:
         return running[-1]
-    started = reading.by("stage_start_timestamp_seconds", "stage")
+    started = reading.values_by_label("stage_start_timestamp_seconds", "stage")
     if started:
         return max(started, key=lambda stage: started[stage])
-    told = next((info.labels.get("stage") for info in reading.of("stage_info")), None)
-    return told if told in STAGES else None  # topwork run is for all of them
+    stage = next((info.labels.get("stage") for info in reading.select("stage_info")), None)
+    return stage if stage in STAGES else None  # `topwork run` runs all stages
 
 
-def _state(reading: Reading, code: int | None) -> str:
-    if code is not None:
-        return ENDINGS.get(code, "failed")
-    if 1 in reading.by("stage_running", "stage").values():
+def _state(reading: Reading, exit_code: int | None) -> str:
+    if exit_code is not None:
+        return STATES_BY_EXIT_CODE.get(exit_code, "failed")
+    if 1 in reading.values_by_label("stage_running", "stage").values():
         return "running"
-    return "between stages" if reading.by("stage_start_timestamp_seconds", "stage") else "starting"
+    return "between stages" if reading.values_by_label("stage_start_timestamp_seconds", "stage") else "starting"
 
 
 def _stage_seconds(reading: Reading, stage: str | None, now: float) -> float | None:
     if stage is None:
         return None
-    took = reading.value("stage_duration_seconds", stage=stage)
-    running = reading.value("stage_running", stage=stage) == 1
-    return took if not running and took is not None else _started(reading, stage, now)
+    duration = reading.value("stage_duration_seconds", stage=stage)
+    is_running = reading.value("stage_running", stage=stage) == 1
+    return duration if not is_running and duration is not None else _seconds_since_start(reading, stage, now)
 
 
-def _started(reading: Reading, stage: str, now: float) -> float | None:
+def _seconds_since_start(reading: Reading, stage: str, now: float) -> float | None:
     return _age(reading.value("stage_start_timestamp_seconds", stage=stage), now)
 
 
 def _seconds_left(readings: Sequence[Reading], stage: str | None, now: float) -> float | None:
-    """Time until the last epoch that is planned, at the pace of those that ended while this was watched.
+    """Estimate the time to the last planned epoch from the epochs that ended while they were observed.
 
-    Where fewer than two ended, at the pace since the stage was first started, even if it stood still since.
+    If fewer than two ended, the estimate uses the time since the first start of the stage, including interruptions.
     """
     last = readings[-1]
     if stage is None or last.value("stage_running", stage=stage) != 1:
@@ -155,66 +158,76 @@ def _seconds_left(readings: Sequence[Reading], stage: str | None, now: float) ->
     epoch, epochs = last.value("epoch", stage=stage), last.value("epochs_planned", stage=stage)
     if epochs is None or not epoch:
         return None
-    seen = _ended_epochs(readings, stage)
-    if len(seen) >= 2:
-        pace = (seen[-1].at - seen[0].at) / (seen[-1].epoch - seen[0].epoch)
-        return max(0.0, pace * (epochs - epoch) - (now - seen[-1].at))
-    since = _started(last, stage, now)
-    # On average half an epoch more is done than is counted.
-    return max(0.0, since * (epochs - epoch - 0.5) / (epoch + 0.5)) if since is not None else None
+    ends = _observed_epoch_ends(readings, stage)
+    if len(ends) >= 2:
+        epoch_seconds = (ends[-1].at - ends[0].at) / (ends[-1].epoch - ends[0].epoch)
+        return max(0.0, epoch_seconds * (epochs - epoch) - (now - ends[-1].at))
+    elapsed = _seconds_since_start(last, stage, now)
+    # On average, half of the current epoch is complete.
+    return max(0.0, elapsed * (epochs - epoch - 0.5) / (epoch + 0.5)) if elapsed is not None else None
 
 
-class _Ended(NamedTuple):
+class _EpochEnd(NamedTuple):
     epoch: float
     at: float
 
 
-def _ended_epochs(readings: Sequence[Reading], stage: str) -> list[_Ended]:
-    """The epochs that were seen to end."""
-    told = [(reading.value("epoch", stage=stage), reading.at) for reading in readings]
+def _observed_epoch_ends(readings: Sequence[Reading], stage: str) -> list[_EpochEnd]:
+    """Return the first readings after the end of each observed epoch."""
+    epochs = [(reading.value("epoch", stage=stage), reading.at) for reading in readings]
     return [
-        _Ended(new, at) for (old, _), (new, at) in pairwise(told) if old is not None and new is not None and new > old
+        _EpochEnd(after, at)
+        for (before, _), (after, at) in pairwise(epochs)
+        if before is not None and after is not None and after > before
     ]
+
+
+# ── Results ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _metrics(reading: Reading) -> dict[str, dict[str, float]]:
-    found: dict[str, dict[str, float]] = {}
-    for sample in reading.of("metric"):
-        found.setdefault(sample.labels.get("split", ""), {})[sample.labels.get("name", "")] = sample.value
-    return found
+    metrics: dict[str, dict[str, float]] = {}
+    for sample in reading.select("metric"):
+        metrics.setdefault(sample.labels.get("split", ""), {})[sample.labels.get("name", "")] = sample.value
+    return metrics
 
 
-def _best(reading: Reading, stage: str | None) -> Best | None:
-    """The best metric of a stage; of the last one that has one, where the stage trains nothing or no epoch ended."""
-    found = [
-        Best(labels["stage"], labels["name"], labels["split"], value)
-        for _, labels, value in reading.of("best_metric")
+def _best_metric(reading: Reading, stage: str | None) -> BestMetric | None:
+    """Return the best metric of a stage; if it has none, that of the last stage with one."""
+    best_metrics = [
+        BestMetric(labels["stage"], labels["name"], labels["split"], value)
+        for _, labels, value in reading.select("best_metric")
         if {"stage", "name", "split"} <= labels.keys()
     ]
-    started = reading.by("stage_start_timestamp_seconds", "stage")
-    return max(found, key=lambda best: (best.stage == stage, started.get(best.stage, 0.0)), default=None)
+    started = reading.values_by_label("stage_start_timestamp_seconds", "stage")
+    return max(best_metrics, key=lambda best: (best.stage == stage, started.get(best.stage, 0.0)), default=None)
 
 
-def _base(readings: Sequence[Reading]) -> Reading | None:
-    """The reading from which rates are reckoned."""
+# ── Rates and usage ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _rate_base(readings: Sequence[Reading]) -> Reading | None:
+    """Return the reading at the start of the period of rates."""
     last = readings[-1]
-    recent = [one for one in readings[:-1] if last.at - one.at <= RATE_SECONDS]
+    recent = [reading for reading in readings[:-1] if last.at - reading.at <= RATE_SECONDS]
     return recent[0] if recent else (readings[-2] if len(readings) > 1 else None)
 
 
-def _speed(readings: Sequence[Reading]) -> Speed | None:
-    last, base = readings[-1], _base(readings)
-    lately, ever = _Training.between(base, last) if base else None, _Training.between(None, last)
-    shown = lately if lately and lately.steps > 0 else ever
-    if not (shown.steps > 0 and shown.seconds > 0):
+def _speed(readings: Sequence[Reading]) -> TrainingSpeed | None:
+    last, base = readings[-1], _rate_base(readings)
+    recent, total = _TrainingPeriod.between(base, last) if base else None, _TrainingPeriod.between(None, last)
+    period = recent if recent and recent.steps > 0 else total
+    if not (period.steps > 0 and period.seconds > 0):
         return None
-    # Waiting is told once for several steps: it may be that none was told lately.
-    wait = next((one.input_wait for one in (lately, ever) if one and one.input_wait is not None), None)
-    return Speed(shown.images / shown.seconds, shown.seconds / shown.steps, wait, shown is lately)
+    # The input wait is recorded once for several steps, so the recent period may have none.
+    input_wait = next((item.input_wait for item in (recent, total) if item and item.input_wait is not None), None)
+    return TrainingSpeed(
+        period.images / period.seconds, period.seconds / period.steps, input_wait, lately=period is recent
+    )
 
 
-class _Training(NamedTuple):
-    """What training did between two readings, or since the process was started."""
+class _TrainingPeriod(NamedTuple):
+    """Training between two readings, or since the process started."""
 
     steps: float
     images: float
@@ -222,32 +235,36 @@ class _Training(NamedTuple):
     input_wait: float | None
 
     @classmethod
-    def between(cls, before: Reading | None, after: Reading) -> "_Training":
-        def grown(name: str) -> float:
+    def between(cls, before: Reading | None, after: Reading) -> "_TrainingPeriod":
+        def increase(name: str) -> float:
             return (after.value(name) or 0.0) - ((before.value(name) if before else None) or 0.0)
 
-        wait, compute = grown("input_wait_seconds_total"), grown("step_compute_seconds_total")
-        share = wait / (wait + compute) if wait >= 0 and compute > 0 else None
-        return cls(grown("steps_total"), grown("images_total"), grown("step_duration_seconds_sum"), share)
+        wait, compute = increase("input_wait_seconds_total"), increase("step_compute_seconds_total")
+        input_wait = wait / (wait + compute) if wait >= 0 and compute > 0 else None
+        return cls(increase("steps_total"), increase("images_total"), increase("step_duration_seconds_sum"), input_wait)
 
 
-def _gpus(reading: Reading) -> tuple[Gpu, ...]:
-    told = {
-        "utilization": reading.by("gpu_utilization_ratio", "gpu"),
-        "memory_used_bytes": reading.by("gpu_memory_used_bytes", "gpu"),
-        "memory_total_bytes": reading.by("gpu_memory_total_bytes", "gpu"),
-        "power_watts": reading.by("gpu_power_watts", "gpu"),
-        "temperature_celsius": reading.by("gpu_temperature_celsius", "gpu"),
+def _gpus(reading: Reading) -> tuple[GpuUsage, ...]:
+    values = {
+        "utilization": reading.values_by_label("gpu_utilization_ratio", "gpu"),
+        "memory_used_bytes": reading.values_by_label("gpu_memory_used_bytes", "gpu"),
+        "memory_total_bytes": reading.values_by_label("gpu_memory_total_bytes", "gpu"),
+        "power_watts": reading.values_by_label("gpu_power_watts", "gpu"),
+        "temperature_celsius": reading.values_by_label("gpu_temperature_celsius", "gpu"),
     }
-    indices = sorted({index for values in told.values() for index in values}, key=lambda index: (len(index), index))
-    return tuple(Gpu(index, **{name: values.get(index) for name, values in told.items()}) for index in indices)
+    indices = sorted(
+        {index for by_index in values.values() for index in by_index}, key=lambda index: (len(index), index)
+    )
+    return tuple(
+        GpuUsage(index, **{name: by_index.get(index) for name, by_index in values.items()}) for index in indices
+    )
 
 
-def _traffic(readings: Sequence[Reading]) -> dict[str, Traffic]:
-    base, last = _base(readings), readings[-1]
-    before = base.by("storage_bytes_total", "direction") if base else {}
-    found = {}
-    for direction, value in last.by("storage_bytes_total", "direction").items():
+def _traffic(readings: Sequence[Reading]) -> dict[str, StorageTraffic]:
+    base, last = _rate_base(readings), readings[-1]
+    before = base.values_by_label("storage_bytes_total", "direction") if base else {}
+    traffic = {}
+    for direction, value in last.values_by_label("storage_bytes_total", "direction").items():
         rate = (value - before.get(direction, 0.0)) / (last.at - base.at) if base and last.at > base.at else None
-        found[direction] = Traffic(value, rate)
-    return found
+        traffic[direction] = StorageTraffic(value, rate)
+    return traffic

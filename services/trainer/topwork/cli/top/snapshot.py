@@ -1,20 +1,20 @@
-"""Figures of a run as a person and a program read them in `topwork top`."""
+"""The data that `topwork top` shows for a run; its fields are the keys of the JSON output."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
-class Gpu:
-    """A GPU of the process; what it does not tell is None.
+class GpuUsage:
+    """Usage of a GPU. A value that the GPU does not report is None.
 
     Attributes:
-        index: Its index.
-        utilization: Share of the last moments in which it worked, 0..1.
-        memory_used_bytes: Bytes.
-        memory_total_bytes: Bytes.
-        power_watts: Watts.
-        temperature_celsius: Degrees Celsius.
+        index: Index of the GPU.
+        utilization: Fraction of the last sample period in which it was busy, 0 to 1.
+        memory_used_bytes: Memory in use, in bytes.
+        memory_total_bytes: Total memory, in bytes.
+        power_watts: Power draw in watts.
+        temperature_celsius: Temperature in degrees Celsius.
     """
 
     index: str
@@ -26,8 +26,8 @@ class Gpu:
 
 
 @dataclass(frozen=True)
-class Best:
-    """The best metric of a stage."""
+class BestMetric:
+    """The best value of a metric in a stage."""
 
     stage: str
     name: str
@@ -36,14 +36,14 @@ class Best:
 
 
 @dataclass(frozen=True)
-class Speed:
-    """How fast training goes.
+class TrainingSpeed:
+    """Training speed.
 
     Attributes:
-        images_per_second: Images a second, while steps run.
-        step_seconds: Seconds a step.
-        input_wait: Share of the time of steps that waits for input, 0..1.
-        lately: Of the last moments; else a mean since the process was started, as no step ended lately.
+        images_per_second: Images per second while steps are running.
+        step_seconds: Duration of a step in seconds.
+        input_wait: Fraction of the step time spent waiting for input, 0 to 1.
+        lately: True for the recent speed; False for the mean since the process started, if no step ended recently.
     """
 
     images_per_second: float
@@ -53,48 +53,48 @@ class Speed:
 
 
 @dataclass(frozen=True)
-class Traffic:
-    """Traffic with object storage, in bytes and bytes a second; the rate is None after a single reading."""
+class StorageTraffic:
+    """Transferred bytes, and bytes per second. The rate is None after a single reading."""
 
     bytes: float
     bytes_per_second: float | None
 
 
 @dataclass(frozen=True)
-class Figures:
-    """A run as its process tells it, or as the cluster does where no process tells.
+class RunSnapshot:
+    """The state of a run as its process reports it, or as the cluster reports it if the process does not answer.
 
     Attributes:
         run: Name of the run.
-        job: Name of its job.
-        source: Where this is read, such as a URL or a pod.
-        namespace: Its namespace, where there is one.
-        pod: Its pod, where there is one.
-        state: running, starting, between stages, how it ended, or the phase of its Job.
-        reason: Why it waits, or does not tell.
-        stage: The stage at work, or the last one.
-        stage_seconds: How long that runs already, or took.
-        seconds_by_stage: What the stages took that are over.
-        epoch: Complete epochs of the stage.
-        epochs: Its epochs at most.
-        seconds_left: Until its last epoch; early stopping may end it sooner.
-        loss: Loss of the last epoch by split.
-        metrics: Metrics by split and name.
+        job: Name of the job.
+        source: Where the state was read, such as a URL or a pod.
+        namespace: Namespace, if the run is in a cluster.
+        pod: Name of the pod, if the run is in a cluster.
+        state: running, starting, between stages, gone, the outcome of a finished process, or the phase of the run.
+        reason: Why the run is pending, or why its process does not answer.
+        stage: The running stage, or the last one.
+        stage_seconds: Time since the start of the running stage, or duration of the finished one, in seconds.
+        seconds_by_stage: Durations of the finished stages, in seconds.
+        epoch: Number of completed epochs of the stage.
+        epochs: Maximum number of epochs of the stage.
+        seconds_left: Estimated time to the last epoch, in seconds. Early stopping can end the stage earlier.
+        loss: Loss of the last epoch, by split.
+        metrics: Metrics of the last epoch, by split and name.
         best: Best metric of the stage.
-        learning_rate: Of the last step.
-        speed: How fast it trains.
-        replicas: How many train in step.
-        gpus: Its GPUs.
-        checkpoint_seconds_ago: Age of the last checkpoint.
-        progress_seconds_ago: Since when nothing went on.
+        learning_rate: Learning rate of the last step.
+        speed: Training speed.
+        replicas: Number of model replicas.
+        gpus: Usage of the GPUs.
+        checkpoint_seconds_ago: Age of the last checkpoint, in seconds.
+        progress_seconds_ago: Time since the last progress, in seconds.
         traffic: Traffic with storage by direction, download or upload.
-        retries: Requests to storage that were tried again.
-        images: Images of the dataset.
-        rejected: Images that were left out.
-        gates_failed: Gates that were not met.
-        exit_code: Exit code, once it ended.
+        retries: Number of retried requests to storage.
+        images: Number of images in the dataset.
+        rejected: Number of rejected images.
+        gates_failed: Number of gates that were not met.
+        exit_code: Exit code of the process; None while it is running.
         version: Version of topwork.
-        read_seconds_ago: How old the newest reading is.
+        read_seconds_ago: Age of the last reading, in seconds.
     """
 
     run: str
@@ -112,14 +112,14 @@ class Figures:
     seconds_left: float | None = None
     loss: Mapping[str, float] = field(default_factory=dict)
     metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    best: Best | None = None
+    best: BestMetric | None = None
     learning_rate: float | None = None
-    speed: Speed | None = None
+    speed: TrainingSpeed | None = None
     replicas: int | None = None
-    gpus: tuple[Gpu, ...] = ()
+    gpus: tuple[GpuUsage, ...] = ()
     checkpoint_seconds_ago: float | None = None
     progress_seconds_ago: float | None = None
-    traffic: Mapping[str, Traffic] = field(default_factory=dict)
+    traffic: Mapping[str, StorageTraffic] = field(default_factory=dict)
     retries: int | None = None
     images: int | None = None
     rejected: int | None = None

@@ -1,4 +1,4 @@
-"""Where `topwork top` reads runs: ports of processes, pods of a cluster, Prometheus."""
+"""The sources that `topwork top` reads runs from: metrics pages of processes, pods of a cluster, or Prometheus."""
 
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -6,237 +6,240 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from topwork.cli.output.run_status import duration
-from topwork.cli.top.calculation import History, Place, figures
-from topwork.cli.top.snapshot import Figures
-from topwork.clients.prometheus.scrape import Prometheus, Reading, parse_page, read_page, shown
+from topwork.cli.output.status_printer import format_duration
+from topwork.cli.top.calculation import ProcessLocation, ReadingHistory, compute_snapshot
+from topwork.cli.top.snapshot import RunSnapshot
+from topwork.clients.prometheus.scrape import PrometheusClient, Reading, parse_page, read_page, without_credentials
 from topwork.errors import SettingError, UnavailableError
 
 if TYPE_CHECKING:
     from topwork.clients.kubernetes.cluster import Cluster
-    from topwork.cluster.status.run_state import RunState
+    from topwork.cluster.status.run_status import RunStatus
 
-One = TypeVar("One")
-Made = TypeVar("Made")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
-AT_ONCE = 12
-LOOK_BACK_SECONDS = 300
-"""How long Prometheus itself takes a value for current."""
-UNANSWERED_SECONDS = 4.5
-"""A process whose page answered so long ago and not since has gone."""
-UNSCRAPED_SECONDS = 45.0
-"""The same for what Prometheus scrapes, or so many times the time between two scrapes."""
+MAX_CONCURRENT_READS = 12
+LOOKBACK_SECONDS = 300
+"""The lookback period after which Prometheus itself considers a value stale."""
+PAGE_TIMEOUT_SECONDS = 4.5
+"""Age of the last reading after which a process is shown as gone."""
+SCRAPE_TIMEOUT_SECONDS = 45.0
+"""The same for processes that Prometheus scrapes; at least MISSED_SCRAPES times the scrape interval."""
 MISSED_SCRAPES = 2.5
-MOST_NAMED = 8
-NO_METRICS = "serves no metrics of topwork"
+MAX_LISTED_RUNS = 8
+NO_METRICS = "does not serve metrics of topwork"
 
 
 class Source(Protocol):
-    """A place to read runs from, again and again.
+    """A source of runs that can be read repeatedly.
 
     Attributes:
-        remembers: Whether one reading is enough for rates.
-        nothing: What to say where there is no run.
+        has_history: Whether a single read is enough to compute rates.
+        empty_message: Message for the user if there are no runs.
     """
 
-    remembers: bool
-    nothing: str
+    has_history: bool
+    empty_message: str
 
-    def read(self, now: float) -> list[Figures]:
+    def read(self, now: float) -> list[RunSnapshot]:
         """Read all runs.
 
         Args:
             now: Unix time in seconds.
 
         Raises:
-            SettingError: If nothing can be read as it is set up.
-            UnavailableError: If nothing answers.
+            SettingError: If the source is configured incorrectly.
+            UnavailableError: If the source does not answer.
         """
 
 
-class Pages:
+class MetricsPageSource:
     """Processes that serve their metrics at URLs.
 
     Args:
-        urls: Of the pages.
-        advice: What to do where nothing is found.
+        urls: URLs of the metrics pages.
+        advice: Advice for the user if no run is found.
     """
 
-    remembers = False
-    nothing = "No run is under way."
+    has_history = False
+    empty_message = "No runs in progress."
 
     def __init__(self, urls: Sequence[str], advice: str) -> None:
         self._urls, self._advice = urls, advice
-        self._histories = {url: History() for url in urls}
+        self._histories = {url: ReadingHistory() for url in urls}
 
-    def read(self, now: float) -> list[Figures]:
-        """Read all pages; what answered once stays, with the time since which it does not."""
-        problems = [problem for problem in _all(self._look, self._urls) if problem]
-        found = [self._figures(url, now) for url, history in self._histories.items() if history.readings]
-        if not found:
-            raise UnavailableError(f"No run can be read: {' '.join(map(str, problems))} {self._advice}")
-        return found
+    def read(self, now: float) -> list[RunSnapshot]:
+        """Read all pages. A process that stops answering remains listed with its last values."""
+        problems = [problem for problem in _map_concurrently(self._read_page, self._urls) if problem]
+        snapshots = [self._snapshot(url, now) for url, history in self._histories.items() if history.readings]
+        if not snapshots:
+            raise UnavailableError(f"No runs found: {' '.join(problems)} {self._advice}")
+        return snapshots
 
-    def _look(self, url: str) -> str | None:
-        """Read a page; gives the problem, if there is one."""
+    def _read_page(self, url: str) -> str | None:
+        """Read a page into its history, and return the problem if this fails."""
         try:
             reading = read_page(url)
         except (SettingError, UnavailableError) as error:
             return str(error)
         if not reading.label("run"):
-            return f"{shown(url)} {NO_METRICS}."
+            return f"{without_credentials(url)} {NO_METRICS}."
         self._histories[url].add(reading)
         return None
 
-    def _figures(self, url: str, now: float) -> Figures:
-        found = figures(self._histories[url].readings, now, Place(shown(url)))
-        return found if found.read_seconds_ago < UNANSWERED_SECONDS else _silent(found)
+    def _snapshot(self, url: str, now: float) -> RunSnapshot:
+        snapshot = compute_snapshot(self._histories[url].readings, now, ProcessLocation(without_credentials(url)))
+        return snapshot if snapshot.read_seconds_ago < PAGE_TIMEOUT_SECONDS else _mark_unanswered(snapshot)
 
 
 @dataclass(frozen=True)
 class _Container:
-    """A container whose page is read."""
+    """A container that serves a metrics page."""
 
     namespace: str
     pod: str
     port: int
 
 
-class Pods:
+class ClusterSource:
     """Runs in a namespace of a cluster, read through the API server.
 
     Args:
         cluster: The cluster.
-        run: Only this run; None: all that are not over.
+        run: Name of a run; None selects all unfinished runs.
     """
 
-    remembers = False
+    has_history = False
 
     def __init__(self, cluster: "Cluster", run: str | None) -> None:
         self._cluster, self._run = cluster, run
-        self._histories: dict[_Container, History] = {}
-        self.nothing = f"No run is under way in namespace {cluster.namespace}."
+        self._histories: dict[_Container, ReadingHistory] = {}
+        self.empty_message = f"No runs in progress in namespace {cluster.namespace}."
 
-    def read(self, now: float) -> list[Figures]:
-        """Read what the cluster says of the runs, and the page of each container that runs."""
-        return _all(lambda state: self._figures(state, now), self._states())
+    def read(self, now: float) -> list[RunSnapshot]:
+        """Read the status of the runs from the cluster, and the metrics page of each running container."""
+        return _map_concurrently(lambda status: self._snapshot(status, now), self._read_statuses())
 
-    def _states(self) -> "list[RunState]":
-        from topwork.cluster.operations.find_runs import read_run
-        from topwork.cluster.operations.list_runs import read_states
-        from topwork.cluster.status.run_state import run_state
+    def _read_statuses(self) -> "list[RunStatus]":
+        from topwork.cluster.operations.runs import list_runs, read_run_objects
+        from topwork.cluster.status.run_status import read_run_status
 
         if self._run is None:
-            return [state for state in read_states(self._cluster) if not state.is_over]
-        objects = read_run(self._cluster, self._run)
+            return [status for status in list_runs(self._cluster) if not status.is_finished]
+        objects = read_run_objects(self._cluster, self._run)
         if not objects.jobs:
             raise SettingError(f"{self._run} has been deleted from namespace {self._cluster.namespace}.")
-        return [run_state(objects)]
+        return [read_run_status(objects)]
 
-    def _figures(self, state: "RunState", now: float) -> Figures:
-        from topwork.clients.kubernetes.errors import MissingError
+    def _snapshot(self, status: "RunStatus", now: float) -> RunSnapshot:
+        from topwork.clients.kubernetes.errors import NotFoundError
         from topwork.cluster.names import METRICS_PORTS
 
-        if state.running is None:
-            return _of_state(state)
-        pod, stage = state.running
+        if status.running_container is None:
+            return _snapshot_of_status(status)
+        pod, stage = status.running_container
         port = next(port for name, port in METRICS_PORTS.items() if name == stage)
-        container = _Container(state.namespace, pod, port)
-        history = self._histories.setdefault(container, History())
+        container = _Container(status.namespace, pod, port)
+        history = self._histories.setdefault(container, ReadingHistory())
         problem = None
         try:
-            history.add(parse_page(self._cluster.page(pod, container.port, "metrics"), time.time()))
-        except (MissingError, UnavailableError, ValueError) as error:
+            history.add(parse_page(self._cluster.proxy_get(pod, container.port, "metrics"), time.time()))
+        except (NotFoundError, UnavailableError, ValueError) as error:
             problem = str(error)
         if not history.readings or not history.readings[-1].label("run"):
-            return replace(_of_state(state), reason=problem or f"{pod}:{container.port} {NO_METRICS}")
-        found = figures(history.readings, now, Place(f"pod {pod}:{container.port}", state.namespace, pod))
-        return replace(found, state=found.state if state.phase == "running" else state.phase, reason=problem)
+            return replace(_snapshot_of_status(status), reason=problem or f"{pod}:{container.port} {NO_METRICS}")
+        location = ProcessLocation(f"pod {pod}:{container.port}", status.namespace, pod)
+        snapshot = compute_snapshot(history.readings, now, location)
+        return replace(snapshot, state=snapshot.state if status.phase == "running" else status.phase, reason=problem)
 
 
-def _of_state(state: "RunState") -> Figures:
-    """What the cluster says of a run, where no process tells."""
-    last = state.attempts[-1].pod if state.attempts else None
-    return Figures(
-        run=state.run,
-        job=state.job,
-        source=f"namespace {state.namespace}",
-        namespace=state.namespace,
-        pod=last,
-        state=state.phase,
-        reason=state.error or state.reason,
-        stage=state.stage,
-        exit_code=state.exit_code,
+def _snapshot_of_status(status: "RunStatus") -> RunSnapshot:
+    """Create a snapshot from the status in the cluster only, without metrics."""
+    return RunSnapshot(
+        run=status.run,
+        job=status.job,
+        source=f"namespace {status.namespace}",
+        namespace=status.namespace,
+        pod=status.attempts[-1].pod if status.attempts else None,
+        state=status.phase,
+        reason=status.error or status.reason,
+        stage=status.stage,
+        exit_code=status.exit_code,
     )
 
 
-class Scrapes:
-    """Runs that a Prometheus has scraped within the last minutes.
+class PrometheusSource:
+    """Runs that Prometheus scraped in the last minutes.
 
     Args:
-        prometheus: It.
-        url: Its address, for messages.
-        namespace: Only runs of this namespace.
+        client: Client for the server.
+        url: URL of the server, for messages.
+        namespace: Namespace of the runs; None selects all namespaces.
     """
 
-    remembers = True
+    has_history = True
 
-    def __init__(self, prometheus: Prometheus, url: str, namespace: str | None) -> None:
-        self._prometheus = prometheus
+    def __init__(self, client: PrometheusClient, url: str, namespace: str | None) -> None:
+        self._client = client
         self._labels = {"namespace": namespace} if namespace else {}
-        self._url = shown(url).rstrip("/")
-        where = f" of namespace {namespace}" if namespace else ""
-        self.nothing = (
-            f"Prometheus at {self._url} has scraped no run{where} in the last {duration(LOOK_BACK_SECONDS)}. "
-            f"What it scrapes: {self._url}/targets"
+        self._url = without_credentials(url).rstrip("/")
+        scope = f" in namespace {namespace}" if namespace else ""
+        self.empty_message = (
+            f"Prometheus at {self._url} scraped no runs{scope} in the last {format_duration(LOOKBACK_SECONDS)}. "
+            f"Its scrape targets: {self._url}/targets"
         )
 
-    def read(self, now: float) -> list[Figures]:
+    def read(self, now: float) -> list[RunSnapshot]:
         """Read the newest process of each run."""
-        newest: dict[tuple[str, str], tuple[Place, list[Reading]]] = {}
-        for target, readings in self._prometheus.readings(self._labels, LOOK_BACK_SECONDS).items():
-            # The outcomes at a Pushgateway are no process.
-            if not any(readings[-1].of("stage_running")):
+        newest: dict[tuple[str, str], tuple[ProcessLocation, list[Reading]]] = {}
+        for target, readings in self._client.read_runs(self._labels, LOOKBACK_SECONDS).items():
+            # Skip outcomes that Prometheus scraped from a Pushgateway.
+            if not any(readings[-1].select("stage_running")):
                 continue
             known = newest.get((target.namespace, target.run))
             if known is None or known[1][-1].at < readings[-1].at:
-                place = Place(f"{self._url}, {target.instance}", target.namespace or None, target.pod or None)
-                newest[target.namespace, target.run] = place, readings
-        return [self._figures(place, readings, now) for _, (place, readings) in sorted(newest.items())]
+                source = f"{self._url}, {target.instance}"
+                location = ProcessLocation(source, target.namespace or None, target.pod or None)
+                newest[target.namespace, target.run] = location, readings
+        return [self._snapshot(location, readings, now) for _, (location, readings) in sorted(newest.items())]
 
-    def _figures(self, place: Place, readings: list[Reading], now: float) -> Figures:
-        found = figures(readings, now, place)
-        between = readings[-1].at - readings[-2].at if len(readings) > 1 else 0.0
-        return found if found.read_seconds_ago < max(UNSCRAPED_SECONDS, MISSED_SCRAPES * between) else _silent(found)
+    def _snapshot(self, location: ProcessLocation, readings: list[Reading], now: float) -> RunSnapshot:
+        snapshot = compute_snapshot(readings, now, location)
+        interval = readings[-1].at - readings[-2].at if len(readings) > 1 else 0.0
+        timeout = max(SCRAPE_TIMEOUT_SECONDS, MISSED_SCRAPES * interval)
+        return snapshot if snapshot.read_seconds_ago < timeout else _mark_unanswered(snapshot)
 
 
-def chosen(found: Iterable[Figures], name: str | None) -> list[Figures]:
-    """Choose the runs that a user names.
+def select_runs(snapshots: Iterable[RunSnapshot], name: str | None) -> list[RunSnapshot]:
+    """Select runs by name.
 
     Args:
-        found: All runs.
-        name: Name of a run, or of a job for all its runs; None: all.
+        snapshots: All runs.
+        name: Name of a run, or of a job to select all its runs; None selects all.
 
     Raises:
-        SettingError: If there is none of that name; it names those that there are.
+        SettingError: If there is no such run; the message lists the existing ones.
     """
-    there = list(found)
-    named = [one for one in there if name in (None, one.run, one.job)]
-    if name is not None and not named:
-        runs = sorted({one.run for one in there})
-        more = f" and {len(runs) - MOST_NAMED} more" if len(runs) > MOST_NAMED else ""
-        known = f"There are: {', '.join(runs[:MOST_NAMED])}{more}." if runs else "There is none at all."
-        raise SettingError(f"No job or run {name} can be read. {known}")
-    return named
+    available = list(snapshots)
+    selected = [snapshot for snapshot in available if name in (None, snapshot.run, snapshot.job)]
+    if name is not None and not selected:
+        runs = sorted({snapshot.run for snapshot in available})
+        more = f" and {len(runs) - MAX_LISTED_RUNS} more" if len(runs) > MAX_LISTED_RUNS else ""
+        known = f"Runs in progress: {', '.join(runs[:MAX_LISTED_RUNS])}{more}." if runs else "There are no runs."
+        raise SettingError(f"Job or run {name} not found. {known}")
+    return selected
 
 
-def _silent(found: Figures) -> Figures:
-    """A process that ended, or that can't be reached: what it told last."""
-    reason = f"last answer {duration(found.read_seconds_ago)} ago"
-    return replace(found, reason=reason) if found.exit_code is not None else replace(found, state="gone", reason=reason)
+def _mark_unanswered(snapshot: RunSnapshot) -> RunSnapshot:
+    """Mark the snapshot of a process that ended or can't be reached as outdated."""
+    reason = f"last answer {format_duration(snapshot.read_seconds_ago)} ago"
+    if snapshot.exit_code is not None:
+        return replace(snapshot, reason=reason)
+    return replace(snapshot, state="gone", reason=reason)
 
 
-def _all(work: Callable[[One], Made], things: Sequence[One]) -> list[Made]:
-    """Do slow things at once; the first that raises ends it."""
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        return list(pool.map(work, things))
+def _map_concurrently(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    """Apply a function to all items in threads; the first exception is raised."""
+    with ThreadPoolExecutor(MAX_CONCURRENT_READS) as pool:
+        return list(pool.map(function, items))

@@ -1,6 +1,6 @@
-"""The Kubernetes API; the only package that imports the official client."""
+"""Client of the Kubernetes API; the only package that imports the official `kubernetes` client."""
 
 from typing import Any
 
 KubernetesObject = dict[str, Any]
-"""An object as its YAML reads: apiVersion, kind, metadata, spec, status."""
+"""A Kubernetes object with the keys of its YAML form: apiVersion, kind, metadata, spec, status."""

@@ -1,92 +1,103 @@
-"""The API server of a Kubernetes cluster, in plain objects; only `edge.kubernetes*` knows the official client.
+"""Client of a Kubernetes cluster: applies, reads, lists, watches and deletes objects, and reads logs.
 
-Objects go in and come out as they stand in YAML. What the server refuses leaves as `SettingError`, what passes is tried
-again and leaves as `UnavailableError` in the end; `edge.kubernetes_errors` says which.
+Objects are plain dictionaries with the keys of their YAML form. Rejected requests raise `SettingError`; transient
+errors are retried and raise `UnavailableError` in the end. See `topwork.clients.kubernetes.errors`.
+
+Example:
+    >>> cluster = connect(ClusterSettings(namespace="team-a"))
+    >>> cluster.apply({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "settings"}, "data": {"a": "1"}})
+    >>> for type, pod in cluster.watch("Pod", labels="app=trainer", seconds=60):
+    ...     print(type, pod["metadata"]["name"], pod["status"]["phase"])
 """
 
 from collections.abc import Iterator
 from itertools import islice
 
 from topwork.clients.kubernetes import KubernetesObject
-from topwork.clients.kubernetes.config import ClusterSettings
-from topwork.clients.kubernetes.errors import MissingError, PassingError, ReplacedError
+from topwork.clients.kubernetes.connection import ClusterSettings
+from topwork.clients.kubernetes.errors import NotFoundError, TransientError, UidConflictError
 from topwork.clients.kubernetes.logs import LogReader
-from topwork.clients.kubernetes.requests import KINDS, Api, Asked
-from topwork.clients.kubernetes.watch import Change, Watch
+from topwork.clients.kubernetes.rest_client import KINDS, ApiRequest, RestClient
+from topwork.clients.kubernetes.watch import Watcher, WatchEvent
 
-__all__ = ["Change", "Cluster", "ClusterSettings", "KubernetesObject", "connect"]
+__all__ = ["Cluster", "ClusterSettings", "KubernetesObject", "WatchEvent", "connect"]
+
+FIELD_MANAGER = "topwork"
+# A pod writes its metrics within milliseconds; one that takes longer does not respond at all.
+PROXY_TIMEOUT_SECONDS = 5.0
+# Metrics have some hundred lines; the limit stops reading from a pod that never ends its response.
+MAX_PROXY_LINES = 100_000
+DEFAULT_SETTINGS = ClusterSettings()
 
 
-MANAGER = "topwork"
-# A page of metrics is written in milliseconds; a pod or node that is silent for longer does not answer.
-PAGE_SECONDS = 5.0
-# Such a page has some hundreds; what a pod sends without end is not waited for.
-PAGE_LINES = 100_000
-DEFAULTS = ClusterSettings()
+def connect(settings: ClusterSettings = DEFAULT_SETTINGS) -> "Cluster":
+    """Connect to a cluster as kubectl would; sends no request yet.
 
+    Example:
+        >>> connect(ClusterSettings(context="staging")).list("Job", labels="topwork.dev/job=cats")
 
-def connect(settings: ClusterSettings = DEFAULTS) -> "Cluster":
-    """Connect to a cluster as kubectl would; nothing is asked of it yet.
+    Args:
+        settings: Selects the cluster, and sets timeouts and retries.
 
     Raises:
-        SettingError: If there is no configuration, no such context, or it can't be used.
+        SettingError: If there is no configuration or no such context, or the configuration can't be used.
     """
-    return Cluster(Api(settings))
+    return Cluster(RestClient(settings))
 
 
 class Cluster:
-    """A cluster, and a namespace in it.
+    """A cluster, with a default namespace.
 
     Args:
-        api: Its API server.
+        client: Client of its API server.
     """
 
-    def __init__(self, api: Api) -> None:
-        self._api = api
+    def __init__(self, client: RestClient) -> None:
+        self._client = client
 
     @property
     def namespace(self) -> str:
-        """Namespace that everything is about."""
-        return self._api.connection.namespace
+        """Namespace of all requests, unless an object names another."""
+        return self._client.connection.namespace
 
     @property
     def server(self) -> str:
-        """URL of the API server, for messages."""
-        return self._api.connection.server
+        """URL of the API server."""
+        return self._client.connection.server
 
     @property
     def warnings(self) -> list[str]:
-        """What the server has warned of so far, such as a Pod Security level that the pods of a Job would not meet."""
-        return self._api.warnings
+        """Warnings from the server so far, such as a Pod Security level that the pods of a Job would violate."""
+        return self._client.warnings
 
-    def apply(self, manifest: KubernetesObject, *, dry_run: bool = False) -> KubernetesObject:
-        """Create an object, or merge into the one that is there (server-side apply, nothing taken by force).
+    def apply(self, obj: KubernetesObject, *, dry_run: bool = False) -> KubernetesObject:
+        """Create or update an object with server-side apply; never takes fields from other field managers.
 
         Args:
-            manifest: The object; its namespace is filled in where it has none.
-            dry_run: Let the server check it and keep nothing.
+            obj: The object; without a namespace, it goes to the default one.
+            dry_run: Let the server validate the object without storing it.
 
         Returns:
-            The object as the server has it now.
+            The object as stored by the server.
 
         Raises:
-            SettingError: If the server refuses it.
-            UnavailableError: If the server can't be reached or stays overloaded.
+            SettingError: If the server rejects the object.
+            UnavailableError: If the server is unreachable or overloaded.
         """
-        kind = KINDS[manifest["kind"]]
-        metadata = dict(manifest["metadata"])
+        kind = KINDS[obj["kind"]]
+        metadata = dict(obj["metadata"])
         if kind.namespaced:
             metadata.setdefault("namespace", self.namespace)
-        query = {"fieldManager": MANAGER, "fieldValidation": "Strict", "dryRun": "All" if dry_run else None}
+        query = {"fieldManager": FIELD_MANAGER, "fieldValidation": "Strict", "dryRun": "All" if dry_run else None}
         namespace, name = metadata.get("namespace", ""), metadata["name"]
-        body = manifest | {"metadata": metadata}
-        return self._api.ask(Asked("apply", kind, namespace, name, "PATCH", query=query, body=body))
+        body = obj | {"metadata": metadata}
+        return self._client.send(ApiRequest("apply", kind, namespace, name, "PATCH", query=query, body=body))
 
     def get(self, kind: str, name: str) -> KubernetesObject | None:
-        """Return an object; None if it is not there."""
+        """Return an object, or None if it does not exist."""
         try:
-            return self._api.ask(self._asked("read", kind, name))
-        except MissingError:
+            return self._client.send(ApiRequest("read", KINDS[kind], self._namespace_of(kind), name))
+        except NotFoundError:
             return None
 
     def list(
@@ -95,33 +106,33 @@ class Cluster:
         """List objects.
 
         Args:
-            kind: Kind of object, such as Pod.
+            kind: Kind, such as Pod.
             labels: Label selector, such as `topwork.dev/job=cats`.
             fields: Field selector, such as `status.phase=Failed`.
-            all_namespaces: Of all namespaces.
+            all_namespaces: List the objects of all namespaces.
         """
-        return self._api.items(self._selection("list", kind, labels, fields, all_namespaces))[0]
+        return self._client.list_all(self._list_request(kind, labels, fields, all_namespaces))[0]
 
-    def watch(self, kind: str, *, labels: str = "", fields: str = "", seconds: float) -> Iterator[Change]:
-        """Watch objects: those that are there come first, as ADDED, then what happens to them.
+    def watch(self, kind: str, *, labels: str = "", fields: str = "", seconds: float) -> Iterator[WatchEvent]:
+        """Watch objects: existing objects come first, as ADDED, then their changes.
 
-        A stream that breaks off is taken up again. Objects may come twice then; none that lasts is missed, and one
-        that went meanwhile comes as DELETED.
+        A broken stream is resumed. Objects may then come twice, but no lasting state is missed, and an object deleted
+        in between comes as DELETED.
 
         Args:
-            kind: Kind of object.
+            kind: Kind, such as Pod.
             labels: Label selector.
             fields: Field selector.
-            seconds: How long.
+            seconds: Duration of the watch.
 
         Yields:
             Changes.
 
         Raises:
-            SettingError: If the server refuses.
-            UnavailableError: If the server can't be reached, several times in a row.
+            SettingError: If the server rejects the request.
+            UnavailableError: If several attempts in a row to reach the server failed.
         """
-        return Watch(self._api, self._selection("list", kind, labels, fields)).changes(seconds)
+        return Watcher(self._client, self._list_request(kind, labels, fields)).events(seconds)
 
     def logs(
         self,
@@ -133,41 +144,41 @@ class Cluster:
         tail: int | None = None,
         timestamps: bool = False,
     ) -> Iterator[str]:
-        """Read the log of a container, line by line; nothing where it has not started yet or its pod is gone.
+        """Read the log of a container line by line; yields nothing if it has not started or its pod does not exist.
 
         Args:
             pod: Name of the pod.
             container: Name of the container.
-            follow: Go on until the container ends; a stream that breaks off is taken up where it was.
+            follow: Continue until the container ends; an interrupted stream is resumed at the same line.
             since: Only lines from this time on (RFC 3339, whole seconds).
-            tail: Only so many of the last lines.
-            timestamps: Each line begins with its time.
+            tail: Only this many of the last lines.
+            timestamps: Start each line with its timestamp.
 
         Yields:
-            Lines without their end.
+            Lines without their newline.
         """
-        asked = Asked("read", KINDS["Pod"], self.namespace, pod, part="log")
-        reader = LogReader(self._api, asked, container)
+        request = ApiRequest("read", KINDS["Pod"], self.namespace, pod, subresource="log")
+        reader = LogReader(self._client, request, container)
         return reader.read(follow=follow, since=since, tail=tail, timestamps=timestamps)
 
-    def page(self, pod: str, port: int, path: str) -> str:
-        """Read a page that a pod serves over HTTP, through the API server; tried once, since it is read again soon.
+    def proxy_get(self, pod: str, port: int, path: str) -> str:
+        """Read a page that a pod serves over HTTP, through the API server; without retries.
 
         Args:
             pod: Name of the pod.
-            port: Port in it.
-            path: Path without its first slash.
+            port: Port of the pod.
+            path: Path without its leading slash, such as `metrics`.
 
         Returns:
-            The page.
+            The text of the page.
 
         Raises:
-            SettingError: If the server refuses, or the pod is gone.
-            UnavailableError: If the server or the pod does not answer.
+            SettingError: If the server rejects the request, or the pod does not exist.
+            UnavailableError: If the server or the pod does not respond.
         """
-        asked = Asked("read", KINDS["Pod"], self.namespace, f"{pod}:{port}", part=f"proxy/{path}")
-        with self._api.stream(asked, PAGE_SECONDS) as lines:
-            return "\n".join(islice(lines, PAGE_LINES)) + "\n"
+        request = ApiRequest("read", KINDS["Pod"], self.namespace, f"{pod}:{port}", subresource=f"proxy/{path}")
+        with self._client.stream(request, PROXY_TIMEOUT_SECONDS) as lines:
+            return "\n".join(islice(lines, MAX_PROXY_LINES)) + "\n"
 
     def delete(
         self,
@@ -178,48 +189,40 @@ class Cluster:
         propagation: str = "Background",
         grace_seconds: int | None = None,
     ) -> bool:
-        """Ask for an object to be deleted. It may stay for a while: its pods stop first, or its dependents go.
+        """Request the deletion of an object. It may exist for a while, until its pods stop or its dependents are gone.
 
         Args:
-            kind: Kind of object.
-            name: Its name.
-            uid: Only the object with this uid, not one that was made anew under the name.
-            propagation: What becomes of what it owns: Background, Foreground or Orphan.
-            grace_seconds: What a pod is given to stop; None: what it says itself.
+            kind: Kind, such as Job.
+            name: Name of the object.
+            uid: Delete only the object with this uid, not a new one with the same name.
+            propagation: Deletion of dependents: Background, Foreground or Orphan.
+            grace_seconds: Grace period of a pod; None for the one in its spec.
 
         Returns:
-            False if it was not there.
+            False if the object did not exist.
         """
         options: KubernetesObject = {"apiVersion": "v1", "kind": "DeleteOptions", "propagationPolicy": propagation}
         options |= {"preconditions": {"uid": uid}} if uid else {}
         options |= {} if grace_seconds is None else {"gracePeriodSeconds": grace_seconds}
-        asked = Asked("delete", KINDS[kind], self._place(kind), name, "DELETE", body=options)
-        return self._api.insist(_Deletion(self._api, asked))
+        request = ApiRequest("delete", KINDS[kind], self._namespace_of(kind), name, "DELETE", body=options)
+        may_be_deleted = False
 
-    def _asked(self, verb: str, kind: str, name: str) -> Asked:
-        return Asked(verb, KINDS[kind], self._place(kind), name)
+        def delete_once() -> bool:
+            nonlocal may_be_deleted
+            try:
+                self._client.send_once(request)
+            except (NotFoundError, UidConflictError):
+                return may_be_deleted  # by an earlier attempt whose response was lost
+            except TransientError as error:
+                may_be_deleted |= error.ambiguous
+                raise
+            return True
 
-    def _place(self, kind: str) -> str:
+        return self._client.retry(delete_once)
+
+    def _namespace_of(self, kind: str) -> str:
         return self.namespace if KINDS[kind].namespaced else ""
 
-    def _selection(self, verb: str, kind: str, labels: str, fields: str, everywhere: bool = False) -> Asked:
+    def _list_request(self, kind: str, labels: str, fields: str, all_namespaces: bool = False) -> ApiRequest:
         query = {"labelSelector": labels, "fieldSelector": fields}
-        return Asked(verb, KINDS[kind], "" if everywhere else self._place(kind), query=query)
-
-
-class _Deletion:
-    """One deletion, however often it is asked for: what is gone after an answer got lost was deleted by it."""
-
-    def __init__(self, api: Api, asked: Asked) -> None:
-        self._api, self._asked = api, asked
-        self._may_be_done = False
-
-    def __call__(self) -> bool:
-        try:
-            self._api.ask_once(self._asked)
-        except (MissingError, ReplacedError):
-            return self._may_be_done
-        except PassingError as error:
-            self._may_be_done |= error.ambiguous
-            raise
-        return True
+        return ApiRequest("list", KINDS[kind], "" if all_namespaces else self._namespace_of(kind), query=query)

@@ -1,4 +1,14 @@
-"""What an API server refuses, said in the one line that a user needs: the other half of `edge.kubernetes`."""
+"""Errors of the Kubernetes API: HTTP statuses and connection failures as one-line messages that name the fix.
+
+TransientError              worth a retry: overload, a broken connection, a conflict
+├── IdleTimeoutError        a stream sent nothing within its read timeout
+└── ResourceExpiredError    410: the server no longer has this resourceVersion
+SettingError                not worth a retry
+├── NotFoundError           the object does not exist
+├── ForbiddenError          RBAC denies the request
+├── UidConflictError        the object was deleted and created again
+└── ContainerNotStartedError    the container has no log yet
+"""
 
 import json
 import re
@@ -8,242 +18,271 @@ from typing import Any
 
 from topwork.errors import SettingError, TopworkError, UnavailableError
 
-RBAC = re.compile(r'User "(?P<user>[^"]*)" cannot (?P<verb>\S+) resource "(?P<resource>[^"]+)"')
-NEWEST = "topwork needs Kubernetes 1.31 or newer: kubectl version"
-# A longer reason of validation repeats the whole object; its end says what is wrong with it.
-LONGEST = 160
+RBAC_DENIAL = re.compile(r'User "(?P<user>[^"]*)" cannot (?P<verb>\S+) resource "(?P<resource>[^"]+)"')
+MINIMUM_VERSION = "topwork needs Kubernetes 1.31 or newer; check the version with: kubectl version"
+LOG_IN = "Log in again as you do for kubectl."
+# Longer validation messages repeat the whole object; their end names the mistake.
+MAX_MESSAGE_LENGTH = 160
+CLIENT_CERTIFICATE_ERRORS = ("pem lib", "no start line", "key values mismatch", "alert", "no certificate")
+NO_TLS_ERRORS = ("wrong version number", "record layer failure")
+CONTAINER_NOT_STARTED = ("is waiting to start", "does not have a host assigned", "ContainerCreating")
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a request went, for messages.
+class RequestContext:
+    """Describes a request in error messages.
 
     Attributes:
         server: URL of the API server.
-        login: Whose login it was.
-        namespace: Namespace that it was about.
-        what: What was asked, such as `apply Job cats-1a2b3c4d in team-a`.
+        identity: Source of the credentials, such as `context staging`.
+        namespace: Namespace of the request.
+        action: The action, such as `apply Job cats-1a2b3c4d in team-a`.
     """
 
     server: str
-    login: str
+    identity: str
     namespace: str
-    what: str
+    action: str
 
 
-class PassingError(UnavailableError):
-    """Worth another try: overload, a broken connection, a server that starts.
+class TransientError(UnavailableError):
+    """A failure that a retry may fix: overload, a broken connection, a server that is starting.
 
     Attributes:
-        retry_after: Seconds that the server asked to wait.
-        ambiguous: Whether the request may have been done all the same.
+        retry_after: Delay in seconds from the Retry-After header; None if the server sent none.
+        ambiguous: Whether the server may have processed the request despite the failure.
     """
 
     retry_after: float | None = None
     ambiguous: bool = False
 
 
-class QuietError(PassingError):
-    """Nothing came for as long as was to be waited."""
+class IdleTimeoutError(TransientError):
+    """A stream sent no data within its read timeout."""
 
 
-class GoneError(PassingError):
-    """The version that was asked for is forgotten: list again."""
+class ResourceExpiredError(TransientError):
+    """The server no longer has the requested resourceVersion (410 Gone); list the objects again."""
 
 
-class MissingError(SettingError):
-    """The object is not there."""
+class NotFoundError(SettingError):
+    """The object does not exist."""
 
 
 class ForbiddenError(SettingError):
-    """The account has no right to do this."""
+    """The user is not allowed to do this."""
 
 
-class ReplacedError(SettingError):
-    """The object is another one than was meant: its uid differs."""
+class UidConflictError(SettingError):
+    """The object has another uid than expected: it was deleted and created again."""
 
 
-class NotStartedError(SettingError):
-    """The container has no log yet."""
+class ContainerNotStartedError(SettingError):
+    """The container has not started, so it has no log yet."""
 
 
-def refused(code: int, body: bytes, headers: Any, place: Place) -> TopworkError:
-    """Say what an answer that is no success means.
+# ── HTTP statuses ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def response_error(code: int, body: bytes, headers: Any, context: RequestContext) -> TopworkError:
+    """Convert an unsuccessful response to an error.
 
     Args:
-        code: HTTP status.
-        body: Body of the answer, a `Status` or whatever a proxy wrote.
-        headers: Headers of the answer.
-        place: Where the request went.
+        code: HTTP status code.
+        body: Response body: a `Status` object, or arbitrary text from a proxy.
+        headers: Response headers.
+        context: Describes the request.
 
     Returns:
         The error to raise.
     """
-    status = _status(body)
-    said = status.get("message") or _plain(body) or f"HTTP {code}"
+    status = _parse_status(body)
+    message = status.get("message") or _one_line(body) or f"HTTP {code}"
     if code in {408, 425, 429} or code >= 500:
-        return _overloaded(code, said, headers, place)
-    by_code = {401: _unauthorized, 403: _forbidden, 404: _missing, 409: _conflict, 410: _gone, 422: _invalid}
+        return _server_error(code, message, headers, context)
+    by_code = {
+        401: _unauthorized,
+        403: _forbidden,
+        404: _not_found,
+        409: _conflict,
+        410: _expired,
+        422: _invalid,
+    }
     if code in by_code:
-        return by_code[code](status, said, place)
+        return by_code[code](status, message, context)
     if 300 <= code < 400:
-        target = headers.get("Location", "elsewhere")
-        return SettingError(f"{place.server} answers with a redirect to {target}: it is no API server of Kubernetes.")
-    return _bad_request(said, place)
+        target = headers.get("Location", "another URL")
+        return SettingError(
+            f"{context.server} redirects to {target}, so it is not a Kubernetes API server. "
+            "Check server in the kubeconfig."
+        )
+    return _bad_request(message, context)
 
 
-def _overloaded(code: int, said: str, headers: Any, place: Place) -> TopworkError:
-    if said.startswith("failed to create typed patch object"):  # a 500 for what is no fault of the server
-        return SettingError(f"The cluster does not know a field of what it was asked to {place.what}: {said}. {NEWEST}")
-    if "denied the request" in said:
-        return _denied(said, place)
-    error = PassingError(f"{place.server} could not {place.what} ({code}: {said}). Try again later.")
-    after = str(headers.get("Retry-After", ""))
-    error.retry_after = float(after) if after.isdigit() else None
+def _rejected(context: RequestContext, message: str) -> str:
+    return f"The cluster rejected the request to {context.action}: {message}."
+
+
+def _server_error(code: int, message: str, headers: Any, context: RequestContext) -> TopworkError:
+    if message.startswith("failed to create typed patch object"):  # sent with status 500, but a retry never helps
+        return SettingError(
+            f"The cluster could not {context.action}, because it does not know a field of the object: {message}. "
+            f"{MINIMUM_VERSION}"
+        )
+    if "denied the request" in message:
+        return _policy_denied(message, context)
+    error = TransientError(f"{context.server} could not {context.action} ({code}: {message}). Try again later.")
+    retry_after = str(headers.get("Retry-After", ""))
+    error.retry_after = float(retry_after) if retry_after.isdigit() else None
     error.ambiguous = code >= 500
     return error
 
 
-def _unauthorized(_: dict[str, Any], said: str, place: Place) -> TopworkError:
+def _unauthorized(_: dict[str, Any], message: str, context: RequestContext) -> TopworkError:
     return SettingError(
-        f"{place.server} does not accept {place.login} (401: {said}). "
+        f"{context.server} rejected the credentials of {context.identity} (401: {message}). "
         "Log in again as you do for kubectl, or choose another context with --context."
     )
 
 
-def _forbidden(_: dict[str, Any], said: str, place: Place) -> TopworkError:
-    why = said.partition(" is forbidden: ")[2] or said
-    if found := RBAC.search(said):
+def _forbidden(_: dict[str, Any], message: str, context: RequestContext) -> TopworkError:
+    reason = message.partition(" is forbidden: ")[2] or message
+    namespace = context.namespace
+    if denial := RBAC_DENIAL.search(message):
         return ForbiddenError(
-            f"{found['user']} may not {found['verb']} {found['resource']} in the namespace {place.namespace}. Whoever "
-            "runs the cluster can give you the role topwork-submitter of k8s/base; kubectl auth can-i "
-            f"{found['verb']} {found['resource']} -n {place.namespace} says when it is there."
+            f"{denial['user']} is not allowed to {denial['verb']} {denial['resource']} in namespace {namespace}. "
+            "Ask a cluster administrator for the role topwork-submitter of k8s/base, then check with: "
+            f"kubectl auth can-i {denial['verb']} {denial['resource']} -n {namespace}"
         )
-    if "quota" in why:
+    if "quota" in reason:
         return SettingError(
-            f"The quota of the namespace {place.namespace} refused to {place.what}: {why}. "
-            f"See what is taken with: kubectl describe quota -n {place.namespace}"
+            f"A resource quota of namespace {namespace} rejected the request to {context.action}: {reason}. "
+            f"See current usage with: kubectl describe quota -n {namespace}"
         )
-    if "PodSecurity" in why:
+    if "PodSecurity" in reason:
         return SettingError(
-            f"The namespace {place.namespace} refused to {place.what}: {why}. "
-            f"Its level is in its labels: kubectl get namespace {place.namespace} --show-labels"
+            f"Pod Security admission of namespace {namespace} rejected the request to {context.action}: {reason}. "
+            f"See the enforced level with: kubectl get namespace {namespace} --show-labels"
         )
-    if "being terminated" in why:
+    if "being terminated" in reason:
         return SettingError(
-            f"The namespace {place.namespace} is being deleted. Wait until it is gone and make it again, "
-            "or choose another with --namespace."
+            f"Namespace {namespace} is being deleted. Wait until it is gone and create it again, "
+            "or choose another namespace with --namespace."
         )
-    if "denied" in why:
-        return _denied(said, place)
-    return ForbiddenError(f"The cluster refused to {place.what}: {said}.")
+    if "denied" in reason:
+        return _policy_denied(message, context)
+    return ForbiddenError(_rejected(context, message))
 
 
-def _denied(said: str, place: Place) -> TopworkError:
+def _policy_denied(message: str, context: RequestContext) -> TopworkError:
     return SettingError(
-        f"A policy of the cluster refused to {place.what}: {said.rstrip('.')}. "
-        "Change the spec to what it asks for, or talk to whoever runs the cluster."
+        f"An admission policy of the cluster rejected the request to {context.action}: {message.rstrip('.')}. "
+        "Change the job spec to satisfy the policy, or ask a cluster administrator."
     )
 
 
-def _missing(status: dict[str, Any], said: str, place: Place) -> TopworkError:
+def _not_found(status: dict[str, Any], message: str, context: RequestContext) -> TopworkError:
     details = status.get("details") or {}
     if details.get("kind") == "namespaces":
-        name = details.get("name", place.namespace)
+        name = details.get("name", context.namespace)
         return SettingError(
-            f"There is no namespace {name} at {place.server}. Make it with: kubectl create namespace {name} "
-            "- or choose another with --namespace."
+            f"Namespace {name} does not exist at {context.server}. Create it with: kubectl create namespace {name} "
+            "- or choose another namespace with --namespace."
         )
     if details.get("name"):
-        return MissingError(f"{place.server} could not {place.what}: {said}.")
+        return NotFoundError(f"{context.server} could not {context.action}: {message}.")
     return SettingError(
-        f"{place.server} could not {place.what} (404: {said}): it is no API server of Kubernetes, or an old one. "
-        f"{NEWEST}"
+        f"{context.server} could not {context.action} (404: {message}): it is not a Kubernetes API server, or too old. "
+        f"{MINIMUM_VERSION}"
     )
 
 
-def _conflict(status: dict[str, Any], said: str, place: Place) -> TopworkError:
+def _conflict(status: dict[str, Any], message: str, context: RequestContext) -> TopworkError:
     causes = (status.get("details") or {}).get("causes") or []
-    taken = [cause for cause in causes if cause.get("reason") == "FieldManagerConflict"]
-    if taken:
-        fields = ", ".join(f"{cause.get('field', '?')} ({_manager(cause)})" for cause in taken)
+    conflicts = [cause for cause in causes if cause.get("reason") == "FieldManagerConflict"]
+    if conflicts:
+        fields = ", ".join(f"{cause.get('field', '?')} (owned by {_field_manager(cause)})" for cause in conflicts)
         return SettingError(
-            f"The cluster refused to {place.what}: another program has set {fields}. Leave these fields to topwork, "
-            "or cancel the job and submit it again."
+            f"The cluster rejected the request to {context.action}, because another field manager set {fields}. "
+            "Leave these fields to topwork, or cancel the job and submit it again."
         )
-    if "UID in" in said:
-        return ReplacedError(f"{place.server} could not {place.what}: {said}.")
-    error = PassingError(f"{place.server} could not {place.what} (409: {said}). Try again later.")
+    if "UID in" in message:
+        return UidConflictError(f"{context.server} could not {context.action}: {message}.")
+    error = TransientError(f"{context.server} could not {context.action} (409: {message}). Try again later.")
     error.ambiguous = True
     return error
 
 
-def _manager(cause: dict[str, Any]) -> str:
-    found = re.search(r'conflict with "([^"]+)"', cause.get("message", ""))
-    return found[1] if found else "unknown"
+def _field_manager(cause: dict[str, Any]) -> str:
+    match = re.search(r'conflict with "([^"]+)"', cause.get("message", ""))
+    return match[1] if match else "unknown"
 
 
-def _gone(_: dict[str, Any], said: str, place: Place) -> TopworkError:
-    return GoneError(f"{place.server} could not {place.what} (410: {said}). Try again.")
+def _expired(_: dict[str, Any], message: str, context: RequestContext) -> TopworkError:
+    return ResourceExpiredError(f"{context.server} could not {context.action} (410: {message}). Try again.")
 
 
-def _invalid(status: dict[str, Any], said: str, place: Place) -> TopworkError:
+def _invalid(status: dict[str, Any], message: str, context: RequestContext) -> TopworkError:
     causes = (status.get("details") or {}).get("causes") or []
-    reasons = [f"{cause.get('field', '')}: {_short(cause.get('message', ''))}" for cause in causes]
-    if not causes and "denied" in said:
-        return _denied(said, place)
-    return SettingError(f"The cluster refused to {place.what}: {'; '.join(reasons) or _short(said)}.")
+    if not causes and "denied" in message:
+        return _policy_denied(message, context)
+    reasons = [f"{cause.get('field', '')}: {_shorten(cause.get('message', ''))}" for cause in causes]
+    return SettingError(_rejected(context, "; ".join(reasons) or _shorten(message)))
 
 
-def _bad_request(said: str, place: Place) -> TopworkError:
-    if "is waiting to start" in said or "does not have a host assigned" in said or "ContainerCreating" in said:
-        return NotStartedError(f"{place.server} could not {place.what}: {said}.")
-    if "denied the request" in said:
-        return _denied(said, place)
-    return SettingError(f"The cluster refused to {place.what}: {_short(said)}.")
+def _bad_request(message: str, context: RequestContext) -> TopworkError:
+    if any(text in message for text in CONTAINER_NOT_STARTED):
+        return ContainerNotStartedError(f"{context.server} could not {context.action}: {message}.")
+    if "denied the request" in message:
+        return _policy_denied(message, context)
+    return SettingError(_rejected(context, _shorten(message)))
 
 
-def broken(error: BaseException, place: Place) -> TopworkError:
-    """Say why a request got no answer.
+# ── Connection failures ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def connection_error(error: BaseException, context: RequestContext) -> TopworkError:
+    """Convert a failure to connect, or a connection that broke, to an error.
 
     Args:
-        error: What the client raised.
-        place: Where the request went.
+        error: The exception from the client library.
+        context: Describes the request.
+
+    Returns:
+        The error to raise: a SettingError for TLS failures, otherwise a TransientError.
     """
-    why = _why(error)
-    if "certificate verify failed" in why.lower():
+    reason = _root_cause(error)
+    lower = reason.lower()
+    if "certificate verify failed" in lower:
         return SettingError(
-            f"The certificate of {place.server} is not trusted ({why}). The kubeconfig names its authority in "
-            "certificate-authority or certificate-authority-data: fetch the kubeconfig anew."
+            f"The TLS certificate of {context.server} is not trusted ({reason}). The kubeconfig sets the trusted "
+            "authority in certificate-authority or certificate-authority-data: download the kubeconfig again."
         )
-    if any(
-        word in why.lower() for word in ("pem lib", "no start line", "key values mismatch", "alert", "no certificate")
-    ):
+    if any(text in lower for text in CLIENT_CERTIFICATE_ERRORS):
         return SettingError(
-            f"{place.server} does not accept the certificate of {place.login} ({why}). "
-            "Log in again as you do for kubectl."
+            f"{context.server} rejected the client certificate of {context.identity} ({reason}). {LOG_IN}"
         )
-    if "wrong version number" in why.lower() or "record layer failure" in why.lower():
-        return SettingError(f"{place.server} does not speak TLS ({why}). Look at server in the kubeconfig.")
-    failed = PassingError(
-        f"{place.server} can't be reached to {place.what} ({why}). "
-        "Look at the network, a VPN and the proxy (kubectl cluster-info), or try again later."
+    if any(text in lower for text in NO_TLS_ERRORS):
+        return SettingError(f"{context.server} does not use TLS ({reason}). Check server in the kubeconfig.")
+    transient = TransientError(
+        f"{context.server} is unreachable: could not {context.action} ({reason}). "
+        "Check the network, the VPN and the proxy (kubectl cluster-info), or try again later."
     )
-    failed.ambiguous = True
-    return failed
+    transient.ambiguous = True
+    return transient
 
 
-def garbage(body: bytes, place: Place) -> TopworkError:
-    """Say that an answer is not what an API server writes."""
-    error = PassingError(
-        f"{place.server} could not {place.what}: what it answered is not of Kubernetes ({_plain(body) or 'nothing'}). "
-        "Look at server in the kubeconfig and at the proxy."
+def unexpected_response_error(body: bytes, context: RequestContext) -> TopworkError:
+    """Report a response body that no Kubernetes API server writes."""
+    error = TransientError(
+        f"{context.server} could not {context.action}: the response is not from a Kubernetes API server "
+        f"({_one_line(body) or 'empty'}). Check server in the kubeconfig and the proxy."
     )
     error.ambiguous = True
     return error
 
 
-def _status(body: bytes) -> dict[str, Any]:
+def _parse_status(body: bytes) -> dict[str, Any]:
     try:
         content = json.loads(body)
     except ValueError:
@@ -251,22 +290,22 @@ def _status(body: bytes) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _plain(body: bytes) -> str:
+def _one_line(body: bytes) -> str:
     text = " ".join(body.decode(errors="replace").split())
-    return text if len(text) <= LONGEST else text[:LONGEST] + "…"
+    return text if len(text) <= MAX_MESSAGE_LENGTH else text[:MAX_MESSAGE_LENGTH] + "…"
 
 
-def _short(said: str) -> str:
-    return said if len(said) <= LONGEST else "…" + said.rpartition(": ")[2][-LONGEST:]
+def _shorten(message: str) -> str:
+    return message if len(message) <= MAX_MESSAGE_LENGTH else "…" + message.rpartition(": ")[2][-MAX_MESSAGE_LENGTH:]
 
 
-def _why(error: BaseException) -> str:
-    """The innermost reason: `[Errno 111] Connection refused` says more than three layers around it."""
-    inner: BaseException = error
-    while (below := inner.__cause__ or inner.__context__) is not None:
-        inner = below
-    if isinstance(inner, ssl.SSLError):
-        return str(inner)
-    if isinstance(inner, OSError) and inner.strerror:
-        return inner.strerror
-    return " ".join(str(inner).split()) or type(inner).__name__
+def _root_cause(error: BaseException) -> str:
+    """Describe the innermost exception: `Connection refused` is clearer than the urllib3 errors around it."""
+    cause: BaseException = error
+    while (inner := cause.__cause__ or cause.__context__) is not None:
+        cause = inner
+    if isinstance(cause, ssl.SSLError):
+        return str(cause)
+    if isinstance(cause, OSError) and cause.strerror:
+        return cause.strerror
+    return " ".join(str(cause).split()) or type(cause).__name__

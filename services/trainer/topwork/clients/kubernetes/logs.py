@@ -1,4 +1,7 @@
-"""The log of a container as an unbroken stream: taken up where it broke off, no line lost, none twice."""
+"""Container logs as one continuous stream, resumed after interruptions without losing or repeating a line."""
+
+# The official client reads a log over one connection only. `sinceTime` has a resolution of one second, so a resumed
+# log repeats the lines of the last second; they are counted here and dropped.
 
 import re
 import time
@@ -7,123 +10,138 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from topwork.clients.kubernetes.config import ClusterSettings
-from topwork.clients.kubernetes.errors import MissingError, NotStartedError, PassingError, QuietError
-from topwork.clients.kubernetes.requests import KINDS, Api, Asked
+from topwork.clients.kubernetes.connection import ClusterSettings
+from topwork.clients.kubernetes.errors import (
+    ContainerNotStartedError,
+    IdleTimeoutError,
+    NotFoundError,
+    TransientError,
+)
+from topwork.clients.kubernetes.rest_client import KINDS, ApiRequest, RestClient
 
 # 2026-01-02T03:04:05.123456789Z text
-STAMPED = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(\.\d+)?(Z|[+-]\d\d:\d\d) ")
+TIMESTAMP = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(\.\d+)?(Z|[+-]\d\d:\d\d) ")
 
 
-class Position:
-    """How far a log is read. The server goes on from whole seconds: the lines of the last one are kept.
+class LogPosition:
+    """Position in a log: the second to resume from, and the lines of that second that were already read.
 
     Attributes:
-        since: Time to go on from; None: the beginning.
+        since: Time to resume from; None for the beginning.
+        has_lines: Whether a line was read.
     """
 
     def __init__(self, since: str | None) -> None:
         self.since = since
-        self.begun = False
-        self._first = ""
+        self.has_lines = False
+        self._first_timestamp = ""
         self._seen: Counter[str] = Counter()
-        self._again: Counter[str] = Counter()
+        self._repeated: Counter[str] = Counter()
 
     def resume(self) -> None:
-        """The stream begins anew: the lines of the last second come again."""
-        self._again = self._seen.copy()
+        """Expect the lines of the last second again, because a new stream starts."""
+        self._repeated = self._seen.copy()
 
-    def is_new(self, line: str) -> bool:
-        """Whether a line was not there before; counts it."""
-        if self._again[line] > 0:
-            self._again[line] -= 1
+    def accept(self, line: str) -> bool:
+        """Record a line and return whether it is new."""
+        if self._repeated[line] > 0:
+            self._repeated[line] -= 1
             return False
-        if found := STAMPED.match(line):
-            second = found[1] + found[3]
-            if found[0] < self._first:  # of the same second, and before the last lines that were asked for
+        if match := TIMESTAMP.match(line):
+            second = match[1] + match[3]
+            if match[0] < self._first_timestamp:  # a line before the requested tail, in the same second
                 return False
-            if second != self.since or not self.begun:
+            if second != self.since or not self.has_lines:
                 self._seen.clear()
-            self._first = self._first or found[0]
-            self.since, self.begun = second, True
+            self._first_timestamp = self._first_timestamp or match[0]
+            self.since, self.has_lines = second, True
             self._seen[line] += 1
         return True
 
 
-class Breaks:
-    """How often, and for how long, a log was broken off without a line between."""
+class Outage:
+    """Consecutive failures to read a log, and when they began.
+
+    Attributes:
+        failures: Failures since the last line.
+    """
 
     def __init__(self, settings: ClusterSettings) -> None:
         self._settings = settings
-        self.over()
+        self.reset()
 
-    def over(self) -> None:
-        """It goes on."""
-        self.count, self._since = 0, time.monotonic()
+    def reset(self) -> None:
+        """Record that the log can be read again."""
+        self.failures, self._started = 0, time.monotonic()
 
-    def are_enough(self, follow: bool) -> bool:
-        """Count one more break, and say whether that is enough to give up."""
-        self.count += 1
-        too_long = time.monotonic() - self._since >= self._settings.patience_seconds
-        return self.count >= self._settings.attempts and (too_long or not follow)
+    def is_final(self, follow: bool) -> bool:
+        """Count a failure and return whether to give up."""
+        self.failures += 1
+        is_too_long = time.monotonic() - self._started >= self._settings.log_outage_seconds
+        return self.failures >= self._settings.attempts and (is_too_long or not follow)
 
 
 class LogReader:
-    """Reads the log of one container.
+    """Reads the log of a container; see `Cluster.logs`.
 
     Args:
-        api: The API server.
-        asked: Request for the log, without query.
+        client: Client of the API server.
+        request: Request for the log, without query parameters.
         container: Name of the container.
     """
 
-    def __init__(self, api: Api, asked: Asked, container: str) -> None:
-        self._api, self._asked, self._container = api, asked, container
+    def __init__(self, client: RestClient, request: ApiRequest, container: str) -> None:
+        self._client, self._request, self._container = client, request, container
 
     def read(self, *, follow: bool, since: str | None, tail: int | None, timestamps: bool) -> Iterator[str]:
-        """Yield lines; see `Cluster.logs`."""
-        position = Position(since)
-        breaks = Breaks(self._api.settings)
+        """Yield lines."""
+        position = LogPosition(since)
+        outage = Outage(self._client.settings)
         while True:
             try:
-                for line in self._lines(position, follow, tail):
-                    breaks.over()
-                    yield line if timestamps else STAMPED.sub("", line, count=1)
-                breaks.over()
-            except (NotStartedError, MissingError):
+                for line in self._stream(position, follow, tail):
+                    outage.reset()
+                    yield line if timestamps else TIMESTAMP.sub("", line, count=1)
+                outage.reset()
+            except (ContainerNotStartedError, NotFoundError):
                 return
-            except QuietError:
+            except IdleTimeoutError:
                 if not follow:
                     raise
-            except PassingError as error:
-                if breaks.are_enough(follow):
+            except TransientError as error:
+                if outage.is_final(follow):
                     raise
-                time.sleep(self._api.pause(breaks.count, error))
+                time.sleep(self._client.backoff_seconds(outage.failures, error))
                 continue
             if not follow:
                 return
-            # A stream can end before its container does. When both have, one more look: nothing may have been missed.
-            follow = not self._is_over()
+            # A stream can end before its container. Once the container has ended, read the log a last time without
+            # following it, so that no line between the two ends is lost.
+            follow = not self._is_terminated()
             if follow:
-                time.sleep(self._api.settings.pause_seconds)
+                time.sleep(self._client.settings.backoff_seconds)
 
-    def _lines(self, position: Position, follow: bool, tail: int | None) -> Iterator[str]:
-        query: dict[str, Any] = {"container": self._container, "timestamps": "true"}
-        query |= {"follow": "true" if follow else None, "sinceTime": position.since}
-        query |= {"tailLines": None if position.begun else tail}
-        asked = replace(self._asked, query=query)
+    def _stream(self, position: LogPosition, follow: bool, tail: int | None) -> Iterator[str]:
+        query: dict[str, Any] = {
+            "container": self._container,
+            "timestamps": "true",
+            "follow": "true" if follow else None,
+            "sinceTime": position.since,
+            "tailLines": None if position.has_lines else tail,
+        }
         position.resume()
-        wait = self._api.settings.stream_seconds if follow else self._api.settings.timeout_seconds
-        with self._api.stream(asked, wait) as lines:
-            yield from filter(position.is_new, lines)
+        settings = self._client.settings
+        read_timeout = settings.stream_seconds if follow else settings.timeout_seconds
+        with self._client.stream(replace(self._request, query=query), read_timeout) as lines:
+            yield from filter(position.accept, lines)
 
-    def _is_over(self) -> bool:
-        """Whether the container has ended, or its pod is gone."""
+    def _is_terminated(self) -> bool:
+        """Return whether the container has ended or its pod is deleted."""
         try:
-            pod = self._api.ask(Asked("read", KINDS["Pod"], self._asked.namespace, self._asked.name))
-        except MissingError:
+            pod = self._client.send(ApiRequest("read", KINDS["Pod"], self._request.namespace, self._request.name))
+        except NotFoundError:
             return True
         status = pod.get("status", {})
-        states = (status.get("initContainerStatuses") or []) + (status.get("containerStatuses") or [])
-        ended = any(each["name"] == self._container and "terminated" in each.get("state", {}) for each in states)
+        containers = (status.get("initContainerStatuses") or []) + (status.get("containerStatuses") or [])
+        ended = any(each["name"] == self._container and "terminated" in each.get("state", {}) for each in containers)
         return ended or status.get("phase") in {"Succeeded", "Failed"}

@@ -1,4 +1,8 @@
-"""Changes of objects as an unbroken stream: whatever becomes of the connection, no state that lasts is missed."""
+"""Watches: changes of objects as one continuous stream, across broken connections and expired versions."""
+
+# The official Watch and SharedInformer are not used: Watch does not list again after 410 when it has a timeout, stops
+# at the first broken connection and turns invalid lines into None; SharedInformer needs a thread and logs errors
+# instead of raising them. Neither can shorten the read timeout as the end of the watch approaches.
 
 import json
 import math
@@ -8,105 +12,117 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from topwork.clients.kubernetes import KubernetesObject
-from topwork.clients.kubernetes.errors import GoneError, PassingError, QuietError, garbage, refused
-from topwork.clients.kubernetes.requests import Api, Asked, Lines
+from topwork.clients.kubernetes.errors import (
+    IdleTimeoutError,
+    ResourceExpiredError,
+    TransientError,
+    response_error,
+    unexpected_response_error,
+)
+from topwork.clients.kubernetes.rest_client import ApiRequest, LineStream, RestClient
 
 
-class Change(NamedTuple):
-    """Something that happened to an object.
+class WatchEvent(NamedTuple):
+    """A change of an object.
 
     Attributes:
         type: ADDED, MODIFIED or DELETED.
-        object: The object as it is now; of one that is gone, as it was last.
+        object: The object after the change; for DELETED, its last state.
     """
 
     type: str
     object: KubernetesObject
 
 
-class Watch:
-    """Watches objects; see `Cluster.watch`.
+class Watcher:
+    """Lists objects and then watches them; see `Cluster.watch`.
 
     Args:
-        api: The API server.
-        asked: Request for the list, with its selectors.
+        client: Client of the API server.
+        request: The list request, with its selectors.
     """
 
-    def __init__(self, api: Api, asked: Asked) -> None:
-        self._api, self._asked = api, asked
-        self._known: dict[str, KubernetesObject] = {}
-        self._version = ""
+    def __init__(self, client: RestClient, request: ApiRequest) -> None:
+        self._client, self._request = client, request
+        self._objects: dict[str, KubernetesObject] = {}
+        self._resource_version = ""
 
-    def changes(self, seconds: float) -> Iterator[Change]:
-        """Yield what is there, then what happens, until `seconds` are over."""
-        ends = time.monotonic() + seconds
+    def events(self, seconds: float) -> Iterator[WatchEvent]:
+        """Yield existing objects as ADDED, then changes, for `seconds`."""
+        deadline = time.monotonic() + seconds
         failures = 0
         while True:
-            if not self._version:
+            if not self._resource_version:
                 yield from self._list()
-            if (left := ends - time.monotonic()) <= 0:
+            if time.monotonic() >= deadline:
                 return
             try:
-                for change in self._stream(ends, left):
+                for event in self._stream(deadline):
                     failures = 0
-                    yield change
+                    yield event
                 failures = 0
-            except GoneError:
-                self._version = ""
-            except QuietError:
+            except ResourceExpiredError:
+                self._resource_version = ""
+            except IdleTimeoutError:
                 continue
-            except PassingError as error:
+            except TransientError as error:
                 failures += 1
-                if failures >= self._api.settings.attempts:
+                if failures >= self._client.settings.attempts:
                     raise
-                time.sleep(max(0.0, min(self._api.pause(failures, error), ends - time.monotonic())))
+                delay = min(self._client.backoff_seconds(failures, error), deadline - time.monotonic())
+                time.sleep(max(0.0, delay))
 
-    def _list(self) -> Iterator[Change]:
-        found, self._version = self._api.items(self._asked)
-        before, self._known = self._known, {each["metadata"]["uid"]: each for each in found}
-        for uid, gone in before.items():
-            if uid not in self._known:
-                yield Change("DELETED", gone)
-        for each in found:
-            yield Change("ADDED", each)
+    def _list(self) -> Iterator[WatchEvent]:
+        objects, self._resource_version = self._client.list_all(self._request)
+        previous, self._objects = self._objects, {each["metadata"]["uid"]: each for each in objects}
+        for uid, deleted in previous.items():
+            if uid not in self._objects:
+                yield WatchEvent("DELETED", deleted)
+        for each in objects:
+            yield WatchEvent("ADDED", each)
 
-    def _stream(self, ends: float, left: float) -> Iterator[Change]:
-        # The server ends the stream after a while; silence for longer means that the connection is dead.
-        lasts = min(left, self._api.settings.stream_seconds)
-        query = self._asked.query | {
+    def _stream(self, deadline: float) -> Iterator[WatchEvent]:
+        # The server ends the stream after `duration`; if it sends nothing for longer, the connection is dead.
+        remaining = deadline - time.monotonic()
+        duration = min(remaining, self._client.settings.stream_seconds)
+        read_timeout = duration + self._client.settings.timeout_seconds
+        query = self._request.query | {
             "watch": "true",
             "allowWatchBookmarks": "true",
-            "resourceVersion": self._version,
-            "timeoutSeconds": max(1, math.ceil(lasts)),
+            "resourceVersion": self._resource_version,
+            "timeoutSeconds": max(1, math.ceil(duration)),
         }
-        asked = replace(self._asked, verb="watch", query=query)
-        with self._api.stream(asked, min(left, lasts + self._api.settings.timeout_seconds)) as lines:
+        request = replace(self._request, verb="watch", query=query)
+        with self._client.stream(request, max(0.001, min(remaining, read_timeout))) as lines:
             for line in lines:
-                if change := self._change(line, asked):
-                    yield change
-                _wait_until(ends, lines, lasts + self._api.settings.timeout_seconds)
+                if event := self._parse_event(line, request):
+                    yield event
+                _limit_read_timeout(lines, deadline, read_timeout)
 
-    def _change(self, line: str, asked: Asked) -> Change | None:
+    def _parse_event(self, line: str, request: ApiRequest) -> WatchEvent | None:
+        """Parse a line of the stream and record its resourceVersion; None for a bookmark."""
+        context = self._client.describe(request)
         try:
-            event = json.loads(line)
-            type_, found = event["type"], event["object"]
+            content = json.loads(line)
+            event = WatchEvent(content["type"], content["object"])
         except (ValueError, KeyError, TypeError) as error:
-            raise garbage(line.encode(), self._api.place(asked)) from error
-        if type_ == "ERROR":
-            raise refused(int(found.get("code") or 500), json.dumps(found).encode(), {}, self._api.place(asked))
-        self._version = found["metadata"]["resourceVersion"]
-        if type_ == "BOOKMARK":
+            raise unexpected_response_error(line.encode(), context) from error
+        if event.type == "ERROR":
+            code = int(event.object.get("code") or 500)
+            raise response_error(code, json.dumps(event.object).encode(), {}, context)
+        metadata = event.object["metadata"]
+        self._resource_version = metadata["resourceVersion"]
+        if event.type == "BOOKMARK":
             return None
-        uid = found["metadata"]["uid"]
-        if type_ == "DELETED":
-            self._known.pop(uid, None)
+        if event.type == "DELETED":
+            self._objects.pop(metadata["uid"], None)
         else:
-            self._known[uid] = found
-        return Change(type_, found)
+            self._objects[metadata["uid"]] = event.object
+        return event
 
 
-def _wait_until(ends: float, lines: Lines, longest: float) -> None:
-    left = ends - time.monotonic()
-    if left <= 0:
-        raise QuietError
-    lines.wait_at_most(min(left, longest))
+def _limit_read_timeout(lines: LineStream, deadline: float, read_timeout: float) -> None:
+    remaining = deadline - time.monotonic()
+    if remaining <= 0:
+        raise IdleTimeoutError
+    lines.set_read_timeout(min(remaining, read_timeout))

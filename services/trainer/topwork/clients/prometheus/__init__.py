@@ -1,1 +1,1 @@
-"""Prometheus metrics; the only package that imports prometheus_client."""
+"""Prometheus metrics: exposing, pushing and reading them. The only package that imports prometheus_client."""

@@ -1,4 +1,4 @@
-"""Figures of the visible GPUs, read through NVML when Prometheus asks; absent where there is no GPU."""
+"""Prometheus collector for GPU utilization, memory, power and temperature, read through NVML at scrape time."""
 
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -7,96 +7,100 @@ from typing import Any
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-Reading = Callable[[Any, Any], float]
+# Takes the NVML module and a device handle.
+ReadFunction = Callable[[Any, Any], float]
 
-# Name, meaning and how NVML tells it, each in the base unit of its name.
+# Metric name: (help text, function that reads the value in the base unit of the name).
 # https://docs.nvidia.com/deploy/nvml-api/group__nvmlDeviceQueries.html
-READINGS: dict[str, tuple[str, Reading]] = {
+GPU_METRICS: dict[str, tuple[str, ReadFunction]] = {
     "topwork_gpu_utilization_ratio": (
-        "Share of the last sample period in which a kernel ran, 0..1.",
+        "Fraction of the last sample period during which a kernel was running, 0 to 1.",
         lambda nvml, gpu: nvml.nvmlDeviceGetUtilizationRates(gpu).gpu / 100,
     ),
     "topwork_gpu_memory_used_bytes": (
-        "Memory in use, by any process.",
+        "GPU memory in use by all processes.",
         lambda nvml, gpu: nvml.nvmlDeviceGetMemoryInfo(gpu).used,
     ),
     "topwork_gpu_memory_total_bytes": (
-        "Memory of the GPU.",
+        "Total GPU memory.",
         lambda nvml, gpu: nvml.nvmlDeviceGetMemoryInfo(gpu).total,
     ),
     "topwork_gpu_power_watts": (
-        "Power draw.",
+        "GPU power draw.",
         lambda nvml, gpu: nvml.nvmlDeviceGetPowerUsage(gpu) / 1000,
     ),
     "topwork_gpu_temperature_celsius": (
-        "Temperature of the chip.",
+        "GPU temperature.",
         lambda nvml, gpu: nvml.nvmlDeviceGetTemperature(gpu, nvml.NVML_TEMPERATURE_GPU),
     ),
 }
 
 
-class Gpus(Collector):
-    """One series a GPU and reading; a reading that a GPU does not have is left out.
+class GpuCollector(Collector):
+    """Collects one series per GPU and metric. A metric that a GPU does not support is omitted.
 
     Args:
-        nvml: The module `pynvml`, initialised.
-        only: Indices or beginnings of UUIDs, as CUDA_VISIBLE_DEVICES has them: CUDA heeds it, NVML does not. None for
-            all GPUs.
+        nvml: The initialized `pynvml` module.
+        visible_devices: Indices or UUID prefixes in the format of CUDA_VISIBLE_DEVICES, which NVML itself ignores.
+            None selects all GPUs.
     """
 
-    def __init__(self, nvml: Any, only: str | None = None) -> None:
-        self._nvml, self._only = nvml, only
+    def __init__(self, nvml: Any, visible_devices: str | None = None) -> None:
+        self._nvml, self._visible_devices = nvml, visible_devices
 
     @property
     def count(self) -> int:
-        """GPUs that are there and meant; 0 where the driver does not say."""
-        return len(self._meant())
+        """Number of selected GPUs; 0 if the driver reports an error."""
+        return len(self._selected_indices())
 
-    def _meant(self) -> list[int]:
+    def _selected_indices(self) -> list[int]:
         try:
-            found = list(range(self._nvml.nvmlDeviceGetCount()))
-            return found if self._only is None else [index for index in found if self._is_named(index)]
+            indices = range(self._nvml.nvmlDeviceGetCount())
+            return [index for index in indices if self._is_selected(index)]
         except self._nvml.NVMLError:
             return []
 
-    def _is_named(self, index: int) -> bool:
-        names = [name.strip() for name in (self._only or "").split(",")]
-        if str(index) in names:
+    def _is_selected(self, index: int) -> bool:
+        if self._visible_devices is None:
             return True
-        uuids = [name for name in names if name.startswith(("GPU-", "MIG-"))]
-        return bool(uuids) and self._nvml.nvmlDeviceGetUUID(self._nvml.nvmlDeviceGetHandleByIndex(index)).startswith(
-            tuple(uuids)
-        )
+        devices = [device.strip() for device in self._visible_devices.split(",")]
+        if str(index) in devices:
+            return True
+        uuids = tuple(device for device in devices if device.startswith(("GPU-", "MIG-")))
+        if not uuids:
+            return False
+        handle = self._nvml.nvmlDeviceGetHandleByIndex(index)
+        return bool(self._nvml.nvmlDeviceGetUUID(handle).startswith(uuids))
 
     def describe(self) -> Iterator[GaugeMetricFamily]:
-        """Name the families without asking the GPUs."""
-        for name, (meaning, _) in READINGS.items():
-            yield _family(name, meaning)
+        """Yield the metric families without querying the GPUs."""
+        for name, (help_text, _) in GPU_METRICS.items():
+            yield _family(name, help_text)
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        """Ask every GPU."""
-        gpus = self._meant()
-        for name, (meaning, read) in READINGS.items():
-            family = _family(name, meaning)
-            for index in gpus:
-                # A GPU that has fallen off the bus, or a slice that tells no power, must not cost the whole page.
+        """Query every selected GPU and yield the metric families with their samples."""
+        indices = self._selected_indices()
+        for name, (help_text, read) in GPU_METRICS.items():
+            family = _family(name, help_text)
+            for index in indices:
+                # A failed GPU, or a MIG slice without a power sensor, must not fail the whole scrape.
                 with suppress(self._nvml.NVMLError):
                     family.add_metric([str(index)], read(self._nvml, self._nvml.nvmlDeviceGetHandleByIndex(index)))
             yield family
 
 
-def _family(name: str, meaning: str) -> GaugeMetricFamily:
-    return GaugeMetricFamily(name, meaning, labels=["gpu"], unit=name.rsplit("_", 1)[1])
+def _family(name: str, help_text: str) -> GaugeMetricFamily:
+    return GaugeMetricFamily(name, help_text, labels=["gpu"], unit=name.rsplit("_", 1)[1])
 
 
-def visible_gpus(only: str | None = None) -> Gpus | None:
-    """Open NVML.
+def open_gpu_collector(visible_devices: str | None = None) -> GpuCollector | None:
+    """Initialize NVML and create a collector.
 
     Args:
-        only: The GPUs that are meant, as CUDA_VISIBLE_DEVICES names them; None for all.
+        visible_devices: GPUs to report, in the format of CUDA_VISIBLE_DEVICES; None reports all.
 
     Returns:
-        Their figures; None without NVML's library, its driver or a GPU.
+        The collector; None if the NVML library, the driver or a GPU is missing.
     """
     try:
         import pynvml
@@ -106,5 +110,5 @@ def visible_gpus(only: str | None = None) -> Gpus | None:
         return None
     except pynvml.NVMLError:
         return None
-    gpus = Gpus(pynvml, only)
-    return gpus if gpus.count else None
+    collector = GpuCollector(pynvml, visible_devices)
+    return collector if collector.count else None

@@ -1,4 +1,4 @@
-"""Prometheus series of a run; with `edge.gpus` and its own parts the only module that knows prometheus_client."""
+"""The metrics that stages report, exposed over HTTP for Prometheus."""
 
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -8,12 +8,12 @@ from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry, start_http_server
 
-from topwork.clients.prometheus.gpus import visible_gpus
-from topwork.clients.prometheus.series import OUTCOME, Page, Series, samples
+from topwork.clients.prometheus.gpus import open_gpu_collector
+from topwork.clients.prometheus.series import OUTCOME_FAMILIES, LabeledRegistry, Series, samples_of
 
 
-class Reached(NamedTuple):
-    """How far a training stage has come: complete epochs, and the best metric by its name in the history."""
+class StageProgress(NamedTuple):
+    """Progress of a training stage: completed epochs and the best metric, named as in the training history."""
 
     epochs: int | None = None
     metric: str | None = None
@@ -21,23 +21,33 @@ class Reached(NamedTuple):
 
 
 class Metrics:
-    """The series of the job that this process runs; each leaves it with the labels `transferjob` and `run`."""
+    """The metrics of the job that this process runs. Every exposed series has the labels `transferjob` and `run`.
 
-    def __init__(self, *, gpus: bool = True, only_gpus: str | None = None) -> None:
-        """Make all series.
+    Example:
+        ```python
+        metrics = Metrics()
+        metrics.start_job(job="cats", run="cats-0f1e2d3c", stage="transfer", version="0.1.0")
+        metrics.serve(9102)
+        with metrics.track_stage("transfer"):
+            metrics.record_step(images=64, seconds=0.25)
+        ```
+    """
+
+    def __init__(self, *, gpus: bool = True, visible_devices: str | None = None) -> None:
+        """Create all series.
 
         Args:
-            gpus: Whether the GPUs that are seen belong to this process.
-            only_gpus: Those of them that do, as CUDA_VISIBLE_DEVICES names them; None for all.
+            gpus: Whether to report the GPUs of this machine.
+            visible_devices: GPUs to report, in the format of CUDA_VISIBLE_DEVICES; None reports all.
         """
-        self._gpus = visible_gpus(only_gpus) if gpus else None
+        self._gpus = open_gpu_collector(visible_devices) if gpus else None
         self._series = Series(self._gpus)
         self._labels: dict[str, str] = {}
-        self._repeated: set[str] = set()
-        self.page = Page(lambda: self._series.registry, lambda: self._labels)
-        """What the port serves."""
-        self.outcome = Page(lambda: self._series.registry, lambda: self._labels, OUTCOME)
-        """What came of the job, for a Pushgateway."""
+        self._restored_stages: set[str] = set()
+        self.labeled_registry = LabeledRegistry(lambda: self._series.registry, lambda: self._labels)
+        """The series that the metrics port serves."""
+        self.outcome_registry = LabeledRegistry(lambda: self._series.registry, lambda: self._labels, OUTCOME_FAMILIES)
+        """The series that are pushed to a Pushgateway."""
 
     @property
     def registry(self) -> CollectorRegistry:
@@ -46,194 +56,203 @@ class Metrics:
 
     @property
     def labels(self) -> dict[str, str]:
-        """Labels that every series leaves with: `transferjob` and `run`, once `describe` was called."""
+        """Labels of every exposed series: `transferjob` and `run`; empty before `start_job`."""
         return dict(self._labels)
 
     def serve(self, port: int, address: str = "0.0.0.0") -> int:  # noqa: S104 - Prometheus scrapes from outside
-        """Serve the series over HTTP from a thread of its own, as OpenMetrics to who asks for it.
+        """Serve the series over HTTP in a background thread; clients that accept OpenMetrics receive it.
 
         Args:
-            port: TCP port; 0 takes a free one.
+            port: TCP port; 0 selects a free port.
             address: Address to listen on.
 
         Returns:
             The port.
 
         Raises:
-            OSError: If the port is taken.
+            OSError: If the port is in use.
         """
-        server, _ = start_http_server(port, address, registry=self.page)
+        server, _ = start_http_server(port, address, registry=self.labeled_registry)
         return int(server.server_port)
 
-    def describe(self, *, job: str, run: str, stage: str, version: str) -> None:
-        """Say what this process runs from now on; nothing of another job before it is shown any more.
+    def start_job(self, *, job: str, run: str, stage: str, version: str) -> None:
+        """Set the job that this process runs, and drop all series of the previous job.
 
         Args:
             job: Name of the job.
             run: Name of the run.
-            stage: Stage that the process is for; `run` for all of them.
+            stage: Stage that the process runs; `run` for all stages.
             version: Version of topwork.
         """
         series = Series(self._gpus)
         series.info.info({"stage": stage, "version": version, "gpus": str(self._gpus.count if self._gpus else 0)})
         self._labels = {"transferjob": job, "run": run}
-        self._series, self._repeated = series, set()
-        self.progress()
+        self._series, self._restored_stages = series, set()
+        self.record_progress()
+
+    # ── Stages ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Mark a stage as running, and keep how long it took unless that is told of an earlier process."""
+    def track_stage(self, name: str) -> Iterator[None]:
+        """Report a stage as running, and its duration at the end unless `restore_stage` has set it."""
         series = self._series
         series.stage_start.labels(name).set_to_current_time()
         series.running.labels(name).set(1)
-        self.progress()
+        self.record_progress()
         try:
             yield
         finally:
             series.running.labels(name).set(0)
-            self.progress()
-            if name not in self._repeated:
-                began = datetime.now(UTC) - self.stage_started(name)
-                series.stage_seconds.labels(name).set(began.total_seconds())
+            self.record_progress()
+            if name not in self._restored_stages:
+                elapsed = datetime.now(UTC) - self.stage_start_time(name)
+                series.stage_seconds.labels(name).set(elapsed.total_seconds())
 
-    def stage_started(self, name: str) -> datetime:
-        """Say when a stage was first started; now, if nobody has told."""
-        for sample in samples(self._series.stage_start):
+    def stage_start_time(self, name: str) -> datetime:
+        """Return when a stage was first started; the current time if it was not."""
+        for sample in samples_of(self._series.stage_start):
             if sample.labels["stage"] == name:
                 return datetime.fromtimestamp(sample.value, UTC)
         return datetime.now(UTC)
 
-    def resumed(self, stage: str, started: datetime) -> None:
-        """Say that an earlier process had started a stage that goes on here."""
+    def set_stage_start(self, stage: str, started: datetime) -> None:
+        """Set the start time of a stage that an earlier process started and this one resumes."""
         self._series.stage_start.labels(stage).set(started.timestamp())
 
-    def repeat_stage(self, name: str, started: datetime, finished: datetime) -> None:
-        """Tell of a stage that an earlier process has ended."""
-        self._repeated.add(name)
+    def restore_stage(self, name: str, started: datetime, finished: datetime) -> None:
+        """Set the start time and duration of a stage that an earlier process finished."""
+        self._restored_stages.add(name)
         self._series.stage_start.labels(name).set(started.timestamp())
         self._series.stage_seconds.labels(name).set((finished - started).total_seconds())
 
-    def exit_code(self, stage: str, code: int) -> None:
-        """Say how the process has ended."""
+    def stage_progress(self, stage: str) -> StageProgress:
+        """Return the progress of a stage, as reported to this object."""
+        epochs = next(
+            (int(sample.value) for sample in samples_of(self._series.epoch) if sample.labels["stage"] == stage), None
+        )
+        for sample in samples_of(self._series.best):
+            if sample.labels["stage"] == stage:
+                split, name = sample.labels["split"], sample.labels["name"]
+                return StageProgress(epochs, name if split == "train" else f"{split}_{name}", sample.value)
+        return StageProgress(epochs)
+
+    def set_exit_code(self, stage: str, code: int) -> None:
+        """Set the exit code of the process."""
         self._series.exit_code.labels(stage).set(code)
 
-    def progress(self) -> None:
-        """Say that work goes on."""
+    def record_progress(self) -> None:
+        """Record that the process made progress at this moment."""
         self._series.last_progress.set(time.time())
 
-    def epochs_planned(self, stage: str, epochs: int) -> None:
-        """Say how many epochs a stage will train at most."""
+    # ── Training ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def set_planned_epochs(self, stage: str, epochs: int) -> None:
+        """Set the maximum number of epochs of a stage."""
         self._series.epochs_planned.labels(stage).set(epochs)
 
-    def epoch(self, stage: str, epoch: int) -> None:
-        """Say that `epoch` epochs of a stage are complete."""
+    def set_epoch(self, stage: str, epoch: int) -> None:
+        """Set the number of completed epochs of a stage."""
         self._series.epoch.labels(stage).set(epoch)
 
-    def step(self, images: int, seconds: float) -> None:
-        """Count one training step of `images` images, and how long it took with its wait."""
+    def record_step(self, images: int, seconds: float) -> None:
+        """Record a training step: its number of images, and its duration including the wait for input."""
         series = self._series
         series.steps.inc()
         series.images.inc(images)
         series.step_seconds.observe(seconds)
 
-    def spent(self, input_wait_seconds: float, compute_seconds: float) -> None:
-        """Add what some steps have spent standing still for want of input, and what on computing."""
+    def record_step_time(self, input_wait_seconds: float, compute_seconds: float) -> None:
+        """Add the time that one or more steps spent waiting for input, and the time spent computing."""
         self._series.input_wait.inc(input_wait_seconds)
         self._series.step_compute.inc(compute_seconds)
 
-    def loss(self, split: str, value: float) -> None:
-        """Set the loss of the last epoch on a split."""
-        self._series.loss.labels(split).set(value)
-
-    def loss_not_finite(self) -> None:
-        """Count a loss, or a weight, that is no number any more."""
+    def count_non_finite_loss(self) -> None:
+        """Count a loss or weight that became NaN or infinite."""
         self._series.loss_not_finite.inc()
 
-    def metric(self, name: str, split: str, value: float) -> None:
-        """Set a metric of the last epoch or evaluation on a split."""
-        self._series.metric.labels(name, split).set(value)
-
-    def evaluation(self, split: str, values: Mapping[str, float]) -> None:
-        """Set what an evaluation on a split has measured, the loss among it."""
-        for name, value in values.items():
-            if name == "loss":
-                self.loss(split, value)
-            else:
-                self.metric(name, split, value)
-
-    def gates_failed(self, count: int) -> None:
-        """Say how many gates the evaluation did not meet."""
-        self._series.gates_failed.set(count)
-
-    def best(self, stage: str, name: str, split: str, value: float) -> None:
-        """Set a metric of the epoch of a stage whose weights are kept."""
-        self._series.best.labels(stage, name, split).set(value)
-
-    def reached(self, stage: str) -> Reached:
-        """Say how far a stage has come, by what was told here."""
-        epochs = [sample.value for sample in samples(self._series.epoch) if sample.labels["stage"] == stage]
-        for sample in samples(self._series.best):
-            if sample.labels["stage"] == stage:
-                split, name = sample.labels["split"], sample.labels["name"]
-                metric = name if split == "train" else f"{split}_{name}"
-                return Reached(int(epochs[0]) if epochs else None, metric, sample.value)
-        return Reached(int(epochs[0]) if epochs else None)
-
-    def learning_rate(self, value: float) -> None:
+    def set_learning_rate(self, value: float) -> None:
         """Set the learning rate of the last step."""
         self._series.learning_rate.set(value)
 
-    def parameters(self, trainable: int, frozen: int) -> None:
-        """Set how many parameters the model trains, and how many it keeps."""
+    def set_parameters(self, trainable: int, frozen: int) -> None:
+        """Set the number of trainable and frozen model parameters."""
         self._series.parameters.labels("true").set(trainable)
         self._series.parameters.labels("false").set(frozen)
 
-    def replicas(self, count: int) -> None:
-        """Set how many replicas train in step."""
+    def set_replicas(self, count: int) -> None:
+        """Set the number of model replicas."""
         self._series.replicas.set(count)
 
-    def dataset(self, images: int) -> None:
-        """Set how many images the stored dataset has."""
-        self._series.dataset_images.set(images)
-
-    def rejectable(self, reasons: Iterable[str]) -> None:
-        """Name all reasons that an image can be left out for, so that each is shown from now on."""
-        for reason in reasons:
-            self._series.rejected.labels(reason)
-
-    def rejected(self, reason: str, count: int = 1) -> None:
-        """Count images that were left out, by a reason from a fixed list."""
-        self._series.rejected.labels(reason).inc(count)
-
-    def storage_bytes(self, direction: str, count: int) -> None:
-        """Count bytes moved; `direction` is upload or download."""
-        self._series.storage_bytes.labels(direction).inc(count)
-        self.progress()
-
-    def storage_retry(self) -> None:
-        """Count one request that was tried again."""
-        self._series.storage_retries.inc()
-
-    def checkpoint_saved(self, seconds: float) -> None:
-        """Say that a checkpoint is complete in storage now, and how long that took."""
+    def record_checkpoint(self, seconds: float) -> None:
+        """Record that a checkpoint is now complete in storage, and how long writing it took."""
         self._series.checkpoint.set(time.time())
         self._series.checkpoint_seconds.set(seconds)
         self._series.checkpoints.inc()
-        self.progress()
+        self.record_progress()
+
+    # ── Results ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def set_loss(self, split: str, value: float) -> None:
+        """Set the loss of the last epoch or evaluation on a split."""
+        self._series.loss.labels(split).set(value)
+
+    def set_metric(self, name: str, split: str, value: float) -> None:
+        """Set a metric of the last epoch or evaluation on a split."""
+        self._series.metric.labels(name, split).set(value)
+
+    def set_evaluation(self, split: str, values: Mapping[str, float]) -> None:
+        """Set all results of an evaluation on a split, including the loss."""
+        for name, value in values.items():
+            if name == "loss":
+                self.set_loss(split, value)
+            else:
+                self.set_metric(name, split, value)
+
+    def set_best_metric(self, stage: str, name: str, split: str, value: float) -> None:
+        """Set a metric of the best epoch of a stage, whose weights are kept."""
+        self._series.best.labels(stage, name, split).set(value)
+
+    def set_failed_gates(self, count: int) -> None:
+        """Set the number of gates that the evaluation did not meet."""
+        self._series.gates_failed.set(count)
+
+    # ── Dataset and storage ─────────────────────────────────────────────────────────────────────────────────────────
+
+    def set_dataset_images(self, images: int) -> None:
+        """Set the number of images in the stored dataset."""
+        self._series.dataset_images.set(images)
+
+    def init_rejection_reasons(self, reasons: Iterable[str]) -> None:
+        """Expose a counter at 0 for every reason for which an image can be rejected."""
+        for reason in reasons:
+            self._series.rejected.labels(reason)
+
+    def count_rejected_images(self, reason: str, count: int = 1) -> None:
+        """Count rejected images by a reason from a fixed list."""
+        self._series.rejected.labels(reason).inc(count)
+
+    def count_storage_bytes(self, direction: str, count: int) -> None:
+        """Count transferred bytes; `direction` is upload or download."""
+        self._series.storage_bytes.labels(direction).inc(count)
+        self.record_progress()
+
+    def count_storage_retry(self) -> None:
+        """Count one retried request to storage."""
+        self._series.storage_retries.inc()
 
 
-def serve_nothing(port: int, address: str = "0.0.0.0") -> int:  # noqa: S104 - likewise
-    """Answer on a port with a page without series, from a thread of its own.
+def serve_empty_page(port: int, address: str = "0.0.0.0") -> int:  # noqa: S104 - Prometheus scrapes from outside
+    """Serve a metrics page without series in a background thread, so that scrapes of finished stages succeed.
 
     Args:
-        port: TCP port; 0 takes a free one.
+        port: TCP port; 0 selects a free port.
         address: Address to listen on.
 
     Returns:
         The port.
 
     Raises:
-        OSError: If the port is taken.
+        OSError: If the port is in use.
     """
     server, _ = start_http_server(port, address, registry=CollectorRegistry())
     return int(server.server_port)

@@ -1,4 +1,4 @@
-"""What came of a run, at a Pushgateway: it keeps that when the process is gone, until somebody deletes it."""
+"""Pushing the outcome of a run to a Pushgateway, and deleting it from there."""
 
 import http.client
 import json
@@ -12,103 +12,106 @@ from urllib.request import Request, urlopen
 from prometheus_client import delete_from_gateway, push_to_gateway
 
 from topwork.clients.prometheus.metrics import Metrics
-from topwork.clients.url_policy import check_plain_http, is_forbidden
+from topwork.clients.url_policy import check_plain_http, is_forbidden_host
 from topwork.errors import SettingError, UnavailableError
 
 JOB = "topwork"
-"""Label `job` of all groups, which a Pushgateway demands; those of a run differ by `transferjob` and `run`."""
+"""Label `job` of all groups, which a Pushgateway requires. Runs are told apart by `transferjob` and `run`."""
 TIMEOUT_SECONDS = 5.0
-MOST_CHARACTERS = 300
+MAX_ERROR_CHARACTERS = 300
 
 Result = TypeVar("Result")
 
 
-def push(gateway: str, metrics: Metrics, *, seconds: float = TIMEOUT_SECONDS) -> None:
-    """Put what came of a job in the place of what stood for its run before.
+def push_outcome(gateway: str, metrics: Metrics, *, seconds: float = TIMEOUT_SECONDS) -> None:
+    """Push the outcome of a run, replacing an earlier outcome of the same run.
 
     Args:
-        gateway: `http(s)://host:port`, with a path where it has one.
-        metrics: The series of the process; those of its outcome are sent.
-        seconds: Time that it may take; whatever is late is left to itself.
+        gateway: URL of the Pushgateway, `http(s)://host:port`, with a path if it has one.
+        metrics: The metrics of the process, of which the series of the outcome are sent.
+        seconds: Timeout.
 
     Raises:
-        SettingError: If the address is none that metrics may be sent to.
-        UnavailableError: If it can't be reached, refuses, or is too slow.
+        SettingError: If the URL is not a permitted one.
+        UnavailableError: If the Pushgateway can't be reached, rejects the request, or does not answer in time.
     """
-    _check(gateway)
+    _check_url(gateway)
 
-    def put() -> None:
-        push_to_gateway(gateway, JOB, metrics.outcome, metrics.labels, timeout=seconds)
+    def push() -> None:
+        push_to_gateway(gateway, JOB, metrics.outcome_registry, metrics.labels, timeout=seconds)
 
-    _answered(gateway, put, seconds)
+    _call_with_timeout(gateway, push, seconds)
 
 
-def delete(gateway: str, run: str, *, seconds: float = TIMEOUT_SECONDS) -> bool:
-    """Delete all that stands for a run.
+def delete_outcome(gateway: str, run: str, *, seconds: float = TIMEOUT_SECONDS) -> bool:
+    """Delete all groups of a run.
 
     Args:
-        gateway: As with `push`.
+        gateway: URL of the Pushgateway, as for `push_outcome`.
         run: Name of the run.
-        seconds: Time that each question may take.
+        seconds: Timeout of each request.
 
     Returns:
-        Whether there was anything.
+        Whether there was anything to delete.
 
     Raises:
-        SettingError: If the address is none of a Pushgateway.
-        UnavailableError: If it can't be reached, refuses, or is too slow.
+        SettingError: If the URL is not a permitted one.
+        UnavailableError: If the Pushgateway can't be reached, rejects a request, or does not answer in time.
     """
-    _check(gateway)
-    groups = _answered(gateway, lambda: _groups(gateway, seconds), seconds)
-    found = [labels for labels in groups if labels.get("job") == JOB and labels.get("run") == run]
-    for labels in found:
+    _check_url(gateway)
+    groups = _call_with_timeout(gateway, lambda: _list_groups(gateway, seconds), seconds)
+    matching = [labels for labels in groups if labels.get("job") == JOB and labels.get("run") == run]
+    for labels in matching:
         key = {name: value for name, value in labels.items() if name != "job"}
-        _answered(gateway, partial(delete_from_gateway, gateway, JOB, key, timeout=seconds), seconds)
-    return bool(found)
+        _call_with_timeout(gateway, partial(delete_from_gateway, gateway, JOB, key, timeout=seconds), seconds)
+    return bool(matching)
 
 
-def _groups(gateway: str, seconds: float) -> list[dict[str, str]]:
+def _list_groups(gateway: str, seconds: float) -> list[dict[str, str]]:
     """List the grouping keys. https://github.com/prometheus/pushgateway#query-api."""
     request = Request(f"{gateway.rstrip('/')}/api/v1/metrics")  # noqa: S310 - the scheme is checked
-    with urlopen(request, timeout=seconds) as answer:  # noqa: S310
-        return [group["labels"] for group in json.load(answer)["data"]]
+    with urlopen(request, timeout=seconds) as response:  # noqa: S310
+        return [group["labels"] for group in json.load(response)["data"]]
 
 
-def _check(gateway: str) -> None:
+def _check_url(gateway: str) -> None:
     if not gateway.startswith(("http://", "https://")):
-        raise SettingError(f"The Pushgateway {gateway!r} is no address. Expected http(s)://host:port.")
+        raise SettingError(f"The Pushgateway {gateway!r} is not a URL. Expected http(s)://host:port.")
     host = Request(gateway).host or ""  # noqa: S310 - not opened
-    if is_forbidden(host.rpartition(":")[0].strip("[]") or host):
-        raise SettingError(f"The Pushgateway {gateway} is a cloud's own address, where none runs. Name another.")
+    if is_forbidden_host(host.rpartition(":")[0].strip("[]") or host):
+        raise SettingError(
+            f"The Pushgateway {gateway} is a link-local address or a cloud metadata service, where no Pushgateway "
+            "runs. Use another URL."
+        )
     check_plain_http(gateway, f"The Pushgateway {gateway}")
 
 
-def _answered(gateway: str, ask: Callable[[], Result], seconds: float) -> Result:
-    """Ask in a thread of its own: the time-out of a socket bounds neither the look-up of a name nor slow drops."""
-    answers: list[Any] = []
-    failures: list[Exception] = []
+def _call_with_timeout(gateway: str, call: Callable[[], Result], seconds: float) -> Result:
+    """Call in a thread: a socket timeout limits neither name resolution nor a response that arrives byte by byte."""
+    results: list[Any] = []
+    errors: list[Exception] = []
 
     def run() -> None:
         try:
-            answers.append(ask())
-        except Exception as error:  # whatever it is, it is told, and ends nothing but this thread
-            failures.append(error)
+            results.append(call())
+        except Exception as error:  # reported by the calling thread
+            errors.append(error)
 
     thread = threading.Thread(target=run, name="pushgateway", daemon=True)
     thread.start()
     thread.join(seconds)
-    if answers:
-        return answers[0]  # type: ignore[no-any-return]
-    raise _failure(gateway, failures[0] if failures else None, seconds)
+    if results:
+        return results[0]  # type: ignore[no-any-return]
+    raise _as_unavailable(gateway, errors[0] if errors else None, seconds)
 
 
-def _failure(gateway: str, error: Exception | None, seconds: float) -> UnavailableError:
+def _as_unavailable(gateway: str, error: Exception | None, seconds: float) -> UnavailableError:
     if error is None:
         return UnavailableError(f"The Pushgateway {gateway} did not answer within {seconds:g} s.")
     if isinstance(error, HTTPError):
         with error:
-            said = error.read(MOST_CHARACTERS).decode(errors="replace").strip() or error.reason
-        return UnavailableError(f"The Pushgateway {gateway} refused with {error.code}: {said}")
+            message = error.read(MAX_ERROR_CHARACTERS).decode(errors="replace").strip() or error.reason
+        return UnavailableError(f"The Pushgateway {gateway} rejected the request with HTTP {error.code}: {message}")
     if isinstance(error, OSError | http.client.HTTPException):
         return UnavailableError(f"The Pushgateway {gateway} can't be reached: {getattr(error, 'reason', error)}.")
-    return UnavailableError(f"{gateway} does not answer as a Pushgateway does: {type(error).__name__}: {error}.")
+    return UnavailableError(f"{gateway} does not answer like a Pushgateway: {type(error).__name__}: {error}.")

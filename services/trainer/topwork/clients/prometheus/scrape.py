@@ -1,4 +1,4 @@
-"""Series of runs as others read them: off the page that a process serves, or out of Prometheus."""
+"""Reading the metrics of runs: from the metrics page of a process, or from a Prometheus server."""
 
 import base64
 import json
@@ -15,15 +15,15 @@ from topwork.clients.url_policy import check_plain_http
 from topwork.errors import SettingError, UnavailableError
 
 PREFIX = "topwork_"
-TIMEOUT_SECONDS = 5.0
-PROMETHEUS_SECONDS = 20.0
-# A run has about a hundred series, of some hundred bytes each.
-MOST_BYTES = 64 * 2**20
-LONGEST_ANSWER = 120
+PAGE_TIMEOUT_SECONDS = 5.0
+QUERY_TIMEOUT_SECONDS = 20.0
+# A run has about a hundred series of a few hundred bytes each.
+MAX_RESPONSE_BYTES = 64 * 2**20
+MAX_EXCERPT_CHARACTERS = 120
 
 
 class Sample(NamedTuple):
-    """A series and its value at a moment."""
+    """The value of a series at one time."""
 
     name: str
     labels: Mapping[str, str]
@@ -32,36 +32,36 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True)
 class Reading:
-    """What one process told at a moment.
+    """The series of one process at one time.
 
     Attributes:
         at: Unix time in seconds.
-        samples: Its series whose names begin with `topwork_`.
+        samples: The series whose names begin with `topwork_`.
     """
 
     at: float
     samples: tuple[Sample, ...]
 
     def value(self, name: str, **labels: str) -> float | None:
-        """Value of the first series of a name (without `topwork_`) that has these labels; None without one."""
-        wanted = labels.items()
-        return next((sample.value for sample in self.of(name) if wanted <= sample.labels.items()), None)
+        """Return the value of the first series with this name (without `topwork_`) and these labels; None if absent."""
+        required = labels.items()
+        return next((sample.value for sample in self.select(name) if required <= sample.labels.items()), None)
 
-    def by(self, name: str, label: str) -> dict[str, float]:
-        """Values of the series of a name, by the value of a label."""
-        return {sample.labels[label]: sample.value for sample in self.of(name) if label in sample.labels}
+    def values_by_label(self, name: str, label: str) -> dict[str, float]:
+        """Return the values of all series with this name (without `topwork_`), keyed by the value of a label."""
+        return {sample.labels[label]: sample.value for sample in self.select(name) if label in sample.labels}
 
-    def of(self, name: str) -> Iterator[Sample]:
-        """Series of a name (without `topwork_`)."""
+    def select(self, name: str) -> Iterator[Sample]:
+        """Yield all series with this name (without `topwork_`)."""
         return (sample for sample in self.samples if sample.name == PREFIX + name)
 
     def label(self, name: str) -> str | None:
-        """Value of a label of the first series that has it."""
+        """Return the value of a label, from the first series that has it."""
         return next((sample.labels[name] for sample in self.samples if name in sample.labels), None)
 
 
-class Target(NamedTuple):
-    """The process that Prometheus scraped."""
+class ScrapeTarget(NamedTuple):
+    """A process that Prometheus scrapes."""
 
     run: str
     namespace: str
@@ -70,162 +70,177 @@ class Target(NamedTuple):
 
 
 def parse_page(text: str, at: float) -> Reading:
-    """Read a page of metrics in the text format of Prometheus.
+    """Parse a metrics page in the Prometheus text format.
 
     Args:
         text: The page.
-        at: Unix time at which it was read, in seconds.
+        at: Unix time of the request, in seconds.
 
     Returns:
-        What it tells of topwork.
+        The series of topwork on the page.
 
     Raises:
-        ValueError: If it is no such page.
+        ValueError: If the text is not in the Prometheus text format.
     """
-    found = (sample for family in text_string_to_metric_families(text) for sample in family.samples)
-    return Reading(at, tuple(Sample(one.name, one.labels, one.value) for one in found if one.name.startswith(PREFIX)))
+    samples = (sample for family in text_string_to_metric_families(text) for sample in family.samples)
+    return Reading(
+        at,
+        tuple(Sample(sample.name, sample.labels, sample.value) for sample in samples if sample.name.startswith(PREFIX)),
+    )
 
 
 def read_page(url: str) -> Reading:
-    """Read the page of metrics at a URL.
+    """Read the metrics page of a process.
 
     Args:
-        url: Such as `http://127.0.0.1:9101/metrics`.
+        url: URL of the page, such as `http://127.0.0.1:9101/metrics`.
 
     Returns:
-        What it tells of topwork.
+        The series of topwork on the page.
 
     Raises:
-        SettingError: If what answers there serves no metrics.
-        UnavailableError: If nothing answers.
+        SettingError: If the server at this URL does not serve metrics.
+        UnavailableError: If the server does not answer.
     """
-    answer = _get(url, TIMEOUT_SECONDS, accept="text/plain;version=0.0.4")
-    if answer.status != 200:
-        raise SettingError(f"{shown(url)} answers with HTTP {answer.status}: metrics are below /metrics as a rule.")
+    response = _get(url, PAGE_TIMEOUT_SECONDS, accept="text/plain;version=0.0.4")
+    if response.status != 200:
+        raise SettingError(
+            f"{without_credentials(url)} answers with HTTP {response.status}: the path of a metrics page is usually "
+            "/metrics."
+        )
     try:
-        return parse_page(answer.text, time.time())
+        return parse_page(response.text, time.time())
     except ValueError:
-        raise SettingError(f"{shown(url)} serves no metrics ({_short(answer.text)}). Look at the address.") from None
+        raise SettingError(
+            f"{without_credentials(url)} does not serve metrics ({_excerpt(response.text)}). Check the URL."
+        ) from None
 
 
-class Prometheus:
-    """The HTTP API of a Prometheus, or of what speaks as one.
+class PrometheusClient:
+    """A client for the HTTP API of Prometheus, or of a compatible server.
 
     Args:
-        url: Its address, with a path where it has one; user and password of basic authentication may stand in it.
+        url: URL of the server, with a path if it has one. It can contain the user and password of basic authentication.
     """
 
     def __init__(self, url: str) -> None:
         self._url = url.rstrip("/")
 
-    def readings(self, labels: Mapping[str, str], seconds: int) -> dict[Target, list[Reading]]:
-        """Read what was scraped of runs lately.
+    def read_runs(self, labels: Mapping[str, str], seconds: int) -> dict[ScrapeTarget, list[Reading]]:
+        """Read what Prometheus recently scraped from runs.
 
         Args:
-            labels: What the series must carry, such as `{"namespace": "team-a"}`.
-            seconds: How far back.
+            labels: Labels that the series must have, such as `{"namespace": "team-a"}`.
+            seconds: Time range before now.
 
         Returns:
-            For each process its scrapes, the oldest first, with the times at which they were made.
+            The scrapes of each process in chronological order, with their times.
 
         Raises:
-            SettingError: If it refuses, or is no Prometheus.
-            UnavailableError: If it can't be reached.
+            SettingError: If the server denies access or is not Prometheus.
+            UnavailableError: If the server can't be reached.
         """
-        # Raw samples of a range: their times are those of the scrapes, and a second question for rates is saved.
-        names = f'__name__=~"{PREFIX}.+",__name__!~".+_(bucket|created)",run!=""'
-        matchers = ",".join([names, *(f"{name}={json.dumps(value)}" for name, value in labels.items())])
-        series = self._ask(f"{{{matchers}}}[{seconds}s]")
-        scrapes: dict[Target, dict[float, list[Sample]]] = {}
-        for one in series:
-            its = one["metric"]
-            target = Target(its["run"], *(its.get(name, "") for name in ("namespace", "pod", "instance")))
-            for at, value in one["values"]:
-                sample = Sample(its["__name__"], its, float(value))
+        # Raw samples have the times of the scrapes, so that rates need no second query.
+        series_selector = f'__name__=~"{PREFIX}.+",__name__!~".+_(bucket|created)",run!=""'
+        matchers = ",".join([series_selector, *(f"{name}={json.dumps(value)}" for name, value in labels.items())])
+        scrapes: dict[ScrapeTarget, dict[float, list[Sample]]] = {}
+        for series in self._query(f"{{{matchers}}}[{seconds}s]"):
+            metric = series["metric"]
+            target = ScrapeTarget(metric["run"], *(metric.get(name, "") for name in ("namespace", "pod", "instance")))
+            for at, value in series["values"]:
+                sample = Sample(metric["__name__"], metric, float(value))
                 scrapes.setdefault(target, {}).setdefault(float(at), []).append(sample)
         return {
             target: [Reading(at, tuple(samples)) for at, samples in sorted(times.items())]
             for target, times in scrapes.items()
         }
 
-    def _ask(self, query: str) -> list[dict[str, Any]]:
+    def _query(self, query: str) -> list[dict[str, Any]]:
         url = f"{self._url}/api/v1/query?{urlencode({'query': query})}"
-        answer = _get(url, PROMETHEUS_SECONDS, accept="application/json")
-        where = shown(self._url)
-        if answer.status in {401, 403}:
+        response = _get(url, QUERY_TIMEOUT_SECONDS, accept="application/json")
+        server = without_credentials(self._url)
+        if response.status in {401, 403}:
             raise SettingError(
-                f"Prometheus at {where} refuses (HTTP {answer.status}). Write USER:PASSWORD@ before the host in "
-                "the address, or reach it past its proxy with kubectl port-forward."
+                f"Prometheus at {server} denies access (HTTP {response.status}). Add USER:PASSWORD@ before the host in "
+                "the URL, or bypass its proxy with kubectl port-forward."
             )
         try:
-            content = json.loads(answer.text)
+            content = json.loads(response.text)
             if content["status"] == "success" and content["data"]["resultType"] == "matrix":
                 return list(content["data"]["result"])
-            told = str(content.get("error"))
+            error = str(content.get("error"))
         except (ValueError, KeyError, TypeError, AttributeError):
             raise SettingError(
-                f"{where} is no Prometheus: it answers with HTTP {answer.status} ({_short(answer.text)}). Give the "
-                "address of its web page, with its path if it has one."
+                f"{server} is not Prometheus: it answers with HTTP {response.status} ({_excerpt(response.text)}). Use "
+                "the URL of its web page, including the path if it has one."
             ) from None
-        failed = f"Prometheus at {where} could not answer (HTTP {answer.status}: {_short(told)})."
-        raise UnavailableError(f"{failed} Try again later.") if answer.status >= 500 else SettingError(failed)
+        message = f"Prometheus at {server} could not run the query (HTTP {response.status}: {_excerpt(error)})."
+        raise UnavailableError(f"{message} Try again later.") if response.status >= 500 else SettingError(message)
 
 
-class _Answer(NamedTuple):
+class _Response(NamedTuple):
     status: int
     text: str
 
 
-def _get(url: str, seconds: float, accept: str) -> _Answer:
-    """Ask once; no proxy of the environment is used, and no redirect followed, which would lead to a login page."""
-    plain, headers = _without_login(url)
+def _get(url: str, seconds: float, accept: str) -> _Response:
+    """Send one GET request, without a proxy, and without following redirects, which would lead to a login page."""
+    bare_url, headers = _split_credentials(url)
     headers["Accept"] = accept
     try:
         with urllib3.PoolManager(retries=False, timeout=seconds) as pool:
-            answer = pool.request("GET", plain, headers=headers, redirect=False, preload_content=False)
-            data = answer.read(MOST_BYTES)
-            more = bool(answer.read(1))
-            answer.release_conn()
+            response = pool.request("GET", bare_url, headers=headers, redirect=False, preload_content=False)
+            data = response.read(MAX_RESPONSE_BYTES)
+            is_too_large = bool(response.read(1))
+            response.release_conn()
     except urllib3.exceptions.LocationValueError:
-        raise SettingError(f"{shown(url)} is no address: expected http://HOST:PORT or https://HOST.") from None
+        raise _not_a_url(url) from None
     except (urllib3.exceptions.HTTPError, OSError) as error:
-        raise UnavailableError(f"{shown(url)} does not answer ({_why(error)}).") from error
-    if more:
-        raise SettingError(f"{shown(url)} answers with more than {MOST_BYTES >> 20} MiB: it is no page of metrics.")
-    return _Answer(int(answer.status), data.decode(errors="replace"))
+        raise UnavailableError(f"{without_credentials(url)} does not answer ({_root_cause(error)}).") from error
+    if is_too_large:
+        raise SettingError(
+            f"{without_credentials(url)} answers with more than {MAX_RESPONSE_BYTES >> 20} MiB, so it does not serve "
+            "metrics. Check the URL."
+        )
+    return _Response(int(response.status), data.decode(errors="replace"))
 
 
-def _without_login(url: str) -> tuple[str, dict[str, str]]:
+def _split_credentials(url: str) -> tuple[str, dict[str, str]]:
+    """Return the URL without user and password, and the headers that carry them."""
     try:
         parts = urlsplit(url)
-    except ValueError:  # such as half an IPv6 address
-        parts = urlsplit("")
+    except ValueError:  # such as an incomplete IPv6 address
+        raise _not_a_url(url) from None
     if parts.scheme not in {"http", "https"} or not parts.hostname:
-        raise SettingError(f"{shown(url)} is no address: expected http://HOST:PORT or https://HOST.")
+        raise _not_a_url(url)
     if parts.username is None:
         return url, {}
-    check_plain_http(url, f"The address {shown(url)} with a password")
-    login = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
-    bare = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
-    return bare, {"Authorization": "Basic " + base64.b64encode(login.encode()).decode()}
+    check_plain_http(url, f"The URL {without_credentials(url)} with a password")
+    credentials = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
+    bare_url = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+    return bare_url, {"Authorization": "Basic " + base64.b64encode(credentials.encode()).decode()}
 
 
-def shown(url: str) -> str:
-    """Write an address for messages: without login and query."""
-    scheme, there, rest = url.partition("?")[0].partition("://")
-    return f"{scheme}{there}{rest.rpartition('@')[2]}" if there else scheme
+def without_credentials(url: str) -> str:
+    """Return a URL for messages, without user, password and query."""
+    scheme, separator, rest = url.partition("?")[0].partition("://")
+    return f"{scheme}{separator}{rest.rpartition('@')[2]}" if separator else scheme
 
 
-def _short(text: str) -> str:
-    line = " ".join(text.split()) or "nothing"
-    return line if len(line) <= LONGEST_ANSWER else line[:LONGEST_ANSWER] + "…"
+def _not_a_url(url: str) -> SettingError:
+    return SettingError(f"{without_credentials(url)} is not a URL: expected http://HOST:PORT or https://HOST.")
 
 
-def _why(error: BaseException) -> str:
-    """The innermost reason: `Connection refused` says more than the layers around it."""
+def _excerpt(text: str) -> str:
+    line = " ".join(text.split()) or "empty response"
+    return line if len(line) <= MAX_EXCERPT_CHARACTERS else line[:MAX_EXCERPT_CHARACTERS] + "…"
+
+
+def _root_cause(error: BaseException) -> str:
+    """Return the innermost message: `Connection refused` is clearer than the exceptions that wrap it."""
     inner: BaseException = error
-    while (below := inner.__cause__ or inner.__context__) is not None:
-        inner = below
+    while (cause := inner.__cause__ or inner.__context__) is not None:
+        inner = cause
     if isinstance(inner, TimeoutError | urllib3.exceptions.TimeoutError):
-        return "no answer in time"
+        return "timed out"
     return (inner.strerror if isinstance(inner, OSError) else None) or " ".join(str(inner).split())

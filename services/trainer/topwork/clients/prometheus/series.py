@@ -1,4 +1,4 @@
-"""All series of one job in one process: their names, meanings and labels; base units, no unbounded label."""
+"""Definitions of all Prometheus series of a job: names, help texts, labels and units."""
 
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -8,14 +8,14 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 
-# From a tiny model on a GPU to a large base on a processor.
-STEP_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+# Buckets from a tiny model on a GPU to a large base on a CPU.
+STEP_DURATION_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 UNITS = ("seconds", "bytes", "ratio", "watts", "celsius")
 
-MOST_SERIES = 77
-"""Series of one process at most, without those of its GPUs: every stage, split, metric and reason at once."""
+MAX_SERIES = 77
+"""Maximum number of series of one process without its GPU series: with every stage, split, metric and reason."""
 
-OUTCOME = (
+OUTCOME_FAMILIES = (
     "topwork_stage",
     "topwork_exit_code",
     "topwork_stage_start_timestamp_seconds",
@@ -31,174 +31,184 @@ OUTCOME = (
     "topwork_images_rejected",
     "topwork_gates_failed",
 )
-"""Families that say what came of a job: what a Pushgateway keeps. It shows them for good, so none tells of a moment,
-and none is a count of one process, which would be added to what was scraped of it."""
+"""Metric families that are pushed to a Pushgateway when a process ends.
 
-# When a counter began says nothing that Prometheus uses, and would double the series.
+A Pushgateway keeps series forever. Values of a moment are therefore left out, and so are counters of one process, which
+would be added to the values that Prometheus scraped from the process itself.
+"""
+
+# Prometheus does not use the creation time of counters, and it would double the number of series.
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
 
 def unit_of(name: str) -> str:
-    """Give the unit that a name ends with, for OpenMetrics; empty for plain numbers."""
+    """Return the OpenMetrics unit that a metric name ends with; empty if it has none."""
     return next((unit for unit in UNITS if name.endswith(f"_{unit}")), "")
 
 
-class Late:
-    """A gauge without labels that is shown from its first value on: the 0 before would be taken for one."""
+class DeferredGauge:
+    """A gauge without labels that is exposed only after its first value: an initial 0 would look like a measurement."""
 
     def __init__(self, gauge: Gauge, registry: CollectorRegistry) -> None:
-        """Keep a gauge back.
+        """Create the gauge without registering it.
 
         Args:
             gauge: The gauge, in no registry.
-            registry: Where it goes with its first value.
+            registry: Registry that receives the gauge with its first value.
         """
         self.gauge, self._registry = gauge, registry
-        self._lock, self._shown = threading.Lock(), False
+        self._lock, self._is_registered = threading.Lock(), False
 
     def set(self, value: float) -> None:
-        """Set its value."""
+        """Set the value."""
         self.gauge.set(value)
-        if not self._shown:
+        if not self._is_registered:
             with self._lock:
-                if not self._shown:
+                if not self._is_registered:
                     self._registry.register(self.gauge)
-                    self._shown = True
+                    self._is_registered = True
 
 
 class Series:
-    """The series of one job; another job has its own, so that nothing of the one before is shown as its."""
+    """All Prometheus series of one job. Each job gets its own, so that no value of the previous job remains visible."""
 
     def __init__(self, gpus: Collector | None = None) -> None:
-        """Make all series; counters stand at 0 from the start, or their first growth would not be seen.
+        """Create all series. Counters start at 0, otherwise Prometheus would miss their first increase.
 
         Args:
-            gpus: Figures of the GPUs; None without one.
+            gpus: Collector of GPU series; None without a GPU.
         """
         self.registry = CollectorRegistry()
         self.info = Info(
             "topwork_stage",
-            "What this process runs: `stage`, `version`, and `gpus` that are its own.",
+            "The stage that this process runs (`stage`), its `version` of topwork and its number of `gpus`.",
             registry=self.registry,
         )
-        self._stages()
-        self._training()
-        self._results()
-        self._storage()
+        self._create_stage_series()
+        self._create_training_series()
+        self._create_result_series()
+        self._create_storage_series()
         if gpus:
             self.registry.register(gpus)
 
-    def _stages(self) -> None:
-        self.running = self._gauge("stage_running", "1 while the stage runs.", "stage")
+    def _create_stage_series(self) -> None:
+        self.running = self._gauge("stage_running", "1 while the stage is running, otherwise 0.", "stage")
         self.stage_start = self._gauge(
-            "stage_start_timestamp_seconds", "Unix time at which the stage was first started.", "stage"
+            "stage_start_timestamp_seconds", "Unix time of the first start of the stage, in any process.", "stage"
         )
         self.stage_seconds = self._gauge(
-            "stage_duration_seconds", "Wall time of the ended stage, from its first start to its end.", "stage"
+            "stage_duration_seconds", "Wall time of a finished stage, from its first start to its end.", "stage"
         )
         self.exit_code = self._gauge(
             "exit_code",
-            "How the process ended: 0 done, 2 wrong spec or data, 3 gate not met, 75 storage or network, 143 stopped, "
-            "1 a bug; absent before.",
+            "Exit code of the process: 0 success, 2 invalid spec or data, 3 gate not met, 75 storage or network "
+            "failure, 143 stopped, 1 a bug. Absent while the process runs.",
             "stage",
         )
-        self.last_progress = self._late(
+        self.last_progress = self._deferred_gauge(
             "last_progress_timestamp_seconds",
-            "Unix time of the last sign that work goes on: a step, an image, bytes moved, a checkpoint.",
+            "Unix time of the last progress: a step, an image, bytes transferred, a checkpoint.",
         )
 
-    def _training(self) -> None:
-        self.epoch = self._gauge("epoch", "Epochs that are complete.", "stage")
-        self.epochs_planned = self._gauge("epochs_planned", "Epochs at most.", "stage")
-        self.steps = self._counter("steps", "Training steps done by this process.")
-        self.images = self._counter("images", "Training images seen by this process.")
+    def _create_training_series(self) -> None:
+        self.epoch = self._gauge("epoch", "Number of completed epochs.", "stage")
+        self.epochs_planned = self._gauge("epochs_planned", "Maximum number of epochs.", "stage")
+        self.steps = self._counter("steps", "Training steps completed by this process.")
+        self.images = self._counter("images", "Images trained on by this process.")
         self.step_seconds = Histogram(
             "topwork_step_duration_seconds",
-            "Wall time of a training step, with its wait for input.",
-            buckets=STEP_SECONDS,
+            "Wall time of a training step, including the wait for input.",
+            buckets=STEP_DURATION_BUCKETS,
             unit="seconds",
             registry=self.registry,
         )
-        self.input_wait = self._counter("input_wait_seconds", "Time in which training stood still for want of input.")
-        self.step_compute = self._counter("step_compute_seconds", "Time of training steps, less their wait for input.")
-        self.learning_rate = self._late("learning_rate", "Learning rate of the last step.")
-        self.loss_not_finite = self._counter("loss_not_finite", "Times that a loss or a weight was no number any more.")
-        self.parameters = self._gauge("parameters", "Parameters of the model.", "trainable")
-        self.replicas = self._late("replicas", "Replicas that train in step.")
+        self.input_wait = self._counter("input_wait_seconds", "Time that training steps waited for input.")
+        self.step_compute = self._counter(
+            "step_compute_seconds", "Time of training steps, excluding their wait for input."
+        )
+        self.learning_rate = self._deferred_gauge("learning_rate", "Learning rate of the last step.")
+        self.loss_not_finite = self._counter(
+            "loss_not_finite", "Number of times that the loss or a weight became NaN or infinite."
+        )
+        self.parameters = self._gauge("parameters", "Number of model parameters.", "trainable")
+        self.replicas = self._deferred_gauge("replicas", "Number of model replicas trained in parallel.")
 
-    def _results(self) -> None:
-        self.loss = self._gauge("loss", "Loss of the last epoch or evaluation.", "split")
-        self.metric = self._gauge("metric", "Metric of the last epoch or evaluation.", "name", "split")
-        self.best = self._gauge("best_metric", "Metric of the epoch whose weights are kept.", "stage", "name", "split")
-        self.gates_failed = self._late("gates_failed", "Gates that the evaluation did not meet; absent before it.")
-        self.dataset_images = self._late("dataset_images", "Images of the stored dataset.")
+    def _create_result_series(self) -> None:
+        self.loss = self._gauge("loss", "Loss in the last epoch or evaluation.", "split")
+        self.metric = self._gauge("metric", "Metric value in the last epoch or evaluation.", "name", "split")
+        self.best = self._gauge(
+            "best_metric", "Metric value of the best epoch, whose weights are kept.", "stage", "name", "split"
+        )
+        self.gates_failed = self._deferred_gauge(
+            "gates_failed", "Number of gates that the evaluation did not meet. Absent before the evaluation."
+        )
+        self.dataset_images = self._deferred_gauge("dataset_images", "Number of images in the stored dataset.")
         self.rejected = self._counter(
-            "images_rejected", "Images left out of the dataset; later stages repeat the count.", "reason"
+            "images_rejected", "Images excluded from the dataset. Later stages repeat the count.", "reason"
         )
 
-    def _storage(self) -> None:
+    def _create_storage_series(self) -> None:
         self.storage_bytes = self._counter(
-            "storage_bytes", "Bytes moved from and to object storage by this process.", "direction"
+            "storage_bytes", "Bytes transferred to and from object storage by this process.", "direction"
         )
         for direction in ("download", "upload"):
             self.storage_bytes.labels(direction)
-        self.storage_retries = self._counter("storage_retries", "Requests to object storage that were tried again.")
-        self.checkpoint = self._late(
+        self.storage_retries = self._counter("storage_retries", "Retried requests to object storage.")
+        self.checkpoint = self._deferred_gauge(
             "checkpoint_last_success_timestamp_seconds", "Unix time at which the last checkpoint was stored."
         )
         self.checkpoints = self._counter("checkpoints", "Checkpoints stored by this process.")
-        self.checkpoint_seconds = self._late(
-            "checkpoint_duration_seconds", "Time that writing and storing the last checkpoint took, beside training."
+        self.checkpoint_seconds = self._deferred_gauge(
+            "checkpoint_duration_seconds",
+            "Time taken to write and upload the last checkpoint, in parallel with training.",
         )
 
-    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
-        return Gauge(f"topwork_{name}", text, labels, unit=unit_of(name), registry=self.registry)
+    def _gauge(self, name: str, help_text: str, *labels: str) -> Gauge:
+        return Gauge(f"topwork_{name}", help_text, labels, unit=unit_of(name), registry=self.registry)
 
-    def _late(self, name: str, text: str) -> Late:
-        return Late(Gauge(f"topwork_{name}", text, unit=unit_of(name), registry=None), self.registry)
+    def _deferred_gauge(self, name: str, help_text: str) -> DeferredGauge:
+        gauge = Gauge(f"topwork_{name}", help_text, unit=unit_of(name), registry=None)
+        return DeferredGauge(gauge, self.registry)
 
-    def _counter(self, name: str, text: str, *labels: str) -> Counter:
-        return Counter(f"topwork_{name}", text, labels, unit=unit_of(name), registry=self.registry)
+    def _counter(self, name: str, help_text: str, *labels: str) -> Counter:
+        return Counter(f"topwork_{name}", help_text, labels, unit=unit_of(name), registry=self.registry)
 
 
-def samples(gauge: Gauge) -> Iterator[Sample]:
-    """Give what a gauge shows."""
+def samples_of(gauge: Gauge) -> Iterator[Sample]:
+    """Yield the samples that a gauge exposes."""
     for family in gauge.collect():
         yield from family.samples
 
 
-class Page(CollectorRegistry):
-    """Reads another registry anew each time, and puts the labels of the job on every series.
+class LabeledRegistry(CollectorRegistry):
+    """A view of another registry that adds the labels of the job to every series.
 
-    Done here and by nobody else: without a join and without a rule of relabelling, on a laptop as in a cluster.
+    Adding them here makes joins and relabeling rules unnecessary, on a laptop as well as in a cluster.
     """
 
     def __init__(
         self,
         source: Callable[[], Collector],
         labels: Callable[[], Mapping[str, str]],
-        only: Collection[str] = (),
+        families: Collection[str] = (),
     ) -> None:
-        """Show what a registry holds.
+        """Create the view.
 
         Args:
-            source: Gives the registry; another one once another job has begun.
-            labels: Gives the labels of the job.
-            only: Names of the families that are shown; empty for all.
+            source: Returns the registry to expose; called at every scrape, because each job has its own registry.
+            labels: Returns the labels of the job.
+            families: Names of the metric families to expose; empty exposes all.
         """
         super().__init__()
-        self._source, self._labels, self._only = source, labels, frozenset(only)
+        self._source, self._labels, self._families = source, labels, frozenset(families)
 
     def collect(self) -> Iterable[Metric]:
-        """Give all families with their series."""
-        return self._collect()
-
-    def _collect(self) -> Iterator[Metric]:
+        """Yield all exposed metric families with their series."""
         labels = self._labels()
         for family in self._source().collect():
-            if self._only and family.name not in self._only:
+            if self._families and family.name not in self._families:
                 continue
-            # A family without a series says nothing, and would stand in a Pushgateway without a meaning.
+            # A family without samples has no meaning for a reader and would remain in a Pushgateway.
             if family.samples:
                 family.samples = [sample._replace(labels={**labels, **sample.labels}) for sample in family.samples]
                 yield family

@@ -1,1 +1,1 @@
-"""Object storage over S3; the only package that imports boto3."""
+"""Object storage over S3. The only package that imports boto3."""

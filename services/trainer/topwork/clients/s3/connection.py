@@ -1,6 +1,7 @@
-"""The connection to an S3 server: where it is, whose keys, how patient; the other half of `edge.storage`."""
+"""Connection settings for S3, and creation of the boto3 client: endpoint, credentials, timeouts and retries."""
 
 import ipaddress
+import socket
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Protocol
@@ -11,34 +12,39 @@ import botocore.session
 from botocore import exceptions as boto
 from botocore.config import Config
 from botocore.credentials import RefreshableCredentials
+from botocore.httpsession import URLLib3Session
 from botocore.loaders import create_loader
+from botocore.utils import get_environ_proxies
 
-from topwork.clients.s3.errors import DAMAGED, code_of, told
-from topwork.clients.s3.stall_detection import Watch
+from topwork.clients.s3.errors import DAMAGED_REQUEST_CODES, error_code, translate_errors
+from topwork.clients.s3.stall_detection import StallDetector
 from topwork.clients.url_policy import check_plain_http
 from topwork.errors import SettingError
-from topwork.redaction import hide
+from topwork.redaction import register_secrets
 
-CONNECTIONS = 64
-# Pause before what arrived damaged is sent again, times the attempts so far.
-AGAIN_SECONDS = 0.2
+MAX_CONNECTIONS = 64
+# Delay before a damaged request is repeated, multiplied by the number of attempts so far.
+DAMAGED_RETRY_SECONDS = 0.2
+# botocore uses this variable for TLS after AWS_CA_BUNDLE, but does not name it in its configuration.
+EXTRA_SESSION_VARIABLES = {"requests_ca_bundle": (None, "REQUESTS_CA_BUNDLE", None, None)}
 
 
 @dataclass(frozen=True)
 class StorageSettings:
-    """Where storage is and how to speak to it; None leaves it to the AWS variables, profiles and web identity.
+    """Address, credentials and timeouts of an S3 server. For None, the usual AWS variables, files and roles apply.
 
     Attributes:
         endpoint_url: URL of the server.
-        access_key: Access key id.
+        access_key: Access key ID.
         secret_key: Secret access key.
-        region: Region that requests are signed for.
-        ca_bundle: PEM file with the authorities that are trusted.
-        path_style: Bucket in the path of the URL instead of the host name; None: with any endpoint but Amazon's.
-        attempts: Requests at most for one call, with growing pauses between them.
-        connect_timeout_seconds: Wait for a connection.
-        read_timeout_seconds: Wait for the next bytes of an answer, and for the next piece of its body.
-        part_bytes: Size from which files are sent in parts, and size of the parts; at least 5 MiB.
+        region: Region in the request signature.
+        ca_bundle: PEM file with the trusted certificate authorities.
+        path_style: Whether the bucket is part of the URL path instead of the host name. None selects path style for all
+            endpoints except Amazon's.
+        attempts: Maximum number of requests for one call, with exponential backoff.
+        connect_timeout_seconds: Timeout for a connection.
+        read_timeout_seconds: Timeout for the next bytes of a response, and for the next piece of its body.
+        part_bytes: Part size of multipart uploads, and the minimum size of files uploaded in parts; at least 5 MiB.
     """
 
     endpoint_url: str | None = None
@@ -53,90 +59,93 @@ class StorageSettings:
     part_bytes: int = 16 << 20
 
 
-FROM_ENVIRONMENT = StorageSettings()
+class TransferCounter(Protocol):
+    """Counts transferred bytes and retries; implemented by `topwork.clients.prometheus.metrics.Metrics`."""
+
+    def count_storage_bytes(self, direction: str, count: int) -> None:
+        """Count transferred bytes; `direction` is upload or download."""
+
+    def count_storage_retry(self) -> None:
+        """Count one retried request."""
 
 
-class Meter(Protocol):
-    """Counts what moves; `topwork.clients.prometheus.metrics.Metrics` is one."""
+class NullTransferCounter:
+    """A counter that ignores everything."""
 
-    def storage_bytes(self, direction: str, count: int) -> None:
-        """Count bytes moved; `direction` is upload or download."""
+    def count_storage_bytes(self, direction: str, count: int) -> None:
+        """Ignore transferred bytes."""
 
-    def storage_retry(self) -> None:
-        """Count one request that was tried again."""
-
-
-class Unmetered:
-    """Counts nothing."""
-
-    def storage_bytes(self, direction: str, count: int) -> None:
-        """Count nothing."""
-
-    def storage_retry(self) -> None:
-        """Count nothing."""
+    def count_storage_retry(self) -> None:
+        """Ignore a retry."""
 
 
-def connect(settings: StorageSettings, meter: Meter) -> Any:
-    """Make a client of botocore.
+def connect(settings: StorageSettings, counter: TransferCounter) -> Any:
+    """Create an S3 client.
 
     Args:
-        settings: Server and credentials.
-        meter: Counts the requests that are tried again.
+        settings: Address, credentials and timeouts.
+        counter: Counts retried requests.
+
+    Returns:
+        The boto3 client.
 
     Raises:
-        SettingError: If the profile is not there, the endpoint is no URL or a half of the credentials is missing, or
-            if it is plain HTTP on the open network.
+        SettingError: If the AWS profile does not exist, the endpoint is not a URL or uses plain HTTP on a public
+            network, or the credentials are incomplete.
     """
     path_style = settings.path_style
     if path_style is None and settings.endpoint_url:
         path_style = not _is_amazon(settings.endpoint_url)
     try:
-        with told(settings.endpoint_url or "the endpoint of S3", bucket="", target="storage"):
-            client = _client(settings, path_style)
-            # An endpoint from the AWS variables or files is known only now; what those say about the style holds.
-            styled = "addressing_style" in (client.meta.config.s3 or {})
-            if not styled and not _is_amazon(client.meta.endpoint_url):
-                client = _client(settings, path_style=True)
+        with translate_errors(settings.endpoint_url or "the S3 endpoint", bucket="", target="storage"):
+            botocore_session = _create_botocore_session()
+            session = boto3.session.Session(region_name=settings.region, botocore_session=botocore_session)
+            client = _create_client(session, settings, path_style)
+            # An endpoint from the AWS variables or files is known only now. An addressing style set there has priority.
+            has_style = "addressing_style" in (client.meta.config.s3 or {})
+            if not has_style and not _is_amazon(client.meta.endpoint_url):
+                client = _create_client(session, settings, path_style=True)
     except boto.ProfileNotFound as error:
-        raise SettingError(f"AWS_PROFILE names a profile that is not there: {error}.") from error
+        raise SettingError(f"AWS_PROFILE names a profile that does not exist: {error}.") from error
     except ValueError as error:
-        raise SettingError(f"The endpoint of storage is not a URL: {error}. Look at AWS_ENDPOINT_URL.") from error
+        raise SettingError(f"The storage endpoint is not a URL: {error}. Check AWS_ENDPOINT_URL.") from error
 
-    check_plain_http(str(client.meta.endpoint_url), "The endpoint of storage (AWS_ENDPOINT_URL)")
-
-    def count(attempts: int, response: Any, **_: object) -> float | None:
-        # Asked after each attempt: from the second on, one more was a retry.
-        if attempts > 1:
-            meter.storage_retry()
-        code = response[1].get("Error", {}).get("Code") if response else None
-        # botocore itself sends nothing again that was damaged on its way.
-        return AGAIN_SECONDS * attempts if code in DAMAGED and attempts < settings.attempts else None
-
-    client.meta.events.register("needs-retry.s3", count)
-    # botocore has no other way to its connections.
-    client.meta.events.register(
-        "before-send.s3", Watch(client._endpoint.http_session, settings.read_timeout_seconds).send
-    )
+    check_plain_http(str(client.meta.endpoint_url), "The storage endpoint (AWS_ENDPOINT_URL)")
+    _retry_damaged_requests(client, settings, counter)
+    http_session = _create_http_session(botocore_session, client, settings)
+    detector = StallDetector(http_session, settings.read_timeout_seconds)
+    client.meta.events.register("before-send.s3", detector.send)
     return client
 
 
-def _client(settings: StorageSettings, path_style: bool | None) -> Any:
-    session = boto3.session.Session(region_name=settings.region, botocore_session=_session())
+def _create_botocore_session() -> Any:
+    session = botocore.session.get_session(EXTRA_SESSION_VARIABLES)
+    session.register_component("data_loader", _service_model_loader())
+    return session
+
+
+@cache
+def _service_model_loader() -> Any:
+    """Cache the parsed S3 service model: parsing takes most of the time of creating a client."""
+    return create_loader()
+
+
+def _create_client(session: Any, settings: StorageSettings, path_style: bool | None) -> Any:
     endpoint = settings.endpoint_url
     config = Config(
         retries={"mode": "standard", "total_max_attempts": settings.attempts},
         connect_timeout=settings.connect_timeout_seconds,
         read_timeout=settings.read_timeout_seconds,
-        max_pool_connections=CONNECTIONS,
-        # A proxy is never the way to a server on this machine.
+        max_pool_connections=MAX_CONNECTIONS,
+        # A server on this machine is never behind a proxy.
         proxies={} if endpoint and _is_loopback(endpoint) else None,
         s3=None if path_style is None else {"addressing_style": "path" if path_style else "virtual"},
     )
     if settings.access_key is None:
-        _keep_secret(session.get_credentials())
+        _redact_credentials(session.get_credentials())
     return session.client(
         "s3",
-        # Servers of one's own take any region; it only has to be one for the signature.
+        # Most S3 servers accept any region, but the signature requires one.
         region_name=session.region_name or "us-east-1",
         endpoint_url=endpoint,
         aws_access_key_id=settings.access_key,
@@ -146,25 +155,50 @@ def _client(settings: StorageSettings, path_style: bool | None) -> Any:
     )
 
 
-def _keep_secret(credentials: Any) -> None:
-    """Let what stands in a file of AWS be said as little as what stands in the environment.
+def _redact_credentials(credentials: Any) -> None:
+    """Redact credentials from AWS files in all output, like those from environment variables.
 
-    Credentials that a role gives are of hours, and asking for them here would be a request of its own.
+    Credentials of a role are not redacted: they expire within hours, and reading them would require a request.
     """
     if credentials is not None and not isinstance(credentials, RefreshableCredentials):
-        hide([value for value in (credentials.secret_key, credentials.token) if value], "storage credentials")
+        register_secrets([value for value in (credentials.secret_key, credentials.token) if value], "storage credentials")
 
 
-def _session() -> Any:
-    session = botocore.session.get_session()
-    session.register_component("data_loader", _descriptions())
-    return session
+def _retry_damaged_requests(client: Any, settings: StorageSettings, counter: TransferCounter) -> None:
+    """Retry requests that were damaged in transit, which botocore does not do by itself, and count all retries."""
+
+    def on_attempt(attempts: int, response: Any, **_: object) -> float | None:
+        # Called after each attempt: the second and later ones were retries.
+        if attempts > 1:
+            counter.count_storage_retry()
+        code = response[1].get("Error", {}).get("Code") if response else None
+        if code in DAMAGED_REQUEST_CODES and attempts < settings.attempts:
+            return DAMAGED_RETRY_SECONDS * attempts
+        return None
+
+    client.meta.events.register("needs-retry.s3", on_attempt)
 
 
-@cache
-def _descriptions() -> Any:
-    """Keep the description of S3 once it is parsed: that takes most of the time that a client takes to make."""
-    return create_loader()
+def _create_http_session(botocore_session: Any, client: Any, settings: StorageSettings) -> URLLib3Session:
+    """Create the HTTP session that sends the requests of a client, configured like the client's own.
+
+    botocore gives no public access to the session of a client, which the stall detection needs to see the responses
+    while they arrive.
+    """
+    config = client.meta.config
+    variable = botocore_session.get_config_variable
+    socket_options = [(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)]
+    if variable("tcp_keepalive"):
+        socket_options.append((socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1))
+    return URLLib3Session(
+        verify=settings.ca_bundle or variable("ca_bundle") or variable("requests_ca_bundle") or True,
+        proxies=get_environ_proxies(client.meta.endpoint_url) if config.proxies is None else config.proxies,
+        timeout=(config.connect_timeout, config.read_timeout),
+        max_pool_connections=config.max_pool_connections,
+        socket_options=socket_options,
+        client_cert=config.client_cert,
+        proxies_config=config.proxies_config,
+    )
 
 
 def _is_amazon(endpoint: str) -> bool:
@@ -180,21 +214,21 @@ def _is_loopback(endpoint: str) -> bool:
         return host == "localhost"
 
 
-def make_bucket(settings: StorageSettings, bucket: str) -> None:
-    """Make a bucket of the embedded server; one that is there already stays as it is.
+def create_bucket(settings: StorageSettings, bucket: str) -> None:
+    """Create a bucket; an existing one is left unchanged.
 
     Args:
-        settings: Server and credentials.
+        settings: Address and credentials of the server.
         bucket: Name of the bucket: 3 to 63 lower-case letters, digits, dots and hyphens.
 
     Raises:
-        SettingError: If the server refuses the name or the credentials.
+        SettingError: If the server rejects the name or the credentials.
         UnavailableError: If the server can't be reached.
     """
-    client = connect(settings, Unmetered())
-    with told(str(client.meta.endpoint_url), bucket, f"s3://{bucket}"):
+    client = connect(settings, NullTransferCounter())
+    with translate_errors(str(client.meta.endpoint_url), bucket, f"s3://{bucket}"):
         try:
             client.create_bucket(Bucket=bucket)
         except boto.ClientError as error:
-            if code_of(error) not in {"BucketAlreadyOwnedByYou", "BucketAlreadyExists"}:
+            if error_code(error) not in {"BucketAlreadyOwnedByYou", "BucketAlreadyExists"}:
                 raise

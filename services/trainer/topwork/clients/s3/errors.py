@@ -1,4 +1,4 @@
-"""What botocore raises, said in the sentence that a user needs: the other half of `edge.storage`."""
+"""Translates botocore exceptions into errors that tell the user what to fix."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,17 +9,17 @@ from s3transfer.exceptions import RetriesExceededError
 
 from topwork.errors import DamagedError, DataError, SettingError, TopworkError, UnavailableError
 
-WRONG_KEY = "{endpoint} does not know the access key. Look at AWS_ACCESS_KEY_ID and AWS_PROFILE."
-SESSION_OVER = "{endpoint} says that the session is over ({code}). Look at AWS_SESSION_TOKEN, or log in again."
-WRONG_REGION = "{endpoint} is the wrong region for the bucket {bucket} ({code}: {said}). Set AWS_REGION."
-FULL = (
-    "{endpoint} has no room left for {target} ({code}: {said}). Delete what nobody needs (topwork gc STORAGE), or have "
-    "the disk or the quota enlarged, then start again."
+UNKNOWN_KEY = "{endpoint} does not know the access key. Check AWS_ACCESS_KEY_ID and AWS_PROFILE."
+EXPIRED_SESSION = "{endpoint} reports an expired session ({code}). Check AWS_SESSION_TOKEN, or log in again."
+WRONG_REGION = "{endpoint} is in the wrong region for the bucket {bucket} ({code}: {message}). Set AWS_REGION."
+STORAGE_FULL = (
+    "{endpoint} has no space left for {target} ({code}: {message}). Delete data that is no longer needed (topwork gc "
+    "STORAGE) or increase the disk or quota, then start again."
 )
-FAILED = "{endpoint} failed for {target} after all retries ({code}: {said}). Try again later."
+FAILED = "{endpoint} failed for {target} after all retries ({code}: {message}). Try again later."
 
-# The request was damaged under way: all that topwork sends is whole and well formed.
-DAMAGED = frozenset(
+# The request was damaged in transit: topwork itself sends only complete and well-formed requests.
+DAMAGED_REQUEST_CODES = frozenset(
     {
         "BadDigest",
         "IncompleteBody",
@@ -29,27 +29,27 @@ DAMAGED = frozenset(
         "XAmzContentSHA256Mismatch",
     }
 )
-# What an error code says to the user. A code that is not here is told by its HTTP status.
-BY_CODE: dict[str, tuple[type[TopworkError], str]] = {
+# Error type and message for each S3 error code. Other codes are mapped by HTTP status.
+ERRORS_BY_CODE: dict[str, tuple[type[TopworkError], str]] = {
     "NoSuchBucket": (
         SettingError,
-        "The bucket {bucket} does not exist at {endpoint}. Make it (aws s3 mb s3://{bucket} --endpoint-url {endpoint}) "
-        "or correct the storage URI, AWS_ENDPOINT_URL or AWS_REGION.",
+        "The bucket {bucket} does not exist at {endpoint}. Create it (aws s3 mb s3://{bucket} --endpoint-url "
+        "{endpoint}) or correct the storage URI, AWS_ENDPOINT_URL or AWS_REGION.",
     ),
-    "InvalidAccessKeyId": (SettingError, WRONG_KEY),
-    "InvalidClientTokenId": (SettingError, WRONG_KEY),
-    "UnrecognizedClientException": (SettingError, WRONG_KEY),
+    "InvalidAccessKeyId": (SettingError, UNKNOWN_KEY),
+    "InvalidClientTokenId": (SettingError, UNKNOWN_KEY),
+    "UnrecognizedClientException": (SettingError, UNKNOWN_KEY),
     "SignatureDoesNotMatch": (
         SettingError,
-        "{endpoint} refused the signature. Look at AWS_SECRET_ACCESS_KEY and AWS_REGION.",
+        "{endpoint} rejected the request signature. Check AWS_SECRET_ACCESS_KEY and AWS_REGION.",
     ),
-    "ExpiredToken": (SettingError, SESSION_OVER),
-    "ExpiredTokenException": (SettingError, SESSION_OVER),
-    "InvalidToken": (SettingError, SESSION_OVER),
-    "RequestExpired": (SettingError, SESSION_OVER),
+    "ExpiredToken": (SettingError, EXPIRED_SESSION),
+    "ExpiredTokenException": (SettingError, EXPIRED_SESSION),
+    "InvalidToken": (SettingError, EXPIRED_SESSION),
+    "RequestExpired": (SettingError, EXPIRED_SESSION),
     "RequestTimeTooSkewed": (
         SettingError,
-        "{endpoint} refused the time of the request. Set the clock of this machine.",
+        "{endpoint} rejected the time of the request. Set the clock of this machine.",
     ),
     "301": (SettingError, WRONG_REGION),
     "PermanentRedirect": (SettingError, WRONG_REGION),
@@ -57,123 +57,126 @@ BY_CODE: dict[str, tuple[type[TopworkError], str]] = {
     "IllegalLocationConstraintException": (SettingError, WRONG_REGION),
     "404": (DataError, "{target} does not exist at {endpoint}."),
     "NoSuchKey": (DataError, "{target} does not exist at {endpoint}."),
-    "InsufficientStorage": (UnavailableError, FULL),
-    "XMinioStorageFull": (UnavailableError, FULL),
-    # A limit of the user's own; nobody else makes room below it.
-    "QuotaExceeded": (SettingError, FULL),
-    # Too many requests, or two at once: the same request can succeed later.
+    "InsufficientStorage": (UnavailableError, STORAGE_FULL),
+    "XMinioStorageFull": (UnavailableError, STORAGE_FULL),
+    # A quota does not change by itself, so retrying is useless.
+    "QuotaExceeded": (SettingError, STORAGE_FULL),
+    # Too many requests, or two conflicting ones: the same request can succeed later.
     "ConditionalRequestConflict": (UnavailableError, FAILED),
     "OperationAborted": (UnavailableError, FAILED),
     "RequestTimeout": (UnavailableError, FAILED),
     "ThrottlingException": (UnavailableError, FAILED),
-    **dict.fromkeys(DAMAGED, (UnavailableError, FAILED)),
+    **dict.fromkeys(DAMAGED_REQUEST_CODES, (UnavailableError, FAILED)),
 }
 
 
-class NoCredentials(SettingError):  # noqa: N818 - the name of what is missing
-    """No credentials were found, or half of them."""
+class NoCredentialsError(SettingError):
+    """No credentials, or incomplete credentials, were found."""
 
 
 @contextmanager
-def told(endpoint: str, bucket: str, target: str) -> Iterator[None]:
-    """Turn errors of botocore into errors of topwork.
+def translate_errors(endpoint: str, bucket: str, target: str) -> Iterator[None]:
+    """Translate botocore exceptions into errors of topwork.
 
     Args:
-        endpoint: URL that the requests go to.
-        bucket: Bucket that they are about.
-        target: What they are about, as an s3:// URI.
+        endpoint: URL of the server.
+        bucket: Bucket of the requests.
+        target: Subject of the requests, usually an s3:// URI, for error messages.
 
     Raises:
-        NoCredentials: If there are none.
-        SettingError: If the bucket is missing, or credentials, region or certificates are refused.
-        DataError: If the object is missing.
+        NoCredentialsError: If credentials are missing or incomplete.
+        SettingError: If the bucket does not exist, or the credentials, region or certificate are rejected.
+        DataError: If the object does not exist.
         UnavailableError: If the server can't be reached or fails, after botocore's retries.
     """
     try:
         yield
     except boto.ClientError as error:
-        raise refused(error, endpoint, bucket, target) from error
+        raise error_from_response(error, endpoint, bucket, target) from error
     except (boto.NoCredentialsError, boto.PartialCredentialsError) as error:
-        raise NoCredentials(
+        raise NoCredentialsError(
             f"No credentials for {target}: expected AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or a "
-            f"service account with web identity, and found {_found(error)}. Set them for {endpoint}."
+            f"service account with web identity, but found {_found_credentials(error)}. Set the credentials for "
+            f"{endpoint}."
         ) from error
     except (boto.CredentialRetrievalError, boto.TokenRetrievalError, boto.UnauthorizedSSOTokenError) as error:
-        # The agent or metadata service of a pod or node is a server like others: it can be down for a while.
+        # The credential service of a pod or node can be temporarily unavailable, like any server.
         kind = UnavailableError if error.kwargs.get("provider") in {"container-role", "iam-role"} else SettingError
-        raise kind(f"The credentials for {target} could not be fetched: {error}. Look at AWS_PROFILE.") from error
+        raise kind(f"The credentials for {target} could not be retrieved: {error}. Check AWS_PROFILE.") from error
     except boto.InvalidConfigError as error:
-        raise SettingError(f"The AWS variables or files can't be used for {target}: {error}") from error
+        raise SettingError(f"The AWS variables or files for {target} are invalid: {error}") from error
     except boto.SSLError as error:
         if "CERTIFICATE" not in str(error).upper():
             raise _unreachable(endpoint, target, error) from error
         raise SettingError(
             f"The certificate of {endpoint} is not trusted ({error.kwargs.get('error', error)}). "
-            "Point AWS_CA_BUNDLE to the file with its authority."
+            "Set AWS_CA_BUNDLE to the file that contains its certificate authority."
         ) from error
     except (boto.HTTPClientError, boto.ConnectionError, boto.IncompleteReadError, RetriesExceededError) as error:
         raise _unreachable(endpoint, target, error) from error
     except (boto.FlexibleChecksumError, ResponseParserError) as error:
-        raise DamagedError(f"{target} arrived damaged from {endpoint}: {error}. Try again.") from error
+        raise DamagedError(f"{target} was damaged in transit from {endpoint}: {error}. Try again.") from error
     except (boto.ParamValidationError, boto.EndpointResolutionError) as error:
-        raise SettingError(f"{target} is not a valid address, or {endpoint} no endpoint: {error}") from error
+        raise SettingError(f"{target} is not a valid URI, or {endpoint} is not an S3 endpoint: {error}") from error
 
 
-def refused(error: boto.ClientError, endpoint: str, bucket: str, target: str) -> TopworkError:
-    """Say what an answer with an error code means.
+def error_from_response(error: boto.ClientError, endpoint: str, bucket: str, target: str) -> TopworkError:
+    """Create the error for a response with an S3 error code.
 
     Args:
-        error: The answer.
-        endpoint: URL that the request went to.
-        bucket: Bucket that it was about.
-        target: What it was about, as an s3:// URI.
+        error: The botocore exception that holds the response.
+        endpoint: URL of the server.
+        bucket: Bucket of the request.
+        target: Subject of the request, usually an s3:// URI, for the error message.
 
     Returns:
         The error to raise.
     """
-    kind, sentence = BY_CODE.get(code_of(error)) or _by_status(status_of(error))
-    said = error.response.get("Error", {}).get("Message") or "no message"
-    return kind(sentence.format(endpoint=endpoint, bucket=bucket, target=target, code=code_of(error), said=said))
+    kind, template = ERRORS_BY_CODE.get(error_code(error)) or _by_status(http_status(error))
+    message = error.response.get("Error", {}).get("Message") or "no message"
+    return kind(
+        template.format(endpoint=endpoint, bucket=bucket, target=target, code=error_code(error), message=message)
+    )
 
 
 def _by_status(status: int) -> tuple[type[TopworkError], str]:
     if status in {401, 403}:
         return SettingError, (
-            "{endpoint} refused access to {target} ({code}: {said}). Look at AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, "
-            "AWS_PROFILE, and at what they may do in the bucket {bucket}."
+            "{endpoint} denied access to {target} ({code}: {message}). Check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, "
+            "AWS_PROFILE, and their permissions on the bucket {bucket}."
         )
     if status == 501:
         return SettingError, (
-            "{endpoint} does not offer what was asked for {target} ({code}: {said}). "
-            "topwork needs conditional writes (If-None-Match); for a server without checksum trailers set "
+            "{endpoint} does not support the request for {target} ({code}: {message}). "
+            "topwork needs conditional writes (If-None-Match). For a server without checksum trailers, set "
             "AWS_REQUEST_CHECKSUM_CALCULATION=when_required."
         )
     if status == 507:
-        return UnavailableError, FULL
+        return UnavailableError, STORAGE_FULL
     if status >= 500 or status in {408, 429}:
         return UnavailableError, FAILED
-    return SettingError, "{endpoint} refused the request for {target} ({code}: {said})."
+    return SettingError, "{endpoint} rejected the request for {target} ({code}: {message})."
 
 
-def code_of(error: boto.ClientError) -> str:
-    """Return the error code of an answer, such as NoSuchKey."""
+def error_code(error: boto.ClientError) -> str:
+    """Return the S3 error code of a response, such as NoSuchKey."""
     return str(error.response.get("Error", {}).get("Code", ""))
 
 
-def status_of(error: boto.ClientError) -> int:
-    """Return the HTTP status of an answer."""
+def http_status(error: boto.ClientError) -> int:
+    """Return the HTTP status of a response."""
     return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
 
 
-def _found(error: Exception) -> str:
+def _found_credentials(error: Exception) -> str:
     if isinstance(error, boto.PartialCredentialsError):
-        return f"them without {error.kwargs.get('cred_var', 'the other half')}"
+        return f"credentials without {error.kwargs.get('cred_var', 'a required value')}"
     return "none of these"
 
 
 def _unreachable(endpoint: str, target: str, error: Exception) -> UnavailableError:
-    last = getattr(error, "last_exception", error)
+    cause = getattr(error, "last_exception", error)
     return UnavailableError(
-        f"{endpoint} can't be reached for {target} after all retries ({last}). "
-        "Look at AWS_ENDPOINT_URL and the network, or try again later."
+        f"{endpoint} can't be reached for {target} after all retries ({cause}). "
+        "Check AWS_ENDPOINT_URL and the network, or try again later."
     )

@@ -1,4 +1,4 @@
-"""Multipart uploads that were begun and not ended; a part of `edge.storage`."""
+"""Multipart uploads that never completed: listing and aborting them."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -8,104 +8,110 @@ from typing import Any
 
 from botocore import exceptions as boto
 
-from topwork.clients.s3.errors import code_of, status_of
+from topwork.clients.s3.errors import error_code, http_status
 
 
 @dataclass(frozen=True)
-class UnfinishedUpload:
-    """A multipart upload that was begun; what was sent of it takes room until it is given back.
+class IncompleteUpload:
+    """A multipart upload that was started but not completed. Its parts occupy space until it is aborted.
 
     Attributes:
-        key: Key that the object would have.
-        identifier: What the server calls the upload.
-        begun: When, as the server's clock tells it.
+        key: Key of the object, relative to the storage.
+        upload_id: Upload ID that the server assigned.
+        started: Start time, by the clock of the server.
     """
 
     key: str
-    identifier: str
-    begun: datetime
+    upload_id: str
+    started: datetime
 
 
-class Uploads:
-    """The unfinished uploads of a storage.
+class MultipartUploads:
+    """The incomplete multipart uploads of a storage.
 
     Args:
         client: S3 client.
         bucket: Bucket of the storage.
-        base: Beginning of all its keys.
-        told: Turns errors of botocore into errors of topwork, for a key.
+        key_prefix: Prefix of all keys of the storage.
+        translate_errors: Returns a context manager that translates botocore exceptions for a key.
     """
 
     def __init__(
-        self, client: Any, bucket: str, base: str, told: Callable[[str], AbstractContextManager[None]]
+        self,
+        client: Any,
+        bucket: str,
+        key_prefix: str,
+        translate_errors: Callable[[str], AbstractContextManager[None]],
     ) -> None:
-        self._client, self._bucket, self._base, self._told = client, bucket, base, told
+        self._client, self._bucket, self._key_prefix = client, bucket, key_prefix
+        self._translate_errors = translate_errors
 
-    def unfinished(self, prefix: str = "", older_than_seconds: float = 86400.0) -> Sequence[UnfinishedUpload]:
-        """List those that are there, such as those of killed processes.
+    def list_incomplete(self, prefix: str = "", older_than_seconds: float = 86400.0) -> Sequence[IncompleteUpload]:
+        """List incomplete uploads, such as those of killed processes.
 
         Args:
-            prefix: Beginning of the keys, relative to the storage.
-            older_than_seconds: Leave younger ones out: another process may be writing them.
+            prefix: Prefix of the keys, relative to the storage.
+            older_than_seconds: Minimum age. Another process may still be writing a younger upload.
 
         Returns:
-            The uploads; none where the server does not tell or the account may not ask.
+            The uploads; empty if the server does not support the request or denies access.
         """
-        begun_before = datetime.now(UTC) - timedelta(seconds=older_than_seconds)
-        pages = self._client.get_paginator("list_multipart_uploads")
-        found = []
-        with self._told(prefix), _courtesy():
-            for page in pages.paginate(Bucket=self._bucket, Prefix=self._base + prefix):
+        started_before = datetime.now(UTC) - timedelta(seconds=older_than_seconds)
+        paginator = self._client.get_paginator("list_multipart_uploads")
+        uploads = []
+        with self._translate_errors(prefix), _ignore_unsupported():
+            for page in paginator.paginate(Bucket=self._bucket, Prefix=self._key_prefix + prefix):
                 for upload in page.get("Uploads", ()):
-                    if upload["Initiated"] <= begun_before:
-                        key = upload["Key"][len(self._base) :]
-                        found.append(UnfinishedUpload(key, upload["UploadId"], upload["Initiated"]))
-        return found
+                    if upload["Initiated"] <= started_before:
+                        key = upload["Key"][len(self._key_prefix) :]
+                        uploads.append(IncompleteUpload(key, upload["UploadId"], upload["Initiated"]))
+        return uploads
 
-    def size_of(self, upload: UnfinishedUpload) -> int:
-        """Return how many bytes of an unfinished upload the server holds; 0 where it does not tell."""
-        pages, size = self._client.get_paginator("list_parts"), 0
-        where = {"Bucket": self._bucket, "Key": self._base + upload.key, "UploadId": upload.identifier}
-        with self._told(upload.key), _courtesy():
-            for page in pages.paginate(**where):
+    def uploaded_bytes(self, upload: IncompleteUpload) -> int:
+        """Return the total size of the uploaded parts in bytes; 0 if the server does not report it."""
+        paginator, size = self._client.get_paginator("list_parts"), 0
+        with self._translate_errors(upload.key), _ignore_unsupported():
+            for page in paginator.paginate(**self._request(upload)):
                 size += sum(part["Size"] for part in page.get("Parts", ()))
         return size
 
-    def abort(self, uploads: Iterable[UnfinishedUpload]) -> int:
-        """Give back what unfinished uploads hold.
+    def abort(self, uploads: Iterable[IncompleteUpload]) -> int:
+        """Abort incomplete uploads, which deletes their parts.
 
         Args:
             uploads: The uploads.
 
         Returns:
-            How many were given back; 0 where the account may not.
+            Number of aborted uploads; 0 if access is denied.
         """
         aborted = 0
         for upload in uploads:
-            where = {"Key": self._base + upload.key, "UploadId": upload.identifier}
-            with self._told(upload.key), _courtesy():
-                self._client.abort_multipart_upload(Bucket=self._bucket, **where)
+            with self._translate_errors(upload.key), _ignore_unsupported():
+                self._client.abort_multipart_upload(**self._request(upload))
                 aborted += 1
         return aborted
 
-    def abort_unfinished(self, prefix: str = "", older_than_seconds: float = 86400.0) -> int:
-        """Give back what those of killed processes hold.
+    def abort_incomplete(self, prefix: str = "", older_than_seconds: float = 86400.0) -> int:
+        """Abort all incomplete uploads of a certain age.
 
         Args:
-            prefix: Beginning of the keys, relative to the storage.
-            older_than_seconds: Leave younger ones alone: another process may be writing them.
+            prefix: Prefix of the keys, relative to the storage.
+            older_than_seconds: Minimum age. Another process may still be writing a younger upload.
 
         Returns:
-            How many were aborted; 0 where the server does not tell or the account may not ask.
+            Number of aborted uploads; 0 if the server does not support the request or denies access.
         """
-        return self.abort(self.unfinished(prefix, older_than_seconds))
+        return self.abort(self.list_incomplete(prefix, older_than_seconds))
+
+    def _request(self, upload: IncompleteUpload) -> dict[str, str]:
+        return {"Bucket": self._bucket, "Key": self._key_prefix + upload.key, "UploadId": upload.upload_id}
 
 
 @contextmanager
-def _courtesy() -> Iterator[None]:
-    """Do without what a server does not offer or an account may not: cleaning must fail no run."""
+def _ignore_unsupported() -> Iterator[None]:
+    """Ignore requests that the server does not support or denies: cleanup must not fail a run."""
     try:
         yield
     except boto.ClientError as error:
-        if status_of(error) not in {403, 404, 405, 501} or code_of(error) == "NoSuchBucket":
+        if http_status(error) not in {403, 404, 405, 501} or error_code(error) == "NoSuchBucket":
             raise

@@ -1,7 +1,7 @@
-"""Ends answers of an S3 server that fall so slow that they never end; a part of `edge.storage_client`.
+"""Aborts S3 responses that arrive too slowly to ever complete.
 
-The time-outs of sockets count from one byte to the next: a server that sends a byte now and then holds them off for
-ever. Here an answer must go on by a piece, of the size in which it is read, within the time-out, or come to its end.
+The read timeout of a socket restarts with every byte, so a server that sends one byte now and then never triggers it.
+Here a response must deliver its next piece, of the size in which it is read, within the timeout.
 """
 
 import threading
@@ -13,96 +13,96 @@ from typing import Any
 
 from botocore import exceptions as boto
 
-# How often progress is looked at, as a part of the time that it may take.
-LOOKS = 4
-FIRST_ERROR = 300
+# Progress checks per timeout.
+CHECKS_PER_TIMEOUT = 4
+FIRST_ERROR_STATUS = 300
 
 
 @dataclass
-class _Watched:
-    response: "weakref.ref[Any]"
-    taken: int
-    since: float
+class _OpenResponse:
+    raw: "weakref.ref[Any]"
+    bytes_read: int
+    last_progress: float
 
 
-class Watch:
-    """Sends the requests of one client and watches how the answers come in. Safe to use from several threads."""
+class StallDetector:
+    """Sends the requests of one S3 client and aborts responses that stall. Thread-safe."""
 
-    def __init__(self, session: Any, seconds: float) -> None:
-        """Prepare the watch.
+    def __init__(self, session: Any, timeout_seconds: float) -> None:
+        """Create a detector.
 
         Args:
-            session: HTTP session of the client (`botocore.httpsession.URLLib3Session`).
-            seconds: Time that the next piece of an answer may take.
+            session: HTTP session that sends the requests (`botocore.httpsession.URLLib3Session`).
+            timeout_seconds: Maximum time between two pieces of a response.
         """
-        self._session, self._seconds = session, seconds
-        self._watched: list[_Watched] = []
+        self._session, self._timeout_seconds = session, timeout_seconds
+        self._responses: list[_OpenResponse] = []
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
 
     def send(self, request: Any, **_: object) -> Any:
-        """Send a request; a handler for botocore's event before-send.
+        """Send a request: a handler for the botocore event before-send, whose result replaces botocore's own sending.
 
         Args:
             request: The signed request (`botocore.awsrequest.AWSPreparedRequest`).
 
         Returns:
-            Its answer; what is not read as a stream has arrived, as long as it said that it is.
+            The response. Its body has been received completely, unless the caller reads it as a stream.
 
         Raises:
-            botocore.exceptions.HTTPClientError: If there is no answer, or it breaks off. botocore tries again.
+            botocore.exceptions.HTTPClientError: If there is no response or it is incomplete. botocore retries.
         """
         is_stream, request.stream_output = request.stream_output, True
         try:
             response = self._session.send(request)
         finally:
             request.stream_output = is_stream
-        # The length of an answer in chunks is not known, nor how much of it came.
+        # The length of a chunked response is unknown, and so is how much of it has arrived.
         if response.raw.length_remaining:
-            self._begin(response.raw)
-        # What is wrong stands in the body: half of one would be taken for another error.
-        if not is_stream or response.status_code >= FIRST_ERROR:
-            _read(request, response)
+            self._watch(response.raw)
+        # The error code is in the body: a truncated body would be mistaken for a different error.
+        if not is_stream or response.status_code >= FIRST_ERROR_STATUS:
+            _read_body(request, response)
         return response
 
-    def _begin(self, raw: Any) -> None:
+    def _watch(self, raw: Any) -> None:
         with self._lock:
-            self._watched.append(_Watched(weakref.ref(raw), raw.tell(), time.monotonic()))
+            self._responses.append(_OpenResponse(weakref.ref(raw), raw.tell(), time.monotonic()))
             if self._thread is None:
-                self._thread = threading.Thread(target=self._look_after, name="storage-watch", daemon=True)
+                self._thread = threading.Thread(target=self._run, name="storage-stall-detection", daemon=True)
                 self._thread.start()
 
-    def _look_after(self) -> None:
+    def _run(self) -> None:
         while True:
-            time.sleep(self._seconds / LOOKS)
+            time.sleep(self._timeout_seconds / CHECKS_PER_TIMEOUT)
             with self._lock:
-                self._watched = [watched for watched in self._watched if self._goes_on(watched)]
-                if not self._watched:
+                self._responses = [response for response in self._responses if self._is_arriving(response)]
+                if not self._responses:
                     self._thread = None
                     return
 
-    def _goes_on(self, watched: _Watched) -> bool:
-        raw = watched.response()
+    def _is_arriving(self, response: _OpenResponse) -> bool:
+        raw = response.raw()
         if raw is None or raw.closed or not raw.length_remaining:
             return False
         now = time.monotonic()
-        if (taken := raw.tell()) != watched.taken:
-            watched.taken, watched.since = taken, now
-        elif now - watched.since > self._seconds:
-            # Who waits for the rest is told of an end that came too early.
+        if (bytes_read := raw.tell()) != response.bytes_read:
+            response.bytes_read, response.last_progress = bytes_read, now
+        elif now - response.last_progress > self._timeout_seconds:
+            # The thread that reads the body gets a premature end of file.
             with suppress(OSError, RuntimeError, ValueError):
                 raw.shutdown()
             return False
         return True
 
 
-def _read(request: Any, response: Any) -> None:
-    """Read all of an answer: botocore itself takes one that breaks off for a whole one."""
-    stated = response.headers.get("Content-Length")
+def _read_body(request: Any, response: Any) -> None:
+    """Read the complete body: botocore itself accepts a truncated one."""
+    content_length = response.headers.get("Content-Length")
     try:
-        arrived = len(response.content)
+        received = len(response.content)
     except Exception as error:
         raise boto.ConnectionClosedError(endpoint_url=request.url, error=error, request=request) from error
-    if request.method != "HEAD" and stated not in {None, str(arrived)}:
-        said = f"{arrived} of {stated} bytes came"
-        raise boto.ConnectionClosedError(endpoint_url=request.url, error=said, request=request)
+    if request.method != "HEAD" and content_length not in {None, str(received)}:
+        message = f"received {received} of {content_length} bytes"
+        raise boto.ConnectionClosedError(endpoint_url=request.url, error=message, request=request)

@@ -1,7 +1,7 @@
-"""Object storage over S3: the only module that speaks it.
+"""Object storage over S3: reads, writes, lists, uploads, downloads and deletes objects below an s3:// URI.
 
-Every key is relative to the URI of its `Storage`. What botocore raises leaves as `SettingError`, `UnavailableError`
-or `DataError`; `edge.storage_errors` says which.
+Keys are relative to the URI of their `Storage`. botocore exceptions are translated into errors of topwork; see
+`topwork.clients.s3.errors`.
 """
 
 import base64
@@ -13,197 +13,214 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from boto3.s3.transfer import ProgressCallbackInvoker, TransferConfig, create_transfer_manager
 from botocore import exceptions as boto
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
-from topwork.clients.s3.connection import FROM_ENVIRONMENT, Meter, StorageSettings, Unmetered, connect, make_bucket
-from topwork.clients.s3.errors import code_of, refused, status_of, told
-from topwork.clients.s3.multipart_uploads import UnfinishedUpload, Uploads
-from topwork.clients.s3.objects import NEVER, FileEntry, StoredObject, entry_of, split
-from topwork.disk_space import room_told
-from topwork.errors import DamagedError, UnavailableError
+from topwork.clients.s3.connection import (
+    NullTransferCounter,
+    StorageSettings,
+    TransferCounter,
+    connect,
+    create_bucket,
+)
+from topwork.clients.s3.errors import error_code, error_from_response, http_status, translate_errors
+from topwork.clients.s3.multipart_uploads import IncompleteUpload, MultipartUploads
+from topwork.clients.s3.objects import MIN_TIME, FileEntry, StoredObject, describe_file
+from topwork.disk_space import report_full_disk
+from topwork.errors import DamagedError, SettingError, UnavailableError
 
 __all__ = [
-    "NEVER",
+    "MIN_TIME",
     "FileEntry",
-    "Meter",
+    "IncompleteUpload",
     "Storage",
     "StorageSettings",
     "StoredObject",
-    "UnfinishedUpload",
-    "entry_of",
-    "make_bucket",
+    "TransferCounter",
+    "create_bucket",
+    "describe_file",
 ]
 
-# Objects that one request lists or deletes at most (limit of the S3 interface).
-REQUEST_OBJECTS = 1000
-# As s3transfer reads downloads: an answer that is slower than one piece in a time-out is given up.
+# Maximum number of objects per delete request (limit of the S3 API).
+MAX_DELETE_OBJECTS = 1000
+# Read size of s3transfer for downloads. Slower than one piece per timeout counts as stalled.
 PIECE_BYTES = 1 << 18
-PARALLEL_PARTS = 8
+CONCURRENT_PARTS = 8
+CONFLICT_RETRY_SECONDS = (0.1, 0.3, 1.0)
 
 
-class BrokenBodyError(boto.HTTPClientError):
-    """The answer began well, and its body broke off or arrived damaged."""
+class TruncatedBodyError(boto.HTTPClientError):
+    """The response started correctly, but its body was truncated or damaged."""
 
-    fmt = "the answer broke off: {error}"
+    fmt = "truncated response: {error}"
 
 
 class Storage:
-    """A folder in object storage. Safe to use from several threads.
+    """Objects below an s3:// URI. Thread-safe.
 
     Args:
         uri: s3://bucket or s3://bucket/prefix.
-        settings: Server and credentials.
-        meter: Counts bytes and retries.
+        settings: Address and credentials of the server; None uses the AWS variables, files and roles.
+        counter: Counts bytes and retries.
 
     Raises:
-        SettingError: If the URI, the profile or the endpoint is not one.
+        SettingError: If the URI, the AWS profile or the endpoint is invalid.
+
+    Example:
+        ```python
+        storage = Storage("s3://ml-artifacts/topwork")
+        storage.write("runs/cats-0f1e2d3c/note.txt", b"hello")
+        storage.read("runs/cats-0f1e2d3c/note.txt")  # b"hello"
+        ```
     """
 
-    def __init__(self, uri: str, settings: StorageSettings = FROM_ENVIRONMENT, meter: Meter | None = None) -> None:
+    def __init__(
+        self, uri: str, settings: StorageSettings | None = None, counter: TransferCounter | None = None
+    ) -> None:
         self.uri = uri.rstrip("/")
-        self._bucket, self._base = split(uri)
-        self._settings = settings
-        self._meter: Meter = meter or Unmetered()
-        self._client = connect(settings, self._meter)
+        self._bucket, self._key_prefix = _parse_uri(uri)
+        self._settings = settings or StorageSettings()
+        self._counter = counter or NullTransferCounter()
+        self._client = connect(self._settings, self._counter)
 
     def uri_of(self, key: str) -> str:
         """Return the s3:// URI of a key."""
         return f"{self.uri}/{key}"
 
     def at(self, uri: str) -> "Storage":
-        """Return storage at another URI, over the same connections.
+        """Return a storage at another URI that shares the connections of this one.
 
         Args:
             uri: s3://bucket or s3://bucket/prefix.
 
         Raises:
-            SettingError: If the URI is not one.
+            SettingError: If the URI is invalid.
         """
         other = object.__new__(Storage)
         other.__dict__.update(self.__dict__)
         other.uri = uri.rstrip("/")
-        other._bucket, other._base = split(uri)
+        other._bucket, other._key_prefix = _parse_uri(uri)
         return other
 
     def check(self) -> None:
-        """Ask the server once, so that a wrong setting is told before any work.
+        """Send one request, so that wrong settings are reported before any work starts.
 
         Raises:
-            SettingError: If the bucket is missing or the credentials are refused.
+            SettingError: If the bucket does not exist or the credentials are rejected.
             UnavailableError: If the server can't be reached.
         """
-        # Not HeadBucket: its answer has no body, so a wrong key and a wrong secret would look the same.
-        with self._told():
-            self._client.list_objects_v2(Bucket=self._bucket, Prefix=self._base, MaxKeys=1)
+        # Not HeadBucket: its response has no body, so a wrong key could not be told from a wrong secret.
+        with self._translate_errors():
+            self._client.list_objects_v2(Bucket=self._bucket, Prefix=self._key_prefix, MaxKeys=1)
 
     def list(self, prefix: str = "") -> Iterator[StoredObject]:
         """List the objects whose key begins with `prefix`, in the order of the server.
 
         Args:
-            prefix: Beginning of the keys, relative to `uri`.
+            prefix: Prefix of the keys, relative to `uri`.
 
         Yields:
-            Objects; their keys are relative to `uri`.
+            The objects, with keys relative to `uri`.
         """
-        pages = self._client.get_paginator("list_objects_v2")
-        with self._told(prefix):
-            for page in pages.paginate(Bucket=self._bucket, Prefix=self._base + prefix):
-                for found in page.get("Contents", ()):
-                    key, etag = found["Key"][len(self._base) :], found.get("ETag", "").strip('"')
-                    yield StoredObject(key, found["Size"], etag, found["LastModified"])
+        paginator = self._client.get_paginator("list_objects_v2")
+        with self._translate_errors(prefix):
+            for page in paginator.paginate(Bucket=self._bucket, Prefix=self._key_prefix + prefix):
+                for item in page.get("Contents", ()):
+                    key, etag = item["Key"][len(self._key_prefix) :], item.get("ETag", "").strip('"')
+                    yield StoredObject(key, item["Size"], etag, item["LastModified"])
 
     def size(self, key: str) -> int | None:
-        """Return the size of an object in bytes; None if it is not there."""
-        with self._told(key):
+        """Return the size of an object in bytes; None if it does not exist."""
+        with self._translate_errors(key):
             try:
-                return int(self._client.head_object(Bucket=self._bucket, Key=self._base + key)["ContentLength"])
+                return int(self._client.head_object(Bucket=self._bucket, Key=self._key_prefix + key)["ContentLength"])
             except boto.ClientError as error:
-                if status_of(error) == 404 and code_of(error) != "NoSuchBucket":
+                if http_status(error) == 404 and error_code(error) != "NoSuchBucket":
                     return None
                 raise
 
     def read(self, key: str) -> bytes | None:
-        """Return a small object as bytes; None if it is not there."""
-        with self._told(key):
-            # botocore's own retries end with the header of an answer; its body can still break off.
+        """Return the content of a small object; None if it does not exist."""
+        with self._translate_errors(key):
+            # botocore's own retries cover the response headers only; the body can still be truncated.
             for attempt in Retrying(
-                retry=retry_if_exception_type(BrokenBodyError),
+                retry=retry_if_exception_type(TruncatedBodyError),
                 stop=stop_after_attempt(self._settings.attempts),
                 wait=wait_random_exponential(multiplier=0.1, max=5),
-                before_sleep=lambda _: self._meter.storage_retry(),
+                before_sleep=lambda _: self._counter.count_storage_retry(),
                 reraise=True,
             ):
                 with attempt:
                     data = self._get(key)
         if data is not None:
-            self._meter.storage_bytes("download", len(data))
+            self._counter.count_storage_bytes("download", len(data))
         return data
 
     def _get(self, key: str) -> bytes | None:
         try:
-            answer = self._client.get_object(Bucket=self._bucket, Key=self._base + key)
+            response = self._client.get_object(Bucket=self._bucket, Key=self._key_prefix + key)
         except boto.ClientError as error:
-            if code_of(error) == "NoSuchKey":
+            if error_code(error) == "NoSuchKey":
                 return None
             raise
-        # Not `with answer["Body"]`: that hands out the bare stream, without checksum and length checked.
-        with closing(answer["Body"]) as body:
+        # Not `with response["Body"]`: that returns the raw stream, whose checksum and length are not verified.
+        with closing(response["Body"]) as body:
             try:
-                # In pieces, so that it can be told whether it goes on.
+                # Read in pieces, so that the stall detection sees progress.
                 return b"".join(iter(partial(body.read, PIECE_BYTES), b""))
             except (boto.HTTPClientError, boto.IncompleteReadError, boto.FlexibleChecksumError) as error:
-                raise BrokenBodyError(error=error) from error
+                raise TruncatedBodyError(error=error) from error
 
     def write(self, key: str, data: bytes, *, only_if_absent: bool = False, content_type: str | None = None) -> bool:
-        """Store a small object.
+        """Write a small object.
 
-        Two writers with `only_if_absent` can't both be told True, unless their bytes are the same: a writer whose
-        answer was lost knows its own work by its bytes.
+        Of two concurrent writers with `only_if_absent`, only one gets True, unless both write the same bytes: a writer
+        whose response was lost recognizes its own object by the content.
 
         Args:
             key: Key of the object.
-            data: All of its bytes.
-            only_if_absent: Leave an object that is there already as it is.
+            data: Content of the object.
+            only_if_absent: Whether to leave an existing object unchanged.
             content_type: Media type, such as application/json.
 
         Returns:
-            False if the object was there already.
+            Whether the object was written; False if it already existed.
         """
-        request: dict[str, Any] = {"Bucket": self._bucket, "Key": self._base + key, "Body": data}
-        if self._checksums:
+        request: dict[str, Any] = {"Bucket": self._bucket, "Key": self._key_prefix + key, "Body": data}
+        if self._uses_checksums:
             request["ChecksumSHA256"] = base64.b64encode(hashlib.sha256(data).digest()).decode()
         if only_if_absent:
             request["IfNoneMatch"] = "*"
         if content_type:
             request["ContentType"] = content_type
-        with self._told(key):
-            written = self._put(key, request)
-        if written:
-            self._meter.storage_bytes("upload", len(data))
-        return written
+        with self._translate_errors(key):
+            is_written = self._put(key, request)
+        if is_written:
+            self._counter.count_storage_bytes("upload", len(data))
+        return is_written
 
     def _put(self, key: str, request: dict[str, Any]) -> bool:
-        for pause_seconds in (0.1, 0.3, 1.0, None):
+        for delay_seconds in (*CONFLICT_RETRY_SECONDS, None):
             try:
                 self._client.put_object(**request)
             except boto.ClientError as error:
-                if status_of(error) == 412:
-                    sent_before = error.response["ResponseMetadata"].get("RetryAttempts", 0) > 0
-                    return bool(sent_before and self.read(key) == request["Body"])
-                # 409: another write was under way. Whether it took hold, only another try can tell.
-                if code_of(error) != "ConditionalRequestConflict" or pause_seconds is None:
+                if http_status(error) == 412:
+                    is_retry = error.response["ResponseMetadata"].get("RetryAttempts", 0) > 0
+                    return bool(is_retry and self.read(key) == request["Body"])
+                # 409: a concurrent write is in progress. Only another attempt shows whether it succeeded.
+                if error_code(error) != "ConditionalRequestConflict" or delay_seconds is None:
                     raise
-                self._meter.storage_retry()
-                time.sleep(pause_seconds)
+                self._counter.count_storage_retry()
+                time.sleep(delay_seconds)
             else:
                 return True
-        raise AssertionError("the last pause is None")
+        raise AssertionError("the last attempt returns or raises")
 
     def upload(self, path: Path, key: str) -> FileEntry:
-        """Store a file, in parallel parts when it is large.
+        """Upload a file, in concurrent parts if it is large.
 
         Args:
             path: Local file.
@@ -213,112 +230,121 @@ class Storage:
             Size and digest of the file.
 
         Raises:
-            UnavailableError: If the stored size is not that of the file.
+            UnavailableError: If the size of the stored object differs from that of the file.
         """
-        entry = entry_of(path)
-        extra = {"ChecksumAlgorithm": "SHA256"} if self._checksums else {}
-        with self._told(key), self._transfers() as transfers:
-            counted = self._counted("upload")
-            transfers.upload(str(path), self._bucket, self._base + key, extra, counted).result()
+        entry = describe_file(path)
+        extra_args = {"ChecksumAlgorithm": "SHA256"} if self._uses_checksums else {}
+        with self._translate_errors(key), self._transfer_manager() as transfers:
+            callbacks = self._progress_callbacks("upload")
+            transfers.upload(str(path), self._bucket, self._key_prefix + key, extra_args, callbacks).result()
         if (stored := self.size(key)) != entry.size:
             raise UnavailableError(
-                f"{self.uri_of(key)} holds {stored} bytes after the upload of {path} with {entry.size}: "
-                "the file changed meanwhile, or another writer uses the key. Try again."
+                f"{self.uri_of(key)} has {stored} bytes after the upload of {path} with {entry.size} bytes: "
+                "the file changed during the upload, or another process wrote to the key. Try again."
             )
         return entry
 
     def download(self, key: str, path: Path, expected: FileEntry | None = None) -> FileEntry:
-        """Fetch an object to a file that appears whole or not at all.
+        """Download an object to a file, which appears only when it is complete.
 
         Args:
             key: Key of the object.
-            path: Local file; its folder is made, and a file of that name replaced.
-            expected: What the file must be; anything else is fetched once more and then refused.
+            path: Local file. Its directory is created, and an existing file is replaced.
+            expected: Expected size and digest. A mismatch is downloaded once more and then rejected.
 
         Returns:
             Size and digest of the file.
 
         Raises:
             DataError: If the object does not exist.
-            DamagedError: If what arrives is not what was expected.
+            DamagedError: If the content does not match `expected`.
             UnavailableError: If storage can't be reached, or the disk is full.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(path.name + ".part")
         try:
-            # A full disk is no damage of what is stored: who asks must be able to tell the two apart.
-            with room_told(path.parent):
-                entry = self._fetch(key, part)
+            # A full disk must not look like a damaged object: callers handle the two differently.
+            with report_full_disk(path.parent):
+                entry = self._download(key, part)
             if expected and entry != expected:
-                self._meter.storage_retry()
-                entry = self._fetch(key, part)
+                self._counter.count_storage_retry()
+                entry = self._download(key, part)
             if expected and entry != expected:
                 raise DamagedError(
-                    f"{self.uri_of(key)} is not what its manifest says: expected {expected.size} bytes with SHA-256 "
-                    f"{expected.sha256}, got {entry.size} bytes with {entry.sha256}. It was damaged or replaced: "
-                    "try again, and delete it with its manifest if this stays so."
+                    f"{self.uri_of(key)} does not match its manifest: expected {expected.size} bytes with SHA-256 "
+                    f"{expected.sha256}, got {entry.size} bytes with {entry.sha256}. The object was damaged or "
+                    "replaced: try again, and if the error persists, delete the object and its manifest."
                 )
             part.replace(path)
         finally:
             part.unlink(missing_ok=True)
         return entry
 
-    def _fetch(self, key: str, part: Path) -> FileEntry:
-        with self._told(key), part.open("wb") as file, self._transfers() as transfers:
-            transfers.download(self._bucket, self._base + key, file, None, self._counted("download")).result()
-        return entry_of(part)
+    def _download(self, key: str, part: Path) -> FileEntry:
+        with self._translate_errors(key), part.open("wb") as file, self._transfer_manager() as transfers:
+            callbacks = self._progress_callbacks("download")
+            transfers.download(self._bucket, self._key_prefix + key, file, None, callbacks).result()
+        return describe_file(part)
 
     def delete(self, keys: Iterable[str]) -> None:
-        """Delete objects; those that are not there count as deleted.
+        """Delete objects. Keys that do not exist are ignored.
 
         Args:
             keys: Keys of the objects.
         """
         remaining = iter(keys)
-        while batch := [{"Key": self._base + key} for key in islice(remaining, REQUEST_OBJECTS)]:
-            with self._told():
-                answer = self._client.delete_objects(Bucket=self._bucket, Delete={"Objects": batch, "Quiet": True})
-            for error in answer.get("Errors", ()):
+        while batch := [{"Key": self._key_prefix + key} for key in islice(remaining, MAX_DELETE_OBJECTS)]:
+            with self._translate_errors():
+                response = self._client.delete_objects(Bucket=self._bucket, Delete={"Objects": batch, "Quiet": True})
+            for error in response.get("Errors", ()):
                 target = f"s3://{self._bucket}/{error.get('Key')}"
                 status = {"HTTPStatusCode": 403 if error.get("Code") == "AccessDenied" else 500}
                 failure = boto.ClientError({"Error": error, "ResponseMetadata": status}, "DeleteObjects")
-                raise refused(failure, self._endpoint, self._bucket, target)
+                raise error_from_response(failure, self._endpoint, self._bucket, target)
 
     @property
-    def uploads(self) -> Uploads:
-        """Multipart uploads that were begun below `uri` and not ended."""
-        return Uploads(self._client, self._bucket, self._base, self._told)
+    def multipart_uploads(self) -> MultipartUploads:
+        """Incomplete multipart uploads below `uri`."""
+        return MultipartUploads(self._client, self._bucket, self._key_prefix, self._translate_errors)
 
     @property
     def _endpoint(self) -> str:
         return str(self._client.meta.endpoint_url)
 
     @property
-    def _checksums(self) -> bool:
-        # The user turns them off (AWS_REQUEST_CHECKSUM_CALCULATION) for servers that don't know them.
+    def _uses_checksums(self) -> bool:
+        # Users disable them (AWS_REQUEST_CHECKSUM_CALCULATION) for servers that do not support them.
         return bool(self._client.meta.config.request_checksum_calculation != "when_required")
 
     @contextmanager
-    def _told(self, key: str = "") -> Iterator[None]:
-        with told(self._endpoint, self._bucket, self.uri_of(key) if key else self.uri):
+    def _translate_errors(self, key: str = "") -> Iterator[None]:
+        with translate_errors(self._endpoint, self._bucket, self.uri_of(key) if key else self.uri):
             try:
                 yield
             except boto.ClientError as error:
-                if error.operation_name == "HeadObject" and status_of(error) in {400, 403}:
-                    # The answer to a HEAD has no body: another request learns what is wrong.
-                    self._client.list_objects_v2(Bucket=self._bucket, Prefix=self._base + key, MaxKeys=1)
+                if error.operation_name == "HeadObject" and http_status(error) in {400, 403}:
+                    # The response to a HEAD request has no body: another request gets the error code.
+                    self._client.list_objects_v2(Bucket=self._bucket, Prefix=self._key_prefix + key, MaxKeys=1)
                 raise
 
-    def _transfers(self) -> Any:
-        part = self._settings.part_bytes
-        plan = TransferConfig(
-            multipart_threshold=part,
-            multipart_chunksize=part,
-            max_concurrency=PARALLEL_PARTS,
-            # The other client, chosen by itself on some machines, neither counts nor retries as this module says.
+    def _transfer_manager(self) -> Any:
+        config = TransferConfig(
+            multipart_threshold=self._settings.part_bytes,
+            multipart_chunksize=self._settings.part_bytes,
+            max_concurrency=CONCURRENT_PARTS,
+            # The CRT client, which boto3 selects on some machines, ignores the event handlers of `connect`.
             preferred_transfer_client="classic",
         )
-        return create_transfer_manager(self._client, plan)
+        return create_transfer_manager(self._client, config)
 
-    def _counted(self, direction: str) -> Any:
-        return [ProgressCallbackInvoker(lambda count: self._meter.storage_bytes(direction, count))]
+    def _progress_callbacks(self, direction: str) -> Any:
+        return [ProgressCallbackInvoker(lambda count: self._counter.count_storage_bytes(direction, count))]
+
+
+def _parse_uri(uri: str) -> tuple[str, str]:
+    """Split a storage URI into bucket and key prefix."""
+    parts = urlsplit(uri)
+    if parts.scheme != "s3" or not parts.netloc or parts.query or parts.fragment:
+        raise SettingError(f"{uri!r} is not a storage URI: expected s3://bucket or s3://bucket/prefix.")
+    prefix = parts.path.strip("/")
+    return parts.netloc, f"{prefix}/" if prefix else ""

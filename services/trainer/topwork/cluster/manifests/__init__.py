@@ -1,1 +1,1 @@
-"""From a job spec to Kubernetes objects."""
+"""Building the Kubernetes objects of a run from its job spec."""

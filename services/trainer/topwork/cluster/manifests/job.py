@@ -1,4 +1,4 @@
-"""Kubernetes Jobs: how often and how long a pod is tried, and what its exit codes mean."""
+"""The Kubernetes Job around a pod template: retries, deadline, and the meaning of exit codes."""
 
 from typing import Any
 
@@ -6,13 +6,14 @@ from topwork.cluster.names import Role, job_labels
 from topwork.errors import DataError, GateError, Stopped
 from topwork.spec import TransferJob
 
-# What can't be mended by another try (2 and 3), and what was stopped with its checkpoint stored (143).
-HOPELESS = (DataError.exit_code, GateError.exit_code)
+# A retry can't fix a wrong spec or wrong data (2), or an unmet gate (3).
+PERMANENT_FAILURES = (DataError.exit_code, GateError.exit_code)
+# Stopped with a stored checkpoint (143): retried, but not counted.
 STOPPED = (Stopped.exit_code,)
 
 
-def job_manifest(job: TransferJob, role: Role, name: str, template: dict[str, Any]) -> dict[str, Any]:
-    """Build a Job around a pod.
+def build_job(job: TransferJob, role: Role, name: str, template: dict[str, Any]) -> dict[str, Any]:
+    """Build a Job around a pod template.
 
     Args:
         job: The job.
@@ -21,7 +22,7 @@ def job_manifest(job: TransferJob, role: Role, name: str, template: dict[str, An
         template: Its pod template.
 
     Returns:
-        A Job without namespace and digest.
+        A Job without namespace and digest annotation.
     """
     compute = job.spec.compute
     return {
@@ -34,18 +35,18 @@ def job_manifest(job: TransferJob, role: Role, name: str, template: dict[str, An
             "backoffLimit": compute.retries,
             "activeDeadlineSeconds": compute.deadline_seconds,
             "ttlSecondsAfterFinished": compute.ttl_seconds_after_finished,
-            # Two pods must never share a run: the next begins when the last one has ended.
+            # Two pods must never share a run: the next pod starts only after the previous one has terminated.
             "podReplacementPolicy": "Failed",
-            "podFailurePolicy": {"rules": failure_rules()},
+            "podFailurePolicy": {"rules": _pod_failure_rules()},
             "template": template,
         },
     }
 
 
-def failure_rules() -> list[dict[str, Any]]:
-    """Say what the end of a pod means; the first rule that fits holds, and any other end counts as a retry."""
+def _pod_failure_rules() -> list[dict[str, Any]]:
+    """Return the rules for a failed pod: the first match applies; any other failure counts as a retry."""
     return [
-        {"action": "FailJob", "onExitCodes": {"operator": "In", "values": list(HOPELESS)}},
+        {"action": "FailJob", "onExitCodes": {"operator": "In", "values": list(PERMANENT_FAILURES)}},
         {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
         {"action": "Ignore", "onExitCodes": {"operator": "In", "values": list(STOPPED)}},
     ]

@@ -1,13 +1,14 @@
-"""Pods of a job: the one that trains, and the one that only pulls."""
+"""Pod templates: the pod that trains, and the pod that only pulls the dataset."""
 
 from copy import deepcopy
-from typing import Any
+from typing import Any, NamedTuple
 
 from topwork.cluster.names import (
+    GPU_RESOURCE,
+    JOB_DIRECTORY,
     JOB_FILE,
-    JOB_FOLDER,
     METRICS_PORTS,
-    SCRATCH,
+    SCRATCH_DIRECTORY,
     STORAGE_SECRET,
     Role,
     StageName,
@@ -15,16 +16,19 @@ from topwork.cluster.names import (
     pod_labels,
 )
 from topwork.spec import TransferJob
-from topwork.spec.compute import in_bytes, in_millicores
+from topwork.spec.kubernetes_types import cpu_to_millicores, quantity_to_bytes
 
-USER = 65532
-"""User and group of the image, as a number: only so can the kubelet tell that it is not root."""
-PREFETCH_MILLICORES, PREFETCH_MEMORY = 4000, "8Gi"
-"""What the pod that only pulls asks for at most."""
+HOME_DIRECTORY = "/home/topwork"
+TEMP_DIRECTORY = "/tmp"  # noqa: S108 - an emptyDir of the pod
+CA_DIRECTORY = "/etc/topwork-ca"
+USER_ID = 65532
+"""User and group of the image: the kubelet can verify runAsNonRoot only if the user is numeric."""
+PREFETCH_MAX_MILLICORES, PREFETCH_MAX_MEMORY = 4000, "8Gi"
+"""Upper bounds for the requests of the pod that only pulls."""
 
 
-def training_pod(job: TransferJob, image: str) -> dict[str, Any]:
-    """Build the template of the pod that trains: pull and transfer first, then fine-tune, which publishes, too.
+def training_pod_template(job: TransferJob, image: str) -> dict[str, Any]:
+    """Build the template of the pod that trains: init containers pull and transfer; fine-tune also publishes.
 
     Args:
         job: The job.
@@ -34,19 +38,22 @@ def training_pod(job: TransferJob, image: str) -> dict[str, Any]:
         A pod template.
     """
     compute = job.spec.compute
-    pulling = {"cpu": cores(in_millicores(compute.cpu)), "memory": compute.memory}
-    training = pulling | ({GPU: compute.gpus} if compute.gpus else {})
+    without_gpus = {"cpu": _cpu_quantity(cpu_to_millicores(compute.cpu)), "memory": compute.memory}
+    with_gpus = without_gpus | ({GPU_RESOURCE: compute.gpus} if compute.gpus else {})
     spec = {
         "nodeSelector": dict(compute.node_selector),
         "affinity": deepcopy(compute.affinity),
-        "initContainers": [container(job, "pull", image, pulling), container(job, "transfer", image, training)],
-        "containers": [container(job, "fine-tune", image, training)],
+        "initContainers": [
+            _container(job, "pull", image, without_gpus),
+            _container(job, "transfer", image, with_gpus),
+        ],
+        "containers": [_container(job, "fine-tune", image, with_gpus)],
     }
-    return _template(job, "training", spec)
+    return _pod_template(job, "training", spec)
 
 
-def prefetch_pod(job: TransferJob, image: str) -> dict[str, Any]:
-    """Build the template of the pod that pulls ahead: no GPUs, and nothing that chooses nodes which have them.
+def prefetch_pod_template(job: TransferJob, image: str) -> dict[str, Any]:
+    """Build the template of the pod that only pulls: it requests no GPUs and selects no GPU nodes.
 
     Args:
         job: The job.
@@ -56,19 +63,20 @@ def prefetch_pod(job: TransferJob, image: str) -> dict[str, Any]:
         A pod template.
     """
     compute = job.spec.compute
-    pulling = {
-        "cpu": cores(min(in_millicores(compute.cpu), PREFETCH_MILLICORES)),
-        "memory": min(compute.memory, PREFETCH_MEMORY, key=in_bytes),
+    resources = {
+        "cpu": _cpu_quantity(min(cpu_to_millicores(compute.cpu), PREFETCH_MAX_MILLICORES)),
+        "memory": min(compute.memory, PREFETCH_MAX_MEMORY, key=quantity_to_bytes),
     }
-    return _template(job, "prefetch", {"containers": [container(job, "pull", image, pulling)]})
+    return _pod_template(job, "prefetch", {"containers": [_container(job, "pull", image, resources)]})
 
 
-def cores(millicores: int) -> int | str:
-    """Write cores as people do: whole ones as a number, parts in thousandths."""
+def _cpu_quantity(millicores: int) -> int | str:
+    """Write CPUs as in a manifest: whole cores as a number, fractions in millicores."""
     return f"{millicores}m" if millicores % 1000 else millicores // 1000
 
 
-def _template(job: TransferJob, role: Role, own: dict[str, Any]) -> dict[str, Any]:
+def _pod_template(job: TransferJob, role: Role, role_spec: dict[str, Any]) -> dict[str, Any]:
+    """Combine what both pods share with the containers and node selection of a role."""
     compute = job.spec.compute
     metadata = {"labels": pod_labels(job, role), "annotations": dict(compute.annotations)}
     spec = {
@@ -82,48 +90,44 @@ def _template(job: TransferJob, role: Role, own: dict[str, Any]) -> dict[str, An
         "tolerations": deepcopy(list(compute.tolerations)),
         "securityContext": {
             "runAsNonRoot": True,
-            "runAsUser": USER,
-            "runAsGroup": USER,
-            "fsGroup": USER,
+            "runAsUser": USER_ID,
+            "runAsGroup": USER_ID,
+            "fsGroup": USER_ID,
             "fsGroupChangePolicy": "OnRootMismatch",
             "seccompProfile": {"type": "RuntimeDefault"},
         },
-        **own,
-        "volumes": volumes(job, training=role == "training"),
+        **role_spec,
+        "volumes": [{"name": volume.name, **volume.source} for volume in _volumes(job, training=role == "training")],
     }
-    return {"metadata": _given(metadata), "spec": _given(spec)}
+    return {"metadata": _without_empty(metadata), "spec": _without_empty(spec)}
 
 
-def _given(manifest: dict[str, Any]) -> dict[str, Any]:
-    """Leave out what nobody asked for."""
-    return {key: value for key, value in manifest.items() if value not in (None, {}, [])}
+def _without_empty(fields: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in fields.items() if value not in (None, {}, [])}
 
 
-GPU = "nvidia.com/gpu"
-
-
-def container(job: TransferJob, stage: StageName, image: str, amounts: dict[str, Any]) -> dict[str, Any]:
-    """Build the container of a stage.
+def _container(job: TransferJob, stage: StageName, image: str, resources: dict[str, Any]) -> dict[str, Any]:
+    """Build the container of a stage, as the restricted Pod Security Standard requires.
 
     Args:
         job: The job.
-        stage: What the container does; the last stage publishes, too.
+        stage: The stage that the container runs.
         image: Image whose entrypoint is `topwork`.
-        amounts: Resources by name. What is requested is also the limit: the pod gets it, and gets no more.
+        resources: Amounts by resource name, used as requests and limits.
 
     Returns:
-        A container that the restricted Pod Security Standard admits.
+        A container.
     """
     return {
         "name": stage,
         "image": image,
-        "args": ["stage", stage, "--job", f"{JOB_FOLDER}/{JOB_FILE}"],
-        "env": environment(job),
-        # A Secret that is missing must not keep the pod from starting: the process ends with 2 and says what it lacks.
+        "args": ["stage", stage, "--job", f"{JOB_DIRECTORY}/{JOB_FILE}"],
+        "env": _environment(job),
+        # If the Secret is missing, the pod still starts: the process exits with 2 and names what is missing.
         "envFrom": [{"secretRef": {"name": STORAGE_SECRET, "optional": True}}],
         "ports": [{"name": f"http-{stage}", "containerPort": METRICS_PORTS[stage]}],
-        "resources": {"requests": dict(amounts), "limits": dict(amounts)},
-        "volumeMounts": mounts(job, training=stage != "pull"),
+        "resources": {"requests": dict(resources), "limits": dict(resources)},
+        "volumeMounts": [volume.mount() for volume in _volumes(job, training=stage != "pull")],
         "securityContext": {
             "allowPrivilegeEscalation": False,
             "readOnlyRootFilesystem": True,
@@ -133,72 +137,58 @@ def container(job: TransferJob, stage: StageName, image: str, amounts: dict[str,
     }
 
 
-def environment(job: TransferJob) -> list[dict[str, Any]]:
-    """List the variables of a container: where it may write, and what it can't find out by itself."""
-    grace = job.spec.compute.termination_grace_period_seconds
-    found: list[dict[str, Any]] = [
-        {"name": "HOME", "value": HOME},
-        {"name": "TMPDIR", "value": TEMPORARY},
-        {"name": "KERAS_HOME", "value": f"{SCRATCH}/keras"},
-        {"name": "TFDS_DATA_DIR", "value": f"{SCRATCH}/tfds"},
-        {"name": "TOPWORK_GRACE_SECONDS", "value": str(grace)},
-        # TensorFlow counts the cores of the node and not those of the container.
+def _environment(job: TransferJob) -> list[dict[str, Any]]:
+    """List the environment variables of a container: writable directories, and what it can't detect itself."""
+    compute = job.spec.compute
+    variables: list[dict[str, Any]] = [
+        {"name": "HOME", "value": HOME_DIRECTORY},
+        {"name": "TMPDIR", "value": TEMP_DIRECTORY},
+        {"name": "KERAS_HOME", "value": f"{SCRATCH_DIRECTORY}/keras"},
+        {"name": "TFDS_DATA_DIR", "value": f"{SCRATCH_DIRECTORY}/tfds"},
+        {"name": "TOPWORK_GRACE_SECONDS", "value": str(compute.termination_grace_period_seconds)},
+        # TensorFlow counts the cores of the node, not the CPU limit of the container.
         {"name": "TF_NUM_INTRAOP_THREADS", "valueFrom": {"resourceFieldRef": {"resource": "limits.cpu"}}},
     ]
-    if job.spec.compute.extra_ca:
-        found.append({"name": "TOPWORK_EXTRA_CA", "value": f"{CA_FOLDER}/{job.spec.compute.extra_ca.key}"})
-    return found
+    if compute.extra_ca:
+        variables.append({"name": "TOPWORK_EXTRA_CA", "value": f"{CA_DIRECTORY}/{compute.extra_ca.key}"})
+    return variables
 
 
-HOME = "/home/topwork"
-TEMPORARY = "/tmp"  # noqa: S108 - an emptyDir of the pod's own
-CA_FOLDER = "/etc/topwork-ca"
+class _Volume(NamedTuple):
+    """A volume of the pod and its mount path in the containers."""
+
+    name: str
+    source: dict[str, Any]
+    mount_path: str
+    read_only: bool = False
+
+    def mount(self) -> dict[str, Any]:
+        return {"name": self.name, "mountPath": self.mount_path} | ({"readOnly": True} if self.read_only else {})
 
 
-def volumes(job: TransferJob, *, training: bool) -> list[dict[str, Any]]:
-    """List the volumes of a pod: the root of its containers is read-only, so what they write lies in these.
+def _volumes(job: TransferJob, *, training: bool) -> list[_Volume]:
+    """List the volumes: the root filesystem is read-only, so containers write to emptyDirs with a size limit.
 
     Args:
         job: The job.
-        training: Whether the pod trains.
+        training: Whether the pod or container trains: NCCL and tf.data need more shared memory than the default of
+            64 MiB (nccl#525).
 
     Returns:
-        Volumes, each emptyDir with its size limit.
+        The volumes, in the order in which they are mounted.
     """
     compute = job.spec.compute
-    found: list[dict[str, Any]] = [
-        {"name": "job", "configMap": {"name": object_name(job)}},
-        {"name": "scratch", "emptyDir": {"sizeLimit": compute.scratch}},
-        {"name": "home", "emptyDir": {"sizeLimit": "1Gi"}},
-        {"name": "tmp", "emptyDir": {"sizeLimit": "4Gi"}},
+    volumes = [
+        _Volume("job", {"configMap": {"name": object_name(job)}}, JOB_DIRECTORY, read_only=True),
+        _Volume("scratch", {"emptyDir": {"sizeLimit": compute.scratch}}, SCRATCH_DIRECTORY),
+        _Volume("home", {"emptyDir": {"sizeLimit": "1Gi"}}, HOME_DIRECTORY),
+        _Volume("tmp", {"emptyDir": {"sizeLimit": "4Gi"}}, TEMP_DIRECTORY),
     ]
     if training:
-        found.append({"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": compute.shared_memory}})
+        shared_memory = {"emptyDir": {"medium": "Memory", "sizeLimit": compute.shared_memory}}
+        volumes.append(_Volume("shm", shared_memory, "/dev/shm"))  # noqa: S108 - an emptyDir of the pod
     if compute.extra_ca:
-        # One that is missing must not keep the pod waiting, with its GPUs: the process ends with 2 and names it.
-        found.append({"name": "ca", "configMap": {"name": compute.extra_ca.config_map, "optional": True}})
-    return found
-
-
-def mounts(job: TransferJob, *, training: bool) -> list[dict[str, Any]]:
-    """List where a container finds the volumes.
-
-    Args:
-        job: The job.
-        training: Whether the container trains: NCCL and tf.data need more shared memory than a container has by
-            itself (64 MiB, nccl#525).
-
-    Returns:
-        Mounts, those that only configure the container read-only.
-    """
-    found: list[dict[str, Any]] = [
-        {"name": "job", "mountPath": JOB_FOLDER, "readOnly": True},
-        {"name": "scratch", "mountPath": SCRATCH},
-        {"name": "home", "mountPath": HOME},
-        {"name": "tmp", "mountPath": TEMPORARY},
-    ]
-    if training:
-        found.append({"name": "shm", "mountPath": "/dev/shm"})  # noqa: S108 - likewise
-    if job.spec.compute.extra_ca:
-        found.append({"name": "ca", "mountPath": CA_FOLDER, "readOnly": True})
-    return found
+        # A missing ConfigMap must not keep a pod with GPUs pending: the process exits with 2 and names it.
+        config_map = {"configMap": {"name": compute.extra_ca.config_map, "optional": True}}
+        volumes.append(_Volume("ca", config_map, CA_DIRECTORY, read_only=True))
+    return volumes

@@ -1,4 +1,4 @@
-"""A job spec as the objects of a cluster: what `render` prints and `submit` applies. Pure: no file, no network."""
+"""Rendering a job spec as Kubernetes objects: what `render` prints and `submit` applies. No I/O."""
 
 import hashlib
 import json
@@ -8,59 +8,60 @@ from dataclasses import dataclass
 
 from topwork import __version__
 from topwork.clients.kubernetes import KubernetesObject
-from topwork.cluster.manifests.job import job_manifest
-from topwork.cluster.manifests.pod import prefetch_pod, training_pod
-from topwork.cluster.names import DIGEST_ANNOTATION, JOB_FILE, labels, object_name, prefetch_name
+from topwork.cluster.manifests.job import build_job
+from topwork.cluster.manifests.pod import prefetch_pod_template, training_pod_template
+from topwork.cluster.names import DIGEST_ANNOTATION, JOB_FILE, labels, object_name, prefetch_job_name
 from topwork.errors import SettingError, SpecError
 from topwork.spec import TransferJob
-from topwork.spec.messages import shown
+from topwork.spec.messages import format_value
 from topwork.spec.uris import SCHEME
-from topwork.spec.yaml_output import plain, yaml_text
+from topwork.spec.yaml_output import dump_job, job_to_dict
 
-# [registry[:port]/]name[:tag][@digest], as container runtimes read it (github.com/distribution/reference).
-IMAGE = re.compile(
+# [registry[:port]/]name[:tag][@digest], as container runtimes parse it (github.com/distribution/reference).
+IMAGE_REFERENCE = re.compile(
     r"([A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?(:[0-9]+)?/)?"
     r"[a-z0-9]+((\.|_|__|-+|/)[a-z0-9]+)*(:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?(@sha256:[0-9a-f]{64})?"
 )
-NAMESPACE = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
+NAMESPACE_NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 
 
 @dataclass(frozen=True)
-class Placement:
-    """What a spec leaves open, because it changes from cluster to cluster.
+class RenderOptions:
+    """Cluster-specific values that a spec leaves open.
 
     Attributes:
-        image: Image of all containers; None is what `make image` builds, for GPUs where the job has any.
-        namespace: Namespace of all objects; None leaves it to whoever applies them.
+        image: Image of all containers; None for the image that `make image` builds, with GPU support if the job
+            requests GPUs.
+        namespace: Namespace of all objects; None leaves it to `kubectl apply`.
 
     Raises:
-        SettingError: If the image or the namespace can't be one.
+        SettingError: If the image or the namespace is not valid.
     """
 
     image: str | None = None
     namespace: str | None = None
 
     def __post_init__(self) -> None:
-        if self.image is not None and not IMAGE.fullmatch(self.image):
+        if self.image is not None and not IMAGE_REFERENCE.fullmatch(self.image):
             raise SettingError(
-                f"the image {shown(self.image)} is no image reference. Expected: [registry/]name[:tag][@sha256:…], "
-                "such as registry.example.com/team/topwork:1.0-gpu."
+                f"the image {format_value(self.image)} is not a valid image reference. Expected: "
+                "[registry/]name[:tag][@sha256:…], such as registry.example.com/team/topwork:1.0-gpu."
             )
-        if self.namespace is not None and not NAMESPACE.fullmatch(self.namespace):
+        if self.namespace is not None and not NAMESPACE_NAME.fullmatch(self.namespace):
             raise SettingError(
-                f"the namespace {shown(self.namespace)} can't be one. Expected: a-z, 0-9 and dash, first and last no "
-                "dash, at most 63 characters."
+                f"the namespace {format_value(self.namespace)} is not a valid name. Expected: lowercase letters, "
+                "digits and hyphens, starting and ending with a letter or digit, at most 63 characters."
             )
 
 
 @dataclass(frozen=True)
-class Rendered:
-    """The objects of a job.
+class RenderedObjects:
+    """The Kubernetes objects of a run.
 
     Attributes:
-        config_map: The spec in full, as the pods read it.
+        config_map: ConfigMap with the complete spec, which the pods read.
         training: The Job that trains.
-        prefetch: The Job that pulls ahead, where the spec asks for it.
+        prefetch: The Job that only pulls the dataset, if the spec requests one.
     """
 
     config_map: KubernetesObject
@@ -69,73 +70,71 @@ class Rendered:
 
     @property
     def objects(self) -> list[KubernetesObject]:
-        """All of them, each after what it needs."""
+        """All objects, each after the objects that it depends on."""
         return [self.config_map, *([self.prefetch] if self.prefetch else []), self.training]
 
 
-def render(job: TransferJob, placement: Placement) -> Rendered:
-    """Turn a job into the objects of a cluster.
+def render(job: TransferJob, options: RenderOptions) -> RenderedObjects:
+    """Render a job as Kubernetes objects.
 
     Args:
         job: The job.
-        placement: Image and namespace.
+        options: Image and namespace.
 
     Returns:
-        The objects; the same for the same arguments and version.
+        The objects; the same for the same arguments and version of topwork.
 
     Raises:
-        SpecError: If the spec names what only this machine has.
+        SpecError: If the spec refers to files on this machine.
+
+    Example:
+        >>> rendered = render(job, RenderOptions(namespace="vision"))
+        >>> [each["kind"] for each in rendered.objects]
+        ['ConfigMap', 'Job']
     """
-    refused = [
-        f"{path}: {shown(value)} is a path on this machine: a pod can't read it. Put it into object storage: s3://…"
-        for path, value in local_paths(job)
+    local_paths = [
+        f"{path}: {format_value(value)} is a path on this machine: a pod can't read it. Upload it to object storage: s3://…"
+        for path, value in _find_local_paths(job)
     ]
-    if refused:
-        raise SpecError("\n".join(refused))
-    image = placement.image or f"topwork:{__version__}-{'gpu' if job.spec.compute.gpus else 'cpu'}"
+    if local_paths:
+        raise SpecError("\n".join(local_paths))
+    image = options.image or f"topwork:{__version__}-{'gpu' if job.spec.compute.gpus else 'cpu'}"
     config_map = {
         "apiVersion": "v1",
         "kind": "ConfigMap",
         "metadata": {"name": object_name(job), "labels": labels(job)},
-        "data": {JOB_FILE: yaml_text(job)},
+        "data": {JOB_FILE: dump_job(job)},
     }
-    training = job_manifest(job, "training", object_name(job), training_pod(job, image))
+    training = build_job(job, "training", object_name(job), training_pod_template(job, image))
     prefetch = None
     if job.spec.compute.prefetch:
-        prefetch = job_manifest(job, "prefetch", prefetch_name(job), prefetch_pod(job, image))
-    return Rendered(
-        _placed(config_map, placement),
-        _placed(_signed(training, job), placement),
-        _placed(_signed(prefetch, job), placement) if prefetch else None,
+        prefetch = build_job(job, "prefetch", prefetch_job_name(job), prefetch_pod_template(job, image))
+    return RenderedObjects(
+        _with_namespace(config_map, options),
+        _with_namespace(_with_digest(training, job), options),
+        _with_namespace(_with_digest(prefetch, job), options) if prefetch else None,
     )
 
 
-def _signed(manifest: KubernetesObject, job: TransferJob) -> KubernetesObject:
-    """Add the digest of what was rendered. The namespace is none of it: there, the same Job is another object.
+def _with_digest(kubernetes_job: KubernetesObject, job: TransferJob) -> KubernetesObject:
+    """Annotate a Job with the digest of its content and its spec, before a namespace is added.
 
-    The spec counts by what it says and not by how it is written: the Helm chart writes YAML in another style.
+    The digest covers the values of the spec, not its text: the Helm chart writes the same YAML in another style.
     """
-    content = json.dumps([manifest, plain(job)], sort_keys=True, separators=(",", ":"))
+    content = json.dumps([kubernetes_job, job_to_dict(job)], sort_keys=True, separators=(",", ":"))
     digest = hashlib.sha256(content.encode()).hexdigest()
-    return manifest | {"metadata": manifest["metadata"] | {"annotations": {DIGEST_ANNOTATION: digest}}}
+    return kubernetes_job | {"metadata": kubernetes_job["metadata"] | {"annotations": {DIGEST_ANNOTATION: digest}}}
 
 
-def _placed(manifest: KubernetesObject, placement: Placement) -> KubernetesObject:
-    if placement.namespace is None:
-        return manifest
-    name, *others = manifest["metadata"].items()
-    return manifest | {"metadata": dict([name, ("namespace", placement.namespace), *others])}
+def _with_namespace(obj: KubernetesObject, options: RenderOptions) -> KubernetesObject:
+    if options.namespace is None:
+        return obj
+    name, *others = obj["metadata"].items()
+    return obj | {"metadata": dict([name, ("namespace", options.namespace), *others])}
 
 
-def local_paths(job: TransferJob) -> Iterator[tuple[str, str]]:
-    """Find the addresses that only the user's machine knows.
-
-    Args:
-        job: The job.
-
-    Yields:
-        The path of each key and its value.
-    """
+def _find_local_paths(job: TransferJob) -> Iterator[tuple[str, str]]:
+    """Yield the path and value of each key that refers to a file on this machine."""
     source, base = job.spec.dataset.source, job.spec.model.base
     for kind in ("folder", "archive", "table"):
         if (given := getattr(source, kind)) and not SCHEME.match(given.uri):

@@ -1,1 +1,1 @@
-"""Submit, cancel, follow, list and read logs of runs."""
+"""Operations on runs: submit, cancel, follow, list, and read logs."""

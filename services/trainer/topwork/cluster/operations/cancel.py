@@ -1,4 +1,4 @@
-"""Cancelling a run: its Jobs go, its pods write their checkpoint, and nothing is left in the cluster."""
+"""Canceling a run: deleting its Jobs, pods and ConfigMap, and waiting until its pods wrote their checkpoint."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -7,130 +7,121 @@ from typing import TYPE_CHECKING
 
 from topwork.clients.kubernetes import KubernetesObject
 from topwork.cluster.names import RUN_LABEL
-from topwork.cluster.operations.find_runs import NAME, OURS, find_run
-from topwork.cluster.status.objects import is_being_deleted, name_of
+from topwork.cluster.operations.runs import NAME, TOPWORK_SELECTOR, find_run
+from topwork.cluster.status.objects import is_being_deleted, kubectl_name, name_of, owner_uids
 from topwork.errors import SettingError, UnavailableError
 
 if TYPE_CHECKING:
     from topwork.clients.kubernetes.cluster import Cluster
 
-FIRST_PAUSE_SECONDS = 0.25
-LONGEST_PAUSE_SECONDS = 2.0
-# What deletion may take beyond the grace period of the pods.
-DELETION_SECONDS = 120.0
-OVER = {"Succeeded", "Failed"}
+MIN_PAUSE_SECONDS = 0.25
+MAX_PAUSE_SECONDS = 2.0
+# How long deletion may take in addition to the grace period of the pods.
+DELETION_TIMEOUT_SECONDS = 120.0
+FINISHED_POD_PHASES = {"Succeeded", "Failed"}
 
 
-def find_cancellable(cluster: "Cluster", name: str) -> str:
-    """Find the run that a user names; a ConfigMap that was left alone is enough.
+def find_run_to_cancel(cluster: "Cluster", name: str) -> str:
+    """Find the run that a name refers to, even if only its ConfigMap is left.
 
     Args:
         cluster: The cluster.
-        name: Name of a job, for its newest run, or of a run.
+        name: Name of a run, or of a job, for its newest run.
 
     Returns:
         Name of the run.
 
     Raises:
-        SettingError: If there is none; it names those that there are.
+        SettingError: If there is no such run; the message lists the existing runs.
     """
     try:
         return find_run(cluster, name).run
     except SettingError:
-        if NAME.fullmatch(name) and cluster.list("ConfigMap", labels=f"{OURS},{RUN_LABEL}={name}"):
+        if NAME.fullmatch(name) and cluster.list("ConfigMap", labels=f"{TOPWORK_SELECTOR},{RUN_LABEL}={name}"):
             return name
         raise
 
 
 @dataclass
-class Cancelling:
-    """A run that is being cancelled.
+class Cancellation:
+    """Cancels a run.
 
     Attributes:
         cluster: The cluster.
         run: Name of the run.
-        now: Whether its pods get no time to write a checkpoint.
-        tell: Gets a line for what is waited for.
-        deletion_seconds: How long to wait, beyond the grace period.
+        now: Whether to kill its pods immediately, without time to write a checkpoint.
+        report: Receives a line about each object that is waited for.
+        timeout_seconds: How long deletion may take in addition to the grace period.
     """
 
     cluster: "Cluster"
     run: str
     now: bool
-    tell: Callable[[str], None]
-    deletion_seconds: float = DELETION_SECONDS
+    report: Callable[[str], None]
+    timeout_seconds: float = DELETION_TIMEOUT_SECONDS
 
     def cancel(self) -> None:
         """Delete the Jobs, their pods and the ConfigMap, and wait until they are gone.
 
         Raises:
-            SettingError: If the cluster refuses.
-            UnavailableError: If they do not go, or the API server does not answer.
+            SettingError: If the cluster rejects a request.
+            UnavailableError: If an object is not deleted in time, or the API server does not respond.
         """
-        things = [*self._all("Job"), *self._all("ConfigMap")]
-        for thing in things:
-            # In the foreground: a Job that can still be seen tells everybody that its pods are still at work.
-            propagation = "Foreground" if thing["kind"] == "Job" else "Background"
-            self.cluster.delete(thing["kind"], name_of(thing), uid=thing["metadata"]["uid"], propagation=propagation)
-        self._wait({thing["metadata"]["uid"] for thing in things}, _jobs(things))
+        objects = [*self._list("Job"), *self._list("ConfigMap")]
+        for obj in objects:
+            # Foreground deletion: as long as the Job exists, its pods may still be running.
+            propagation = "Foreground" if obj["kind"] == "Job" else "Background"
+            self.cluster.delete(obj["kind"], name_of(obj), uid=obj["metadata"]["uid"], propagation=propagation)
+        uids = {obj["metadata"]["uid"] for obj in objects}
+        self._wait(uids, job_uids={obj["metadata"]["uid"] for obj in objects if obj["kind"] == "Job"})
 
-    def _wait(self, uids: set[str], jobs: set[str]) -> None:
-        """Wait for what was there; the same run may be submitted again meanwhile."""
-        told, pause, until = "", FIRST_PAUSE_SECONDS, 0.0
-        while left := [*self._pods(jobs), *self._left(uids)]:
-            until = until or time.monotonic() + _grace(left) + self.deletion_seconds
+    def _wait(self, uids: set[str], job_uids: set[str]) -> None:
+        """Wait for these objects only: the same run may be submitted again meanwhile."""
+        reported, pause, deadline = "", MIN_PAUSE_SECONDS, 0.0
+        while remaining := [*self._remaining_pods(job_uids), *self._remaining_objects(uids)]:
+            deadline = deadline or time.monotonic() + _grace_seconds(remaining) + self.timeout_seconds
             if self.now:
-                self._stop_at_once(left)
-            if (what := _waited_for(left, now=self.now)) != told:
-                told = what
-                self.tell(what)
-            if time.monotonic() > until:
+                self._kill_pods(remaining)
+            if (waiting := _describe_wait(remaining, now=self.now)) != reported:
+                reported = waiting
+                self.report(waiting)
+            if time.monotonic() > deadline:
+                namespace = self.cluster.namespace
                 raise UnavailableError(
-                    f"{_called(left[0])} in namespace {self.cluster.namespace} does not go. Is its node lost? "
-                    f"See kubectl get pods -o wide -n {self.cluster.namespace}; --now does not wait for the node."
+                    f"{kubectl_name(remaining[0])} in namespace {namespace} is still being deleted. Is its node down? "
+                    f"See kubectl get pods -o wide -n {namespace}; --now does not wait for the node."
                 )
             time.sleep(pause)
-            pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+            pause = min(2 * pause, MAX_PAUSE_SECONDS)
 
-    def _stop_at_once(self, left: list[KubernetesObject]) -> None:
-        for pod in left:
+    def _kill_pods(self, objects: list[KubernetesObject]) -> None:
+        for pod in objects:
             if pod["kind"] == "Pod":
                 self.cluster.delete("Pod", name_of(pod), uid=pod["metadata"]["uid"], grace_seconds=0)
 
-    def _all(self, kind: str) -> list[KubernetesObject]:
+    def _list(self, kind: str) -> list[KubernetesObject]:
         return self.cluster.list(kind, labels=f"{RUN_LABEL}={self.run}")
 
-    def _left(self, uids: set[str]) -> Iterator[KubernetesObject]:
+    def _remaining_objects(self, uids: set[str]) -> Iterator[KubernetesObject]:
         for kind in ("Job", "ConfigMap"):
-            yield from (thing for thing in self._all(kind) if thing["metadata"]["uid"] in uids)
+            yield from (obj for obj in self._list(kind) if obj["metadata"]["uid"] in uids)
 
-    def _pods(self, jobs: set[str]) -> Iterator[KubernetesObject]:
-        """Pods of the Jobs, and those that a Job left behind which is gone."""
-        for pod in self._all("Pod"):
-            owners = {owner["uid"] for owner in pod["metadata"].get("ownerReferences") or ()}
-            if owners & jobs or is_being_deleted(pod):
+    def _remaining_pods(self, job_uids: set[str]) -> Iterator[KubernetesObject]:
+        """Yield the pods of the Jobs, and terminating pods of Jobs that were deleted before."""
+        for pod in self._list("Pod"):
+            if owner_uids(pod) & job_uids or is_being_deleted(pod):
                 yield pod
 
 
-def _jobs(things: list[KubernetesObject]) -> set[str]:
-    return {thing["metadata"]["uid"] for thing in things if thing["kind"] == "Job"}
+def _grace_seconds(objects: list[KubernetesObject]) -> float:
+    """Return the longest termination grace period of the pods."""
+    periods = [obj["spec"].get("terminationGracePeriodSeconds") or 30 for obj in objects if obj["kind"] == "Pod"]
+    return float(max(periods, default=0))
 
 
-def _grace(left: list[KubernetesObject]) -> float:
-    """The longest time that a pod was given to stop."""
-    stated = [thing["spec"].get("terminationGracePeriodSeconds") or 30 for thing in left if thing["kind"] == "Pod"]
-    return float(max(stated, default=0))
-
-
-def _waited_for(left: list[KubernetesObject], *, now: bool) -> str:
-    first = left[0]
-    at_work = first["kind"] == "Pod" and (first.get("status") or {}).get("phase") not in OVER
-    if at_work and not now:
-        return f"waiting for {_called(first)} to write its checkpoint (at most {_grace(left):.0f} s)"
-    return f"waiting for {_called(first)} to go"
-
-
-def _called(thing: KubernetesObject) -> str:
-    """Name an object as kubectl does."""
-    kind = {"Job": "job.batch", "ConfigMap": "configmap", "Pod": "pod"}[thing["kind"]]
-    return f"{kind}/{name_of(thing)}"
+def _describe_wait(remaining: list[KubernetesObject], *, now: bool) -> str:
+    first = remaining[0]
+    is_running = first["kind"] == "Pod" and (first.get("status") or {}).get("phase") not in FINISHED_POD_PHASES
+    if is_running and not now:
+        return f"waiting for {kubectl_name(first)} to write its checkpoint (at most {_grace_seconds(remaining):.0f} s)"
+    return f"waiting for {kubectl_name(first)} to be deleted"

@@ -1,4 +1,4 @@
-"""What a new submission would change of a Job that is there, key by key."""
+"""Differences between a submitted run and a new submission, key by key."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -8,36 +8,34 @@ from ruamel.yaml.error import YAMLError
 
 from topwork.clients.kubernetes import KubernetesObject
 from topwork.cluster.names import JOB_FILE
-from topwork.cluster.status.objects import containers
+from topwork.cluster.status.objects import stage_containers
 
-ABSENT = "not set"
-MOST_SHOWN = 6
+NOT_SET = "not set"
+MAX_LISTED = 6
 
 
-def differences(
+def describe_diff(
     before: tuple[KubernetesObject | None, KubernetesObject], after: tuple[KubernetesObject, KubernetesObject]
 ) -> str:
-    """Say what differs between what is there and what would be applied.
+    """Describe how the objects in the cluster differ from those of a new submission.
 
     Args:
-        before: ConfigMap (None where it is gone) and Job that are there.
-        after: ConfigMap and Job that would be applied.
+        before: ConfigMap (None if it was deleted) and Job in the cluster.
+        after: ConfigMap and Job of the new submission.
 
     Returns:
-        The keys of the spec and the image, each with its old and its new value.
+        The spec keys and the image that differ, with old and new values, such as `spec.compute.gpus: 2 → 1`.
     """
-    found = list(_differences(_spec(before[0]), _spec(after[0]))) if before[0] else []
-    old, new = _image(before[1]), _image(after[1])
-    if old != new:
-        found.append(f"the image is {old}, now {new}")
-    if not found:
-        old, new = (job["metadata"]["labels"].get("app.kubernetes.io/version") for job in (before[1], after[1]))
-        found = [f"topwork {old} has rendered it, now it is {new}" if old != new else "its manifest was changed"]
-    more = f", and {len(found) - MOST_SHOWN} more" if len(found) > MOST_SHOWN else ""
-    return ", ".join(found[:MOST_SHOWN]) + more
+    changes = list(_compare(_read_spec(before[0]), _read_spec(after[0]))) if before[0] else []
+    changes += _change("image", _image(before[1]), _image(after[1]))
+    if not changes:
+        versions = (job["metadata"]["labels"].get("app.kubernetes.io/version") for job in (before[1], after[1]))
+        changes = _change("topwork version", *versions) or ["the Job itself was modified"]
+    more = f", and {len(changes) - MAX_LISTED} more" if len(changes) > MAX_LISTED else ""
+    return ", ".join(changes[:MAX_LISTED]) + more
 
 
-def _spec(config_map: KubernetesObject) -> Any:
+def _read_spec(config_map: KubernetesObject) -> Any:
     try:
         return YAML(typ="safe").load((config_map.get("data") or {}).get(JOB_FILE) or "")
     except YAMLError:
@@ -45,17 +43,22 @@ def _spec(config_map: KubernetesObject) -> Any:
 
 
 def _image(job: KubernetesObject) -> str | None:
-    return next((str(found.spec.get("image")) for found in containers(job["spec"]["template"])), None)
+    containers = stage_containers(job["spec"]["template"])
+    return next((str(container.spec.get("image")) for container in containers), None)
 
 
-def _differences(before: Any, after: Any, path: str = "") -> Iterator[str]:
+def _compare(before: Any, after: Any, path: str = "") -> Iterator[str]:
     if isinstance(before, dict) and isinstance(after, dict):
         for key in dict.fromkeys([*before, *after]):
-            below = f"{path}.{key}" if path else str(key)
-            yield from _differences(before.get(key, ABSENT), after.get(key, ABSENT), below)
-    elif before != after and path:
-        yield f"{path} is {_shown(before)}, now {_shown(after)}"
+            key_path = f"{path}.{key}" if path else str(key)
+            yield from _compare(before.get(key, NOT_SET), after.get(key, NOT_SET), key_path)
+    elif path:
+        yield from _change(path, before, after)
 
 
-def _shown(value: Any) -> str:
-    return "off" if value is False else "on" if value is True else str(value)
+def _change(name: str, before: Any, after: Any) -> list[str]:
+    return [f"{name}: {_format(before)} → {_format(after)}"] if before != after else []
+
+
+def _format(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,151 +1,169 @@
-"""Following a run: its states as they come, until it is over."""
+"""Following a run: its status after each change, until it is finished."""
 
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from topwork.clients.kubernetes import KubernetesObject
-from topwork.cluster.operations.run_events import WATCHED, Changed, Events, Failure, Kind, News, Pace, Sources, Survey
-from topwork.cluster.status.epochs import Epoch
-from topwork.cluster.status.objects import RunObjects, condition, has_begun
-from topwork.cluster.status.run_state import RunState, job_state, run_state
+from topwork.cluster.names import Role
+from topwork.cluster.operations.run_watcher import (
+    WATCHED_KINDS,
+    EventsRead,
+    FollowTimings,
+    Kind,
+    ObjectChanged,
+    ObjectsListed,
+    RequestFailed,
+    RunWatcher,
+    Update,
+)
+from topwork.cluster.status.objects import RunObjects, has_started, is_job_finished
+from topwork.cluster.status.run_status import EpochProgress, RunStatus, read_run_status, read_status_of_job
 from topwork.errors import SettingError, UnavailableError
 
 if TYPE_CHECKING:
     from topwork.clients.kubernetes.cluster import Cluster
 
-Role = Literal["training", "prefetch"]
-
 
 @dataclass(frozen=True)
-class Trouble:
-    """The API server does not answer; without a message: it does again."""
+class ConnectionStatus:
+    """The API server stopped responding, with the error; or responds again, if the error is None."""
 
-    message: str | None
+    error: str | None
 
 
 @dataclass
-class _Seen:
-    """Everything that was seen of the run, by kind and UID, and what of it is gone."""
+class _ObjectCache:
+    """All objects of the run that were seen, by kind and UID, and the UIDs of deleted ones."""
 
-    things: dict[Kind, dict[str, KubernetesObject]] = field(default_factory=lambda: {kind: {} for kind in WATCHED})
-    gone: set[str] = field(default_factory=set)
+    objects: dict[Kind, dict[str, KubernetesObject]] = field(
+        default_factory=lambda: {kind: {} for kind in WATCHED_KINDS}
+    )
+    deleted: set[str] = field(default_factory=set)
     events: list[KubernetesObject] = field(default_factory=list)
 
-    def take(self, news: News) -> None:
-        if isinstance(news, Survey):
-            for kind, objects in news.objects.items():
-                self.things[kind] |= {thing["metadata"]["uid"]: thing for thing in objects}
-            self.gone |= news.gone
-        elif isinstance(news, Changed):
-            uid = news.object["metadata"]["uid"]
-            self.things[news.kind][uid] = news.object
-            if news.is_gone:
-                self.gone.add(uid)
-        elif isinstance(news, Events):
-            self.events = news.events
+    def apply(self, update: Update) -> None:
+        if isinstance(update, ObjectsListed):
+            for kind, objects in update.objects.items():
+                self.objects[kind] |= {obj["metadata"]["uid"]: obj for obj in objects}
+            self.deleted |= update.deleted
+        elif isinstance(update, ObjectChanged):
+            uid = update.object["metadata"]["uid"]
+            self.objects[update.kind][uid] = update.object
+            if update.is_deleted:
+                self.deleted.add(uid)
+        elif isinstance(update, EventsRead):
+            self.events = update.events
 
-    def known(self, kind: Kind) -> set[str]:
-        return set(self.things[kind]) - self.gone
+    def known_uids(self, kind: Kind) -> set[str]:
+        return set(self.objects[kind]) - self.deleted
 
 
-class Following:
+class RunFollower:
     """Follows a run.
 
     Args:
         cluster: The cluster.
         run: Name of the run.
-        role: The Job whose end is the end.
-        pace: How often and how long.
+        role: The Job to follow to its end.
+        timings: Intervals and timeouts.
+
+    Example:
+        >>> for status in RunFollower(cluster, "cats-1a2b3c4d").statuses():
+        ...     print(status)
     """
 
-    def __init__(self, cluster: "Cluster", run: str, role: Role = "training", pace: Pace | None = None) -> None:
-        self._run, self._namespace, self._role, self._pace = run, cluster.namespace, role, pace or Pace()
-        self._seen = _Seen()
+    def __init__(
+        self, cluster: "Cluster", run: str, role: Role = "training", timings: FollowTimings | None = None
+    ) -> None:
+        self._run, self._namespace, self._role = run, cluster.namespace, role
+        self._timings = timings or FollowTimings()
+        self._cache = _ObjectCache()
         self._objects: RunObjects | None = None
-        self._epoch: Epoch | None = None
-        self._silent_since: float | None = None
-        self._sources = Sources(cluster, run, self._pace, self._waiting, self._seen.known)
+        self._epoch: EpochProgress | None = None
+        self._outage_start: float | None = None
+        self._watcher = RunWatcher(cluster, run, self._timings, self._pending_objects, self._cache.known_uids)
 
-    def states(self) -> Iterator[RunState | Trouble]:
-        """Give a state whenever it changes, and at last the one in which the run is over.
+    def statuses(self) -> Iterator[RunStatus | ConnectionStatus]:
+        """Yield the status of the run whenever it changes; the last one is final.
 
         Yields:
-            States, and `Trouble` once when the API server stops to answer and once when it answers again.
+            Statuses of the run, and of the connection when the API server stops responding or responds again.
 
         Raises:
-            SettingError: If the server refuses to tell, or there's no such run.
-            UnavailableError: If the server does not answer for too long.
+            SettingError: If the API server rejects a request, or the run does not exist.
+            UnavailableError: If the API server does not respond for too long.
         """
-        before: RunState | None = None
+        previous: RunStatus | None = None
         try:
-            for news in self._sources.news():
-                yield from self._troubles(news)
-                if isinstance(news, Failure):
+            for update in self._watcher.updates():
+                yield from self._check_connection(update)
+                if isinstance(update, RequestFailed):
                     continue
-                state = self._take(news)
-                if state == before:
+                status = self._apply(update)
+                if status == previous:
                     continue
-                if state.is_over:
-                    yield from self._last_states(before)
+                if status.is_finished:
+                    yield from self._last_statuses(previous)
                     return
-                yield state
-                before = state
+                yield status
+                previous = status
         finally:
-            self._sources.stop()
+            self._watcher.stop()
 
-    def _take(self, news: News) -> RunState:
-        self._seen.take(news)
-        if isinstance(news, Epoch):
-            self._epoch = news
-        state = self._state()
-        if state.running and not self._sources.reads(*state.running):
-            # What an earlier attempt had reached is no news of this one.
+    def _apply(self, update: Update) -> RunStatus:
+        self._cache.apply(update)
+        if isinstance(update, EpochProgress):
+            self._epoch = update
+        status = self._read_status()
+        if status.running_container and not self._watcher.has_log(*status.running_container):
+            # The progress of an earlier attempt is out of date.
             self._epoch = None
-            self._sources.read_log(*state.running)
-            state = self._state()
-        return state
+            self._watcher.read_log(*status.running_container)
+            status = self._read_status()
+        return status
 
-    def _state(self) -> RunState:
-        seen = self._seen
-        # The first Job that was seen in a role is the one: a later one of its name is another submission.
-        jobs = list(seen.things["Job"].values())
+    def _read_status(self) -> RunStatus:
+        cache = self._cache
+        # The first Job seen in a role is followed: a later Job with the same name is another submission.
+        jobs = list(cache.objects["Job"].values())
         if not jobs:
-            raise SettingError(f"there is no Job of {self._run} in namespace {self._namespace} any more.")
-        self._objects = RunObjects(jobs, list(seen.things["Pod"].values()), seen.events, frozenset(seen.gone))
+            raise SettingError(
+                f"{self._run} has no Job in namespace {self._namespace}: it does not exist or was deleted."
+            )
+        self._objects = RunObjects(jobs, list(cache.objects["Pod"].values()), cache.events, frozenset(cache.deleted))
         if self._role == "prefetch":
-            return job_state(self._objects, self._objects.job("prefetch") or jobs[0], self._epoch)
-        return run_state(self._objects, self._epoch)
+            return read_status_of_job(self._objects, self._objects.job("prefetch") or jobs[0], self._epoch)
+        return read_run_status(self._objects, self._epoch)
 
-    def _last_states(self, before: RunState | None) -> Iterator[RunState]:
-        for news in self._sources.last_news():
-            self._seen.take(news)
-            if before is not None and isinstance(news, Epoch):
-                yield replace(before, epoch=news, stage=news.stage, metric=news.metric, value=news.best)
-        yield self._state()
+    def _last_statuses(self, previous: RunStatus | None) -> Iterator[RunStatus]:
+        for update in self._watcher.last_updates():
+            self._cache.apply(update)
+            if previous is not None and isinstance(update, EpochProgress):
+                yield replace(previous, epoch=update, stage=update.stage, metric=update.metric, value=update.best)
+        yield self._read_status()
 
-    def _troubles(self, news: News) -> Iterator[Trouble]:
-        """Tell of trouble once, and of its end; give up when it lasts too long."""
-        if isinstance(news, Failure):
-            if not isinstance(news.error, UnavailableError):
-                raise news.error
-            if self._silent_since is None:
-                self._silent_since = time.monotonic()
-                yield Trouble(str(news.error))
-            if time.monotonic() - self._silent_since > self._pace.patience_seconds:
-                raise news.error
-        elif isinstance(news, Survey) and self._silent_since is not None:
-            self._silent_since = None
-            yield Trouble(None)
+    def _check_connection(self, update: Update) -> Iterator[ConnectionStatus]:
+        """Report the start and end of an outage once; raise the error if it lasts too long."""
+        if isinstance(update, RequestFailed):
+            if not isinstance(update.error, UnavailableError):
+                raise update.error
+            if self._outage_start is None:
+                self._outage_start = time.monotonic()
+                yield ConnectionStatus(str(update.error))
+            if time.monotonic() - self._outage_start > self._timings.outage_seconds:
+                raise update.error
+        elif isinstance(update, ObjectsListed) and self._outage_start is not None:
+            self._outage_start = None
+            yield ConnectionStatus(None)
 
-    def _waiting(self) -> RunObjects | None:
-        """What is known of the run, as long as a Job is open and no pod of it has begun."""
+    def _pending_objects(self) -> RunObjects | None:
+        """Return the known objects of the run if a Job is unfinished and no pod has started; otherwise None."""
         objects = self._objects
         if objects is None:
             return None
-        alive = [pod for pod in objects.pods if pod["metadata"]["uid"] not in objects.deleted]
-        if any(has_begun(pod) and (pod.get("status") or {}).get("phase") != "Failed" for pod in alive):
+        pods = [pod for pod in objects.pods if pod["metadata"]["uid"] not in objects.deleted]
+        if any(has_started(pod) and (pod.get("status") or {}).get("phase") != "Failed" for pod in pods):
             return None
-        is_open = any(not (condition(job, "Complete") or condition(job, "Failed")) for job in objects.jobs)
-        return objects if is_open else None
+        return None if all(is_job_finished(job) for job in objects.jobs) else objects

@@ -1,4 +1,4 @@
-"""The log of a run: what all its containers wrote, one after the other, across its Jobs and their pods."""
+"""The log of a run: the output of all its containers in order, across its Jobs and their pods."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -6,20 +6,27 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from topwork.clients.kubernetes import KubernetesObject
 from topwork.cluster.names import RUN_LABEL, StageName
-from topwork.cluster.operations.find_runs import read_events
-from topwork.cluster.status.objects import ContainerFacts, RunObjects, condition, containers, name_of, of_job
-from topwork.cluster.status.run_state import run_state
+from topwork.cluster.operations.runs import read_events
+from topwork.cluster.status.objects import (
+    RunObjects,
+    StageContainer,
+    is_job_finished,
+    name_of,
+    pods_of_job,
+    stage_containers,
+)
+from topwork.cluster.status.run_status import read_run_status
 from topwork.errors import UnavailableError
 
 if TYPE_CHECKING:
     from topwork.clients.kubernetes.cluster import Cluster
 
 WAIT_SECONDS = 5.0
-"""The end of a Job is noticed at the latest after that time; what its pods do, at once."""
+"""The end of a Job is noticed within this time; changes of its pods are noticed at once."""
 
 
-class Part(NamedTuple):
-    """A container whose lines follow."""
+class ContainerHeading(NamedTuple):
+    """The container whose log lines follow."""
 
     pod: str
     stage: StageName
@@ -27,9 +34,12 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Note:
-    """Something that no container wrote, and that the reader should know."""
+    """A note about the log, which no container wrote."""
 
     text: str
+
+
+LogEntry = ContainerHeading | str | Note
 
 
 class RunLog:
@@ -38,104 +48,111 @@ class RunLog:
     Args:
         cluster: The cluster.
         run: Name of the run.
-        stage: Only what this stage wrote.
+        stage: Only the log of this stage; None for all stages.
+
+    Example:
+        >>> for entry in RunLog(cluster, "cats-1a2b3c4d", stage="transfer").read():
+        ...     if isinstance(entry, str):
+        ...         print(entry)
     """
 
     def __init__(self, cluster: "Cluster", run: str, stage: StageName | None = None) -> None:
         self._cluster, self._run, self._stage = cluster, run, stage
-        self._read: set[Part] = set()
-        self._told = ""
+        self._read: set[ContainerHeading] = set()
+        self._last_reason = ""
 
-    def entries(self) -> Iterator[Part | str | Note]:
-        """Give what is written: the Job that pulled ahead first, the pods of each Job by their age.
+    def read(self) -> Iterator[LogEntry]:
+        """Read what has been written so far: the prefetch Job first, then the pods of each Job, oldest first.
 
         Yields:
-            A `Part`, its lines, the next one; and notes.
+            The heading of each container, then its lines; notes.
         """
-        objects = self._objects()
-        for part, _ in self._parts(objects):
-            yield from self._part(part, follow=False)
+        objects = self._read_objects()
+        for heading, _ in self._started_containers(objects):
+            yield from self._read_container(heading, follow=False)
         if not self._read:
-            yield self._nothing(objects)
+            yield self._not_started(objects)
 
-    def followed(self) -> Iterator[Part | str | Note]:
-        """Give what is written and what comes, until the Job is finished or gone, or the stage is done.
+    def follow(self) -> Iterator[LogEntry]:
+        """Read what is written until the Job is finished or deleted, or the requested stage is done.
 
         Yields:
-            A `Part`, its lines, the next one; and notes.
+            The heading of each container, then its lines; notes.
 
         Raises:
-            UnavailableError: If the API server or the node does not answer for too long.
+            UnavailableError: If the API server or the node does not respond for too long.
         """
         while True:
-            objects = self._objects()
-            unread = [found for found in self._parts(objects) if found[0] not in self._read]
+            objects = self._read_objects()
+            unread = [each for each in self._started_containers(objects) if each[0] not in self._read]
             if unread:
-                part, facts = unread[0]
-                yield from self._part(part, follow="running" in facts.status["state"])
-            elif self._is_over(objects):
+                heading, container = unread[0]
+                yield from self._read_container(heading, follow="running" in container.status["state"])
+            elif self._is_finished(objects):
                 if not self._read:
-                    yield self._nothing(objects)
+                    yield self._not_started(objects)
                 return
             else:
-                yield from self._waiting(objects)
-                self._wait(objects.pods)
+                yield from self._report_reason(objects)
+                self._wait_for_change(objects.pods)
 
-    def _objects(self) -> RunObjects:
+    def _read_objects(self) -> RunObjects:
         jobs = self._cluster.list("Job", labels=f"{RUN_LABEL}={self._run}")
         return RunObjects(jobs, self._cluster.list("Pod", labels=f"{RUN_LABEL}={self._run}"))
 
-    def _parts(self, objects: RunObjects) -> Iterator[tuple[Part, ContainerFacts]]:
-        """Containers that were started, in the order in which they are shown."""
+    def _started_containers(self, objects: RunObjects) -> Iterator[tuple[ContainerHeading, StageContainer]]:
+        """Yield the containers that have started, in the order of the log."""
         for role in ("prefetch", "training"):
-            job = objects.job(role)
-            for pod in of_job(objects.pods, job) if job else ():
-                for facts in containers(pod):
-                    begun = set(facts.status.get("state") or {}) & {"running", "terminated"}
-                    if begun and self._stage in {None, facts.stage}:
-                        yield Part(name_of(pod), facts.stage), facts
+            for pod in self._pods(objects, role):
+                for container in stage_containers(pod):
+                    if container.has_started and self._stage in {None, container.stage}:
+                        yield ContainerHeading(name_of(pod), container.stage), container
 
-    def _part(self, part: Part, *, follow: bool) -> Iterator[Part | str | Note]:
-        self._read.add(part)
-        yield part
+    @staticmethod
+    def _pods(objects: RunObjects, role: str) -> list[KubernetesObject]:
+        job = objects.job(role)
+        return pods_of_job(objects.pods, job) if job else []
+
+    def _read_container(self, heading: ContainerHeading, *, follow: bool) -> Iterator[LogEntry]:
+        self._read.add(heading)
+        yield heading
         try:
-            yield from self._cluster.logs(part.pod, part.stage, follow=follow)
+            yield from self._cluster.logs(heading.pod, heading.stage, follow=follow)
         except UnavailableError as error:
             if follow:
                 raise
-            yield Note(str(error))  # its node is gone; the other pods can still be read
+            yield Note(str(error))  # the node is gone; the logs of other pods can still be read
 
-    def _is_over(self, objects: RunObjects) -> bool:
-        open_jobs = [job for job in objects.jobs if not (condition(job, "Complete") or condition(job, "Failed"))]
-        training = objects.job("training")
-        done = (
-            facts.status["state"].get("terminated", {}).get("exitCode") == 0
-            for pod in (of_job(objects.pods, training) if training else ())
-            for facts in containers(pod)
-            if facts.stage == self._stage and facts.status.get("state")
+    def _is_finished(self, objects: RunObjects) -> bool:
+        if all(is_job_finished(job) for job in objects.jobs):
+            return True
+        return any(
+            container.stage == self._stage
+            and (container.status.get("state") or {}).get("terminated", {}).get("exitCode") == 0
+            for pod in self._pods(objects, "training")
+            for container in stage_containers(pod)
         )
-        return not open_jobs or any(done)
 
-    def _nothing(self, objects: RunObjects) -> Note:
-        what = f"The stage {self._stage} of {self._run}" if self._stage else self._run
-        return Note(f"{what} has not run yet{self._reason(objects)}.")
+    def _not_started(self, objects: RunObjects) -> Note:
+        subject = f"The stage {self._stage} of {self._run}" if self._stage else self._run
+        return Note(f"{subject} has not started yet{self._reason(objects)}.")
 
-    def _waiting(self, objects: RunObjects) -> Iterator[Note]:
+    def _report_reason(self, objects: RunObjects) -> Iterator[Note]:
         reason = self._reason(objects)
-        if reason and reason != self._told:
-            self._told = reason
+        if reason and reason != self._last_reason:
+            self._last_reason = reason
             yield Note(f"waiting{reason}")
 
     def _reason(self, objects: RunObjects) -> str:
         if not objects.jobs:
             return ""
         events = read_events(self._cluster, objects.jobs, objects.pods)
-        state = run_state(RunObjects(objects.jobs, objects.pods, events))
-        told = state.reason or state.error
-        return f": {told}" if told else ""
+        status = read_run_status(RunObjects(objects.jobs, objects.pods, events))
+        reason = status.reason or status.error
+        return f": {reason}" if reason else ""
 
-    def _wait(self, pods: Sequence[KubernetesObject]) -> None:
-        """Wait until something happens to a pod, or for a while."""
+    def _wait_for_change(self, pods: Sequence[KubernetesObject]) -> None:
+        """Wait until a pod changes, or until the wait times out."""
         known = {pod["metadata"]["resourceVersion"] for pod in pods}
         for change in self._cluster.watch("Pod", labels=f"{RUN_LABEL}={self._run}", seconds=WAIT_SECONDS):
             if change.type == "DELETED" or change.object["metadata"]["resourceVersion"] not in known:

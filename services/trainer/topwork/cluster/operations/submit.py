@@ -1,4 +1,4 @@
-"""Submitting a run: what is there decides what is applied, and nothing that trains is ever changed."""
+"""Submitting a run: applying its objects unless it already runs, and replacing it if it failed."""
 
 import time
 from collections.abc import Callable
@@ -6,215 +6,221 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from topwork.clients.kubernetes import KubernetesObject
-from topwork.cluster.manifests.render import Rendered
-from topwork.cluster.names import DIGEST_ANNOTATION, MANAGER, PART_LABEL, RUN_LABEL
-from topwork.cluster.operations.diff import differences
-from topwork.cluster.status.objects import condition, is_being_deleted, label, name_of
+from topwork.cluster.manifests.render import RenderedObjects
+from topwork.cluster.names import APP_NAME, DIGEST_ANNOTATION, PART_OF_LABEL, RUN_LABEL
+from topwork.cluster.operations.diff import describe_diff
+from topwork.cluster.status.objects import (
+    find_condition,
+    get_label,
+    is_being_deleted,
+    is_job_finished,
+    kubectl_name,
+    name_of,
+    owner_uids,
+)
 from topwork.errors import SettingError, UnavailableError
 
 if TYPE_CHECKING:
     from topwork.clients.kubernetes.cluster import Cluster
 
 Outcome = Literal["submitted", "replaced", "running", "complete"]
-FIRST_PAUSE_SECONDS = 0.25
-LONGEST_PAUSE_SECONDS = 5.0
-# What deletion may take beyond the grace period of the pods.
-DELETION_SECONDS = 120.0
-OVER = {"Succeeded", "Failed"}
+MIN_PAUSE_SECONDS = 0.25
+MAX_PAUSE_SECONDS = 5.0
+# How long deletion may take in addition to the grace period of the pods.
+DELETION_TIMEOUT_SECONDS = 120.0
+FINISHED_POD_PHASES = {"Succeeded", "Failed"}
 
 
 @dataclass(frozen=True)
 class Submission:
-    """A run that is to be submitted.
+    """Submits a run.
 
     Attributes:
         cluster: The cluster.
         rendered: The objects of the run.
-        tell: Gets a line for what takes its time or is worth knowing.
-        deletion_seconds: How long to wait, beyond the grace period, for what is being deleted.
+        report: Receives a line about whatever takes time or is worth knowing.
+        timeout_seconds: How long deletion may take in addition to the grace period.
     """
 
     cluster: "Cluster"
-    rendered: Rendered
-    tell: Callable[[str], None]
-    deletion_seconds: float = DELETION_SECONDS
+    rendered: RenderedObjects
+    report: Callable[[str], None]
+    timeout_seconds: float = DELETION_TIMEOUT_SECONDS
 
-    def submit(self, *, ahead: bool = False) -> Outcome:
-        """Apply the objects of the run, unless it is there already.
+    def submit(self, *, prefetch_only: bool = False) -> Outcome:
+        """Apply the objects of the run, unless they exist already.
 
         Args:
-            ahead: Whether to apply the Job that pulls ahead only, and not yet the one that trains.
+            prefetch_only: Whether to apply only the Job that pulls the dataset, and not yet the Job that trains.
 
         Returns:
-            `submitted` if it was new, `replaced` if a failed one was replaced; `running` or `complete` if the same
-            was there and nothing was done.
+            `submitted` if the run is new, `replaced` if it replaces a failed one; `running` or `complete` if the same
+            run exists and nothing was done.
 
         Raises:
-            SettingError: If a Job of that name runs with other settings or is not topwork's, or the server refuses.
-            UnavailableError: If what is being deleted does not go, or the server does not answer.
+            SettingError: If a Job with that name runs with different settings or is not managed by topwork, or if the
+                API server rejects an object.
+            UnavailableError: If an object is not deleted in time, or the API server does not respond.
         """
-        there = self._settled(self.rendered.training)
-        if there is not None:
-            if outcome := self._standing(there):
+        existing = self._get_settled_job(self.rendered.training)
+        if existing is not None:
+            if outcome := self._outcome_of(existing):
                 return outcome
-            self.tell(f"{called(there)} failed and is replaced: the run goes on from its last checkpoint")
-            self._remove(there)
+            self.report(f"{kubectl_name(existing)} failed and is replaced: the run resumes from its last checkpoint")
+            self._delete_job(existing)
         self._wait_for_pods()
-        self._remove_leftover()
-        jobs = [*self._prefetch(), *([] if ahead else [self.rendered.training])]
+        self._delete_stale_config_map()
+        jobs = [*self._prefetch_jobs(), *([] if prefetch_only else [self.rendered.training])]
         try:
             self._apply(jobs)
         except SettingError:
-            # Somebody else may have submitted the same run at this very moment: then theirs is it.
-            now = self.cluster.get("Job", name_of(self.rendered.training))
-            if now is None or there is not None or not is_ours(now):
+            # If somebody else submitted the same run concurrently, their Job counts.
+            current = self.cluster.get("Job", name_of(self.rendered.training))
+            if current is None or existing is not None or not is_managed_by_topwork(current):
                 raise
-            return self._standing(now) or "submitted"
-        return "submitted" if there is None else "replaced"
+            return self._outcome_of(current) or "submitted"
+        return "submitted" if existing is None else "replaced"
 
     def preview(self) -> tuple[KubernetesObject | None, Outcome | None]:
-        """Look, without waiting or changing anything.
+        """Check the existing Job, without waiting or changing anything.
 
         Returns:
-            The Job that is there, and what `submit` would answer without applying; None where it would apply.
+            The existing Job, and the outcome of `submit` if it would apply nothing; None if it would apply objects.
 
         Raises:
-            SettingError: As `submit`.
+            SettingError: See `submit`.
         """
-        there = self._look(self.rendered.training)
-        return there, None if there is None or is_being_deleted(there) else self._standing(there)
+        existing = self._get_job(self.rendered.training)
+        return existing, None if existing is None or is_being_deleted(existing) else self._outcome_of(existing)
 
     def _apply(self, jobs: list[KubernetesObject]) -> None:
-        """Apply the ConfigMap, then the Jobs, and make them its owners, so that it goes when they do."""
+        """Apply the ConfigMap, then the Jobs, and make the Jobs its owners, so that it is garbage-collected."""
         config_map = self.rendered.config_map
         self.cluster.apply(config_map)
         for job in jobs:
             self.cluster.apply(job)
         references = [
             {"apiVersion": "batch/v1", "kind": "Job", "name": name_of(job), "uid": job["metadata"]["uid"]}
-            for job in self.cluster.list("Job", labels=f"{RUN_LABEL}={label(config_map, RUN_LABEL)}")
-            if is_ours(job) and not is_being_deleted(job)
+            for job in self._list("Job")
+            if is_managed_by_topwork(job) and not is_being_deleted(job)
         ]
         if references:
             metadata = config_map["metadata"] | {"ownerReferences": references}
             self.cluster.apply(config_map | {"metadata": metadata})
 
-    def _look(self, job: KubernetesObject) -> KubernetesObject | None:
-        return self._checked(self.cluster.get("Job", name_of(job)))
+    def _list(self, kind: str) -> list[KubernetesObject]:
+        return self.cluster.list(kind, labels=f"{RUN_LABEL}={get_label(self.rendered.training, RUN_LABEL)}")
 
-    def _checked(self, there: KubernetesObject | None) -> KubernetesObject | None:
-        if there is not None and not is_ours(there):
-            kind = "configmap" if there.get("kind") == "ConfigMap" else "job.batch"
+    def _get_job(self, job: KubernetesObject) -> KubernetesObject | None:
+        return self._require_managed(self.cluster.get("Job", name_of(job)))
+
+    def _require_managed(self, obj: KubernetesObject | None) -> KubernetesObject | None:
+        if obj is not None and not is_managed_by_topwork(obj):
             raise SettingError(
-                f"{kind}/{name_of(there)} in namespace {self.cluster.namespace} is not topwork's: it has no label "
-                f"{PART_LABEL}={MANAGER}. Delete it, or give the spec another metadata.name."
+                f"{kubectl_name(obj)} in namespace {self.cluster.namespace} is not managed by topwork: it has no label "
+                f"{PART_OF_LABEL}={APP_NAME}. Delete it, or change metadata.name of the spec."
             )
-        return there
+        return obj
 
-    def _settled(self, job: KubernetesObject) -> KubernetesObject | None:
-        """Read the Job of that name, once it is no longer about to end."""
-        there = self._look(job)
-        if there is None or not _is_ending(there):
-            return there
-        self.tell(f"{called(there)} is {'being deleted' if is_being_deleted(there) else 'about to fail'}: waiting")
-        self._wait(lambda: (now := self._look(job)) is None or not _is_ending(now), f"{called(there)} does not end")
-        return self._look(job)
+    def _get_settled_job(self, job: KubernetesObject) -> KubernetesObject | None:
+        """Return the existing Job; if it is about to end, wait for that."""
+        existing = self._get_job(job)
+        if existing is None or not _is_ending(existing):
+            return existing
+        name = kubectl_name(existing)
+        self.report(f"{name} is {'being deleted' if is_being_deleted(existing) else 'about to fail'}: waiting")
+        self._wait(lambda: (now := self._get_job(job)) is None or not _is_ending(now), f"{name} has not ended")
+        return self._get_job(job)
 
-    def _standing(self, there: KubernetesObject) -> Outcome | None:
-        """What a Job that is there means; None if it failed and can be replaced."""
-        if condition(there, "Complete") or condition(there, "SuccessCriteriaMet"):
+    def _outcome_of(self, existing: KubernetesObject) -> Outcome | None:
+        """Return what an existing Job means for this submission; None if it failed and can be replaced."""
+        if find_condition(existing, "Complete") or find_condition(existing, "SuccessCriteriaMet"):
             return "complete"
-        if condition(there, "Failed") or condition(there, "FailureTarget"):
+        if find_condition(existing, "Failed") or find_condition(existing, "FailureTarget"):
             return None
-        if digest(there) == digest(self.rendered.training):
+        if _get_digest(existing) == _get_digest(self.rendered.training):
             return "running"
         config_map = self.cluster.get("ConfigMap", name_of(self.rendered.config_map))
-        differing = differences((config_map, there), (self.rendered.config_map, self.rendered.training))
-        where = f"{name_of(there)} -n {self.cluster.namespace}"
+        diff = describe_diff((config_map, existing), (self.rendered.config_map, self.rendered.training))
         raise SettingError(
-            f"{called(there)} in namespace {self.cluster.namespace} is not finished and has other settings: "
-            f"{differing}. A Job is not changed while it runs. Wait for its end, or stop it with: topwork cancel "
-            f"{where}; submitted again, it goes on from its checkpoint."
+            f"{kubectl_name(existing)} in namespace {self.cluster.namespace} is not finished and has different "
+            f"settings: {diff}. A running Job can't be changed. Wait until it is finished, or stop it with: "
+            f"topwork cancel {name_of(existing)} -n {self.cluster.namespace}; if you submit it again, it resumes from "
+            "its checkpoint."
         )
 
-    def _prefetch(self) -> list[KubernetesObject]:
-        """The Job that pulls ahead, unless it is there and has not failed: whatever its settings, it pulls the same."""
-        wanted = self.rendered.prefetch
-        there = self._settled(wanted) if wanted else None
-        if wanted is None or (there is not None and not condition(there, "Failed")):
+    def _prefetch_jobs(self) -> list[KubernetesObject]:
+        """Return the prefetch Job, unless one exists and has not failed: with any settings, it pulls the same data."""
+        prefetch = self.rendered.prefetch
+        existing = self._get_settled_job(prefetch) if prefetch else None
+        if prefetch is None or (existing is not None and not find_condition(existing, "Failed")):
             return []
-        if there is not None:
-            self._remove(there)
-        return [wanted]
+        if existing is not None:
+            self._delete_job(existing)
+        return [prefetch]
 
-    def _remove(self, job: KubernetesObject) -> None:
-        """Delete a Job with its pods and wait until they are gone; somebody else may have done so before."""
+    def _delete_job(self, job: KubernetesObject) -> None:
+        """Delete a Job with its pods and wait until they are gone."""
         name, uid = name_of(job), job["metadata"]["uid"]
         self.cluster.delete("Job", name, uid=uid, propagation="Foreground")
 
         def is_gone() -> bool:
-            now = self.cluster.get("Job", name)
-            return now is None or now["metadata"]["uid"] != uid
+            current = self.cluster.get("Job", name)
+            return current is None or current["metadata"]["uid"] != uid
 
-        self._wait(is_gone, f"{called(job)} is not deleted")
+        self._wait(is_gone, f"{kubectl_name(job)} has not been deleted")
 
-    def _remove_leftover(self) -> None:
+    def _delete_stale_config_map(self) -> None:
         """Delete a ConfigMap whose Job is gone.
 
-        One that kubectl applied could not be changed, and one whose owners are gone will be deleted by Kubernetes
-        at a moment of its choice.
+        A ConfigMap that kubectl applied can't be changed because of its field manager, and one without living owners
+        will be garbage-collected at any time.
         """
-        there = self._checked(self.cluster.get("ConfigMap", name_of(self.rendered.config_map)))
-        if there is None:
+        existing = self._require_managed(self.cluster.get("ConfigMap", name_of(self.rendered.config_map)))
+        if existing is None:
             return
-        jobs = self.cluster.list("Job", labels=f"{RUN_LABEL}={label(self.rendered.training, RUN_LABEL)}")
-        owners = {owner["uid"] for owner in there["metadata"].get("ownerReferences") or ()}
-        has_owner = not owners or owners & {job["metadata"]["uid"] for job in jobs}
-        if there.get("data") != self.rendered.config_map["data"] or not has_owner:
-            self.cluster.delete("ConfigMap", name_of(there), uid=there["metadata"]["uid"])
+        owners = owner_uids(existing)
+        has_owner = not owners or owners & {job["metadata"]["uid"] for job in self._list("Job")}
+        if existing.get("data") != self.rendered.config_map["data"] or not has_owner:
+            self.cluster.delete("ConfigMap", name_of(existing), uid=existing["metadata"]["uid"])
 
     def _wait_for_pods(self) -> None:
-        """Wait for pods that a deleted Job left behind: two pods must never train the same run."""
-        run = label(self.rendered.training, RUN_LABEL)
+        """Wait for terminating pods of a deleted Job: two pods must never train the same run."""
 
-        def left() -> list[KubernetesObject]:
-            pods = self.cluster.list("Pod", labels=f"{RUN_LABEL}={run}")
-            return [pod for pod in pods if is_being_deleted(pod) and (pod.get("status") or {}).get("phase") not in OVER]
+        def terminating() -> list[KubernetesObject]:
+            pods = [pod for pod in self._list("Pod") if is_being_deleted(pod)]
+            return [pod for pod in pods if (pod.get("status") or {}).get("phase") not in FINISHED_POD_PHASES]
 
-        if found := left():
-            self.tell(f"pod/{name_of(found[0])} still writes its checkpoint: waiting")
-            self._wait(lambda: not left(), f"pod/{name_of(found[0])} does not end")
+        if pods := terminating():
+            name = kubectl_name(pods[0])
+            self.report(f"{name} is still writing its checkpoint: waiting")
+            self._wait(lambda: not terminating(), f"{name} has not terminated")
 
-    def _wait(self, is_done: Callable[[], bool], otherwise: str) -> None:
+    def _wait(self, is_done: Callable[[], bool], problem: str) -> None:
         grace = self.rendered.training["spec"]["template"]["spec"].get("terminationGracePeriodSeconds") or 30
-        limit, pause = grace + self.deletion_seconds, FIRST_PAUSE_SECONDS
-        until = time.monotonic() + limit
+        timeout, pause = grace + self.timeout_seconds, MIN_PAUSE_SECONDS
+        deadline = time.monotonic() + timeout
         while not is_done():
-            if time.monotonic() > until:
+            if time.monotonic() > deadline:
                 raise UnavailableError(
-                    f"{otherwise}: {limit:.0f} s have passed. Is its node lost? See kubectl get pods -o wide "
+                    f"{problem} after {timeout:.0f} s. Is its node down? See kubectl get pods -o wide "
                     f"-n {self.cluster.namespace}, and submit again."
                 )
             time.sleep(pause)
-            pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+            pause = min(2 * pause, MAX_PAUSE_SECONDS)
 
 
-def is_ours(thing: KubernetesObject) -> bool:
-    """Whether topwork has rendered an object."""
-    return label(thing, PART_LABEL) == MANAGER
+def is_managed_by_topwork(obj: KubernetesObject) -> bool:
+    """Return whether topwork rendered an object."""
+    return get_label(obj, PART_OF_LABEL) == APP_NAME
 
 
-def digest(job: KubernetesObject) -> str | None:
-    """Digest of what was rendered, as the Job keeps it."""
+def _get_digest(job: KubernetesObject) -> str | None:
+    """Return the digest of the rendered Job and spec, from its annotation."""
     value = (job["metadata"].get("annotations") or {}).get(DIGEST_ANNOTATION)
     return str(value) if value else None
 
 
-def called(job: KubernetesObject) -> str:
-    """Name a Job as kubectl does."""
-    return f"job.batch/{name_of(job)}"
-
-
 def _is_ending(job: KubernetesObject) -> bool:
-    over = condition(job, "Failed") or condition(job, "Complete")
-    return is_being_deleted(job) or (condition(job, "FailureTarget") is not None and not over)
+    is_failing = find_condition(job, "FailureTarget") is not None and not is_job_finished(job)
+    return is_being_deleted(job) or is_failing

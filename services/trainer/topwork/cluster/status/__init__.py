@@ -1,1 +1,1 @@
-"""From Kubernetes objects to what the user sees."""
+"""Reading the status of a run from its Kubernetes objects."""

@@ -1,4 +1,4 @@
-"""The attempts at a run: one pod of a Job each, with what became of its containers."""
+"""The attempts of a Job: one per pod, with the state of its containers."""
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -7,32 +7,34 @@ from typing import Literal
 
 from topwork.clients.kubernetes import KubernetesObject
 from topwork.cluster.names import StageName
-from topwork.cluster.status.failure_reasons import container_error, pod_error
+from topwork.cluster.status.failure_reasons import explain_container_failure, explain_pod_failure
 from topwork.cluster.status.objects import (
-    ContainerFacts,
-    condition,
-    containers,
-    created,
+    StageContainer,
+    creation_time,
+    find_condition,
     is_being_deleted,
-    moment,
     name_of,
+    parse_time,
+    stage_containers,
 )
-from topwork.cluster.termination_message import Ending, read_ending
+from topwork.cluster.termination_message import TerminationMessage, parse_termination_message
 from topwork.errors import Stopped
+
+AttemptState = Literal["waiting", "running", "stopping", "done", "stopped", "failed"]
 
 
 @dataclass(frozen=True)
-class Container:
-    """A stage in an attempt.
+class ContainerStatus:
+    """The status of a stage's container.
 
     Attributes:
         stage: The stage.
-        state: How it stands.
-        started: When it was started.
-        ended: When it ended.
+        state: State of the container.
+        started: When it started.
+        ended: When it terminated.
         exit_code: Its exit code.
-        ending: What it left as its termination message.
-        error: Why it failed, in a sentence.
+        termination_message: The message that it left, if any.
+        error: Why it failed, in one sentence.
     """
 
     stage: StageName
@@ -40,7 +42,7 @@ class Container:
     started: datetime | None = None
     ended: datetime | None = None
     exit_code: int | None = None
-    ending: Ending | None = None
+    termination_message: TerminationMessage | None = None
     error: str | None = None
 
 
@@ -49,39 +51,39 @@ class Attempt:
     """A pod of a Job.
 
     Attributes:
-        pod: Its name.
-        node: The node that it is on.
+        pod: Name of the pod.
+        node: Node that it is scheduled to.
         created: When it was created.
-        state: How it stands; `stopping` while it may still write its checkpoint.
-        containers: Its stages, in their order.
-        exit_code: Exit code of the container that ended it.
-        error: Why it ended or is ending, in a sentence.
+        state: State of the pod; `stopping` while it may still write its checkpoint.
+        containers: Its stages, in order.
+        exit_code: Exit code of the container that failed or was stopped; 0 if the pod succeeded.
+        error: Why it ended or is stopping, in one sentence.
         counted: Whether its failure counts against `spec.compute.retries`.
     """
 
     pod: str
     node: str | None
     created: datetime | None
-    state: Literal["waiting", "running", "stopping", "done", "stopped", "failed"]
-    containers: tuple[Container, ...]
+    state: AttemptState
+    containers: tuple[ContainerStatus, ...]
     exit_code: int | None = None
     error: str | None = None
     counted: bool = False
 
     @property
-    def is_over(self) -> bool:
-        """Whether nothing of it runs any more."""
+    def is_finished(self) -> bool:
+        """Whether no container runs or will run."""
         return self.state in {"done", "stopped", "failed"}
 
     @property
-    def current(self) -> Container | None:
-        """The container that is at work, or that ended last; None where none was started."""
-        begun = [container for container in self.containers if container.state != "waiting"]
+    def current_container(self) -> ContainerStatus | None:
+        """The container that runs, or is about to, or ended last; None if none has started."""
+        started = [container for container in self.containers if container.state != "waiting"]
         waiting = [container for container in self.containers if container.state == "waiting"]
-        # Between two stages: the next one is about to start.
-        if begun and begun[-1].state == "done" and waiting and not self.is_over:
+        # Between two stages, the next container is about to start.
+        if started and started[-1].state == "done" and waiting and not self.is_finished:
             return waiting[0]
-        return begun[-1] if begun else None
+        return started[-1] if started else None
 
 
 def read_attempt(pod: KubernetesObject, job: KubernetesObject, deleted: Collection[str] = ()) -> Attempt:
@@ -89,76 +91,76 @@ def read_attempt(pod: KubernetesObject, job: KubernetesObject, deleted: Collecti
 
     Args:
         pod: The pod.
-        job: Its Job, whose rules say which failures count.
-        deleted: UIDs of pods that are gone, seen before.
+        job: Its Job, whose pod failure policy decides which failures count.
+        deleted: UIDs of pods that were seen before and are deleted.
 
     Returns:
         The attempt.
     """
-    found = tuple(_container(facts) for facts in containers(pod))
-    gone = pod["metadata"].get("uid") in deleted
-    state = _state(pod, found, gone)
-    failed = next((container for container in found if container.state in {"failed", "stopped"}), None)
-    told = pod_error(pod) or (failed.error if failed else None)
-    if told is None and (gone or is_being_deleted(pod)) and state != "done":
-        told = "its pod was deleted"
+    containers = tuple(_read_container(container) for container in stage_containers(pod))
+    is_deleted = pod["metadata"].get("uid") in deleted
+    state = _read_state(pod, containers, is_deleted)
+    failed = next((container for container in containers if container.state in {"failed", "stopped"}), None)
+    error = explain_pod_failure(pod) or (failed.error if failed else None)
+    if error is None and (is_deleted or is_being_deleted(pod)) and state != "done":
+        error = "the pod was deleted"
     return Attempt(
         pod=name_of(pod),
         node=pod["spec"].get("nodeName"),
-        created=created(pod),
+        created=creation_time(pod),
         state=state,
-        containers=found,
+        containers=containers,
         exit_code=failed.exit_code if failed else (0 if state == "done" else None),
-        error=told,
-        counted=state == "failed" and not _is_ignored(pod, found, job),
+        error=error,
+        counted=state == "failed" and not _is_ignored(pod, containers, job),
     )
 
 
-def _container(facts: ContainerFacts) -> Container:
-    state = facts.status.get("state") or {}
+def _read_container(container: StageContainer) -> ContainerStatus:
+    state = container.status.get("state") or {}
     if running := state.get("running"):
-        return Container(facts.stage, "running", started=moment(running.get("startedAt")))
-    if not (ended := state.get("terminated")):
-        return Container(facts.stage, "waiting")
-    code = int(ended["exitCode"])
-    return Container(
-        facts.stage,
+        return ContainerStatus(container.stage, "running", started=parse_time(running.get("startedAt")))
+    if not (terminated := state.get("terminated")):
+        return ContainerStatus(container.stage, "waiting")
+    code = int(terminated["exitCode"])
+    return ContainerStatus(
+        container.stage,
         "done" if code == 0 else "stopped" if code == Stopped.exit_code else "failed",
-        moment(ended.get("startedAt")),
-        moment(ended.get("finishedAt")),
+        parse_time(terminated.get("startedAt")),
+        parse_time(terminated.get("finishedAt")),
         code,
-        read_ending(ended.get("message") or ""),
-        container_error(facts),
+        parse_termination_message(terminated.get("message") or ""),
+        explain_container_failure(container),
     )
 
 
-def _state(
-    pod: KubernetesObject, found: tuple[Container, ...], gone: bool
-) -> Literal["waiting", "running", "stopping", "done", "stopped", "failed"]:
+def _read_state(pod: KubernetesObject, containers: tuple[ContainerStatus, ...], is_deleted: bool) -> AttemptState:
     phase = (pod.get("status") or {}).get("phase")
     if phase == "Succeeded":
         return "done"
-    if phase == "Failed" or gone:
-        ended = {container.state for container in found}
-        kept = "failed" not in ended and ("stopped" in ended or condition(pod, "DisruptionTarget") or gone)
-        return "stopped" if kept else "failed"
+    if phase == "Failed" or is_deleted:
+        states = {container.state for container in containers}
+        was_disrupted = "stopped" in states or find_condition(pod, "DisruptionTarget") or is_deleted
+        return "stopped" if "failed" not in states and was_disrupted else "failed"
     if is_being_deleted(pod):
         return "stopping"
-    return "running" if any(container.state != "waiting" for container in found) else "waiting"
+    return "running" if any(container.state != "waiting" for container in containers) else "waiting"
 
 
-def _is_ignored(pod: KubernetesObject, found: tuple[Container, ...], job: KubernetesObject) -> bool:
-    """Whether the first rule of the Job that applies to a failed pod says that it does not count."""
+def _is_ignored(pod: KubernetesObject, containers: tuple[ContainerStatus, ...], job: KubernetesObject) -> bool:
+    """Return whether the first matching rule of the Job's pod failure policy has the action Ignore."""
     for rule in (job["spec"].get("podFailurePolicy") or {}).get("rules") or ():
-        if any(_applies(pod, found, rule)):
+        if any(_rule_matches(pod, containers, rule)):
             return bool(rule["action"] == "Ignore")
     return False
 
 
-def _applies(pod: KubernetesObject, found: tuple[Container, ...], rule: KubernetesObject) -> Iterator[bool]:
-    for wanted in rule.get("onPodConditions") or ():
-        yield condition(pod, wanted["type"], wanted.get("status", "True")) is not None
+def _rule_matches(
+    pod: KubernetesObject, containers: tuple[ContainerStatus, ...], rule: KubernetesObject
+) -> Iterator[bool]:
+    for pattern in rule.get("onPodConditions") or ():
+        yield find_condition(pod, pattern["type"], pattern.get("status", "True")) is not None
     if codes := rule.get("onExitCodes"):
-        for container in found:
+        for container in containers:
             if container.exit_code and codes.get("containerName", container.stage) == container.stage:
                 yield (container.exit_code in codes["values"]) is (codes["operator"] == "In")

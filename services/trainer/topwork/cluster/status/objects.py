@@ -1,4 +1,4 @@
-"""What Kubernetes says of a Job, a pod or an event, taken out of its object."""
+"""Accessors for Kubernetes objects: labels, conditions, containers, times and events."""
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -11,13 +11,13 @@ from topwork.cluster.names import ROLE_LABEL, STAGES, StageName
 
 @dataclass(frozen=True)
 class RunObjects:
-    """What the cluster holds of a run.
+    """The Kubernetes objects of a run.
 
     Attributes:
         jobs: Its Jobs.
-        pods: Their pods, those as well that are gone and were seen before.
-        events: Events about them, as far as they are known.
-        deleted: UIDs of the Jobs and pods that are gone.
+        pods: Their pods, including pods that were seen before and are deleted.
+        events: Known events about these objects.
+        deleted: UIDs of the Jobs and pods that are deleted.
     """
 
     jobs: Sequence[KubernetesObject]
@@ -26,111 +26,136 @@ class RunObjects:
     deleted: Collection[str] = field(default_factory=frozenset)
 
     def job(self, role: str) -> KubernetesObject | None:
-        """Give the Job of a role, `training` or `prefetch`."""
-        return next((job for job in self.jobs if label(job, ROLE_LABEL) == role), None)
+        """Return the Job with a role, `training` or `prefetch`."""
+        return next((job for job in self.jobs if get_label(job, ROLE_LABEL) == role), None)
 
 
-class ContainerFacts(NamedTuple):
-    """A stage's container: what was asked for, and what Kubernetes tells of it (empty before the pod is on a node)."""
+class StageContainer(NamedTuple):
+    """The container of a stage: its spec, and its status (empty before the pod is scheduled)."""
 
     stage: StageName
     spec: KubernetesObject
     status: KubernetesObject
 
+    @property
+    def has_started(self) -> bool:
+        """Whether the container is running or has terminated."""
+        return bool((self.status.get("state") or {}).keys() & {"running", "terminated"})
 
-def name_of(thing: KubernetesObject) -> str:
-    """Name of an object."""
-    return str(thing["metadata"]["name"])
+
+def name_of(obj: KubernetesObject) -> str:
+    """Return the name of an object."""
+    return str(obj["metadata"]["name"])
 
 
-def label(thing: KubernetesObject, key: str) -> str | None:
-    """Value of a label."""
-    value = (thing["metadata"].get("labels") or {}).get(key)
+def kubectl_name(obj: KubernetesObject) -> str:
+    """Return kind and name of an object as kubectl prints them, such as `job.batch/cats-1a2b3c4d`."""
+    kind = str(obj.get("kind", "Job")).lower()
+    return f"{'job.batch' if kind == 'job' else kind}/{name_of(obj)}"
+
+
+def get_label(obj: KubernetesObject, key: str) -> str | None:
+    """Return the value of a label."""
+    value = (obj["metadata"].get("labels") or {}).get(key)
     return None if value is None else str(value)
 
 
-def moment(text: str | None) -> datetime | None:
-    """Read a time as Kubernetes writes it."""
+def parse_time(text: str | None) -> datetime | None:
+    """Parse a timestamp of Kubernetes."""
     return datetime.fromisoformat(text) if text else None
 
 
-def created(thing: KubernetesObject) -> datetime | None:
-    """When an object was created."""
-    return moment(thing["metadata"].get("creationTimestamp"))
+def creation_time(obj: KubernetesObject) -> datetime | None:
+    """Return when an object was created."""
+    return parse_time(obj["metadata"].get("creationTimestamp"))
 
 
-def is_being_deleted(thing: KubernetesObject) -> bool:
-    """Whether an object is on its way out."""
-    return bool(thing["metadata"].get("deletionTimestamp"))
+def is_being_deleted(obj: KubernetesObject) -> bool:
+    """Return whether an object has a deletion timestamp."""
+    return bool(obj["metadata"].get("deletionTimestamp"))
 
 
-def condition(thing: KubernetesObject, kind: str, status: str = "True") -> KubernetesObject | None:
-    """Find the condition of a kind that has a status; a condition that was taken back is none."""
-    for found in (thing.get("status") or {}).get("conditions") or ():
-        if found.get("type") == kind and found.get("status") == status:
-            return dict(found)
+def find_condition(obj: KubernetesObject, kind: str, status: str = "True") -> KubernetesObject | None:
+    """Return the condition of a type if it has the given status."""
+    for condition in (obj.get("status") or {}).get("conditions") or ():
+        if condition.get("type") == kind and condition.get("status") == status:
+            return dict(condition)
     return None
 
 
-def containers(pod: KubernetesObject) -> tuple[ContainerFacts, ...]:
-    """Give the containers of the stages of a pod, in the order in which they run."""
-    return tuple(sorted(_containers(pod), key=lambda found: STAGES.index(found.stage)))
+def is_job_finished(job: KubernetesObject) -> bool:
+    """Return whether a Job is complete or failed."""
+    return bool(find_condition(job, "Complete") or find_condition(job, "Failed"))
 
 
-def _containers(pod: KubernetesObject) -> Iterator[ContainerFacts]:
+def stage_containers(pod: KubernetesObject) -> tuple[StageContainer, ...]:
+    """Return the containers of the stages of a pod, in the order in which they run."""
+    return tuple(sorted(_stage_containers(pod), key=lambda container: STAGES.index(container.stage)))
+
+
+def _stage_containers(pod: KubernetesObject) -> Iterator[StageContainer]:
     status = pod.get("status") or {}
     for specs, statuses in (("initContainers", "initContainerStatuses"), ("containers", "containerStatuses")):
-        told = {found["name"]: found for found in status.get(statuses) or ()}
+        by_name = {each["name"]: each for each in status.get(statuses) or ()}
         for spec in pod["spec"].get(specs) or ():
-            # A mesh or a policy engine may have put containers of its own beside ours.
+            # A service mesh or a policy engine may have injected containers.
             if spec["name"] in STAGES:
-                yield ContainerFacts(spec["name"], spec, told.get(spec["name"]) or {})
+                yield StageContainer(spec["name"], spec, by_name.get(spec["name"]) or {})
 
 
-def has_begun(pod: KubernetesObject) -> bool:
-    """Whether a container of a pod was started; its phase stays Pending until the last init container has ended."""
-    return any(set(found.status.get("state") or {}) & {"running", "terminated"} for found in containers(pod))
+def has_started(pod: KubernetesObject) -> bool:
+    """Return whether a container of a pod has started; the pod stays Pending until all init containers completed."""
+    return any(container.has_started for container in stage_containers(pod))
 
 
-def requested(pod: KubernetesObject, resource: str) -> str | None:
-    """How much of a resource the pod asks for: the most that one of its containers does."""
+def requested_amount(pod: KubernetesObject, resource: str) -> str | None:
+    """Return how much of a resource a pod requests: the largest request of its containers."""
     amounts = [
-        str(found.spec["resources"]["requests"][resource])
-        for found in containers(pod)
-        if resource in ((found.spec.get("resources") or {}).get("requests") or {})
+        str(container.spec["resources"]["requests"][resource])
+        for container in stage_containers(pod)
+        if resource in ((container.spec.get("resources") or {}).get("requests") or {})
     ]
     return max(amounts, key=lambda amount: (len(amount), amount), default=None)
 
 
-def of_job(pods: Iterable[KubernetesObject], job: KubernetesObject) -> list[KubernetesObject]:
-    """Give the pods of a Job, the oldest first."""
+def pods_of_job(pods: Iterable[KubernetesObject], job: KubernetesObject) -> list[KubernetesObject]:
+    """Return the pods that a Job owns, oldest first."""
     uid = job["metadata"].get("uid")
-    found = [
-        pod for pod in pods if any(owner.get("uid") == uid for owner in pod["metadata"].get("ownerReferences", ()))
-    ]
-    return sorted(found, key=lambda pod: (str(pod["metadata"].get("creationTimestamp")), name_of(pod)))
+    owned = [pod for pod in pods if uid in owner_uids(pod)]
+    return sorted(owned, key=lambda pod: (str(pod["metadata"].get("creationTimestamp")), name_of(pod)))
+
+
+def owner_uids(obj: KubernetesObject) -> set[str | None]:
+    """Return the UIDs of the owners of an object."""
+    return {owner.get("uid") for owner in obj["metadata"].get("ownerReferences") or ()}
 
 
 def event_time(event: KubernetesObject) -> datetime | None:
-    """When an event happened last; each kind of sender writes it elsewhere."""
+    """Return when an event was last observed; the field differs between event sources."""
     series = event.get("series") or {}
     for text in (series.get("lastObservedTime"), event.get("lastTimestamp"), event.get("eventTime")):
         if text:
-            return moment(text)
-    return moment(event.get("firstTimestamp")) or created(event)
+            return parse_time(text)
+    return parse_time(event.get("firstTimestamp")) or creation_time(event)
 
 
-def last_event(events: Iterable[KubernetesObject], thing: KubernetesObject, *reasons: str) -> KubernetesObject | None:
-    """Find the newest event about an object that has one of some reasons."""
-    about = [
+def newest_event(events: Iterable[KubernetesObject]) -> KubernetesObject | None:
+    """Return the event that was observed last."""
+    return max(events, key=lambda event: str(event_time(event) or ""), default=None)
+
+
+def find_last_event(
+    events: Iterable[KubernetesObject], obj: KubernetesObject, *reasons: str
+) -> KubernetesObject | None:
+    """Return the newest event about an object that has one of the given reasons."""
+    uid = obj["metadata"].get("uid")
+    return newest_event(
         event
         for event in events
-        if event.get("reason") in reasons
-        and (event.get("involvedObject") or {}).get("uid") == thing["metadata"].get("uid")
-    ]
-    return max(about, key=lambda event: str(event_time(event) or ""), default=None)
+        if event.get("reason") in reasons and (event.get("involvedObject") or {}).get("uid") == uid
+    )
 
 
 def one_line(text: str) -> str:
-    """Bring a message of Kubernetes into one line."""
+    """Join a message of Kubernetes into one line, without the final period."""
     return " ".join(text.split()).rstrip(" .")

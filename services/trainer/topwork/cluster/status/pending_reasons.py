@@ -1,289 +1,280 @@
-"""Why a Job or its pod waits, and what to do; what is not known here is told as Kubernetes tells it."""
+"""Explaining why a Job or its pod is pending, with advice; unknown reasons are quoted from Kubernetes."""
 
 import re
 from collections.abc import Iterable, Iterator
 
 from topwork.clients.kubernetes import KubernetesObject
-from topwork.cluster.names import QUEUE_LABEL
+from topwork.cluster.names import GPU_RESOURCE, QUEUE_LABEL
 from topwork.cluster.status.objects import (
-    ContainerFacts,
-    condition,
-    containers,
-    event_time,
-    label,
-    last_event,
+    StageContainer,
+    find_condition,
+    find_last_event,
+    get_label,
     name_of,
+    newest_event,
     one_line,
-    requested,
+    requested_amount,
+    stage_containers,
 )
 
 IMAGE_REASONS = {"ErrImagePull", "ImagePullBackOff", "ImageInspectError", "RegistryUnavailable", "ErrImageNeverPull"}
-PREPARING = ("FailedMount", "FailedAttachVolume", "FailedCreatePodSandBox", "Pulling", "Pulled")
-"""Events on the way from a node to the first container: the newest one tells."""
-REFUSED = re.compile(r"denied|unauthorized|authoriz|authentication|401|403|insufficient_scope")
-BEFORE_THE_CAUSE = re.compile(
+STARTUP_EVENTS = ("FailedMount", "FailedAttachVolume", "FailedCreatePodSandBox", "Pulling", "Pulled")
+"""Events between scheduling and the start of the first container: the newest one explains the delay."""
+KUEUE_EVENTS = {"Pending", "QuotaReserved", "Inadmissible", "EvictedDueToPreempted", "Preempted"}
+ACCESS_DENIED = re.compile(r"denied|unauthorized|authoriz|authentication|401|403|insufficient_scope")
+# What the kubelet and containerd write before the cause of a failed image pull.
+PULL_ERROR_PREFIX = re.compile(
     r"^(rpc error: code = \w+ desc = |Back-off pulling image \"[^\"]*\"(: )?|ErrImagePull: |"
     r"failed to pull and unpack image \"[^\"]*\": |failed to resolve reference \"[^\"]*\": )+"
 )
 QUOTA = re.compile(
-    r"exceeded quota: (?P<quota>\S+), requested: (?P<asked>\S+), used: (?P<used>\S+), limited: (?P<most>\S+)"
+    r"exceeded quota: (?P<quota>\S+), requested: (?P<requested>\S+), used: (?P<used>\S+), limited: (?P<limited>\S+)"
 )
-UNBOUNDED = re.compile(r"failed quota: (?P<quota>[^:]+): must specify (?P<what>.+)")
-SECURITY = re.compile(r'violates PodSecurity "(?P<level>[^"]+)": (?P<what>.+)', re.DOTALL)
+QUOTA_UNSPECIFIED = re.compile(r"failed quota: (?P<quota>[^:]+): must specify (?P<what>.+)")
+POD_SECURITY = re.compile(r'violates PodSecurity "(?P<level>[^"]+)": (?P<what>.+)', re.DOTALL)
 ACCOUNT = re.compile(r'serviceaccount "(?P<name>[^"]+)" not found|service account \S+/(?P<other>\S+) was not found')
 PRIORITY = re.compile(r"no PriorityClass with name (?P<name>\S+) was found")
 WEBHOOK = re.compile(r'admission webhook "(?P<name>[^"]+)" denied the request: (?P<what>.+)', re.DOTALL)
 LIMIT_RANGE = re.compile(r"(?P<what>(maximum|minimum) \S+ usage per (Pod|Container) is .+)", re.DOTALL)
-MISSING = re.compile(r'(?P<kind>configmap|secret) "(?P<name>[^"]+)" not found')
-MISSING_KEY = re.compile(r"references non-existent config key: (?P<key>\S+)")
+NOT_FOUND = re.compile(r'(?P<kind>configmap|secret) "(?P<name>[^"]+)" not found')
+KEY_NOT_FOUND = re.compile(r"references non-existent config key: (?P<key>\S+)")
 
 
-def job_reason(job: KubernetesObject, events: Iterable[KubernetesObject]) -> str | None:
-    """Say why a Job has no pod.
+def explain_pending_job(job: KubernetesObject, events: Iterable[KubernetesObject]) -> str | None:
+    """Explain why a Job has no active pod.
 
     Args:
-        job: The Job, without a pod that is not over.
+        job: The Job.
         events: Events about it.
 
     Returns:
-        The reason; None if there's nothing to say yet.
+        The reason; None if it is not known yet.
     """
     events = list(events)
     if job["spec"].get("suspend"):
-        return _suspended(job, events)
+        return _explain_suspended(job, events)
+    # A failed creation that succeeded later is out of date.
+    last = find_last_event(events, job, "FailedCreate", "SuccessfulCreate")
+    if last and last["reason"] == "FailedCreate":
+        return _explain_failed_create(str(last.get("message") or ""))
     if (job.get("status") or {}).get("failed"):
-        pause = "the next attempt follows after a pause, which Kubernetes doubles each time"
-    else:
-        pause = None
-    # What was refused once and granted later is no news.
-    last = last_event(events, job, "FailedCreate", "SuccessfulCreate")
-    return creation_refused(str(last.get("message") or "")) if last and last["reason"] == "FailedCreate" else pause
+        return "the next attempt starts after a back-off delay, which Kubernetes doubles each time"
+    return None
 
 
-def _suspended(job: KubernetesObject, events: list[KubernetesObject]) -> str:
-    queue = label(job, QUEUE_LABEL)
+def _explain_suspended(job: KubernetesObject, events: list[KubernetesObject]) -> str:
+    queue = get_label(job, QUEUE_LABEL)
     if queue is None:
         return f'suspended: resume it with kubectl patch job {name_of(job)} -p \'{{"spec":{{"suspend":false}}}}\''
-    # Kueue tells the cause in events about its Workload, whose name begins with the Job's.
-    about = f"job-{name_of(job)}-"
-    told = [
+    # Kueue explains the cause in events about its Workload, whose name starts with that of the Job.
+    prefix = f"job-{name_of(job)}-"
+    about_workload = [
         event
         for event in events
-        if event.get("reason") in {"Pending", "QuotaReserved", "Inadmissible", "EvictedDueToPreempted", "Preempted"}
-        and str((event.get("involvedObject") or {}).get("name")).startswith(about)
+        if event.get("reason") in KUEUE_EVENTS
+        and str((event.get("involvedObject") or {}).get("name")).startswith(prefix)
     ]
-    waiting = f"waiting for room in the queue {queue}"
-    newest = max(told, key=lambda event: str(event_time(event) or ""), default={})
+    waiting = f"waiting for quota in the queue {queue}"
+    newest = newest_event(about_workload) or {}
     if message := one_line(str(newest.get("message") or "")):
         return f"{waiting}: {message}"
     return f"{waiting}; see kubectl get workloads, and kubectl get localqueue {queue}"
 
 
-def creation_refused(message: str) -> str:
-    """Say why the Job controller could not create a pod.
-
-    Args:
-        message: Message of its event FailedCreate.
-
-    Returns:
-        The reason and what to do.
-    """
-    if found := QUOTA.search(message):
+def _explain_failed_create(message: str) -> str:
+    """Explain why the Job controller could not create a pod, from the message of its event FailedCreate."""
+    if match := QUOTA.search(message):
         return (
-            f"the quota {found['quota']} leaves no room: asked for {found['asked']}, used {found['used']}, "
-            f"allowed {found['most']}. Wait, ask for less, or see kubectl describe quota {found['quota']}"
+            f"exceeded quota {match['quota']}: requested {match['requested']}, used {match['used']}, limited to "
+            f"{match['limited']}. Wait, request less, or see kubectl describe quota {match['quota']}"
         )
-    if found := UNBOUNDED.search(message):
-        return f"the quota {found['quota']} wants every container to say {one_line(found['what'])}"
-    if found := SECURITY.search(message):
+    if match := QUOTA_UNSPECIFIED.search(message):
+        return f"the quota {match['quota']} requires every container to specify {one_line(match['what'])}"
+    if match := POD_SECURITY.search(message):
         return (
-            f"the namespace's Pod Security level {found['level']} refuses the pod: {one_line(found['what'])}. "
-            "Was it changed by an admission webhook? topwork's own pods meet restricted"
+            f"the pod violates the Pod Security level {match['level']} of the namespace: {one_line(match['what'])}. "
+            "Did an admission webhook change the pod? Pods of topwork meet the level restricted"
         )
-    if found := ACCOUNT.search(message):
-        name = found["name"] or found["other"].rstrip(",")
-        return f"there is no service account {name}. Create it, or change spec.compute.serviceAccountName"
-    if found := PRIORITY.search(message):
-        known = "see kubectl get priorityclass"
-        return f"there is no PriorityClass {found['name']}. Change spec.compute.priorityClassName; {known}"
-    if found := WEBHOOK.search(message):
-        return f"the admission webhook {found['name']} refuses the pod: {one_line(found['what'])}"
-    if found := LIMIT_RANGE.search(message):
-        return f"a LimitRange refuses the pod: {one_line(found['what'])}. See kubectl describe limitrange"
+    if match := ACCOUNT.search(message):
+        name = match["name"] or match["other"].rstrip(",")
+        return f"ServiceAccount {name} not found. Create it, or change spec.compute.serviceAccountName"
+    if match := PRIORITY.search(message):
+        fix = "Change spec.compute.priorityClassName; see kubectl get priorityclass"
+        return f"PriorityClass {match['name']} not found. {fix}"
+    if match := WEBHOOK.search(message):
+        return f"the admission webhook {match['name']} denied the pod: {one_line(match['what'])}"
+    if match := LIMIT_RANGE.search(message):
+        return f"a LimitRange rejects the pod: {one_line(match['what'])}. See kubectl describe limitrange"
     return one_line(message)
 
 
-def pod_reason(pod: KubernetesObject, events: Iterable[KubernetesObject]) -> str | None:
-    """Say why a pod whose first container has not started waits.
+def explain_pending_pod(pod: KubernetesObject, events: Iterable[KubernetesObject]) -> str | None:
+    """Explain why the first container of a pod has not started.
 
     Args:
         pod: The pod.
         events: Events about it.
 
     Returns:
-        The reason; None if there's nothing to say yet.
+        The reason; None if it is not known yet.
     """
     events = list(events)
-    for container in containers(pod):
+    for container in stage_containers(pod):
         waiting = (container.status.get("state") or {}).get("waiting") or {}
-        if told := _container_reason(container, waiting):
-            return told
-    if not pod["spec"].get("nodeName"):
-        return _unscheduled(pod, events)
-    last = last_event(events, pod, *PREPARING) or {}
+        if reason := _explain_waiting_container(container, waiting):
+            return reason
+    node = pod["spec"].get("nodeName")
+    if not node:
+        return _explain_unscheduled(pod, events)
+    last = find_last_event(events, pod, *STARTUP_EVENTS) or {}
     message = str(last.get("message") or "")
     if last.get("reason") in {"FailedMount", "FailedAttachVolume"}:
-        return _unmounted(message)
+        return _explain_failed_mount(message)
     if last.get("reason") == "FailedCreatePodSandBox":
-        return f"node {pod['spec']['nodeName']} can't set the pod up: {one_line(message)}"
+        return f"node {node} can't start the pod: {one_line(message)}"
     if last.get("reason") == "Pulling":
-        return f"node {pod['spec']['nodeName']} pulls the image, which takes minutes the first time"
+        return f"node {node} is pulling the image, which can take minutes the first time"
     return None
 
 
-def _unscheduled(pod: KubernetesObject, events: list[KubernetesObject]) -> str | None:
-    scheduled = condition(pod, "PodScheduled", "False")
-    if scheduled is None:
-        return None
-    told = unschedulable(pod, str(scheduled.get("message") or scheduled.get("reason") or ""))
-    scaling = last_event(events, pod, "TriggeredScaleUp", "NotTriggerScaleUp", "FailedScaleUp", "Nominated")
-    if scaling is None:
-        return told
-    if scaling["reason"] == "NotTriggerScaleUp":
-        cause = one_line(str(scaling.get("message") or "")).removeprefix("pod didn't trigger scale-up: ")
-        return f"{told}; the autoscaler adds no node ({cause})"
-    if scaling["reason"] == "FailedScaleUp":
-        return f"{told}; the autoscaler failed to add a node: {one_line(str(scaling.get('message') or ''))}"
-    return f"the autoscaler is adding a node, which takes minutes ({told})"
-
-
-def _container_reason(container: ContainerFacts, waiting: KubernetesObject) -> str | None:
+def _explain_waiting_container(container: StageContainer, waiting: KubernetesObject) -> str | None:
     reason = str(waiting.get("reason") or "")
     message = one_line(str(waiting.get("message") or ""))
     image = container.spec["image"]
+    if reason in {"PodInitializing", "ContainerCreating"}:  # normal startup
+        return None
     if reason == "InvalidImageName":
-        return f"{image} is no valid name of an image. Correct --image"
+        return f"{image} is not a valid image name. Correct --image"
     if reason == "ErrImageNeverPull":
         return f"the image {image} is not on the node, and imagePullPolicy Never forbids pulling it"
     if reason in IMAGE_REASONS:
-        return _image_reason(image, message)
+        return _explain_image_pull(image, message)
     if reason in {"CreateContainerConfigError", "CreateContainerError", "RunContainerError"}:
-        if found := MISSING.search(message):
-            return _missing(found["kind"], found["name"])
-        return f"{container.stage} can't be started: {message or reason}"
-    # PodInitializing and ContainerCreating are the way of things.
-    return message or None if reason not in {"PodInitializing", "ContainerCreating"} else None
+        if match := NOT_FOUND.search(message):
+            return _explain_not_found(match["kind"], match["name"])
+        return f"container {container.stage} can't be started: {message or reason}"
+    return message or None
 
 
-def _image_reason(image: str, message: str) -> str:
-    told = f"the image {image} can't be pulled"
-    # Kubernetes' own back-off says no more than that it failed; since 1.32 the cause follows.
-    cause = BEFORE_THE_CAUSE.sub("", message).removeprefix(f"{image}: ")
+def _explain_image_pull(image: str, message: str) -> str:
+    problem = f"the image {image} can't be pulled"
+    # Before Kubernetes 1.32, the back-off message does not include the cause.
+    cause = PULL_ERROR_PREFIX.sub("", message).removeprefix(f"{image}: ")
     if cause:
-        told += f": {cause}"
-    if REFUSED.search(cause) or not cause:
+        problem += f": {cause}"
+    if ACCESS_DENIED.search(cause) or not cause:
         return (
-            f"{told}. Is the name right and the image pushed (make image, then push)? "
-            "A private registry needs spec.compute.imagePullSecrets"
+            f"{problem}. Is the name correct and the image pushed (make image, then push)? "
+            "A private registry requires spec.compute.imagePullSecrets"
         )
-    return f"{told}. Build and push it (make image, then push), or name another with --image"
+    return f"{problem}. Build and push it (make image, then push), or choose another with --image"
 
 
-def _unmounted(message: str) -> str:
-    if found := MISSING.search(message):
-        return _missing(found["kind"], found["name"])
-    if found := MISSING_KEY.search(message):
-        return f"the ConfigMap has no key {found['key']}. Change spec.compute.extraCA.key, or add it"
+def _explain_failed_mount(message: str) -> str:
+    if match := NOT_FOUND.search(message):
+        return _explain_not_found(match["kind"], match["name"])
+    if match := KEY_NOT_FOUND.search(message):
+        return f"the ConfigMap has no key {match['key']}. Change spec.compute.extraCA.key, or add the key"
     return f"a volume can't be mounted: {one_line(message)}"
 
 
-def _missing(kind: str, name: str) -> str:
+def _explain_not_found(kind: str, name: str) -> str:
     if kind == "secret":
-        return f"there is no Secret {name} in the namespace. Create it"
-    return f"there is no ConfigMap {name} in the namespace. Create it, or change spec.compute.extraCA"
+        return f"Secret {name} not found in the namespace. Create it"
+    return f"ConfigMap {name} not found in the namespace. Create it, or change spec.compute.extraCA"
 
 
-GPU = "nvidia.com/gpu"
-LACKING = "Insufficient "
-# The key of the spec by which the amount of a resource is asked for.
-KEYS = {
-    GPU: "spec.compute.gpus",
+def _explain_unscheduled(pod: KubernetesObject, events: list[KubernetesObject]) -> str | None:
+    condition = find_condition(pod, "PodScheduled", "False")
+    if condition is None:
+        return None
+    reason = _explain_unschedulable(pod, str(condition.get("message") or condition.get("reason") or ""))
+    scaling = find_last_event(events, pod, "TriggeredScaleUp", "NotTriggerScaleUp", "FailedScaleUp", "Nominated")
+    if scaling is None:
+        return reason
+    message = one_line(str(scaling.get("message") or ""))
+    if scaling["reason"] == "NotTriggerScaleUp":
+        cause = message.removeprefix("pod didn't trigger scale-up: ")
+        return f"{reason}; the autoscaler does not add a node ({cause})"
+    if scaling["reason"] == "FailedScaleUp":
+        return f"{reason}; the autoscaler failed to add a node: {message}"
+    return f"the autoscaler is adding a node, which takes minutes ({reason})"
+
+
+INSUFFICIENT = "Insufficient "
+# Spec keys that set how much of a resource is requested.
+RESOURCE_KEYS = {
+    GPU_RESOURCE: "spec.compute.gpus",
     "cpu": "spec.compute.cpu",
     "memory": "spec.compute.memory",
     "ephemeral-storage": "spec.compute.scratch",
 }
 # "0/5 nodes are available: 3 Insufficient nvidia.com/gpu, 2 node(s) had untolerated taint {a: b}. preemption: …"
-SENTENCE = re.compile(r"0/(?P<nodes>\d+) nodes are available: (?P<causes>.*)", re.DOTALL)
-AFTERWARDS = re.compile(r"\.? *(no new claims to deallocate, )?preemption: .*", re.DOTALL)
+UNSCHEDULABLE = re.compile(r"0/(?P<nodes>\d+) nodes are available: (?P<causes>.*)", re.DOTALL)
+PREEMPTION = re.compile(r"\.? *(no new claims to deallocate, )?preemption: .*", re.DOTALL)
 CAUSE = re.compile(r"(?P<count>\d+) (?P<what>(?:[^,{]|\{[^}]*\})+)")
 
 
-def unschedulable(pod: KubernetesObject, message: str) -> str:
-    """Say why no node takes a pod, and what to do.
+def _explain_unschedulable(pod: KubernetesObject, message: str) -> str:
+    """Explain why no node fits a pod, and what to do.
 
     Args:
         pod: The pod.
         message: Message of its condition PodScheduled.
 
     Returns:
-        A sentence for each cause, the one that a user can do most about first; the message as it is where it's
-        of another form.
+        One clause per cause, the one that a user can most likely fix first; the message itself if it has another form.
     """
-    found = SENTENCE.search(message)
-    if not found:
+    match = UNSCHEDULABLE.search(message)
+    if not match:
         return one_line(message)
-    nodes = int(found["nodes"])
+    nodes = int(match["nodes"])
     causes = [
         (int(cause["count"]), cause["what"].strip(" ."))
-        for cause in CAUSE.finditer(AFTERWARDS.sub("", found["causes"]))
+        for cause in CAUSE.finditer(PREEMPTION.sub("", match["causes"]))
     ]
-    lacking = {what.removeprefix(LACKING): count for count, what in causes if what.startswith(LACKING)}
-    told = [_cause(count, nodes, what) for count, what in causes if not what.startswith(LACKING)]
-    # What is lacking says more than the nodes that were never meant for GPUs, such as the control plane's.
-    first = [_lacking(pod, lacking, nodes)] if lacking else []
-    advice = list(_advice(lacking, [what for _, what in causes]))
-    return "; ".join(first + told + advice) or one_line(message)
+    insufficient = {what.removeprefix(INSUFFICIENT): count for count, what in causes if what.startswith(INSUFFICIENT)}
+    others = [_describe_cause(count, nodes, what) for count, what in causes if not what.startswith(INSUFFICIENT)]
+    # Missing resources matter more than nodes that never run GPU pods, such as control plane nodes.
+    clauses = [_describe_insufficient(pod, insufficient, nodes)] if insufficient else []
+    clauses += [*others, *_advice(insufficient, [what for _, what in causes])]
+    return "; ".join(clauses) or one_line(message)
 
 
-def _lacking(pod: KubernetesObject, lacking: dict[str, int], nodes: int) -> str:
-    wanted = []
-    for resource, count in lacking.items():
-        amount = requested(pod, resource)
-        wanted.append(f"{amount or 'enough'} free {resource} ({count} of {nodes} {_verb(count, 'lacks', 'lack')} it)")
-    return f"no node has {' and '.join(wanted)}"
+def _describe_insufficient(pod: KubernetesObject, insufficient: dict[str, int], nodes: int) -> str:
+    resources = [
+        f"{requested_amount(pod, resource) or 'enough'} free {resource} (insufficient on {count} of {nodes})"
+        for resource, count in insufficient.items()
+    ]
+    return f"no node has {' and '.join(resources)}"
 
 
-def _cause(count: int, nodes: int, what: str) -> str:
-    of = f"{count} of {nodes}"
+def _describe_cause(count: int, nodes: int, what: str) -> str:
+    subject, is_one = f"{count} of {nodes} nodes", count == 1
     if taint := re.match(r"node\(s\) had untolerated taint(?:\(s\)| (\{.*\}))?", what):
-        named = f"the taint {_taint(taint[1])}" if taint[1] else "a taint"
-        return f"{of} {_verb(count, 'has', 'have')} {named}, which the job does not tolerate"
+        name = f"the taint {_format_taint(taint[1])}" if taint[1] else "a taint"
+        return f"{subject} {'has' if is_one else 'have'} {name}, which the job does not tolerate"
     if "didn't match Pod's node affinity/selector" in what:
-        verb = _verb(count, "does", "do")
-        return f"{of} {verb} not have the labels that spec.compute.nodeSelector or affinity want"
+        return f"{subject} {'does' if is_one else 'do'} not match spec.compute.nodeSelector or affinity"
     if "were unschedulable" in what:
-        return f"{of} {_verb(count, 'is', 'are')} cordoned"
+        return f"{subject} {'is' if is_one else 'are'} cordoned"
     if what.startswith("Too many pods"):
-        return f"{of} {_verb(count, 'has', 'have')} no room for another pod"
-    return f"{of}: {what}"
+        return f"{subject} {'has' if is_one else 'have'} reached the maximum number of pods"
+    return f"{subject}: {what}"
 
 
-def _verb(count: int, singular: str, plural: str) -> str:
-    return singular if count == 1 else plural
-
-
-def _taint(text: str) -> str:
-    """Turn `{nvidia.com/gpu: present}` into `nvidia.com/gpu=present`; Kubernetes names no effect."""
+def _format_taint(text: str) -> str:
+    """Convert `{nvidia.com/gpu: present}` to `nvidia.com/gpu=present`; the scheduler reports no effect."""
     key, _, value = text.strip("{}").partition(":")
     return f"{key}={value.strip()}" if value.strip() else key
 
 
-def _advice(lacking: Iterable[str], causes: list[str]) -> Iterator[str]:
-    keys = [KEYS[resource] for resource in lacking if resource in KEYS]
+def _advice(insufficient: Iterable[str], causes: list[str]) -> Iterator[str]:
+    keys = [RESOURCE_KEYS[resource] for resource in insufficient if resource in RESOURCE_KEYS]
     if keys:
-        yield f"wait until one is free, or lower {' or '.join(keys)}"
-    # Where nothing is lacking the pod would wait for ever: a taint or a label is in the way.
+        yield f"wait until a node is free, or lower {' or '.join(keys)}"
+    # If no resource is insufficient, the pod would wait forever: a taint or a label keeps it off the nodes.
     elif any("taint" in what for what in causes):
-        yield "add the taint to spec.compute.tolerations"
+        yield "add a toleration to spec.compute.tolerations"
     elif any("node affinity/selector" in what for what in causes):
         yield "compare with kubectl get nodes --show-labels"

@@ -1,40 +1,48 @@
-"""Where images come from: folders, archives, tables and TensorFlow Datasets."""
+"""Image sources: class directories, archives, tables and TensorFlow Datasets."""
 
-from topwork.data.sources.source import Item, Room, Source
+from topwork.data.sources.source import Source, SourceImage, SpaceEstimate
 from topwork.errors import SpecError
 from topwork.spec.dataset import DatasetSource
 from topwork.workspace import Workspace
 
-__all__ = ["Item", "Room", "Source", "open_source"]
+__all__ = ["Source", "SourceImage", "SpaceEstimate", "open_source"]
 
 
 def open_source(source: DatasetSource, workspace: Workspace) -> Source:
-    """Open the one source that a spec names.
+    """Create the source that a spec selects.
+
+    Example:
+        ```python
+        source = open_source(job.spec.dataset.source, workspace)
+        for image in source.images("train"):
+            print(image.name, image.label)
+        ```
 
     Args:
         source: `spec.dataset.source`.
-        workspace: Storage, through which S3 sources are read too, and scratch for downloads.
+        workspace: Storage, which also reads S3 sources, and scratch space for downloads.
 
     Returns:
         The source.
 
     Raises:
-        SpecError: If the spec names none.
+        SpecError: If the spec selects no source.
     """
+    # Imported on demand: TFDS brings TensorFlow.
     if source.folder:
-        from topwork.data.sources.folder import Folder
+        from topwork.data.sources.folder import ImageFolder
 
-        return Folder(source.folder, workspace)
+        return ImageFolder(source.folder, workspace)
     if source.archive:
-        from topwork.data.sources.archive import Archive
+        from topwork.data.sources.archive import ImageArchive
 
-        return Archive(source.archive, workspace)
+        return ImageArchive(source.archive, workspace)
     if source.table:
-        from topwork.data.sources.table import Table
+        from topwork.data.sources.table import ImageTable
 
-        return Table(source.table, workspace)
+        return ImageTable(source.table, workspace)
     if source.tfds:
         from topwork.data.sources.tfds import TfdsSource
 
         return TfdsSource(source.tfds, workspace)
-    raise SpecError("spec.dataset.source names no source: give one of tfds, folder, archive and table.")
+    raise SpecError("spec.dataset.source is empty. Set one of tfds, folder, archive or table.")

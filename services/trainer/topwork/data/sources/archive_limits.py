@@ -1,4 +1,4 @@
-"""How much an archive may hold: what is no data set but a bomb ends before it fills memory, disk or hours."""
+"""Limits on the content of archives: decompression bombs are rejected before they fill memory, disk or hours."""
 
 import io
 import lzma
@@ -11,205 +11,210 @@ from typing import IO, TypeVar
 from topwork.errors import DataError
 
 MAX_MEMBERS = 2_000_000
-"""Entries of an archive: ImageNet has 1.3 million images."""
+"""Entries in an archive. ImageNet has 1.3 million images."""
 
-MAX_DIRECTORY_BYTES = 256 * 2**20
-"""Bytes of the directory of a zip, which is read into memory whole: 134 for each of `MAX_MEMBERS`."""
+MAX_ZIP_DIRECTORY_BYTES = 256 * 2**20
+"""Size of the central directory of a zip file, which is read into memory: 134 bytes for each of `MAX_MEMBERS`."""
 
 MAX_TOTAL_BYTES = 2 * 2**40
-"""Bytes of all files of an archive together: the largest public sets of images have 1.3 TB."""
+"""Uncompressed size of all files together. The largest public image datasets have 1.3 TB."""
 
 MAX_RATIO = 200
-"""Bytes that come out of an archive for each that is in it. Images hardly shrink; a tar of blank BMP files comes to
-some 100. Deflate can reach 1,032, xz 7,000 and bzip2 a million."""
+"""Uncompressed bytes per byte of the archive. Images hardly compress: a tar of blank BMP files reaches about 100.
+Deflate can reach 1,032, xz 7,000 and bzip2 a million."""
 
-FREE_BYTES = 256 * 2**20
-"""Bytes that may come out before `MAX_RATIO` counts: seconds of work, whatever they are."""
+MIN_LIMIT_BYTES = 256 * 2**20
+"""Uncompressed bytes that every archive may have, whatever its ratio: they take seconds."""
 
 MAX_HEADER_BYTES = 2**20
-"""Bytes of a header of tar that goes before a file (long names, pax), which is read into memory whole."""
+"""Size of a tar header that precedes a file (long name, pax), which is read into memory."""
 
-MAX_XZ_MEMORY = 256 * 2**20
-"""Memory that an xz file may ask of its decompressor: `xz -9` asks for 65 MiB."""
+MAX_XZ_MEMORY_BYTES = 256 * 2**20
+"""Memory that an xz file may request from the decompressor. `xz -9` needs 65 MiB."""
 
 MAX_DEPTH = 32
-"""Folders above a file in an archive."""
+"""Directories above a file in an archive."""
 
-MAX_NAME = 1024
-"""Characters of the path of a file in an archive."""
+MAX_PATH_LENGTH = 1024
+"""Characters in the path of a file in an archive."""
 
-_CHUNK = 2**16
+_CHUNK_BYTES = 2**16
 
 T = TypeVar("T")
 
 
-class Expansion:
-    """Counts what comes out of an archive, and refuses a bomb."""
+class UncompressedSizeLimit:
+    """Counts the uncompressed bytes of an archive and rejects decompression bombs."""
 
-    def __init__(self, shown: str, archive_bytes: int) -> None:
-        """Begin to count.
+    def __init__(self, display_uri: str, archive_bytes: int) -> None:
+        """Start counting at zero.
 
         Args:
-            shown: What the archive is called in an error.
-            archive_bytes: Size of the archive.
+            display_uri: URI of the archive for error messages.
+            archive_bytes: Size of the archive file.
         """
-        self._shown = shown
-        self._most = min(MAX_TOTAL_BYTES, max(FREE_BYTES, MAX_RATIO * archive_bytes))
+        self._display_uri = display_uri
+        self._limit = min(MAX_TOTAL_BYTES, max(MIN_LIMIT_BYTES, MAX_RATIO * archive_bytes))
         self._bytes = 0
 
     def add(self, count: int) -> None:
-        """Count bytes that came out, or that the archive says will.
+        """Add uncompressed bytes that were read, or that the archive declares.
 
         Raises:
-            DataError: If they are more than any set of images has.
+            DataError: If the total exceeds the limit.
         """
         self._bytes += count
-        if self._bytes > self._most:
+        if self._bytes > self._limit:
             raise DataError(
-                f"{self._shown} is refused: more than {self._most} bytes come out of it, {MAX_RATIO} for each byte of "
-                f"the archive or {MAX_TOTAL_BYTES} in all. Such an archive is a bomb; images hardly shrink when they "
-                "are packed. If it is a good one, unpack it and name the folder."
+                f"{self._display_uri} unpacks to more than {self._limit} bytes. This looks like a decompression bomb: "
+                f"images hardly compress, and the limit is {MAX_RATIO} bytes per byte of the archive and "
+                f"{MAX_TOTAL_BYTES} bytes in total. If you trust the archive, unpack it and use "
+                "spec.dataset.source.folder."
             )
 
 
-def counted(entries: Iterator[T], shown: str) -> Iterator[T]:
-    """Give the entries of an archive, and end with an error where they are too many.
+def limit_entries(entries: Iterator[T], display_uri: str) -> Iterator[T]:
+    """Yield the entries of an archive, up to `MAX_MEMBERS`.
 
     Args:
-        entries: Files, folders and all else.
-        shown: What the archive is called in an error.
+        entries: Files, directories and all other entries.
+        display_uri: URI of the archive for error messages.
 
     Yields:
         The entries.
 
     Raises:
-        DataError: If there are more than `MAX_MEMBERS`.
+        DataError: If there are more.
     """
     for number, entry in enumerate(entries, 1):
         if number > MAX_MEMBERS:
-            raise _too_many(shown)
+            raise _too_many_entries(display_uri)
         yield entry
 
 
-def check_zip(path: Path, shown: str) -> None:
-    """Refuse a zip whose directory is too large, before it is read into memory.
+def check_zip_directory(path: Path, display_uri: str) -> None:
+    """Reject a zip file with a central directory that is too large, before it is read into memory.
 
     Args:
-        path: The file.
-        shown: What it is called in an error.
+        path: The zip file.
+        display_uri: URI of the archive for error messages.
 
     Raises:
-        DataError: If it holds too many entries.
+        DataError: If the directory has too many entries or bytes.
     """
     with path.open("rb") as file:
-        # As zipfile itself finds it; another way to look for it would be another way to be deceived.
+        # Located by zipfile's own code: a different search could be tricked into finding a different directory.
         end = zipfile._EndRecData(file)  # type: ignore[attr-defined]
         size, start = (int(end[5]), int(end[9]) - int(end[5])) if end else (0, 0)
-        if size > MAX_DIRECTORY_BYTES:
-            raise _too_many(shown)
+        if size > MAX_ZIP_DIRECTORY_BYTES:
+            raise _too_many_entries(display_uri)
         file.seek(max(0, start))
-        # Its own count is a mere claim: every entry begins with these bytes.
+        # The declared number of entries may be false, so their signatures are counted.
         if file.read(size).count(b"PK\x01\x02") > MAX_MEMBERS:
-            raise _too_many(shown)
+            raise _too_many_entries(display_uri)
 
 
-def _too_many(shown: str) -> DataError:
+def _too_many_entries(display_uri: str) -> DataError:
     return DataError(
-        f"{shown} is refused: it holds more than {MAX_MEMBERS} entries, or their names are too long. Split it, or "
-        "unpack it and name the folder."
+        f"{display_uri} has more than {MAX_MEMBERS} entries, or its entry names are too long. Split the archive, or "
+        "unpack it and use spec.dataset.source.folder."
     )
 
 
-class BoundedStream(io.RawIOBase):
-    """A decompressed tar that counts what comes out."""
+class LimitedStream(io.RawIOBase):
+    """A decompressed tar stream that counts the bytes that are read."""
 
-    def __init__(self, stream: IO[bytes], expansion: Expansion) -> None:
+    def __init__(self, stream: IO[bytes], size_limit: UncompressedSizeLimit) -> None:
         self._stream = stream
-        self._expansion = expansion
+        self._size_limit = size_limit
 
     def readable(self) -> bool:
-        """Say that it can be read."""
+        """Return True."""
         return True
 
     def read(self, size: int = -1) -> bytes:
-        """Read at most that many bytes, and count them."""
+        """Read up to `size` bytes.
+
+        Raises:
+            DataError: If the stream exceeds the size limit.
+        """
         data = self._stream.read(size)
-        self._expansion.add(len(data))
+        self._size_limit.add(len(data))
         return data
 
     def close(self) -> None:
-        """Close the stream below, too."""
+        """Close the underlying stream as well."""
         self._stream.close()
         super().close()
 
 
-class XzStream(io.RawIOBase):
-    """An xz file, decompressed with bounded memory: `lzma.open` takes whatever the file asks for."""
+class LimitedXzFile(io.RawIOBase):
+    """An xz file that is decompressed with limited memory; `lzma.open` allocates whatever the file requests."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("rb")
-        self._decompressor = self._fresh()
-        self._waiting = b""
+        self._decompressor = self._new_decompressor()
+        self._pending = b""
 
     @staticmethod
-    def _fresh() -> lzma.LZMADecompressor:
-        return lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=MAX_XZ_MEMORY)
+    def _new_decompressor() -> lzma.LZMADecompressor:
+        return lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=MAX_XZ_MEMORY_BYTES)
 
     def readable(self) -> bool:
-        """Say that it can be read."""
+        """Return True."""
         return True
 
     def read(self, size: int = -1) -> bytes:
-        """Read at most that many bytes; none at the end of the file.
+        """Read up to `size` bytes; returns no bytes at the end of the file.
 
         Raises:
-            EOFError: If the file is cut short.
-            lzma.LZMAError: If it is damaged or asks for too much memory.
+            EOFError: If the file is truncated.
+            lzma.LZMAError: If the file is damaged or requests too much memory.
         """
         data = b""
         while not data:
-            if self._decompressor.eof and not self._next_stream():
+            if self._decompressor.eof and not self._start_next_stream():
                 break
-            if not self._waiting and self._decompressor.needs_input:
-                self._waiting = self._file.read(_CHUNK)
-                if not self._waiting:
-                    raise EOFError("it ends in the middle of an xz stream")
-            data, self._waiting = self._decompressor.decompress(self._waiting, size), b""
+            if not self._pending and self._decompressor.needs_input:
+                self._pending = self._file.read(_CHUNK_BYTES)
+                if not self._pending:
+                    raise EOFError("the file ends in the middle of an xz stream")
+            data, self._pending = self._decompressor.decompress(self._pending, size), b""
         return data
 
-    def _next_stream(self) -> bool:
-        """Go on with the stream that follows the one that is read, with zeros in between."""
-        left = self._decompressor.unused_data.lstrip(b"\0")
-        while not left:
-            chunk = self._file.read(_CHUNK)
+    def _start_next_stream(self) -> bool:
+        """Continue with the next concatenated stream, after any zero padding."""
+        rest = self._decompressor.unused_data.lstrip(b"\0")
+        while not rest:
+            chunk = self._file.read(_CHUNK_BYTES)
             if not chunk:
                 return False
-            left = chunk.lstrip(b"\0")
-        self._decompressor, self._waiting = self._fresh(), left
+            rest = chunk.lstrip(b"\0")
+        self._decompressor, self._pending = self._new_decompressor(), rest
         return True
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the underlying file as well."""
         self._file.close()
         super().close()
 
 
-class BoundedInfo(tarfile.TarInfo):
-    """A header of tar that is not read where it would fill memory, and no sparse file, whose size is a mere claim."""
+class LimitedTarInfo(tarfile.TarInfo):
+    """A tar header that rejects oversized extension headers and sparse files, whose declared size can be anything."""
 
     def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
-        before = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+        long_names = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
         pax = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
         if self.size < 0:
-            raise tarfile.ReadError(f"a file of {self.size} bytes")
-        if self.type in before + pax and self.size > MAX_HEADER_BYTES:
-            raise tarfile.ReadError(f"a header of {self.size} bytes, at most {MAX_HEADER_BYTES} are read")
+            raise tarfile.ReadError(f"a file has a size of {self.size} bytes")
+        if self.type in long_names + pax and self.size > MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header has {self.size} bytes, the limit is {MAX_HEADER_BYTES}")
         if self.type == tarfile.GNUTYPE_SPARSE:
-            self._no_sparse_files()
-        found: tarfile.TarInfo = super()._proc_member(archive)  # type: ignore[misc]
-        return found
+            self._reject_sparse()
+        member: tarfile.TarInfo = super()._proc_member(archive)  # type: ignore[misc]
+        return member
 
-    def _no_sparse_files(self, *arguments: object) -> None:
-        raise tarfile.ReadError("a sparse file, which no set of images has; make it anew without --sparse")
+    def _reject_sparse(self, *arguments: object) -> None:
+        raise tarfile.ReadError("it contains a sparse file; create the archive without --sparse")
 
-    _proc_gnusparse_00 = _proc_gnusparse_01 = _proc_gnusparse_10 = _no_sparse_files
+    _proc_gnusparse_00 = _proc_gnusparse_01 = _proc_gnusparse_10 = _reject_sparse

@@ -1,206 +1,214 @@
-"""Files over http(s): what state they are in, and their download, with retries that go on where one broke off."""
+"""Files on web servers: their version, their size, and downloads that are retried and resumed."""
 
 import errno
-import http.client
+import http
 import re
-import ssl
 import time
-import urllib.error
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import IO, Any, TypeVar, cast
+from typing import IO, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
-from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
+from urllib3 import BaseHTTPResponse, Retry
+from urllib3.exceptions import InvalidHeader, MaxRetryError
 
-from topwork.data.sources.http import answer_of
-from topwork.errors import DataError, SettingError, UnavailableError
+from topwork.data.sources.http_client import TransientError, open_url
+from topwork.errors import UnavailableError
 
 ATTEMPTS = 5
-FIRST_WAIT_SECONDS = 1.0
-LONGEST_WAIT_SECONDS = 30.0
 
-SLOW_SECONDS = 60.0
-LEAST_BYTES = 256 * 2**10
-"""Fewer bytes than this in `SLOW_SECONDS` are no download that ends: 4 KiB a second."""
+BACKOFF_SECONDS = 1.0
+"""The second retry waits for twice this time, and each further one for twice as long. The first does not wait."""
+
+MAX_BACKOFF_SECONDS = 30.0
+
+MAX_RETRY_AFTER_SECONDS = 120.0
+"""Longest wait that a server can request with the Retry-After header."""
+
+STALL_SECONDS = 60.0
+STALL_BYTES = 256 * 2**10
+"""A download that receives less than this in `STALL_SECONDS` (4 KiB/s) would not finish in time."""
 
 MAX_SECONDS = 12 * 3600.0
-"""All attempts together, half of the time that a job has by default: 4 TB at 100 MB a second."""
+"""All attempts together: half of the default deadline of a job, enough for 4 TB at 100 MB/s."""
 
-_CHUNK = 2**20
-# Answers that another try may change (RFC 9110, RFC 6585); every other 4xx stays what it is.
-_TEMPORARY = {408, 425, 429}
-_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_RANGE = re.compile(r"bytes (\d+)-\d+/(?:\d+|\*)")
+_CHUNK_BYTES = 2**20
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(?:\d+|\*)")
+_CONTENT_LENGTH = re.compile(r"[0-9]{1,18}")
 
 T = TypeVar("T")
 
 
-class _TemporaryFailure(Exception):  # noqa: N818 - told as UnavailableError
-    """What may go well the next time."""
+class RemoteFile:
+    """A file on a web server.
 
+    Example:
+        ```python
+        file = RemoteFile("https://example.com/cats.zip")
+        file.download(Path("cats.zip"))
+        ```
 
-class Download:
-    """One file on a web server. The query of its address, which may be a signature, is never shown."""
+    Attributes:
+        display_url: URL for messages, without the query: it may contain a signature.
+    """
 
-    def __init__(self, uri: str, arrived: Callable[[], None] | None = None) -> None:
-        """Name a file.
+    def __init__(self, url: str, on_progress: Callable[[], None] | None = None) -> None:
+        """Create a remote file; nothing is requested yet.
 
         Args:
-            uri: Its address.
-            arrived: Called with each piece that arrives.
+            url: http(s) URL.
+            on_progress: Called for each chunk that arrives.
         """
-        parts = urlsplit(uri)
-        self._uri, self._arrived = uri, arrived
-        self._tag: str | None = None
-        self.shown = urlunsplit((parts.scheme, parts.netloc, parts.path, "", ""))
+        parts = urlsplit(url)
+        self.display_url = urlunsplit((parts.scheme, parts.netloc, parts.path, "", ""))
+        self._url = url
+        self._on_progress = on_progress
+        # Identifies the content of the partial file, for If-Range.
+        self._validator: str | None = None
 
-    def state(self) -> str | None:
-        """Say in which state the file is, from the headers of its answer.
+    def version(self) -> str | None:
+        """Return a text that changes when the file changes, from the response headers.
 
         Returns:
-            Text that changes when the file does; None where the server says nothing that would.
+            The ETag or modification date with the length; None if the server sends neither.
 
         Raises:
-            DataError: If the server refuses the file, or leads to where none can be.
-            SettingError: If it is on the open network without encryption, or its certificate is not trusted.
-            UnavailableError: If it can't be reached.
+            DataError: If the server rejects the request, or the URL or a redirect points to a forbidden address.
+            SettingError: If the certificate is not trusted, or a hop uses plain HTTP on a public network.
+            UnavailableError: If the server cannot be reached.
         """
-        return self._repeated(self._state)
+        headers = self._retry(self._read_headers)
+        length = headers.get("Content-Length")
+        if etag := headers.get("ETag"):
+            return f"{etag} {length}"
+        if modified := headers.get("Last-Modified"):
+            return f"{self._url} {modified} {length}"
+        return None
 
     def size(self) -> int | None:
-        """Ask the server how long the file is.
-
-        Returns:
-            Bytes; None where it does not say.
+        """Return the size in bytes, or None if the server does not send it.
 
         Raises:
-            DataError: If the server refuses the file.
-            UnavailableError: If it can't be reached.
+            DataError: If the server rejects the request, or the URL or a redirect points to a forbidden address.
+            SettingError: If the certificate is not trusted, or a hop uses plain HTTP on a public network.
+            UnavailableError: If the server cannot be reached.
         """
-        return self._repeated(self._size)
+        length = self._retry(self._read_headers).get("Content-Length") or ""
+        return int(length) if _CONTENT_LENGTH.fullmatch(length) else None
 
-    def fetch(self, path: Path) -> None:
-        """Download the whole file.
+    def download(self, path: Path) -> None:
+        """Download the file.
+
+        A connection that breaks is resumed with a range request, unless the file has changed.
 
         Args:
-            path: Where to; written under another name first.
+            path: Destination. The content is written to `<path>.part` until it is complete.
 
         Raises:
-            DataError: If the server refuses the file, or leads to where none can be.
-            SettingError: If it is on the open network without encryption, or its certificate is not trusted.
-            UnavailableError: If it can't be reached, breaks off each time, or takes longer than `MAX_SECONDS`.
+            DataError: If the server rejects the request, or the URL or a redirect points to a forbidden address.
+            SettingError: If the certificate is not trusted, or a hop uses plain HTTP on a public network.
+            UnavailableError: If all attempts fail, or the download takes longer than `MAX_SECONDS`.
             OSError: If the disk is full.
         """
         part = path.with_name(f"{path.name}.part")
         part.unlink(missing_ok=True)
-        ends = time.monotonic() + MAX_SECONDS
-        self._repeated(lambda: self._fetch(part, ends))
+        deadline = time.monotonic() + MAX_SECONDS
+        self._retry(lambda: self._download_part(part, deadline))
         part.replace(path)
 
-    def _state(self) -> str | None:
-        with answer_of(self._uri, self.shown, "HEAD", {}) as answer:
-            length = answer.headers.get("Content-Length")
-            if tag := answer.headers.get("ETag"):
-                return f"{tag} {length}"
-            if changed := answer.headers.get("Last-Modified"):
-                return f"{self._uri} {changed} {length}"
-            return None
+    def _open(self, method: str, headers: Mapping[str, str] | None = None) -> AbstractContextManager[BaseHTTPResponse]:
+        return open_url(method, self._url, self.display_url, headers)
 
-    def _size(self) -> int | None:
-        with answer_of(self._uri, self.shown, "HEAD", {}) as answer:
-            length = answer.headers.get("Content-Length")
-            return int(length) if length and length.isdecimal() else None
+    def _read_headers(self) -> Mapping[str, str]:
+        with self._open("HEAD") as response:
+            return response.headers
 
-    def _fetch(self, part: Path, ends: float) -> None:
-        got = part.stat().st_size if part.exists() and self._tag else 0
-        headers = {"Range": f"bytes={got}-", "If-Range": self._tag} if got and self._tag else {}
-        with answer_of(self._uri, self.shown, "GET", headers) as answer:
-            begins = _beginning(answer)
-            if begins not in (0, got):
-                raise _TemporaryFailure(f"it was asked to go on at byte {got}, and went on at {begins}")
-            self._tag = _tag_of(answer)
-            expected = answer.headers.get("Content-Length")
-            with part.open("ab" if begins else "wb") as file:
-                count = self._copy(answer, file, ends)
-            if expected is not None and count != int(expected):
-                raise _TemporaryFailure(f"it broke off after {begins + count} of {begins + int(expected)} bytes")
+    def _download_part(self, part: Path, deadline: float) -> None:
+        """Download the rest of the file, or all of it if the server does not resume."""
+        offset = part.stat().st_size if part.exists() and self._validator else 0
+        headers = {"Range": f"bytes={offset}-", "If-Range": self._validator} if offset and self._validator else {}
+        with self._open("GET", headers) as response:
+            start = _start_offset(response)
+            if start not in (0, offset):
+                raise TransientError(f"the server was asked to resume at byte {offset} but resumed at byte {start}")
+            self._validator = _strong_validator(response)
+            with part.open("ab" if start else "wb") as file:
+                self._copy(response, file, deadline)
+            if missing := response.length_remaining:
+                received = part.stat().st_size
+                raise TransientError(f"the connection closed after {received} of {received + missing} bytes")
 
-    def _copy(self, answer: Any, file: IO[bytes], ends: float) -> int:
-        """Write what arrives, as long as it arrives in time; says how many bytes."""
-        count, counted, since = 0, 0, time.monotonic()
-        # Not read(), which waits for a whole chunk however slowly it comes.
-        while chunk := answer.read1(_CHUNK):
+    def _copy(self, response: BaseHTTPResponse, file: IO[bytes], deadline: float) -> None:
+        """Write the body to a file, as long as it arrives fast enough."""
+        window_start, window_bytes = time.monotonic(), 0
+        # read1() returns what has arrived; read() would wait for a full chunk, however slow the server is.
+        while chunk := response.read1(_CHUNK_BYTES, decode_content=False):
             file.write(chunk)
-            if self._arrived:
-                self._arrived()
-            count += len(chunk)
+            if self._on_progress:
+                self._on_progress()
+            window_bytes += len(chunk)
             now = time.monotonic()
-            if now > ends:
+            if now > deadline:
                 raise UnavailableError(
-                    f"{self.shown} is not fetched after {MAX_SECONDS / 3600:g} hours. Copy the file to S3 and name it "
-                    "there."
+                    f"{self.display_url} was not downloaded within {MAX_SECONDS / 3600:g} hours. Copy the file to S3 "
+                    "and use its s3:// URI."
                 )
-            if now - since > SLOW_SECONDS:
-                if count - counted < LEAST_BYTES:
-                    raise _TemporaryFailure(f"{count - counted} bytes came in {now - since:.0f} seconds")
-                counted, since = count, now
-        return count
+            if (elapsed := now - window_start) > STALL_SECONDS:
+                if window_bytes < STALL_BYTES:
+                    raise TransientError(f"received only {window_bytes} bytes in {elapsed:.0f} seconds")
+                window_start, window_bytes = now, 0
 
-    def _repeated(self, action: Callable[[], T]) -> T:
-        retrying = Retrying(
-            retry=retry_if_exception_type(_TemporaryFailure),
-            stop=stop_after_attempt(ATTEMPTS),
-            wait=wait_random_exponential(FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS),
-            reraise=True,
+    def _retry(self, action: Callable[[], T]) -> T:
+        """Call `action` until it succeeds, with the backoff of urllib3's Retry.
+
+        urllib3 itself would not retry a body that breaks off, and reads the body of an error response into memory.
+        """
+        retry = Retry(
+            ATTEMPTS - 1,
+            backoff_factor=BACKOFF_SECONDS,
+            backoff_max=MAX_BACKOFF_SECONDS,
+            backoff_jitter=BACKOFF_SECONDS,
+            retry_after_max=MAX_RETRY_AFTER_SECONDS,  # type: ignore[arg-type] # the stubs want int
         )
-        try:
-            return cast("T", retrying(self._sorted_out, action))
-        except _TemporaryFailure as failure:
-            raise UnavailableError(
-                f"{self.shown} could not be fetched in {ATTEMPTS} attempts: {failure}. Look at the address and at the "
-                f"way to it (https_proxy, firewall), or copy the file to S3 and name it there."
-            ) from failure
-
-    def _sorted_out(self, action: Callable[[], T]) -> T:
-        try:
-            return action()
-        except urllib.error.HTTPError as error:
-            with error:
-                if error.code == 416:
-                    # The file is no longer as long as what is there of it: from the start, then.
-                    self._tag = None
-                    raise _TemporaryFailure("it changed while it was fetched") from error
-                if error.code >= 500 or error.code in _TEMPORARY:
-                    raise _TemporaryFailure(f"the server answered {error.code} {error.reason}") from error
-                raise DataError(
-                    f"{self.shown} can't be fetched: the server answered {error.code} {error.reason}. "
-                    f"Check the address."
-                ) from error
-        except urllib.error.URLError as error:
-            if isinstance(error.reason, ssl.SSLCertVerificationError):
-                raise SettingError(
-                    f"{self.shown} can't be fetched: the certificate of the server is not trusted "
-                    f"({error.reason.verify_message}). For an authority of your own set spec.compute.extraCA, or on "
-                    "this machine SSL_CERT_FILE."
-                ) from error
-            raise _TemporaryFailure(str(error.reason)) from error
-        except (http.client.HTTPException, OSError) as error:
-            if isinstance(error, OSError) and error.errno in _ROOM:
-                raise
-            raise _TemporaryFailure(str(error) or type(error).__name__) from error
+        while True:
+            try:
+                return action()
+            except TransientError as error:
+                failure = error
+            except OSError as error:
+                if error.errno in _DISK_FULL:
+                    raise
+                failure = TransientError(str(error) or type(error).__name__)
+            if failure.response and failure.response.status == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
+                self._validator = None  # the file is now shorter: start again
+            try:
+                retry = retry.increment("GET", error=failure)
+            except MaxRetryError:
+                raise UnavailableError(
+                    f"{self.display_url} could not be downloaded in {ATTEMPTS} attempts: {failure}. Check the address "
+                    "and the network (https_proxy, firewall), or copy the file to S3 and use its s3:// URI."
+                ) from failure
+            _wait(retry, failure.response)
 
 
-def _beginning(answer: Any) -> int:
-    """Say at which byte of the file an answer begins."""
-    if answer.status != http.client.PARTIAL_CONTENT:
+def _wait(retry: Retry, response: BaseHTTPResponse | None) -> None:
+    try:
+        retry.sleep(response)
+    except (InvalidHeader, ValueError, OverflowError):
+        retry.sleep()  # Retry-After is neither a number nor a date
+
+
+def _start_offset(response: BaseHTTPResponse) -> int:
+    """Return the position in the file at which the body starts, or -1 if the server does not say."""
+    if response.status != http.HTTPStatus.PARTIAL_CONTENT:
         return 0
-    found = _RANGE.fullmatch(answer.headers.get("Content-Range") or "")
-    return int(found[1]) if found else -1
+    match = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range") or "")
+    return int(match[1]) if match else -1
 
 
-def _tag_of(answer: Any) -> str | None:
-    """Give what names this very content to the server (RFC 9110, 13.1.5); None where there is no such thing."""
-    tag = answer.headers.get("ETag")
-    found = tag if tag and not tag.startswith("W/") else answer.headers.get("Last-Modified")
-    return str(found) if found else None
+def _strong_validator(response: BaseHTTPResponse) -> str | None:
+    """Return the value for If-Range that identifies this content (RFC 9110, 13.1.5), or None if there is none."""
+    etag = response.headers.get("ETag")
+    return etag if etag and not etag.startswith("W/") else response.headers.get("Last-Modified")

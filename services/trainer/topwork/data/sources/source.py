@@ -1,28 +1,28 @@
-"""What every source of images gives, and how file names are understood."""
+"""The interface of image sources, and how file names become class names."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from topwork.redaction import without_secrets
+from topwork.redaction import redact
 
 TRAIN = "train"
-"""The one split of every source but TFDS."""
+"""The only split of every source except TFDS."""
 
-# Control characters, separators of lines, and the marks that change the direction of a text.
+# Control characters, line separators, and marks that change the direction of text.
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 _IGNORED_NAMES = {"thumbs.db", "desktop.ini", "icon\r", "icon?", "__macosx", "lost+found"}
 
 
 @dataclass(frozen=True)
-class Item:
+class SourceImage:
     """One image of a source.
 
     Attributes:
-        name: Where it comes from, unique enough for a person to find it.
-        label: Its class; None where the source names none.
-        read: Gives the file; raises `Rejection` where there is none to give. May be called from another thread.
+        name: Path or number with which a user can find the image.
+        label: Class name; None if the source has none for this image.
+        read: Returns the encoded image; raises `Rejection` if it is missing or not allowed. Thread-safe.
     """
 
     name: str
@@ -31,77 +31,78 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Room:
-    """What a source takes on scratch, as far as can be told before it is fetched.
+class SpaceEstimate:
+    """Scratch space that a source needs, as far as it is known before the download.
 
     Attributes:
-        fetched: Bytes that are fetched to scratch first, such as an archive.
-        images: Bytes of the image files.
+        download_bytes: Bytes that are downloaded to scratch first, such as an archive.
+        image_bytes: Bytes of the image files.
     """
 
-    fetched: int
-    images: int
+    download_bytes: int
+    image_bytes: int
 
 
 class Source(Protocol):
-    """Images with classes, in one or several splits.
+    """Labeled images in one or more splits.
 
     Attributes:
-        name: Name of the dataset that is made of it, as a slug.
+        name: Name of the dataset that is made from the source, as a slug.
     """
 
     name: str
 
     def description(self) -> dict[str, Any]:
-        """Say where the images come from, without credentials: for the manifest and for people."""
+        """Return where the images come from, without credentials; stored in the manifest."""
 
     def digest(self) -> str:
-        """Stand for the content as well as can be told without reading the images."""
+        """Return a text that changes when the content changes, as far as that is visible without reading images."""
 
-    def room(self) -> Room | None:
-        """Tell what the source takes on scratch, before anything is fetched; None where nobody knows."""
+    def estimate_space(self) -> SpaceEstimate | None:
+        """Return the scratch space that the source needs, or None if it is unknown. Downloads nothing."""
 
     def class_names(self) -> tuple[str, ...]:
-        """Classes, in the order of their labels."""
+        """Return the classes in the order of their labels."""
 
     def splits(self) -> Mapping[str, int | None]:
-        """Splits, each with its number of images where that is known."""
+        """Return the number of images of each split; None where it is unknown."""
 
-    def items(self, split: str) -> Iterator[Item]:
-        """Yield the images of a split, in the same order each time."""
+    def images(self, split: str) -> Iterator[SourceImage]:
+        """Yield the images of a split, always in the same order."""
 
 
-def slug(text: str) -> str:
-    """Turn any text into a name of lower-case letters, digits, `-` and `_`, at most 60 long.
+def slugify(text: str) -> str:
+    """Convert text to a name of at most 60 lower-case letters, digits, `-` and `_`.
 
     Args:
-        text: Such as a file name, a folder or a TFDS name.
+        text: A file name, directory name or TFDS name.
 
     Returns:
-        The name; `dataset` where nothing is left.
+        The name; `dataset` if no allowed character is left.
     """
     return re.sub(r"[^a-z0-9_]+", "-", text.lower()).strip("-_")[:60].strip("-_") or "dataset"
 
 
-def printable(text: str) -> str:
-    """Turn what is no Unicode in a name (half of a pair, or bytes that are no UTF-8) into question marks.
+def sanitize_name(text: str) -> str:
+    """Make a file or class name safe to store and to print.
 
-    The same becomes of what would write over a terminal, break a line of `labels.txt` or turn a text around. What is
-    secret, such as the signature in an address, becomes asterisks: names are stored and shown.
+    Characters that could overwrite a terminal, break a line of `labels.txt` or change the text direction, and invalid
+    Unicode, become question marks. Secrets, such as the signature of a URL, become asterisks.
     """
-    return _UNPRINTABLE.sub("?", without_secrets(text))
+    return _UNPRINTABLE.sub("?", redact(text))
 
 
-def lookalikes(class_names: tuple[str, ...]) -> list[str]:
-    """Find classes that differ by case or spaces alone.
+def find_similar_class_names(class_names: tuple[str, ...]) -> list[str]:
+    """Find class names that differ only in case or spaces.
 
-    Most often that is a slip, which halves a class; but letters have such classes (A and a), so they are no error.
+    Usually this is a mistake that splits one class in two. It is not an error, because letters have such classes (A
+    and a).
 
     Args:
-        class_names: All classes.
+        class_names: All class names.
 
     Returns:
-        Each such group as `Cat, cat`.
+        One text per group, such as `Cat, cat`.
     """
     groups: dict[str, list[str]] = {}
     for name in class_names:
@@ -109,16 +110,16 @@ def lookalikes(class_names: tuple[str, ...]) -> list[str]:
     return [", ".join(group) for group in groups.values() if len(group) > 1]
 
 
-def last_part(uri: str) -> str:
-    """Give the last part of a path or address, without a query."""
+def base_name(uri: str) -> str:
+    """Return the last component of a path or URI, without the query."""
     return uri.split("?", maxsplit=1)[0].split("#", maxsplit=1)[0].rstrip("/").rsplit("/", 1)[-1]
 
 
 def is_ignored(parts: tuple[str, ...]) -> bool:
-    """Say whether a path is a hidden file or the litter of a file manager, which is no image by intention."""
+    """Return whether a path is a hidden file or one that a file manager leaves behind, such as `Thumbs.db`."""
     return any(part.startswith(".") or part.lower() in _IGNORED_NAMES for part in parts)
 
 
-def class_of(parts: tuple[str, ...]) -> str | None:
-    """Give the class that a path names: its first folder; None for a file beside the class folders."""
+def class_from_path(parts: tuple[str, ...]) -> str | None:
+    """Return the class of a path, which is its first directory; None for files outside of class directories."""
     return parts[0] if len(parts) > 1 and not is_ignored(parts) else None

@@ -1,4 +1,4 @@
-"""The rows of a table, CSV or JSON lines: what can't be meant is refused with its line."""
+"""Reads the rows of a CSV or JSON Lines table; malformed rows are rejected with their line number."""
 
 import csv
 import hashlib
@@ -10,99 +10,109 @@ from typing import IO, Any
 from topwork.errors import DataError
 from topwork.spec.dataset import TableSource
 
-MAX_LINE = 2**20
-"""Characters of a line: a line without an end would fill the memory."""
+MAX_LINE_LENGTH = 2**20
+"""Characters in a line. A file without line breaks would fill the memory."""
 
-_JSON_LINES = (".jsonl", ".ndjson")
-_FURTHER = "further columns"
+_JSON_LINES_SUFFIXES = (".jsonl", ".ndjson")
+_EXTRA_FIELDS = "extra fields"
 
 
-class Labels:
-    """Finds addresses that several rows name. 8 bytes of each are kept."""
+class DuplicateChecker:
+    """Finds images that several rows name. Keeps 8 bytes per image.
 
-    def __init__(self, table: str) -> None:
-        """Begin with no row.
+    Attributes:
+        rows: Number of rows.
+        duplicates: Number of rows that name an image of an earlier row.
+    """
+
+    def __init__(self, table_uri: str) -> None:
+        """Start without rows.
 
         Args:
-            table: Address of the table, for errors.
+            table_uri: URI of the table for error messages.
         """
-        self.rows = self.repeated = 0
-        self._table = table
-        self._seen: dict[bytes, bytes] = {}
+        self.rows = self.duplicates = 0
+        self._table_uri = table_uri
+        self._label_hashes: dict[bytes, bytes] = {}
 
-    def add(self, line: int, address: str, label: str) -> None:
+    def add(self, line_number: int, image: str, label: str) -> None:
         """Add a row.
 
         Raises:
-            DataError: If an earlier row gives the same image another class: nobody can tell which one is right.
+            DataError: If an earlier row gives the same image another class.
         """
         self.rows += 1
-        if not (address and label):
-            return  # it is left out, with that as the reason
-        key, short = _short(address), _short(label)
-        if (before := self._seen.setdefault(key, short)) is short:
+        if not (image and label):
+            return  # rejected later, with the reason
+        label_hash = _short_hash(label)
+        known_hash = self._label_hashes.setdefault(_short_hash(image), label_hash)
+        if known_hash is label_hash:
             return
-        self.repeated += 1
-        if before != short:
+        self.duplicates += 1
+        if known_hash != label_hash:
             raise DataError(
-                f"{self._table}, line {line}: {address[:200]} is of the class {label[:100]!r} here and of another one "
-                "further up. Keep one of the rows; an image of several classes is none for this classifier."
+                f"{self._table_uri}, line {line_number}: {image[:200]} has the class {label[:100]!r}, but another "
+                "class in an earlier row. Keep one of the rows: images with several classes are not supported."
             )
 
 
-def _short(text: str) -> bytes:
+def _short_hash(text: str) -> bytes:
     return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest()
 
 
-def rows_of(path: Path, source: TableSource) -> Iterator[tuple[int, str, str]]:
+def read_rows(path: Path, source: TableSource) -> Iterator[tuple[int, str, str]]:
     """Read the rows of a table.
 
     Args:
-        path: The table on a local disk.
-        source: Which columns count, and what the table is called.
+        path: Local path of the table.
+        source: Names of the columns, and the URI for error messages.
 
     Yields:
-        Line, address of the image and class of each row; the latter two may be empty.
+        Line number, image path and class of each row. Image and class may be empty.
 
     Raises:
-        DataError: If it is no UTF-8 text, no table, or a row can't be what somebody meant.
+        DataError: If the file is not UTF-8 text or not a table, or a row is malformed.
     """
-    # utf-8-sig: spreadsheets begin a CSV file with a byte order mark.
+    # utf-8-sig: spreadsheets start a CSV file with a byte order mark.
     with path.open(encoding="utf-8-sig", newline="") as file:
-        parsed = _json_rows if source.uri.lower().endswith(_JSON_LINES) else _csv_rows
+        parse = _json_rows if source.uri.lower().endswith(_JSON_LINES_SUFFIXES) else _csv_rows
         try:
-            for line, row in parsed(_lines(file, source.uri), source):
-                yield line, _cell(row, source.image, line, source), _cell(row, source.label, line, source)
+            for line_number, row in parse(_lines(file, source.uri), source):
+                location = f"{source.uri}, line {line_number}"
+                yield line_number, _cell(row, source.image, location), _cell(row, source.label, location)
         except UnicodeDecodeError as error:
-            found = " It looks like UTF-16." if error.object[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
-            raise DataError(f"{source.uri} is not UTF-8 text: {error}.{found} Save it as UTF-8.") from error
+            hint = " It looks like UTF-16." if error.object[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
+            raise DataError(f"{source.uri} is not UTF-8 text: {error}.{hint} Save it as UTF-8.") from error
         except csv.Error as error:
             raise DataError(f"{source.uri} is not a CSV table: {error}.") from error
 
 
-def _lines(file: IO[str], table: str) -> Iterator[str]:
-    """Yield the lines of a file, none of them without end."""
+def _lines(file: IO[str], table_uri: str) -> Iterator[str]:
+    """Yield the lines of a file, each of limited length."""
     number = 0
-    while line := file.readline(MAX_LINE):
+    while line := file.readline(MAX_LINE_LENGTH):
         number += 1
-        if len(line) == MAX_LINE:
-            raise DataError(f"{table}, line {number}: more than {MAX_LINE} characters. Is this a table?")
+        if len(line) == MAX_LINE_LENGTH:
+            raise DataError(
+                f"{table_uri}, line {number}: more than {MAX_LINE_LENGTH} characters. Is this file a table?"
+            )
         if "\0" in line:
-            raise DataError(f"{table}, line {number}: a NUL byte, which no text has. Save the table as UTF-8 text.")
+            raise DataError(f"{table_uri}, line {number}: a NUL byte, so this is not text. Save the table as UTF-8.")
         yield line
 
 
 def _csv_rows(lines: Iterator[str], source: TableSource) -> Iterator[tuple[int, dict[str, Any]]]:
-    reader = csv.DictReader(lines, restkey=_FURTHER, strict=True)
-    twice = {name for name in reader.fieldnames or () if (reader.fieldnames or ()).count(name) > 1}
-    if twice & {source.image, source.label}:
-        raise DataError(f"{source.uri}: several columns are called {min(twice)}. Give each a name of its own.")
+    reader = csv.DictReader(lines, restkey=_EXTRA_FIELDS, strict=True)
+    columns = list(reader.fieldnames or ())
+    duplicates = {name for name in columns if columns.count(name) > 1}
+    if duplicates & {source.image, source.label}:
+        raise DataError(f"{source.uri}: several columns are named {min(duplicates)}. Rename all but one of them.")
     for row in reader:
-        # A comma at the end of each line means nothing; one in a name shifts the columns.
-        if any(row.pop(_FURTHER, ())):
+        # A comma at the end of each line is harmless; a comma in a name shifts the columns.
+        if any(row.pop(_EXTRA_FIELDS, ())):
             raise DataError(
-                f"{source.uri}, line {reader.line_num}: more fields than the {len(reader.fieldnames or ())} columns of "
-                "the first line. Put quotes around what holds a comma."
+                f"{source.uri}, line {reader.line_num}: more fields than the {len(columns)} columns of the first "
+                "line. Quote values that contain a comma."
             )
         yield reader.line_num, row
 
@@ -112,30 +122,29 @@ def _json_rows(lines: Iterator[str], source: TableSource) -> Iterator[tuple[int,
         if not line.strip():
             continue
         try:
-            row = json.loads(line, object_pairs_hook=_once)
+            row = json.loads(line, object_pairs_hook=_unique_keys)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{source.uri}, line {number}: not JSON: {error}.") from error
+            raise DataError(f"{source.uri}, line {number}: invalid JSON: {error}.") from error
         if not isinstance(row, dict):
-            raise DataError(f"{source.uri}, line {number}: expected an object, found {line.strip()[:40]}.")
+            raise DataError(f"{source.uri}, line {number}: expected a JSON object, found {line.strip()[:40]}.")
         yield number, row
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     row = dict(pairs)
     if len(row) < len(pairs):
-        raise ValueError("a key stands twice")
+        raise ValueError("duplicate key")
     return row
 
 
-def _cell(row: dict[str, Any], column: str, line: int, source: TableSource) -> str:
-    """Turn a cell into text: 3 and "3" name one class."""
-    where = f"{source.uri}, line {line}"
+def _cell(row: dict[str, Any], column: str, location: str) -> str:
+    """Return a cell as text: 3 and "3" are the same class."""
     if column not in row:
-        raise DataError(f"{where}: no column {column}. There are {', '.join(map(str, row))[:500]}.")
+        raise DataError(f"{location}: no column {column}. The columns are {', '.join(map(str, row))[:500]}.")
     value = row[column]
     if value is not None and not isinstance(value, str | int | float):
-        raise DataError(f"{where}: {column} is {json.dumps(value)[:40]}. Expected a text or number.")
+        raise DataError(f"{location}: {column} is {json.dumps(value)[:40]}. Expected text or a number.")
     text = "" if value is None else str(value).strip()
     if "\n" in text or "\r" in text:
-        raise DataError(f"{where}: {column} holds a line break: {text[:40]!r}. Is a quote missing or one too many?")
+        raise DataError(f"{location}: {column} contains a line break: {text[:40]!r}. Check the quotes.")
     return text

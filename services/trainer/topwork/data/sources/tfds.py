@@ -1,4 +1,4 @@
-"""Images of TensorFlow Datasets: downloaded by TFDS itself, or taken from a mirror in storage."""
+"""Images of a TensorFlow Datasets (TFDS) dataset, downloaded by TFDS or copied from the mirror in storage."""
 
 import contextlib
 import io
@@ -8,232 +8,253 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import structlog
 import tensorflow as tf
 import tensorflow_datasets as tfds
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 from tensorflow_datasets.core.download import downloader
 from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
 
-from topwork.artifacts import fetch_whole, read_manifest
+from topwork.artifacts import download_artifact, read_manifest
 from topwork.clients.prometheus.metrics import Metrics
-from topwork.data.sources.source import Item, Room, slug
-from topwork.data.tfds_mirror import ROOT, AskedName, fetch_facts, fetch_images, is_prepared, mirrored
+from topwork.data.sources.source import SourceImage, SpaceEstimate, slugify
+from topwork.data.tfds_mirror import (
+    MIRROR_PREFIX,
+    TfdsName,
+    download_data,
+    download_metadata,
+    is_prepared_key,
+    list_mirrored,
+)
 from topwork.errors import DataError, UnavailableError
 from topwork.workspace import Workspace
 
 ATTEMPTS = 3
-FIRST_WAIT_SECONDS = 5.0
-LOOK_SECONDS = 10.0
-# About 12 seconds for one file. With TFDS' own 10, a pod that has no way out holds its GPUs for 3 minutes more.
+BACKOFF_SECONDS = 5.0
+GROWTH_CHECK_SECONDS = 10.0
+
+# About 12 seconds per file. With the default of 10, a pod without internet access would hold its GPUs for 3 minutes
+# longer.
 downloader.MAX_RETRIES = 6
+
+log = structlog.get_logger(__name__)
 
 
 class TfdsSource:
-    """A dataset of the TFDS catalogue, or of any module that registers one."""
+    """A dataset of the TFDS catalog, of a module that registers one, or of the mirror in storage."""
 
     def __init__(self, name: str, workspace: Workspace) -> None:
         self._workspace = workspace
-        self._asked = AskedName.parse(name)
-        self._folder = workspace.scratch / "pull" / "tfds"
-        known = known_to_tfds(name, self._folder / "data")
-        made = None if isinstance(known, Exception) else str(known.info.full_name)
-        self._mirrored = self._asked.pick(mirrored(workspace.storage, self._asked.name), made)
+        self._name = TfdsName.parse(name)
+        self._directory = workspace.scratch / "pull" / "tfds"
+        builder = load_builder(name, self._directory / "data")
+        full_name = None if isinstance(builder, Exception) else str(builder.info.full_name)
+        self._mirrored = self._name.select(list_mirrored(workspace.storage, self._name.name), full_name)
         if self._mirrored:
-            folder = fetch_facts(workspace.storage, self._mirrored, self._folder / "mirrored")
-            self._builder = tfds.builder_from_directory(folder)
-        elif isinstance(known, Exception):
-            raise self._unknown(name, known) from known
+            directory = download_metadata(workspace.storage, self._mirrored, self._directory / "mirrored")
+            self._builder = tfds.builder_from_directory(directory)
+        elif isinstance(builder, Exception):
+            raise self._not_found(name, builder) from builder
         else:
-            self._builder = known
-        self._image, self._label = image_and_label(self._builder)
-        self.name = slug(self._builder.info.full_name.rpartition("/")[0])
+            self._builder = builder
+        self._image_key, self._label_key = find_image_and_label(self._builder)
+        self.name = slugify(self._builder.info.full_name.rpartition("/")[0])
 
-    def _unknown(self, name: str, error: Exception) -> DataError:
+    def _not_found(self, name: str, error: Exception) -> DataError:
         if not isinstance(error, tfds.core.DatasetNotFoundError):
-            return DataError(f"spec.dataset.source.tfds is {name}: {error}{self._others}")
+            return DataError(f"spec.dataset.source.tfds is {name}: {error}{self._mirrored_hint}")
         return DataError(
-            f"spec.dataset.source.tfds is {name}, which TensorFlow Datasets {tfds.__version__} does not know. "
-            f"Look it up at https://www.tensorflow.org/datasets/catalog, or bring a dataset of your own, prepared by "
-            f"TFDS, into storage: {self._command} --data-dir DIR.{self._others}"
+            f"spec.dataset.source.tfds is {name}, which TensorFlow Datasets {tfds.__version__} does not provide. "
+            "See https://www.tensorflow.org/datasets/catalog, or copy your own dataset, prepared by TFDS, to storage: "
+            f"{self._mirror_command} --data-dir DIR.{self._mirrored_hint}"
         )
 
     @property
-    def mirrored(self) -> bool:
-        """Whether the dataset is in storage, prepared."""
+    def is_mirrored(self) -> bool:
+        """Whether the prepared dataset is in storage."""
         return self._mirrored is not None
 
     def description(self) -> dict[str, Any]:
-        """Name the dataset with its configuration and version."""
+        """Return the name of the dataset with its configuration and version."""
         return {"tfds": self._builder.info.full_name}
 
     def digest(self) -> str:
-        """Stand for the dataset: a version of TFDS never changes its content."""
+        """Return the full name: TFDS never changes the content of a version."""
         return str(self._builder.info.full_name)
 
-    def room(self) -> Room:
-        """Tell what TFDS knows: its downloads, the dataset as it prepares it, and the images in it."""
+    def estimate_space(self) -> SpaceEstimate:
+        """Return the sizes of the download and of the prepared dataset, as TFDS records them."""
         info = self._builder.info
-        downloads = 0 if self._mirrored else int(info.download_size or 0)
-        return Room(fetched=downloads + int(info.dataset_size or 0), images=int(info.dataset_size or 0))
+        download_bytes = 0 if self._mirrored else int(info.download_size or 0)
+        dataset_bytes = int(info.dataset_size or 0)
+        return SpaceEstimate(download_bytes=download_bytes + dataset_bytes, image_bytes=dataset_bytes)
 
     def class_names(self) -> tuple[str, ...]:
-        """Classes in the order of the dataset's labels."""
-        return tuple(self._builder.info.features[self._label].names)
+        """Return the classes in the order of the dataset's labels."""
+        return tuple(self._builder.info.features[self._label_key].names)
 
     def splits(self) -> Mapping[str, int | None]:
-        """Splits of the dataset, which is downloaded now."""
-        return {name: int(split.num_examples) for name, split in self._prepared.info.splits.items()}
+        """Return the splits of the dataset. Downloads it."""
+        return {name: int(split.num_examples) for name, split in self._prepared_builder.info.splits.items()}
 
-    def items(self, split: str) -> Iterator[Item]:
+    def images(self, split: str) -> Iterator[SourceImage]:
         """Yield the images in the order of the files."""
         options = tf.data.Options()
         options.autotune.enabled = False
-        # Decoders are kept off: the encoded file is proved like any other.
+        # Not decoded here: the encoded image is validated like any other.
         with tf.device("CPU:0"):
-            dataset = self._prepared.as_dataset(
+            dataset = self._prepared_builder.as_dataset(
                 split=split,
-                decoders={self._image: tfds.decode.SkipDecoding()},
+                decoders={self._image_key: tfds.decode.SkipDecoding()},
                 shuffle_files=False,
                 read_config=tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False, options=options),
             )
         classes = self.class_names()
         for number, example in enumerate(dataset.as_numpy_iterator()):
-            label = int(example[self._label])
-            # -1 stands for an unknown label.
-            name = classes[label] if label >= 0 else None
-            yield Item(f"{split}/{number}", name, partial(bytes, example[self._image]))
+            label = int(example[self._label_key])
+            # TFDS uses -1 for an unknown label.
+            class_name = classes[label] if label >= 0 else None
+            yield SourceImage(f"{split}/{number}", class_name, partial(bytes, example[self._image_key]))
+
+    @property
+    def directory(self) -> Path:
+        """Local directory of the prepared dataset. Downloads it."""
+        return Path(self._prepared_builder.data_dir)
 
     @cached_property
-    def _prepared(self) -> Any:
-        """The builder with its files on scratch."""
+    def _prepared_builder(self) -> Any:
+        """The builder, with its files on scratch."""
         if self._mirrored:
-            self._workspace.progress.note("TFDS dataset", name=self._mirrored, mirror=True)
-            fetch_images(self._workspace.storage, self._mirrored, self._folder / "mirrored")
-            return self._builder
-        downloads = self._folder / "downloads"
-        found = self._fetch_downloads()
-        if self._builder.MANUAL_DOWNLOAD_INSTRUCTIONS and not found:
+            log.info("copying TFDS dataset from mirror", dataset=self._mirrored)
+            download_data(self._workspace.storage, self._mirrored, self._directory / "mirrored")
+        else:
+            self._download_and_prepare()
+        return self._builder
+
+    def _download_and_prepare(self) -> None:
+        downloads = self._directory / "downloads"
+        has_downloads = self._copy_mirrored_downloads()
+        if self._builder.MANUAL_DOWNLOAD_INSTRUCTIONS and not has_downloads:
             instructions = self._builder.MANUAL_DOWNLOAD_INSTRUCTIONS.strip()
             raise DataError(
-                f"{self._builder.name} must be downloaded by hand. {instructions} Put the files below "
+                f"{self._builder.name} must be downloaded manually. {instructions} Store the files below "
                 f"{self._mirror_uri}/manual/."
             )
         config = tfds.download.DownloadConfig(
             try_download_gcs=False, compute_stats="skip", manual_dir=downloads / "manual"
         )
         retrying = Retrying(
-            retry=retry_if_exception(_is_worth_another_try),
+            retry=retry_if_exception(_is_retryable),
             stop=stop_after_attempt(ATTEMPTS),
-            wait=wait_random_exponential(FIRST_WAIT_SECONDS),
+            wait=wait_random_exponential(BACKOFF_SECONDS),
             reraise=True,
         )
-        self._workspace.progress.note("TFDS dataset", name=self._builder.info.full_name, mirror=found)
+        log.info("preparing TFDS dataset", dataset=self._builder.info.full_name, downloads_mirrored=has_downloads)
         tfds.disable_progress_bar()
         try:
-            # TFDS prints to standard output, which belongs to the commands.
-            with contextlib.redirect_stdout(io.StringIO()), growth_told(self._folder, self._workspace.metrics):
+            # TFDS prints to standard output, which is reserved for the output of commands.
+            with (
+                contextlib.redirect_stdout(io.StringIO()),
+                record_directory_growth(self._directory, self._workspace.metrics),
+            ):
                 retrying(self._builder.download_and_prepare, download_dir=downloads, download_config=config)
         except ImportError as error:
             raise DataError(
-                f"{self._builder.name} can't be prepared: {error}. Add the module to the image, or hand the images in "
-                f"as a folder, archive or table."
+                f"{self._builder.name} cannot be prepared: {error}. Add the module to the container image, or provide "
+                "the images as a folder, archive or table."
             ) from error
         except Exception as error:
-            if not _is_of_the_network(error):
+            if not _is_network_error(error):
                 raise
             raise UnavailableError(
-                f"{self._builder.name} could not be downloaded, each file tried again and again: {error} Where there "
-                f"is no internet, run `{self._command}` on a machine that has it, or copy the TFDS download folder of "
-                f"such a machine to {self._mirror_uri}/.{self._others}"
+                f"{self._builder.name} could not be downloaded, after several attempts per file: {error} Without "
+                f"internet access, run `{self._mirror_command}` on a machine that has it, or copy the TFDS download "
+                f"directory of such a machine to {self._mirror_uri}/.{self._mirrored_hint}"
             ) from error
-        return self._builder
 
     @property
-    def folder(self) -> Path:
-        """Local folder of the prepared dataset, which is downloaded now."""
-        return Path(self._prepared.data_dir)
+    def _mirror_command(self) -> str:
+        return f"topwork mirror tfds {self._workspace.storage.uri} {self._name}"
 
     @property
-    def _command(self) -> str:
-        version = f":{self._asked.version}" if self._asked.version else ""
-        config = f"/{self._asked.config}" if self._asked.config else ""
-        return f"topwork mirror tfds {self._workspace.storage.uri} {self._asked.name}{config}{version}"
+    def _mirrored_hint(self) -> str:
+        full_names = list_mirrored(self._workspace.storage, self._name.name)
+        return f" The mirror contains {', '.join(full_names)}." if full_names else ""
 
     @property
-    def _others(self) -> str:
-        others = mirrored(self._workspace.storage, self._asked.name)
-        return f" Mirrored are {', '.join(others)}." if others else ""
-
-    @property
-    def _mirror(self) -> str:
-        return f"{ROOT}/{self._builder.name}"
+    def _mirror_prefix(self) -> str:
+        return f"{MIRROR_PREFIX}/{self._builder.name}"
 
     @property
     def _mirror_uri(self) -> str:
-        return self._workspace.storage.uri_of(self._mirror)
+        return self._workspace.storage.uri_of(self._mirror_prefix)
 
-    def _fetch_downloads(self) -> bool:
-        """Fetch the mirrored download folder, written whole or copied there by hand: TFDS checks what it holds."""
-        storage, folder = self._workspace.storage, self._folder / "downloads"
-        if read_manifest(storage, self._mirror):
-            fetch_whole(storage, self._mirror, folder)
+    def _copy_mirrored_downloads(self) -> bool:
+        """Copy the mirrored TFDS download directory to scratch; TFDS verifies its content.
+
+        Returns:
+            Whether the mirror has one, either with a manifest or copied there manually.
+        """
+        storage, directory = self._workspace.storage, self._directory / "downloads"
+        if read_manifest(storage, self._mirror_prefix):
+            download_artifact(storage, self._mirror_prefix, directory)
             return True
-        found = False
-        for stored in storage.list(f"{self._mirror}/"):
-            path = folder / stored.key.removeprefix(f"{self._mirror}/")
-            inside = path.resolve().is_relative_to(folder.resolve())
-            if inside and not stored.key.endswith("/") and not is_prepared(stored.key):
-                found = True
+        has_downloads = False
+        for stored in storage.list(f"{self._mirror_prefix}/"):
+            path = directory / stored.key.removeprefix(f"{self._mirror_prefix}/")
+            is_inside = path.resolve().is_relative_to(directory.resolve())
+            if is_inside and not stored.key.endswith("/") and not is_prepared_key(stored.key):
+                has_downloads = True
                 path.parent.mkdir(parents=True, exist_ok=True)
                 storage.download(stored.key, path)
-        return found
+        return has_downloads
 
 
 @contextlib.contextmanager
-def growth_told(folder: Path, metrics: Metrics, seconds: float = LOOK_SECONDS) -> Iterator[None]:
-    """Tell metrics that work goes on while a folder grows: TFDS itself says nothing of its hours of downloads.
+def record_directory_growth(directory: Path, metrics: Metrics, seconds: float = GROWTH_CHECK_SECONDS) -> Iterator[None]:
+    """Record progress whenever a directory changes its size: TFDS does not report hours of downloads.
 
     Args:
-        folder: Where the block writes.
-        metrics: Who is told.
-        seconds: How often the folder is looked at.
+        directory: Directory to which the block writes.
+        metrics: Metrics that record the progress.
+        seconds: Interval between two checks.
     """
-    ended = threading.Event()
+    finished = threading.Event()
 
     def watch() -> None:
-        before = _bytes_below(folder)
-        while not ended.wait(seconds):
-            if (now := _bytes_below(folder)) != before:
-                metrics.progress()
-            before = now
+        last_size = _directory_size(directory)
+        while not finished.wait(seconds):
+            if (size := _directory_size(directory)) != last_size:
+                metrics.record_progress()
+            last_size = size
 
     thread = threading.Thread(target=watch, name="tfds-growth", daemon=True)
     thread.start()
     try:
         yield
     finally:
-        ended.set()
+        finished.set()
         thread.join()
 
 
-def _bytes_below(folder: Path) -> int:
+def _directory_size(directory: Path) -> int:
     size = 0
-    # TFDS renames and deletes while this looks.
+    # TFDS renames and deletes files in the meantime.
     with contextlib.suppress(OSError):
-        for path in folder.rglob("*"):
+        for path in directory.rglob("*"):
             size += path.stat().st_size
     return size
 
 
-def known_to_tfds(name: str, data_dir: Path) -> Any:
-    """Ask TFDS for the builder of a dataset.
+def load_builder(name: str, data_dir: Path) -> Any:
+    """Create the TFDS builder of a dataset.
 
     Args:
         name: `name[/config][:version]`.
-        data_dir: Local folder for datasets.
+        data_dir: Local directory for datasets.
 
     Returns:
-        The builder, or the exception that says why there is none.
+        The builder, or the exception that explains why there is none.
     """
     try:
         return tfds.builder(name, data_dir=data_dir, try_gcs=False)
@@ -241,17 +262,17 @@ def known_to_tfds(name: str, data_dir: Path) -> Any:
         return error
 
 
-def image_and_label(builder: Any) -> tuple[str, str]:
-    """Find the image and its class: as the dataset is supervised, or the only ones of their kind.
+def find_image_and_label(builder: Any) -> tuple[str, str]:
+    """Find the image and label features: the supervised keys, or the only features of their type.
 
     Args:
-        builder: A builder of TFDS.
+        builder: A TFDS builder.
 
     Returns:
-        Names of both features.
+        Keys of the image and of the label.
 
     Raises:
-        DataError: If it is no dataset for image classification.
+        DataError: If it is not an image classification dataset.
     """
     features, keys = builder.info.features, builder.info.supervised_keys
     images = [name for name, feature in features.items() if type(feature) is tfds.features.Image]
@@ -261,18 +282,18 @@ def image_and_label(builder: Any) -> tuple[str, str]:
     if len(images) == len(labels) == 1:
         return images[0], labels[0]
     raise DataError(
-        f"{builder.name} is no dataset for image classification: expected one image and one class label, or that "
-        f"supervised_keys name them. It has the images {images} and the labels {labels}."
+        f"{builder.name} is not an image classification dataset: expected one Image and one ClassLabel feature, or "
+        f"supervised_keys that select them. It has the images {images} and the labels {labels}."
     )
 
 
-def _is_worth_another_try(error: BaseException) -> bool:
-    """Tell a download that broke off or was damaged from a server that TFDS itself called ten times in vain."""
-    return _is_of_the_network(error) and "Max retries exceeded" not in str(error)
+def _is_retryable(error: BaseException) -> bool:
+    """Return False for servers that TFDS itself has already tried ten times."""
+    return _is_network_error(error) and "Max retries exceeded" not in str(error)
 
 
-def _is_of_the_network(error: BaseException) -> bool:
-    """Tell a failed download, with an OSError of requests or urllib, from a full disk, which has a number."""
+def _is_network_error(error: BaseException) -> bool:
+    """Return whether a download failed. Network libraries raise OSError without an errno; a full disk has one."""
     if isinstance(error, NonMatchingChecksumError | tfds.download.DownloadError | ConnectionError | TimeoutError):
         return True
     return isinstance(error, OSError) and error.errno is None

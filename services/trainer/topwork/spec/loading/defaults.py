@@ -1,4 +1,4 @@
-"""What a spec does not say itself and takes from elsewhere, put into a document before it is checked."""
+"""Namespace defaults for storage, compute and metrics: filled into a document before it is validated."""
 
 from collections.abc import Mapping
 from copy import deepcopy
@@ -7,57 +7,63 @@ from typing import Any
 
 from topwork.spec.loading.yaml_document import Path
 
-# Parts of a spec of which each key may come from elsewhere; storage may as a whole.
-PARTS = ("compute", "metrics")
+# Each key of these sections of the spec can have a default; storage has one as a whole.
+SECTIONS = ("compute", "metrics")
 STORAGE = "storage"
 
 
 @dataclass
 class SpecDefaults:
-    """Values for keys that a spec leaves out.
+    """Values for keys that a spec does not set.
 
     Attributes:
-        source: Where they come from, for messages.
-        values: Each value by its path.
-        taken: Those of the paths that some spec has left out so far.
+        source: Where the defaults come from, for messages.
+        values: Default of each path.
+        used: Paths whose default was filled into at least one document so far.
     """
 
     source: str
     values: Mapping[Path, Any]
-    taken: set[Path] = field(default_factory=set)
+    used: set[Path] = field(default_factory=set)
 
     def fill(self, data: Mapping[str, Any]) -> tuple[dict[str, Any], set[Path]]:
-        """Put in what a document leaves out.
+        """Fill in keys that a document does not set.
 
         Args:
-            data: Plain data of the document; left as it is.
+            data: Plain data of the document; not modified.
 
         Returns:
-            A copy of the data with the defaults in it, and the paths of those.
+            A copy of the data with defaults, and the paths that were filled in.
         """
         result = deepcopy(dict(data))
-        filled = {path for path, value in self.values.items() if _put(result, path, deepcopy(value))}
-        self.taken |= filled
+        filled = {path for path, value in self.values.items() if _set_if_unset(result, path, deepcopy(value))}
+        self.used |= filled
         return result, filled
 
 
-def default_values(spec: Mapping[str, Any]) -> dict[Path, Any]:
-    """Name the path of each default.
+def flatten_defaults(spec: Mapping[str, Any]) -> dict[Path, Any]:
+    """Convert a partial spec to a mapping from paths to default values.
 
     Args:
         spec: `storage`, and any keys of `compute` and `metrics`, as in a job spec.
 
     Returns:
-        The values by their paths.
+        The default of each path.
+
+    Example:
+        >>> flatten_defaults({"storage": "s3://bucket", "compute": {"gpus": 2}})
+        {('spec', 'storage'): 's3://bucket', ('spec', 'compute', 'gpus'): 2}
     """
-    found: dict[Path, Any] = {("spec", STORAGE): spec[STORAGE]} if spec.get(STORAGE) is not None else {}
-    for part in PARTS:
-        found |= {("spec", part, key): value for key, value in (spec.get(part) or {}).items() if value is not None}
-    return found
+    values: dict[Path, Any] = {("spec", STORAGE): spec[STORAGE]} if spec.get(STORAGE) is not None else {}
+    for section in SECTIONS:
+        values |= {
+            ("spec", section, key): value for key, value in (spec.get(section) or {}).items() if value is not None
+        }
+    return values
 
 
-def _put(data: dict[str, Any], path: Path, value: Any) -> bool:
-    """Set a value that is not there; False where it is, or where the document has no such place."""
+def _set_if_unset(data: dict[str, Any], path: Path, value: Any) -> bool:
+    """Set a value and return True, or return False if the path has a value or leads through something else."""
     here: Any = data
     for depth, step in enumerate(path):
         if not isinstance(here, dict):

@@ -1,4 +1,8 @@
-"""What the rules say of a job that has other errors: pydantic stops below a rule, and users want all errors at once."""
+"""Running the rules of a spec that has other errors, so that the user sees all problems at once.
+
+Pydantic skips the rules of a model if one of its fields is invalid. This module runs those rules on a model without the
+invalid fields.
+"""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, cast
@@ -6,79 +10,79 @@ from typing import Any, NamedTuple, cast
 from pydantic import TypeAdapter, ValidationError
 
 from topwork.spec.schema import key_types
-from topwork.spec.section import Part, Refusal, refusals
+from topwork.spec.spec_model import SpecModel, Violation, run_rules
 
 Path = tuple[str | int, ...]
 
 
-class LateRefusal(NamedTuple):
-    """A refusal of a rule by the path of its part."""
+class SkippedViolation(NamedTuple):
+    """A violation of a rule that pydantic skipped, with the path of the rule's model."""
 
     path: Path
-    refusal: Refusal
+    violation: Violation
 
 
-def late_refusals(root: type[Part], data: Mapping[str, Any], error: ValidationError) -> list[LateRefusal]:
-    """Run those rules that pydantic left out, because something else in the part was wrong.
+def run_skipped_rules(root: type[SpecModel], data: Mapping[str, Any], error: ValidationError) -> list[SkippedViolation]:
+    """Run the rules that pydantic skipped because of other errors in the same model.
 
     Args:
-        root: Part that `data` failed to become.
-        data: What was validated, keys by alias.
-        error: What pydantic said.
+        root: Model that `data` was validated against.
+        data: The validated data, with YAML keys.
+        error: The errors that pydantic reported.
 
     Returns:
-        Refusals of the rules that read none of the wrong values.
+        Violations of those rules that do not read an invalid value.
     """
-    sketch = _Sketch(error)
-    sketch.part(root, data, ())
-    return sketch.found
+    validation = _PartialValidation(error)
+    validation.build(root, data, ())
+    return validation.violations
 
 
-class _Sketch:
-    """Builds parts without the values that are wrong. A rule that reads one of those ends with AttributeError."""
+class _PartialValidation:
+    """Builds models without their invalid fields. A rule that reads one of those raises AttributeError."""
 
     def __init__(self, error: ValidationError) -> None:
         details = error.errors(include_url=False, include_input=False)
-        self._wrong = {_untagged(one["loc"]) for one in details if one["type"] != "rule"}
-        self._ruled = {_untagged(one["loc"]) for one in details if one["type"] == "rule"}
-        self.found: list[LateRefusal] = []
+        self._invalid = {_without_tags(one["loc"]) for one in details if one["type"] != "rule_violation"}
+        self._checked = {_without_tags(one["loc"]) for one in details if one["type"] == "rule_violation"}
+        self.violations: list[SkippedViolation] = []
 
-    def part(self, kind: type[Part], data: Mapping[str, Any], path: Path) -> Part:
-        names = {field.alias or name: name for name, field in kind.model_fields.items()}
-        values = dict(self._values(kind, data, path))
-        part = kind.model_construct(**{names[key]: value for key, value in values.items()})
+    def build(self, model: type[SpecModel], data: Mapping[str, Any], path: Path) -> SpecModel:
+        names = {field.alias or name: name for name, field in model.model_fields.items()}
+        values = dict(self._valid_values(model, data, path))
+        instance = model.model_construct(**{names[key]: value for key, value in values.items()})
         for key in data.keys() & names.keys() - values.keys():
-            part.__dict__.pop(names[key], None)
-        if path not in self._ruled:
-            self.found += [LateRefusal(path, refusal) for refusal in self._refusals(part)]
-        return part
+            instance.__dict__.pop(names[key], None)
+        if path not in self._checked:
+            self.violations += [SkippedViolation(path, violation) for violation in self._run_rules(instance)]
+        return instance
 
-    def _values(self, kind: type[Part], data: Mapping[str, Any], path: Path) -> Iterator[tuple[str, Any]]:
-        for key, field in key_types.keys(kind).items():
-            below = (*path, key)
-            if key not in data or below in self._wrong:
+    def _valid_values(self, model: type[SpecModel], data: Mapping[str, Any], path: Path) -> Iterator[tuple[str, Any]]:
+        for key, field in key_types.fields_by_key(model).items():
+            child = (*path, key)
+            if key not in data or child in self._invalid:
                 continue
-            if not any(place[: len(below)] == below for place in self._wrong | self._ruled):
-                # Only to turn lists into tuples and mappings into parts: the value has been checked.
+            if not any(place[: len(child)] == child for place in self._invalid | self._checked):
+                # The value is valid; this only converts lists to tuples and mappings to models.
                 adapter: TypeAdapter[Any] = TypeAdapter(cast("Any", field.annotation))
                 yield key, adapter.validate_python(data[key], by_alias=True, by_name=False)
                 continue
-            parts = [one.of for one in key_types.kinds(field.annotation) if _is_part(one.of)]
-            if len(parts) == 1 and isinstance(data[key], Mapping):
-                yield key, self.part(parts[0], data[key], below)
+            models = [
+                one.python_type
+                for one in key_types.expand_types(field.annotation)
+                if key_types.is_model(one.python_type)
+            ]
+            if len(models) == 1 and isinstance(data[key], Mapping):
+                yield key, self.build(models[0], data[key], child)
 
-    def _refusals(self, part: Part) -> Iterator[Refusal]:
-        for check in refusals(part):
+    def _run_rules(self, instance: SpecModel) -> Iterator[Violation]:
+        for found in run_rules(instance):
             try:
-                yield from check
+                yield from found
             except AttributeError:
-                # It read a value that is wrong, which has been told already.
+                # The rule reads an invalid value, which is already reported.
                 continue
 
 
-def _untagged(path: Path) -> Path:
+def _without_tags(path: Path) -> Path:
     return tuple(step for step in path if not (isinstance(step, str) and step.startswith("<")))
-
-
-def _is_part(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, Part)

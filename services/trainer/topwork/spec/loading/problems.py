@@ -1,4 +1,4 @@
-"""What is wrong with a spec: each problem with its place, and pydantic's errors in our words."""
+"""Problems of a spec: their location, and messages that replace those of pydantic."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, get_args, get_origin
@@ -8,24 +8,24 @@ from pydantic_core import ErrorDetails
 
 from topwork.errors import SpecError
 from topwork.spec.job import TransferJob
-from topwork.spec.loading.partial_validation import late_refusals
+from topwork.spec.loading.partial_validation import run_skipped_rules
 from topwork.spec.loading.yaml_document import Path
-from topwork.spec.messages import hint, listed, shown
+from topwork.spec.messages import did_you_mean, format_value, join_words
 from topwork.spec.schema import key_types
-from topwork.spec.section import Part, Refusal
+from topwork.spec.spec_model import Violation
 
-YES_AND_NO = {"yes": "true", "on": "true", "no": "false", "off": "false"}
+YAML_1_1_BOOLEANS = {"yes": "true", "on": "true", "no": "false", "off": "false"}
 
 
 class Problem(NamedTuple):
-    """One thing that is wrong with a spec.
+    """One problem of a spec.
 
     Attributes:
-        file: Name of the file as it was handed in, or the `--set …` that is at fault.
-        line: Line, counted from 1; 0 where the file as a whole is meant.
+        file: Name of the file as passed on the command line, or the `--set …` option at fault.
+        line: Line, counted from 1; 0 if the problem concerns the whole file.
         column: Column, counted from 1.
-        path: Path of the key, such as `spec.transfer.epochs`; empty where the document is meant.
-        message: What stood there, what is allowed, and the nearest known word.
+        path: Path of the key, such as `spec.transfer.epochs`; empty if the problem concerns the document.
+        message: The value found, the allowed values, and a suggestion for typos.
     """
 
     file: str
@@ -35,120 +35,135 @@ class Problem(NamedTuple):
     message: str
 
     def __str__(self) -> str:
-        place = f"{self.file}:{self.line}:{self.column}" if self.line else self.file
-        return ": ".join(part for part in (place, self.path, self.message) if part)
+        location = f"{self.file}:{self.line}:{self.column}" if self.line else self.file
+        return ": ".join(part for part in (location, self.path, self.message) if part)
 
 
-class WrongSpec(SpecError):  # noqa: N818 - an error by its base
-    """All that is wrong with one or more specs."""
+class InvalidSpecError(SpecError):
+    """All problems of one or more specs."""
 
     def __init__(self, problems: tuple[Problem, ...]) -> None:
-        # An option that is wrong is so for each document.
+        # An invalid --set option causes the same problem in every document.
         self.problems = tuple(dict.fromkeys(problems))
         super().__init__("\n".join(map(str, self.problems)))
 
 
 class Finding(NamedTuple):
-    """A problem of a document by its path; `at_key` where the key and not its value is at fault."""
+    """A problem before its position is known.
+
+    Attributes:
+        path: Path of the key.
+        message: As in `Problem`.
+        at_key: Whether the key is at fault instead of its value.
+    """
 
     path: Path
     message: str
     at_key: bool = False
 
 
-def dotted(path: Path) -> str:
-    """Write a path as `spec.evaluate.gates[0].metric`."""
+def format_path(path: Path) -> str:
+    """Format a path as in `spec.evaluate.gates[0].metric`."""
     return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path).removeprefix(".")
 
 
-def findings(error: ValidationError, data: Mapping[str, Any]) -> Iterator[Finding]:
-    """Say pydantic's errors in our words, and add those of the rules that pydantic left out.
+def explain_errors(error: ValidationError, data: Mapping[str, Any]) -> Iterator[Finding]:
+    """Translate errors of pydantic, and add violations of the rules that pydantic skipped.
 
     Args:
-        error: What pydantic said of `data`.
-        data: What was validated.
+        error: The errors that pydantic reported for `data`.
+        data: The validated data.
 
     Yields:
-        One finding for each place that is wrong, and one for each refusal of a rule.
+        One finding for each invalid value, and one for each violation of a rule.
     """
     seen: set[Path] = set()
     for details in error.errors(include_url=False):
-        for finding in _findings(details):
-            # A list that is too short is told of once for each entry that lacks.
-            if finding.path not in seen or details["type"] == "rule":
+        for finding in _translate(details):
+            # Pydantic reports a list that is too short once for each missing item.
+            if finding.path not in seen or details["type"] == "rule_violation":
                 yield finding
             seen.add(finding.path)
-    for path, refusal in late_refusals(TransferJob, data, error):
-        finding = _of_rule(path, refusal)
+    for path, violation in run_skipped_rules(TransferJob, data, error):
+        finding = _from_violation(path, violation)
         if finding.path not in seen:
             yield finding
 
 
-def _of_rule(path: Path, refusal: Refusal) -> Finding:
-    steps = tuple(int(step) if step.isdigit() else step for step in refusal.path.split(".") if step)
-    return Finding((*path, *steps), refusal.reason)
+def explain_unknown_key(path: Path) -> str:
+    """Explain that a key is unknown, where it belongs or which key was probably meant.
+
+    Args:
+        path: Path of the unknown key; its parent must exist. May contain tags as in errors of pydantic.
+
+    Returns:
+        One or more sentences.
+    """
+    *parent, key = path
+    models = [
+        one.python_type for one in key_types.types_at(TransferJob, tuple(parent)) if key_types.is_model(one.python_type)
+    ]
+    known = [name for model in models for name in key_types.fields_by_key(model)]
+    homes = [
+        home or "the document"
+        for home, model in key_types.walk_models(TransferJob)
+        if key in key_types.fields_by_key(model)
+    ]
+    where = (
+        f" It is a key of {join_words(list(dict.fromkeys(homes))[:3], 'or')}." if homes else did_you_mean(key, known)
+    )
+    return f"unknown key.{where} Known keys: {', '.join(known)}."
 
 
-def _findings(details: ErrorDetails) -> Iterator[Finding]:
+def _from_violation(path: Path, violation: Violation) -> Finding:
+    steps = tuple(int(step) if step.isdigit() else step for step in violation.path.split(".") if step)
+    return Finding((*path, *steps), violation.message)
+
+
+def _translate(details: ErrorDetails) -> Iterator[Finding]:
     tagged = tuple(step for step in details["loc"] if step != "[key]")
     path = tuple(step for step in tagged if not _is_tag(step))
     kind, value = details["type"], details.get("input")
-    if kind == "rule":
-        yield from (_of_rule(path, refusal) for refusal in details["ctx"]["refusals"])
+    if kind == "rule_violation":
+        yield from (_from_violation(path, violation) for violation in details["ctx"]["violations"])
     elif kind == "extra_forbidden":
-        yield Finding(path, unknown_key(tagged), at_key=True)
+        yield Finding(path, explain_unknown_key(tagged), at_key=True)
     elif kind == "missing" and isinstance(path[-1], int):
-        found = key_types.at(TransferJob, tagged[:-1])
-        yield Finding(path[:-1], f"{shown(value)} is not allowed. Allowed: {key_types.allowed(found)}.")
+        types = key_types.types_at(TransferJob, tagged[:-1])
+        yield Finding(path[:-1], f"{format_value(value)} is not allowed. Allowed: {key_types.describe_types(types)}.")
     elif kind == "missing":
-        found = key_types.at(TransferJob, tagged)
-        yield Finding(path, f"missing. {_description(tagged)} Allowed: {key_types.allowed(found)}.")
-    elif kind == "refused":
+        types = key_types.types_at(TransferJob, tagged)
+        yield Finding(path, f"is required. {_description(tagged)} Allowed: {key_types.describe_types(types)}.")
+    elif kind == "invalid_value":
         yield Finding(path, details["msg"].rstrip(".") + ".")
     elif "[key]" in details["loc"]:
-        yield Finding(path, f"{shown(value)} is not allowed here. Allowed: {_key_words(tagged)}.", at_key=True)
+        message = f"{format_value(value)} is not allowed as a key. Allowed: {_describe_keys(tagged)}."
+        yield Finding(path, message, at_key=True)
     else:
-        # A wrong value says nothing about which of several types was meant: all of them are told.
+        # A wrong value does not show which member of a union was meant, so the message lists all of them.
         place = tagged[:-1] if tagged and _is_tag(tagged[-1]) else tagged
-        yield Finding(path, _not_allowed(value, key_types.at(TransferJob, place), details))
+        yield Finding(path, _not_allowed(value, key_types.types_at(TransferJob, place), details))
 
 
 def _is_tag(step: str | int) -> bool:
     return isinstance(step, str) and step.startswith("<")
 
 
-def unknown_key(path: Path) -> str:
-    """Say that there is no such key, where there is one, or which one was probably meant.
-
-    Args:
-        path: The key with all above it, which is known; tags as in pydantic's errors are allowed.
-
-    Returns:
-        One or more sentences.
-    """
-    *above, key = path
-    parts = [kind.of for kind in key_types.at(TransferJob, tuple(above)) if isinstance(kind.of, type)]
-    known = [key for part in parts if issubclass(part, Part) for key in key_types.keys(part)]
-    homes = [path or "the document" for path, part in key_types.parts(TransferJob) if key in key_types.keys(part)]
-    where = f" It is a key of {listed(list(dict.fromkeys(homes))[:3], 'or')}." if homes else hint(key, known)
-    return f"no such key.{where} Known: {', '.join(known)}."
+def _not_allowed(value: object, types: tuple[key_types.KeyType, ...], details: ErrorDetails) -> str:
+    allowed = key_types.describe_types(types) or details["msg"]
+    message = f"{format_value(value)} is not allowed.{_suggest_fix(value, types)} Allowed: {allowed}."
+    return message if value is not None else f"{message} Or remove the key."
 
 
-def _not_allowed(value: object, found: tuple[key_types.Kind, ...], details: ErrorDetails) -> str:
-    words = key_types.allowed(found) or details["msg"]
-    message = f"{shown(value)} is not allowed.{_fix(value, found)} Allowed: {words}."
-    return message if value is not None else f"{message} Or leave the key out."
-
-
-def _fix(value: object, found: tuple[key_types.Kind, ...]) -> str:
-    types = {kind.of for kind in found}
+def _suggest_fix(value: object, types: tuple[key_types.KeyType, ...]) -> str:
     if not isinstance(value, str):
         return ""
-    if bool in types and value.lower() in YES_AND_NO:
-        return f" Did you mean {YES_AND_NO[value.lower()]}?"
-    if types & {int, float} and _is_number(value):
-        return " Leave out the quotes."
-    return hint(value, key_types.options(found))
+    python_types = {one.python_type for one in types}
+    if bool in python_types and value.lower() in YAML_1_1_BOOLEANS:
+        return f" Did you mean {YAML_1_1_BOOLEANS[value.lower()]}?"
+    if python_types & {int, float} and _is_number(value):
+        return " Remove the quotes."
+    return did_you_mean(value, key_types.literal_values(types))
 
 
 def _is_number(text: str) -> bool:
@@ -160,17 +175,15 @@ def _is_number(text: str) -> bool:
 
 
 def _description(path: Path) -> str:
-    *above, key = path
-    for kind in key_types.at(TransferJob, tuple(above)):
-        if field := key_types.keys(kind.of).get(str(key)):
+    *parent, key = path
+    for one in key_types.types_at(TransferJob, tuple(parent)):
+        if key_types.is_model(one.python_type) and (field := key_types.fields_by_key(one.python_type).get(str(key))):
             return field.description or ""
     return ""
 
 
-def _key_words(path: Path) -> str:
-    found = [kind for kind in key_types.at(TransferJob, path[:-1]) if get_origin(kind.of) is dict]
-    return " or ".join(key_types.allowed(key_types.kinds(_first(kind.of))) for kind in found)
-
-
-def _first(annotation: Any) -> Any:
-    return get_args(annotation)[0]
+def _describe_keys(path: Path) -> str:
+    mappings = [
+        one.python_type for one in key_types.types_at(TransferJob, path[:-1]) if get_origin(one.python_type) is dict
+    ]
+    return " or ".join(key_types.describe_types(key_types.expand_types(get_args(mapping)[0])) for mapping in mappings)

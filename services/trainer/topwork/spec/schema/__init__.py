@@ -1,1 +1,1 @@
-"""What is generated from the spec models: JSON Schema and reference."""
+"""Documentation generated from the spec models: the JSON Schema and the reference."""

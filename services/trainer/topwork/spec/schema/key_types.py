@@ -1,4 +1,4 @@
-"""What each key of the spec may hold, in words: for messages and for the reference."""
+"""Types and bounds of each key of the spec, and their descriptions for messages and the reference."""
 
 import types
 from collections.abc import Iterable, Iterator
@@ -9,82 +9,83 @@ from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
 from pydantic import Tag
 from pydantic.fields import FieldInfo
 
-from topwork.spec.section import Meaning, Part
+from topwork.spec.spec_model import SpecModel, ValueDescription
 
 
 @dataclass(frozen=True)
-class Kind:
-    """One of the types that a key may have, with what is said about it.
+class KeyType:
+    """One type that a key allows.
 
     Attributes:
-        of: A class, a Literal, or a generic alias of tuple or dict.
-        about: Bounds, meaning and tag from the annotation.
+        python_type: A class, a Literal, or a generic alias of tuple or dict.
+        metadata: Bounds, description and tag from the annotation.
     """
 
-    of: Any
-    about: tuple[Any, ...] = ()
+    python_type: Any
+    metadata: tuple[Any, ...] = ()
 
-    def find(self, wanted: type[Any]) -> Any:
-        """Give what the annotation says of one sort, such as `Ge`, or None."""
-        return next((one for one in self.about if isinstance(one, wanted)), None)
-
-
-def kinds(annotation: Any, about: Iterable[Any] = ()) -> Iterator[Kind]:
-    """Take an annotation apart into the types that it allows, without None."""
-    about = tuple(_flat(about))
-    if get_origin(annotation) is Annotated:
-        inner, *metadata = get_args(annotation)
-        yield from kinds(inner, (*metadata, *about))
-    elif get_origin(annotation) in {Union, types.UnionType}:
-        for member in get_args(annotation):
-            yield from kinds(member, about)
-    elif annotation is not types.NoneType:
-        yield Kind(annotation, about)
+    def find(self, kind: type[Any]) -> Any:
+        """Return the first metadata of a kind, such as `Ge`, or None."""
+        return next((one for one in self.metadata if isinstance(one, kind)), None)
 
 
-def at(root: type[Part], path: tuple[str | int, ...]) -> tuple[Kind, ...]:
-    """Find what may stand at a path.
+def expand_types(annotation: Any, metadata: Iterable[Any] = ()) -> Iterator[KeyType]:
+    """Expand an annotation into the types that it allows, without None.
 
     Args:
-        root: Part where the path begins.
-        path: Keys and indices; a tag such as `<layers>` chooses among several types.
+        annotation: A type, possibly Annotated or a union.
+        metadata: Metadata that applies to all members of a union.
+
+    Yields:
+        Each type with its metadata.
+    """
+    metadata = tuple(_flatten(metadata))
+    if get_origin(annotation) is Annotated:
+        inner, *own = get_args(annotation)
+        yield from expand_types(inner, (*own, *metadata))
+    elif get_origin(annotation) in {Union, types.UnionType}:
+        for member in get_args(annotation):
+            yield from expand_types(member, metadata)
+    elif annotation is not types.NoneType:
+        yield KeyType(annotation, metadata)
+
+
+def types_at(root: type[SpecModel], path: tuple[str | int, ...]) -> tuple[KeyType, ...]:
+    """Return the types that are allowed at a path.
+
+    Args:
+        root: Model where the path starts.
+        path: Keys and list indices; a tag such as `<layers>` selects a member of a union.
 
     Returns:
-        The types that are allowed there; empty where the path leads nowhere.
+        The allowed types; empty if the path does not exist.
     """
-    found: tuple[Kind, ...] = (Kind(root),)
+    found: tuple[KeyType, ...] = (KeyType(root),)
     for step in path:
         if isinstance(step, str) and step.startswith("<"):
-            found = tuple(kind for kind in found if (tag := kind.find(Tag)) and tag.tag == step)
+            found = tuple(one for one in found if (tag := one.find(Tag)) and tag.tag == step)
         else:
-            found = tuple(inner for kind in found for inner in _below(kind, step))
+            found = tuple(inner for one in found for inner in _types_below(one, step))
     return found
 
 
-def keys(part: type[Part]) -> dict[str, FieldInfo]:
-    """Give the fields of a part by the keys of YAML."""
-    return {field.alias or name: field for name, field in part.model_fields.items()}
+def fields_by_key(model: type[SpecModel]) -> dict[str, FieldInfo]:
+    """Return the fields of a model by their YAML keys."""
+    return {field.alias or name: field for name, field in model.model_fields.items()}
 
 
-def parts(root: type[Part], path: str = "") -> Iterator[tuple[str, type[Part]]]:
-    """Give a part and all below it, depth first, each with its path; `[]` stands for the index in a list."""
+def walk_models(root: type[SpecModel], path: str = "") -> Iterator[tuple[str, type[SpecModel]]]:
+    """Yield a model and all models below it, depth first, each with its path; `[]` represents a list index."""
     yield path, root
-    for key, field in keys(root).items():
-        for kind in kinds(field.annotation):
-            for below, suffix in _parts_of(kind.of):
-                yield from parts(below, f"{path}.{key}{suffix}".removeprefix("."))
+    for key, field in fields_by_key(root).items():
+        for one in expand_types(field.annotation):
+            for model, suffix in _models_in(one.python_type):
+                yield from walk_models(model, f"{path}.{key}{suffix}".removeprefix("."))
 
 
-def _parts_of(annotation: Any) -> Iterator[tuple[type[Part], str]]:
-    if get_origin(annotation) is tuple:
-        yield from ((part, f"[]{suffix}") for inner in get_args(annotation)[:1] for part, suffix in _parts_of(inner))
-    elif is_part(annotation):
-        yield annotation, ""
-
-
-def is_part(annotation: Any) -> bool:
-    """Whether a type is a mapping of the spec."""
-    return isinstance(annotation, type) and issubclass(annotation, Part)
+def is_model(annotation: Any) -> bool:
+    """Whether a type is a model, that is, a mapping of the spec with known keys."""
+    return isinstance(annotation, type) and issubclass(annotation, SpecModel)
 
 
 def is_list(annotation: Any) -> bool:
@@ -92,80 +93,89 @@ def is_list(annotation: Any) -> bool:
     return get_origin(annotation) is tuple
 
 
-def allowed(found: Iterable[Kind]) -> str:
-    """Say what may stand where one of these types is expected, such as `a whole number from 1 to 10000`."""
-    found = tuple(found)
-    meaning = next((said.words for kind in found if (said := kind.find(Meaning))), None)
-    if meaning and all(kind.find(Meaning) and kind.find(Meaning).words == meaning for kind in found):
-        return str(meaning)
-    return " or ".join(dict.fromkeys(_words(kind) for kind in found))
+def describe_types(key_types: Iterable[KeyType]) -> str:
+    """Describe the values that these types allow, such as `an integer from 1 to 10000`."""
+    key_types = tuple(key_types)
+    descriptions = {text.text if (text := one.find(ValueDescription)) else None for one in key_types}
+    if len(descriptions) == 1 and (description := descriptions.pop()):
+        return str(description)
+    return " or ".join(dict.fromkeys(_describe(one) for one in key_types))
 
 
-def options(found: Iterable[Kind]) -> list[str]:
-    """Give the words that are allowed as they stand."""
-    return [str(word) for kind in found if get_origin(kind.of) is Literal for word in get_args(kind.of)]
+def literal_values(key_types: Iterable[KeyType]) -> list[str]:
+    """Return the values of all Literal types."""
+    return [
+        str(value) for one in key_types if get_origin(one.python_type) is Literal for value in get_args(one.python_type)
+    ]
 
 
-def _flat(about: Iterable[Any]) -> Iterator[Any]:
-    for one in about:
+def _flatten(metadata: Iterable[Any]) -> Iterator[Any]:
+    for one in metadata:
         if isinstance(one, FieldInfo):
-            yield from _flat(one.metadata)
+            yield from _flatten(one.metadata)
         elif hasattr(one, "__iter__") and not isinstance(one, str):
             yield from one  # a group such as StringConstraints
         else:
             yield one
 
 
-def _below(kind: Kind, step: str | int) -> Iterator[Kind]:
-    arguments = get_args(kind.of)
-    if isinstance(step, int) and get_origin(kind.of) is tuple:
-        yield from kinds(arguments[0] if Ellipsis in arguments else arguments[min(step, len(arguments) - 1)])
-    elif isinstance(step, str) and get_origin(kind.of) is dict:
-        yield from kinds(arguments[1])
-    elif isinstance(kind.of, type) and issubclass(kind.of, Part) and step in keys(kind.of):
-        field = keys(kind.of)[str(step)]
-        yield from kinds(field.annotation, field.metadata)
+def _models_in(annotation: Any) -> Iterator[tuple[type[SpecModel], str]]:
+    if is_list(annotation):
+        yield from ((model, f"[]{suffix}") for item in get_args(annotation)[:1] for model, suffix in _models_in(item))
+    elif is_model(annotation):
+        yield annotation, ""
 
 
-def _words(kind: Kind) -> str:
-    if meaning := kind.find(Meaning):
-        return str(meaning.words)
-    if get_origin(kind.of) is Literal:
-        return ", ".join(map(str, get_args(kind.of)))
-    if get_origin(kind.of) is tuple:
-        return _list_words(kind)
-    if get_origin(kind.of) is dict:
+def _types_below(one: KeyType, step: str | int) -> Iterator[KeyType]:
+    arguments = get_args(one.python_type)
+    if isinstance(step, int) and is_list(one.python_type):
+        yield from expand_types(arguments[0] if Ellipsis in arguments else arguments[min(step, len(arguments) - 1)])
+    elif isinstance(step, str) and get_origin(one.python_type) is dict:
+        yield from expand_types(arguments[1])
+    elif is_model(one.python_type) and step in fields_by_key(one.python_type):
+        field = fields_by_key(one.python_type)[str(step)]
+        yield from expand_types(field.annotation, field.metadata)
+
+
+def _describe(one: KeyType) -> str:
+    if description := one.find(ValueDescription):
+        return str(description.text)
+    if get_origin(one.python_type) is Literal:
+        return ", ".join(map(str, get_args(one.python_type)))
+    if is_list(one.python_type):
+        return _describe_list(one)
+    if get_origin(one.python_type) is dict:
         return "a mapping"
-    if kind.of is bool:
+    if one.python_type is bool:
         return "true or false"
-    if kind.of in {int, float}:
-        return " ".join(["a whole number" if kind.of is int else "a number", *_bounds(kind)])
-    if isinstance(kind.of, type) and issubclass(kind.of, Part):
-        return f"a mapping with {', '.join(keys(kind.of))}"
-    return "text"
+    if one.python_type in {int, float}:
+        return " ".join(["an integer" if one.python_type is int else "a number", *_describe_bounds(one)])
+    if is_model(one.python_type):
+        return f"a mapping with {', '.join(fields_by_key(one.python_type))}"
+    return "a string"
 
 
-def _list_words(kind: Kind) -> str:
-    arguments = get_args(kind.of)
-    least, most = kind.find(MinLen), kind.find(MaxLen)
+def _describe_list(one: KeyType) -> str:
+    arguments = get_args(one.python_type)
+    minimum, maximum = one.find(MinLen), one.find(MaxLen)
     if Ellipsis not in arguments:
         count = f"{len(arguments)}"
-    elif least and most:
-        count = f"{least.min_length} to {most.max_length}"
-    elif most:
-        count = f"up to {most.max_length}"
+    elif minimum and maximum:
+        count = f"{minimum.min_length} to {maximum.max_length}"
+    elif maximum:
+        count = f"up to {maximum.max_length}"
     else:
-        count = f"at least {least.min_length}" if least else "any number"
-    return f"a list of {count}, each {allowed(kinds(arguments[0]))}"
+        count = f"at least {minimum.min_length}" if minimum else "any number"
+    return f"a list of {count}, each {describe_types(expand_types(arguments[0]))}"
 
 
-def _bounds(kind: Kind) -> Iterator[str]:
-    least, above, most, below = kind.find(Ge), kind.find(Gt), kind.find(Le), kind.find(Lt)
-    if least:
-        yield f"from {least.ge:g}" if abs(least.ge) < 1e6 else f"from {least.ge}"
+def _describe_bounds(one: KeyType) -> Iterator[str]:
+    minimum, above, maximum, below = one.find(Ge), one.find(Gt), one.find(Le), one.find(Lt)
+    if minimum:
+        yield f"from {minimum.ge:g}" if abs(minimum.ge) < 1e6 else f"from {minimum.ge}"
     if above:
         yield f"above {above.gt:g}"
-    if most:
-        yield f"{'to' if least else 'and at most' if above else 'at most'} {most.le:.15g}"
+    if maximum:
+        yield f"{'to' if minimum else 'and at most' if above else 'at most'} {maximum.le:.15g}"
     if below:
-        yield f"{'to ' if least else 'and ' if above else ''}below {below.lt:g}"
+        yield f"{'to ' if minimum else 'and ' if above else ''}below {below.lt:g}"

@@ -1,4 +1,4 @@
-"""The reference of the job spec, as `docs/spec.md` holds it: every key with its type, default and meaning."""
+"""The reference of the job spec in `docs/spec.md`: every key with its type, default and description."""
 
 import json
 from collections.abc import Iterator
@@ -8,50 +8,52 @@ from pydantic_core import PydanticUndefined
 
 from topwork.spec.job import TransferJob
 from topwork.spec.schema import key_types
-from topwork.spec.section import Part, rules_of
+from topwork.spec.spec_model import SpecModel, get_rules
 
 INTRODUCTION = """\
 # The job spec
 
-Every key of a `TransferJob`, generated from the models in `services/trainer/topwork/spec`. `topwork schema` prints the
-same as JSON Schema, and `topwork validate FILE` checks a file against all of it, the rules that cross keys included.
-A key without a default must be given; an empty default means that the key may be left out.
+This reference lists every key of a `TransferJob`. It is generated from the models in `services/trainer/topwork/spec`.
+`topwork schema` prints the same information as JSON Schema, and `topwork validate FILE` checks a file, including the
+rules between keys. Keys marked **required** must be set; keys with an empty default can be left out.
 
-A digest of the spec names the run. Labels, `spec.compute` and `spec.metrics` change no result and don't count.
+The name of a run contains a digest of its spec. Labels, `spec.compute`, `spec.metrics` and
+`spec.dataset.onMissingClass` do not affect the result and are not part of the digest.
 """
 
 
 def reference_text() -> str:
-    """Write the reference.
+    """Generate the reference.
 
     Returns:
-        Markdown with one table for each part, in the order of the spec; the same for the same models.
+        Markdown with one table per model, in the order of the spec.
     """
-    sections = ["\n".join(_section(path, part)) for path, part in key_types.parts(TransferJob)]
+    sections = ["\n".join(_section(path, model)) for path, model in key_types.walk_models(TransferJob)]
     return "\n".join([INTRODUCTION, *sections])
 
 
-def _section(path: str, part: type[Part]) -> Iterator[str]:
+def _section(path: str, model: type[SpecModel]) -> Iterator[str]:
     yield f"## `{path}`" if path else "## TransferJob"
     yield ""
-    yield (part.__doc__ or "").strip()
+    yield (model.__doc__ or "").strip()
     yield ""
-    yield "| Key | Allowed | Default | Meaning |"
+    yield "| Key | Allowed | Default | Description |"
     yield "| --- | --- | --- | --- |"
-    for key, field in key_types.keys(part).items():
-        cells = [f"`{key}`", _allowed(field), _default(field), field.description or ""]
+    for key, field in key_types.fields_by_key(model).items():
+        allowed = key_types.describe_types(key_types.expand_types(field.annotation, field.metadata))
+        cells = [f"`{key}`", allowed, _default(field), field.description or ""]
         yield f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
     yield ""
-    rules = rules_of(part)
+    rules = get_rules(model)
     if rules:
-        yield "Rules that cross these keys:"
+        yield "Rules between these keys:"
         yield ""
-        yield from (f"- **{check.__name__.replace('_', ' ')}**: {check.__doc__}" for check in rules)
+        yield from (f"- **{_rule_title(check.__name__)}**: {check.__doc__}" for check in rules)
         yield ""
 
 
-def _allowed(field: FieldInfo) -> str:
-    return key_types.allowed(key_types.kinds(field.annotation, field.metadata))
+def _rule_title(name: str) -> str:
+    return name.replace("_", " ").capitalize()
 
 
 def _default(field: FieldInfo) -> str:
@@ -60,6 +62,6 @@ def _default(field: FieldInfo) -> str:
     if field.default is None:
         return ""
     default = field.default
-    if isinstance(default, Part):
+    if isinstance(default, SpecModel):
         default = default.model_dump(mode="json", by_alias=True, exclude_defaults=True)
     return f"`{json.dumps(default)}`"

@@ -1,1 +1,1 @@
-"""The output of the frozen layers, computed once and kept."""
+"""The feature cache: the output of the frozen layers, computed once per view of an image instead of once per epoch."""

@@ -1,4 +1,4 @@
-"""The frozen half of a classifier as a function of images, as fast as the machine can."""
+"""Feature extractor: runs the frozen part of a classifier as fast as the device and the precision allow."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,88 +8,91 @@ from typing import Any
 import keras
 import numpy as np
 import numpy.typing as npt
+import structlog
 import tensorflow as tf
 from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
-from topwork.model.classifier import in_precision
-from topwork.model.partition import multiplications
-from topwork.progress import Progress
-from topwork.training.strategy import processor_has_bfloat16
+from topwork.model.classifier import with_precision
+from topwork.model.partition import count_multiplications
+from topwork.training.strategy import cpu_supports_bfloat16
 
-# Turning variables to constants and rewriting the graph takes some ten seconds: no gain on fewer multiplications than
-# two cores do in about that time.
-WORTH_COMPILING = 1e12
-# A serialized graph holds 2 GiB at most.
-MOST_CONSTANT_BYTES = 1.5 * 2**30
-# Root mean square of the difference, relative to the features: bfloat16 keeps 8 bits, of which layers lose one or two.
+log = structlog.get_logger(__name__)
+
+# Total multiplications above which converting variables to constants pays off: the conversion takes about ten seconds,
+# in which two cores do about as many.
+MIN_MULTIPLICATIONS_TO_FREEZE = 1e12
+# A serialized graph is limited to 2 GiB.
+MAX_CONSTANT_BYTES = 1.5 * 2**30
+# Maximum root mean square of the difference, relative to the features. bfloat16 has 8 bits; the layers lose one or two.
 BFLOAT16_TOLERANCE = 0.02
 
 Features = npt.NDArray[np.float32]
-# A batch as `experimental_distribute_dataset` gives it, to its features.
+# Maps a batch of `experimental_distribute_dataset` to its features.
 Step = Callable[[Any], Features]
 
 
-class Extraction:
-    """Runs the frozen half under the strategy, on all replicas."""
+class FeatureExtractor:
+    """Runs the frozen part of a classifier on all replicas."""
 
-    def __init__(self, lower: keras.Model, *, precision: str, images: int, progress: Progress) -> None:
-        """Look at what can be had; the choice depends on the job, the model and the machine, never on time measured.
+    def __init__(self, frozen_part: keras.Model, *, precision: str, images: int) -> None:
+        """Prepare the extractor. What it runs depends on job, model and machine, never on measured time.
 
         Args:
-            lower: Frozen half, built in the scope of the strategy.
+            frozen_part: Frozen part of the classifier, built in the scope of the strategy.
             precision: `spec.compute.precision`.
-            images: Images that it will see, each view counted.
-            progress: Where the choice is told.
+            images: Number of images to run on, counting every view.
         """
-        self._lower, self._auto, self._progress = lower, precision == "auto", progress
-        self._strategy = lower.distribute_strategy
-        on_processor = not tf.config.list_physical_devices("GPU")
-        small = 4 * sum(prod(variable.shape) for variable in lower.variables) < MOST_CONSTANT_BYTES
-        self._compiles = on_processor and small and multiplications(lower) * images >= WORTH_COMPILING
+        self._frozen_part, self._is_auto = frozen_part, precision == "auto"
+        self._strategy = frozen_part.distribute_strategy
+        on_cpu = not tf.config.list_physical_devices("GPU")
+        weight_bytes = 4 * sum(prod(variable.shape) for variable in frozen_part.variables)
+        multiplications = count_multiplications(frozen_part) * images
+        self._freezes_graph = (
+            on_cpu and weight_bytes < MAX_CONSTANT_BYTES and multiplications >= MIN_MULTIPLICATIONS_TO_FREEZE
+        )
         self._step: Step | None = None
 
     def __call__(self, images: Any) -> Features:
         """Compute the features of a batch.
 
         Args:
-            images: float32 (batch, height, width, 3) in 0..255, as `experimental_distribute_dataset` gives them.
+            images: float32 (batch, height, width, 3) in 0..255, from `experimental_distribute_dataset`.
 
         Returns:
             float32 (batch, *features).
         """
         if self._step is None:
-            self._step = self._choose(images)
+            self._step = self._choose_step(images)
         return self._step(images)
 
-    def _choose(self, sample: Any) -> Step:
-        plain = self._on_replicas(self._called(self._lower))
-        if not self._auto:
-            return self._on_replicas(self._constant(self._lower)) if self._compiles else plain
+    def _choose_step(self, sample: Any) -> Step:
+        default = self._on_replicas(_inference(self._frozen_part))
+        if not self._is_auto:
+            return self._on_replicas(_freeze_graph(self._frozen_part)) if self._freezes_graph else default
         with self._strategy.scope():
-            lower = in_precision(self._lower, "float32")
-        exact = self._on_replicas(self._called(lower))
-        if self._compiles:
-            constant = self._constant(lower)
-            if not processor_has_bfloat16():
-                return self._on_replicas(constant)
-            return self._agreeing(_with_onednn_bfloat16(self._on_replicas(constant)), exact, sample)
-        return plain if lower is self._lower else self._agreeing(plain, exact, sample)
+            float32_model = with_precision(self._frozen_part, "float32")
+        exact = self._on_replicas(_inference(float32_model))
+        if self._freezes_graph:
+            frozen_graph = self._on_replicas(_freeze_graph(float32_model))
+            if not cpu_supports_bfloat16():
+                return frozen_graph
+            return self._if_accurate(_with_onednn_bfloat16(frozen_graph), exact, sample)
+        return default if float32_model is self._frozen_part else self._if_accurate(default, exact, sample)
 
-    def _agreeing(self, fast: Step, exact: Step, sample: Any) -> Step:
-        """Take the fast way where its features of a sample are those of the exact one, within its precision."""
-        difference = _relative(fast(sample), exact(sample))
-        agrees = difference <= BFLOAT16_TOLERANCE
-        self._progress.note(
-            "precision of the frozen layers", computed_in="bfloat16" if agrees else "float32", difference=difference
+    def _if_accurate(self, fast: Step, exact: Step, sample: Any) -> Step:
+        """Choose the fast step if its features of a sample are within the tolerance of the exact ones."""
+        difference = _relative_difference(fast(sample), exact(sample))
+        is_accurate = difference <= BFLOAT16_TOLERANCE
+        log.info(
+            "precision of the frozen layers",
+            computed_in="bfloat16" if is_accurate else "float32",
+            difference=difference,
         )
-        return fast if agrees else exact
-
-    def _called(self, model: keras.Model) -> Callable[[tf.Tensor], tf.Tensor]:
-        return lambda images: model(images, training=False)
+        return fast if is_accurate else exact
 
     def _on_replicas(self, function: Callable[[tf.Tensor], tf.Tensor]) -> Step:
         replicated = tf.function(
-            lambda images: self._strategy.run(lambda one: tf.cast(function(one), tf.float32), (images,))
+            lambda images: self._strategy.run(lambda part: tf.cast(function(part), tf.float32), (images,))
         )
 
         def step(images: Any) -> Features:
@@ -98,16 +101,21 @@ class Extraction:
 
         return step
 
-    def _constant(self, lower: keras.Model) -> Callable[[tf.Tensor], tf.Tensor]:
-        """Turn the variables into constants, which oneDNN lays out once and folds into one another."""
-        images = tf.TensorSpec((None, *lower.input_shape[1:]), tf.float32)
-        traced = tf.function(self._called(lower)).get_concrete_function(images)
-        constant = convert_variables_to_constants_v2(traced)
-        return lambda one: constant(one)[0]
+
+def _inference(model: keras.Model) -> Callable[[tf.Tensor], tf.Tensor]:
+    return lambda images: model(images, training=False)
+
+
+def _freeze_graph(model: keras.Model) -> Callable[[tf.Tensor], tf.Tensor]:
+    """Convert the variables to constants, which oneDNN can reorder and fold into each other."""
+    images = tf.TensorSpec((None, *model.input_shape[1:]), tf.float32)
+    traced = tf.function(_inference(model)).get_concrete_function(images)
+    frozen = convert_variables_to_constants_v2(traced)
+    return lambda batch: frozen(batch)[0]
 
 
 def _with_onednn_bfloat16(step: Step) -> Step:
-    """Compute convolutions and matrix products in bfloat16: TensorFlow rewrites the graph where it is called so."""
+    """Compute convolutions and matrix products in bfloat16: TensorFlow rewrites the graph when the step runs."""
 
     def call(images: Any) -> Features:
         with _onednn_bfloat16():
@@ -118,17 +126,17 @@ def _with_onednn_bfloat16(step: Step) -> Step:
 
 @contextmanager
 def _onednn_bfloat16() -> Iterator[None]:
-    name = "auto_mixed_precision_onednn_bfloat16"
-    tf.config.optimizer.set_experimental_options({name: True})
+    option = "auto_mixed_precision_onednn_bfloat16"
+    tf.config.optimizer.set_experimental_options({option: True})
     try:
         yield
     finally:
-        tf.config.optimizer.set_experimental_options({name: False})
+        tf.config.optimizer.set_experimental_options({option: False})
 
 
-def _relative(one: Features, other: Features) -> float:
-    """Root mean square of the difference, relative to that of the other; infinite where a value is not finite."""
-    difference = float(np.sqrt(np.square(one - other, dtype=np.float64).mean()))
-    size = float(np.sqrt(np.square(other, dtype=np.float64).mean()))
-    relative = difference / max(size, 1e-30)
+def _relative_difference(features: Features, reference: Features) -> float:
+    """Root mean square of the difference, relative to the reference; infinite if a value is not finite."""
+    difference = float(np.sqrt(np.square(features - reference, dtype=np.float64).mean()))
+    scale = float(np.sqrt(np.square(reference, dtype=np.float64).mean()))
+    relative = difference / max(scale, 1e-30)
     return relative if np.isfinite(relative) else float("inf")

@@ -1,7 +1,6 @@
-"""What the frozen half of a classifier gives, computed once for each view of an image instead of once an epoch."""
+"""Computing the features of a stage: the frozen part of its classifier runs once over each view of an image."""
 
 import hashlib
-import os
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -12,39 +11,39 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import structlog
 import tensorflow as tf
 
 from topwork.data.batches import view_batches
 from topwork.data.local_dataset import Indices, LocalDataset, Split
 from topwork.errors import SettingError, Stopped
 from topwork.model.augmentation import Augment
-from topwork.model.freezing import digest
-from topwork.model.partition import Halves
-from topwork.registry.stage_results import stage_prefix
-from topwork.spec import TransferJob
-from topwork.training.feature_cache.extractor import Extraction
-from topwork.training.feature_cache.files import MOST_BYTES, FeatureFiles
-from topwork.training.feature_cache.placement import Place, place_for
-from topwork.training.plan import Plan
-from topwork.workspace import Workspace
+from topwork.model.freezing import hash_variables
+from topwork.model.partition import Partition
+from topwork.training.feature_cache.chunks import MAX_STORED_BYTES, FeatureChunks
+from topwork.training.feature_cache.extractor import FeatureExtractor
+from topwork.training.feature_cache.placement import allocate, choose_placement
+from topwork.training.plan import StageContext
 
-# float16 keeps three digits of what lies in this range; other features are kept in float32.
-HALF_RANGE = (1e-3, 1e4)
-# Images of one piece in storage: no more than these are computed again after a stop.
-PIECE_IMAGES = 1024
+log = structlog.get_logger(__name__)
+
+# float16 has three significant digits for largest absolute values in this range; other features are stored in float32.
+FLOAT16_RANGE = (1e-3, 1e4)
+# Images per stored chunk: at most this many are computed again on resume.
+CHUNK_IMAGES = 1024
 
 Array = npt.NDArray[Any]
 
 
 class FeatureSplit(Split):
-    """Features in the place of images, a view or several of each."""
+    """A split that provides cached features instead of images, in one or several views."""
 
     def __init__(self, values: Array, split: Split) -> None:
-        """Take features.
+        """Wrap the features of a split.
 
         Args:
-            values: float16 or float32 (views * images, *features), one view of all images after another.
-            split: The images that they were computed of.
+            values: float16 or float32 (views * images, *features): all images of the first view, then of the second.
+            split: The split that the features were computed from.
         """
         self.size = split.size
         self.labels = split.labels
@@ -54,29 +53,29 @@ class FeatureSplit(Split):
 
     @cached_property
     def names(self) -> Sequence[str]:
-        """Origin of each image, as its source called it."""
+        """Name of each image in its source."""
         return self._images.names
 
     def gather(self, indices: tf.Tensor) -> tf.Tensor:
-        """Give features inside tf.data.
+        """Return features, inside a tf.data pipeline.
 
         Args:
-            indices: int64 (n,), each a place: view * size + image.
+            indices: int64 (n,); view * size + image.
 
         Returns:
             float32 (n, *features).
         """
 
-        def take(chosen: Indices) -> npt.NDArray[np.float32]:
-            return np.take(self._values, chosen, axis=0).astype(np.float32)
+        def take(indices: Indices) -> npt.NDArray[np.float32]:
+            return np.take(self._values, indices, axis=0).astype(np.float32)
 
         features = tf.numpy_function(take, [indices], tf.float32, stateful=False)
         return tf.ensure_shape(features, (*indices.shape, *self._values.shape[1:]))
 
 
 @dataclass(frozen=True)
-class _Part:
-    """A split whose features are computed."""
+class _SplitViews:
+    """A split to compute features of, with its number of views."""
 
     name: str
     split: Split
@@ -85,201 +84,201 @@ class _Part:
 
 
 @dataclass(frozen=True)
-class FeatureJob:
-    """What features depend on, and who computes them.
+class FeatureRequest:
+    """Everything that the features of a stage depend on.
 
     Attributes:
-        job: The job.
-        plan: The stage.
+        context: The stage.
         data: Its images.
-        halves: The classifier; features are what its lower half gives.
-        augment: Changes of the training images.
-        workspace: Storage, scratch, progress and the sign to stop.
+        partition: The classifier; its frozen part computes the features.
+        augment: Augmentation of the training images.
     """
 
-    job: TransferJob
-    plan: Plan
+    context: StageContext
     data: LocalDataset
-    halves: Halves
+    partition: Partition
     augment: Augment | None
-    workspace: Workspace
+
+    @property
+    def splits(self) -> tuple[_SplitViews, ...]:
+        """The training images in all views, and the validation images unchanged."""
+        views = self.context.plan.feature_cache.views
+        train = _SplitViews("train", self.data.train, views, self.augment)
+        if self.data.validation is None or not self.data.validation.size:
+            return (train,)
+        return train, _SplitViews("validation", self.data.validation, 1, None)
 
     @property
     def images(self) -> int:
-        """Images that the lower half runs over, each view counted."""
-        return sum(part.split.size * part.views for part in self.parts)
-
-    @property
-    def parts(self) -> tuple[_Part, ...]:
-        """The training images in their views, and the validation images as they are."""
-        train = _Part("train", self.data.train, self.plan.caching.views, self.augment)
-        if self.data.validation is None or not self.data.validation.size:
-            return (train,)
-        return train, _Part("validation", self.data.validation, 1, None)
+        """Images that the frozen part runs over, counting every view."""
+        return sum(part.split.size * part.views for part in self.splits)
 
     @property
     def prefix(self) -> str:
-        """Key in storage that stands for all that the features depend on."""
+        """Storage key prefix; its hash covers everything that the features depend on."""
+        plan = self.context.plan
         facts = (
-            digest(self.halves.lower.variables),
-            self.plan.seed,
-            self.plan.caching.views,
-            self.halves.feature_shape,
+            hash_variables(self.partition.frozen_part.variables),
+            plan.seed,
+            plan.feature_cache.views,
+            self.partition.feature_shape,
         )
-        content = hashlib.sha256(repr((*facts, self.job.spec.compute.precision)).encode())
-        for part in self.parts:
+        content = hashlib.sha256(repr((*facts, self.context.job.spec.compute.precision)).encode())
+        for part in self.splits:
             content.update(part.split.digests.tobytes())
-        return f"{features_prefix(self.job, self.plan)}/{content.hexdigest()[:16]}"
+        return f"{features_prefix(self.context)}/{content.hexdigest()[:16]}"
+
+    def batches(self, part: _SplitViews, first: int) -> Any:
+        """Distribute the batches of a split over the replicas, starting with batch `first`."""
+        batches = view_batches(
+            part.split,
+            classes=len(self.data.class_names),
+            batch_size=self.context.plan.batch_size,
+            views=part.views,
+            first=first,
+            augment=part.augment,
+            seed=self.context.plan.seed,
+        )
+        return self.partition.frozen_part.distribute_strategy.experimental_distribute_dataset(batches)
 
 
-def features_prefix(job: TransferJob, plan: Plan) -> str:
-    """Key of all features that a stage keeps in storage while it runs."""
-    return f"{stage_prefix(job.run, plan.stage)}/features"
+def features_prefix(context: StageContext) -> str:
+    """Storage key prefix of all features that a stage stores while it runs."""
+    return f"{context.prefix}/features"
 
 
-def computed(work: FeatureJob) -> LocalDataset | None:
-    """Run the frozen half over the training views and the validation images.
+def delete_features(context: StageContext) -> None:
+    """Delete the stored features of a completed stage."""
+    storage = context.workspace.storage
+    storage.delete(stored.key for stored in storage.list(f"{features_prefix(context)}/"))
 
-    Pieces that an earlier process stored are taken from there.
+
+def compute_features(request: FeatureRequest) -> LocalDataset | None:
+    """Compute the features of the training views and of the validation images.
+
+    Chunks that an earlier process stored are read from storage.
 
     Args:
-        work: What is to be computed.
+        request: What to compute.
 
     Returns:
-        The same splits as features; the test split is None. None where they have no room, and weren't asked for.
+        Training and validation split as features, no test split; None if there is no space for optional features.
 
     Raises:
-        SettingError: If they were asked for and have no room.
-        Stopped: If asked to stop; what is stored is not computed again.
+        SettingError: If the spec requires the feature cache and there is no space for it.
+        Stopped: If a stop was requested. Stored features are not computed again.
     """
-    began = time.monotonic()
-    extraction = Extraction(
-        work.halves.lower,
-        precision=work.job.spec.compute.precision,
-        images=work.images,
-        progress=work.workspace.progress,
+    start = time.monotonic()
+    plan, workspace = request.context.plan, request.context.workspace
+    feature_shape = request.partition.feature_shape
+    extractor = FeatureExtractor(
+        request.partition.frozen_part,
+        precision=request.context.job.spec.compute.precision,
+        images=request.images,
     )
-    dtype = _dtype(work, extraction)
-    needed = dtype.itemsize * prod(work.halves.feature_shape) * work.images
-    place = place_for(needed, work.workspace.scratch, work.job)
-    if place is None:
-        _tell_without_room(work, needed)
+    dtype = _choose_dtype(request, extractor)
+    size_bytes = dtype.itemsize * prod(feature_shape) * request.images
+    placement = choose_placement(size_bytes, workspace.scratch, request.context.job)
+    if placement is None:
+        _report_lack_of_space(request.context, size_bytes)
         return None
     splits = {}
-    for part in work.parts:
-        shape = (part.split.size * part.views, *work.halves.feature_shape)
-        values = _room(work, part.name, shape, dtype, place)
-        with _files(work, part, needed) as files:
-            _Filling(work, extraction, part, files).fill(values)
+    for part in request.splits:
+        shape = (part.split.size * part.views, *feature_shape)
+        values = allocate(workspace.scratch / f"features-{part.name}.bin", shape, dtype, placement)
+        with _open_chunks(request, part, size_bytes) as chunks:
+            _SplitExtraction(request, part, extractor, chunks).fill(values)
         splits[part.name] = FeatureSplit(values, part.split)
-    work.workspace.progress.note(
-        "features of the frozen layers",
-        stage=work.plan.stage,
-        views=work.plan.caching.views,
-        shape="x".join(map(str, work.halves.feature_shape)),
-        kept_in=place,
-        mebibytes=needed / 2**20,
-        seconds=time.monotonic() - began,
+    log.info(
+        "features computed",
+        stage=plan.stage,
+        views=plan.feature_cache.views,
+        shape="x".join(map(str, feature_shape)),
+        placement=placement,
+        mebibytes=size_bytes / 2**20,
+        seconds=time.monotonic() - start,
     )
-    return LocalDataset(work.data.class_names, splits["train"], splits.get("validation"), None)
+    return LocalDataset(request.data.class_names, splits["train"], splits.get("validation"), None)
 
 
-class _Filling:
-    """Fills the features of one split, batch by batch."""
+class _SplitExtraction:
+    """Computes the features of one split, batch by batch."""
 
-    def __init__(self, work: FeatureJob, extraction: Extraction, part: _Part, files: FeatureFiles | None) -> None:
-        self._work, self._extraction, self._part, self._files = work, extraction, part, files
-        self._batch_size = work.plan.batch_size
-        self._batches_a_view = -(-part.split.size // self._batch_size)
+    def __init__(
+        self, request: FeatureRequest, part: _SplitViews, extractor: FeatureExtractor, chunks: FeatureChunks | None
+    ) -> None:
+        self._request, self._part, self._extractor, self._chunks = request, part, extractor, chunks
+        self._workspace = request.context.workspace
+        self._batch_size = request.context.plan.batch_size
+        self._batches_per_view = -(-part.split.size // self._batch_size)
 
     def fill(self, values: Array) -> None:
-        """Take what is stored, and compute the rest.
+        """Read the stored features and compute the others.
 
         Args:
-            values: (views * images, *features), to be filled.
+            values: Array to fill, (views * images, *features).
         """
-        row = stored = self._take(values)
-        first = self._number_of(row)
-        total = self._batches_a_view * self._part.views
-        with self._work.workspace.track(f"features: {self._part.name}", total - first) as tracker:
-            for number, images in zip(range(first, total), self._images(first), strict=True):
-                features = self._extraction(images)[: self._rows_of(number)]
-                limit = np.finfo(values.dtype).max
+        row = stored = self._read_stored(values)
+        first = self._batch_of(row)
+        total = self._batches_per_view * self._part.views
+        limit = np.finfo(values.dtype).max
+        with self._workspace.track(f"features: {self._part.name}", total - first) as tracker:
+            for batch, images in zip(range(first, total), self._request.batches(self._part, first), strict=True):
+                features = self._extractor(images)[: self._rows_in(batch)]
                 values[row : row + len(features)] = np.clip(features, -limit, limit)
                 row += len(features)
-                stopped = self._work.workspace.stop.is_set()
-                if self._files and (row - stored >= PIECE_IMAGES or row == len(values) or stopped):
-                    self._files.write(stored, values[stored:row].copy())
+                stopping = self._workspace.stop.is_set()
+                if self._chunks and (row - stored >= CHUNK_IMAGES or row == len(values) or stopping):
+                    self._chunks.write(stored, values[stored:row].copy())
                     stored = row
-                if stopped:
-                    raise Stopped("Stopped while computing features of the frozen layers; start the same job to go on.")
+                if stopping:
+                    raise Stopped(
+                        "Stopped while computing features of the frozen layers. Start the same job again to resume."
+                    )
                 tracker.advance()
 
-    def _take(self, values: Array) -> int:
+    def _read_stored(self, values: Array) -> int:
         row = 0
-        for piece in self._files.read(values.shape[1:], values.dtype) if self._files else ():
-            if row + len(piece) > len(values):
+        for chunk in self._chunks.read(values.shape[1:], values.dtype) if self._chunks else ():
+            if row + len(chunk) > len(values):
                 break
-            values[row : row + len(piece)] = piece
-            row += len(piece)
+            values[row : row + len(chunk)] = chunk
+            row += len(chunk)
         return row
 
-    def _number_of(self, row: int) -> int:
+    def _batch_of(self, row: int) -> int:
         view, image = divmod(row, self._part.split.size)
-        return view * self._batches_a_view + image // self._batch_size
+        return view * self._batches_per_view + image // self._batch_size
 
-    def _rows_of(self, number: int) -> int:
-        return min(self._batch_size, self._part.split.size - number % self._batches_a_view * self._batch_size)
-
-    def _images(self, first: int) -> Any:
-        batches = _batches(self._work, self._part, first)
-        return self._work.halves.lower.distribute_strategy.experimental_distribute_dataset(batches)
+    def _rows_in(self, batch: int) -> int:
+        # The last batch of each view is padded.
+        return min(self._batch_size, self._part.split.size - batch % self._batches_per_view * self._batch_size)
 
 
-def _batches(work: FeatureJob, part: _Part, first: int) -> Any:
-    return view_batches(
-        part.split,
-        classes=len(work.data.class_names),
-        batch_size=work.plan.batch_size,
-        views=part.views,
-        first=first,
-        augment=part.augment,
-        seed=work.plan.seed,
-    )
+def _choose_dtype(request: FeatureRequest, extractor: FeatureExtractor) -> np.dtype[Any]:
+    """Choose float16, unless the features of the first batch are too large or too small for it."""
+    images = next(iter(request.batches(request.splits[-1], 0)))
+    largest = float(np.abs(extractor(images)).max())
+    return np.dtype(np.float16 if FLOAT16_RANGE[0] <= largest <= FLOAT16_RANGE[1] else np.float32)
 
 
-def _dtype(work: FeatureJob, extraction: Extraction) -> np.dtype[Any]:
-    """Half precision, unless the features of a first batch are too large or too small for it."""
-    part = work.parts[-1]
-    images = work.halves.lower.distribute_strategy.experimental_distribute_dataset(_batches(work, part, 0))
-    largest = float(np.abs(extraction(next(iter(images)))).max())
-    return np.dtype(np.float16 if HALF_RANGE[0] <= largest <= HALF_RANGE[1] else np.float32)
-
-
-def _files(work: FeatureJob, part: _Part, needed: int) -> AbstractContextManager[FeatureFiles | None]:
-    if needed > MOST_BYTES:
+def _open_chunks(
+    request: FeatureRequest, part: _SplitViews, size_bytes: int
+) -> AbstractContextManager[FeatureChunks | None]:
+    if size_bytes > MAX_STORED_BYTES:
         return nullcontext()
-    return FeatureFiles(work.workspace, f"{work.prefix}/{part.name}")
+    return FeatureChunks(request.context.workspace.storage, f"{request.prefix}/{part.name}")
 
 
-def _room(work: FeatureJob, name: str, shape: tuple[int, ...], dtype: np.dtype[Any], place: Place) -> Array:
-    if place == "memory":
-        return np.empty(shape, dtype)
-    path = work.workspace.scratch / f"features-{name}.bin"
-    with path.open("wb") as file:
-        # A disk that is full is told here: a write to memory that has no room behind it kills the process.
-        os.posix_fallocate(file.fileno(), 0, int(np.prod(shape)) * dtype.itemsize)
-    return np.memmap(path, dtype, "r+", shape=shape).view(np.ndarray)
-
-
-def _tell_without_room(work: FeatureJob, needed: int) -> None:
-    words = (
-        f"the features take {needed / 2**30:.1f} GiB: more than a quarter of the free memory, than half of what is "
-        f"free in {work.workspace.scratch} and than a quarter of spec.compute.scratch"
+def _report_lack_of_space(context: StageContext, size_bytes: int) -> None:
+    plan = context.plan
+    reason = (
+        f"the features take {size_bytes / 2**30:.1f} GiB: more than a quarter of the free memory, and more than "
+        f"half of the free space in {context.workspace.scratch} or a quarter of spec.compute.scratch"
     )
-    if work.plan.caching.asked:
+    if plan.feature_cache.required:
         raise SettingError(
-            f"featureCache of {work.plan.stage} is on, but {words}. Give more memory or scratch, keep fewer views, use "
+            f"featureCache of {plan.stage} is on, but {reason}. Provide more memory or scratch, cache fewer views, use "
             "pooling: avg, or set featureCache: auto."
         )
-    work.workspace.progress.note("feature cache", stage=work.plan.stage, used=False, reason=words)
+    log.info("feature cache", stage=plan.stage, used=False, reason=reason)

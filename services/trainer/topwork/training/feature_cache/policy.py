@@ -1,90 +1,93 @@
-"""Whether the features of a stage's frozen part are kept, how many views of them, and why."""
+"""Whether a stage caches the features of its frozen layers, for how many views of an image, and why."""
 
 from dataclasses import dataclass
 
-from topwork.model.partition import Halves
-from topwork.spec.feature_cache import FeatureCache
+from topwork.model.partition import Partition
 from topwork.spec.model import Augmentation
+from topwork.spec.training import FeatureCache
 
-# Without `views` in the spec: more of them cost as much as the epochs that they save.
-MOST_VIEWS = 4
-# A training step costs about three times what the forward pass does: forward, and backward to inputs and weights.
+# Default number of views. Computing more of them costs as much as the epochs that they save.
+MAX_DEFAULT_VIEWS = 4
+# A training step costs about three forward passes: forward, and backward to inputs and to weights.
 TRAINING_COST = 3
-# Less than this is not worth the room that the features take.
-LEAST_GAIN = 1.1
+# A smaller speedup is not worth the memory or disk space.
+MIN_SPEEDUP = 1.1
 
 
 @dataclass(frozen=True)
-class Caching:
+class FeatureCachePolicy:
     """What the spec says about the feature cache of a stage.
 
     Attributes:
-        views: Views of each training image that would be kept; 0 where none can be.
-        asked: Whether the spec says on, so that what is in the way is an error.
-        why_not: Why there are none; empty where there are.
+        views: Views of each training image to cache; 0 if features cannot be cached.
+        required: Whether the spec sets `on`, so that a lack of space is an error.
+        disabled_reason: Why features cannot be cached; empty if they can.
     """
 
     views: int = 0
-    asked: bool = False
-    why_not: str = ""
+    required: bool = False
+    disabled_reason: str = ""
 
 
-def caching(setting: FeatureCache, epochs: int, augmentation: Augmentation, *, all_trained: bool) -> Caching:
-    """Read the spec: may features of this stage be kept, and how many views?
+def feature_cache_policy(
+    setting: FeatureCache, epochs: int, augmentation: Augmentation, *, all_trained: bool
+) -> FeatureCachePolicy:
+    """Read from the spec whether a stage may cache features, and for how many views.
 
     Args:
         setting: The stage's `featureCache`.
-        epochs: Its epochs.
-        augmentation: Changes of the training images.
-        all_trained: Whether nothing of the base stays frozen.
+        epochs: Maximum number of epochs of the stage.
+        augmentation: Augmentation of the training images.
+        all_trained: Whether the stage trains every layer of the base.
 
     Returns:
-        The number of views, or why there are none.
+        The number of views, or why features cannot be cached.
     """
     if setting.use == "off":
-        return Caching(why_not="featureCache is off")
+        return FeatureCachePolicy(disabled_reason="featureCache is off")
     if all_trained:
-        return Caching(why_not="all of the base is trained")
+        return FeatureCachePolicy(disabled_reason="all layers of the base are trained")
     if augmentation.mix_up or augmentation.cut_mix:
-        return Caching(why_not="mixUp and cutMix mix other images at each step")
-    default = 1 if augmentation == Augmentation() else min(epochs, MOST_VIEWS)
-    return Caching(views=setting.views or default, asked=setting.use == "on")
+        return FeatureCachePolicy(disabled_reason="mixUp and cutMix mix different images at every step")
+    default = 1 if augmentation == Augmentation() else min(epochs, MAX_DEFAULT_VIEWS)
+    return FeatureCachePolicy(views=setting.views or default, required=setting.use == "on")
 
 
-def gain(views: int, epochs: int, halves: Halves) -> float:
-    """Estimate how many times less is computed with kept features, in all epochs together.
+def estimate_speedup(views: int, epochs: int, partition: Partition) -> float:
+    """Estimate the ratio of computation without and with cached features, over all epochs.
 
     Args:
         views: Views of each training image that are computed once.
-        epochs: Epochs of the stage.
-        halves: Both halves of the classifier.
+        epochs: Maximum number of epochs of the stage.
+        partition: Frozen and trainable part of the classifier.
 
     Returns:
-        The ratio; below 1 where more would be computed.
+        The ratio; below 1 if caching would compute more.
     """
-    lower, upper = halves.work
-    trained = TRAINING_COST * upper * epochs
-    return (lower * epochs + trained) / max(lower * views + trained, 1.0)
+    frozen, trainable = partition.multiplications
+    training = TRAINING_COST * trainable * epochs
+    return (frozen * epochs + training) / max(frozen * views + training, 1.0)
 
 
-def keeps_features(caching: Caching, epochs: int, halves: Halves | None) -> tuple[bool, str]:
-    """Decide whether the features of a stage are kept, as far as room doesn't matter.
+def should_cache_features(policy: FeatureCachePolicy, epochs: int, partition: Partition | None) -> tuple[bool, str]:
+    """Decide whether a stage caches features, before free space is known.
 
     Args:
-        caching: What the spec says.
-        epochs: Epochs of the stage.
-        halves: Both halves of the classifier; None where nothing with weights stays frozen below what is trained.
+        policy: What the spec says.
+        epochs: Maximum number of epochs of the stage.
+        partition: Frozen and trainable part of the classifier; None if no layer with weights can be separated from
+            the trained layers.
 
     Returns:
-        Whether they are kept, and why or why not.
+        Whether to cache features, and the reason.
     """
-    if not caching.views:
-        return False, caching.why_not
-    if halves is None:
-        return False, "no frozen layers lie below all that is trained"
-    times = gain(caching.views, epochs, halves)
-    seen = "once" if caching.views == 1 else f"for {caching.views} views"
-    words = f"the frozen layers run {seen} instead of {epochs} times, about {times:.1f} times less to compute"
-    if caching.asked:
-        return True, f"featureCache is on: {words}"
-    return times >= LEAST_GAIN, words
+    if not policy.views:
+        return False, policy.disabled_reason
+    if partition is None:
+        return False, "no frozen layers are below all trained layers"
+    speedup = estimate_speedup(policy.views, epochs, partition)
+    runs = "once" if policy.views == 1 else f"for {policy.views} views"
+    reason = f"the frozen layers run {runs} instead of {epochs} times, about {speedup:.1f} times less computation"
+    if policy.required:
+        return True, f"featureCache is on: {reason}"
+    return speedup >= MIN_SPEEDUP, reason

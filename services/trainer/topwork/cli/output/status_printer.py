@@ -1,0 +1,212 @@
+"""Printing the status of runs: as a table, in detail, and as JSON."""
+
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from topwork.cli.output.tables import format_table
+from topwork.cluster.status.attempts import Attempt, ContainerStatus
+from topwork.cluster.status.run_status import RunStatus
+
+MAX_STATUS_LENGTH = 100
+COLUMN_GAP = 3
+RUN_COLUMNS = ("NAME", "RUN", "STAGE", "EPOCH", "BEST", "AGE", "STATUS")
+STAGE_COLUMNS = ("STAGE", "STATE", "DURATION", "EPOCHS", "BEST")
+
+
+def format_duration(seconds: float) -> str:
+    """Format a duration as kubectl does: 119s, 5m10s, 11m, 4h1m, 25h, 2d2h, 10d."""
+    whole = max(0, int(seconds))
+    minutes, hours, days = whole // 60, whole // 3600, whole // 86400
+    if whole < 120:
+        return f"{whole}s"
+    if minutes < 180:
+        return _with_rest(f"{minutes}m", whole % 60, "s") if minutes < 10 else f"{minutes}m"
+    if hours < 48:
+        return _with_rest(f"{hours}h", minutes % 60, "m") if hours < 8 else f"{hours}h"
+    return _with_rest(f"{days}d", hours % 24, "h") if days < 8 else f"{days}d"
+
+
+def _with_rest(text: str, rest: int, unit: str) -> str:
+    return f"{text}{rest}{unit}" if rest else text
+
+
+def format_elapsed(start: datetime | None, end: datetime | None = None) -> str:
+    """Format the time between two moments, or until now; empty without a start."""
+    return format_duration(((end or datetime.now(UTC)) - start).total_seconds()) if start else ""
+
+
+def format_metric(metric: str | None, value: float | None) -> str:
+    """Format a metric with its value; empty if it is not known."""
+    return f"{metric} {value:.4f}" if metric is not None and value is not None else ""
+
+
+def format_runs(statuses: Sequence[RunStatus], *, show_namespace: bool = False) -> Iterator[str]:
+    """Format runs as a table, as `kubectl get` does.
+
+    Args:
+        statuses: The runs.
+        show_namespace: Whether to add a column with the namespace.
+
+    Yields:
+        Lines.
+    """
+    columns: list[str] = ["NAMESPACE", *RUN_COLUMNS] if show_namespace else [*RUN_COLUMNS]
+    rows = [[status.namespace, *_run_cells(status)] if show_namespace else _run_cells(status) for status in statuses]
+    return format_table(columns, rows, text_columns=len(columns), gap=COLUMN_GAP)
+
+
+def _run_cells(status: RunStatus) -> list[str]:
+    return [
+        status.job,
+        status.run,
+        status.stage or "",
+        _format_epoch(status),
+        format_metric(status.metric, status.value),
+        format_elapsed(status.created),
+        _format_phase_and_reason(status),
+    ]
+
+
+def _format_phase_and_reason(status: RunStatus) -> str:
+    reason = status.error or status.reason or ""
+    code = f" ({status.exit_code})" if status.phase == "failed" else ""
+    line = f"{status.phase}{code}: {reason}" if reason else f"{status.phase}{code}"
+    return line if len(line) <= MAX_STATUS_LENGTH else line[: MAX_STATUS_LENGTH - 1].rstrip() + "…"
+
+
+def format_details(status: RunStatus, other_runs: int = 0) -> Iterator[str]:
+    """Format everything that is known about a run, as `kubectl describe` does.
+
+    Args:
+        status: The run.
+        other_runs: Number of other runs of the same job.
+
+    Yields:
+        Lines.
+    """
+    others = f", the newest of {other_runs + 1} runs (topwork list)" if other_runs else ""
+    ended = f", ended {format_elapsed(status.ended)} ago" if status.ended else ""
+    yield f"{status.run} in namespace {status.namespace}: {_format_phase(status)}"
+    fields = {
+        "job": status.job + others,
+        "age": format_elapsed(status.created) + ended,
+        "queue": status.queue,
+        "node": status.node,
+        "epoch": _format_epoch(status),
+        "best": format_metric(status.metric, status.value),
+        "attempts": _format_attempt_count(status),
+        "reason": status.reason,
+        "error": status.error,
+        "model": status.model,
+    }
+    for name, value in fields.items():
+        if value:
+            yield f"  {name:<8}  {value}"
+    if status.attempts:
+        yield ""
+        rows = list(_stage_rows(status))
+        yield from format_table(STAGE_COLUMNS, rows, text_columns=len(STAGE_COLUMNS), gap=COLUMN_GAP)
+    earlier = status.attempts[:-1]
+    if earlier:
+        yield ""
+    for attempt in earlier:
+        yield _format_earlier_attempt(attempt)
+
+
+def _format_phase(status: RunStatus) -> str:
+    if status.phase == "failed":
+        return f"failed with exit code {status.exit_code}"
+    if status.phase in {"running", "stopping"} and status.stage:
+        return f"{status.phase}, {status.stage}"
+    return status.phase
+
+
+def _format_epoch(status: RunStatus) -> str:
+    return f"{status.epoch.epoch}/{status.epoch.epochs}" if status.epoch else ""
+
+
+def _format_attempt_count(status: RunStatus) -> str | None:
+    if len(status.attempts) < 2 and not status.failures:
+        return None
+    return f"{len(status.attempts)}, {status.failures} of them counted (retries: {status.retries})"
+
+
+def _stage_rows(status: RunStatus) -> Iterator[list[str]]:
+    for container in status.attempts[-1].containers:
+        message, epoch = container.termination_message, status.epoch
+        epochs, metric = str(message.epochs or "") if message else "", format_metric(*_metric_of(container))
+        if epoch and epoch.stage == container.stage and container.state == "running":
+            epochs, metric = _format_epoch(status), format_metric(epoch.metric, epoch.best)
+        duration = format_elapsed(container.started, container.ended)
+        yield [container.stage, container.state, duration, epochs, metric]
+
+
+def _metric_of(container: ContainerStatus) -> tuple[str | None, float | None]:
+    message = container.termination_message
+    return (message.metric, message.value) if message else (None, None)
+
+
+def _format_earlier_attempt(attempt: Attempt) -> str:
+    code = f" with exit code {attempt.exit_code}" if attempt.exit_code else ""
+    counted = "" if attempt.counted else " (not counted)"
+    return f"earlier: {attempt.pod} {attempt.state}{code}{counted}: {attempt.error or 'no reason given'}"
+
+
+def status_to_json(status: RunStatus) -> dict[str, Any]:
+    """Convert a status to the object that `--json` prints; keys are only ever added."""
+    epoch = status.epoch
+    return {
+        "job": status.job,
+        "run": status.run,
+        "namespace": status.namespace,
+        "phase": status.phase,
+        "stage": status.stage,
+        "epoch": epoch.epoch if epoch else None,
+        "epochs": epoch.epochs if epoch else None,
+        "metric": status.metric,
+        "value": status.value,
+        "model": status.model,
+        "exitCode": status.exit_code,
+        "reason": status.reason,
+        "error": status.error,
+        "created": _format_time(status.created),
+        "ended": _format_time(status.ended),
+        "node": status.node,
+        "queue": status.queue,
+        "failures": status.failures,
+        "retries": status.retries,
+        "attempts": [_attempt_to_json(attempt) for attempt in status.attempts],
+    }
+
+
+def _attempt_to_json(attempt: Attempt) -> dict[str, Any]:
+    return {
+        "pod": attempt.pod,
+        "node": attempt.node,
+        "created": _format_time(attempt.created),
+        "state": attempt.state,
+        "exitCode": attempt.exit_code,
+        "error": attempt.error,
+        "counted": attempt.counted,
+        "stages": [_container_to_json(container) for container in attempt.containers],
+    }
+
+
+def _container_to_json(container: ContainerStatus) -> dict[str, Any]:
+    metric, value = _metric_of(container)
+    return {
+        "stage": container.stage,
+        "state": container.state,
+        "started": _format_time(container.started),
+        "ended": _format_time(container.ended),
+        "exitCode": container.exit_code,
+        "epochs": container.termination_message.epochs if container.termination_message else None,
+        "metric": metric,
+        "value": value,
+        "error": container.error,
+    }
+
+
+def _format_time(time: datetime | None) -> str | None:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ") if time else None

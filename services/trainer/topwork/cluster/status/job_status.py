@@ -1,0 +1,113 @@
+"""The status of one Job: its phase, why it is pending or stopping, and how it ended."""
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from topwork.clients.kubernetes import KubernetesObject
+from topwork.cluster.status.attempts import Attempt
+from topwork.cluster.status.objects import RunObjects, find_condition, is_being_deleted, one_line, pods_of_job
+from topwork.cluster.status.pending_reasons import explain_pending_job, explain_pending_pod
+from topwork.errors import GateError, SpecError, Stopped, UnavailableError
+
+Phase = Literal["pending", "pulling ahead", "running", "stopping", "succeeded", "failed", "suspended"]
+FINAL_EXIT_CODES = {SpecError.exit_code, GateError.exit_code}
+"""Exit codes that are never retried."""
+NEW_POD_FOLLOWS = "a new pod will be created"
+UNKNOWN_FAILURE = 1
+"""Exit code of a run that failed without reporting one."""
+
+
+@dataclass(frozen=True)
+class JobStatus:
+    """The status of a Job.
+
+    Attributes:
+        phase: Its phase.
+        reason: Why it is pending or stopping.
+        exit_code: Exit code of the run; None until the Job is finished.
+        error: Why it failed.
+    """
+
+    phase: Phase
+    reason: str | None = None
+    exit_code: int | None = None
+    error: str | None = None
+
+
+def read_job_status(objects: RunObjects, job: KubernetesObject, attempts: tuple[Attempt, ...]) -> JobStatus:
+    """Read the status of a Job.
+
+    Args:
+        objects: The objects of its run.
+        job: The Job.
+        attempts: Its pods, oldest first.
+
+    Returns:
+        The status.
+    """
+    if find_condition(job, "Complete") or find_condition(job, "SuccessCriteriaMet"):
+        return JobStatus("succeeded", exit_code=0)
+    if failed := find_condition(job, "Failed"):
+        code, error = _read_failure(job, failed, attempts)
+        return JobStatus("failed", exit_code=code, error=error)
+    if job["metadata"].get("uid") in objects.deleted:
+        return _status_after_deletion(attempts[-1] if attempts else None)
+    if is_being_deleted(job):
+        return JobStatus("stopping", "the Job is being deleted")
+    if target := find_condition(job, "FailureTarget"):
+        return JobStatus("stopping", _read_failure(job, target, attempts)[1])
+    return _read_active(objects, job, attempts)
+
+
+def _read_active(objects: RunObjects, job: KubernetesObject, attempts: tuple[Attempt, ...]) -> JobStatus:
+    last = attempts[-1] if attempts else None
+    # After the pod succeeded, the Job controller still has to set the condition Complete.
+    if last and last.state in {"running", "done"}:
+        return JobStatus("running")
+    if last and last.state == "stopping":
+        return JobStatus("stopping", f"{last.error}. Its checkpoint is kept, and a new pod will resume from it")
+    if last and last.state == "waiting":
+        pod = pods_of_job(objects.pods, job)[-1]
+        return JobStatus("pending", explain_pending_pod(pod, objects.events))
+    reason = explain_pending_job(job, objects.events)
+    if job["spec"].get("suspend"):
+        return JobStatus("suspended", reason)
+    if last:
+        reason = f"{describe_end(last)}; {reason or NEW_POD_FOLLOWS}"
+    return JobStatus("pending", reason)
+
+
+def _status_after_deletion(last: Attempt | None) -> JobStatus:
+    """Return the status of a deleted Job: it may have finished before its time to live expired."""
+    if last and last.state == "done":
+        return JobStatus("succeeded", exit_code=0)
+    if last and last.exit_code in FINAL_EXIT_CODES:
+        return JobStatus("failed", exit_code=last.exit_code, error=last.error)
+    return JobStatus("failed", exit_code=Stopped.exit_code, error="the Job was deleted")
+
+
+def describe_end(attempt: Attempt) -> str:
+    """Describe how an attempt ended, in one sentence."""
+    code = f" with exit code {attempt.exit_code}" if attempt.exit_code else ""
+    return f"{attempt.pod} ended{code}: {attempt.error or 'no reason given'}"
+
+
+def _read_failure(job: KubernetesObject, condition: KubernetesObject, attempts: tuple[Attempt, ...]) -> tuple[int, str]:
+    """Return the exit code and error of a Job with the condition Failed or FailureTarget."""
+    reason, message = condition.get("reason"), one_line(str(condition.get("message") or "no reason given"))
+    if reason == "DeadlineExceeded":
+        seconds = job["spec"].get("activeDeadlineSeconds")
+        return UnavailableError.exit_code, (
+            f"the Job ran longer than spec.compute.deadlineSeconds ({seconds} s). "
+            "Raise it and submit again: the run resumes from its checkpoint"
+        )
+    policy = re.search(r"with exit code (\d+)", message) if reason == "PodFailurePolicy" else None
+    failed = [attempt for attempt in attempts if attempt.state == "failed" and (attempt.counted or policy)]
+    last = failed[-1] if failed else None
+    code = int(policy[1]) if policy else (last.exit_code if last and last.exit_code else UNKNOWN_FAILURE)
+    error = last.error if last and last.error else message
+    if reason == "BackoffLimitExceeded":
+        tries = int(job["spec"].get("backoffLimit") or 0) + 1
+        error = f"{error} (attempt {tries} of {tries})" if tries > 1 else error
+    return code, error

@@ -1,0 +1,245 @@
+"""The status of a run: phase, stage, progress in epochs, best metric, attempts, and model URI."""
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from datetime import datetime
+
+from topwork.clients.kubernetes import KubernetesObject
+from topwork.cluster.names import JOB_LABEL, QUEUE_LABEL, RUN_LABEL
+from topwork.cluster.status.attempts import Attempt, ContainerStatus, read_attempt
+from topwork.cluster.status.job_status import Phase, read_job_status
+from topwork.cluster.status.objects import (
+    RunObjects,
+    creation_time,
+    find_condition,
+    get_label,
+    name_of,
+    parse_time,
+    pods_of_job,
+)
+
+# The metric to show: the first of these that a log line contains.
+METRICS = ("validation_accuracy", "validation_auc", "validation_loss", "accuracy", "auc", "loss")
+
+
+@dataclass(frozen=True)
+class EpochProgress:
+    """Progress of a stage, from the log of its container.
+
+    Attributes:
+        stage: The stage.
+        epoch: The last completed epoch, counted from 1.
+        epochs: Number of planned epochs.
+        metric: Name of the metric that is shown.
+        value: Its value in that epoch.
+        best: Its best value so far.
+    """
+
+    stage: str
+    epoch: int
+    epochs: int
+    metric: str | None = None
+    value: float | None = None
+    best: float | None = None
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """The status of a run.
+
+    Attributes:
+        job: Name of the job: `metadata.name` of the spec.
+        run: Name of the run.
+        namespace: Its namespace.
+        phase: Its phase.
+        stage: The stage that runs, or that ran last.
+        attempts: The pods of the Job, oldest first.
+        failures: Number of failed attempts that count against the retries.
+        retries: Number of such failures that the Job tolerates.
+        epoch: Progress of the stage.
+        metric: Name of the best known metric.
+        value: Its value.
+        model: URI of the published model.
+        exit_code: Exit code of the run; None until it is finished.
+        error: Why it failed.
+        reason: Why it is pending or stopping.
+        created: When the Job was created.
+        ended: When the Job finished.
+        node: Node of the last pod.
+        queue: Its Kueue queue.
+    """
+
+    job: str
+    run: str
+    namespace: str
+    phase: Phase
+    stage: str | None = None
+    attempts: tuple[Attempt, ...] = ()
+    failures: int = 0
+    retries: int = 0
+    epoch: EpochProgress | None = None
+    metric: str | None = None
+    value: float | None = None
+    model: str | None = None
+    exit_code: int | None = None
+    error: str | None = None
+    reason: str | None = None
+    created: datetime | None = None
+    ended: datetime | None = None
+    node: str | None = None
+    queue: str | None = None
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the status is final."""
+        return self.phase in {"succeeded", "failed"}
+
+    @property
+    def running_container(self) -> tuple[str, str] | None:
+        """Pod and container that run, whose log grows."""
+        for attempt in reversed(self.attempts):
+            for container in attempt.containers:
+                if container.state == "running":
+                    return attempt.pod, container.stage
+        return None
+
+
+def read_run_status(objects: RunObjects, epoch: EpochProgress | None = None) -> RunStatus:
+    """Read the status of a run.
+
+    Args:
+        objects: The objects of the run: at least one Job.
+        epoch: Progress of the running stage, from its log.
+
+    Returns:
+        The status of its training Job; while that Job waits for the prefetch Job, the status of the latter.
+
+    Example:
+        >>> status = read_run_status(read_run_objects(cluster, "cats-1a2b3c4d"))
+        >>> status.phase, status.stage
+        ('running', 'transfer')
+    """
+    training, prefetch = objects.job("training"), objects.job("prefetch")
+    if training is None:
+        return _prefetch_only(read_status_of_job(objects, prefetch or objects.jobs[0], epoch))
+    status = read_status_of_job(objects, training, epoch)
+    if prefetch is None or status.phase not in {"pending", "suspended"}:
+        return status
+    pull = read_status_of_job(objects, prefetch)
+    if pull.is_finished or pull.phase == "stopping":
+        return status
+    return replace(status, phase="pulling ahead", stage="pull", reason=pull.reason or status.reason, node=pull.node)
+
+
+def _prefetch_only(status: RunStatus) -> RunStatus:
+    """Return the status of a run without training Job: it is not finished when its dataset is pulled."""
+    if status.phase == "succeeded":
+        reason = "the dataset is pulled; submit the job again to train"
+        return replace(status, phase="pending", exit_code=None, ended=None, reason=reason)
+    return replace(status, phase="pulling ahead") if status.phase in {"pending", "running"} else status
+
+
+def read_status_of_job(objects: RunObjects, job: KubernetesObject, epoch: EpochProgress | None = None) -> RunStatus:
+    """Read the status of a run from only one of its Jobs; see `read_run_status`."""
+    attempts = tuple(read_attempt(pod, job, objects.deleted) for pod in pods_of_job(objects.pods, job))
+    last = attempts[-1] if attempts else None
+    current = last.current_container if last else None
+    # Progress of an earlier stage, or of an earlier attempt, is out of date.
+    if epoch and not (current and current.stage == epoch.stage and current.state == "running"):
+        epoch = None
+    metric, value = _best_metric(attempts, epoch)
+    job_status = read_job_status(objects, job, attempts)
+    return RunStatus(
+        job=get_label(job, JOB_LABEL) or name_of(job),
+        run=get_label(job, RUN_LABEL) or name_of(job),
+        namespace=str(job["metadata"].get("namespace") or ""),
+        phase=job_status.phase,
+        stage=current.stage if current else None,
+        attempts=attempts,
+        failures=int((job.get("status") or {}).get("failed") or 0),
+        retries=int(job["spec"].get("backoffLimit") or 0),
+        epoch=epoch,
+        metric=metric,
+        value=value,
+        model=_model_uri(attempts),
+        exit_code=job_status.exit_code,
+        error=job_status.error,
+        reason=job_status.reason,
+        created=creation_time(job),
+        ended=_end_time(job),
+        node=last.node if last else None,
+        queue=get_label(job, QUEUE_LABEL),
+    )
+
+
+def _best_metric(attempts: tuple[Attempt, ...], epoch: EpochProgress | None) -> tuple[str | None, float | None]:
+    """Return the metric of the running stage, or of the last stage that ended."""
+    if epoch and epoch.metric:
+        return epoch.metric, epoch.best
+    for container in _newest_first(attempts):
+        message = container.termination_message
+        if message and message.metric is not None:
+            return message.metric, message.value
+    return None, None
+
+
+def _model_uri(attempts: tuple[Attempt, ...]) -> str | None:
+    messages = (container.termination_message for container in _newest_first(attempts))
+    return next((message.model for message in messages if message and message.model), None)
+
+
+def _newest_first(attempts: tuple[Attempt, ...]) -> list[ContainerStatus]:
+    return [container for attempt in reversed(attempts) for container in reversed(attempt.containers)]
+
+
+def _end_time(job: KubernetesObject) -> datetime | None:
+    status = job.get("status") or {}
+    condition = find_condition(job, "Complete") or find_condition(job, "Failed") or {}
+    return parse_time(status.get("completionTime") or condition.get("lastTransitionTime"))
+
+
+def parse_epoch(line: str, previous: EpochProgress | None = None) -> EpochProgress | None:
+    """Parse a log line of a container.
+
+    Args:
+        line: The line.
+        previous: Progress at the previous epoch, whose best value may remain the best.
+
+    Returns:
+        The progress; None if the line is not an epoch event.
+    """
+    if '"epoch"' not in line:
+        return None
+    try:
+        entry = json.loads(line)
+        if entry["message"] != "epoch":
+            return None
+        metric = next((name for name in METRICS if _is_number(entry.get(name))), None)
+        value = float(entry[metric]) if metric else None
+        epoch = EpochProgress(str(entry["stage"]), int(entry["epoch"]), int(entry["epochs"]), metric, value, value)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return _with_best(epoch, previous)
+
+
+def parse_last_epoch(lines: Iterable[str]) -> EpochProgress | None:
+    """Return the progress at the last epoch of a log, with the best value of all epochs."""
+    last = None
+    for line in lines:
+        last = parse_epoch(line, last) or last
+    return last
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _with_best(epoch: EpochProgress, previous: EpochProgress | None) -> EpochProgress:
+    if previous is None or (previous.stage, previous.metric) != (epoch.stage, epoch.metric):
+        return epoch
+    if previous.best is None or epoch.best is None or epoch.metric is None:
+        return epoch
+    better = min if epoch.metric.endswith("loss") else max
+    return replace(epoch, best=better(previous.best, epoch.best))

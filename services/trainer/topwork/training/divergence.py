@@ -1,0 +1,45 @@
+"""Diverged training: finding the first loss that is NaN or infinite, and the error that reports the step and images."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from topwork.errors import DataError
+
+MAX_NAMES = 20
+"""Images that the error names; the log names all of them."""
+
+
+def first_non_finite(losses: Sequence[Any]) -> tuple[int, float] | None:
+    """Find the first running mean of the loss that is NaN or infinite.
+
+    Reading a loss waits for the device. A running mean stays NaN or infinite once it is, so all of them are read only
+    if the last one is.
+
+    Args:
+        losses: Scalar tensors in the order of their steps; at least one.
+
+    Returns:
+        Index and value of that loss; None if all are finite.
+    """
+    if math.isfinite(float(losses[-1])):
+        return None
+    return next((index, float(loss)) for index, loss in enumerate(losses) if not math.isfinite(float(loss)))
+
+
+def diverged_error(observation: str, images: Sequence[str]) -> DataError:
+    """Build the error for training that diverged.
+
+    Args:
+        observation: What was NaN or infinite, and in which epoch and step.
+        images: Names of the images in that step.
+
+    Returns:
+        The error to raise.
+    """
+    more = f" and {len(images) - MAX_NAMES} more, see the log" if len(images) > MAX_NAMES else ""
+    return DataError(
+        f"{observation}: training diverged. Use a smaller learningRate (a tenth), or clip the gradients with "
+        f"optimizer.clipnorm: 1.0, and check these images: {', '.join(images[:MAX_NAMES])}{more}. "
+        "The last good checkpoint is kept."
+    )

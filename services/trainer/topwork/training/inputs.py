@@ -1,0 +1,92 @@
+"""What `fit` trains: the classifier in its precision, on images or on cached features of its frozen layers."""
+
+from dataclasses import dataclass
+
+import keras
+import structlog
+
+from topwork.data.local_dataset import LocalDataset
+from topwork.model.augmentation import Augment, build_augmentation
+from topwork.model.classifier import with_precision
+from topwork.model.freezing import set_trainable
+from topwork.model.partition import Partition, count_multiplications, partition_model
+from topwork.training.feature_cache.features import FeatureRequest, compute_features
+from topwork.training.feature_cache.policy import should_cache_features
+from topwork.training.plan import StageContext
+from topwork.training.strategy import choose_dtype_policy
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainingInputs:
+    """A model for `fit`, and the data that it takes.
+
+    Attributes:
+        model: The whole classifier, or its trainable part on cached features. It shares the layers of the classifier.
+        data: Training and validation split: images, or cached features.
+        augment: Augmentation of the training images; None for cached features, which are of augmented images.
+        from_cache: Whether the data is cached features.
+    """
+
+    model: keras.Model
+    data: LocalDataset
+    augment: Augment | None
+    from_cache: bool
+
+
+def prepare_model(model: keras.Model, context: StageContext) -> tuple[keras.Model, Partition | None]:
+    """Convert a classifier to the dtype policy that suits the computation of each step, and partition it.
+
+    Call it in the scope of the strategy.
+
+    Args:
+        model: Classifier in float32.
+        context: The stage.
+
+    Returns:
+        The classifier, and its frozen and trainable part; None if no layer with weights can be separated.
+    """
+    plan = context.plan
+    partition = _partition(model, context)
+    use_cache, _ = should_cache_features(plan.feature_cache, plan.epochs, partition)
+    multiplications = count_multiplications(partition.trainable_part if partition and use_cache else model)
+    converted = with_precision(model, choose_dtype_policy(context.job.spec.compute.precision, multiplications))
+    return converted, partition if converted is model else _partition(converted, context)
+
+
+def prepare_inputs(
+    context: StageContext, model: keras.Model, partition: Partition | None, data: LocalDataset
+) -> TrainingInputs:
+    """Choose between images and cached features, and compute the features.
+
+    Args:
+        context: The stage.
+        model: The classifier.
+        partition: Its frozen and trainable part, from `prepare_model`.
+        data: The images.
+
+    Returns:
+        What `fit` trains.
+
+    Raises:
+        SettingError: If the spec requires the feature cache and there is no space for it.
+        Stopped: If a stop was requested while features were computed.
+    """
+    plan = context.plan
+    augment = build_augmentation(context.job.spec.augmentation)
+    use_cache, reason = should_cache_features(plan.feature_cache, plan.epochs, partition)
+    log.info("feature cache", stage=plan.stage, used=use_cache, reason=reason)
+    if partition and use_cache:
+        features = compute_features(FeatureRequest(context, data, partition, augment))
+        if features is not None:
+            return TrainingInputs(partition.trainable_part, features, augment=None, from_cache=True)
+    with model.distribute_strategy.scope():
+        whole = partition.recombine() if partition else model
+    return TrainingInputs(whole, data, augment, from_cache=False)
+
+
+def _partition(model: keras.Model, context: StageContext) -> Partition | None:
+    plan = context.plan
+    set_trainable(model.get_layer("base"), plan.phases[-1].unfrozen, batch_norm=plan.train_batch_norm)
+    return partition_model(model)

@@ -1,0 +1,67 @@
+"""Log events and Prometheus metrics of training: trainable parameters, completed epochs, and input-bound warnings."""
+
+import keras
+import structlog
+
+from topwork.model.freezing import count_parameters
+from topwork.registry.stage_results import report_metrics
+from topwork.training.input_stalls import input_bound_advice, input_wait_share, is_input_bound
+from topwork.training.plan import StageContext
+from topwork.training.train_state import TrainState
+
+log = structlog.get_logger(__name__)
+
+
+def report_parameters(model: keras.Model, context: StageContext) -> None:
+    """Report how many parameters of each layer group are trainable and frozen.
+
+    Args:
+        model: The classifier.
+        context: The stage.
+    """
+    groups = count_parameters(model)
+    for group in groups:
+        log.info(
+            "parameters",
+            stage=context.plan.stage,
+            layers=group.name,
+            trainable=group.trainable,
+            frozen=group.frozen,
+        )
+    trainable, frozen = sum(group.trainable for group in groups), sum(group.frozen for group in groups)
+    context.workspace.metrics.set_parameters(trainable, frozen)
+
+
+def report_epoch(state: TrainState, context: StageContext, *, from_cache: bool) -> None:
+    """Report the epoch that just completed, and warn if it was input-bound.
+
+    Args:
+        state: State of the stage; its last row is the epoch.
+        context: The stage.
+        from_cache: Whether the input is cached features.
+    """
+    plan, row = context.plan, state.rows[-1]
+    report_metrics(state.rows, state.best_epoch, context.workspace.metrics)
+    values = {name: value for name, value in row.items() if name not in {"stage", "epoch"}}
+    log.info("epoch", stage=plan.stage, epoch=state.epoch, epochs=plan.epochs, **values)
+    if is_input_bound(row):
+        log.warning(
+            "training is input-bound",
+            stage=plan.stage,
+            epoch=state.epoch,
+            waited=f"{input_wait_share([row]):.0%}",
+            advice=input_bound_advice(context.job.spec, plan.stage, plan.phases[-1].unfrozen, from_cache=from_cache),
+        )
+
+
+def report_resume(state: TrainState, context: StageContext) -> None:
+    """Report that a stage continues from a checkpoint, and publish the metrics of its earlier epochs.
+
+    Args:
+        state: State of the stage in the checkpoint.
+        context: The stage.
+    """
+    stage, metrics = context.plan.stage, context.workspace.metrics
+    report_metrics(state.rows, state.best_epoch, metrics)
+    metrics.set_stage_start(stage, state.started)
+    log.info("resumed", stage=stage, epoch=state.epoch, step=state.step)

@@ -1,0 +1,129 @@
+"""Free disk space: checks before large writes, and error messages of a full disk."""
+
+import errno
+import gc
+import os
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from topwork.artifacts import download_artifact, write_artifact
+from topwork.cli.runtime.shutdown import to_topwork_error
+from topwork.disk_space import disk_full_error, require_free_space, report_full_disk, format_bytes
+from topwork.errors import DataError, SettingError, UnavailableError
+from topwork.pipeline import run_pull
+
+DISK_BYTES = 80 << 20
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A real disk of 80 MiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("needs to mount a small disk: run as root (in a container with --cap-add SYS_ADMIN)")
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def fill_disk(disk: Path, free: int) -> None:
+    with (disk / "filler").open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, DISK_BYTES - free)
+
+
+def test_a_full_disk_is_reported_as_unavailable_with_its_location(small_disk):
+    fill_disk(small_disk, free=1 << 20)
+    with pytest.raises(UnavailableError) as caught, report_full_disk(small_disk):
+        (small_disk / "file").write_bytes(bytes(2 << 20))
+    assert str(caught.value) == (
+        f"No disk space is left in {small_disk} (0 B of 80.0 MiB free). Free space there, or use a larger disk (in a "
+        "cluster, spec.compute.scratch or another node), then start again: stored data is kept."
+    )
+
+
+# s3transfer leaves closing the connection to the garbage collector.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_download_to_a_full_disk_fails_and_leaves_no_partial_file(storage, small_disk):
+    storage.write("big", bytes(3 << 20))
+    fill_disk(small_disk, free=1 << 20)
+    with pytest.raises(UnavailableError, match=f"^No disk space is left in {small_disk} "):
+        storage.download("big", small_disk / "big")
+    assert [path.name for path in small_disk.iterdir()] == ["filler"]
+    gc.collect()
+
+
+def test_download_of_an_artifact_larger_than_the_disk_does_not_start(storage, small_disk, tmp_path):
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "file").write_bytes(bytes(3 << 20))
+    write_artifact(storage, "set", tmp_path / "files", {})
+    fill_disk(small_disk, free=2 << 20)
+    with pytest.raises(UnavailableError) as caught:
+        download_artifact(storage, "set", small_disk / "set")
+    assert str(caught.value) == (
+        f"Downloading {storage.uri}/set needs about 3.0 MiB, but {small_disk}/set has 2.0 MiB free. Free space there, or "
+        "use a larger disk or another node, then start again."
+    )
+    assert list((small_disk / "set").iterdir()) == []
+
+
+def test_existing_files_need_no_free_space(storage, small_disk, tmp_path):
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "file").write_bytes(bytes(3 << 20))
+    write_artifact(storage, "set", tmp_path / "files", {})
+    download_artifact(storage, "set", small_disk / "set")
+    fill_disk(small_disk, free=3 << 20)
+    download_artifact(storage, "set", small_disk / "set")
+
+
+def test_pull_larger_than_the_scratch_limit_does_not_start(make_job, workspace, two_class_folder):
+    size = sum(path.stat().st_size for path in two_class_folder.rglob("*") if path.is_file())
+    with pytest.raises(SettingError) as caught:
+        run_pull(make_job(), replace(workspace, scratch_limit=size - 1))
+    assert str(caught.value) == (
+        f'Pulling {{"folder": {{"uri": "{two_class_folder}"}}}} needs about {format_bytes(size)} of the scratch volume, '
+        f"but spec.compute.scratch is {format_bytes(size - 1)}. Increase it: the cluster evicts a pod whose volume "
+        "exceeds its limit."
+    )
+    assert [stored.key for stored in workspace.storage.list("datasets/")] == []
+
+
+def test_pull_larger_than_the_free_disk_space_does_not_start(make_job, workspace, small_disk):
+    fill_disk(small_disk, free=1 << 20)
+    with pytest.raises(UnavailableError, match=rf"^Pulling .* needs about .*, but {small_disk} has 1\.0 MiB free\."):
+        run_pull(make_job(), replace(workspace, scratch=small_disk))
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "/scratch/file"), 75),
+        (OSError(errno.EDQUOT, "Disk quota exceeded", "/scratch/file"), 2),
+        # The wording of HDF5.
+        (OSError("Can't write data (file write failed: errno = 28, error message = 'No space left on device')"), 75),
+    ],
+)
+def test_a_full_disk_and_an_exhausted_quota_have_different_exit_codes(error, code):
+    known = to_topwork_error(error)
+    assert known is not None
+    assert known.exit_code == code
+
+
+def test_disk_full_error_inspects_causes_and_ignores_other_errors():
+    try:
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        except OSError as full:
+            raise RuntimeError("TFDS failed") from full
+    except RuntimeError as error:
+        assert isinstance(disk_full_error(error), UnavailableError)
+    assert disk_full_error(OSError(errno.EACCES, "Permission denied")) is None
+    assert disk_full_error(ValueError("No space left on device")) is None
+    assert disk_full_error(DataError("already reported")) is None
+
+
+def test_require_free_space_accepts_sufficient_space(tmp_path):
+    require_free_space(tmp_path, 1000, "Writing", limit=1000)

@@ -1,0 +1,185 @@
+"""Selection of the training, validation and test splits."""
+
+import re
+
+import numpy as np
+import pytest
+
+from topwork.data.dataset_manifest import DatasetMetadata
+from topwork.data.splits import SourceSplit, check_splits, format_missing_classes, select_splits
+from topwork.errors import DataError
+from topwork.spec.dataset import Dataset, Splits
+
+CLASSES = ("cat", "dog")
+
+
+def _train(cats=50, dogs=50):
+    return {"train": SourceSplit(0, np.repeat([0, 1], [cats, dogs]))}
+
+
+def _metadata(**splits):
+    return DatasetMetadata(
+        name="pets",
+        fingerprint="0" * 16,
+        source={},
+        class_names=CLASSES,
+        splits={split: dict(zip(CLASSES, counts, strict=True)) for split, counts in splits.items()},
+        images=sum(map(sum, splits.values())),
+        rejected=(),
+        duplicates=0,
+    )
+
+
+def _splits(**splits):
+    return Splits.model_validate(splits)
+
+
+def _dataset(on_missing_class="fail", **splits):
+    return Dataset.model_validate(
+        {
+            "source": {"tfds": "pets"},
+            "splits": splits,
+            "imageSize": [32, 32],
+            "onMissingClass": on_missing_class,
+        }
+    )
+
+
+THIRDS = {"train": "train[:40%]", "validation": "train[40%:50%]", "test": "train[50%:60%]"}
+
+
+def test_select_splits_returns_disjoint_slices_of_the_requested_size():
+    selected = select_splits(_dataset(**THIRDS), _train(), CLASSES, seed=1)
+    assert {name: len(positions) for name, positions in selected.items()} == {"train": 40, "validation": 10, "test": 10}
+    assert len(np.unique(np.concatenate(list(selected.values())))) == 60
+
+
+def test_select_splits_mixes_classes_of_a_dataset_stored_class_by_class():
+    selected = select_splits(_dataset(**THIRDS), _train(), CLASSES, seed=1)
+    dogs = {name: int((positions >= 50).sum()) for name, positions in selected.items()}
+    assert 10 <= dogs["train"] <= 30
+    assert 0 < dogs["validation"] < 10
+
+
+def test_select_splits_is_deterministic_for_a_seed():
+    one, again, other = (select_splits(_dataset(**THIRDS), _train(), CLASSES, seed=seed) for seed in (1, 1, 2))
+    assert all((one[name] == again[name]).all() for name in one)
+    assert any((one[name] != other[name]).any() for name in one)
+
+
+@pytest.mark.parametrize(
+    ("train", "size"),
+    [
+        ("train", 11),
+        ("train[:40%]", 4),
+        ("train[-10%:]", 1),
+        ("train[2:7]", 5),
+        ("train[-3:]", 3),
+        ("train[:50%]+test", 6 + 7),
+        ("train[:2]+train[5:6]+test[:1]", 4),
+    ],
+)
+def test_select_splits_accepts_tfds_slicing(train, size):
+    labels = np.array([0, 1] * 9)
+    sources = {"train": SourceSplit(0, labels[:11]), "test": SourceSplit(11, labels[11:])}
+    for seed in range(100):  # at least one seed selects both classes
+        try:
+            selected = select_splits(_dataset("allow", train=train, test="test[6:]"), sources, CLASSES, seed)
+        except DataError:
+            continue
+        assert len(selected["train"]) == size
+        return
+    assert size == 1
+
+
+def test_select_splits_covers_a_split_of_any_size_with_complementary_slices():
+    for size in range(4, 60):
+        sources = {"train": SourceSplit(0, np.arange(size) % 2)}
+        try:
+            selected = select_splits(
+                _dataset("allow", train="train[:70%]", validation="train[70%:90%]", test="train[-10%:]"),
+                sources,
+                CLASSES,
+                3,
+            )
+        except DataError as error:
+            assert "is empty" in str(error) and size < 10
+            continue
+        assert sorted(np.concatenate(list(selected.values())).tolist()) == list(range(size))
+
+
+def test_select_splits_returns_exact_counts_per_class():
+    sources = {
+        "test": SourceSplit(0, np.repeat([0, 1], [5, 30])),
+        "train": SourceSplit(35, np.repeat([0, 1], [40, 20])),
+    }
+    labels = np.concatenate([examples.labels for examples in sources.values()])
+    selected = select_splits(_dataset(perClass={"train": 20, "validation": 5, "test": 10}), sources, CLASSES, seed=1)
+    assert {name: np.bincount(labels[positions]).tolist() for name, positions in selected.items()} == {
+        "train": [20, 20],
+        "validation": [5, 5],
+        "test": [10, 10],
+    }
+    assert len(np.unique(np.concatenate(list(selected.values())))) == 70
+
+
+@pytest.mark.parametrize(
+    ("splits", "message"),
+    [
+        (
+            {"perClass": {"train": 30, "test": 10}},
+            "spec.dataset.splits.perClass requests 40 images per class (train 30, validation 0, test 10), but dog "
+            "has 20. Request fewer.",
+        ),
+        (
+            {"train": "train", "test": "validation[:10%]"},
+            "spec.dataset.splits.test is validation[:10%], but the dataset has no split validation. It has train (70 "
+            "images).",
+        ),
+        ({"train": "train[:100]"}, "spec.dataset.splits.train: train[:100] is out of range: train has 70 images."),
+        ({"train": "train[-71:]"}, "spec.dataset.splits.train: train[-71:] is out of range: train has 70 images."),
+        (
+            {"train": "train", "validation": "train[60:-15]"},
+            "spec.dataset.splits.validation: train[60:-15] is empty: train has 70 images. Widen the slice.",
+        ),
+    ],
+)
+def test_check_splits_rejects_splits_that_a_dataset_cannot_fill(splits, message):
+    with pytest.raises(DataError, match=re.escape(message)):
+        check_splits(Splits.model_construct(**_fields(splits)), _metadata(train=(50, 20)))
+
+
+def _fields(splits):
+    """Fields of `Splits`, not validated by the spec."""
+    from topwork.spec.dataset import PerClass
+
+    empty = {"train": None, "validation": None, "test": None, "per_class": None}
+    if "perClass" in splits:
+        return {**empty, "per_class": PerClass.model_validate(splits["perClass"])}
+    return {**empty, **splits}
+
+
+def test_select_splits_rejects_a_class_without_training_images():
+    with pytest.raises(DataError, match=r"The training split contains no image of dog\. Enlarge"):
+        select_splits(
+            _dataset("allow", train="train[:1]", test="train[1:]"),
+            {"train": SourceSplit(0, np.array([0] * 50))},
+            CLASSES,
+            seed=1,
+        )
+
+
+@pytest.mark.parametrize("name", ["validation", "test"])
+def test_select_splits_rejects_a_class_without_evaluation_images_unless_allowed(name):
+    splits = {"train": "train[1:]", "test": "train[1:]", name: "train[:1]"}
+    with pytest.raises(
+        DataError,
+        match=rf"The {name} split contains no image of (cat|dog)\. Enlarge .*\.{name}, .*onMissingClass: allow",
+    ):
+        select_splits(_dataset(**splits), _train(), CLASSES, seed=1)
+    assert len(select_splits(_dataset("allow", **splits), _train(), CLASSES, seed=1)[name]) == 1
+
+
+def test_format_missing_classes_names_the_missing_classes():
+    assert format_missing_classes(np.array([0, 0]), CLASSES) == "dog"
+    assert format_missing_classes(np.array([1, 0]), CLASSES) == ""
