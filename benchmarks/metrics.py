@@ -1,6 +1,6 @@
 """`make bench`, its part on metrics: what a training step records and what a scrape costs, beside the steps themselves.
 
-What is around a step (`topwork.training.trainer.TrainStep`: clocks, counters, histogram, progress, the look at the loss) is timed
+What is around a step (`TrainStep`: clocks, counters, histogram, progress, the look at the loss) is timed
 with a step that computes nothing, less the same loop without it. That is set against two real steps: the fastest that
 topwork runs, a head on kept features, and one of a small base. Ends with one JSON line.
 """

@@ -23,8 +23,8 @@ from matplotlib.axes import Axes
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tests.monitoring.panels import filled, panels  # noqa: E402 - the tests' own, found by the line above
-from tests.monitoring.served import Prometheus, free_port  # noqa: E402
+from tests.monitoring.dashboards import panels, substitute_variables  # noqa: E402 - the tests' own, found by the line above
+from tests.monitoring.prometheus_server import Prometheus, free_port  # noqa: E402
 
 IMAGES = ROOT / "docs/images"
 RUNS = (("solar-base", ["spec.transfer.epochs=10"]), ("solar-transfer", []))
@@ -67,9 +67,9 @@ def trained(folder: Path, port: int, prometheus: Prometheus) -> Iterator[tuple[s
         command = [sys.executable, "-m", "topwork", "run", ROOT / f"examples/{name}.yaml", "--replicas", "2"]
         running = subprocess.Popen([*command, "--metrics-port", str(port), *settings], env=environment)
         ended = f'topwork_stage_duration_seconds{{transferjob="{name}", stage="publish"}}'
-        prometheus.until(ended, running, seconds=600)
+        prometheus.wait_for(ended, running, seconds=600)
         time.sleep(5)
-        found, end = prometheus.now(ended), time.time()
+        found, end = prometheus.query(ended), time.time()
         if running.wait(timeout=120):
             sys.exit(f"topwork run ended with {running.returncode}.")
         yield found[0]["metric"]["run"], start, end
@@ -121,8 +121,8 @@ def asked(panel: dict[str, Any], prometheus: Prometheus, start: float, end: floa
     """Ask the queries of a panel as Grafana does; each answer with its legend."""
     answers = []
     for target in panel["targets"]:
-        query = filled(target["expr"], values)
-        found = prometheus.now(query, end) if target.get("instant") else prometheus.over(query, start, end)
+        query = substitute_variables(target["expr"], values)
+        found = prometheus.query(query, end) if target.get("instant") else prometheus.query_range(query, start, end)
         for series in found:
             series["values"] = [(moment - start, value) for moment, value in series.get("values", [])]
         answers.append((target["legendFormat"], found))

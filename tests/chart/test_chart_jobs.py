@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 SPECS = [
     *sorted((ROOT / "examples").glob("*.yaml")),
     *sorted((ROOT / "tests" / "kubernetes" / "golden").glob("*/job.yaml")),
-    ROOT / "tests" / "unit" / "test_spec_good.yaml",
+    ROOT / "tests" / "unit" / "valid_spec.yaml",
 ]
 Render = Callable[..., dict[tuple[str, str], dict[str, Any]]]
 

@@ -170,4 +170,4 @@ def test_helm_test_checks_the_specs_that_the_pods_read(rendered: Render, run_tes
     code, _, err = run_test_pod(pod, {}, str(tmp_path))
     # A rule across keys, which no schema holds.
     assert code == 2
-    assert "spec.dataset.splits.test: missing. Say which images the result is evaluated on" in err
+    assert "spec.dataset.splits.test: is required if there is no validation split" in err

@@ -1,4 +1,4 @@
-"""The command `topwork` as a person calls it: a process of its own, waited for or left running."""
+"""The `topwork` command as a separate process, waited for or running in the background."""
 
 import os
 import signal
@@ -10,76 +10,76 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from tests.cluster.surroundings import RUN_SECONDS, program
+from tests.cluster.environment import RUN_SECONDS, executable
 
 LAST_CHARACTERS = 8000
 
 
 @dataclass(frozen=True)
-class Ended:
-    """How a command ended."""
+class CommandResult:
+    """The result of a command."""
 
-    code: int
-    out: str
-    err: str
+    exit_code: int
+    stdout: str
+    stderr: str
 
     @property
-    def said(self) -> str:
-        """All that it wrote."""
-        return self.out + self.err
+    def output(self) -> str:
+        """Standard output and standard error."""
+        return self.stdout + self.stderr
 
 
-class Running:
-    """A command that was started and not waited for."""
+class RunningCommand:
+    """A command that runs in the background."""
 
-    def __init__(self, arguments: list[str], environment: Mapping[str, str], folder: Path) -> None:
+    def __init__(self, arguments: list[str], environment: Mapping[str, str], directory: Path) -> None:
         self.arguments = arguments
         name = uuid.uuid4().hex[:8]
-        self._out, self._err = folder / f"{name}.out", folder / f"{name}.err"
-        with self._out.open("w") as out, self._err.open("w") as err:
+        self._stdout, self._stderr = directory / f"{name}.out", directory / f"{name}.err"
+        with self._stdout.open("w") as out, self._stderr.open("w") as err:
             self.process = subprocess.Popen(
-                [program("topwork"), *arguments],
+                [executable("topwork"), *arguments],
                 env=environment,
-                cwd=folder,
+                cwd=directory,
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,
             )
 
     @property
-    def said(self) -> str:
-        """All that it has written so far."""
-        return self._out.read_text() + self._err.read_text()
+    def output(self) -> str:
+        """Its output so far."""
+        return self._stdout.read_text() + self._stderr.read_text()
 
     def wait_for(self, *texts: str, seconds: float) -> None:
-        """Wait until it has written all of these texts."""
+        """Wait until its output contains all of these texts."""
         deadline = time.monotonic() + seconds
-        while missing := [text for text in texts if text not in self.said]:
+        while missing := [text for text in texts if text not in self.output]:
             ended = self.process.poll() is not None
-            if ended and not [text for text in texts if text not in self.said]:
+            if ended and not [text for text in texts if text not in self.output]:
                 return
             if ended or time.monotonic() > deadline:
-                how = f"ended with {self.process.returncode}" if ended else f"goes on after {seconds:.0f} seconds"
-                pytest.fail(f"{self} {how} and did not say {missing}. It said:\n{self.said[-LAST_CHARACTERS:]}")
+                state = f"exited with {self.process.returncode}" if ended else f"still runs after {seconds:.0f} seconds"
+                pytest.fail(f"{self} {state} and did not print {missing}. Output:\n{self.output[-LAST_CHARACTERS:]}")
             time.sleep(0.2)
 
-    def wait(self, *, seconds: float) -> Ended:
-        """Wait until it ends."""
+    def wait(self, *, seconds: float) -> CommandResult:
+        """Wait until it exits."""
         try:
             code = self.process.wait(timeout=seconds)
         except subprocess.TimeoutExpired:
-            said = self.said[-LAST_CHARACTERS:]
+            said = self.output[-LAST_CHARACTERS:]
             self.kill()
-            pytest.fail(f"{self} goes on after {seconds:.0f} seconds. It said:\n{said}")
-        return Ended(code, self._out.read_text(), self._err.read_text())
+            pytest.fail(f"{self} still runs after {seconds:.0f} seconds. Output:\n{said}")
+        return CommandResult(code, self._stdout.read_text(), self._stderr.read_text())
 
-    def interrupt(self, *, seconds: float = 60) -> Ended:
-        """Press Ctrl-C."""
+    def interrupt(self, *, seconds: float = 60) -> CommandResult:
+        """Interrupt it, as Ctrl-C does."""
         self.process.send_signal(signal.SIGINT)
         return self.wait(seconds=seconds)
 
     def kill(self) -> None:
-        """End it in any case."""
+        """Kill it."""
         self.process.kill()
         self.process.wait()
 
@@ -89,44 +89,44 @@ class Running:
 
 @dataclass
 class Topwork:
-    """Calls `topwork` against a namespace.
+    """Runs `topwork` commands in a namespace.
 
     Attributes:
         namespace: Namespace of the cluster.
-        folder: Where it is called, and where what it says is kept.
-        variables: Variables of its environment besides those of the tests.
-        started: What was started and may still run.
+        directory: Working directory, which also stores the output.
+        variables: Additional environment variables.
+        started: Commands that were started and may still run.
     """
 
     namespace: str
-    folder: Path
+    directory: Path
     variables: Mapping[str, str] = field(default_factory=dict)
-    started: list[Running] = field(default_factory=list)
+    started: list[RunningCommand] = field(default_factory=list)
 
-    def start(self, *arguments: str | Path, namespace: str | None = None, **variables: str) -> Running:
-        """Start a command that talks to the cluster, and do not wait for it."""
+    def start(self, *arguments: str | Path, namespace: str | None = None, **variables: str) -> RunningCommand:
+        """Start a command that uses the cluster, in the background."""
         where = ["--namespace", namespace or self.namespace]
         return self._start([*map(str, arguments), *where], variables)
 
     def __call__(
         self, *arguments: str | Path, namespace: str | None = None, seconds: float = RUN_SECONDS, **variables: str
-    ) -> Ended:
-        """Call a command that talks to the cluster."""
+    ) -> CommandResult:
+        """Run a command that uses the cluster."""
         return self.start(*arguments, namespace=namespace, **variables).wait(seconds=seconds)
 
-    def here(self, *arguments: str | Path, seconds: float = RUN_SECONDS, **variables: str) -> Ended:
-        """Call a command that needs no cluster."""
+    def run_locally(self, *arguments: str | Path, seconds: float = RUN_SECONDS, **variables: str) -> CommandResult:
+        """Run a command that needs no cluster."""
         return self._start([str(argument) for argument in arguments], variables).wait(seconds=seconds)
 
-    def _start(self, arguments: list[str], variables: Mapping[str, str]) -> Running:
+    def _start(self, arguments: list[str], variables: Mapping[str, str]) -> RunningCommand:
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "TOPWORK_"))}
-        # Wide enough that no sentence is broken where a terminal would end.
+        # Wide enough to avoid line wrapping.
         environment = kept | {"NO_COLOR": "1", "COLUMNS": "400"} | dict(self.variables) | dict(variables)
-        self.started.append(Running(arguments, environment, self.folder))
+        self.started.append(RunningCommand(arguments, environment, self.directory))
         return self.started[-1]
 
     def stop_all(self) -> None:
-        """End what was started and still runs."""
+        """Kill all commands that still run."""
         for running in self.started:
             if running.process.poll() is None:
                 running.kill()

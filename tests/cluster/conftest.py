@@ -1,6 +1,6 @@
-"""A namespace of a real cluster, storage that its pods reach, tiny jobs for it, and the command `topwork`.
+"""Fixtures for tests on a real cluster: a namespace, storage that pods can reach, tiny jobs, and the `topwork` command.
 
-Nothing here runs unless `-m cluster` asks for it. `surroundings.py` reads all that can be set.
+These tests run only with `-m cluster`. `environment.py` reads all settings.
 """
 
 import os
@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 from ruamel.yaml import YAML
-from tests.cluster import surroundings
+from tests.cluster import environment
 from tests.cluster.commands import Topwork
-from tests.cluster.kubectl import Kubectl, eventually
-from tests.cluster.manifests import base_objects, probe, spec_of, storage_secret
+from tests.cluster.diagnostics import collect_diagnostics
+from tests.cluster.kubectl import Kubectl, wait_for
+from tests.cluster.manifests import base_objects, probe, storage_secret, tiny_spec
 from tests.cluster.runs import Run
-from tests.cluster.storage import ClusterStorage, own_storage, served_storage
-from tests.cluster.telling import account
+from tests.cluster.storage import ClusterStorage, configured_storage, serve_storage
 
 from topwork.clients.kubernetes import KubernetesObject
 from topwork.spec import TransferJob
@@ -29,24 +29,24 @@ Namespaces = pytest.StashKey[list[str]]()
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Add to the report of a test that failed what the cluster looks like, while all is still there."""
+    """Add diagnostics of the cluster to the report of a failed test, before cleanup."""
     report = yield
     if report.failed and report.when != "teardown":
         for namespace in item.config.stash.get(Namespaces, []):
-            if told := account(namespace):
-                report.sections.append((f"namespace {namespace}", told))
+            if diagnostics := collect_diagnostics(namespace):
+                report.sections.append((f"namespace {namespace}", diagnostics))
     return report
 
 
 @pytest.fixture(scope="session")
 def cluster(pytestconfig: pytest.Config) -> Iterator[Kubectl]:
-    """kubectl against the cluster, in whatever namespace."""
-    if not surroundings.has_cluster():
-        pytest.skip(surroundings.NO_CLUSTER)
+    """kubectl for the cluster, in the default namespace."""
+    if not environment.has_cluster():
+        pytest.skip(environment.SKIP_REASON)
     pytestconfig.stash[Namespaces] = []
     with pytest.MonkeyPatch.context() as patch:
         if files := os.environ.get("KUBECONFIG"):
-            # The commands are called in folders of their own.
+            # Commands run in other working directories.
             absolute = [str(Path(file).absolute()) for file in files.split(os.pathsep) if file]
             patch.setenv("KUBECONFIG", os.pathsep.join(absolute))
         kubectl = Kubectl()
@@ -55,62 +55,62 @@ def cluster(pytestconfig: pytest.Config) -> Iterator[Kubectl]:
 
 
 @pytest.fixture(scope="session")
-def storage_of_pods(cluster: Kubectl, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterStorage]:
-    """Storage that the pods and this machine both reach."""
+def pod_storage(cluster: Kubectl, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterStorage]:
+    """Storage that both pods and this machine can reach."""
     if bucket := os.environ.get("TOPWORK_TEST_BUCKET"):
-        yield own_storage(bucket)
+        yield configured_storage(bucket)
         return
-    host = surroundings.host(cluster.config()["clusters"][0]["cluster"]["server"])
-    with served_storage(tmp_path_factory.mktemp("s3"), host) as storage:
+    host = environment.reachable_address(cluster.config()["clusters"][0]["cluster"]["server"])
+    with serve_storage(tmp_path_factory.mktemp("s3"), host) as storage:
         yield storage
 
 
 @pytest.fixture(scope="session")
 def make_namespace(cluster: Kubectl, pytestconfig: pytest.Config) -> Iterator[Callable[..., Kubectl]]:
-    """Make a namespace from k8s/base, under another name; all are removed at the end of the session."""
-    made: list[str] = []
+    """Create namespaces from k8s/base with unique names; all are deleted at the end of the session."""
+    created: list[str] = []
 
     def make(secret: ClusterStorage | None = None, **variables: str) -> Kubectl:
         kubectl = Kubectl(f"topwork-test-{uuid.uuid4().hex[:8]}")
-        made.append(kubectl.namespace)
+        created.append(kubectl.namespace)
         pytestconfig.stash[Namespaces].append(kubectl.namespace)
-        filled_in_by_users = {"Secret", "ResourceQuota"}
-        kubectl.apply(*(each for each in base_objects(kubectl.namespace) if each["kind"] not in filled_in_by_users))
-        # Pods are refused until the controller has made the account that they run as.
-        eventually(lambda: kubectl.get("serviceaccount", "default"), "the account default", seconds=60)
+        user_provided = {"Secret", "ResourceQuota"}
+        kubectl.apply(*(each for each in base_objects(kubectl.namespace) if each["kind"] not in user_provided))
+        # Pods are rejected until the controller has created their ServiceAccount.
+        wait_for(lambda: kubectl.get("serviceaccount", "default"), "ServiceAccount default", seconds=60)
         if secret:
             kubectl.apply(storage_secret({**secret.variables, **variables}))
         return kubectl
 
     yield make
-    for namespace in made:
+    for namespace in created:
         cluster("delete", "namespace", namespace, "--ignore-not-found", "--wait=false")
-    for namespace in made:
+    for namespace in created:
         cluster("wait", "--for=delete", f"namespace/{namespace}", "--timeout=300s", seconds=330, check=False)
 
 
 @pytest.fixture(scope="session")
-def namespace(make_namespace: Callable[..., Kubectl], storage_of_pods: ClusterStorage) -> Kubectl:
-    """kubectl in a fresh namespace with the Secret, once a pod there has reached the storage."""
-    kubectl = make_namespace(storage_of_pods)
-    host, port = storage_of_pods.address
+def namespace(make_namespace: Callable[..., Kubectl], pod_storage: ClusterStorage) -> Kubectl:
+    """kubectl in a new namespace with the Secret, after a pod has connected to the storage."""
+    kubectl = make_namespace(pod_storage)
+    host, port = pod_storage.address
     kubectl.apply(probe(host, port))
 
-    def ended() -> KubernetesObject | None:
+    def finished_pod() -> KubernetesObject | None:
         pod = kubectl.get("pod", "probe")
         statuses = pod["status"].get("containerStatuses", []) if pod else []
         reasons = [each["state"].get("waiting", {}).get("reason", "") for each in statuses]
         if failed := [reason for reason in reasons if "Image" in reason]:
             pytest.fail(
-                f"The nodes can't get the image {surroundings.image()} ({failed[0]}): load it (kind load "
+                f"The nodes can't get the image {environment.image()} ({failed[0]}): load it (kind load "
                 "docker-image, ctr -n k8s.io images import), or set TOPWORK_IMAGE to one that they can pull."
             )
         return pod if pod and pod["status"].get("phase") in {"Succeeded", "Failed"} else None
 
-    pod = eventually(ended, "the end of the pod that tries to reach the storage", seconds=surroundings.START_SECONDS)
+    pod = wait_for(finished_pod, "end of the pod that connects to the storage", seconds=environment.START_SECONDS)
     if pod["status"]["phase"] == "Failed":
         pytest.fail(
-            f"Pods can't reach the storage: {kubectl('logs', 'probe', check=False).strip()}. Set TOPWORK_TEST_HOST "
+            f"Pods can't connect to the storage: {kubectl('logs', 'probe', check=False).strip()}. Set TOPWORK_TEST_HOST "
             "to an address of this machine that they can reach, or TOPWORK_TEST_BUCKET and the AWS variables."
         )
     kubectl("delete", "pod", "probe", "--wait=false")
@@ -119,26 +119,26 @@ def namespace(make_namespace: Callable[..., Kubectl], storage_of_pods: ClusterSt
 
 @pytest.fixture(scope="module")
 def topwork(namespace: Kubectl, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Topwork]:
-    """The command, in the namespace and with the image of the session."""
-    called = Topwork(namespace.namespace, tmp_path_factory.mktemp("called"), {"TOPWORK_IMAGE": surroundings.image()})
-    yield called
-    called.stop_all()
+    """The `topwork` command with the namespace and image of the session."""
+    command = Topwork(namespace.namespace, tmp_path_factory.mktemp("commands"), {"TOPWORK_IMAGE": environment.image()})
+    yield command
+    command.stop_all()
 
 
 @pytest.fixture(scope="session")
-def photos(storage_of_pods: ClusterStorage, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Address of a folder of images in storage: two classes of 20, told apart by their colour."""
+def images_uri(pod_storage: ClusterStorage, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """URI of an image folder in storage: two classes with 20 images each, which differ in color."""
     import numpy as np
     from PIL import Image
 
     random = np.random.default_rng(0)
-    folder = tmp_path_factory.mktemp("photos")
-    storage = storage_of_pods.at(f"topwork-{uuid.uuid4().hex[:12]}/photos")
+    directory = tmp_path_factory.mktemp("images")
+    storage = pod_storage.at(f"topwork-{uuid.uuid4().hex[:12]}/images")
     for channel, name in ((2, "blue"), (0, "red")):
         for index in range(20):
             pixels = random.integers(0, 120, (40, 36, 3), dtype=np.uint8)
             pixels[..., channel] += 120
-            file = folder / f"{name}-{index:02}.png"
+            file = directory / f"{name}-{index:02}.png"
             Image.fromarray(pixels).save(file)
             storage.write(f"{name}/{index:02}.png", file.read_bytes())
     return storage.uri
@@ -147,38 +147,40 @@ def photos(storage_of_pods: ClusterStorage, tmp_path_factory: pytest.TempPathFac
 MakeRun = Callable[..., Run]
 
 
-def _maker(kubectl: Kubectl, photos: str, storage: ClusterStorage, folder: Path, made: list[Run]) -> MakeRun:
+def _run_factory(
+    kubectl: Kubectl, images_uri: str, storage: ClusterStorage, directory: Path, created: list[Run]
+) -> MakeRun:
     def make(name: str | None = None, where: Kubectl | None = None, compute: Any = None, **spec: Any) -> Run:
-        """Write the spec of a tiny job; keyword arguments replace keys of `spec`, and `compute` keys of compute."""
-        # A storage of its own makes the run another one, and nothing is found that another test pulled.
+        """Write the spec of a tiny job; keyword arguments replace keys of `spec`, and `compute` those of spec.compute."""
+        # A separate storage prefix makes the run unique, and excludes datasets that other tests pulled.
         address = storage.at(f"topwork-{uuid.uuid4().hex[:12]}").uri
-        content = spec_of(name or f"t-{uuid.uuid4().hex[:8]}", address, photos)
+        content = tiny_spec(name or f"t-{uuid.uuid4().hex[:8]}", address, images_uri)
         content["spec"] |= spec
         content["spec"]["compute"] |= compute or {}
-        file = folder / f"{uuid.uuid4().hex[:8]}.yaml"
+        file = directory / f"{uuid.uuid4().hex[:8]}.yaml"
         with file.open("w") as opened:
             YAML().dump(content, opened)
-        made.append(Run(where or kubectl, TransferJob.model_validate(content), file))
-        return made[-1]
+        created.append(Run(where or kubectl, TransferJob.model_validate(content), file))
+        return created[-1]
 
     return make
 
 
 @pytest.fixture
-def make_run(namespace: Kubectl, photos: str, storage_of_pods: ClusterStorage, tmp_path: Path) -> Iterator[MakeRun]:
-    """Write the specs of runs; what is left of them in the cluster is removed after the test."""
-    made: list[Run] = []
-    yield _maker(namespace, photos, storage_of_pods, tmp_path, made)
-    for run in made:
-        run.remove()
+def make_run(namespace: Kubectl, images_uri: str, pod_storage: ClusterStorage, tmp_path: Path) -> Iterator[MakeRun]:
+    """Create runs; their objects are deleted after the test."""
+    created: list[Run] = []
+    yield _run_factory(namespace, images_uri, pod_storage, tmp_path, created)
+    for run in created:
+        run.delete()
 
 
 @pytest.fixture(scope="module")
 def make_shared_run(
-    namespace: Kubectl, photos: str, storage_of_pods: ClusterStorage, tmp_path_factory: pytest.TempPathFactory
+    namespace: Kubectl, images_uri: str, pod_storage: ClusterStorage, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[MakeRun]:
-    """As `make_run`, for runs that the tests of a module share."""
-    made: list[Run] = []
-    yield _maker(namespace, photos, storage_of_pods, tmp_path_factory.mktemp("jobs"), made)
-    for run in made:
-        run.remove()
+    """Like `make_run`, for runs that the tests of a module share."""
+    created: list[Run] = []
+    yield _run_factory(namespace, images_uri, pod_storage, tmp_path_factory.mktemp("jobs"), created)
+    for run in created:
+        run.delete()

@@ -1,4 +1,4 @@
-"""kubectl as a person has it: to look at the cluster, and to disturb it."""
+"""kubectl for the tests: inspecting the cluster and causing failures."""
 
 import json
 import subprocess
@@ -8,25 +8,25 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import pytest
-from tests.cluster.surroundings import in_cluster_config, program
+from tests.cluster.environment import executable, in_cluster_config
 
 from topwork.clients.kubernetes import KubernetesObject
 
 Found = TypeVar("Found")
 
 
-def eventually(look: Callable[[], Found | None], what: str, *, seconds: float) -> Found:
-    """Look once a second until there is something to see, and give it."""
+def wait_for(find: Callable[[], Found | None], description: str, *, seconds: float) -> Found:
+    """Call `find` once per second until it returns something, and return that."""
     deadline = time.monotonic() + seconds
-    while not (found := look()):
+    while not (found := find()):
         if time.monotonic() > deadline:
-            pytest.fail(f"{what}: not seen within {seconds:.0f} seconds")
+            pytest.fail(f"{description}: not found within {seconds:.0f} seconds")
         time.sleep(1)
     return found
 
 
 class KubectlError(Exception):
-    """kubectl ended with an error, which is the text."""
+    """kubectl exited with an error."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Kubectl:
 
     def __call__(self, *arguments: str, stdin: str | None = None, seconds: float = 120, check: bool = True) -> str:
         ended = subprocess.run(
-            [program("kubectl"), "--namespace", self.namespace, *arguments],
+            [executable("kubectl"), "--namespace", self.namespace, *arguments],
             input=stdin,
             stdin=subprocess.DEVNULL if stdin is None else None,
             capture_output=True,
@@ -46,33 +46,33 @@ class Kubectl:
             check=False,
         )
         if check and ended.returncode:
-            raise KubectlError(f"kubectl {' '.join(arguments)} ended with {ended.returncode}: {ended.stderr}")
+            raise KubectlError(f"kubectl {' '.join(arguments)} exited with {ended.returncode}: {ended.stderr}")
         return ended.stdout
 
     def apply(self, *manifests: KubernetesObject, options: tuple[str, ...] = ()) -> str:
-        """Apply objects, and give what kubectl says: a line for each."""
+        """Apply objects; return the output of kubectl, one line per object."""
         documents = "\n---\n".join(json.dumps(each) for each in manifests)  # JSON is YAML
         return self("apply", "--filename", "-", *options, stdin=documents)
 
     def get(self, kind: str, name: str) -> KubernetesObject | None:
-        """An object; None where it is gone."""
+        """Return an object; None if it does not exist."""
         text = self("get", kind, name, "--ignore-not-found", "--output", "json")
         return json.loads(text) if text.strip() else None
 
     def items(self, kind: str, labels: str = "", fields: str = "") -> list[KubernetesObject]:
-        """All objects of a kind with these labels and fields, oldest first."""
+        """Return all objects of a kind with these labels and fields, oldest first."""
         selectors = [f"--selector={labels}"] * bool(labels) + [f"--field-selector={fields}"] * bool(fields)
         found = json.loads(self("get", kind, *selectors, "--output", "json"))["items"]
         return sorted(found, key=lambda item: str(item["metadata"]["creationTimestamp"]))
 
     def config(self) -> KubernetesObject:
-        """The kubeconfig in use, with its current context only and with its secrets."""
+        """Return the kubeconfig in use, with only its current context, including credentials."""
         text = self("config", "view", "--raw", "--flatten", "--minify", "--output", "json", check=False)
         found: KubernetesObject = json.loads(text or "{}")
         return found if found.get("clusters") else in_cluster_config()
 
     def evict(self, pod: str) -> None:
-        """Evict a pod as a drain or an autoscaler does: through the Eviction API."""
+        """Evict a pod through the Eviction API, as a drain or an autoscaler does."""
         eviction = {
             "apiVersion": "policy/v1",
             "kind": "Eviction",
@@ -82,5 +82,5 @@ class Kubectl:
         self("create", "--raw", path, "-f", "-", stdin=json.dumps(eviction))
 
     def python(self, pod: str, container: str, script: str, *arguments: str, check: bool = True) -> str:
-        """Run a script with the Python of a container that is running."""
+        """Run a script with Python in a running container."""
         return self("exec", pod, "--container", container, "--", "python", "-c", script, *arguments, check=check)

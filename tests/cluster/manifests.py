@@ -1,12 +1,12 @@
-"""Objects that the tests apply besides those of `topwork`, and the spec of a tiny job."""
+"""Objects that the tests apply in addition to those of `topwork`, and the spec of a tiny job."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
+from tests.cluster.environment import compute_settings, image
 from tests.cluster.kubectl import Kubectl
-from tests.cluster.surroundings import image, size
 
 from topwork.clients.kubernetes import KubernetesObject
 from topwork.cluster.names import STORAGE_SECRET
@@ -14,8 +14,8 @@ from topwork.cluster.names import STORAGE_SECRET
 ROOT = Path(__file__).parents[2]
 BASE = ROOT / "k8s" / "base"
 
-# Any container of the image can run it: it says whether pods reach a host and a port.
-REACH = """
+# Runs in any container of the image: checks whether a host and port are reachable.
+CONNECT_SCRIPT = """
 import socket, sys
 try:
     socket.create_connection((sys.argv[1], int(sys.argv[2])), timeout=20).close()
@@ -25,13 +25,13 @@ except OSError as error:
 
 
 def base_objects(namespace: str) -> list[KubernetesObject]:
-    """The objects of k8s/base, in a namespace of another name."""
-    return moved(Kubectl()("kustomize", str(BASE)), namespace)
+    """Return the objects of k8s/base, in another namespace."""
+    return with_namespace(Kubectl()("kustomize", str(BASE)), namespace)
 
 
-def moved(text: str, namespace: str) -> list[KubernetesObject]:
-    """Objects in YAML, in a namespace of another name."""
-    # By way of JSON: anchors and the types of the YAML reader are gone.
+def with_namespace(text: str, namespace: str) -> list[KubernetesObject]:
+    """Parse objects from YAML and set their namespace."""
+    # The JSON round trip removes anchors and types of the YAML parser.
     objects: list[KubernetesObject] = json.loads(json.dumps([each for each in YAML(typ="safe").load_all(text) if each]))
     for each in objects:
         if each["kind"] == "Namespace":
@@ -45,17 +45,17 @@ def moved(text: str, namespace: str) -> list[KubernetesObject]:
 
 
 def storage_secret(variables: dict[str, str]) -> KubernetesObject:
-    """The Secret that the pods take their AWS variables from."""
+    """Return the Secret with the AWS variables of the pods."""
     return {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": STORAGE_SECRET}, "stringData": variables}
 
 
 def probe(host: str, port: int) -> KubernetesObject:
-    """A pod of the image that ends well if it reaches a host and a port."""
+    """Return a pod that succeeds if it can connect to a host and port."""
     container = {
         "name": "probe",
         "image": image(),
         "imagePullPolicy": "IfNotPresent",
-        "command": ["python", "-c", REACH, host, str(port)],
+        "command": ["python", "-c", CONNECT_SCRIPT, host, str(port)],
         "resources": {"requests": {"cpu": "100m", "memory": "64Mi"}, "limits": {"cpu": "1", "memory": "256Mi"}},
         "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
     }
@@ -73,8 +73,8 @@ def probe(host: str, port: int) -> KubernetesObject:
     }
 
 
-def spec_of(name: str, storage: str, photos: str) -> dict[str, Any]:
-    """A job that trains within seconds once its pod runs."""
+def tiny_spec(name: str, storage: str, images_uri: str) -> dict[str, Any]:
+    """Return the spec of a job that trains within seconds once its pod runs."""
     return {
         "apiVersion": "topwork.dev/v1alpha1",
         "kind": "TransferJob",
@@ -82,13 +82,13 @@ def spec_of(name: str, storage: str, photos: str) -> dict[str, Any]:
         "spec": {
             "storage": storage,
             "dataset": {
-                "source": {"folder": {"uri": photos}},
+                "source": {"folder": {"uri": images_uri}},
                 "splits": {"train": "train[:60%]", "validation": "train[60%:80%]", "test": "train[80%:]"},
                 "imageSize": [32, 32],
             },
             "model": {"base": {"cnn": {"filters": [4, 8]}}, "head": {"dropout": 0.0}},
             "transfer": {"train": "all", "epochs": 2, "batchSize": 8, "featureCache": "off"},
             "publish": {"formats": ["keras"]},
-            "compute": size(),
+            "compute": compute_settings(),
         },
     }

@@ -1,13 +1,13 @@
 """Who may submit: the role of k8s/base is enough, and who lacks it is told so."""
 
 import pytest
+from tests.cluster.environment import DELETION_SECONDS, RUN_SECONDS, kubeconfig_with_token
 from tests.cluster.kubectl import Kubectl
-from tests.cluster.surroundings import GONE_SECONDS, RUN_SECONDS, as_account
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(2 * RUN_SECONDS)]
 
 ROLE = "topwork-submitter"
-LONG = {"train": "all", "epochs": 10_000, "batchSize": 8, "featureCache": "off"}
+LONG_TRAINING = {"train": "all", "epochs": 10_000, "batchSize": 8, "featureCache": "off"}
 
 
 def binding(name, namespace):
@@ -24,58 +24,58 @@ def binding(name, namespace):
 @pytest.fixture
 def account(namespace: Kubectl, tmp_path):
     """Make a service account, with the role or without, and give the kubeconfig that logs it in."""
-    made = []
+    created = []
 
     def make(name: str, *, bound: bool):
         namespace.apply({"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": name}})
-        made.append(("serviceaccount", name))
+        created.append(("serviceaccount", name))
         if bound:
             namespace.apply(binding(name, namespace.namespace))
-            made.append(("rolebinding", name))
+            created.append(("rolebinding", name))
         token = namespace("create", "token", name, "--duration=1h").strip()
         path = tmp_path / f"{name}.json"
-        path.write_text(as_account(namespace.config(), token))
+        path.write_text(kubeconfig_with_token(namespace.config(), token))
         path.chmod(0o600)
         return path
 
     yield make
-    for kind, name in made:
+    for kind, name in created:
         namespace("delete", kind, name, "--ignore-not-found")
 
 
 def test_the_role_is_enough_to_submit_watch_and_cancel(account, make_run, topwork):
     kubeconfig = account("submitter", bound=True)
-    run = make_run(transfer=LONG)
+    run = make_run(transfer=LONG_TRAINING)
     submitted = topwork("submit", run.file, "--kubeconfig", kubeconfig)
-    assert submitted.code == 0, submitted.said
+    assert submitted.exit_code == 0, submitted.output
     run.wait_for_epochs(run.wait_for_pod())
     looks = (["status", run.name], ["list"], ["logs", run.name, "--stage", "transfer"], ["top", run.name, "--once"])
     for command in looks:
         ended = topwork(*command, "--kubeconfig", kubeconfig)
-        assert ended.code == 0, ended.said
-        assert "transfer" in ended.said
+        assert ended.exit_code == 0, ended.output
+        assert "transfer" in ended.output
     followed = topwork.start("status", run.name, "--follow", "--kubeconfig", kubeconfig)
     followed.wait_for("transfer", seconds=60)
-    cancelled = topwork("cancel", run.name, "--kubeconfig", kubeconfig, seconds=GONE_SECONDS)
-    assert cancelled.code == 0, cancelled.said
-    assert followed.wait(seconds=GONE_SECONDS).code == 143
-    run.wait_until_gone()
+    cancelled = topwork("cancel", run.name, "--kubeconfig", kubeconfig, seconds=DELETION_SECONDS)
+    assert cancelled.exit_code == 0, cancelled.output
+    assert followed.wait(seconds=DELETION_SECONDS).exit_code == 143
+    run.wait_until_deleted()
 
 
 def test_who_lacks_the_role_is_told_its_name(account, make_run, topwork):
     kubeconfig = account("stranger", bound=False)
     run = make_run()
     refused = topwork("submit", run.file, "--kubeconfig", kubeconfig)
-    assert refused.code == 2, refused.said
-    assert ROLE in refused.said
-    assert "Traceback" not in refused.said
+    assert refused.exit_code == 2, refused.output
+    assert ROLE in refused.output
+    assert "Traceback" not in refused.output
     assert run.kubernetes_job() is None
 
 
 def test_a_token_that_is_none_is_told_to_log_in_again(namespace, make_run, topwork, tmp_path):
     kubeconfig = tmp_path / "expired.json"
-    kubeconfig.write_text(as_account(namespace.config(), "not-a-token"))
+    kubeconfig.write_text(kubeconfig_with_token(namespace.config(), "not-a-token"))
     refused = topwork("submit", make_run().file, "--kubeconfig", kubeconfig)
-    assert refused.code == 2, refused.said
-    assert "log in" in refused.said.lower()
-    assert "Traceback" not in refused.said
+    assert refused.exit_code == 2, refused.output
+    assert "log in" in refused.output.lower()
+    assert "Traceback" not in refused.output

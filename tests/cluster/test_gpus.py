@@ -3,8 +3,8 @@
 import json
 
 import pytest
-from tests.cluster.kubectl import Kubectl, eventually
-from tests.cluster.surroundings import NOTICE_SECONDS, RUN_SECONDS
+from tests.cluster.environment import EVENT_SECONDS, RUN_SECONDS
+from tests.cluster.kubectl import Kubectl, wait_for
 
 from topwork.cluster.names import GPU_RESOURCE
 
@@ -35,7 +35,7 @@ def two_gpus(cluster):
     name = free[0]["metadata"]["name"]
     claim(cluster, name, "2")
     try:
-        eventually(lambda: gpus(cluster.get("node", name)) == 2, f"two GPUs on {name}", seconds=NOTICE_SECONDS)
+        wait_for(lambda: gpus(cluster.get("node", name)) == 2, f"two GPUs on {name}", seconds=EVENT_SECONDS)
         yield
     finally:
         claim(cluster, name, None)
@@ -44,7 +44,7 @@ def two_gpus(cluster):
 def test_two_gpus_train_two_replicas(make_run, topwork, two_gpus):
     run = make_run(compute={"gpus": 2})
     ended = topwork("submit", run.file, "--follow")
-    assert ended.code == 0, ended.said
+    assert ended.exit_code == 0, ended.output
     pod = run.pods()[-1]
     asked = {
         each["name"]: {kind: amounts.get(GPU_RESOURCE) for kind, amounts in each["resources"].items()}
@@ -53,4 +53,4 @@ def test_two_gpus_train_two_replicas(make_run, topwork, two_gpus):
     none, two = {"requests": None, "limits": None}, {"requests": "2", "limits": "2"}
     assert asked == {"pull": none, "transfer": two, "fine-tune": two}
     logs = topwork("logs", run.name, "--stage", "transfer")
-    assert '"replicas": 2' in logs.out, logs.said
+    assert '"replicas": 2' in logs.stdout, logs.output

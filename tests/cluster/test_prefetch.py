@@ -1,8 +1,8 @@
 """A Job of its own that pulls the dataset ahead, so that no GPU waits for it."""
 
 import pytest
+from tests.cluster.environment import RUN_SECONDS
 from tests.cluster.runs import Run
-from tests.cluster.surroundings import RUN_SECONDS
 
 from topwork.clients.kubernetes import KubernetesObject
 from topwork.cluster.names import prefetch_job_name
@@ -19,8 +19,8 @@ def prefetch_job(run: Run) -> KubernetesObject:
 def test_the_training_job_follows_when_the_data_is_there(make_run, topwork):
     run = make_run(compute={"prefetch": True})
     ended = topwork("submit", run.file, "--wait-for-data", "--follow")
-    assert ended.code == 0, ended.said
-    assert f"{run.job.spec.storage}/models/{run.name}/1" in ended.said
+    assert ended.exit_code == 0, ended.output
+    assert f"{run.job.spec.storage}/models/{run.name}/1" in ended.output
     pulled, trained = prefetch_job(run), run.kubernetes_job()
     assert pulled["status"]["succeeded"] == 1
     # Times of Kubernetes are text that sorts.
@@ -30,12 +30,12 @@ def test_the_training_job_follows_when_the_data_is_there(make_run, topwork):
     assert [pod["spec"].get("initContainers", []) for pod in run.pods("prefetch")] == [[]]
 
 
-def test_both_jobs_at_once_end_with_one_dataset(make_run, topwork, storage_of_pods):
+def test_both_jobs_at_once_end_with_one_dataset(make_run, topwork, pod_storage):
     run = make_run(compute={"prefetch": True})
     ended = topwork("submit", run.file, "--follow")
-    assert ended.code == 0, ended.said
+    assert ended.exit_code == 0, ended.output
     manifests = [
-        found.key for found in storage_of_pods.open(run.job.spec.storage).list("datasets/") if "manifest" in found.key
+        found.key for found in pod_storage.open(run.job.spec.storage).list("datasets/") if "manifest" in found.key
     ]
     assert len(manifests) == 1, manifests
 
@@ -43,7 +43,7 @@ def test_both_jobs_at_once_end_with_one_dataset(make_run, topwork, storage_of_po
 def test_cancel_takes_the_prefetch_job_too(make_run, topwork):
     run = make_run(compute={"prefetch": True})
     submitted = topwork("submit", run.file)
-    assert submitted.code == 0, submitted.said
+    assert submitted.exit_code == 0, submitted.output
     cancelled = topwork("cancel", run.name)
-    assert cancelled.code == 0, cancelled.said
-    run.wait_until_gone()
+    assert cancelled.exit_code == 0, cancelled.output
+    run.wait_until_deleted()

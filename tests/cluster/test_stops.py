@@ -3,17 +3,17 @@
 import json
 
 import pytest
-from tests.cluster.kubectl import eventually
+from tests.cluster.environment import DELETION_SECONDS, EVENT_SECONDS, RUN_SECONDS, START_SECONDS
+from tests.cluster.kubectl import wait_for
 from tests.cluster.runs import Run
-from tests.cluster.surroundings import GONE_SECONDS, NOTICE_SECONDS, RUN_SECONDS, START_SECONDS
 
 from topwork.cluster.names import RUN_LABEL
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(3 * RUN_SECONDS)]
 
-LONG = {"train": "all", "epochs": 10_000, "batchSize": 8, "featureCache": "off"}
+LONG_TRAINING = {"train": "all", "epochs": 10_000, "batchSize": 8, "featureCache": "off"}
 # Half a minute or more: time to be killed after the first epochs, and to go on to the end.
-BEARABLE = LONG | {"epochs": 500}
+MEDIUM_TRAINING = LONG_TRAINING | {"epochs": 500}
 
 
 @pytest.fixture
@@ -21,9 +21,9 @@ def train(make_run, topwork):
     """Submit a run and wait until it has trained some epochs; gives the run, its pod and their numbers."""
 
     def start(**spec):
-        run = make_run(**{"transfer": LONG, **spec})
+        run = make_run(**{"transfer": LONG_TRAINING, **spec})
         submitted = topwork("submit", run.file)
-        assert submitted.code == 0, submitted.said
+        assert submitted.exit_code == 0, submitted.output
         pod = run.wait_for_pod()
         return run, pod, run.wait_for_epochs(pod, 3)
 
@@ -39,44 +39,44 @@ def failures(run: Run) -> int:
     return int(run.status().get("failed", 0))
 
 
-def test_cancel_keeps_a_checkpoint_removes_everything_and_submit_goes_on(train, topwork, storage_of_pods):
+def test_cancel_keeps_a_checkpoint_removes_everything_and_submit_goes_on(train, topwork, pod_storage):
     run, _, epochs = train()
-    cancelled = topwork("cancel", run.name, seconds=GONE_SECONDS)
-    assert cancelled.code == 0, cancelled.said
-    run.wait_until_gone()
-    assert checkpoints(run, storage_of_pods)
+    cancelled = topwork("cancel", run.name, seconds=DELETION_SECONDS)
+    assert cancelled.exit_code == 0, cancelled.output
+    run.wait_until_deleted()
+    assert checkpoints(run, pod_storage)
 
     again = topwork("submit", run.file)
-    assert again.code == 0, again.said
+    assert again.exit_code == 0, again.output
     resumed = run.wait_for_epochs(run.wait_for_pod())
     assert resumed[0] > epochs[-1]
 
 
 def test_cancel_now_does_not_wait_for_the_pod(train, topwork):
     run, _, _ = train()
-    cancelled = topwork("cancel", run.name, "--now", seconds=GONE_SECONDS)
-    assert cancelled.code == 0, cancelled.said
-    run.wait_until_gone()
+    cancelled = topwork("cancel", run.name, "--now", seconds=DELETION_SECONDS)
+    assert cancelled.exit_code == 0, cancelled.output
+    run.wait_until_deleted()
 
 
 def test_cancel_of_nothing_says_so(topwork):
     cancelled = topwork("cancel", "never-submitted")
-    assert cancelled.code == 2, cancelled.said
-    assert "never-submitted" in cancelled.said
-    assert "Traceback" not in cancelled.said
+    assert cancelled.exit_code == 2, cancelled.output
+    assert "never-submitted" in cancelled.output
+    assert "Traceback" not in cancelled.output
 
 
 def test_follow_of_a_run_that_is_cancelled_ends_with_143(train, topwork):
     run, _, _ = train()
     followed = topwork.start("status", run.name, "--follow")
-    followed.wait_for("transfer", seconds=NOTICE_SECONDS)
-    assert topwork("cancel", run.name, seconds=GONE_SECONDS).code == 0
-    ended = followed.wait(seconds=GONE_SECONDS)
-    assert ended.code == 143, ended.said
+    followed.wait_for("transfer", seconds=EVENT_SECONDS)
+    assert topwork("cancel", run.name, seconds=DELETION_SECONDS).exit_code == 0
+    ended = followed.wait(seconds=DELETION_SECONDS)
+    assert ended.exit_code == 143, ended.output
 
 
 def test_a_killed_process_counts_as_a_failure_and_the_second_attempt_publishes(train, topwork):
-    run, pod, _ = train(transfer=BEARABLE)
+    run, pod, _ = train(transfer=MEDIUM_TRAINING)
     followed = topwork.start("status", run.name, "--follow")
     run.kill_process(pod, "transfer")
     other = run.wait_for_pod(other_than=pod)
@@ -84,13 +84,13 @@ def test_a_killed_process_counts_as_a_failure_and_the_second_attempt_publishes(t
     assert resumed[0] > 1
     assert failures(run) == 1
     ended = followed.wait(seconds=RUN_SECONDS)
-    assert ended.code == 0, ended.said
-    assert f"{run.job.spec.storage}/models/{run.name}/1" in ended.said
+    assert ended.exit_code == 0, ended.output
+    assert f"{run.job.spec.storage}/models/{run.name}/1" in ended.output
     # A pod that failed stays, with its log: both attempts are shown.
     logs = topwork("logs", run.name, "--stage", "transfer")
-    assert logs.code == 0, logs.said
-    assert '"epoch": 1,' in logs.out
-    assert f'"epoch": {resumed[-1]},' in logs.out
+    assert logs.exit_code == 0, logs.output
+    assert '"epoch": 1,' in logs.stdout
+    assert f'"epoch": {resumed[-1]},' in logs.stdout
 
 
 def test_a_pod_that_is_deleted_by_force_is_replaced_and_goes_on(train, namespace):
@@ -111,14 +111,14 @@ def test_sigterm_stores_a_checkpoint_and_is_not_counted(train, namespace):
 def test_an_evicted_pod_is_not_counted_and_follow_says_evicted(train, namespace, topwork):
     run, pod, epochs = train(compute={"retries": 0})
     followed = topwork.start("status", run.name, "--follow")
-    followed.wait_for("transfer", seconds=NOTICE_SECONDS)
+    followed.wait_for("transfer", seconds=EVENT_SECONDS)
     namespace.evict(pod)
     other = run.wait_for_pod(other_than=pod)
     assert run.wait_for_epochs(other)[0] > epochs[-1]
     # backoffLimit 0: a single failure that counted would have ended the Job.
     assert failures(run) == 0
     assert run.condition("Failed") is None
-    followed.wait_for("evicted", seconds=NOTICE_SECONDS)
+    followed.wait_for("evicted", seconds=EVENT_SECONDS)
     followed.interrupt()
 
 
@@ -128,8 +128,8 @@ def test_a_drained_node_gives_the_pod_back_with_its_checkpoint(train, namespace)
     cordoned = namespace.get("node", node)["spec"].get("unschedulable", False)
     only_ours = f"--pod-selector={RUN_LABEL}={run.object_name}"
     try:
-        drained = ("--delete-emptydir-data", "--ignore-daemonsets", f"--timeout={GONE_SECONDS:.0f}s")
-        namespace("drain", node, only_ours, *drained, seconds=GONE_SECONDS + 30)
+        drained = ("--delete-emptydir-data", "--ignore-daemonsets", f"--timeout={DELETION_SECONDS:.0f}s")
+        namespace("drain", node, only_ours, *drained, seconds=DELETION_SECONDS + 30)
     finally:
         if not cordoned:
             namespace("uncordon", node)
@@ -145,9 +145,9 @@ def test_the_ending_of_a_stopped_container_says_stopped(train, namespace):
 
     def ended():
         found = namespace.get("pod", pod)
-        return run.endings(found).get("transfer") if found else None
+        return run.termination_messages(found).get("transfer") if found else None
 
-    ending = eventually(ended, "the termination message of transfer", seconds=START_SECONDS)
+    ending = wait_for(ended, "the termination message of transfer", seconds=START_SECONDS)
     assert (ending.stage, ending.outcome, ending.exit_code) == ("transfer", "stopped", 143)
     assert run.wait_for_epochs(run.wait_for_pod(other_than=pod))[0] > 1
     assert failures(run) == 0
@@ -156,42 +156,42 @@ def test_the_ending_of_a_stopped_container_says_stopped(train, namespace):
 def test_a_suspended_job_says_so_and_goes_on_when_it_is_resumed(train, namespace, topwork):
     run, _, epochs = train()
     namespace("patch", "job", run.object_name, "--patch", json.dumps({"spec": {"suspend": True}}))
-    eventually(lambda: not run.pods(), "the end of the pod", seconds=GONE_SECONDS)
+    wait_for(lambda: not run.pods(), "the end of the pod", seconds=DELETION_SECONDS)
     status = topwork("status", run.name)
-    assert "suspended" in status.said
+    assert "suspended" in status.output
     namespace("patch", "job", run.object_name, "--patch", json.dumps({"spec": {"suspend": False}}))
     assert run.wait_for_epochs(run.wait_for_pod())[0] > epochs[-1]
     assert failures(run) == 0
 
 
 def test_interrupting_submit_leaves_the_job(make_run, topwork):
-    run = make_run(transfer=LONG)
+    run = make_run(transfer=LONG_TRAINING)
     followed = topwork.start("submit", run.file, "--follow")
     run.wait_for_pod()
-    followed.wait_for("pull", seconds=NOTICE_SECONDS)
+    followed.wait_for("pull", seconds=EVENT_SECONDS)
     ended = followed.interrupt()
-    assert ended.code == 130, ended.said
-    assert f"topwork status {run.name}" in ended.said
+    assert ended.exit_code == 130, ended.output
+    assert f"topwork status {run.name}" in ended.output
     assert "deletionTimestamp" not in run.kubernetes_job()["metadata"]
 
 
 def test_a_failed_run_is_replaced_and_goes_on(train, topwork):
     run, pod, _ = train(compute={"retries": 0})
     run.kill_process(pod, "transfer")
-    eventually(lambda: run.condition("Failed"), "the end of the Job", seconds=NOTICE_SECONDS)
+    wait_for(lambda: run.condition("Failed"), "the end of the Job", seconds=EVENT_SECONDS)
     before = run.kubernetes_job()["metadata"]["uid"]
     again = topwork("submit", run.file)
-    assert again.code == 0, again.said
-    assert "checkpoint" in again.said
+    assert again.exit_code == 0, again.output
+    assert "checkpoint" in again.output
     assert run.kubernetes_job()["metadata"]["uid"] != before
     other = run.wait_for_pod(other_than=pod)
     assert run.wait_for_epochs(other)[0] > 1
 
 
 def test_two_submits_at_once_make_one_job(make_run, topwork):
-    run = make_run(transfer=LONG)
+    run = make_run(transfer=LONG_TRAINING)
     both = [topwork.start("submit", run.file), topwork.start("submit", run.file)]
-    ended = [each.wait(seconds=NOTICE_SECONDS) for each in both]
-    assert [each.code for each in ended] == [0, 0], [each.said for each in ended]
+    ended = [each.wait(seconds=EVENT_SECONDS) for each in both]
+    assert [each.exit_code for each in ended] == [0, 0], [each.output for each in ended]
     run.wait_for_pod()
     assert len(run.pods()) == 1

@@ -5,9 +5,9 @@ import subprocess
 import sys
 
 import pytest
-from tests.cluster.commands import Ended
+from tests.cluster.commands import CommandResult
+from tests.cluster.environment import RUN_SECONDS
 from tests.cluster.runs import Run
-from tests.cluster.surroundings import RUN_SECONDS
 
 from topwork.cluster.names import STAGES
 
@@ -25,11 +25,11 @@ print(json.dumps(model.predict(np.full((1, 32, 32, 3), 128.0, "float32"), verbos
 
 
 @pytest.fixture(scope="module")
-def published(make_shared_run, topwork) -> tuple[Run, Ended]:
+def published(make_shared_run, topwork) -> tuple[Run, CommandResult]:
     """A run that was submitted and followed to its end, and what that said."""
     run = make_shared_run(fineTune=FINE_TUNE, publish={"formats": ["keras", "savedModel"]})
     ended = topwork("submit", run.file, "--follow")
-    assert ended.code == 0, ended.said
+    assert ended.exit_code == 0, ended.output
     return run, ended
 
 
@@ -41,16 +41,16 @@ def the_pod(run):
 
 def test_follow_tells_every_stage_and_where_the_model_is(published):
     run, ended = published
-    assert all(stage in ended.said for stage in STAGES), ended.said
-    assert f"{run.job.spec.storage}/models/{run.name}/1" in ended.said
-    assert "Traceback" not in ended.said
+    assert all(stage in ended.output for stage in STAGES), ended.output
+    assert f"{run.job.spec.storage}/models/{run.name}/1" in ended.output
+    assert "Traceback" not in ended.output
 
 
-def test_the_model_is_fetched_and_loaded_with_keras_alone(published, topwork, storage_of_pods, tmp_path):
+def test_the_model_is_fetched_and_loaded_with_keras_alone(published, topwork, pod_storage, tmp_path):
     run, _ = published
     where = f"{run.job.spec.storage}/models/{run.name}/1"
-    fetched = topwork.here("models", "fetch", where, tmp_path / "model", **storage_of_pods.here)
-    assert fetched.code == 0, fetched.said
+    fetched = topwork.run_locally("models", "fetch", where, tmp_path / "model", **pod_storage.local_variables)
+    assert fetched.exit_code == 0, fetched.output
     loaded = subprocess.run(
         [sys.executable, "-c", PLAIN_KERAS, tmp_path / "model" / "model.keras"],
         capture_output=True,
@@ -65,14 +65,14 @@ def test_the_model_is_fetched_and_loaded_with_keras_alone(published, topwork, st
 
 def test_every_container_leaves_its_termination_message(published):
     run, _ = published
-    endings = run.endings(the_pod(run))
+    termination_messages = run.termination_messages(the_pod(run))
     told = {
         name: ending and (ending.stage, ending.outcome, ending.exit_code, ending.run)
-        for name, ending in endings.items()
+        for name, ending in termination_messages.items()
     }
     assert told == {stage: (stage, "done", 0, run.object_name) for stage in STAGES}
-    assert (endings["transfer"].epochs, endings["fine-tune"].epochs) == (2, 1)
-    assert endings["fine-tune"].model == f"{run.job.spec.storage}/models/{run.name}/1"
+    assert (termination_messages["transfer"].epochs, termination_messages["fine-tune"].epochs) == (2, 1)
+    assert termination_messages["fine-tune"].model == f"{run.job.spec.storage}/models/{run.name}/1"
 
 
 def test_the_namespace_enforces_restricted_and_took_the_pod(published, namespace):
@@ -105,8 +105,8 @@ def test_the_same_spec_again_starts_nothing(published, topwork):
     run, _ = published
     before = run.kubernetes_job()
     again = topwork("submit", run.file, "--follow")
-    assert again.code == 0, again.said
-    assert run.object_name in again.said
+    assert again.exit_code == 0, again.output
+    assert run.object_name in again.output
     after = run.kubernetes_job()
     assert after["metadata"]["uid"] == before["metadata"]["uid"]
     assert after["spec"] == before["spec"]
@@ -116,33 +116,33 @@ def test_the_same_spec_again_starts_nothing(published, topwork):
 def test_a_finished_run_is_shown_by_status_and_list(published, topwork):
     run, _ = published
     status = topwork("status", run.name)
-    assert status.code == 0, status.said
-    assert f"{run.job.spec.storage}/models/{run.name}/1" in status.said
-    assert "accuracy" in status.said
+    assert status.exit_code == 0, status.output
+    assert f"{run.job.spec.storage}/models/{run.name}/1" in status.output
+    assert "accuracy" in status.output
     listed = topwork("list")
-    assert listed.code == 0, listed.said
-    assert run.name in listed.said
+    assert listed.exit_code == 0, listed.output
+    assert run.name in listed.output
 
 
 def test_logs_of_a_finished_run_hold_all_stages_in_their_order(published, topwork):
     run, _ = published
     logs = topwork("logs", run.name)
-    assert logs.code == 0, logs.said
-    pulled, transferred = logs.out.find('"dataset"'), logs.out.find('"stage": "transfer"')
-    fine_tuned, published_at = logs.out.find('"stage": "fine-tune"'), logs.out.find('"evaluation"')
-    assert -1 < pulled < transferred < fine_tuned < published_at, logs.said
+    assert logs.exit_code == 0, logs.output
+    pulled, transferred = logs.stdout.find('"dataset"'), logs.stdout.find('"stage": "transfer"')
+    fine_tuned, published_at = logs.stdout.find('"stage": "fine-tune"'), logs.stdout.find('"evaluation"')
+    assert -1 < pulled < transferred < fine_tuned < published_at, logs.output
 
 
 def test_logs_of_one_stage_hold_no_other(published, topwork):
     run, _ = published
     logs = topwork("logs", run.name, "--stage", "fine-tune")
-    assert logs.code == 0, logs.said
-    told = [json.loads(line) for line in logs.out.splitlines()]
+    assert logs.exit_code == 0, logs.output
+    told = [json.loads(line) for line in logs.stdout.splitlines()]
     assert {line["stage"] for line in told if line["message"] == "epoch"} == {"fine-tune"}
 
 
 def test_logs_that_are_followed_end_with_the_run(published, topwork):
     run, _ = published
     logs = topwork("logs", run.name, "-f", seconds=120)
-    assert logs.code == 0, logs.said
-    assert '"stage": "fine-tune"' in logs.out
+    assert logs.exit_code == 0, logs.output
+    assert '"stage": "fine-tune"' in logs.stdout

@@ -26,7 +26,7 @@ def test_the_example_keeps_eight_augmented_views(seeds):
 
 
 def test_the_base_runs_once_over_each_view_and_its_output_is_kept(lighter):
-    told = [note for note in lighter.notes if note["message"] == "features of the frozen layers"]
+    told = [note for note in lighter.notes if note["message"] == "features computed"]
     assert [(note["stage"], note["views"], note["shape"]) for note in told] == [("transfer", 2, "2048")]
     assert len(lighter.rows("transfer")) == 6
 

@@ -60,7 +60,7 @@ def test_three_containers_publish_a_model_and_find_it_the_next_time(pod, write, 
     assert (code, ending) == (0, TerminationMessage(stage="transfer", outcome="done", exit_code=0, run=run, epochs=2, **best))
     assert transferred.fact("stage already complete", "stage") == "pull"
     # This TensorFlow knows no GPU: two were asked for, and the job is tried on as many replicas without.
-    note = "no GPU can be used by this build of TensorFlow: replicas on the processor"
+    note = "using CPU replicas instead of GPUs"
     assert transferred.fact(note, "replicas") == 2
 
     process = pod.start("fine-tune", job)
@@ -125,8 +125,8 @@ def test_a_gate_that_is_not_met_ends_with_3_and_is_seen_by_a_last_scrape(pod, wr
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (None, "{file}: is not there. Check the path."),
-        ("", "{file}: holds no job. A spec begins with apiVersion: topwork.dev/v1alpha1."),
+        (None, "{file}: does not exist. Check the path."),
+        ("", "{file}: contains no job. A spec starts with apiVersion: topwork.dev/v1alpha1."),
         ("kind: TransferJob", "{file}:1:1: apiVersion: "),
         ("{one}\n---\n{one}", "{file} contains 2 jobs (tiny, tiny), but a pod runs exactly one. Put each job in its own file."),
     ],
@@ -147,9 +147,9 @@ def test_a_job_file_that_holds_no_or_several_jobs_is_refused(pod, write, content
 def test_a_bug_ends_with_1_and_its_traceback(pod, write, without_tensorflow):
     code, ending, process = pod.run("transfer", write(), **without_tensorflow)
     assert (code, ending.outcome, ending.error) == (1, "failed", "KeyError: 'tensorflow was imported'")
-    told, traceback = process.output.split("Traceback (most recent call last):")
-    assert json.loads(told.splitlines()[-1])["level"] == "error"
-    assert traceback.rstrip().endswith("KeyError: 'tensorflow was imported'")
+    assert process.lines[-1]["level"] == "error"
+    assert process.lines[-1]["traceback"].startswith("Traceback (most recent call last):")
+    assert process.lines[-1]["traceback"].endswith("KeyError: 'tensorflow was imported'")
 
 
 def test_scratch_that_can_not_be_written_is_named(pod, write):

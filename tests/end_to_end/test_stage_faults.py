@@ -3,7 +3,7 @@
 import subprocess
 
 import pytest
-from tests.faults.proxy import Fault, error, proxy_before
+from tests.faults.proxy import Fault, error, run_proxy
 
 EXPIRED = Fault("expired credentials", error(400, "ExpiredToken", "The provided token has expired."))
 BUSY = Fault("503 SlowDown", error(503, "SlowDown", "Please reduce your request rate."))
@@ -17,8 +17,8 @@ BUSY = Fault("503 SlowDown", error(503, "SlowDown", "Please reduce your request 
     ],
 )
 def test_a_fault_of_storage_ends_a_container_with_its_code_and_one_sentence(pod, write, s3_settings, fault, code, said):
-    with proxy_before(s3_settings.endpoint_url) as proxy:
-        proxy.play(fault)
+    with run_proxy(s3_settings.endpoint_url) as proxy:
+        proxy.set_fault(fault)
         ended, ending, process = pod.run("pull", write(), AWS_ENDPOINT_URL=proxy.endpoint)
     assert (ended, ending.exit_code, ending.outcome) == (code, code, "failed")
     assert said in ending.error
@@ -37,6 +37,6 @@ def test_scratch_that_is_full_is_named_and_worth_another_node(pod, write, tmp_pa
     finally:
         subprocess.run(["umount", "--lazy", str(place)], check=True)
     assert code == ending.exit_code == 75
-    assert f"and {place}/tiny-" in ending.error
-    assert " free. Make room there, or take a larger disk or node, then start again." in ending.error
+    assert f"but {place}/tiny-" in ending.error
+    assert " free. Free space there, or use a larger disk or another node, then start again." in ending.error
     assert "Traceback" not in process.output

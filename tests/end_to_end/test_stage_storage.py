@@ -47,7 +47,7 @@ WRONG_SECRET = "{endpoint} rejected the request signature. Check AWS_SECRET_ACCE
         (
             {"AWS_ENDPOINT_URL": "http://s3.example.com"},
             2,
-            "The endpoint of storage (AWS_ENDPOINT_URL) is plain HTTP to",
+            "The storage endpoint (AWS_ENDPOINT_URL) is plain HTTP to",
         ),
         (
             {"AWS_ENDPOINT_URL": "http://nowhere.invalid", "TOPWORK_ALLOW_HTTP": "a.example,nowhere.invalid"},

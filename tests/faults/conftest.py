@@ -1,4 +1,4 @@
-"""A job that is small enough to be run a hundred times, and a proxy in front of its storage."""
+"""A job that is small enough to run a hundred times, and a fault-injecting proxy in front of its storage."""
 
 import uuid
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from tests.conftest import BUCKET
-from tests.faults.proxy import Proxy, proxy_before
+from tests.faults.proxy import Proxy, run_proxy
 
 from topwork.clients.s3.storage import Storage, StorageSettings
 from topwork.report import export_check
@@ -15,28 +15,28 @@ from topwork.spec import TransferJob
 
 
 @pytest.fixture(autouse=True)
-def recheck_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Recheck in this process: a fresh one asks nothing of storage, and takes seconds to start."""
-    monkeypatch.setattr(export_check, "recheck", export_check.compare)
+def check_exports_in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the export check in this process: a new process takes seconds to start and sends no requests to storage."""
+    monkeypatch.setattr(export_check, "check_export", export_check.compare_predictions)
 
 
 @pytest.fixture
 def proxy(s3_settings: StorageSettings) -> Iterator[Proxy]:
-    with proxy_before(str(s3_settings.endpoint_url)) as running:
+    with run_proxy(str(s3_settings.endpoint_url)) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
 def small_job(s3_settings: StorageSettings, tmp_path_factory: pytest.TempPathFactory) -> TransferJob:
-    """A job on 24 pictures in storage; `spec.storage` is where nothing is: tests say where it works."""
+    """A job on 24 images in storage. `spec.storage` is unused: tests choose the storage of the workspace."""
     photos = Storage(f"s3://{BUCKET}/photos-{uuid.uuid4().hex[:8]}", s3_settings)
-    folder, random = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    directory, random = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
     for channel, name in ((2, "blue"), (0, "red")):
         for index in range(12):
             pixels = random.integers(0, 120, (10, 9, 3), dtype=np.uint8)
             pixels[..., channel] += 120
-            Image.fromarray(pixels).save(folder / "picture.png")
-            photos.write(f"{name}/{index:02}.png", (folder / "picture.png").read_bytes())
+            Image.fromarray(pixels).save(directory / "image.png")
+            photos.write(f"{name}/{index:02}.png", (directory / "image.png").read_bytes())
     spec = {
         "storage": f"s3://{BUCKET}/nowhere",
         "dataset": {

@@ -1,4 +1,4 @@
-"""An HTTP proxy in front of the real S3 server that plays one fault: which requests it hits, and from which on."""
+"""An HTTP proxy in front of the real S3 server that injects a fault into selected requests."""
 
 import socket
 import struct
@@ -14,20 +14,20 @@ from urllib.parse import urlsplit
 
 from topwork.clients.s3.storage import StorageSettings
 
-EVER = 1 << 30
-# How long a port stays closed that refuses connections once.
+FOREVER = 1 << 30
+# Time for which the port stays closed when a single request is refused.
 CLOSED_SECONDS = 0.6
 ACCEPT_SECONDS = 0.05
-# How long a client waits for what is silent, and for all else: a busy machine answers late, and is not silent.
-SILENT_SECONDS = 1.0
-BUSY_SECONDS = 60.0
-# Requests of a client at most while a fault lasts for ever, so that it ends soon.
+# Client timeouts for silent faults, and for all others: responses can be late on a busy machine.
+SILENT_TIMEOUT_SECONDS = 1.0
+TIMEOUT_SECONDS = 60.0
+# Maximum number of attempts of a client during a permanent fault, so that it fails quickly.
 ATTEMPTS = 2
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What the server says."""
+class Response:
+    """A response of the server."""
 
     status: int
     headers: list[tuple[str, str]]
@@ -36,7 +36,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Request:
-    """A request as it arrived: `path` begins with the bucket."""
+    """A received request; `path` begins with the bucket."""
 
     method: str
     path: str
@@ -45,39 +45,39 @@ class Request:
 
     @property
     def is_object(self) -> bool:
-        """Whether it is about one object, not about a bucket."""
+        """Whether the request is for an object, not for a bucket."""
         return urlsplit(self.path).path.strip("/").count("/") > 0
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What goes wrong.
+    """A fault and the requests that it affects.
 
     Attributes:
-        name: What the table calls it.
-        play: Spoils one request.
-        hits: Which requests it can hit.
-        first: The first one of those that it hits, counted from 0.
-        times: How many it hits.
-        is_silent: Whether a client learns of it by waiting alone.
+        name: Name in test IDs and in the printed table.
+        inject: Handles an affected request.
+        matches: Selects the requests that can be affected.
+        first: Index of the first affected request among those that match.
+        times: Number of affected requests.
+        is_silent: Whether a client can detect the fault only by a timeout.
     """
 
     name: str
-    play: "Callable[[Exchange], None]"
-    hits: Callable[[Request], bool] = lambda _: True
+    inject: "Callable[[Exchange], None]"
+    matches: Callable[[Request], bool] = lambda _: True
     first: int = 0
-    times: int = EVER
+    times: int = FOREVER
     is_silent: bool = False
 
     def once(self, first: int = 0) -> "Fault":
         return replace(self, first=first, times=1)
 
     def always(self, first: int = 0) -> "Fault":
-        return replace(self, first=first, times=EVER)
+        return replace(self, first=first, times=FOREVER)
 
 
 class Proxy(ThreadingHTTPServer):
-    """Carries requests to the server, and spoils those that its fault hits."""
+    """Forwards requests to the server, and injects a fault into selected ones."""
 
     daemon_threads = True
     allow_reuse_address = True
@@ -87,39 +87,39 @@ class Proxy(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Exchange)
         self._upstream = (urlsplit(endpoint).hostname, urlsplit(endpoint).port)
         self.endpoint = f"http://127.0.0.1:{self.server_address[1]}"
-        self.ended = threading.Event()
+        self.stopped = threading.Event()
         self.fault: Fault | None = None
-        self.seen: list[Request] = []
-        self.hits = 0
-        self._counted = 0
+        self.requests: list[Request] = []
+        self.fault_count = 0
+        self._matching_count = 0
         self._lock = threading.Lock()
         self._open = True
         self.socket.settimeout(ACCEPT_SECONDS)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that goes away is none of the proxy's business."""
+        """Ignore errors of clients that close their connection."""
 
     def serve(self) -> None:
-        """Take connections until the end; the port may close and open meanwhile."""
-        while not self.ended.is_set():
+        """Accept connections until stopped; the port can be closed and reopened in between."""
+        while not self.stopped.is_set():
             try:
                 connection, address = self.socket.accept()
-            except OSError:  # nobody came, or the port is closed
-                self.ended.wait(0.01)
+            except OSError:  # no connection, or the port is closed
+                self.stopped.wait(0.01)
             else:
                 connection.settimeout(None)
                 self.process_request(connection, address)
 
-    def play(self, fault: Fault | None) -> None:
-        """Let a fault begin; None ends the one before."""
+    def set_fault(self, fault: Fault | None) -> None:
+        """Start injecting a fault and reset the counts; None stops injecting."""
         with self._lock:
-            self.fault, self.seen, self.hits, self._counted = fault, [], 0, 0
+            self.fault, self.requests, self.fault_count, self._matching_count = fault, [], 0, 0
         self.open_port()
 
     def settings(self, settings: StorageSettings) -> StorageSettings:
-        """Give the settings of a client behind the proxy that does not wait long for the end of its fault."""
-        seconds = SILENT_SECONDS if self.fault and self.fault.is_silent else BUSY_SECONDS
-        attempts = ATTEMPTS if self.fault and self.fault.times == EVER else settings.attempts
+        """Return settings of a client behind the proxy that fails quickly during the current fault."""
+        seconds = SILENT_TIMEOUT_SECONDS if self.fault and self.fault.is_silent else TIMEOUT_SECONDS
+        attempts = ATTEMPTS if self.fault and self.fault.times == FOREVER else settings.attempts
         return replace(
             settings,
             endpoint_url=self.endpoint,
@@ -129,7 +129,7 @@ class Proxy(ThreadingHTTPServer):
         )
 
     def close_port(self) -> None:
-        """Refuse connections from now on."""
+        """Start refusing connections."""
         with self._lock:
             if self._open:
                 self._open = False
@@ -137,28 +137,28 @@ class Proxy(ThreadingHTTPServer):
                 self.socket.close()
 
     def open_port(self) -> None:
-        """Take connections again, at the same port."""
+        """Accept connections again at the same port."""
         with self._lock:
             if not self._open:
                 self.socket = socket.create_server(self.server_address, backlog=self.request_queue_size)
                 self.socket.settimeout(ACCEPT_SECONDS)
                 self._open = True
 
-    def struck(self, request: Request) -> Fault | None:
-        """Count a request, and give the fault that hits it."""
+    def next_fault(self, request: Request) -> Fault | None:
+        """Count a request, and return the fault to inject into it, if any."""
         with self._lock:
-            self.seen.append(request)
+            self.requests.append(request)
             fault = self.fault
-            if fault is None or not fault.hits(request):
+            if fault is None or not fault.matches(request):
                 return None
-            number, self._counted = self._counted, self._counted + 1
-            if not fault.first <= number < fault.first + fault.times:
+            index, self._matching_count = self._matching_count, self._matching_count + 1
+            if not fault.first <= index < fault.first + fault.times:
                 return None
-            self.hits += 1
+            self.fault_count += 1
             return fault
 
-    def forwarded(self, request: Request) -> Answer:
-        """Ask the server."""
+    def forward(self, request: Request) -> Response:
+        """Send a request to the server and return its response."""
         upstream = HTTPConnection(*self._upstream, timeout=60)
         try:
             upstream.putrequest(request.method, request.path, skip_host=True, skip_accept_encoding=True)
@@ -166,60 +166,60 @@ class Proxy(ThreadingHTTPServer):
                 if name.lower() not in {"connection", "expect"}:
                     upstream.putheader(name, value)
             upstream.endheaders(request.body)
-            answer = upstream.getresponse()
-            return Answer(answer.status, answer.getheaders(), answer.read())
+            response = upstream.getresponse()
+            return Response(response.status, response.getheaders(), response.read())
         finally:
             upstream.close()
 
 
 class Exchange(BaseHTTPRequestHandler):
-    """One request and its answer."""
+    """A request and its response."""
 
     protocol_version = "HTTP/1.1"
     server: Proxy
-    # Small answers are not held back until more comes.
+    # Buffered, so that a small response is sent at once.
     wbufsize = 1 << 16
 
     def log_message(self, *_: Any) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
     def handle_expect_100(self) -> bool:
-        """Let the body come; a held-back answer would hold it up."""
-        go_on = super().handle_expect_100()
+        """Flush the response 100 Continue, for which the client waits before it sends the body."""
+        is_accepted = super().handle_expect_100()
         self.wfile.flush()
-        return go_on
+        return is_accepted
 
-    def exchange(self) -> None:
+    def handle_request(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        self.request_seen = Request(self.command, self.path, self.headers, body)
-        fault = self.server.struck(self.request_seen)
+        self.request_received = Request(self.command, self.path, self.headers, body)
+        fault = self.server.next_fault(self.request_received)
         with suppress(OSError, HTTPException):
             if fault:
-                fault.play(self)
+                fault.inject(self)
             else:
-                self.tell(self.server.forwarded(self.request_seen))
+                self.respond(self.server.forward(self.request_received))
 
-    do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = exchange
+    do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = handle_request
 
-    def tell(self, answer: Answer, *, body: bytes | None = None) -> None:
-        """Send an answer; `body` replaces its body, of which the head still tells the true length."""
-        self.send_response_only(answer.status)
-        for name, value in answer.headers:
+    def respond(self, response: Response, *, body: bytes | None = None) -> None:
+        """Send a response. `body` replaces its body, but the Content-Length header keeps the original length."""
+        self.send_response_only(response.status)
+        for name, value in response.headers:
             if name.lower() not in {"transfer-encoding", "connection", "content-length"}:
                 self.send_header(name, value)
-        stated = {name.lower(): value for name, value in answer.headers}.get("content-length")
-        self.send_header("Content-Length", str(stated if self.command == "HEAD" and stated else len(answer.body)))
+        length = {name.lower(): value for name, value in response.headers}.get("content-length")
+        self.send_header("Content-Length", str(length if self.command == "HEAD" and length else len(response.body)))
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(answer.body if body is None else body)
+            self.wfile.write(response.body if body is None else body)
         self.wfile.flush()
 
-    def hang_up(self, *, reset: bool = False) -> None:
-        """Close the connection; with a reset, what was sent may be lost, too."""
+    def disconnect(self, *, reset: bool = False) -> None:
+        """Close the connection. With a reset, data that was already sent can be lost too."""
         self.close_connection = True
         if reset:
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            # shutdown() of the server would end it in an orderly way.
+            # shutdown() of the server would close it without a reset.
             self.connection.close()
         else:
             with suppress(OSError):
@@ -227,91 +227,91 @@ class Exchange(BaseHTTPRequestHandler):
 
 
 def error(status: int, code: str, message: str) -> Callable[[Exchange], None]:
-    """An answer as S3 words its errors; the request never reaches the server."""
+    """Return a handler that responds with an S3 error; the request does not reach the server."""
     body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>{message}</Message></Error>".encode()
 
-    def play(exchange: Exchange) -> None:
-        exchange.tell(Answer(status, [("Content-Type", "application/xml")], body))
+    def inject(exchange: Exchange) -> None:
+        exchange.respond(Response(status, [("Content-Type", "application/xml")], body))
 
-    return play
+    return inject
 
 
 def reset(exchange: Exchange) -> None:
-    """The connection ends in the middle of nowhere; the request never reaches the server."""
-    exchange.hang_up(reset=True)
+    """Reset the connection; the request does not reach the server."""
+    exchange.disconnect(reset=True)
 
 
-def lost_answer(exchange: Exchange) -> None:
-    """The request reaches the server, and its answer is lost."""
-    exchange.server.forwarded(exchange.request_seen)
-    exchange.hang_up(reset=True)
+def lost_response(exchange: Exchange) -> None:
+    """Forward the request, but reset the connection instead of responding."""
+    exchange.server.forward(exchange.request_received)
+    exchange.disconnect(reset=True)
 
 
 def stall(exchange: Exchange) -> None:
-    """Nothing comes, ever."""
-    exchange.server.ended.wait()
-    exchange.hang_up()
+    """Never respond."""
+    exchange.server.stopped.wait()
+    exchange.disconnect()
 
 
 def stalled_body(exchange: Exchange) -> None:
-    """The answer begins and nothing more comes, ever."""
-    answer = exchange.server.forwarded(exchange.request_seen)
-    exchange.tell(answer, body=answer.body[: len(answer.body) // 2])
+    """Send half of the response body, and nothing after it."""
+    response = exchange.server.forward(exchange.request_received)
+    exchange.respond(response, body=response.body[: len(response.body) // 2])
     stall(exchange)
 
 
 def trickle(exchange: Exchange) -> None:
-    """The answer comes byte by byte, so that no wait for the next byte is ever long."""
-    answer = exchange.server.forwarded(exchange.request_seen)
-    exchange.tell(answer, body=b"")
-    for byte in answer.body:
-        if exchange.server.ended.wait(0.1):
+    """Send the response body slowly, byte by byte, so that no wait for the next byte is long."""
+    response = exchange.server.forward(exchange.request_received)
+    exchange.respond(response, body=b"")
+    for byte in response.body:
+        if exchange.server.stopped.wait(0.1):
             break
         exchange.wfile.write(bytes([byte]))
         exchange.wfile.flush()
 
 
 def truncate(exchange: Exchange) -> None:
-    """Half of the answer, then the end of the connection."""
-    answer = exchange.server.forwarded(exchange.request_seen)
-    exchange.tell(answer, body=answer.body[: len(answer.body) // 2])
-    exchange.hang_up()
+    """Send half of the response body, then close the connection."""
+    response = exchange.server.forward(exchange.request_received)
+    exchange.respond(response, body=response.body[: len(response.body) // 2])
+    exchange.disconnect()
 
 
-def corrupt_answer(exchange: Exchange) -> None:
-    """One bit of the body of the answer is another."""
-    answer = exchange.server.forwarded(exchange.request_seen)
-    exchange.tell(answer, body=_with_another_bit(answer.body))
+def corrupt_response(exchange: Exchange) -> None:
+    """Flip one bit of the response body."""
+    response = exchange.server.forward(exchange.request_received)
+    exchange.respond(response, body=_flip_bit(response.body))
 
 
 def corrupt_request(exchange: Exchange) -> None:
-    """One bit of the body of the request is another when it reaches the server."""
-    request = exchange.request_seen
-    exchange.tell(exchange.server.forwarded(replace(request, body=_with_another_bit(request.body))))
+    """Flip one bit of the request body."""
+    request = exchange.request_received
+    exchange.respond(exchange.server.forward(replace(request, body=_flip_bit(request.body))))
 
 
-def _with_another_bit(body: bytes) -> bytes:
+def _flip_bit(body: bytes) -> bytes:
     middle = len(body) // 2
     return body[:middle] + bytes([body[middle] ^ 1]) + body[middle + 1 :] if body else body
 
 
 @contextmanager
-def proxy_before(endpoint: str) -> Iterator[Proxy]:
-    """Run a proxy before a server for as long as the block runs."""
+def run_proxy(endpoint: str) -> Iterator[Proxy]:
+    """Run a proxy in front of a server while the block runs."""
     with Proxy(endpoint) as proxy:
         thread = threading.Thread(target=proxy.serve, daemon=True)
         thread.start()
         try:
             yield proxy
         finally:
-            proxy.ended.set()
+            proxy.stopped.set()
             thread.join()
 
 
 def refuse(exchange: Exchange) -> None:
-    """The port is closed: at once where the fault is hit, and for as long as it lasts."""
+    """Close the connection and the port: for a moment if the fault occurs once, otherwise until it ends."""
     server, fault = exchange.server, exchange.server.fault
-    exchange.hang_up(reset=True)
+    exchange.disconnect(reset=True)
     if fault and fault.times == 1:
         server.close_port()
         time.sleep(CLOSED_SECONDS)

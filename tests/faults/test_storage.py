@@ -1,4 +1,4 @@
-"""Every use of storage under every fault: got over when it comes once, and ended in time when it stays."""
+"""Storage operations during faults: a single fault is retried, and a permanent one fails within a time limit."""
 
 import json
 import os
@@ -17,24 +17,24 @@ from topwork.registry.versions import Version
 
 LONG = bool(os.environ.get("TOPWORK_LONG"))
 DATA = os.urandom(300_000)
-# Tries of s3transfer for one part of a download, each a request with its own.
-DOWNLOADS = 5
+# Attempts of s3transfer for one part of a download, each of which is a request with its own retries.
+DOWNLOAD_ATTEMPTS = 5
 
-Use = Callable[[Storage, Path, FileEntry], object]
-USES: dict[str, Use] = {
-    "list": lambda storage, folder, entry: [found.key for found in storage.list()],
-    "size": lambda storage, folder, entry: storage.size("there"),
-    "read": lambda storage, folder, entry: storage.read("there") == DATA,
-    "read what is missing": lambda storage, folder, entry: storage.read("missing"),
-    "write": lambda storage, folder, entry: storage.write("new", DATA),
-    "upload": lambda storage, folder, entry: storage.upload(folder / "file", "new") == entry,
-    "download": lambda storage, folder, entry: storage.download("there", folder / "fetched", entry) == entry,
-    "delete": lambda storage, folder, entry: storage.delete(["nothing"]),
+Operation = Callable[[Storage, Path, FileEntry], object]
+OPERATIONS: dict[str, Operation] = {
+    "list": lambda storage, directory, entry: [item.key for item in storage.list()],
+    "size": lambda storage, directory, entry: storage.size("there"),
+    "read": lambda storage, directory, entry: storage.read("there") == DATA,
+    "read missing object": lambda storage, directory, entry: storage.read("missing"),
+    "write": lambda storage, directory, entry: storage.write("new", DATA),
+    "upload": lambda storage, directory, entry: storage.upload(directory / "file", "new") == entry,
+    "download": lambda storage, directory, entry: storage.download("there", directory / "downloaded", entry) == entry,
+    "delete": lambda storage, directory, entry: storage.delete(["missing"]),
 }
 FAULTS = [
     Fault("refuse", faults.refuse),
     Fault("reset", faults.reset),
-    Fault("lost answer", faults.lost_answer),
+    Fault("lost response", faults.lost_response),
     Fault("stall", faults.stall, is_silent=True),
     Fault("stalled body", faults.stalled_body, is_silent=True),
     Fault("trickle", faults.trickle, is_silent=True),
@@ -51,77 +51,81 @@ def entry(storage: Storage, tmp_path: Path) -> FileEntry:
 
 
 @pytest.fixture
-def through(storage: Storage, s3_settings: StorageSettings, proxy: Proxy) -> Callable[[Fault], Storage]:
-    """Let the proxy play a fault, and give storage behind it."""
+def faulty_storage(storage: Storage, s3_settings: StorageSettings, proxy: Proxy) -> Callable[[Fault], Storage]:
+    """Return a function that starts a fault and returns storage behind the proxy."""
 
-    def played(fault: Fault) -> Storage:
-        proxy.play(fault)
+    def start(fault: Fault) -> Storage:
+        proxy.set_fault(fault)
         return Storage(storage.uri, proxy.settings(s3_settings))
 
-    return played
+    return start
 
 
-# s3transfer leaves a connection that failed to the garbage collector.
+# s3transfer leaves closing a failed connection to the garbage collector.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
-@pytest.mark.parametrize("use", list(USES) if LONG else ["read", "read what is missing", "upload", "download"])
-def test_a_fault_is_got_over_once_and_ends_in_time_when_it_stays(use, fault, storage, through, entry, proxy, tmp_path):
-    expected = USES[use](storage, tmp_path, entry)
-    assert USES[use](through(fault.once()), tmp_path, entry) == expected
-    assert proxy.hits == 1
-    faulty, started = through(fault), time.monotonic()
+@pytest.mark.parametrize(
+    "operation", list(OPERATIONS) if LONG else ["read", "read missing object", "upload", "download"]
+)
+def test_a_single_fault_is_retried_and_a_permanent_one_fails_in_time(
+    operation, fault, storage, faulty_storage, entry, proxy, tmp_path
+):
+    expected = OPERATIONS[operation](storage, tmp_path, entry)
+    assert OPERATIONS[operation](faulty_storage(fault.once()), tmp_path, entry) == expected
+    assert proxy.fault_count == 1
+    faulty, started = faulty_storage(fault), time.monotonic()
     try:
-        # What has no body has none that is damaged.
-        assert USES[use](faulty, tmp_path, entry) == expected
+        # Faults of the body do not affect responses without a body.
+        assert OPERATIONS[operation](faulty, tmp_path, entry) == expected
     except UnavailableError as error:
         assert "s3://" in str(error)
-    took = time.monotonic() - started
-    assert took < 3 * faults.ATTEMPTS * DOWNLOADS * faults.SILENT_SECONDS, took
+    elapsed = time.monotonic() - started
+    assert elapsed < 3 * faults.ATTEMPTS * DOWNLOAD_ATTEMPTS * faults.SILENT_TIMEOUT_SECONDS, elapsed
 
 
 @pytest.mark.parametrize(
-    ("answer", "said"),
+    ("response", "message"),
     [
         (faults.error(400, "ExpiredToken", "It has expired."), "AWS_SESSION_TOKEN"),
         (faults.error(403, "RequestTimeTooSkewed", "Too far."), "Set the clock of this machine"),
         (faults.error(403, "InvalidAccessKeyId", "Who?"), "does not know the access key"),
     ],
 )
-def test_a_question_whose_answer_has_no_body_learns_why_it_was_refused(through, entry, tmp_path, answer, said):
-    refused = through(Fault("refused", answer))
-    for use in ("size", "upload", "download"):
-        with pytest.raises(SettingError, match=said):
-            USES[use](refused, tmp_path, entry)
+def test_errors_of_head_requests_are_reported_with_their_cause(faulty_storage, entry, tmp_path, response, message):
+    rejected = faulty_storage(Fault("rejected", response))
+    for operation in ("size", "upload", "download"):
+        with pytest.raises(SettingError, match=message):
+            OPERATIONS[operation](rejected, tmp_path, entry)
 
 
 @pytest.mark.parametrize(("code", "kind"), [("InsufficientStorage", UnavailableError), ("QuotaExceeded", SettingError)])
-def test_a_server_without_room_says_what_to_do(through, proxy, code, kind):
-    full = through(Fault("full", faults.error(507 if kind is UnavailableError else 403, code, "No room.")))
+def test_a_full_server_is_reported_with_the_fix(faulty_storage, proxy, code, kind):
+    full = faulty_storage(Fault("full", faults.error(507 if kind is UnavailableError else 403, code, "No space.")))
     with pytest.raises(TopworkError) as caught:
         full.write("new", DATA)
     assert type(caught.value) is kind
     assert str(caught.value) == (
-        f"{proxy.endpoint} has no room left for {full.uri}/new ({code}: No room.). Delete what nobody needs "
-        "(topwork gc STORAGE), or have the disk or the quota enlarged, then start again."
+        f"{proxy.endpoint} has no space left for {full.uri}/new ({code}: No space.). Delete data that is no longer "
+        "needed (topwork gc STORAGE) or increase the disk or quota, then start again."
     )
 
 
-def test_a_body_that_comes_slowly_but_comes_is_not_given_up(storage, through, proxy):
+def test_a_slow_but_steady_response_is_not_aborted(storage, faulty_storage, proxy):
     storage.write("slow", bytes(8 * (1 << 18)))
 
-    def slowly(exchange: faults.Exchange) -> None:
-        answer = exchange.server.forwarded(exchange.request_seen)
-        exchange.tell(answer, body=b"")
-        for piece in range(8):  # two seconds in all, twice the time-out
-            exchange.wfile.write(answer.body[piece << 18 : (piece + 1) << 18])
+    def respond_slowly(exchange: faults.Exchange) -> None:
+        response = exchange.server.forward(exchange.request_received)
+        exchange.respond(response, body=b"")
+        for piece in range(8):  # two seconds in total, twice the timeout
+            exchange.wfile.write(response.body[piece << 18 : (piece + 1) << 18])
             exchange.wfile.flush()
             time.sleep(0.25)
 
-    assert through(Fault("slow", slowly, is_silent=True)).read("slow") == bytes(8 * (1 << 18))
-    assert proxy.hits == 1
+    assert faulty_storage(Fault("slow", respond_slowly, is_silent=True)).read("slow") == bytes(8 * (1 << 18))
+    assert proxy.fault_count == 1
 
 
-def test_publishing_does_not_ask_for_ever_where_storage_does_not_tell_of_what_was_written(storage, through):
+def test_moving_latest_fails_if_storage_does_not_return_written_objects(storage, faulty_storage):
     version = Version(
         name="cats", version=1, uri="s3://…", run="cats-1", weights="0" * 64, published="2026-01-01T00:00:00Z",
         main_metric="accuracy", metrics={}, split="test", images=1,
@@ -131,4 +135,4 @@ def test_publishing_does_not_ask_for_ever_where_storage_does_not_tell_of_what_wa
     missing = faults.error(404, "NoSuchKey", "Not yet.")
     stale = Fault("stale", missing, lambda request: request.method == "GET" and "latest.json" in request.path)
     with pytest.raises(UnavailableError, match="100 times in a row"):
-        versions.move_latest(through(stale), "cats")
+        versions.update_latest(faulty_storage(stale), "cats")

@@ -153,6 +153,14 @@ def test_download_follows_redirects_and_never_shows_their_query(serve, tmp_path)
     assert "hidden" not in str(error.value)
 
 
+def test_download_does_not_log_the_query(serve, tmp_path, caplog):
+    def respond(handler: Any) -> None:
+        handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\nnot a header\r\nETag: x\r\n\r\nabc")
+
+    assert fetch(f"{serve(respond).url}?id=hidden", tmp_path)
+    assert "hidden" not in "".join(record.getMessage() for record in caplog.records if record.levelno >= 30)
+
+
 def test_download_stops_after_10_redirects(serve, tmp_path):
     server = serve(lambda handler: send(handler, b"", status=302, Location=f"/{len(handler.server.requests)}"))
     with pytest.raises(DataError, match="redirects more than 10 times"):

@@ -1,6 +1,6 @@
-"""Specs by the thousand, generated and mutated: each is a job, or problems with a place and a reason.
+"""Fuzzing of the spec loader: every spec results in jobs, or in problems with a position and a reason.
 
-TOPWORK_LONG=1 tries 10,000 generated and 2,000 mutated ones; without it a few hundred are tried.
+With TOPWORK_LONG=1 these tests use 10,000 generated and 2,000 mutated specs instead of a few hundred.
 """
 
 import json
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 LONG = os.environ.get("TOPWORK_LONG") == "1"
 GENERATED, MUTATED = (10_000, 2_000) if LONG else (150, 100)
 TEXTS = [path.read_text() for path in sorted(ROOT.glob("examples/*.yaml"))]
-TEXTS.append((ROOT / "tests/unit/test_spec_good.yaml").read_text())
+TEXTS.append((ROOT / "tests/unit/valid_spec.yaml").read_text())
 
 VALUES: list[Any] = [
     None, True, False, 0, 1, -1, 2, 7, 10**30, -(2**63), 0.0, 1e-5, 0.5, 1e308, [], {}, [[]], [{}],
@@ -35,23 +35,23 @@ VALUES: list[Any] = [
 def known_keys() -> list[str]:
     found: set[str] = set()
 
-    def gather(value: Any) -> None:
+    def collect(value: Any) -> None:
         if isinstance(value, dict):
             found.update(map(str, value))
             for inner in value.values():
-                gather(inner)
+                collect(inner)
         elif isinstance(value, list):
             for inner in value:
-                gather(inner)
+                collect(inner)
 
     for text in TEXTS:
         for document in YAML(typ="safe", pure=True).load_all(text):
-            gather(document)
+            collect(document)
     return sorted(found)
 
 
 def problems_of(text: str) -> tuple[str, ...]:
-    """Read a spec; what is wrong must have a file, a place in it and a reason, each on one line."""
+    """Read a spec and return its problems. Each must fit on one line and have a file, position and reason."""
     try:
         assert read_text(text, "job.yaml")
     except InvalidSpecError as error:
@@ -60,7 +60,7 @@ def problems_of(text: str) -> tuple[str, ...]:
         lines = text.count("\n") + 2
         for problem in error.problems:
             assert problem.file == "job.yaml"
-            assert 1 <= problem.line <= lines or "holds no job" in problem.message, problem
+            assert 1 <= problem.line <= lines or "contains no job" in problem.message, problem
             assert len(problem.message) > 10, problem
             assert "\n" not in str(problem)
             assert not any(word in problem.message for word in ("Traceback", "pydantic", "<class"))
@@ -68,95 +68,96 @@ def problems_of(text: str) -> tuple[str, ...]:
     return ()
 
 
-def heap(chance: random.Random, keys: list[str], depth: int) -> Any:
-    """Known keys and odd values, nested."""
-    if depth == 0 or chance.random() < 0.3:
-        return chance.choice(VALUES)
-    if chance.random() < 0.2:
-        return [heap(chance, keys, depth - 1) for _ in range(chance.randint(0, 3))]
-    return {chance.choice([*keys, "x", ""]): heap(chance, keys, depth - 1) for _ in range(chance.randint(0, 5))}
+def random_value(rng: random.Random, keys: list[str], depth: int) -> Any:
+    """Generate a nested value of known keys and unusual values."""
+    if depth == 0 or rng.random() < 0.3:
+        return rng.choice(VALUES)
+    if rng.random() < 0.2:
+        return [random_value(rng, keys, depth - 1) for _ in range(rng.randint(0, 3))]
+    return {rng.choice([*keys, "x", ""]): random_value(rng, keys, depth - 1) for _ in range(rng.randint(0, 5))}
 
 
-def change(chance: random.Random, keys: list[str], place: Any) -> None:
-    """Replace, add or take out something at any depth of a document."""
-    inner = list(place) if isinstance(place, dict) else list(range(len(place)))
+def mutate(rng: random.Random, keys: list[str], node: Any) -> None:
+    """Replace, add or remove a value at a random depth of a document."""
+    inner = list(node) if isinstance(node, dict) else list(range(len(node)))
     if not inner:
         return
-    key, action = chance.choice(inner), chance.random()
-    if isinstance(place[key], dict | list) and chance.random() < 0.75:
-        change(chance, keys, place[key])
+    key, action = rng.choice(inner), rng.random()
+    if isinstance(node[key], dict | list) and rng.random() < 0.75:
+        mutate(rng, keys, node[key])
     elif action < 0.6:
-        place[key] = heap(chance, keys, 2)
-    elif action < 0.8 and isinstance(place, dict):
-        place[chance.choice([*keys, "x"])] = heap(chance, keys, 1)
+        node[key] = random_value(rng, keys, 2)
+    elif action < 0.8 and isinstance(node, dict):
+        node[rng.choice([*keys, "x"])] = random_value(rng, keys, 1)
     else:
-        del place[key]
+        del node[key]
 
 
-def generated(chance: random.Random, keys: list[str], documents: list[Any]) -> str:
-    """A good spec of which up to 6 places hold something else, or a heap of known keys and odd values."""
-    if chance.random() < 0.25:
-        return json.dumps({"apiVersion": "topwork.dev/v1alpha1", "kind": "TransferJob", "spec": heap(chance, keys, 4)})
-    document = json.loads(json.dumps(chance.choice(documents)))
-    for _ in range(chance.randint(1, 6)):
-        change(chance, keys, document)
-    return json.dumps(document, ensure_ascii=chance.random() < 0.5, indent=chance.choice([None, 1]))
+def generate_spec(rng: random.Random, keys: list[str], documents: list[Any]) -> str:
+    """Generate a valid spec with up to 6 changes, or a random nesting of known keys and unusual values."""
+    if rng.random() < 0.25:
+        spec = random_value(rng, keys, 4)
+        return json.dumps({"apiVersion": "topwork.dev/v1alpha1", "kind": "TransferJob", "spec": spec})
+    document = json.loads(json.dumps(rng.choice(documents)))
+    for _ in range(rng.randint(1, 6)):
+        mutate(rng, keys, document)
+    return json.dumps(document, ensure_ascii=rng.random() < 0.5, indent=rng.choice([None, 1]))
 
 
-def mutated(chance: random.Random) -> str:
-    """A real spec with lines lost, doubled, moved or taken from another, and characters changed."""
-    lines = chance.choice(TEXTS).splitlines()
-    for _ in range(chance.randint(1, 5)):
-        place, action = chance.randrange(len(lines)), chance.randrange(6)
+def mutate_lines(rng: random.Random) -> str:
+    """Take a real spec and remove, repeat, indent or replace some lines and characters."""
+    lines = rng.choice(TEXTS).splitlines()
+    for _ in range(rng.randint(1, 5)):
+        index, action = rng.randrange(len(lines)), rng.randrange(6)
         if action == 0:
-            del lines[place]
+            del lines[index]
             lines = lines or [""]
         elif action == 1:
-            lines.insert(place, chance.choice(lines))
+            lines.insert(index, rng.choice(lines))
         elif action == 2:
-            lines[place] = " " * chance.randint(0, 4) + lines[place].lstrip()
+            lines[index] = " " * rng.randint(0, 4) + lines[index].lstrip()
         elif action == 3:
-            lines[place] = chance.choice(chance.choice(TEXTS).splitlines())
+            lines[index] = rng.choice(rng.choice(TEXTS).splitlines())
         elif action == 4:
-            key = lines[place].partition(":")[0]
-            lines[place] = f"{key}: {json.dumps(chance.choice(VALUES))}"
+            key = lines[index].partition(":")[0]
+            lines[index] = f"{key}: {json.dumps(rng.choice(VALUES))}"
         else:
-            at = chance.randint(0, len(lines[place]))
-            lines[place] = lines[place][:at] + chance.choice("\t:-[]{}&*!|>'\"%@`#,\\ ~\x07é") + lines[place][at + 1 :]
+            at = rng.randint(0, len(lines[index]))
+            lines[index] = lines[index][:at] + rng.choice("\t:-[]{}&*!|>'\"%@`#,\\ ~\x07é") + lines[index][at + 1 :]
     return "\n".join(lines)
 
 
-def test_generated_specs_are_jobs_or_problems_with_a_place_and_a_reason():
-    chance, keys = random.Random(1), known_keys()
+def test_generated_specs_result_in_jobs_or_problems():
+    rng, keys = random.Random(1), known_keys()
     documents = [found for text in TEXTS for found in YAML(typ="safe", pure=True).load_all(text) if found]
-    wrong = sum(bool(problems_of(generated(chance, keys, documents))) for _ in range(GENERATED))
-    print(f"{GENERATED} generated specs: {wrong} refused, {GENERATED - wrong} jobs")
-    assert wrong > GENERATED // 2
+    rejected = sum(bool(problems_of(generate_spec(rng, keys, documents))) for _ in range(GENERATED))
+    print(f"{GENERATED} generated specs: {rejected} rejected, {GENERATED - rejected} accepted")
+    assert rejected > GENERATED // 2
 
 
-def test_mutated_specs_are_jobs_or_problems_with_a_place_and_a_reason():
-    chance = random.Random(2)
-    wrong = sum(bool(problems_of(mutated(chance))) for _ in range(MUTATED))
-    print(f"{MUTATED} mutated specs: {wrong} refused, {MUTATED - wrong} jobs")
-    assert wrong > MUTATED // 3
+def test_mutated_specs_result_in_jobs_or_problems():
+    rng = random.Random(2)
+    rejected = sum(bool(problems_of(mutate_lines(rng))) for _ in range(MUTATED))
+    print(f"{MUTATED} mutated specs: {rejected} rejected, {MUTATED - rejected} accepted")
+    assert rejected > MUTATED // 3
 
 
-def test_the_command_ends_with_2_and_the_same_words(tmp_path, monkeypatch, capsys):
-    chance = random.Random(3)
+def test_validate_exits_with_code_2_and_the_same_messages(tmp_path, monkeypatch, capsys):
+    rng = random.Random(3)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["topwork", "validate", "job.yaml"])
-    refused = 0
+    rejected = 0
     for _ in range(200 if LONG else 10):
-        text = mutated(chance)
+        text = mutate_lines(rng)
         Path("job.yaml").write_text(text, errors="surrogatepass")
         expected = problems_of(text)
-        with pytest.raises(SystemExit) as ended:
+        with pytest.raises(SystemExit) as caught:
             main()
-        said = capsys.readouterr()
-        assert "Traceback" not in said.err
-        assert ended.value.code == (2 if expected else 0)
+        output = capsys.readouterr()
+        assert "Traceback" not in output.err
+        assert caught.value.code == (2 if expected else 0)
         if expected:
-            refused += 1
-            assert all(line.startswith("job.yaml") for line in said.err.splitlines())
-            assert len(said.err.splitlines()) == len(expected)
-    assert refused
+            rejected += 1
+            assert all(line.startswith("job.yaml") for line in output.err.splitlines())
+            assert len(output.err.splitlines()) == len(expected)
+    assert rejected

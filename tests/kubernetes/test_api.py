@@ -1,6 +1,8 @@
 """Apply, get, list and delete of `Cluster`, over HTTP."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 
 import api_statuses
@@ -244,3 +246,9 @@ def test_invalid_name_is_rejected(cluster: Cluster):
 def test_objects_are_json_serializable(make_cluster: Callable[..., Cluster]):
     stored = make_cluster().apply(JOB)
     assert json.loads(json.dumps(stored)) == stored
+
+
+def test_errors_are_imported_without_the_official_client():
+    script = "import sys, topwork.clients.kubernetes.errors; print('kubernetes' in sys.modules)"
+    completed = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    assert completed.stdout == "False\n"

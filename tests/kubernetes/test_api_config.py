@@ -336,6 +336,15 @@ def test_missing_plugin_reports_its_install_hint(plugin: Callable[..., Path]):
     )
 
 
+def test_plugin_that_returns_no_credential_raises_setting_error(plugin: Callable[..., Path]):
+    credential = '{"apiVersion":"client.authentication.k8s.io/v1","kind":"ExecCredential","status":{}}'
+    file = plugin(failure=f"echo '{credential}'; exit")
+    assert list_error(kubeconfig=str(file)) == (
+        f"{file}: login of context a failed: exec: the plugin returned neither token nor clientCertificateData. "
+        "Log in again as you do for kubectl."
+    )
+
+
 def test_plugin_that_fails_on_renewal_reports_its_stderr(
     plugin: Callable[..., Path], capfd: pytest.CaptureFixture[str]
 ):

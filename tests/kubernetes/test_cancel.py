@@ -154,7 +154,7 @@ def test_cancel_deletes_a_remaining_config_map(simulated: SimulatedCluster, canc
     with cancel(RUN) as command:
         assert command.wait() == 0
     assert command.lines == [
-        f"canceling {RUN} in namespace team-a, of which only the ConfigMap is remaining_objects",
+        f"canceling {RUN} in namespace team-a, of which only the ConfigMap is left",
         f"{RUN} is canceled: all its objects are deleted",
     ]
     assert remaining_objects(simulated.server) == []
@@ -185,7 +185,7 @@ def test_cancel_without_permission_is_rejected(simulated: SimulatedCluster, canc
     simulated.server.inject(Fault(api_statuses.rbac_denied("delete", "jobs", "team-a", RUN, "batch"), method="DELETE"))
     with cancel("flowers") as command:
         assert command.wait() == 2
-    assert command.lines[-1].startswith("topwork: alice may not delete jobs in the namespace team-a. ")
+    assert command.lines[-1].startswith("topwork: alice is not allowed to delete jobs in namespace team-a. ")
     assert remaining_objects(simulated.server) == [f"Job {RUN}", f"Pod {POD}", f"ConfigMap {RUN}"]
 
 

@@ -310,7 +310,7 @@ def test_job_that_ends_before_its_pod_is_reported_has_the_error_of_the_pod(
         def watch(self, kind, **selection):
             return iter(()) if kind == "Pod" else super().watch(kind, **selection)
 
-    cluster = WithoutPodChanges(make_cluster()._api)
+    cluster = WithoutPodChanges(make_cluster()._client)
     statuses = RunFollower(cluster, RUN, timings=FollowTimings(list_seconds=60.0)).statuses()
     assert next(statuses).phase == "pending"
     simulated.put_pod({"pull": failed("pull", 2, "no such bucket")}, phase="Failed")
@@ -334,7 +334,7 @@ def test_log_read_again_after_a_disconnect_repeats_no_epoch(
                 raise UnavailableError("the node does not answer")
             yield epoch_line("transfer", 3, 3, 0.9)
 
-    statuses = RunFollower(Broken(make_cluster()._api), RUN, timings=TIMINGS).statuses()
+    statuses = RunFollower(Broken(make_cluster()._client), RUN, timings=TIMINGS).statuses()
     simulated.put_pod(PULLED | {"transfer": running(100)})
     epochs = []
     while len(epochs) < 3:

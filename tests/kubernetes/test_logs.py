@@ -134,7 +134,7 @@ def test_unreachable_node_does_not_hide_logs_of_other_pods(
     api_server.inject(Fault(api_statuses.status(500, "", why), path="aaaaa/log"), times=2)
     assert format_entries(RunLog(make_cluster(attempts=2), RUN).read()) == [
         f"# {RUN}-aaaaa pull",
-        f"! {api_server.url} could not read the log of Pod {RUN}-aaaaa in team-a (500: {why}). Try again run_later.",
+        f"! {api_server.url} could not read the log of Pod {RUN}-aaaaa in team-a (500: {why}). Try again later.",
         f"# {RUN}-bbbbb pull",
         "bbbbb",
     ]
@@ -274,9 +274,9 @@ def test_failed_follow_prints_how_to_follow_again(simulated: SimulatedCluster, k
     simulated.server.inject(Fault(api_statuses.rbac_denied("get", "pods/log", "team-a", POD), path="/log"))
     ended = logs(kubeconfig, "flowers", "-f")
     assert ended.returncode == 2
-    assert ended.stderr.endswith(
-        "says when it is there. The job continues. Follow it again with: topwork logs flowers -n team-a -f\n"
-    )
+    lines = ended.stderr.splitlines()
+    assert lines[1].startswith("topwork: alice is not allowed to get pods/log in namespace team-a. ")
+    assert lines[2] == "The job continues. Follow it again with: topwork logs flowers -n team-a -f"
 
 
 def test_ctrl_c_does_not_stop_the_run_and_prints_how_to_follow_again(simulated: SimulatedCluster, kubeconfig: Path):

@@ -41,8 +41,8 @@ def reason_of(job_object, pods=(), events=()):
             "0/4 nodes are available: 1 node(s) had untolerated taint(s), 3 Insufficient memory, 1 Insufficient cpu. "
             "preemption: 0/4 nodes are available: 4 Preemption is not helpful for scheduling.",
             "no node has 32Gi free memory (insufficient on 3 of 4) and 4 free cpu (insufficient on 1 of 4); 1 of 4 "
-            "nodes has a taint, which the job does not tolerate; wait until a node is free, or lower spec.compute.memory "
-            "or spec.compute.cpu",
+            "nodes has a taint, which the job does not tolerate; wait until a node is free, or lower "
+            "spec.compute.memory or spec.compute.cpu",
         ),
         (
             "0/3 nodes are available: 3 node(s) had untolerated taint {nvidia.com/gpu: present}. preemption: 0/3 nodes "

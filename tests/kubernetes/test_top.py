@@ -1,4 +1,4 @@
-"""`topwork top -n NAMESPACE`: runs of a cluster, read through its API server."""
+"""`topwork top -n NAMESPACE`: runs of a cluster, read through the API server."""
 
 import json
 from collections.abc import Callable
@@ -26,7 +26,7 @@ def simulated(api_server: ApiServer) -> SimulatedCluster:
     return SimulatedCluster(api_server)
 
 
-def training(stage: str = "transfer") -> Metrics:
+def start_metrics(stage: str = "transfer") -> Metrics:
     metrics = Metrics(gpus=False)
     metrics.start_job(job="flowers", run=RUN, stage=stage, version="1.2.3")
     metrics.set_planned_epochs(stage, 20)
@@ -34,21 +34,21 @@ def training(stage: str = "transfer") -> Metrics:
     return metrics
 
 
-def test_the_container_that_runs_is_read_through_the_api_server(simulated: SimulatedCluster, topwork: Topwork):
+def test_the_running_container_is_read_through_the_api_server(simulated: SimulatedCluster, topwork: Topwork):
     simulated.put_pod(PULLED | {"transfer": running(100)})
-    metrics = training()
+    metrics = start_metrics()
     simulated.server.pod_ports[POD, 9102] = metrics.serve(0, "127.0.0.1")
     with metrics.track_stage("transfer"):
         code, lines = topwork("top", "flowers", *FAST)
     assert code == 0, lines
     assert lines[0].startswith(f"{RUN} in namespace team-a: running, transfer for ")
     assert lines[1].startswith("  epoch          5/20  ━━━━━━╌")
-    assert lines[-1] == f"  read from      pod {POD}:9102"
+    assert lines[-1] == f"  source         pod {POD}:9102"
     paths = {request.path for request in simulated.server.requests if "proxy" in request.path}
     assert paths == {f"/api/v1/namespaces/team-a/pods/{POD}%3A9102/proxy/metrics"}
 
 
-def test_a_run_that_waits_says_why(simulated: SimulatedCluster, topwork: Topwork):
+def test_a_pending_run_is_shown_with_its_reason(simulated: SimulatedCluster, topwork: Topwork):
     simulated.put_pending_pod(NO_GPUS)
     code, lines = topwork("top", *FAST)
     assert code == 0, lines
@@ -56,62 +56,60 @@ def test_a_run_that_waits_says_why(simulated: SimulatedCluster, topwork: Topwork
     assert "nvidia.com/gpu" in lines[1]
 
 
-def test_a_run_that_is_over_is_not_among_those_under_way_and_tells_its_end_when_asked_for(
-    simulated: SimulatedCluster, topwork: Topwork
-):
+def test_a_finished_run_is_shown_only_by_name(simulated: SimulatedCluster, topwork: Topwork):
     simulated.finish_run()
-    assert topwork("top", *FAST) == (0, ["No run is under way in namespace team-a."])
+    assert topwork("top", *FAST) == (0, ["No runs in progress in namespace team-a."])
     code, lines = topwork("top", RUN, *FAST)
     assert (code, lines[0]) == (0, f"{RUN} in namespace team-a: succeeded, fine-tune")
 
 
-def test_a_container_whose_port_is_closed_is_shown_with_what_the_cluster_says(
+def test_a_container_that_does_not_answer_is_shown_with_its_status_in_the_cluster(
     simulated: SimulatedCluster, topwork: Topwork
 ):
     simulated.put_pod(TRANSFERRED | {"fine-tune": running(200)})
     code, lines = topwork("top", *FAST, "--json")
-    (told,) = json.loads("\n".join(lines))
-    assert (code, told["state"], told["stage"], told["epoch"]) == (0, "running", "fine-tune", None)
-    assert f"read the metrics of Pod {POD}:9103 in team-a (503: error trying to reach service" in told["reason"]
+    (run,) = json.loads("\n".join(lines))
+    assert (code, run["state"], run["stage"], run["epoch"]) == (0, "running", "fine-tune", None)
+    assert f"read the metrics of Pod {POD}:9103 in team-a (503: error trying to reach service" in run["reason"]
 
 
-def test_a_stop_is_told_while_the_process_still_serves(simulated: SimulatedCluster, topwork: Topwork):
+def test_a_stopping_run_is_shown_while_its_process_still_answers(simulated: SimulatedCluster, topwork: Topwork):
     simulated.put_pod(PULLED | {"transfer": running(100)}, deleted=120)
-    metrics = training()
+    metrics = start_metrics()
     simulated.server.pod_ports[POD, 9102] = metrics.serve(0, "127.0.0.1")
     with metrics.track_stage("transfer"):
         _, lines = topwork("top", *FAST)
     assert lines[0].startswith(f"{RUN} in namespace team-a: stopping, transfer")
 
 
-def test_who_must_not_reach_pods_is_told_which_right_is_missing(simulated: SimulatedCluster, topwork: Topwork):
+def test_a_missing_permission_for_pods_is_reported(simulated: SimulatedCluster, topwork: Topwork):
     simulated.put_pod(PULLED | {"transfer": running(100)})
     refusal = api_statuses.rbac_denied("get", "pods/proxy", "team-a", f"{POD}:9102")
     simulated.server.inject(Fault(refusal, path="/proxy"))
     assert topwork("top", *FAST) == (
         2,
         [
-            "topwork: alice may not get pods/proxy in the namespace team-a. Whoever runs the cluster can give you the "
-            "role topwork-submitter of k8s/base; kubectl auth can-i get pods/proxy -n team-a says when it is there."
+            "topwork: alice is not allowed to get pods/proxy in namespace team-a. Ask a cluster administrator for the "
+            "role topwork-submitter of k8s/base, then check with: kubectl auth can-i get pods/proxy -n team-a"
         ],
     )
 
 
-def test_an_unknown_run_names_those_that_there_are(simulated: SimulatedCluster, topwork: Topwork):
+def test_an_unknown_run_is_reported_with_the_existing_runs(simulated: SimulatedCluster, topwork: Topwork):
     code, lines = topwork("top", "dogs", *FAST)
-    assert (code, lines) == (2, [f"topwork: no job or run dogs in namespace team-a. There are: {RUN}."])
+    assert (code, lines) == (2, [f"topwork: no job or run dogs in namespace team-a. Existing runs: {RUN}."])
 
 
-def test_a_page_that_is_cut_off_is_said_and_read_again(simulated: SimulatedCluster, make_cluster: Callable[..., Any]):
-    from topwork.cli.top.sources import Pods
+def test_a_truncated_page_is_reported_and_read_again(simulated: SimulatedCluster, make_cluster: Callable[..., Any]):
+    from topwork.cli.top.sources import ClusterSource
 
     simulated.put_pod(PULLED | {"transfer": running(100)})
-    metrics = training()
+    metrics = start_metrics()
     simulated.server.pod_ports[POD, 9102] = metrics.serve(0, "127.0.0.1")
-    pods = Pods(make_cluster(), None)
+    source = ClusterSource(make_cluster(), None)
     simulated.server.inject(Fault(cut_after_bytes=100, path="/proxy"))
-    (broken,) = pods.read(0.0)
+    (broken,) = source.read(0.0)
     assert broken.epoch is None
     assert broken.reason
-    (found,) = pods.read(1.0)
-    assert (found.epoch, found.reason) == (5, None)
+    (run,) = source.read(1.0)
+    assert (run.epoch, run.reason) == (5, None)

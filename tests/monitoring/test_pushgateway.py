@@ -1,4 +1,4 @@
-"""What came of a run, at the real Pushgateway of Debian."""
+"""Pushing and deleting the outcome of a run with a real Pushgateway."""
 
 import shutil
 import socket
@@ -23,7 +23,7 @@ RUN = "cats-12345678"
 @pytest.fixture(scope="module")
 def gateway():
     if SERVER is None:
-        pytest.skip("no prometheus-pushgateway; `make prometheus` installs it")
+        pytest.skip("prometheus-pushgateway is not installed; install it with: make prometheus")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -40,7 +40,7 @@ def gateway():
         server.wait()
 
 
-def outcome(run: str = RUN, accuracy: float = 0.9) -> Metrics:
+def create_metrics(run: str = RUN, accuracy: float = 0.9) -> Metrics:
     metrics = Metrics()
     metrics.start_job(job="cats", run=run, stage="fine-tune", version="0.1.0")
     with metrics.track_stage("transfer"):
@@ -51,44 +51,44 @@ def outcome(run: str = RUN, accuracy: float = 0.9) -> Metrics:
     return metrics
 
 
-def shown(gateway: str, run: str = RUN) -> list[str]:
-    """Lines of the series that a Pushgateway shows of a run, without its own."""
-    with urllib.request.urlopen(f"{gateway}/metrics", timeout=60) as answer:
-        lines = answer.read().decode().splitlines()
+def pushed_lines(gateway: str, run: str = RUN) -> list[str]:
+    """Return the lines of a run on the page of the Pushgateway."""
+    with urllib.request.urlopen(f"{gateway}/metrics", timeout=60) as response:
+        lines = response.read().decode().splitlines()
     return [line for line in lines if line.startswith("topwork_") and f'run="{run}"' in line]
 
 
-def test_the_outcome_of_a_run_replaces_what_stood_for_it_and_goes_when_it_is_deleted(gateway):
-    push_outcome(gateway, outcome(accuracy=0.1))
-    push_outcome(gateway, outcome())
-    push_outcome(gateway, outcome("cats-87654321"))
+def test_push_replaces_the_outcome_of_a_run_and_delete_removes_it(gateway):
+    push_outcome(gateway, create_metrics(accuracy=0.1))
+    push_outcome(gateway, create_metrics())
+    push_outcome(gateway, create_metrics("cats-87654321"))
     labels = f'instance="",job="topwork",name="accuracy",run="{RUN}",split="test",transferjob="cats"'
-    lines = shown(gateway)
+    lines = pushed_lines(gateway)
     assert f"topwork_metric{{{labels}}} 0.9" in lines
     assert f'topwork_exit_code{{instance="",job="topwork",run="{RUN}",stage="fine-tune",transferjob="cats"}} 3' in lines
     assert not [line for line in lines if "running" in line or "last_progress" in line or "bucket" in line]
-    told = CliRunner().invoke(app, ["metrics", "delete", RUN, "--pushgateway", gateway])
-    assert (told.exit_code, told.output) == (0, f"Deleted {RUN} from {gateway}.\n")
-    assert shown(gateway) == []
-    assert shown(gateway, "cats-87654321")
-    told = CliRunner().invoke(app, ["metrics", "delete", RUN, "--pushgateway", gateway])
-    assert (told.exit_code, told.output) == (0, f"{gateway} has no metrics of {RUN}.\n")
+    result = CliRunner().invoke(app, ["metrics", "delete", RUN, "--pushgateway", gateway])
+    assert (result.exit_code, result.output) == (0, f"Deleted {RUN} from {gateway}.\n")
+    assert pushed_lines(gateway) == []
+    assert pushed_lines(gateway, "cats-87654321")
+    result = CliRunner().invoke(app, ["metrics", "delete", RUN, "--pushgateway", gateway])
+    assert (result.exit_code, result.output) == (0, f"{gateway} has no metrics of {RUN}.\n")
 
 
-def test_the_page_of_a_pushgateway_is_clean_for_promtool(gateway):
-    push_outcome(gateway, outcome())
-    with urllib.request.urlopen(f"{gateway}/metrics", timeout=60) as answer:
-        families = answer.read().decode().split("# HELP ")
+def test_pushed_series_pass_promtool(gateway):
+    push_outcome(gateway, create_metrics())
+    with urllib.request.urlopen(f"{gateway}/metrics", timeout=60) as response:
+        families = response.read().decode().split("# HELP ")
     page = "".join(f"# HELP {family}" for family in families if family.startswith("topwork_")).encode()
     assert page.count(b"# HELP") > 5
     checked = subprocess.run(["promtool", "check", "metrics"], input=page, capture_output=True, check=False)
     assert (checked.returncode, checked.stdout + checked.stderr) == (0, b"")
 
 
-def test_a_job_spec_says_which_run_and_which_pushgateway(gateway):
+def test_delete_reads_run_and_pushgateway_from_a_job_spec(gateway):
     run = read_jobs(SPEC)[0].run
-    push_outcome(gateway, outcome(run))
+    push_outcome(gateway, create_metrics(run))
     address = ("--set", f"spec.metrics.pushgateway={gateway}")
-    told = CliRunner().invoke(app, ["metrics", "delete", "--file", str(SPEC), *address])
-    assert (told.exit_code, told.output) == (0, f"Deleted {run} from {gateway}.\n")
-    assert shown(gateway, run) == []
+    result = CliRunner().invoke(app, ["metrics", "delete", "--file", str(SPEC), *address])
+    assert (result.exit_code, result.output) == (0, f"Deleted {run} from {gateway}.\n")
+    assert pushed_lines(gateway, run) == []

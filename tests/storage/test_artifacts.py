@@ -30,7 +30,9 @@ def write_files(directory: Path, content: dict[str, bytes]) -> Path:
 
 
 def read_files(directory: Path) -> dict[str, bytes]:
-    return {path.relative_to(directory).as_posix(): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(directory).as_posix(): path.read_bytes() for path in directory.rglob("*") if path.is_file()
+    }
 
 
 def put_manifest(storage: Storage, files: dict[str, FileEntry], **other: object) -> None:
@@ -109,9 +111,7 @@ def test_download_fetches_only_selected_files(storage: Storage, directory: Path,
 
 
 @pytest.mark.parametrize("damage", [b"", b"firs", b"FIRST", b"first and more"])
-def test_download_rejects_a_damaged_file(
-    storage: Storage, directory: Path, tmp_path: Path, damage: bytes
-) -> None:
+def test_download_rejects_a_damaged_file(storage: Storage, directory: Path, tmp_path: Path, damage: bytes) -> None:
     write_artifact(storage, "set", directory, {})
     storage.write("set/a.txt", damage)
     with pytest.raises(UnavailableError, match=rf"^{storage.uri}/set/a\.txt does not match its manifest: expected 5"):
@@ -128,7 +128,9 @@ def test_download_reports_a_missing_file(storage: Storage, directory: Path, tmp_
 
 
 @pytest.mark.parametrize("name", ["../out", "/etc/passwd", "a/../../out", "..", "", ".", "a\\b", "a\0b"])
-def test_download_rejects_a_manifest_with_paths_outside_its_directory(storage: Storage, tmp_path: Path, name: str) -> None:
+def test_download_rejects_a_manifest_with_paths_outside_its_directory(
+    storage: Storage, tmp_path: Path, name: str
+) -> None:
     (tmp_path / "source").write_bytes(b"x")
     put_manifest(storage, {name: describe_file(tmp_path / "source")})
     with pytest.raises(DataError) as caught:

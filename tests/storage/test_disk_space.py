@@ -11,7 +11,7 @@ import pytest
 
 from topwork.artifacts import download_artifact, write_artifact
 from topwork.cli.runtime.shutdown import to_topwork_error
-from topwork.disk_space import disk_full_error, require_free_space, report_full_disk, format_bytes
+from topwork.disk_space import disk_full_error, format_bytes, report_full_disk, require_free_space
 from topwork.errors import DataError, SettingError, UnavailableError
 from topwork.pipeline import run_pull
 
@@ -64,8 +64,8 @@ def test_download_of_an_artifact_larger_than_the_disk_does_not_start(storage, sm
     with pytest.raises(UnavailableError) as caught:
         download_artifact(storage, "set", small_disk / "set")
     assert str(caught.value) == (
-        f"Downloading {storage.uri}/set needs about 3.0 MiB, but {small_disk}/set has 2.0 MiB free. Free space there, or "
-        "use a larger disk or another node, then start again."
+        f"Downloading {storage.uri}/set needs about 3.0 MiB, but {small_disk}/set has 2.0 MiB free. Free space there, "
+        "or use a larger disk or another node, then start again."
     )
     assert list((small_disk / "set").iterdir()) == []
 
@@ -84,9 +84,9 @@ def test_pull_larger_than_the_scratch_limit_does_not_start(make_job, workspace, 
     with pytest.raises(SettingError) as caught:
         run_pull(make_job(), replace(workspace, scratch_limit=size - 1))
     assert str(caught.value) == (
-        f'Pulling {{"folder": {{"uri": "{two_class_folder}"}}}} needs about {format_bytes(size)} of the scratch volume, '
-        f"but spec.compute.scratch is {format_bytes(size - 1)}. Increase it: the cluster evicts a pod whose volume "
-        "exceeds its limit."
+        f'Pulling {{"folder": {{"uri": "{two_class_folder}"}}}} needs about {format_bytes(size)} of the scratch '
+        f"volume, but spec.compute.scratch is {format_bytes(size - 1)}. Increase it: the cluster evicts a pod whose "
+        "volume exceeds its limit."
     )
     assert [stored.key for stored in workspace.storage.list("datasets/")] == []
 

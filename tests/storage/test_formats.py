@@ -1,4 +1,4 @@
-"""What another version of topwork has written is told as that, and never a traceback."""
+"""Records written by another version of topwork give a clear error, never a traceback."""
 
 import json
 
@@ -7,7 +7,7 @@ import pytest
 from topwork import __version__
 from topwork.errors import DataError
 from topwork.registry import versions
-from topwork.stages.publish import published_earlier
+from topwork.stages.publish import read_published
 from topwork.stages.pull import find_pulled_dataset
 
 PUBLISHED = {"name": "tiny", "version": 1, "uri": "s3://…", "report_uri": "s3://…", "metrics": {}, "split": "test",
@@ -21,17 +21,17 @@ def pulled(job, workspace, content):
 
 def published(job, workspace, content):
     workspace.storage.write(f"runs/{job.run}/publish/done.json", content)
-    return published_earlier(job, workspace.storage)
+    return read_published(job, workspace.storage)
 
 
 def pointed(job, workspace, content):
     workspace.storage.write("models/tiny/latest.json", content)
-    return versions.latest(workspace.storage, "tiny")
+    return versions.read_latest(workspace.storage, "tiny")
 
 
 @pytest.mark.parametrize("read", [pulled, published, pointed])
 @pytest.mark.parametrize(("found", "age"), [(2, "a newer"), (0, "an older")])
-def test_a_record_of_another_format_asks_for_the_other_topwork(make_job, workspace, read, found, age):
+def test_record_of_another_format_names_the_version_to_use(make_job, workspace, read, found, age):
     with pytest.raises(DataError) as caught:
         read(make_job(), workspace, json.dumps({"format": found}).encode())
     assert f"has format {found}, but topwork {__version__} reads format 1. Read it with {age} topwork" in str(caught.value)
@@ -40,25 +40,25 @@ def test_a_record_of_another_format_asks_for_the_other_topwork(make_job, workspa
 
 @pytest.mark.parametrize("read", [pulled, published, pointed])
 @pytest.mark.parametrize("content", [b"", b"no JSON", b"[]", b"{}", b'{"format": "one"}', b"\xff\xfe", b"null"])
-def test_what_is_no_record_is_named(make_job, workspace, read, content):
+def test_invalid_record_is_reported(make_job, workspace, read, content):
     with pytest.raises(DataError, match=rf"^{workspace.storage.uri}/.*\.json is not "):
         read(make_job(), workspace, content)
 
 
 @pytest.mark.parametrize("read", [pulled, published])
-def test_a_run_that_can_not_be_read_can_be_started_over(make_job, workspace, read):
+def test_error_for_an_unreadable_run_suggests_restart(make_job, workspace, read):
     for content in (b"{}", b'{"format": 2}'):
         with pytest.raises(DataError, match="start over with --restart"):
             read(make_job(), workspace, content)
 
 
-def test_a_run_that_was_published_before_marks_had_a_format_is_read(make_job, workspace):
+def test_record_without_format_is_read(make_job, workspace):
     job = make_job()
     workspace.storage.write(f"runs/{job.run}/publish/done.json", json.dumps(PUBLISHED).encode())
-    assert published_earlier(job, workspace.storage) is None  # read; and the version is gone, so it is made again
+    assert read_published(job, workspace.storage) is None  # read, but the version is gone, so it is published again
 
 
-def test_a_manifest_that_describes_no_dataset_is_named(make_job, workspace):
+def test_manifest_without_dataset_is_reported(make_job, workspace):
     manifest = {"format": 1, "files": {}, "facts": {"name": "photos"}}
     workspace.storage.write("datasets/photos/aaaa/manifest.json", json.dumps(manifest).encode())
     done = json.dumps({"format": 1, "dataset": "datasets/photos/aaaa"}).encode()

@@ -1,4 +1,4 @@
-"""`topwork gc`: what goes, and above all what stays."""
+"""`topwork gc`: what is deleted and, above all, what is kept."""
 
 import json
 from datetime import timedelta
@@ -10,7 +10,7 @@ from topwork.artifacts import write_artifact
 from topwork.cli import app
 from topwork.cli.runtime.shutdown import to_topwork_error
 from topwork.registry.garbage_collection import leftovers, remove
-from topwork.registry.versions import Version, claim
+from topwork.registry.versions import Version, claim_version
 
 AT_ONCE = timedelta(0)
 PART_BYTES = 5 << 20
@@ -34,15 +34,15 @@ NAMED = "runs/cats-2/transfer/model-0000000000000000.keras"
 
 @pytest.fixture
 def used(storage, tmp_path):
-    """A storage with one of everything that must stay; gives its keys."""
+    """Storage with one of everything that must be kept; returns the keys."""
     whole(storage, "datasets/cats/aaaa0000", tmp_path / "made")
     whole(storage, "datasets/dogs/bbbb0000", tmp_path / "made")
     whole(storage, "datasets/birds/cccc0000", tmp_path / "made")
-    # The run is not done: its checkpoint and features are all that it has.
+    # The run is unfinished: it still needs its checkpoint and features.
     storage.write("runs/cats-1/pull/done.json", json.dumps({"dataset": "datasets/cats/aaaa0000"}).encode())
     whole(storage, "runs/cats-1/transfer/checkpoints/00001", tmp_path / "made")
     storage.write("runs/cats-1/transfer/features/train-0000000000.npy", b"features")
-    # The runs of these models were deleted; one is of a topwork that named its dataset in the card alone.
+    # The runs of these models were deleted; one model names its dataset only in its card, as older versions did.
     whole(storage, "models/cats/1", tmp_path / "made", version(1, "datasets/dogs/bbbb0000"))
     storage.write("models/cats/latest.json", json.dumps(version(1, "datasets/dogs/bbbb0000")).encode())
     (tmp_path / "made" / "card.md").write_text(f"| Dataset | {storage.uri}/datasets/birds/cccc0000 |")
@@ -55,10 +55,10 @@ def used(storage, tmp_path):
 
 @pytest.fixture
 def littered(used, storage, tmp_path):
-    """The same with one of everything that can go; gives what stays, and what goes by its kind."""
+    """The same with one of everything that can be deleted; returns what is kept, and what is deleted by kind."""
     storage.write("datasets/cats/dddd0000/stored_images-train.tfrecord-00000-of-00001", b"half")
     whole(storage, "datasets/cats/eeee0000", tmp_path / "made")
-    claim(storage, "cats", "cats-9")
+    claim_version(storage, "cats", "cats-9")
     storage.write("models/cats/3/model.keras", b"half")
     storage.write("runs/cats-1/fine-tune/checkpoints/00001/state.npz", b"half")
     storage.write("runs/cats-1/fine-tune/model-0123456789abcdef.keras", b"not named yet")
@@ -67,7 +67,9 @@ def littered(used, storage, tmp_path):
     storage.write("runs/cats-2/transfer/model-fedcba9876543210.keras", b"another process was faster")
     whole(storage, "runs/cats-2/transfer/checkpoints/00002", tmp_path / "made")
     storage.write("runs/cats-2/transfer/features/train-0000000000.npy", b"features")
-    upload = storage._client.create_multipart_upload(Bucket=storage._bucket, Key=f"{storage._key_prefix}runs/cats-3/big")
+    upload = storage._client.create_multipart_upload(
+        Bucket=storage._bucket, Key=f"{storage._key_prefix}runs/cats-3/big"
+    )
     storage._client.upload_part(
         Bucket=storage._bucket, Key=f"{storage._key_prefix}runs/cats-3/big", UploadId=upload["UploadId"], PartNumber=1,
         Body=bytes(PART_BYTES),
@@ -89,11 +91,11 @@ GOES = {
 }
 
 
-def test_what_is_named_or_needed_stays(used, storage):
+def test_gc_keeps_everything_referenced_or_needed(used, storage):
     assert leftovers(storage, AT_ONCE) == []
 
 
-def test_every_kind_of_leftover_goes_and_nothing_else(littered, storage):
+def test_gc_deletes_every_kind_of_leftover_and_nothing_else(littered, storage):
     found = leftovers(storage, AT_ONCE)
     assert {leftover.prefix: leftover.kind for leftover in found} == GOES
     sizes = {leftover.prefix: leftover.size for leftover in found}
@@ -105,11 +107,11 @@ def test_every_kind_of_leftover_goes_and_nothing_else(littered, storage):
     assert leftovers(storage, AT_ONCE) == []
 
 
-def test_what_is_younger_than_the_limit_stays(littered, storage):
+def test_gc_keeps_what_is_younger_than_the_limit(littered, storage):
     assert leftovers(storage, timedelta(hours=1)) == []
 
 
-def test_what_comes_into_use_before_it_is_deleted_stays(littered, storage, tmp_path):
+def test_gc_keeps_what_is_referenced_before_it_is_deleted(littered, storage, tmp_path):
     found = leftovers(storage, AT_ONCE)
     storage.write("runs/new-1/pull/done.json", json.dumps({"dataset": "datasets/cats/eeee0000"}).encode())
     (tmp_path / "made" / "stored_images-train.tfrecord-00000-of-00001").write_bytes(b"whole")
@@ -131,7 +133,7 @@ def command(storage, s3_settings, monkeypatch, tmp_path):
     return lambda *options: CliRunner().invoke(app, ["gc", storage.uri, *options])
 
 
-def test_a_dry_run_lists_and_deletes_nothing_and_the_next_one_says_what_it_freed(command, littered, storage):
+def test_gc_dry_run_deletes_nothing_and_a_real_run_reports_freed_bytes(command, littered, storage):
     before = {stored.key for stored in storage.list()}
     shown = command("--dry-run", "--older-than", "0m")
     assert shown.exit_code == 0, shown.output
@@ -145,7 +147,7 @@ def test_a_dry_run_lists_and_deletes_nothing_and_the_next_one_says_what_it_freed
     assert command().output == f"Nothing in {storage.uri} is left over that is older than 24h.\n"
 
 
-def test_a_limit_that_is_none_is_refused(command):
+def test_gc_rejects_an_invalid_limit(command):
     assert str(to_topwork_error(command("--older-than", "soon").exception)) == (
         "--older-than is 'soon': expected a whole number of minutes, hours or days, such as 90m, 24h or 7d."
     )

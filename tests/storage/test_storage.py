@@ -14,7 +14,14 @@ from topwork.clients.s3.storage import FileEntry, Storage, StorageSettings, Stor
 from topwork.errors import DataError, SettingError, UnavailableError
 
 MEBIBYTE = 1 << 20
-SPECIAL_KEYS = ["plain", "with space/a b.png", "plus+and%20percent", "grün/日本語.jpg", "quote'and&amp;<x>", "dots/..x/…"]
+SPECIAL_KEYS = [
+    "plain",
+    "with space/a b.png",
+    "plus+and%20percent",
+    "grün/日本語.jpg",
+    "quote'and&amp;<x>",
+    "dots/..x/…",
+]
 
 
 @pytest.fixture
@@ -104,7 +111,9 @@ def test_at_returns_storage_limited_to_another_uri(storage: Storage) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 1, 5 * MEBIBYTE, 12 * MEBIBYTE + 7])
-def test_upload_and_download_round_trip_a_file_of_any_size(multipart_storage: Storage, tmp_path: Path, size: int) -> None:
+def test_upload_and_download_round_trip_a_file_of_any_size(
+    multipart_storage: Storage, tmp_path: Path, size: int
+) -> None:
     source = write_random_file(tmp_path / "source", size)
     entry = multipart_storage.upload(source, "file")
     assert entry == FileEntry(size=size, sha256=hashlib.sha256(source.read_bytes()).hexdigest())

@@ -226,7 +226,9 @@ def test_an_unknown_access_key_is_reported_with_its_variable(storage: Storage, s
     )
 
 
-def test_missing_credentials_are_reported_with_the_variables(s3_settings: StorageSettings, no_aws_configuration: Path) -> None:
+def test_missing_credentials_are_reported_with_the_variables(
+    s3_settings: StorageSettings, no_aws_configuration: Path
+) -> None:
     bare = Storage("s3://topwork-test", StorageSettings(endpoint_url=s3_settings.endpoint_url))
     with pytest.raises(SettingError) as caught:
         bare.check()
@@ -251,9 +253,13 @@ def test_a_missing_profile_is_reported(no_aws_configuration: Path, monkeypatch: 
         Storage("s3://topwork-test")
 
 
-def test_an_unreachable_credential_service_is_reported_as_unavailable(no_aws_configuration: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_credential_service_is_reported_as_unavailable(
+    no_aws_configuration: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("AWS_CONTAINER_CREDENTIALS_FULL_URI", "http://127.0.0.1:9/role")
-    with pytest.raises(UnavailableError, match=r"^The credentials for storage could not be retrieved: .* container-role"):
+    with pytest.raises(
+        UnavailableError, match=r"^The credentials for storage could not be retrieved: .* container-role"
+    ):
         Storage("s3://topwork-test")
 
 
@@ -347,15 +353,21 @@ def test_path_style_is_used_except_for_amazon(
     assert signed.split("?")[0] == f"{url}k"
 
 
-def test_an_endpoint_from_a_variable_uses_path_style(no_aws_configuration: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_endpoint_from_a_variable_uses_path_style(
+    no_aws_configuration: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "https://minio.example.com")
     client = Storage("s3://photos", StorageSettings(access_key="a", secret_key="b"))._client
     signed = client.generate_presigned_url("get_object", Params={"Bucket": "photos", "Key": "k"})
     assert signed.split("?")[0] == "https://minio.example.com/photos/k"
 
 
-def test_the_addressing_style_of_aws_files_has_priority(no_aws_configuration: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    no_aws_configuration.write_text("[default]\nendpoint_url = https://oss.example.com\ns3 =\n    addressing_style = virtual\n")
+def test_the_addressing_style_of_aws_files_has_priority(
+    no_aws_configuration: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    no_aws_configuration.write_text(
+        "[default]\nendpoint_url = https://oss.example.com\ns3 =\n    addressing_style = virtual\n"
+    )
     client = Storage("s3://photos", StorageSettings(access_key="a", secret_key="b"))._client
     signed = client.generate_presigned_url("get_object", Params={"Bucket": "photos", "Key": "k"})
     assert signed.split("?")[0] == "https://photos.oss.example.com/k"
@@ -377,7 +389,11 @@ def test_checksums_can_be_disabled_with_a_variable(
 
 @pytest.mark.skipif(not shutil.which("openssl"), reason="needs openssl: apt-get install openssl")
 def test_a_private_certificate_authority_is_trusted_if_configured(
-    storage: Storage, s3_settings: StorageSettings, faulty_proxy: Callable[..., FaultyProxy], no_aws_configuration: Path, tmp_path: Path
+    storage: Storage,
+    s3_settings: StorageSettings,
+    faulty_proxy: Callable[..., FaultyProxy],
+    no_aws_configuration: Path,
+    tmp_path: Path,
 ) -> None:
     certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
     command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=s3"

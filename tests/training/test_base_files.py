@@ -1,4 +1,4 @@
-"""Weights and saved models in storage, and the mirror of downloaded weights."""
+"""Files of the base: user weights and saved models, and mirrored ImageNet weights."""
 
 import functools
 import http.server
@@ -26,64 +26,66 @@ from topwork.training.base_files import fetch_base_file, mirror_weights
 
 @pytest.fixture
 def weights(tmp_path):
-    """A file of MobileNet's weights without its head."""
+    """Path of a file with weights of MobileNet without its head, and their values."""
     model = keras.applications.MobileNet(weights=None, include_top=False)
     model.save_weights(tmp_path / "own.weights.h5")
     return tmp_path / "own.weights.h5", model.get_weights()
 
 
-def test_weights_of_a_file_are_mirrored_once_and_found(workspace, weights):
+def test_weights_are_mirrored_once_and_found(workspace, weights):
     file, values = weights
     assert mirror_weights("MobileNet", workspace, file) is False
     assert mirror_weights("MobileNet", workspace, file) is True
     found = fetch_base_file(Base(application="MobileNet"), workspace)
     assert found.name == "MobileNet.weights.h5"
     model = find_backbone("MobileNet").build((64, 48), found)
-    for mine, given in zip(model.get_weights(), values, strict=True):
-        np.testing.assert_array_equal(mine, given)
+    for actual, expected in zip(model.get_weights(), values, strict=True):
+        np.testing.assert_array_equal(actual, expected)
     assert fetch_base_file(Base(application="MobileNet", weights="none"), workspace) is None
 
 
-def test_weights_that_the_spec_names_are_taken_from_a_local_path_and_from_storage(workspace, weights):
+def test_weights_in_the_spec_can_be_a_local_path_or_in_storage(workspace, weights):
     file, values = weights
     workspace.storage.upload(file, "bases/own.weights.h5")
     for where in (str(file), f"{workspace.storage.uri}/bases/own.weights.h5"):
         found = fetch_base_file(Base(application="MobileNet", weights=where), workspace)
-        for mine, given in zip(find_backbone("MobileNet").build((32, 32), found).get_weights(), values, strict=True):
-            np.testing.assert_array_equal(mine, given)
-    with pytest.raises(DataError, match=r"^spec\.model\.base\.weights is /no/w\.h5, and there's no such file here"):
+        for actual, expected in zip(
+            find_backbone("MobileNet").build((32, 32), found).get_weights(), values, strict=True
+        ):
+            np.testing.assert_array_equal(actual, expected)
+    with pytest.raises(DataError, match=r"^spec\.model\.base\.weights is /no/w\.h5, which does not exist"):
         fetch_base_file(Base(application="MobileNet", weights="/no/w.h5"), workspace)
 
 
-def test_weights_of_another_model_are_refused_and_nothing_is_stored(workspace, weights):
-    with pytest.raises(DataError, match=r"^own\.weights\.h5 doesn't hold the weights of MobileNetV2 without its head"):
+def test_weights_of_another_model_are_rejected_and_not_stored(workspace, weights):
+    with pytest.raises(DataError, match=r"^own\.weights\.h5 does not contain the weights of MobileNetV2 without its head"):
         mirror_weights("MobileNetV2", workspace, weights[0])
     (weights[0].parent / "text.weights.h5").write_text("no weights")
-    with pytest.raises(DataError, match=r"^text\.weights\.h5 doesn't hold the weights of MobileNet without"):
+    with pytest.raises(DataError, match=r"^text\.weights\.h5 does not contain the weights of MobileNet without"):
         mirror_weights("MobileNet", workspace, weights[0].parent / "text.weights.h5")
     assert list(workspace.storage.list("weights/")) == []
 
 
-def test_the_files_that_keras_itself_offers_are_taken(workspace, tmp_path):
+def test_weights_files_of_keras_are_accepted(workspace, tmp_path):
     model = keras.applications.MobileNet(weights=None, include_top=False)
     with h5py.File(tmp_path / "mobilenet_1_0_224_tf_no_top.h5", "w") as file:
         legacy_h5_format.save_weights_to_hdf5_group(file, model)
     mirror_weights("MobileNet", workspace, tmp_path / "mobilenet_1_0_224_tf_no_top.h5")
     other = find_backbone("MobileNet").build((32, 32), fetch_base_file(Base(application="MobileNet"), workspace))
-    for mine, given in zip(other.get_weights(), model.get_weights(), strict=True):
-        np.testing.assert_array_equal(mine, given)
+    for actual, expected in zip(other.get_weights(), model.get_weights(), strict=True):
+        np.testing.assert_array_equal(actual, expected)
 
 
-def no_downloads_before(monkeypatch, folder):
-    """Keras looks in its home first, and reads KERAS_HOME once, when it is imported."""
+def use_empty_keras_home(monkeypatch, folder):
+    """Use an empty download cache. Keras reads KERAS_HOME only when it is imported."""
     folder.mkdir(exist_ok=True)
     monkeypatch.setattr(keras.src.backend.config, "_KERAS_DIR", str(folder))
 
 
-def test_weights_that_can_not_be_downloaded_end_soon_and_name_the_command(workspace, monkeypatch, tmp_path):
-    no_downloads_before(monkeypatch, tmp_path)
-    monkeypatch.setattr(base_files, "LONGEST_WAIT_SECONDS", 0.1)
-    # Keras' own address, on a port of this machine that nobody listens on.
+def test_failed_download_is_an_error_that_names_the_mirror_command(workspace, monkeypatch, tmp_path):
+    use_empty_keras_home(monkeypatch, tmp_path)
+    monkeypatch.setattr(base_files, "MAX_RETRY_WAIT_SECONDS", 0.1)
+    # A local port that nothing listens on, instead of Keras' server.
     monkeypatch.setattr(mobilenet, "BASE_WEIGHT_PATH", "http://127.0.0.1:9/")
     with pytest.raises(UnavailableError) as error:
         fetch_base_file(Base(application="MobileNet"), workspace)
@@ -93,14 +95,14 @@ def test_weights_that_can_not_be_downloaded_end_soon_and_name_the_command(worksp
     assert "URL fetch failure on http://127.0.0.1:9/mobilenet_1_0_224_tf_no_top.h5" in str(error.value)
 
 
-def test_a_download_is_kept_for_the_next_run(workspace, weights, monkeypatch, tmp_path, capsys):
+def test_downloaded_weights_are_kept_for_the_next_run(workspace, weights, monkeypatch, tmp_path, capsys):
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
     model = keras.applications.MobileNet(weights=None, include_top=False)
     with h5py.File(tmp_path / "mobilenet_1_0_224_tf_no_top.h5", "w") as file:
         legacy_h5_format.save_weights_to_hdf5_group(file, model)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        no_downloads_before(monkeypatch, tmp_path / "home")
+        use_empty_keras_home(monkeypatch, tmp_path / "home")
         monkeypatch.setattr(mobilenet, "BASE_WEIGHT_PATH", f"http://127.0.0.1:{server.server_port}/")
         first = fetch_base_file(Base(application="MobileNet"), workspace).read_bytes()
         server.shutdown()
@@ -109,31 +111,33 @@ def test_a_download_is_kept_for_the_next_run(workspace, weights, monkeypatch, tm
     assert capsys.readouterr().out == ""
 
 
-def test_imagenet_weights_of_efficientnet_mean_the_same_from_a_file_as_from_keras(workspace, tmp_path, monkeypatch):
-    """Keras adds a layer of scaling for weights="imagenet" that it leaves out for weights from a file."""
+def test_efficientnet_weights_from_a_file_predict_like_imagenet_weights_from_keras(workspace, tmp_path, monkeypatch):
+    """Keras adds a scaling layer for weights="imagenet", but not for weights from a file."""
     model = keras.applications.EfficientNetB0(weights=None, include_top=False)
     norm = next(layer for layer in model.layers if isinstance(layer, keras.layers.Normalization))
-    # What stands in Keras' file: the deviation in the place of the variance.
+    # Keras' file contains the standard deviation in place of the variance.
     norm.set_weights([np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225]), np.int32(0)])
     with h5py.File(tmp_path / "efficientnetb0_notop.h5", "w") as file:
         legacy_h5_format.save_weights_to_hdf5_group(file, model)
     monkeypatch.setattr(efficientnet.file_utils, "get_file", lambda name, *args, **kwargs: str(tmp_path / name))
     by_keras = keras.applications.EfficientNetB0(weights="imagenet", include_top=False, input_shape=(32, 32, 3))
-    mirrored = find_backbone("EfficientNetB0").build((32, 32), fetch_base_file(Base(application="EfficientNetB0"), workspace))
+    mirrored = find_backbone("EfficientNetB0").build(
+        (32, 32), fetch_base_file(Base(application="EfficientNetB0"), workspace)
+    )
     of_file = find_backbone("EfficientNetB0").build((32, 32), tmp_path / "efficientnetb0_notop.h5")
     pixels = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3)).astype(np.float32)
     expected = by_keras.predict_on_batch(pixels)
     np.testing.assert_allclose(mirrored.predict_on_batch(pixels), expected, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(of_file.predict_on_batch(pixels), expected, rtol=1e-4, atol=1e-6)
-    # In half precision the model is a copy, whose normalization must not go back to mean 0 and variance 1.
+    # In mixed precision the model is a copy. Its normalization must not be reset to mean 0 and variance 1.
     image = keras.Input((32, 32, 3), name="image")
     classifier = with_precision(keras.Model(image, mirrored(image)), "mixed_bfloat16")
     norms = [x for x in classifier.layers[-1].layers if isinstance(x, keras.layers.Normalization)]
     np.testing.assert_allclose(np.asarray(norms[0].mean, np.float32).ravel(), [0.485, 0.456, 0.406], rtol=1e-2)
 
 
-def test_pixels_are_scaled_as_keras_does_whatever_a_model_is_called():
-    """EfficientNetV2 of Keras takes another scaling for a name that begins with b."""
+def test_input_scaling_does_not_depend_on_the_model_name():
+    """EfficientNetV2 of Keras uses another scaling for names that start with b."""
 
     def scaling(model):
         kinds = (keras.layers.Rescaling, keras.layers.Normalization)
@@ -143,7 +147,7 @@ def test_pixels_are_scaled_as_keras_does_whatever_a_model_is_called():
     assert scaling(find_backbone("EfficientNetV2S").build((32, 32), None)) == scaling(by_keras)
 
 
-def test_files_come_from_storage_or_from_disk(workspace, tmp_path):
+def test_files_are_fetched_from_storage_or_disk(workspace, tmp_path):
     workspace.storage.write("own/a.weights.h5", b"weights")
     uri = workspace.storage.uri_of("own/a.weights.h5")
     assert fetch_base_file(Base(application="MobileNet", weights=uri), workspace).read_bytes() == b"weights"
@@ -152,19 +156,19 @@ def test_files_come_from_storage_or_from_disk(workspace, tmp_path):
     assert fetch_base_file(base, workspace) == tmp_path / "a.keras"
 
 
-def test_a_file_that_is_not_there_is_named(workspace):
+def test_missing_file_is_reported_with_its_spec_key(workspace):
     uri = workspace.storage.uri_of("own/a.keras")
-    with pytest.raises(DataError, match=rf"^spec\.model\.base\.saved\.uri is {uri}, and there's no such object"):
+    with pytest.raises(DataError, match=rf"^spec\.model\.base\.saved\.uri is {uri}, and storage has no such object"):
         fetch_base_file(Base.model_validate({"saved": {"uri": uri}}), workspace)
-    with pytest.raises(DataError, match=r"^spec\.model\.base\.saved\.uri is /nowhere/a\.h5, and there's no such file"):
+    with pytest.raises(DataError, match=r"^spec\.model\.base\.saved\.uri is /nowhere/a\.h5, which does not exist"):
         fetch_base_file(Base.model_validate({"saved": {"uri": "/nowhere/a.h5"}}), workspace)
 
 
-def test_a_mirrored_backbone_goes_through_both_stages_with_its_statistics_untouched(make_job, workspace, tmp_path):
+def test_mirrored_backbone_keeps_its_statistics_through_both_stages(make_job, workspace, tmp_path):
     source = keras.applications.MobileNetV2(include_top=False, weights=None, input_shape=(32, 32, 3))
     for layer in leaf_layers(source):
         if isinstance(layer, keras.layers.BatchNormalization):
-            # Unlike those of the images: one normalization that is not in inference mode would move them.
+            # They differ from those of the images: batch normalization in training mode would change them.
             layer.moving_mean.assign(np.full(layer.moving_mean.shape, 0.1))
     source.save_weights(tmp_path / "source.weights.h5")
     mirror_weights("MobileNetV2", workspace, tmp_path / "source.weights.h5")
@@ -177,13 +181,13 @@ def test_a_mirrored_backbone_goes_through_both_stages_with_its_statistics_untouc
     classifier = fine_tune(job, transfer(job, dataset, workspace), dataset, workspace)
     path = workspace.scratch / "end.keras"
     workspace.storage.download(classifier.key, path, classifier.file)
-    ended = {layer.name: layer.get_weights() for layer in leaf_layers(keras.models.load_model(path, compile=False))}
-    moved = {
+    trained = {layer.name: layer.get_weights() for layer in leaf_layers(keras.models.load_model(path, compile=False))}
+    changed = {
         layer.name
         for layer in leaf_layers(source)
         if layer.weights
-        and any(not np.array_equal(a, b) for a, b in zip(layer.get_weights(), ended[layer.name], strict=True))
+        and any(not np.array_equal(a, b) for a, b in zip(layer.get_weights(), trained[layer.name], strict=True))
     }
-    # What an untrained backbone gives its lower layers to learn from may round to nothing; no other may move at all.
+    # Gradients of the lower unfrozen layers may round to zero in an untrained backbone. No other layer may change.
     convolutions = {f"block_{block}_{part}" for block in (15, 16) for part in ("expand", "depthwise", "project")}
-    assert {"Conv_1"} <= moved <= {"Conv_1"} | convolutions
+    assert {"Conv_1"} <= changed <= {"Conv_1"} | convolutions

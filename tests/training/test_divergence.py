@@ -53,7 +53,9 @@ def test_error_names_step_and_images_of_a_diverged_loss(
         DataError, match=r"training diverged\. Use a smaller learningRate .* last good checkpoint is kept"
     ) as raised:
         transfer(job, dataset, workspace)
-    match = re.match(r"The loss is (?:nan|inf) in epoch (\d) at step (\d): .* these images: (.*)\. The last", str(raised.value))
+    match = re.match(
+        r"The loss is (?:nan|inf) in epoch (\d) at step (\d): .* these images: (.*)\. The last", str(raised.value)
+    )
     epoch, step, names = int(match[1]), int(match[2]), match[3].split(", ")
     assert (epoch, step) > (1, 1)
     assert len(names) == 4
@@ -80,7 +82,9 @@ def test_error_names_validation_images_with_a_diverged_loss(make_job, workspace,
         transfer(job, pull(job, workspace), workspace)
 
 
-def test_no_checkpoint_is_stored_of_weights_that_became_nan_or_infinite(make_job, workspace, two_class_folder, overflowing_model):
+def test_no_checkpoint_is_stored_of_weights_that_became_nan_or_infinite(
+    make_job, workspace, two_class_folder, overflowing_model
+):
     # The initial head misclassifies half of them: their gradient overflows a weight.
     for index in range(8):
         write_uniform_image(two_class_folder / ("red", "blue")[index % 2], f"gray-{index}.png", GRAY)
@@ -93,6 +97,7 @@ def test_no_checkpoint_is_stored_of_weights_that_became_nan_or_infinite(make_job
         compute={"gpus": 0, "checkpointMinutes": 1e-6},
     )  # fmt: skip
     with pytest.raises(
-        DataError, match=r"Weights became NaN or infinite in epoch 1 after step \d+: .* images: (red|blue)/gray-\d\.png\."
+        DataError,
+        match=r"Weights became NaN or infinite in epoch 1 after step \d+: .* images: (red|blue)/gray-\d\.png\.",
     ):
         transfer(job, pull(job, workspace), workspace)

@@ -7,10 +7,10 @@ import tensorflow as tf
 
 from topwork.data.decoding import resize
 from topwork.errors import SpecError
-from topwork.model.export import export_model, add_probabilities
+from topwork.model.export import add_probabilities, export_model
 from topwork.report import export_check as module
-from topwork.report.export_check import recheck, spread, write_questions
-from topwork.report.exported_model import load
+from topwork.report.export_check import check_export, spread_indices, write_check_inputs
+from topwork.report.exported_model import load_format
 
 FORMATS = ("keras", "savedModel", "tflite", "onnx")
 
@@ -36,7 +36,7 @@ def ask(model, folder):
     images = random.integers(0, 256, (12, 32, 32, 3), dtype=np.uint8)
     probabilities = model(images.astype(np.float32), training=False).numpy()
     encoded = [(place, tf.io.encode_png(images[place]).numpy()) for place in range(0, 12, 2)]
-    write_questions(folder, images, probabilities, probabilities.argmax(axis=1), encoded)
+    write_check_inputs(folder, images, probabilities, probabilities.argmax(axis=1), encoded)
     return probabilities
 
 
@@ -51,15 +51,15 @@ def test_every_format_predicts_like_the_model_and_tampering_is_detected(classes,
     assert capfd.readouterr().out == ""
     assert files == ("model.keras", "saved_model.pb", "model.tflite", "model.onnx")
     if classes == 2:  # one process is enough to prove the process
-        found = recheck(version, tmp_path / "questions", FORMATS)
+        found = check_export(version, tmp_path / "questions", FORMATS)
         assert (found.images, found.encoded_images) == (12, 6)
         assert set(found.largest_difference) == {*FORMATS, "encoded"}
         assert set(found.accuracy.values()) == {1.0}
     else:
-        assert max(module.compare(version, tmp_path / "questions", FORMATS).largest_difference.values()) < 1e-5
+        assert max(module.compare_predictions(version, tmp_path / "questions", FORMATS).largest_difference.values()) < 1e-5
         _tamper(model)
         model.save(version / "model.keras")
-        found = module.compare(version, tmp_path / "questions", FORMATS)
+        found = module.compare_predictions(version, tmp_path / "questions", FORMATS)
         assert found.largest_difference["keras"] > module.TOLERANCE
         assert found.largest_difference["savedModel"] < 1e-5
 
@@ -105,7 +105,7 @@ def test_mixed_precision_model_is_exported_in_float32(tmp_path):
     published = add_probabilities(mixed, 3)
     np.testing.assert_array_equal(published(images).numpy(), add_probabilities(exact, 3)(images).numpy())
     export_model(published, ("a", "b", "c"), ("keras", "tflite"), resize, tmp_path)
-    np.testing.assert_allclose(load(tmp_path, "tflite").predict(images), published(images).numpy(), atol=1e-5)
+    np.testing.assert_allclose(load_format(tmp_path, "tflite").predict(images), published(images).numpy(), atol=1e-5)
 
 
 def test_unsupported_format_is_reported(tmp_path, monkeypatch):
@@ -136,10 +136,10 @@ def test_export_check_fails_if_a_file_does_not_load(tmp_path):
     ask(model, tmp_path / "questions")
     (tmp_path / "model.keras").write_bytes(b"not a model")
     with pytest.raises(RuntimeError, match="What was exported does not load in a fresh process"):
-        recheck(tmp_path, tmp_path / "questions", ("keras",))
+        check_export(tmp_path, tmp_path / "questions", ("keras",))
 
 
 def test_sampled_indices_are_spread_over_the_split():
-    assert spread(5, 10).tolist() == [0, 1, 2, 3, 4]
-    assert spread(101, 3).tolist() == [0, 50, 100]
-    assert spread(1, 3).tolist() == [0]
+    assert spread_indices(5, 10).tolist() == [0, 1, 2, 3, 4]
+    assert spread_indices(101, 3).tolist() == [0, 50, 100]
+    assert spread_indices(1, 3).tolist() == [0]

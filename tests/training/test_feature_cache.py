@@ -79,16 +79,16 @@ def test_cache_without_augmentation_does_not_change_the_result(head_job, workspa
 
 
 def count_training_image_reads(job, workspace, monkeypatch):
-    reads, read_images = Counter(), Split.images
+    reads, load_images = Counter(), Split.load_images
 
     def counted(split, indices):
         # Validation images are read too: a batch to choose the dtype, and later ones by prefetching.
         if split.size == 24:
             reads.update(split.names[index] for index in indices)
-        return read_images(split, indices)
+        return load_images(split, indices)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Split, "images", counted)
+        patched.setattr(Split, "load_images", counted)
         classifier, _ = run_transfer(job, workspace)
     assert len(classifier.history) == job.spec.transfer.epochs
     return reads

@@ -54,7 +54,10 @@ def test_binary_cross_entropy_is_rejected_for_more_than_two_classes():
 
 def test_accuracy_compares_with_the_class_that_has_the_largest_share():
     mixed = np.array([[0.6, 0.4], [0.2, 0.8]], np.float32)
-    assert np.array(correct_predictions(loss_targets(mixed), np.array([[-1.0], [-1.0]], np.float32))).tolist() == [1.0, 0.0]
+    assert np.array(correct_predictions(loss_targets(mixed), np.array([[-1.0], [-1.0]], np.float32))).tolist() == [
+        1.0,
+        0.0,
+    ]
     metric = make_accuracy()
     metric.update_state(ONE_HOT3, LOGITS3)
     assert float(metric.result()) == 0.5

@@ -33,7 +33,9 @@ def test_optimizer_parameters_have_their_keras_names():
         "beta_1": 0.8, "beta_2": 0.9, "epsilon": 1e-5, "clipnorm": 2.0, "gradient_accumulation_steps": 2,
     }  # fmt: skip
     assert (config["use_ema"], config["ema_momentum"]) == (True, 0.7)
-    config = make_optimizer(Optimizer(name="sgd", momentum=0.9, nesterov=True), steps_per_epoch=1, epochs=1).get_config()
+    config = make_optimizer(
+        Optimizer(name="sgd", momentum=0.9, nesterov=True), steps_per_epoch=1, epochs=1
+    ).get_config()
     assert (config["momentum"], config["nesterov"]) == (0.9, True)
     config = make_optimizer(Optimizer(name="rmsprop", rho=0.8, momentum=0.1), steps_per_epoch=1, epochs=1).get_config()
     assert (config["rho"], config["momentum"]) == (0.8, 0.1)
@@ -58,7 +60,9 @@ def test_schedules_set_the_documented_learning_rates():
 
 
 def test_moving_averages_pairs_each_variable_with_its_average():
-    optimizer = make_optimizer(Optimizer(name="sgd", learning_rate=1.0, ema={"momentum": 0.75}), steps_per_epoch=1, epochs=1)
+    optimizer = make_optimizer(
+        Optimizer(name="sgd", learning_rate=1.0, ema={"momentum": 0.75}), steps_per_epoch=1, epochs=1
+    )
     variable = keras.Variable([0.0])
     for _ in range(2):
         optimizer.apply([keras.ops.convert_to_tensor([-1.0])], [variable])

@@ -1,4 +1,4 @@
-"""Publishing: from a trained classifier to a version that others load."""
+"""The publish stage, from a trained classifier to a published version."""
 
 import csv
 import io
@@ -24,7 +24,7 @@ HISTORY = [
     {"stage": "transfer", "epoch": 1, "loss": 0.7, "accuracy": 0.5, "validation_loss": 0.69},
     {"stage": "fine-tune", "epoch": 1, "loss": 0.6, "accuracy": 0.75},
 ]
-MISSED = r"auc is [01]\.\d+, but the gate asks for at most 0; f1 is 0\.\d+, but the gate asks for at least 1\."
+MISSED = r"auc is [01]\.\d+, but the gate requires at most 0; f1 is 0\.\d+, but the gate requires at least 1\."
 PLAIN = """
 import json, sys
 import keras, numpy as np, tensorflow as tf
@@ -51,13 +51,13 @@ def untrained():
 
 @pytest.fixture
 def recheck_here(monkeypatch):
-    """Recheck in this process: a fresh one is asserted elsewhere, and takes seconds to start."""
-    monkeypatch.setattr(export_check, "recheck", export_check.compare)
+    """Run the export check in this process: starting a new one takes seconds and is tested elsewhere."""
+    monkeypatch.setattr(export_check, "check_export", export_check.compare_predictions)
 
 
 @pytest.fixture
 def classifier_of(workspace, tmp_path):
-    """Store a small model as the outcome of the training of a job."""
+    """Store a small model as the training result of a job."""
 
     def make(job):
         keras.utils.set_random_seed(1)
@@ -86,7 +86,7 @@ def keys_below(storage, prefix):
     return sorted(stored.key for stored in storage.list(prefix))
 
 
-def test_a_published_version_is_complete_and_loads_with_plain_libraries(
+def test_published_version_is_complete_and_loads_with_standard_libraries(
     make_job, classifier_of, workspace, two_class_folder, tmp_path
 ):
     job = make_job()
@@ -122,7 +122,7 @@ def test_a_published_version_is_complete_and_loads_with_plain_libraries(
 
     before = keys_below(storage, "")
     assert publish(job, classifier, dataset, workspace) == published
-    # As if the attempt had been killed right after its manifest.
+    # As if the attempt had been killed right after it wrote its manifest.
     storage.delete(["models/tiny/latest.json", f"runs/{job.run}/publish/done.json"])
     again = publish(job, classifier, dataset, workspace)
     assert again.started > published.finished
@@ -148,7 +148,7 @@ def _same_probabilities_in_another_process(storage, classifier, picture, tmp_pat
     assert plain["encoded"]["classes"] == [["blue", "red"]]
 
 
-def test_a_gate_that_is_missed_leaves_nothing_to_see_and_says_the_same_again(make_job, classifier_of, workspace):
+def test_unmet_gate_publishes_nothing_and_gives_the_same_error_again(make_job, classifier_of, workspace):
     gates = [{"metric": "accuracy", "atLeast": 0.0}, {"metric": "auc", "atMost": 0.0}, {"metric": "f1", "atLeast": 1.0}]
     job = make_job(evaluate={"metrics": ["accuracy", "auc", "f1"], "gates": gates})
     dataset, classifier = pull(job, workspace), classifier_of(job)
@@ -166,7 +166,7 @@ def test_a_gate_that_is_missed_leaves_nothing_to_see_and_says_the_same_again(mak
     assert [gate["met"] for gate in kept["gates"]] == [True, False, False]
 
 
-def test_an_attempt_that_was_killed_before_its_manifest_is_taken_up_again(
+def test_attempt_killed_before_its_manifest_is_continued(
     make_job, classifier_of, workspace, recheck_here, monkeypatch
 ):
     job = make_job(publish={"formats": ["keras"]})
@@ -183,27 +183,27 @@ def test_an_attempt_that_was_killed_before_its_manifest_is_taken_up_again(
     with monkeypatch.context() as patched, pytest.raises(Killed):
         patched.setattr(stage, "write_artifact", upload_some)
         publish(job, classifier, dataset, workspace)
-    assert versions.numbers(workspace.storage, "tiny") == {1: False}
-    assert versions.latest(workspace.storage, "tiny") is None
+    assert versions.list_versions(workspace.storage, "tiny") == {1: False}
+    assert versions.read_latest(workspace.storage, "tiny") is None
 
     assert publish(job, classifier, dataset, workspace).version == 1
-    assert versions.numbers(workspace.storage, "tiny") == {1: True}
+    assert versions.list_versions(workspace.storage, "tiny") == {1: True}
     assert "models/tiny/1/variables/leftover" not in keys_below(workspace.storage, "models/tiny/1/")
 
 
-def test_an_export_that_answers_otherwise_is_not_published(make_job, classifier_of, workspace, monkeypatch):
+def test_export_with_different_predictions_is_not_published(make_job, classifier_of, workspace, monkeypatch):
     from topwork.model import export
 
     job = make_job(publish={"formats": ["keras"]})
     dataset, classifier = pull(job, workspace), classifier_of(job)
-    export = export.export_model
+    export_model = export.export_model
 
     def tampered(model, *others):
         copy = keras.models.clone_model(model)
         copy.set_weights([weights + 0.1 for weights in model.get_weights()])
-        return export(copy, *others)
+        return export_model(copy, *others)
 
-    monkeypatch.setattr(export, "export", tampered)
-    with pytest.raises(RuntimeError, match=r"probabilities differ in keras by [0-9.e-]+, and 0.0001 is accepted"):
+    monkeypatch.setattr(export, "export_model", tampered)
+    with pytest.raises(RuntimeError, match=r"probabilities differ for keras by [0-9.e-]+; at most 0.0001 is accepted"):
         publish(job, classifier, dataset, workspace)
     assert keys_below(workspace.storage, "models/") == []

@@ -1,4 +1,4 @@
-"""`topwork predict` and `topwork models`, on a model in storage."""
+"""`topwork predict` and `topwork models` with a model in storage."""
 
 import csv
 import io
@@ -22,7 +22,7 @@ from topwork.registry import versions
 
 @pytest.fixture
 def command(s3_settings, monkeypatch):
-    """Run a command against the storage of the tests, as a user with an endpoint of their own would."""
+    """Run a command against the test storage, like a user with their own endpoint."""
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3_settings.endpoint_url)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", s3_settings.access_key)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", s3_settings.secret_key)
@@ -39,7 +39,7 @@ def command(s3_settings, monkeypatch):
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """A version's folder with a model that tells red from blue by their mean, and not by training."""
+    """Directory of a version whose untrained model separates red from blue by their mean."""
     folder = tmp_path_factory.mktemp("version")
     image = keras.Input((32, 32, 3), name="image")
     means = keras.layers.GlobalAveragePooling2D()(image)
@@ -54,7 +54,7 @@ def exported(tmp_path_factory):
 
 @pytest.fixture
 def published(storage, exported):
-    """Versions 1 and 2 of `colours`, the second of them the latest; version 3 is only begun."""
+    """Versions 1 and 2 of `colours`; version 2 is the latest, and version 3 is incomplete."""
     for number in (1, 2):
         metrics = {"auc": 0.9 + number / 100, "loss": 0.5}
         version = versions.Version(
@@ -62,13 +62,13 @@ def published(storage, exported):
             weights="0a", split="test", images=8,
             published="2030-01-02T03:04:05Z", main_metric="auc", metrics=metrics,
         )  # fmt: skip
-        write_artifact(storage, versions.prefix_of("colours", number), exported, version.model_dump(mode="json"))
-    versions.move_latest(storage, "colours")
-    assert versions.claim(storage, "colours", "another") == 3
+        write_artifact(storage, versions.version_prefix("colours", number), exported, version.model_dump(mode="json"))
+    versions.update_latest(storage, "colours")
+    assert versions.claim_version(storage, "colours", "another") == 3
     return storage
 
 
-def test_list_shows_each_model_with_its_latest_version(command, published):
+def test_models_list_shows_each_model_with_its_latest_version(command, published):
     lines = command("models", "list", published.uri).output.splitlines()
     assert [line.split() for line in lines] == [
         ["model", "latest", "versions", "metric", "published"],
@@ -78,11 +78,11 @@ def test_list_shows_each_model_with_its_latest_version(command, published):
     assert (told["name"], told["versions"], told["latest"]["version"]) == ("colours", [1, 2], 2)
 
 
-def test_list_of_an_empty_storage_says_so(command, storage):
+def test_models_list_reports_an_empty_storage(command, storage):
     assert command("models", "list", storage.uri).output == f"No models are published in {storage.uri}.\n"
 
 
-def test_show_takes_a_storage_and_a_name_or_an_address(command, published):
+def test_models_show_accepts_storage_and_name_or_a_uri(command, published):
     shown = command("models", "show", published.uri, "colours").output
     assert shown.startswith(f"colours version 2\n  model      {published.uri}/models/colours/2\n")
     assert "auc        0.9200" in shown
@@ -99,13 +99,13 @@ def test_show_takes_a_storage_and_a_name_or_an_address(command, published):
         ([], "{uri} does not name a published model. Give its storage and its name, such as"),
     ],
 )
-def test_show_names_what_there_is(command, published, words, message):
+def test_models_show_lists_what_exists(command, published, words, message):
     with pytest.raises(SettingError) as raised:
         command("models", "show", published.uri, *words)
     assert str(raised.value).startswith(message.format(uri=published.uri))
 
 
-def test_fetch_brings_the_whole_version_or_nothing(command, published, exported, tmp_path):
+def test_models_fetch_downloads_the_complete_version_or_nothing(command, published, exported, tmp_path):
     target = tmp_path / "fetched"
     command("models", "fetch", published.uri, "colours", target, "--version", "1")
     files = {path.relative_to(exported) for path in exported.rglob("*") if path.is_file()}
@@ -119,13 +119,13 @@ def test_fetch_brings_the_whole_version_or_nothing(command, published, exported,
     assert [path.name for path in tmp_path.iterdir()] == ["fetched"]
 
 
-def test_an_address_in_one_word_may_hold_the_word_models_before():
+def test_model_uri_may_contain_models_in_its_prefix():
     assert model_address("s3://b/models/x/models/cats/3") == ModelAddress("s3://b/models/x", "cats", 3)
     assert model_address("s3://b/models/cats/") == ModelAddress("s3://b", "cats")
 
 
 def pictures(folder):
-    """A red JPEG, a blue PNG, a file that is no image, and one that is not asked about."""
+    """A red JPEG, a blue PNG, a file that is not an image, and one that is not predicted."""
     folder.mkdir()
     Image.new("RGB", (50, 40), (220, 20, 30)).save(folder / "a-red.jpg")
     Image.new("RGB", (40, 60), (20, 20, 200)).save(folder / "b-blue.png")
@@ -134,14 +134,14 @@ def pictures(folder):
     return folder
 
 
-def test_predict_answers_what_can_be_read_and_reports_the_rest(command, published, tmp_path):
+def test_predict_predicts_readable_images_and_reports_the_rest(command, published, tmp_path):
     folder = pictures(tmp_path / "pictures")
     with pytest.raises(DataError, match=r"1 of 3 images could not be read\.") as raised:
         command("predict", f"{published.uri}/models/colours/latest", folder)
     assert raised.value.exit_code == 2
 
 
-def test_predict_tells_classes_and_probabilities_as_lines_json_and_csv(command, exported, tmp_path):
+def test_predict_prints_classes_and_probabilities_as_text_json_and_csv(command, exported, tmp_path):
     folder = pictures(tmp_path / "pictures")
     (folder / "c-broken.jpg").unlink()
     lines = command("predict", exported, folder).output.splitlines()
@@ -167,7 +167,7 @@ def test_predict_reads_images_from_storage(command, published, tmp_path):
     assert [json.loads(line)["classes"][0]["class"] for line in told] == ["red", "blue"]
 
 
-def test_predict_needs_no_keras_file(command, exported, tmp_path):
+def test_predict_works_without_a_keras_file(command, exported, tmp_path):
     folder = pictures(tmp_path / "pictures")
     shutil.copytree(exported, tmp_path / "served")
     (tmp_path / "served" / "model.keras").unlink()
@@ -175,11 +175,11 @@ def test_predict_needs_no_keras_file(command, exported, tmp_path):
     assert [line.split(": ")[1] for line in lines] == ["blue 100.0 %", "red 100.0 %"]
 
 
-def test_predict_says_what_is_no_model(command, tmp_path):
-    with pytest.raises(SettingError, match=r"nowhere does not exist\. Name an s3:// address, a \.keras file"):
+def test_predict_rejects_what_is_not_a_model(command, tmp_path):
+    with pytest.raises(SettingError, match=r"nowhere does not exist\. Expected an s3:// URI, a \.keras file"):
         command("predict", tmp_path / "nowhere", "image.jpg")
-    with pytest.raises(SettingError, match=r"holds no model: expected one of model\.keras, saved_model\.pb"):
+    with pytest.raises(SettingError, match=r"contains no model\. Expected one of model\.keras, saved_model\.pb"):
         command("predict", tmp_path, "image.jpg")
     (tmp_path / "bad.keras").write_bytes(b"bad")
-    with pytest.raises(DataError, match=r"bad\.keras can't be loaded as a Keras model for RGB images: "):
+    with pytest.raises(DataError, match=r"bad\.keras cannot be loaded as a Keras model for RGB images: "):
         command("predict", tmp_path / "bad.keras", "image.jpg")

@@ -1,4 +1,4 @@
-"""Two replicas learn what one does: same global batches, same losses, same weights within float32 rounding."""
+"""Training on two replicas: same batches, losses and weights as on one, within float32 rounding."""
 
 import json
 import os
@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-# 23 training and 11 validation images: neither the batch of 6 nor the 2 replicas divide them.
+# 23 training and 11 validation images: not multiples of the batch size 6 or of 2 replicas.
 SPLITS = {"train": "train[:23]", "validation": "train[23:34]", "test": "train[34:]"}
 
 RUN = """
@@ -23,10 +23,10 @@ from topwork.spec.optimizer import Optimizer
 from topwork.stages.fine_tune import fine_tune
 from topwork.stages.pull import pull
 from topwork.stages.transfer import transfer
-from topwork.training.feature_cache.policy import Caching
-from topwork.training.plan import Phase, Plan
-from topwork.training.stage import train
-from topwork.training.strategy import strategy
+from topwork.training.feature_cache.policy import FeatureCachePolicy
+from topwork.training.plan import StageContext, TrainingPhase, TrainingPlan
+from topwork.training.strategy import get_strategy
+from topwork.training.trainer import train
 from topwork.workspace import Workspace
 
 replicas, out = int(sys.argv[1]), Path(sys.argv[2])
@@ -41,7 +41,7 @@ def weights(classifier):
     workspace.storage.download(classifier.key, path, classifier.file)
     return keras.models.load_model(path, compile=False).get_weights()
 
-def normalized():
+def build_normalized_model():
     image = keras.Input((32, 32, 3), name="image")
     pixels = keras.Input((32, 32, 3))
     maps = keras.layers.Conv2D(4, 3, strides=2, name="convolution")(pixels)
@@ -50,30 +50,34 @@ def normalized():
     vector = keras.layers.GlobalAveragePooling2D(name="pooling")(features)
     return keras.Model(image, keras.layers.Dense(1, name="logits")(vector))
 
-strategy(replicas)
+get_strategy(replicas)
 dataset = pull(job, workspace)
-first = transfer(job, dataset, workspace)
-second = fine_tune(job, first, dataset, workspace)
+transferred = transfer(job, dataset, workspace)
+tuned = fine_tune(job, transferred, dataset, workspace)
+
+def run(job, phase, feature_cache, **options):
+    plan = TrainingPlan("transfer", (phase,), 6, "auto", False, None, 1, feature_cache, **options)
+    return train(StageContext(job, plan, workspace), dataset, build_normalized_model, [])
+
 optimizer = Optimizer(name="sgd", learning_rate=0.1)
-plan = Plan("transfer", (Phase("all", 3, optimizer),), 6, "auto", False, None, 1, Caching(), batch_norm=True)
 other = job.model_copy(update={"metadata": job.metadata.model_copy(update={"name": "normalized"})})
-third = train(plan, normalized, [], other, dataset, workspace)
-on_features = Plan("transfer", (Phase("none", 2, optimizer),), 6, "auto", False, None, 1, Caching(2, asked=True))
-other = TransferJob.model_validate_json(os.environ["OTHER"])
-fourth = train(on_features, normalized, [], other, dataset, workspace)
+normalized = run(other, TrainingPhase("all", 3, optimizer), FeatureCachePolicy(), train_batch_norm=True)
+cached = TransferJob.model_validate_json(os.environ["CACHED_JOB"])
+on_features = run(cached, TrainingPhase("none", 2, optimizer), FeatureCachePolicy(2, required=True))
 assert workspace.metrics.registry.get_sample_value("topwork_replicas") == replicas
-np.savez(out / f"{replicas}.npz", *weights(second), *weights(third), *weights(fourth))
-(out / f"{replicas}.json").write_text(json.dumps([*second.history, *third.history, *fourth.history]))
+results = (tuned, normalized, on_features)
+np.savez(out / f"{replicas}.npz", *(array for result in results for array in weights(result)))
+(out / f"{replicas}.json").write_text(json.dumps([row for result in results for row in result.history]))
 """
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory, s3_settings):
-    """Run the same job on one and on two replicas, each in a process of its own."""
-    yield lambda job, other: _both(job, other, tmp_path_factory.mktemp("replicas"), s3_settings)
+def run_on_one_and_two_replicas(tmp_path_factory, s3_settings):
+    """Run the same job on one and on two replicas, each in its own process."""
+    return lambda job, cached_job: _run(job, cached_job, tmp_path_factory.mktemp("replicas"), s3_settings)
 
 
-def _both(job, other, folder, settings):
+def _run(job, cached_job, folder, settings):
     runs = []
     for replicas in (1, 2):
         scratch = folder / f"scratch-{replicas}"
@@ -81,26 +85,26 @@ def _both(job, other, folder, settings):
         env = {
             **os.environ,
             "JOB": job.model_dump_json(by_alias=True),
-            "OTHER": other.model_dump_json(by_alias=True),
+            "CACHED_JOB": cached_job.model_dump_json(by_alias=True),
             "S3": f"{settings.endpoint_url} {settings.access_key} {settings.secret_key}",
             "URI": f"{job.spec.storage}/{replicas}",
             "SCRATCH": str(scratch),
         }
-        ended = subprocess.run(
+        process = subprocess.run(
             [sys.executable, "-c", RUN, str(replicas), str(folder)],
             env=env,
             capture_output=True,
             text=True,
             check=False,
         )
-        assert ended.returncode == 0, ended.stderr[-3000:]
+        assert process.returncode == 0, process.stderr[-3000:]
         with np.load(folder / f"{replicas}.npz") as arrays:
             weights = [arrays[name] for name in arrays.files]
         runs.append((json.loads((folder / f"{replicas}.json").read_text()), weights))
     return runs
 
 
-def test_two_replicas_learn_what_one_does(both, make_job):
+def test_two_replicas_train_like_one(run_on_one_and_two_replicas, make_job):
     job = make_job(
         dataset={**make_job().spec.dataset.model_dump(by_alias=True), "splits": SPLITS},
         augmentation={"flip": "both", "mixUp": 0.3},
@@ -110,8 +114,8 @@ def test_two_replicas_learn_what_one_does(both, make_job):
         },
         fineTune={"epochs": 2, "optimizer": {"learningRate": 0.001, "ema": {"momentum": 0.5}}},
     )  # fmt: skip
-    other = make_job(dataset=job.spec.dataset.model_dump(by_alias=True), augmentation={"flip": "both"})
-    (one, weights_of_one), (two, weights_of_two) = both(job, other)
+    cached_job = make_job(dataset=job.spec.dataset.model_dump(by_alias=True), augmentation={"flip": "both"})
+    (one, weights_of_one), (two, weights_of_two) = run_on_one_and_two_replicas(job, cached_job)
     stages = [("transfer", 3), ("fine-tune", 2), ("transfer", 3), ("transfer", 2)]
     expected = [(stage, epoch) for stage, epochs in stages for epoch in range(1, epochs + 1)]
     assert [(row["stage"], row["epoch"]) for row in two] == expected

@@ -50,7 +50,9 @@ def make_workspace(workspace, name, observer):
     scratch = workspace.scratch / f"{name}-{os.urandom(4).hex()}"
     scratch.mkdir()
     storage = workspace.storage.at(f"{workspace.storage.uri}/{name}")
-    return replace(workspace, storage=storage, scratch=scratch, metrics=Metrics(), progress=observer, stop=StopRequest())
+    return replace(
+        workspace, storage=storage, scratch=scratch, metrics=Metrics(), progress=observer, stop=StopRequest()
+    )
 
 
 def run(job, workspace):
@@ -76,12 +78,12 @@ def rows(classifier):
 
 @pytest.fixture(scope="module")
 def reference_of():
-    known = {}
+    cached = {}
 
     def reference(job, workspace):
-        if not known:
-            known["run"] = run(job, make_workspace(workspace, "reference", RunObserver()))
-        return known["run"]
+        if not cached:
+            cached["run"] = run(job, make_workspace(workspace, "reference", RunObserver()))
+        return cached["run"]
 
     return reference
 
@@ -93,39 +95,41 @@ def assert_same_run(resumed, reference):
         np.testing.assert_array_equal(one, other)
 
 
-def test_stopped_within_and_between_epochs_it_goes_on_step_by_step(make_job, workspace, reference_of):
+def test_run_stopped_within_and_between_epochs_resumes_step_by_step(make_job, workspace, reference_of):
     job = make_job(**SPEC)
     reference = reference_of(job, workspace)
     steps_per_epoch = 4
 
-    def stopped(expected_checkpoints, stage, **when):
-        progress = RunObserver(**when)
-        here = make_workspace(workspace, "stopped", progress)
-        progress.action = here.stop.set
+    def stop_at(expected_checkpoints, stage, **when):
+        observer = RunObserver(**when)
+        run_workspace = make_workspace(workspace, "stopped", observer)
+        observer.action = run_workspace.stop.set
         with pytest.raises(Stopped, match="the checkpoint is stored"):
-            run(job, here)
-        assert checkpoints(job, here, stage)[-1:] == expected_checkpoints
-        assert not list(here.scratch.glob("checkpoint-*"))
-        return progress
+            run(job, run_workspace)
+        assert checkpoints(job, run_workspace, stage)[-1:] == expected_checkpoints
+        assert not list(run_workspace.scratch.glob("checkpoint-*"))
+        return observer
 
     # In the middle of the second epoch, then at the end of that epoch.
-    stopped(["00001-0000002"], "transfer", at_step=("transfer", steps_per_epoch + 2))
-    progress = stopped(["00002"], "transfer", at_epoch=("transfer", 2))
-    assert ("resumed", {"stage": "transfer", "epoch": 1, "step": 2}) in progress.notes
-    assert progress.steps["transfer"] == 2
+    stop_at(["00001-0000002"], "transfer", at_step=("transfer", steps_per_epoch + 2))
+    observer = stop_at(["00002"], "transfer", at_epoch=("transfer", 2))
+    assert ("resumed", {"stage": "transfer", "epoch": 1, "step": 2}) in observer.events
+    assert observer.steps["transfer"] == 2
     # In the first phase of fine-tune, and at its end.
-    stopped(["00001-0000001"], "fine-tune", at_step=("fine-tune", steps_per_epoch + 1))
-    stopped(["00002"], "fine-tune", at_epoch=("fine-tune", 2))
+    stop_at(["00001-0000001"], "fine-tune", at_step=("fine-tune", steps_per_epoch + 1))
+    stop_at(["00002"], "fine-tune", at_epoch=("fine-tune", 2))
     last = RunObserver()
-    here = make_workspace(workspace, "stopped", last)
-    assert_same_run(run(job, here), reference)
+    run_workspace = make_workspace(workspace, "stopped", last)
+    assert_same_run(run(job, run_workspace), reference)
     assert last.steps["fine-tune"] == 2 * steps_per_epoch
-    assert [(message, facts["stage"]) for message, facts in last.notes if message in {"already done", "resumed"}] == [
-        ("already done", "pull"),
-        ("already done", "transfer"),
+    assert [
+        (event, fields["stage"]) for event, fields in last.events if event in {"stage already complete", "resumed"}
+    ] == [
+        ("stage already complete", "pull"),
+        ("stage already complete", "transfer"),
         ("resumed", "fine-tune"),
     ]
-    assert checkpoints(job, here, "transfer") == checkpoints(job, here, "fine-tune") == []
+    assert checkpoints(job, run_workspace, "transfer") == checkpoints(job, run_workspace, "fine-tune") == []
 
 
 KILLED = """
@@ -155,62 +159,62 @@ transfer(job, pull(job, workspace), workspace)
 """
 
 
-def test_killed_between_epochs_it_ends_as_if_it_had_not_been(make_job, workspace, reference_of, s3_settings):
+def test_run_killed_between_epochs_has_the_same_result(make_job, workspace, reference_of, s3_settings):
     job = make_job(**SPEC)
     reference = reference_of(job, workspace)
-    progress = RunObserver()
-    here = make_workspace(workspace, "killed", progress)
+    observer = RunObserver()
+    run_workspace = make_workspace(workspace, "killed", observer)
     process = subprocess.Popen(
         [sys.executable, "-c", KILLED],
         env={
             **os.environ,
             "JOB": job.model_dump_json(by_alias=True),
             "S3": f"{s3_settings.endpoint_url} {s3_settings.access_key} {s3_settings.secret_key}",
-            "URI": here.storage.uri,
-            "SCRATCH": str(here.scratch),
+            "URI": run_workspace.storage.uri,
+            "SCRATCH": str(run_workspace.scratch),
         },
         stdout=subprocess.PIPE,
         text=True,
     )
     with process:
-        # The third epoch has ended; its checkpoint has not been written.
+        # The third epoch is complete, but its checkpoint is not written.
         assert [line.strip() for line in iter(process.stdout.readline, "transfer 3\n")] == ["transfer 1", "transfer 2"]
         process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
-    assert_same_run(run(job, here), reference)
-    assert ("resumed", {"stage": "transfer", "epoch": 2, "step": 0}) in progress.notes
-    assert progress.steps["transfer"] == 4
+    assert_same_run(run(job, run_workspace), reference)
+    assert ("resumed", {"stage": "transfer", "epoch": 2, "step": 0}) in observer.events
+    assert observer.steps["transfer"] == 4
 
 
-def spoil(storage, key):
-    """Turn a byte of a stored file, as a disk that goes bad does."""
+def corrupt(storage, key):
+    """Flip a bit of a stored file, like a failing disk."""
     data = bytearray(storage.read(key))
     data[len(data) // 2] ^= 1
     storage.write(key, bytes(data))
 
 
 @pytest.mark.parametrize("damage", ["bytes", "missing", "short", "manifest"])
-def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(make_job, workspace, reference_of, damage):
+def test_damaged_checkpoint_is_skipped_in_favor_of_the_previous_one(make_job, workspace, reference_of, damage):
     job = make_job(**SPEC)
     reference_rows = [row for row in rows(reference_of(job, workspace)[0]) if row["stage"] == "transfer"]
-    here = make_workspace(workspace, "damaged", RunObserver(at_epoch=("transfer", 2)))
-    here.progress.action = here.stop.set
+    run_workspace = make_workspace(workspace, "damaged", RunObserver(at_epoch=("transfer", 2)))
+    run_workspace.progress.action = run_workspace.stop.set
     with pytest.raises(Stopped):
-        run(job, here)
-    assert checkpoints(job, here, "transfer") == ["00001", "00002"]
+        run(job, run_workspace)
+    assert checkpoints(job, run_workspace, "transfer") == ["00001", "00002"]
     folder = f"runs/{job.run}/transfer/checkpoints/00002"
     if damage == "bytes":
-        spoil(here.storage, f"{folder}/state.npz")
+        corrupt(run_workspace.storage, f"{folder}/state.npz")
     elif damage == "missing":
-        here.storage.delete([f"{folder}/state.npz"])
+        run_workspace.storage.delete([f"{folder}/state.npz"])
     elif damage == "short":
-        here.storage.write(f"{folder}/state.npz", b"")
+        run_workspace.storage.write(f"{folder}/state.npz", b"")
     else:
-        here.storage.write(f"{folder}/manifest.json", b"{")
+        run_workspace.storage.write(f"{folder}/manifest.json", b"{")
     again = RunObserver()
-    assert rows(train_head(job, next_process(here, again))) == reference_rows
-    assert [facts["checkpoint"] for said, facts in again.notes if said == "checkpoint can't be read"] == ["00002"]
-    assert ("resumed", {"stage": "transfer", "epoch": 1, "step": 0}) in again.notes
+    assert rows(train_head(job, next_process(run_workspace, again))) == reference_rows
+    assert [fields["checkpoint"] for fields in again.fields_of("checkpoint is unreadable")] == ["00002"]
+    assert ("resumed", {"stage": "transfer", "epoch": 1, "step": 0}) in again.events
 
 
 def train_head(job, workspace):
@@ -222,22 +226,24 @@ def next_process(workspace, observer):
     return replace(make_workspace(workspace, "next", observer), storage=workspace.storage)
 
 
-def test_a_checkpoint_that_storage_does_not_give_is_neither_passed_over_nor_deleted(make_job, workspace, s3_settings):
+def test_checkpoint_is_neither_skipped_nor_deleted_if_storage_is_unavailable(make_job, workspace, s3_settings):
     job = make_job(**SPEC)
-    here = make_workspace(workspace, "away", RunObserver(at_epoch=("transfer", 1)))
-    here.progress.action = here.stop.set
+    run_workspace = make_workspace(workspace, "unavailable", RunObserver(at_epoch=("transfer", 1)))
+    run_workspace.progress.action = run_workspace.stop.set
     with pytest.raises(Stopped):
-        run(job, here)
-    with breaking(s3_settings, b"GET", b"state.npz") as settings:
-        away = replace(next_process(here, RunObserver()), storage=Storage(here.storage.uri, settings))
+        run(job, run_workspace)
+    with breaking_connections(s3_settings, b"GET", b"state.npz") as settings:
+        unavailable = replace(
+            next_process(run_workspace, RunObserver()), storage=Storage(run_workspace.storage.uri, settings)
+        )
         with pytest.raises(UnavailableError):
-            run(job, away)
-    assert checkpoints(job, here, "transfer") == ["00001"]
+            run(job, unavailable)
+    assert checkpoints(job, run_workspace, "transfer") == ["00001"]
 
 
 @contextmanager
-def breaking(settings, *words):
-    """Storage whose connections break off at a request that holds all of these words."""
+def breaking_connections(settings, *words):
+    """Run a proxy to storage that closes the connection at a request that contains all words."""
     target = settings.endpoint_url.removeprefix("http://").split(":")
 
     class Handler(socketserver.BaseRequestHandler):
@@ -258,58 +264,58 @@ def breaking(settings, *words):
         server.shutdown()
 
 
-def test_checkpoints_are_stored_within_epochs_when_it_is_time(make_job, workspace, reference_of):
+def test_checkpoints_are_stored_within_epochs_when_due(make_job, workspace, reference_of):
     job = make_job(**SPEC)
     reference = reference_of(job, workspace)
-    hurried = make_job(**SPEC, compute={"gpus": 0, "checkpointMinutes": 1e-6})
-    assert hurried.run == job.run
-    seen, whole = set(), []
-    progress = RunObserver()
-    here = make_workspace(workspace, "hurried", progress)
+    frequent = make_job(**SPEC, compute={"gpus": 0, "checkpointMinutes": 1e-6})
+    assert frequent.run == job.run
+    names, snapshots = set(), []
+    observer = RunObserver()
+    run_workspace = make_workspace(workspace, "frequent", observer)
 
-    def look():
-        whole.append(checkpoints(job, here, "transfer"))
-        seen.update(whole[-1])
+    def list_checkpoints():
+        snapshots.append(checkpoints(job, run_workspace, "transfer"))
+        names.update(snapshots[-1])
 
-    progress.advanced = look
-    assert_same_run(run(hurried, here), reference)
-    within = {name for name in seen if "-" in name}
-    assert within
-    assert max(map(len, whole)) <= 3  # two are kept, and a third may just have been stored
-    # One that was stored so is as good as any: a run that finds it goes on from there.
-    stopped_at = make_workspace(workspace, "hurried-2", RunObserver(at_step=("transfer", 6)))
-    stopped_at.progress.action = fail_in_a_second
+    observer.on_step = list_checkpoints
+    assert_same_run(run(frequent, run_workspace), reference)
+    mid_epoch = {name for name in names if "-" in name}
+    assert mid_epoch
+    assert max(map(len, snapshots)) <= 3  # two are kept, and a third may have just been stored
+    # A run resumes from such a checkpoint like from any other.
+    failing = make_workspace(workspace, "frequent-2", RunObserver(at_step=("transfer", 6)))
+    failing.progress.action = fail_after_a_second
     with pytest.raises(ZeroDivisionError):
-        run(hurried, stopped_at)
-    newest = checkpoints(job, stopped_at, "transfer")[-1]
+        run(frequent, failing)
+    newest = checkpoints(job, failing, "transfer")[-1]
     assert "-" in newest
     again = RunObserver()
     reference_rows = [row for row in rows(reference[0]) if row["stage"] == "transfer"]
-    assert rows(train_head(job, next_process(stopped_at, again))) == reference_rows
+    assert rows(train_head(job, next_process(failing, again))) == reference_rows
     epoch, step = map(int, newest.split("-"))
-    assert ("resumed", {"stage": "transfer", "epoch": epoch, "step": step}) in again.notes
+    assert ("resumed", {"stage": "transfer", "epoch": epoch, "step": step}) in again.events
 
 
-def fail_in_a_second():
-    """Give the upload its time, and end with a bug that nobody foresaw."""
+def fail_after_a_second():
+    """Wait for the upload, then fail with an unexpected error."""
     time.sleep(1)
     raise ZeroDivisionError
 
 
 @pytest.mark.parametrize("found", [0, 2])
-def test_a_checkpoint_of_another_format_is_an_error_that_says_so(make_job, workspace, found):
+def test_checkpoint_of_another_format_is_an_error_that_suggests_a_fix(make_job, workspace, found):
     job = make_job(**SPEC)
-    here = make_workspace(workspace, f"format-{found}", RunObserver(at_epoch=("transfer", 1)))
-    here.progress.action = here.stop.set
+    run_workspace = make_workspace(workspace, f"format-{found}", RunObserver(at_epoch=("transfer", 1)))
+    run_workspace.progress.action = run_workspace.stop.set
     with pytest.raises(Stopped):
-        run(job, here)
+        run(job, run_workspace)
     key = f"runs/{job.run}/transfer/checkpoints/00001/manifest.json"
-    manifest = json.loads(here.storage.read(key))
+    manifest = json.loads(run_workspace.storage.read(key))
     manifest["facts"]["format"] = found
-    here.storage.write(key, json.dumps(manifest).encode())
-    with pytest.raises(FormatError, match=rf"00001 has format {found}, and this topwork reads format 1\. Go on with"):
-        run(job, next_process(here, RunObserver()))
-    assert checkpoints(job, here, "transfer") == ["00001"]
+    run_workspace.storage.write(key, json.dumps(manifest).encode())
+    with pytest.raises(FormatError, match=rf"00001 has format {found}, but this topwork reads format 1\. Resume with"):
+        run(job, next_process(run_workspace, RunObserver()))
+    assert checkpoints(job, run_workspace, "transfer") == ["00001"]
 
 
 ON_TWO_REPLICAS = """
@@ -352,28 +358,28 @@ except Stopped as stopped:
 """
 
 
-def test_a_run_goes_on_with_another_number_of_replicas(make_job, workspace, s3_settings):
-    # Dropout draws for each replica by itself: without, both numbers compute the same but for rounding.
+def test_run_resumes_with_another_number_of_replicas(make_job, workspace, s3_settings):
+    # Dropout draws for each replica separately. Without it, results differ only by rounding.
     model = {"base": SPEC["model"]["base"], "head": {"hidden": [8], "dropout": 0.0}}
     job = make_job(**{**SPEC, "model": model, "transfer": {**SPEC["transfer"], "batchSize": 6}})
-    alone = rows(train_head(job, make_workspace(workspace, "one", RunObserver())))
-    here = make_workspace(workspace, "two-then-one", RunObserver())
+    uninterrupted = rows(train_head(job, make_workspace(workspace, "one", RunObserver())))
+    run_workspace = make_workspace(workspace, "two-then-one", RunObserver())
     s3 = f"{s3_settings.endpoint_url} {s3_settings.access_key} {s3_settings.secret_key}"
-    variables = {"URI": here.storage.uri, "S3": s3, "SCRATCH": str(here.scratch)}
+    variables = {"URI": run_workspace.storage.uri, "S3": s3, "SCRATCH": str(run_workspace.scratch)}
     variables["JOB"] = job.model_dump_json(by_alias=True)
-    ended = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", ON_TWO_REPLICAS],
         env={**os.environ, **variables},
         capture_output=True,
         text=True,
         check=False,
     )
-    assert ended.stdout.startswith("Stopped in epoch 2 of transfer after step 2"), ended.stderr[-3000:]
-    assert ended.stdout.endswith(" 2.0\n")
+    assert process.stdout.startswith("Stopped in epoch 2 of transfer after step 2"), process.stderr[-3000:]
+    assert process.stdout.endswith(" 2.0\n")
     again = RunObserver()
-    together = rows(train_head(job, next_process(here, again)))
-    assert ("resumed", {"stage": "transfer", "epoch": 1, "step": 2}) in again.notes
+    resumed = rows(train_head(job, next_process(run_workspace, again)))
+    assert ("resumed", {"stage": "transfer", "epoch": 1, "step": 2}) in again.events
     assert again.steps["transfer"] == 3 * 4 - 6
-    assert [row["epoch"] for row in together] == [row["epoch"] for row in alone]
+    assert [row["epoch"] for row in resumed] == [row["epoch"] for row in uninterrupted]
     for name in ("loss", "accuracy", "validation_loss", "validation_accuracy", "learning_rate"):
-        np.testing.assert_allclose([row[name] for row in together], [row[name] for row in alone], rtol=2e-4)
+        np.testing.assert_allclose([row[name] for row in resumed], [row[name] for row in uninterrupted], rtol=2e-4)

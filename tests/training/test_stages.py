@@ -1,6 +1,5 @@
 """Transfer and fine-tune on one device: which weights change, and what is stored."""
 
-
 import keras
 import numpy as np
 import pytest
@@ -174,7 +173,9 @@ def test_early_stopping_ends_the_stage_and_keeps_the_best_weights(make_job, work
     best = int(np.argmin(losses)) + 1
     assert classifier.best_epoch == best
     assert len(losses) == best + 2 < 8
-    assert evaluate(load_model(classifier, workspace), job, dataset, workspace) == pytest.approx(losses[best - 1], rel=1e-5)
+    assert evaluate(load_model(classifier, workspace), job, dataset, workspace) == pytest.approx(
+        losses[best - 1], rel=1e-5
+    )
 
 
 def evaluate(model, job, dataset, workspace):

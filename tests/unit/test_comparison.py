@@ -4,10 +4,10 @@ from datetime import UTC, datetime, timedelta
 
 from topwork.cli.output.comparison import comparison
 from topwork.clients.prometheus.metrics import Metrics
-from topwork.stages.publish import Effort, Published
+from topwork.stages.publish import StageCost, Published
 
 
-def published(name: str, accuracy: float, **stages: Effort) -> Published:
+def published(name: str, accuracy: float, **stages: StageCost) -> Published:
     return Published(
         name=name,
         version=1,
@@ -20,8 +20,8 @@ def published(name: str, accuracy: float, **stages: Effort) -> Published:
     )
 
 
-def effort(trainable: int, step_seconds: float | None, batch_size: int = 32) -> Effort:
-    return Effort(trainable=trainable, batch_size=batch_size, step_seconds=step_seconds)
+def effort(trainable: int, step_seconds: float | None, batch_size: int = 32) -> StageCost:
+    return StageCost(trainable=trainable, batch_size=batch_size, step_seconds=step_seconds)
 
 
 def test_comparison_shows_what_a_step_of_each_job_takes():
@@ -58,7 +58,7 @@ def test_summary_says_what_a_step_took():
 
 
 def test_summary_says_that_input_held_training_up():
-    slow = Effort(trainable=10, batch_size=32, step_seconds=0.5, input_wait_share=0.456)
+    slow = StageCost(trainable=10, batch_size=32, step_seconds=0.5, input_wait_share=0.456)
     lines = published("one", 0.9, transfer=slow, fine_tune=effort(99, 3.0)).summary()
     assert lines[-1] == "  input   held up transfer for 46 % of its steps' time"
 

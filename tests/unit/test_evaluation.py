@@ -1,20 +1,20 @@
-"""Measures of a classifier, against numbers worked out by hand, and the gates on them."""
+"""Metrics of a classifier, compared with values computed by hand, and gates on them."""
 
 import numpy as np
 import pytest
 
 from topwork.errors import DataError, GateError
-from topwork.report.evaluation import evaluation, reliability
-from topwork.report.gates import gate_outcomes, require_gates
+from topwork.report.evaluation import calibration_bins, evaluate_predictions
+from topwork.report.gates import check_gates, require_gates
 from topwork.spec.evaluation import Gate
 
 LABELS = np.array([0, 0, 1, 1], np.int64)
-# Class 1 is answered for the second, third and fourth image; the second is wrong.
+# Class 1 is predicted for the second, third and fourth image; the second is wrong.
 TWO_CLASSES = np.array([[0.9, 0.1], [0.4, 0.6], [0.45, 0.55], [0.2, 0.8]], np.float32)
 
 
-def test_two_classes_are_measured_as_worked_out_by_hand():
-    found = evaluation(TWO_CLASSES, LABELS, ("blue", "red"))
+def test_metrics_of_two_classes_match_values_computed_by_hand():
+    found = evaluate_predictions(TWO_CLASSES, LABELS, ("blue", "red"))
     assert found.confusion == ((1, 1), (0, 2))
     assert found.accuracy == 0.75
     assert found.top5 == 1.0
@@ -31,29 +31,29 @@ def test_two_classes_are_measured_as_worked_out_by_hand():
     assert found.calibration_error == pytest.approx((0.1 + 0.6 + 0.45 + 0.2) / 4, abs=1e-6)
 
 
-def test_top5_of_six_classes_counts_all_but_the_least_probable():
+def test_top5_of_six_classes_excludes_only_the_least_probable():
     probabilities = np.tile(np.array([0.3, 0.25, 0.2, 0.15, 0.07, 0.03], np.float32), (6, 1))
-    found = evaluation(probabilities, np.arange(6), tuple("abcdef"))
+    found = evaluate_predictions(probabilities, np.arange(6), tuple("abcdef"))
     assert found.top5 == pytest.approx(5 / 6)
     assert found.accuracy == pytest.approx(1 / 6)
 
 
-def test_auc_of_many_classes_is_the_mean_over_those_that_occur():
+def test_auc_of_many_classes_is_the_mean_over_occurring_classes():
     probabilities = np.array([[0.8, 0.1, 0.1], [0.3, 0.6, 0.1], [0.2, 0.7, 0.1], [0.5, 0.4, 0.1]], np.float32)
-    found = evaluation(probabilities, np.array([0, 1, 1, 1]), ("a", "b", "never"))
+    found = evaluate_predictions(probabilities, np.array([0, 1, 1, 1]), ("a", "b", "never"))
     assert found.auc == 1.0
     assert found.per_class[2].images == 0
 
 
-def test_auc_is_left_out_where_one_class_occurs():
-    found = evaluation(TWO_CLASSES[:2], LABELS[:2], ("blue", "red"))
+def test_auc_is_undefined_if_only_one_class_occurs():
+    found = evaluate_predictions(TWO_CLASSES[:2], LABELS[:2], ("blue", "red"))
     assert found.auc is None
-    assert "auc" not in found.values
+    assert "auc" not in found.metrics
 
 
-def test_reliability_puts_the_borders_of_a_bin_where_they_belong():
+def test_calibration_bins_include_their_upper_bound():
     probabilities = np.array([[1.0, 0.0], [0.5, 0.5], [0.6, 0.4]], np.float32)
-    bins = reliability(probabilities, np.array([0, 0, 1]))
+    bins = calibration_bins(probabilities, np.array([0, 0, 1]))
     assert [(round(b.low, 4), round(b.high, 4), b.images, b.accuracy) for b in bins] == [
         (0.4667, 0.5333, 1, 1.0),
         (0.6, 0.6667, 1, 0.0),
@@ -61,22 +61,25 @@ def test_reliability_puts_the_borders_of_a_bin_where_they_belong():
     ]
 
 
-def test_evaluation_refuses_answers_that_are_not_numbers():
-    with pytest.raises(DataError, match=r"not numbers for 1 of 2 images: training diverged\. Lower the learning rates"):
-        evaluation(np.array([[np.nan, 0.5], [0.5, 0.5]], np.float32), np.array([0, 1]), ("a", "b"))
+def test_evaluation_rejects_non_finite_probabilities():
+    with pytest.raises(
+        DataError,
+        match=r"NaN or infinite probabilities for 1 of 2 images: training diverged",
+    ):
+        evaluate_predictions(np.array([[np.nan, 0.5], [0.5, 0.5]], np.float32), np.array([0, 1]), ("a", "b"))
 
 
-def test_evaluation_refuses_an_empty_split():
-    with pytest.raises(DataError, match="The test split holds no image"):
-        evaluation(np.zeros((0, 2), np.float32), np.zeros(0, np.int64), ("a", "b"))
+def test_evaluation_rejects_an_empty_split():
+    with pytest.raises(DataError, match="The test split has no images"):
+        evaluate_predictions(np.zeros((0, 2), np.float32), np.zeros(0, np.int64), ("a", "b"))
 
 
-def outcomes(gates, values, latest=None):
-    return gate_outcomes(tuple(Gate.model_validate(gate) for gate in gates), values, latest, "cats/3")
+def gate_results(gates, values, latest=None):
+    return check_gates(tuple(Gate.model_validate(gate) for gate in gates), values, latest, "cats/3")
 
 
-def test_every_condition_of_every_gate_is_checked_and_told():
-    found = outcomes(
+def test_every_condition_of_every_gate_is_checked_and_explained():
+    found = gate_results(
         [
             {"metric": "accuracy", "atLeast": 0.9},
             {"metric": "calibrationError", "atMost": 0.05},
@@ -87,29 +90,29 @@ def test_every_condition_of_every_gate_is_checked_and_told():
         {"f1": 0.72, "recall": 0.8},
     )
     assert [(gate.met, gate.sentence) for gate in found] == [
-        (False, "accuracy is 0.8500, but the gate asks for at least 0.9"),
-        (True, "calibrationError is 0.0400, which is at most 0.05"),
-        (False, "f1 is 0.7000, but the gate asks for at least 0.7100 (cats/3 has 0.7200, less 0.01)"),
-        (True, "recall is 0.7900, which is at least 0.7800 (cats/3 has 0.8000, less 0.02)"),
+        (False, "accuracy is 0.8500, but the gate requires at least 0.9"),
+        (True, "calibrationError is 0.0400, and the gate requires at most 0.05"),
+        (False, "f1 is 0.7000, but the gate requires at least 0.7100 (0.7200 of cats/3 minus 0.01)"),
+        (True, "recall is 0.7900, and the gate requires at least 0.7800 (0.8000 of cats/3 minus 0.02)"),
     ]
     with pytest.raises(GateError) as raised:
         require_gates(found, "s3://b/runs/cats-1/publish")
     assert str(raised.value) == (
-        "Not published: accuracy is 0.8500, but the gate asks for at least 0.9; f1 is 0.7000, but the gate asks for at "
-        "least 0.7100 (cats/3 has 0.7200, less 0.01). The evaluation and the report are kept at "
+        "Not published: accuracy is 0.8500, but the gate requires at least 0.9; f1 is 0.7000, but the gate requires at "
+        "least 0.7100 (0.7200 of cats/3 minus 0.01). The evaluation and the report are stored at "
         "s3://b/runs/cats-1/publish. Improve the data or the training, or change spec.evaluate.gates."
     )
 
 
-def test_a_gate_on_the_latest_version_holds_for_the_first_one():
-    (found,) = outcomes([{"metric": "f1", "atLeastLatestMinus": 0.01}], {"f1": 0.1})
+def test_gate_on_the_latest_version_is_met_by_the_first_version():
+    (found,) = gate_results([{"metric": "f1", "atLeastLatestMinus": 0.01}], {"f1": 0.1})
     assert found.met
-    assert found.sentence == "f1 is 0.1000, and no version is published yet that it could fall behind"
+    assert found.sentence == "f1 is 0.1000, and there is no published version to compare with"
 
 
-def test_a_gate_on_what_is_not_defined_is_missed():
-    (found,) = outcomes([{"metric": "auc", "atMost": 1.0}], {"f1": 0.1})
+def test_gate_on_an_undefined_metric_is_not_met():
+    (found,) = gate_results([{"metric": "auc", "atMost": 1.0}], {"f1": 0.1})
     assert not found.met
     assert found.sentence == (
-        "auc is not defined on this split, where fewer than two classes occur, so its gate can't hold"
+        "auc is undefined on this split because fewer than two classes occur, so the gate is not met"
     )

@@ -1,4 +1,4 @@
-"""GPU figures. NVML itself is stood in for: it can't be had without a GPU."""
+"""GPU metrics. NVML is faked, because it requires a GPU."""
 
 from types import SimpleNamespace
 
@@ -12,7 +12,7 @@ class NVMLError(Exception):
     pass
 
 
-def refuse(gpu):
+def fail(gpu):
     raise NVMLError
 
 
@@ -23,13 +23,13 @@ TWO_GPUS = SimpleNamespace(
     nvmlDeviceGetHandleByIndex=lambda index: index,
     nvmlDeviceGetUtilizationRates=lambda gpu: SimpleNamespace(gpu=[97, 50][gpu], memory=10),
     nvmlDeviceGetMemoryInfo=lambda gpu: SimpleNamespace(used=2**30, total=2**34),
-    nvmlDeviceGetPowerUsage=lambda gpu: 412_500 if gpu == 0 else refuse(gpu),
+    nvmlDeviceGetPowerUsage=lambda gpu: 412_500 if gpu == 0 else fail(gpu),
     nvmlDeviceGetTemperature=lambda gpu, sensor: 61,
     nvmlDeviceGetUUID=lambda gpu: ["GPU-aaaa-1", "GPU-bbbb-2"][gpu],
 )
 
 
-def test_every_gpu_is_read_in_base_units():
+def test_all_gpus_are_reported_in_base_units():
     registry = CollectorRegistry()
     registry.register(GpuCollector(TWO_GPUS))
     assert registry.get_sample_value("topwork_gpu_utilization_ratio", {"gpu": "0"}) == 0.97
@@ -40,35 +40,35 @@ def test_every_gpu_is_read_in_base_units():
     assert registry.get_sample_value("topwork_gpu_temperature_celsius", {"gpu": "0"}) == 61
 
 
-def test_a_reading_that_a_gpu_does_not_have_is_left_out():
+def test_a_metric_that_a_gpu_does_not_support_is_omitted():
     registry = CollectorRegistry()
     registry.register(GpuCollector(TWO_GPUS))
     assert registry.get_sample_value("topwork_gpu_power_watts", {"gpu": "1"}) is None
 
 
 @pytest.mark.parametrize(
-    ("only", "shown"),
+    ("visible_devices", "indices"),
     [(None, ["0", "1"]), ("1", ["1"]), ("1,0", ["0", "1"]), ("GPU-bbbb", ["1"]), ("-1", []), ("", []), ("2", [])],
 )
-def test_gpus_that_cuda_is_kept_from_are_not_shown(only, shown):
-    gpus = GpuCollector(TWO_GPUS, only)
-    assert [sample.labels["gpu"] for sample in next(iter(gpus.collect())).samples] == shown
-    assert gpus.count == len(shown)
+def test_only_gpus_visible_to_cuda_are_reported(visible_devices, indices):
+    gpus = GpuCollector(TWO_GPUS, visible_devices)
+    assert [sample.labels["gpu"] for sample in next(iter(gpus.collect())).samples] == indices
+    assert gpus.count == len(indices)
 
 
-def test_a_driver_that_fails_costs_its_figures_and_not_the_page():
+def test_driver_errors_do_not_fail_the_scrape():
     registry = CollectorRegistry()
-    gpus = GpuCollector(SimpleNamespace(NVMLError=NVMLError, nvmlDeviceGetCount=lambda: refuse(0)))
+    gpus = GpuCollector(SimpleNamespace(NVMLError=NVMLError, nvmlDeviceGetCount=lambda: fail(0)))
     registry.register(gpus)
     assert gpus.count == 0
     assert [family.samples for family in registry.collect()] == [[]] * 5
-    lost = SimpleNamespace(**{**vars(TWO_GPUS), "nvmlDeviceGetHandleByIndex": lambda index: index or refuse(index)})
+    failed_gpu = SimpleNamespace(**{**vars(TWO_GPUS), "nvmlDeviceGetHandleByIndex": lambda index: index or fail(index)})
     registry = CollectorRegistry()
-    registry.register(GpuCollector(lost))
+    registry.register(GpuCollector(failed_gpu))
     assert registry.get_sample_value("topwork_gpu_utilization_ratio", {"gpu": "0"}) is None
     assert registry.get_sample_value("topwork_gpu_utilization_ratio", {"gpu": "1"}) == 0.5
 
 
-def test_without_a_gpu_there_is_none():
+def test_without_a_gpu_there_is_no_collector():
     gpus = open_gpu_collector()
     assert gpus is None or len(list(gpus.collect())) == 5

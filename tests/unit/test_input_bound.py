@@ -10,7 +10,7 @@ def held(steps: list[tuple[float, float]], last: float) -> tuple[float, float]:
     """Account for steps, each asked for and started at a second, of which the device had done the last one then."""
     holdups = InputStalls()
     for asked, start in steps:
-        holdups.step(asked, start)
+        holdups.add_step(asked, start)
     return holdups.settle(last)
 
 
@@ -40,9 +40,9 @@ def test_time_that_nobody_waited_for_input_is_computing():
 
 def test_steps_are_accounted_for_once():
     holdups = InputStalls()
-    holdups.step(0, 1)
+    holdups.add_step(0, 1)
     assert holdups.settle(2) == (1, 1)
-    holdups.step(10, 10)
+    holdups.add_step(10, 10)
     assert holdups.settle(11) == (0, 1)
 
 
@@ -77,20 +77,22 @@ def spec(**parts: object):
 
 
 def test_the_remedies_go_by_what_the_job_says():
-    cores = "raise spec.compute.cpu from 4, or run on a machine with more cores"
-    assert input_bound_advice(spec(), "transfer", "none", on_features=False) == cores
+    cores = "raise spec.compute.cpu above 4, or use a machine with more cores"
+    assert input_bound_advice(spec(), "transfer", "none", from_cache=False) == cores
     slow = spec(
         augmentation={"flip": "horizontal", "rotation": 0.1, "randAugment": {}}, transfer={"featureCache": "off"}
     )
-    assert input_bound_advice(slow, "transfer", "none", on_features=False) == (
-        "set spec.transfer.featureCache: on, so that images are read once for each view, not each epoch; "
-        f"do without rotation and randAugment in spec.augmentation; {cores}"
+    assert input_bound_advice(slow, "transfer", "none", from_cache=False) == (
+        "set spec.transfer.featureCache: on to read images once per view instead of once per epoch; "
+        f"remove rotation and randAugment from spec.augmentation; {cores}"
     )
     # What is mixed anew at each step can't be kept, and neither can what a base gives that is trained.
     mixed = spec(augmentation={"mixUp": 0.2}, transfer={"featureCache": "off"})
-    assert input_bound_advice(mixed, "transfer", "none", on_features=False).startswith("do without mixUp in spec.augmentation")
+    assert input_bound_advice(mixed, "transfer", "none", from_cache=False).startswith(
+        "remove mixUp from spec.augmentation"
+    )
     whole = spec(fineTune={"epochs": 2, "unfreeze": "all", "featureCache": "off"})
-    assert input_bound_advice(whole, "fine-tune", "all", on_features=False) == cores
-    assert input_bound_advice(slow, "transfer", "none", on_features=True) == (
-        f"{cores}; raise spec.compute.memory, so that the features need not be read from scratch"
+    assert input_bound_advice(whole, "fine-tune", "all", from_cache=False) == cores
+    assert input_bound_advice(slow, "transfer", "none", from_cache=True) == (
+        f"{cores}; raise spec.compute.memory so that features are not read from scratch"
     )

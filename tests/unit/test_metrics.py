@@ -1,4 +1,4 @@
-"""What Prometheus sees of a run."""
+"""The metrics of a run, as Prometheus scrapes them."""
 
 import time
 import urllib.request
@@ -18,14 +18,14 @@ def value(metrics: Metrics, name: str, **labels: str) -> float | None:
     return metrics.registry.get_sample_value(name, labels)
 
 
-def page(metrics: Metrics, **headers: str) -> str:
+def scrape(metrics: Metrics, **headers: str) -> str:
     port = metrics.serve(0, "127.0.0.1")
     request = urllib.request.Request(f"http://127.0.0.1:{port}/metrics", headers=headers)
-    with urllib.request.urlopen(request, timeout=60) as answer:
-        return answer.read().decode()
+    with urllib.request.urlopen(request, timeout=60) as response:
+        return response.read().decode()
 
 
-def test_a_step_counts_images_time_and_wait():
+def test_record_step_counts_images_and_durations():
     metrics = Metrics()
     metrics.record_step(images=64, seconds=0.2)
     metrics.record_step(images=64, seconds=0.4)
@@ -37,7 +37,7 @@ def test_a_step_counts_images_time_and_wait():
     assert value(metrics, "topwork_step_compute_seconds_total") == pytest.approx(0.55)
 
 
-def test_a_stage_is_running_until_it_ends_however_it_ends():
+def test_a_stage_is_running_until_it_ends_or_fails():
     metrics = Metrics()
     with pytest.raises(RuntimeError), metrics.track_stage("transfer"):
         assert value(metrics, "topwork_stage_running", stage="transfer") == 1
@@ -46,33 +46,33 @@ def test_a_stage_is_running_until_it_ends_however_it_ends():
     assert value(metrics, "topwork_stage_duration_seconds", stage="transfer") > 0
 
 
-def test_two_runs_in_one_process_share_no_series():
+def test_two_metrics_objects_share_no_series():
     first, second = Metrics(), Metrics()
     first.set_loss("train", 0.5)
     assert value(first, "topwork_loss", split="train") == 0.5
     assert value(second, "topwork_loss", split="train") is None
 
 
-def test_nothing_of_a_job_stands_as_that_of_the_next():
+def test_start_job_drops_the_series_of_the_previous_job():
     metrics = Metrics()
     metrics.start_job(job="cats", run="cats-12345678", stage="run", version="0.1.0")
     metrics.set_loss("train", 0.5)
     metrics.record_step(images=64, seconds=0.2)
     metrics.set_exit_code("run", 3)
-    first = page(metrics)
+    first = scrape(metrics)
     assert 'topwork_loss{run="cats-12345678",split="train",transferjob="cats"} 0.5' in first
     metrics.start_job(job="dogs", run="dogs-87654321", stage="run", version="0.1.0")
-    second = page(metrics)
+    second = scrape(metrics)
     assert "cats" not in second
     assert "topwork_loss{" not in second
     assert "topwork_exit_code{" not in second
     assert 'topwork_steps_total{run="dogs-87654321",transferjob="dogs"} 0.0' in second
 
 
-def test_what_is_not_known_yet_is_absent_and_what_is_counted_begins_at_0():
+def test_gauges_are_absent_and_counters_are_0_at_the_start():
     metrics = Metrics(gpus=False)
     metrics.start_job(job="cats", run="cats-12345678", stage="pull", version="0.1.0")
-    lines = page(metrics).splitlines()
+    lines = scrape(metrics).splitlines()
     values = {line.split("{")[0]: line.rsplit(" ", 1)[1] for line in lines if not line.startswith("#")}
     assert values.pop("topwork_stage_info") == "1.0"
     assert time.time() - float(values.pop("topwork_last_progress_timestamp_seconds")) < 5
@@ -92,21 +92,21 @@ def test_what_is_not_known_yet_is_absent_and_what_is_counted_begins_at_0():
     }
 
 
-def test_a_stage_of_an_earlier_process_keeps_its_times():
-    metrics, began = Metrics(), datetime(2026, 5, 1, tzinfo=UTC)
+def test_stage_times_of_an_earlier_process_are_kept():
+    metrics, started = Metrics(), datetime(2026, 5, 1, tzinfo=UTC)
     with metrics.track_stage("transfer"):
-        metrics.restore_stage("transfer", began, began + timedelta(minutes=5))
+        metrics.restore_stage("transfer", started, started + timedelta(minutes=5))
     assert value(metrics, "topwork_stage_duration_seconds", stage="transfer") == 300
-    assert value(metrics, "topwork_stage_start_timestamp_seconds", stage="transfer") == began.timestamp()
+    assert value(metrics, "topwork_stage_start_timestamp_seconds", stage="transfer") == started.timestamp()
     with metrics.track_stage("fine-tune"):
         metrics.set_stage_start("fine-tune", datetime.now(UTC) - timedelta(hours=1))
     assert value(metrics, "topwork_stage_duration_seconds", stage="fine-tune") == pytest.approx(3600, abs=5)
 
 
-def test_whoever_asks_for_openmetrics_gets_it_with_units():
+def test_openmetrics_is_served_with_units_on_request():
     metrics = Metrics()
     metrics.start_job(job="cats", run="cats-12345678", stage="run", version="0.1.0")
-    text = page(metrics, Accept="application/openmetrics-text; version=1.0.0")
+    text = scrape(metrics, Accept="application/openmetrics-text; version=1.0.0")
     families = {family.name: family for family in openmetrics(text)}
     assert families["topwork_step_duration_seconds"].unit == "seconds"
     assert families["topwork_storage_bytes"].unit == "bytes"
@@ -114,8 +114,8 @@ def test_whoever_asks_for_openmetrics_gets_it_with_units():
     assert "_created" not in text
 
 
-def test_a_run_has_a_bounded_number_of_series():
-    """Stated in docs/metrics.md."""
+def test_the_number_of_series_of_a_process_is_limited():
+    """docs/metrics.md documents this limit."""
     metrics = Metrics(gpus=False)
     metrics.start_job(job="cats", run="cats-12345678", stage="run", version="0.1.0")
     metrics.init_rejection_reasons(REASONS)
@@ -136,7 +136,7 @@ def test_a_run_has_a_bounded_number_of_series():
     metrics.set_failed_gates(0)
     metrics.record_checkpoint(1.0)
     metrics.set_exit_code("run", 0)
-    lines = [line for line in page(metrics).splitlines() if not line.startswith("#")]
+    lines = [line for line in scrape(metrics).splitlines() if not line.startswith("#")]
     assert len(lines) == MAX_SERIES
 
 
@@ -144,27 +144,27 @@ def test_the_port_serves_all_series_with_help_and_type():
     metrics = Metrics()
     metrics.start_job(job="cats", run="cats-12345678", stage="transfer", version="0.1.0")
     metrics.set_parameters(trainable=10, frozen=90)
-    text = page(metrics)
+    text = scrape(metrics)
     job = 'transferjob="cats"'
     assert f'topwork_stage_info{{gpus="0",run="cats-12345678",stage="transfer",{job},version="0.1.0"}} 1.0' in text
     assert f'topwork_parameters{{run="cats-12345678",trainable="false",{job}}} 90.0' in text
     assert "# TYPE topwork_step_duration_seconds histogram" in text
-    assert "# HELP topwork_steps_total Training steps done by this process." in text
+    assert "# HELP topwork_steps_total Training steps completed by this process." in text
 
 
-def test_a_port_of_a_stage_that_is_over_answers_with_a_page_without_series():
-    with urllib.request.urlopen(f"http://127.0.0.1:{serve_empty_page(0, '127.0.0.1')}/metrics", timeout=60) as answer:
-        assert (answer.status, answer.read()) == (200, b"")
+def test_serve_empty_page_serves_no_series():
+    with urllib.request.urlopen(f"http://127.0.0.1:{serve_empty_page(0, '127.0.0.1')}/metrics", timeout=60) as response:
+        assert (response.status, response.read()) == (200, b"")
 
 
-def test_a_taken_port_is_an_error():
+def test_serve_fails_if_the_port_is_in_use():
     metrics = Metrics()
     port = metrics.serve(0, "127.0.0.1")
     with pytest.raises(OSError, match="in use"):
         Metrics().serve(port, "127.0.0.1")
 
 
-def test_how_far_a_stage_has_come_can_be_asked_for():
+def test_stage_progress_returns_epochs_and_best_metric():
     metrics = Metrics()
     assert metrics.stage_progress("transfer") == StageProgress(None, None, None)
     metrics.set_epoch("transfer", 4)

@@ -1,4 +1,4 @@
-"""A Pushgateway that is away, slow or none at all; the real one is asked in tests/monitoring."""
+"""Errors of a Pushgateway: unreachable, slow or not a Pushgateway. tests/monitoring uses a real one."""
 
 import http.server
 import subprocess
@@ -16,27 +16,27 @@ from topwork.clients.prometheus.pushgateway import delete_outcome, push_outcome
 from topwork.errors import SettingError, UnavailableError
 
 RUN = "cats-12345678"
-DRIPS = -1
+SLOW = -1
 
 
 @pytest.fixture
-def faulty():
-    """Give the address of a server that answers with a status, drop by drop, or not at all within a minute."""
+def faulty_server():
+    """Start servers that respond with a status, byte by byte (SLOW), or not at all for a minute (None)."""
     servers = []
 
-    def start(answer: int | None) -> str:
+    def start(response: int | None) -> str:
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_PUT(self):
-                if answer is None:
-                    done.wait(60)
+                if response is None:
+                    stop.wait(60)
                     return
-                if answer == DRIPS:
-                    # Each byte comes within the time-out of a socket.
+                if response == SLOW:
+                    # Each byte arrives within the socket timeout.
                     with suppress(OSError):
-                        while not done.wait(0.1):
+                        while not stop.wait(0.1):
                             self.wfile.write(b"H")
                     return
-                self.send_response(answer)
+                self.send_response(response)
                 self.end_headers()
                 self.wfile.write(b"pushed metrics are invalid")
 
@@ -45,16 +45,16 @@ def faulty():
             def log_message(self, *_):
                 pass
 
-        done = threading.Event()
+        stop = threading.Event()
         server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         server.daemon_threads = True
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        servers.append((server, done))
+        servers.append((server, stop))
         return f"http://127.0.0.1:{server.server_port}"
 
     yield start
-    for server, done in servers:
-        done.set()
+    for server, stop in servers:
+        stop.set()
         server.shutdown()
         server.server_close()
 
@@ -66,57 +66,57 @@ def outcome() -> Metrics:
     return metrics
 
 
-@pytest.mark.parametrize("answer", [None, DRIPS], ids=["silent", "slow"])
-def test_a_pushgateway_that_is_silent_or_slow_is_given_up_in_time(faulty, outcome, answer):
-    address, began = faulty(answer), time.monotonic()
-    with pytest.raises(UnavailableError) as refused:
-        push_outcome(address, outcome, seconds=0.3)
-    assert time.monotonic() - began < 10
-    assert str(refused.value) in {
-        f"The Pushgateway {address} did not answer within 0.3 s.",
-        f"The Pushgateway {address} can't be reached: timed out.",
+@pytest.mark.parametrize("response", [None, SLOW], ids=["silent", "slow"])
+def test_push_to_a_silent_or_slow_pushgateway_times_out(faulty_server, outcome, response):
+    url, started = faulty_server(response), time.monotonic()
+    with pytest.raises(UnavailableError) as caught:
+        push_outcome(url, outcome, seconds=0.3)
+    assert time.monotonic() - started < 10
+    assert str(caught.value) in {
+        f"The Pushgateway {url} did not answer within 0.3 s.",
+        f"The Pushgateway {url} can't be reached: timed out.",
     }
 
 
-def test_what_a_pushgateway_says_when_it_refuses_is_told(faulty, outcome):
-    address = faulty(400)
-    with pytest.raises(UnavailableError) as refused:
-        push_outcome(address, outcome)
-    assert str(refused.value) == f"The Pushgateway {address} refused with 400: pushed metrics are invalid"
+def test_push_reports_the_error_of_the_pushgateway(faulty_server, outcome):
+    url = faulty_server(400)
+    with pytest.raises(UnavailableError) as caught:
+        push_outcome(url, outcome)
+    assert str(caught.value) == f"The Pushgateway {url} rejected the request with HTTP 400: pushed metrics are invalid"
 
 
-def test_a_server_that_is_no_pushgateway_is_named(faulty):
-    with pytest.raises(UnavailableError, match="does not answer as a Pushgateway does"):
-        delete_outcome(faulty(200), RUN)
+def test_delete_reports_a_server_that_is_not_a_pushgateway(faulty_server):
+    with pytest.raises(UnavailableError, match="does not answer like a Pushgateway"):
+        delete_outcome(faulty_server(200), RUN)
 
 
-def test_a_pushgateway_that_is_away_is_named(outcome):
+def test_push_reports_an_unreachable_pushgateway(outcome):
     with pytest.raises(UnavailableError, match=r"^The Pushgateway http://127.0.0.1:9 can't be reached: .*refused"):
         push_outcome("http://127.0.0.1:9", outcome)
 
 
 @pytest.mark.parametrize(
-    ("address", "said"),
+    ("url", "message"),
     [
-        ("pushgateway:9091", "is no address. Expected http"),
-        ("http://169.254.169.254", "is a cloud's own address"),
+        ("pushgateway:9091", "is not a URL. Expected http"),
+        ("http://169.254.169.254", "is a link-local address or a cloud metadata service"),
         ("http://8.8.8.8:9091", "is plain HTTP to 8.8.8.8"),
     ],
 )
-def test_addresses_that_no_outcome_may_go_to(address, said, outcome):
-    with pytest.raises(SettingError, match=said):
-        push_outcome(address, outcome)
+def test_push_rejects_forbidden_urls(url, message, outcome):
+    with pytest.raises(SettingError, match=message):
+        push_outcome(url, outcome)
 
 
-def test_without_an_address_deleting_says_where_to_name_it():
-    told = CliRunner().invoke(app, ["metrics", "delete", RUN])
-    assert str(told.exception) == (
+def test_delete_without_a_pushgateway_reports_how_to_specify_it():
+    result = CliRunner().invoke(app, ["metrics", "delete", RUN])
+    assert str(result.exception) == (
         f"The Pushgateway of {RUN} is unknown. Pass --pushgateway http://host:port, or a job spec with "
         "spec.metrics.pushgateway as --file."
     )
 
 
-def test_deleting_needs_no_training_library():
+def test_delete_runs_without_training_libraries():
     code = (
         "import sys, topwork.cli.commands.metrics, topwork.clients.prometheus.pushgateway\n"
         "assert not {'tensorflow', 'boto3'} & {*sys.modules}"

@@ -1,4 +1,4 @@
-"""The report, the card and the files beside them."""
+"""The HTML report, the model card, `metrics.json` and `history.csv`."""
 
 import dataclasses
 import json
@@ -12,11 +12,11 @@ import pytest
 from ruamel.yaml import YAML
 
 from topwork.data.dataset_manifest import DatasetMetadata, RejectedImage
-from topwork.report.documents import card_md, confusions, report_html
-from topwork.report.evaluation import evaluation
-from topwork.report.export_check import Recheck
-from topwork.report.plots import curves
-from topwork.report.results import Mistake, Outcome, history_csv, metrics_json, step_seconds
+from topwork.report.documents import render_model_card, render_report, top_confusions
+from topwork.report.evaluation import evaluate_predictions
+from topwork.report.export_check import ExportCheck
+from topwork.report.plots import plot_history
+from topwork.report.results import Misclassification, Results, history_csv, metrics_json, step_seconds
 from topwork.spec import TransferJob
 from topwork.spec.fine_tune import FineTune
 from topwork.spec.yaml_output import dump_job
@@ -53,17 +53,17 @@ def job():
 
 
 @pytest.fixture
-def outcome(job):
-    return make_outcome(job, ("cat", "dog", HOSTILE))
+def results(job):
+    return make_results(job, ("cat", "dog", HOSTILE))
 
 
-def make_outcome(job, names):
+def make_results(job, names):
     random = np.random.default_rng(0)
     labels = random.integers(0, len(names), 60)
     probabilities = random.dirichlet(np.ones(len(names)), 60).astype(np.float32)
-    return Outcome(
+    return Results(
         job=job,
-        facts=DatasetMetadata(
+        dataset=DatasetMetadata(
             name="photos",
             fingerprint="0123456789abcdef",
             source={"folder": "s3://ml-artifacts/photos/"},
@@ -75,13 +75,13 @@ def make_outcome(job, names):
         ),
         counts={"train": dict.fromkeys(names, 80), "test": dict.fromkeys(names, 20)},
         history=HISTORY,
-        evaluation=evaluation(probabilities, labels, names),
+        evaluation=evaluate_predictions(probabilities, labels, names),
         gates=(),
-        mistakes=(Mistake(f"dog/{HOSTILE}.jpg", "dog", HOSTILE, 0.97, "data:image/jpeg;base64,AAAA"),),
+        mistakes=(Misclassification(f"dog/{HOSTILE}.jpg", "dog", HOSTILE, 0.97, "data:image/jpeg;base64,AAAA"),),
         lineage={"Run": job.run, "Model": "s3://ml-artifacts/topwork/models/cats/3"},
         version=3,
         formats=("keras", "savedModel"),
-        recheck=Recheck(
+        export_check=ExportCheck(
             tolerance=1e-4,
             images=60,
             encoded_images=20,
@@ -105,26 +105,26 @@ class Page(HTMLParser):
         self.text += data
 
 
-def test_the_report_needs_nothing_beside_it(outcome):
-    page = Page(report_html(outcome))
+def test_report_is_self_contained(results):
+    page = Page(render_report(results))
     assert page.tags.count("svg") == 2
     assert {"link", "script", "iframe"}.isdisjoint(page.tags)
     assert all(address.startswith(("data:image/jpeg;base64,", "#")) for address in page.addresses)
-    assert "@import" not in report_html(outcome)
+    assert "@import" not in render_report(results)
 
 
-def test_the_report_escapes_the_text_of_strangers(outcome):
-    text = report_html(outcome)
+def test_report_escapes_untrusted_text(results):
+    text = render_report(results)
     assert HOSTILE not in text
     page = Page(text)
     assert "script" not in page.tags
-    # as column, row, class, counts, most confused or rejected image, and mistake
+    # as column, row, class, counts, confusion or rejected image, and misclassified image
     assert page.text.count(HOSTILE) >= 5
 
 
-def test_the_report_shows_what_the_job_asked_for_first(outcome):
-    tiles = re.findall(r'<div class="tile( main)?"><b>([^<]+)</b><span>(\w+)</span>', report_html(outcome))
-    values = outcome.evaluation.values
+def test_report_shows_the_requested_metrics_first(results):
+    tiles = re.findall(r'<div class="tile( main)?"><b>([^<]+)</b><span>(\w+)</span>', render_report(results))
+    values = results.evaluation.metrics
     assert tiles == [
         (" main", f"{values['auc']:.4f}", "auc"),
         ("", f"{values['accuracy']:.4f}", "accuracy"),
@@ -132,22 +132,22 @@ def test_the_report_shows_what_the_job_asked_for_first(outcome):
     ]
 
 
-def test_the_report_of_many_classes_draws_the_confusion_and_lists_the_worst(job):
-    outcome = make_outcome(job, tuple(f"class {index}" for index in range(30)))
-    page = Page(report_html(outcome))
+def test_report_of_many_classes_plots_the_confusion_matrix_and_lists_the_top_confusions(job):
+    results = make_results(job, tuple(f"class {index}" for index in range(30)))
+    page = Page(render_report(results))
     assert page.tags.count("svg") == 3
-    worst = confusions(outcome)
+    worst = top_confusions(results)
     assert len(worst) == 12
     assert [entry[2] for entry in worst] == sorted((entry[2] for entry in worst), reverse=True)
 
 
-def test_the_report_is_the_same_each_time(outcome):
-    assert report_html(outcome) == report_html(outcome)
+def test_report_is_reproducible(results):
+    assert render_report(results) == render_report(results)
 
 
-def test_figures_leave_nothing_behind_and_take_their_ink_from_the_page():
+def test_plots_change_no_global_state_and_use_the_text_color_of_the_page():
     before = dict(matplotlib.rcParams)
-    svg = curves(HISTORY)
+    svg = plot_history(HISTORY)
     assert dict(matplotlib.rcParams) == before
     assert "currentColor" in svg
     assert "#010203" not in svg
@@ -155,12 +155,12 @@ def test_figures_leave_nothing_behind_and_take_their_ink_from_the_page():
     assert all(word in texts for word in ("loss", "accuracy", "training", "validation", "transfer", "fine-tune"))
 
 
-def test_curves_of_no_epoch_are_not_drawn():
-    assert curves([]) == ""
+def test_history_without_epochs_is_not_plotted():
+    assert plot_history([]) == ""
 
 
-def test_the_card_keeps_its_form_whatever_classes_are_called(outcome):
-    card = card_md(outcome)
+def test_model_card_is_well_formed_for_any_class_names(results):
+    card = render_model_card(results)
     head, body = card.split("---\n")[1:]
     assert YAML(typ="safe").load(head) == {
         "library_name": "keras",
@@ -171,51 +171,51 @@ def test_the_card_keeps_its_form_whatever_classes_are_called(outcome):
     assert "<script>" not in body
     rows = [line for line in body.splitlines() if line.startswith("| ") and "script" in line]
     assert rows
-    # A bar inside a cell is escaped: every row of a table has as many cells as its head.
+    # A pipe inside a cell is escaped: every row has as many cells as the header.
     assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} <= {4, 5, 6}
     assert "topwork predict s3://ml-artifacts/topwork/models/cats/3 image.jpg" in body
     assert "keras 0.0e+00, savedModel 1.2e-07." in body
     assert 'keras.models.load_model("model.keras")' in body
 
 
-def test_the_card_shows_only_the_formats_that_there_are(outcome):
-    card = card_md(dataclasses.replace(outcome, formats=("onnx",)))
+def test_model_card_shows_only_exported_formats(results):
+    card = render_model_card(dataclasses.replace(results, formats=("onnx",)))
     assert "load_model" not in card
     assert "saved_model.load" not in card
     assert "`model.onnx` takes float32 (n, 32, 32, 3)" in card
 
 
-def test_metrics_json_tells_every_number(outcome):
-    told = json.loads(metrics_json(outcome))
-    assert told["mainMetric"] == "auc"
-    assert set(told["metrics"]) == {
+def test_metrics_json_contains_all_metrics(results):
+    content = json.loads(metrics_json(results))
+    assert content["mainMetric"] == "auc"
+    assert set(content["metrics"]) == {
         "loss", "accuracy", "top5", "precision", "recall", "f1", "auc", "calibrationError",
     }  # fmt: skip
-    assert told["evaluation"]["classNames"][2] == HOSTILE
-    assert told["recheck"]["largestDifference"] == {"keras": 0.0, "savedModel": 1.2e-7}
+    assert content["evaluation"]["classNames"][2] == HOSTILE
+    assert content["recheck"]["largestDifference"] == {"keras": 0.0, "savedModel": 1.2e-7}
 
 
 def epochs(stage, *rates):
     return [{"stage": stage, "epoch": number, "images_per_second": rate} for number, rate in enumerate(rates, 1)]
 
 
-def test_a_step_of_a_stage_takes_the_median_of_its_epochs(job):
-    whole = job.spec.model_copy(update={"fine_tune": FineTune(epochs=2, batch_size=16)})
-    job = job.model_copy(update={"spec": whole})
-    # The first epoch of a stage holds the tracing of its graph: of two, the faster one tells.
+def test_step_seconds_is_the_low_median_of_the_epochs(job):
+    spec = job.spec.model_copy(update={"fine_tune": FineTune(epochs=2, batch_size=16)})
+    job = job.model_copy(update={"spec": spec})
+    # The first epoch of a stage includes graph tracing: of two epochs, the faster one counts.
     history = epochs("transfer", 20.0, 160.0, 128.0) + epochs("fine-tune", 2.0, 8.0)
     assert step_seconds(job, history) == {"transfer": 64 / 128, "fine-tune": 16 / 8}
     assert step_seconds(job, HISTORY) == {}
 
 
-def test_metrics_json_and_card_tell_what_a_step_took(outcome):
-    measured = dataclasses.replace(outcome, history=epochs("transfer", 128.0))
+def test_metrics_json_and_model_card_contain_step_seconds(results):
+    measured = dataclasses.replace(results, history=epochs("transfer", 128.0))
     assert json.loads(metrics_json(measured))["stepSeconds"] == {"transfer": 0.5}
-    assert "Seconds of a training step, the median of the epochs: transfer 0.5.\n" in card_md(measured)
-    assert "Seconds of a training step" not in card_md(outcome)
+    assert "Seconds per training step (median over the epochs): transfer 0.5.\n" in render_model_card(measured)
+    assert "Seconds per training step" not in render_model_card(results)
 
 
-def test_history_leaves_empty_what_an_epoch_does_not_have():
+def test_history_csv_leaves_missing_values_empty():
     assert history_csv(HISTORY).decode().splitlines() == [
         "stage,epoch,loss,accuracy,validation_loss,seconds",
         "transfer,1,0.7,0.5,0.69,2.0",
@@ -224,7 +224,7 @@ def test_history_leaves_empty_what_an_epoch_does_not_have():
     ]
 
 
-def test_the_spec_reads_back_as_the_same_job(job):
+def test_dumped_spec_reads_back_as_the_same_job(job):
     again = TransferJob.model_validate(YAML(typ="safe").load(dump_job(job)))
     assert again == job
     assert again.run == job.run

@@ -1,4 +1,4 @@
-"""The job as Python sees it: its defaults, its digest and how strict it is."""
+"""The TransferJob models: defaults, digest, strictness and accepted values."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from topwork.spec import TransferJob
 from topwork.spec.kubernetes_types import cpu_to_millicores
 from topwork.spec.schema import key_types
 
-LEAST: dict[str, Any] = {
+MINIMAL: dict[str, Any] = {
     "apiVersion": "topwork.dev/v1alpha1",
     "kind": "TransferJob",
     "metadata": {"name": "least"},
@@ -123,15 +123,15 @@ DEFAULTS = {
 
 
 def with_spec(**changes: Any) -> TransferJob:
-    return TransferJob.model_validate(LEAST | {"spec": LEAST["spec"] | changes})
+    return TransferJob.model_validate(MINIMAL | {"spec": MINIMAL["spec"] | changes})
 
 
-def test_defaults_are_these() -> None:
-    job = TransferJob.model_validate(LEAST)
+def test_defaults() -> None:
+    job = TransferJob.model_validate(MINIMAL)
     assert job.model_dump(mode="json", by_alias=True)["spec"] == DEFAULTS
 
 
-def test_defaults_of_parts_that_are_left_out_are_these() -> None:
+def test_defaults_of_optional_sections() -> None:
     job = with_spec(
         dataset={
             "source": {"archive": {"uri": "a.zip"}},
@@ -152,35 +152,34 @@ def test_defaults_of_parts_that_are_left_out_are_these() -> None:
     assert job["compute"]["extraCA"] == {"configMap": "company-ca", "key": "ca.crt"}
 
 
-def test_digest_of_a_spec_never_changes() -> None:
-    # The digest names the run in storage. Another digest for the same spec orphans the checkpoints of every run that
-    # is under way and trains every finished one again. A new field, or another default, changes it: that needs
-    # an entry in the changelog that says so.
-    job = TransferJob.model_validate(LEAST)
+def test_digest_of_a_spec_is_stable() -> None:
+    # The digest is part of the run name in storage. If it changes for the same spec, running jobs lose their
+    # checkpoints and finished jobs are trained again. A new field or default changes it and needs a changelog entry.
+    job = TransferJob.model_validate(MINIMAL)
     assert job.digest == "a8489c528454ff7bab777e875701cd907f1c1c47f59ea13a237d60a9689f0d04"
     assert job.run == f"least-{job.digest[:8]}"
 
 
-def test_digest_leaves_out_what_changes_no_result() -> None:
-    job = TransferJob.model_validate(LEAST | {"metadata": {"name": "least", "labels": {"team": "vision"}}})
+def test_digest_excludes_fields_that_do_not_affect_the_result() -> None:
+    job = TransferJob.model_validate(MINIMAL | {"metadata": {"name": "least", "labels": {"team": "vision"}}})
     compute = {"gpus": 2, "cpu": "500m", "extraCA": {"configMap": "company-ca"}, "prefetch": True}
     moved = with_spec(compute=compute, metrics={"lingerSeconds": 5})
-    allowed = with_spec(dataset={**LEAST["spec"]["dataset"], "onMissingClass": "allow"})
-    assert {job.digest, moved.digest, allowed.digest} == {TransferJob.model_validate(LEAST).digest}
+    allowed = with_spec(dataset={**MINIMAL["spec"]["dataset"], "onMissingClass": "allow"})
+    assert {job.digest, moved.digest, allowed.digest} == {TransferJob.model_validate(MINIMAL).digest}
 
 
 @pytest.mark.parametrize("changes", [{"seed": 1}, {"transfer": {"epochs": 11}}, {"storage": "s3://bucket/other"}])
-def test_digest_tells_apart_what_changes_the_result(changes: dict[str, Any]) -> None:
-    assert with_spec(**changes).digest != TransferJob.model_validate(LEAST).digest
+def test_digest_depends_on_fields_that_affect_the_result(changes: dict[str, Any]) -> None:
+    assert with_spec(**changes).digest != TransferJob.model_validate(MINIMAL).digest
 
 
-def test_digest_is_that_of_the_value_and_not_of_its_notation() -> None:
+def test_digest_ignores_the_notation_of_numbers() -> None:
     written = with_spec(transfer={"optimizer": {"learningRate": 1}})
     assert written.digest == with_spec(transfer={"optimizer": {"learningRate": 1.0}}).digest
 
 
 @pytest.mark.parametrize("by_alias", [True, False])
-def test_job_comes_back_from_what_it_is_written_as(by_alias: bool) -> None:
+def test_job_survives_a_round_trip(by_alias: bool) -> None:
     job = with_spec(
         transfer={"loss": {"name": "focal", "gamma": 3.0}, "optimizer": {"schedule": {"name": "cosine"}}},
         fineTune={"unfreeze": {"steps": [{"layers": 2, "epochs": 1, "learningRate": 1e-5}]}},
@@ -191,33 +190,33 @@ def test_job_comes_back_from_what_it_is_written_as(by_alias: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("cpu", "thousandths"), [(4, 4000), (0.5, 500), (1.5, 1500), (1e-9, 1), (0.1, 100), ("500m", 500), ("2.25", 2250)]
+    ("cpu", "millicores"), [(4, 4000), (0.5, 500), (1.5, 1500), (1e-9, 1), (0.1, 100), ("500m", 500), ("2.25", 2250)]
 )
-def test_cores_are_counted_in_thousandths(cpu: Any, thousandths: int) -> None:
-    assert cpu_to_millicores(with_spec(compute={"cpu": cpu}).spec.compute.cpu) == thousandths
+def test_cpu_is_converted_to_millicores(cpu: Any, millicores: int) -> None:
+    assert cpu_to_millicores(with_spec(compute={"cpu": cpu}).spec.compute.cpu) == millicores
 
 
 @pytest.mark.parametrize("unfreeze", ["all", {"layers": 3}, {"from": "block_13_expand"}], ids=["all", "layers", "from"])
-def test_unfreeze_takes_each_of_its_forms(unfreeze: Any) -> None:
+def test_unfreeze_accepts_each_form(unfreeze: Any) -> None:
     job = with_spec(fineTune={"epochs": 1, "unfreeze": unfreeze})
     assert job.model_dump(by_alias=True)["spec"]["fineTune"]["unfreeze"] == unfreeze
 
 
 @pytest.mark.parametrize("cut_at", ["flatten", -3])
-def test_cut_at_takes_a_name_or_an_index(cut_at: Any) -> None:
+def test_cut_at_accepts_a_name_or_an_index(cut_at: Any) -> None:
     job = with_spec(model={"base": {"saved": {"uri": "s3://bucket/a.keras", "cutAt": cut_at}}})
     assert job.spec.model.base.saved
     assert job.spec.model.base.saved.cut_at == cut_at
 
 
-def test_errors_of_the_models_show_no_value_that_may_be_secret() -> None:
+def test_model_errors_contain_no_secrets() -> None:
     with pytest.raises(ValidationError) as caught:
         with_spec(storage="s3://key:hush-hush@bucket/prefix", seed="hush-hush")
     assert "hush-hush" not in str(caught.value)
 
 
 def test_job_is_frozen() -> None:
-    job = TransferJob.model_validate(LEAST)
+    job = TransferJob.model_validate(MINIMAL)
     with pytest.raises(ValidationError, match="frozen"):
         job.spec.seed = 1  # type: ignore[misc]
 
@@ -225,37 +224,37 @@ def test_job_is_frozen() -> None:
 def test_every_number_and_boolean_is_strict() -> None:
     lax = [
         f"{path}.{key}"
-        for path, part in key_types.walk_models(TransferJob)
-        for key, field in key_types.fields_by_key(part).items()
-        for kind in key_types.expand_types(field.annotation, field.metadata)
-        if kind.of in {int, float, bool} and not kind.find(Strict)
+        for path, model in key_types.walk_models(TransferJob)
+        for key, field in key_types.fields_by_key(model).items()
+        for one in key_types.expand_types(field.annotation, field.metadata)
+        if one.python_type in {int, float, bool} and not one.find(Strict)
     ]
     assert lax == []
 
 
-def test_every_key_is_described() -> None:
-    silent = [
+def test_every_key_has_a_description() -> None:
+    undescribed = [
         f"{path}.{key}"
-        for path, part in key_types.walk_models(TransferJob)
-        for key, field in key_types.fields_by_key(part).items()
+        for path, model in key_types.walk_models(TransferJob)
+        for key, field in key_types.fields_by_key(model).items()
         if not (field.description or "").endswith(".")
     ]
-    assert silent == []
+    assert undescribed == []
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        # Two stages of gradient descent, the second far gentler.
+        # The same optimizer in both stages, with a much lower rate in the second.
         {
             "transfer": {"optimizer": {"name": "sgd", "learningRate": 0.2, "momentum": 0.9}},
             "fineTune": {"epochs": 5, "optimizer": {"name": "sgd", "learningRate": 0.01, "momentum": 0.9}},
         },
-        # Rates of two optimizers can't be compared.
+        # Learning rates of different optimizers are not comparable.
         {"fineTune": {"epochs": 5, "optimizer": {"name": "sgd", "learningRate": 0.01}}},
-        # The same rate as before is no larger step.
+        # An equal learning rate is not higher.
         {"fineTune": {"epochs": 5, "optimizer": {"learningRate": 0.001}}},
-        # A base that has learnt nothing has nothing to lose.
+        # A base with random weights has nothing to lose.
         {
             "model": {"base": {"cnn": {"filters": [8]}}},
             "transfer": {"train": "all"},
@@ -263,20 +262,20 @@ def test_every_key_is_described() -> None:
         },
     ],
 )
-def test_fine_tuning_at_a_fitting_rate_is_accepted(changes: dict[str, Any]) -> None:
+def test_fine_tune_learning_rate_is_accepted(changes: dict[str, Any]) -> None:
     with_spec(**changes)
 
 
-def test_one_gpu_may_accumulate_and_clip_globally_and_take_any_batch() -> None:
+def test_single_gpu_supports_accumulation_global_clipnorm_and_any_batch_size() -> None:
     with_spec(
         transfer={"batchSize": 7, "optimizer": {"gradientAccumulationSteps": 4, "globalClipnorm": 1.0}},
         compute={"gpus": 1},
     )
 
 
-def test_validation_may_serve_as_test() -> None:
+def test_test_split_is_optional_with_a_validation_split() -> None:
     splits = {"train": "train[:80%]", "validation": "train[80%:]"}
-    with_spec(dataset=LEAST["spec"]["dataset"] | {"splits": splits})
+    with_spec(dataset=MINIMAL["spec"]["dataset"] | {"splits": splits})
 
 
 @pytest.mark.parametrize(
@@ -292,5 +291,5 @@ def test_validation_may_serve_as_test() -> None:
     ],
     ids=str,
 )
-def test_source_takes_each_of_its_forms(source: dict[str, Any]) -> None:
-    with_spec(dataset=LEAST["spec"]["dataset"] | {"source": source})
+def test_source_accepts_each_form(source: dict[str, Any]) -> None:
+    with_spec(dataset=MINIMAL["spec"]["dataset"] | {"source": source})

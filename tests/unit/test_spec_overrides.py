@@ -1,4 +1,4 @@
-"""`--set PATH=VALUE`: typed, validated, several allowed, and told as what it is when it is wrong."""
+"""`--set PATH=VALUE`: parsing, applying and validating overrides, and attributing problems to them."""
 
 import subprocess
 import sys
@@ -15,16 +15,16 @@ from topwork.spec.loading.loader import read_files, read_text
 from topwork.spec.loading.overrides import apply_overrides, parse_overrides
 from topwork.spec.loading.problems import InvalidSpecError
 
-FILE = Path(__file__).with_name("test_spec_good.yaml")
-GOOD = FILE.read_text(encoding="utf-8")
+FILE = Path(__file__).with_name("valid_spec.yaml")
+VALID = FILE.read_text(encoding="utf-8")
 
 
-def job_with(*overrides: str, text: str = GOOD) -> TransferJob:
+def job_with(*overrides: str, text: str = VALID) -> TransferJob:
     (job,) = read_text(text, "job.yaml", parse_overrides(overrides))
     return job
 
 
-def told(*overrides: str, text: str = GOOD) -> list[str]:
+def problems_with(*overrides: str, text: str = VALID) -> list[str]:
     with pytest.raises(InvalidSpecError) as caught:
         job_with(*overrides, text=text)
     assert caught.value.exit_code == 2
@@ -32,7 +32,7 @@ def told(*overrides: str, text: str = GOOD) -> list[str]:
 
 
 def without(*parts: str) -> str:
-    text = GOOD
+    text = VALID
     for part in parts:
         assert part in text
         text = text.replace(part, "")
@@ -53,69 +53,69 @@ def without(*parts: str) -> str:
         ("spec.transfer.earlyStopping.patience=1", "transfer.early_stopping.patience", 1),
     ],
 )
-def test_a_value_of_yaml_takes_the_place_of_the_file_s(override: str, path: str, value: object) -> None:
+def test_override_replaces_the_value_of_the_file(override: str, path: str, value: object) -> None:
     found: Any = job_with(override).spec
     for name in path.split("."):
         found = getattr(found, name)
     assert found == value
 
 
-def test_a_mapping_is_replaced_as_a_whole() -> None:
+def test_override_replaces_a_whole_mapping() -> None:
     source = job_with("spec.dataset.source={folder: {uri: /x}}").spec.dataset.source
     assert source.tfds is None
     assert source.folder
     assert source.folder.uri == "/x"
 
 
-def test_items_of_lists_go_by_number_as_messages_print_them() -> None:
+def test_override_accepts_both_notations_of_list_indices() -> None:
     for path in ("spec.evaluate.gates.1.atLeastLatestMinus", "spec.evaluate.gates[1].atLeastLatestMinus"):
         gates = job_with(f"{path}=0.25").spec.evaluate.gates
         assert [gate.at_least_latest_minus for gate in gates] == [None, 0.25]
 
 
-def test_mappings_on_the_way_are_made() -> None:
+def test_override_creates_missing_mappings() -> None:
     text = without("  fineTune:\n", "    epochs: 10\n", "    unfreeze: all\n").replace(
         "    optimizer: {name: adam, learningRate: 1.0e-5}\n", ""
     )
     assert job_with(text=text).spec.fine_tune is None
-    made = job_with("spec.fineTune.epochs=2", text=text).spec.fine_tune
-    assert made
-    assert made.epochs == 2
-    made = job_with("spec.fineTune.epochs=2", text=f"{text}\n  fineTune: null\n").spec.fine_tune
-    assert made
+    created = job_with("spec.fineTune.epochs=2", text=text).spec.fine_tune
+    assert created
+    assert created.epochs == 2
+    created = job_with("spec.fineTune.epochs=2", text=f"{text}\n  fineTune: null\n").spec.fine_tune
+    assert created
 
 
-def test_null_takes_a_key_out_and_what_is_not_there_may_be_taken_out() -> None:
+def test_null_removes_a_key_even_if_it_is_not_set() -> None:
     assert job_with("spec.fineTune=null").spec.fine_tune is None
     assert job_with("spec.fineTune=null", "spec.fineTune.epochs=null").spec.fine_tune is None
 
 
-def test_the_last_of_one_path_counts() -> None:
+def test_last_override_of_a_path_wins() -> None:
     assert job_with("spec.seed=1", "spec.seed=2").spec.seed == 2
     spec = job_with("spec.transfer.epochs=3", "spec.transfer={epochs: 4}", "spec.transfer.batchSize=8").spec
     assert (spec.transfer.epochs, spec.transfer.batch_size) == (4, 8)
 
 
-def test_a_key_with_a_dot_is_written_with_a_backslash() -> None:
+def test_dot_within_a_key_is_escaped_with_a_backslash() -> None:
     labels = job_with(r"metadata.labels.example\.org/team=a", "metadata.labels.0=b").metadata.labels
     assert labels == {"team": "vision", "example.org/team": "a", "0": "b"}
 
 
-def test_the_run_is_named_by_what_was_set() -> None:
+def test_run_name_depends_on_overrides() -> None:
     plain, other = job_with(), job_with("spec.transfer.epochs=2")
     assert plain.run != other.run
-    assert other.run == job_with(text=GOOD.replace("epochs: 20", "epochs: 2")).run
+    assert other.run == job_with(text=VALID.replace("epochs: 20", "epochs: 2")).run
     assert plain.run == job_with("spec.transfer.epochs=20", "spec.compute.cpu=4").run
 
 
-def test_all_documents_of_all_files_are_set(tmp_path: Path) -> None:
+def test_overrides_apply_to_all_documents_of_all_files(tmp_path: Path) -> None:
     two = tmp_path / "two.yaml"
-    two.write_text(f"{GOOD}---\n{GOOD.replace('name: cats-vs-dogs', 'name: other')}")
+    two.write_text(f"{VALID}---\n{VALID.replace('name: cats-vs-dogs', 'name: other')}")
     jobs = read_files([FILE, two], ["spec.seed=7"])
     assert [job.spec.seed for _, job in jobs] == [7, 7, 7]
 
 
-def test_the_data_that_is_set_stays_as_it_was() -> None:
+def test_apply_overrides_does_not_modify_its_arguments() -> None:
     data = {"spec": {"transfer": {"epochs": 1}}}
     overrides = parse_overrides(["spec.transfer.optimizer={name: sgd}", "spec.transfer.optimizer.momentum=0.9"])
     applied = apply_overrides(data, overrides, "job.yaml")
@@ -129,11 +129,11 @@ def test_the_data_that_is_set_stays_as_it_was() -> None:
     [
         (
             "spec.transfer.epochs=0",
-            "spec.transfer.epochs: 0 is not allowed. Allowed: a whole number from 1 to 10000.",
+            "spec.transfer.epochs: 0 is not allowed. Allowed: an integer from 1 to 10000.",
         ),
         (
             'spec.transfer.epochs="2"',
-            'spec.transfer.epochs: "2" is not allowed. Leave out the quotes. Allowed: a whole number from 1 to 10000.',
+            'spec.transfer.epochs: "2" is not allowed. Remove the quotes. Allowed: an integer from 1 to 10000.',
         ),
         (
             "spec.evaluate.gates.0.metric=acuracy",
@@ -142,110 +142,114 @@ def test_the_data_that_is_set_stays_as_it_was() -> None:
         ),
         (
             "spec.tranfser.epochs=2",
-            "spec.tranfser: no such key. Did you mean transfer? Known: storage, dataset, model, augmentation, "
+            "spec.tranfser: unknown key. Did you mean transfer? Known keys: storage, dataset, model, augmentation, "
             "transfer, fineTune, evaluate, publish, compute, metrics, seed.",
         ),
-        ("sepc.seed=1", "sepc: no such key. Did you mean spec? Known: apiVersion, kind, metadata, spec."),
-        ("spec.tranfser=null", "spec.tranfser: no such key. Did you mean transfer? Known: storage, dataset, model, "
-         "augmentation, transfer, fineTune, evaluate, publish, compute, metrics, seed."),
-        ("spec.model=null", "spec.model: missing. The classifier. Allowed: a mapping with base, head."),
-        ("nothing", "has no =. Write PATH=VALUE, such as spec.transfer.epochs=2."),
-        ("=1", "has no path. Write PATH=VALUE, such as spec.transfer.epochs=2."),
-        ("spec..seed=1", "has an empty key in its path. Write PATH=VALUE, such as spec.transfer.epochs=2."),
+        ("sepc.seed=1", "sepc: unknown key. Did you mean spec? Known keys: apiVersion, kind, metadata, spec."),
+        ("spec.tranfser=null", "spec.tranfser: unknown key. Did you mean transfer? Known keys: storage, dataset, "
+         "model, augmentation, transfer, fineTune, evaluate, publish, compute, metrics, seed."),
+        (
+            "spec.model=null",
+            "spec.model: is required. Base and head of the classifier. Allowed: a mapping with base, head.",
+        ),
+        ("nothing", "has no =. Use PATH=VALUE, such as spec.transfer.epochs=2."),
+        ("=1", "has no path. Use PATH=VALUE, such as spec.transfer.epochs=2."),
+        ("spec..seed=1", "has an empty key in its path. Use PATH=VALUE, such as spec.transfer.epochs=2."),
         (
             "spec.seed=",
-            "spec.seed: has no value behind the =. null takes the key out, and '' is an empty text.",
+            "spec.seed: has no value after the =. Use null to remove the key, or '' for an empty string.",
         ),
         (
             "spec.seed=[",
-            "spec.seed: is no YAML: while parsing a flow node; expected the node content, but found '<stream end>'.",
+            "spec.seed: is not valid YAML: while parsing a flow node; expected the node content, but found "
+            "'<stream end>'.",
         ),
-        ("spec.seed.x=1", "spec.seed.x: spec.seed is no mapping: it is a whole number from 0 to 2147483647."),
+        ("spec.seed.x=1", "spec.seed.x: spec.seed is not a mapping. Allowed: an integer from 0 to 2147483647."),
         (
             "spec.transfer.loss.name=focal",
-            'spec.transfer.loss: is "auto" in job.yaml, which holds no key "name". Set the whole, such as '
+            'spec.transfer.loss: is "auto" in job.yaml, which has no key "name". Set the whole mapping, such as '
             "spec.transfer.loss={name: …}.",
         ),
         (
             "spec.evaluate.gates.2.metric=f1",
-            "spec.evaluate.gates[2]: job.yaml has no item 2 there; counted from 0, the last is 1.",
+            "spec.evaluate.gates[2]: does not exist in job.yaml: the last index is 1.",
         ),
         (
             "spec.evaluate.gates.first.metric=f1",
-            "spec.evaluate.gates.first: spec.evaluate.gates is a list: name an item by its number, such as "
+            "spec.evaluate.gates.first: spec.evaluate.gates is a list. Use the index of an item, such as "
             "spec.evaluate.gates[0].",
         ),
         (
             "spec.publish.replace.0=a",
-            "spec.publish.replace: no such key. Known: name, formats.",
+            "spec.publish.replace: unknown key. Known keys: name, formats.",
         ),
         (
             "spec.evaluate.gates.0=null",
-            "spec.evaluate.gates[0]: null takes a key out, and this is an item of a list. Give the whole list instead.",
+            "spec.evaluate.gates[0]: null removes a key, but this is a list item. Set the whole list instead.",
         ),
     ],
 )  # fmt: skip
-def test_what_is_wrong_with_an_override_is_told_as_its_fault(override: str, message: str) -> None:
-    assert told(override) == [f"--set {override}: {message}"]
+def test_problem_is_attributed_to_the_override(override: str, message: str) -> None:
+    assert problems_with(override) == [f"--set {override}: {message}"]
 
 
-def test_a_list_that_is_not_there_is_set_as_a_whole() -> None:
+def test_override_of_an_item_requires_the_list() -> None:
     text = without("    metrics: [accuracy, top5, f1, auc]\n")
-    assert told("spec.evaluate.metrics.0=f1", text=text) == [
-        "--set spec.evaluate.metrics.0=f1: spec.evaluate.metrics: is not in job.yaml. Set the whole list, such as "
+    assert problems_with("spec.evaluate.metrics.0=f1", text=text) == [
+        "--set spec.evaluate.metrics.0=f1: spec.evaluate.metrics: is not set in job.yaml. Set the whole list, such as "
         "spec.evaluate.metrics=[…]."
     ]
 
 
-def test_several_documents_in_a_value_are_refused_on_one_line() -> None:
-    (line,) = told("spec.seed=1\n---\n2")
-    assert line.endswith("spec.seed: 2 YAML documents stand behind the =, and a value is one.")
+def test_override_rejects_several_documents_on_one_line() -> None:
+    (line,) = problems_with("spec.seed=1\n---\n2")
+    assert line.endswith("spec.seed: has 2 YAML documents after the =. Use a single value.")
     assert "\n" not in line
 
 
-def test_a_missing_key_of_a_mapping_that_an_override_made_is_its_fault() -> None:
-    assert told("spec.fineTune={batchSize: 2}") == [
-        "--set spec.fineTune={batchSize: 2}: spec.fineTune.epochs: missing. Epochs at most of this stage."
+def test_missing_key_in_a_created_mapping_is_attributed_to_the_override() -> None:
+    assert problems_with("spec.fineTune={batchSize: 2}") == [
+        "--set spec.fineTune={batchSize: 2}: spec.fineTune.epochs: is required. Set the maximum number of epochs of "
+        "this stage."
     ]
 
 
-def test_problems_of_the_file_keep_their_place_beside_those_of_overrides() -> None:
-    assert told("spec.transfer.epochs=0", text=GOOD.replace("seed: 42", "seed: a")) == [
-        "--set spec.transfer.epochs=0: spec.transfer.epochs: 0 is not allowed. Allowed: a whole number from 1 to "
-        "10000.",
-        'job.yaml:51:9: spec.seed: "a" is not allowed. Allowed: a whole number from 0 to 2147483647.',
+def test_problems_of_the_file_keep_their_position() -> None:
+    assert problems_with("spec.transfer.epochs=0", text=VALID.replace("seed: 42", "seed: a")) == [
+        "--set spec.transfer.epochs=0: spec.transfer.epochs: 0 is not allowed. Allowed: an integer from 1 to 10000.",
+        'job.yaml:51:9: spec.seed: "a" is not allowed. Allowed: an integer from 0 to 2147483647.',
     ]
 
 
-def test_an_override_mends_what_is_wrong_in_the_file() -> None:
-    assert job_with("spec.seed=1", text=GOOD.replace("seed: 42", "seed: a")).spec.seed == 1
+def test_override_fixes_an_invalid_value_in_the_file() -> None:
+    assert job_with("spec.seed=1", text=VALID.replace("seed: 42", "seed: a")).spec.seed == 1
 
 
-def test_the_same_problem_in_several_documents_is_told_once() -> None:
+def test_same_problem_in_several_documents_is_reported_once() -> None:
     with pytest.raises(InvalidSpecError) as caught:
         read_files([FILE, FILE], ["spec.seed=a"])
     assert len(caught.value.problems) == 1
 
 
-def test_all_overrides_that_can_t_be_read_are_told_at_once() -> None:
-    assert len(told("nothing", "=", "sepc=1")) == 3
+def test_all_invalid_overrides_are_reported_at_once() -> None:
+    assert len(problems_with("nothing", "=", "sepc=1")) == 3
 
 
-def test_what_a_later_override_replaces_is_no_longer_at_fault() -> None:
-    assert [line.split(": ")[0] for line in told("spec.transfer.epochs=3", "spec.transfer={epochs: 0}")] == [
+def test_replaced_override_is_not_blamed() -> None:
+    assert [line.split(": ")[0] for line in problems_with("spec.transfer.epochs=3", "spec.transfer={epochs: 0}")] == [
         "--set spec.transfer={epochs"
     ]
 
 
-def test_a_command_that_is_shown_can_be_typed_again() -> None:
+def test_options_in_a_printed_command_are_quoted_for_the_shell() -> None:
     assert format_overrides(["spec.seed=1", "spec.transfer={epochs: 1}"]) == [
         "--set spec.seed=1",
         "--set 'spec.transfer={epochs: 1}'",
     ]
 
 
-def test_a_password_in_an_override_is_not_shown() -> None:
-    lines = told("spec.dataset.source={archive: {uri: 'https://user:secret@host/x.zip'}}")
+def test_password_in_an_override_is_redacted() -> None:
+    lines = problems_with("spec.dataset.source={archive: {uri: 'https://user:secret@host/x.zip'}}")
     assert all("secret" not in line for line in lines)
     assert lines[0].startswith("--set spec.dataset.source={archive: {uri: 'https…host/x.zip'}}: ")
 
@@ -265,7 +269,7 @@ YAML = st.text(max_size=12) | st.sampled_from(["null", "all", "[", "{a: 1}", "1e
 @example(["spec=1", "spec.seed=1"])
 @example(["spec.²=1"])
 @example(["\ud800=1"])
-def test_any_overrides_are_a_job_or_a_problem(overrides: list[str]) -> None:
+def test_any_overrides_result_in_a_job_or_problems(overrides: list[str]) -> None:
     try:
         job_with(*overrides)
     except InvalidSpecError as error:
@@ -279,24 +283,23 @@ def topwork(*arguments: str) -> "subprocess.CompletedProcess[str]":
     )
 
 
-def test_validate_takes_overrides() -> None:
+def test_validate_accepts_overrides() -> None:
     run = job_with("spec.seed=1", "spec.transfer.epochs=2").run
     ended = topwork("validate", str(FILE), "--set", "spec.seed=1", "--set", "spec.transfer.epochs=2")
     assert (ended.returncode, ended.stdout) == (0, f"{FILE}: TransferJob cats-vs-dogs ok (run {run})\n"), ended.stderr
 
 
 @pytest.mark.parametrize("command", ["validate", "render", "submit", "run"])
-def test_a_wrong_override_ends_every_command_with_exit_code_2(command: str) -> None:
+def test_invalid_override_exits_with_code_2(command: str) -> None:
     ended = topwork(command, str(FILE), "--set", "spec.transfer.epochs=0")
     assert (ended.returncode, ended.stdout) == (2, "")
     assert ended.stderr == (
-        "--set spec.transfer.epochs=0: spec.transfer.epochs: 0 is not allowed. Allowed: a whole number from 1 to "
-        "10000.\n"
+        "--set spec.transfer.epochs=0: spec.transfer.epochs: 0 is not allowed. Allowed: an integer from 1 to 10000.\n"
     )
 
 
 @pytest.mark.parametrize("command", [["render"], ["submit", "--dry-run", "client"]])
-def test_what_is_rendered_holds_what_was_set(command: list[str]) -> None:
+def test_rendered_job_contains_the_overrides(command: list[str]) -> None:
     ended = topwork(*command, str(FILE), "--set", "spec.compute.gpus=1", "--set", "spec.seed=7")
     assert ended.returncode == 0, ended.stderr
     assert "nvidia.com/gpu: 1" in ended.stdout

@@ -10,7 +10,7 @@ from topwork.spec.applications import MIN_SIDE
 from topwork.spec.loading.loader import read_text
 from topwork.spec.loading.problems import InvalidSpecError
 
-GOOD = Path(__file__).with_name("test_spec_good.yaml").read_text(encoding="utf-8")
+VALID = Path(__file__).with_name("valid_spec.yaml").read_text(encoding="utf-8")
 APPLICATIONS = ", ".join(MIN_SIDE)
 
 MISTAKES: list[tuple[dict[str, str], list[str]]] = [
@@ -185,7 +185,7 @@ MISTAKES: list[tuple[dict[str, str], list[str]]] = [
 
 
 def edit(changes: dict[str, str]) -> str:
-    text = GOOD
+    text = VALID
     for old, new in changes.items():
         assert old in text
         text = text.replace(old, new, 1)
@@ -193,7 +193,7 @@ def edit(changes: dict[str, str]) -> str:
 
 
 def test_valid_spec_is_accepted() -> None:
-    assert [job.metadata.name for job in read_text(GOOD, "job.yaml")] == ["cats-vs-dogs"]
+    assert [job.metadata.name for job in read_text(VALID, "job.yaml")] == ["cats-vs-dogs"]
 
 
 @pytest.mark.parametrize(("changes", "problems"), MISTAKES, ids=[problems[0][:60] for _, problems in MISTAKES])

@@ -1,4 +1,4 @@
-"""Whatever is handed in: a job or a problem, and never a traceback."""
+"""Property-based tests: any input results in jobs or problems, never in another exception."""
 
 from pathlib import Path
 
@@ -9,11 +9,11 @@ from topwork.spec import TransferJob
 from topwork.spec.loading.loader import read_bytes, read_text
 from topwork.spec.loading.problems import InvalidSpecError
 
-GOOD = Path(__file__).with_name("test_spec_good.yaml").read_text(encoding="utf-8")
-LINES = GOOD.splitlines()
-quickly = settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+VALID = Path(__file__).with_name("valid_spec.yaml").read_text(encoding="utf-8")
+LINES = VALID.splitlines()
+fuzz_settings = settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 
-# Pieces of YAML that mean something to a parser, so that random texts are more than words.
+# YAML syntax elements, so that random texts exercise the parser.
 PIECES = [
     "a", "- ", ": ", "\n", "\n  ", "[", "]", "{", "}", ",", "&a ", "*a", "!!str ", "!x ", "!<", "|", ">-", "'", '"',
     "#", "%YAML 1.1\n", "%TAG ! x\n", "---\n", "...\n", "? ", "\t", "<<: ", "\\", "\\U11111111", "~", "1", "0o9",
@@ -32,7 +32,7 @@ VALUES = st.recursive(
 )
 
 
-def outcome(text: str) -> list[TransferJob] | InvalidSpecError:
+def read_or_catch(text: str) -> list[TransferJob] | InvalidSpecError:
     try:
         return read_text(text, "job.yaml")
     except InvalidSpecError as error:
@@ -41,15 +41,15 @@ def outcome(text: str) -> list[TransferJob] | InvalidSpecError:
         return error
 
 
-@quickly
+@fuzz_settings
 @given(st.text(max_size=200))
 @example("")
 @example("\\\x00")
-def test_any_text_is_a_job_or_a_problem(text: str) -> None:
-    outcome(text)
+def test_any_text_results_in_jobs_or_problems(text: str) -> None:
+    read_or_catch(text)
 
 
-@quickly
+@fuzz_settings
 @given(st.lists(st.sampled_from(PIECES), max_size=25).map("".join))
 @example('"\\U11111111"')
 @example("%YAML 9.9\n---\na")
@@ -59,37 +59,37 @@ def test_any_text_is_a_job_or_a_problem(text: str) -> None:
 @example("? {a: b}\n: c")
 @example("&a [*a, *a]")
 @example("!!timestamp x")
-def test_any_yaml_is_a_job_or_a_problem(text: str) -> None:
-    outcome(text)
+def test_any_yaml_results_in_jobs_or_problems(text: str) -> None:
+    read_or_catch(text)
 
 
-@quickly
+@fuzz_settings
 @given(st.binary(max_size=200))
-def test_any_bytes_are_a_job_or_a_problem(data: bytes) -> None:
+def test_any_bytes_result_in_jobs_or_problems(data: bytes) -> None:
     try:
         read_bytes(data, "job.yaml")
     except InvalidSpecError as error:
         assert error.problems
 
 
-@quickly
-@given(st.integers(0, len(GOOD) - 1), st.integers(0, 8), st.sampled_from(PIECES))
-def test_good_spec_with_a_slip_is_a_job_or_a_problem(start: int, length: int, piece: str) -> None:
-    outcome(GOOD[:start] + piece + GOOD[start + length :])
+@fuzz_settings
+@given(st.integers(0, len(VALID) - 1), st.integers(0, 8), st.sampled_from(PIECES))
+def test_valid_spec_with_a_typo_results_in_jobs_or_problems(start: int, length: int, piece: str) -> None:
+    read_or_catch(VALID[:start] + piece + VALID[start + length :])
 
 
-@quickly
+@fuzz_settings
 @given(st.lists(st.integers(0, len(LINES) - 1), max_size=4), st.integers(-2, 2))
-def test_good_spec_with_lines_taken_out_or_moved_is_a_job_or_a_problem(out: list[int], shift: int) -> None:
-    lines = [line for index, line in enumerate(LINES) if index not in out]
-    if out:
-        index = out[0] % len(lines)
+def test_valid_spec_with_removed_or_indented_lines_results_in_jobs_or_problems(removed: list[int], shift: int) -> None:
+    lines = [line for index, line in enumerate(LINES) if index not in removed]
+    if removed:
+        index = removed[0] % len(lines)
         lines[index] = " " * max(shift, 0) + lines[index][max(-shift, 0) :]
-    outcome("\n".join(lines))
+    read_or_catch("\n".join(lines))
 
 
-@quickly
+@fuzz_settings
 @given(st.integers(1, len(LINES) - 1), VALUES)
-def test_good_spec_with_any_value_is_a_job_or_a_problem(index: int, value: object) -> None:
+def test_valid_spec_with_any_value_results_in_jobs_or_problems(index: int, value: object) -> None:
     key = LINES[index].partition(":")[0]
-    outcome("\n".join([*LINES[:index], f"{key}: {value!r}", *LINES[index + 1 :]]))
+    read_or_catch("\n".join([*LINES[:index], f"{key}: {value!r}", *LINES[index + 1 :]]))

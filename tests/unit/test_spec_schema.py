@@ -1,4 +1,4 @@
-"""The JSON Schema and the reference say what the models say."""
+"""The JSON Schema and the reference match the spec models."""
 
 import json
 from pathlib import Path
@@ -16,59 +16,58 @@ from topwork.spec.schema.reference import reference_text
 REPOSITORY = Path(__file__).parents[2]
 
 
-def test_schema_prints_the_schema(capsys: pytest.CaptureFixture[str]) -> None:
+def test_schema_command_prints_the_schema(capsys: pytest.CaptureFixture[str]) -> None:
     schema()
     assert capsys.readouterr().out == schema_text()
 
 
-def test_schema_in_the_repository_is_generated() -> None:
+def test_schema_in_the_repository_is_up_to_date() -> None:
     assert (REPOSITORY / "schema" / "transferjob.schema.json").read_text() == schema_text()
 
 
-def test_reference_in_the_repository_is_generated() -> None:
+def test_reference_in_the_repository_is_up_to_date() -> None:
     assert (REPOSITORY / "docs" / "spec.md").read_text() == reference_text()
 
 
-def test_schema_names_itself() -> None:
+def test_schema_has_dialect_and_id() -> None:
     document = json.loads(schema_text())
     assert document["$schema"] == "https://json-schema.org/draft/2020-12/schema"
     assert document["$id"] == "https://topwork.dev/v1alpha1/transferjob.schema.json"
 
 
-def test_schema_refuses_unknown_keys_and_describes_all_known_ones() -> None:
+def test_schema_rejects_unknown_keys_and_describes_known_ones() -> None:
     document = json.loads(schema_text())
-    for part in [document, *document["$defs"].values()]:
-        assert part["additionalProperties"] is False
-        for value in part["properties"].values():
-            of_part = document["$defs"].get(value.get("$ref", "").removeprefix("#/$defs/"), {})
-            assert value.get("description") or of_part.get("description")
+    for model in [document, *document["$defs"].values()]:
+        assert model["additionalProperties"] is False
+        for value in model["properties"].values():
+            referenced = document["$defs"].get(value.get("$ref", "").removeprefix("#/$defs/"), {})
+            assert value.get("description") or referenced.get("description")
 
 
-def test_schema_says_exactly_one_source_and_base() -> None:
-    parts = json.loads(schema_text())["$defs"]
-    assert parts["DatasetSource"]["oneOf"] == [{"required": [key]} for key in ("tfds", "folder", "archive", "table")]
-    assert parts["Base"]["oneOf"] == [{"required": [key]} for key in ("application", "saved", "cnn")]
+def test_schema_requires_exactly_one_source_and_base() -> None:
+    models = json.loads(schema_text())["$defs"]
+    assert models["DatasetSource"]["oneOf"] == [{"required": [key]} for key in ("tfds", "folder", "archive", "table")]
+    assert models["Base"]["oneOf"] == [{"required": [key]} for key in ("application", "saved", "cnn")]
 
 
-def test_example_of_the_schema_is_a_job() -> None:
+def test_example_in_the_schema_is_valid() -> None:
     (example,) = json.loads(schema_text())["examples"]
     assert TransferJob.model_validate(example).metadata.name == "cats-vs-dogs"
 
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "examples").glob("*.yaml")), ids=lambda path: path.stem)
-def test_schema_takes_every_example(path: Path) -> None:
+def test_schema_accepts_every_example(path: Path) -> None:
     checker = jsonschema.Draft202012Validator(json.loads(schema_text()))
     for document in YAML(typ="safe").load_all(path):
-        # A whole number of cores is a number, too.
         assert [error.message for error in checker.iter_errors(document)] == []
 
 
-def test_reference_has_every_key() -> None:
+def test_reference_contains_every_key() -> None:
     sections = reference_text().split("\n## ")
     missing = [
         f"{path}.{key}"
-        for path, part in key_types.walk_models(TransferJob)
-        for key in key_types.fields_by_key(part)
+        for path, model in key_types.walk_models(TransferJob)
+        for key in key_types.fields_by_key(model)
         if not any(f"| `{key}` |" in section for section in sections if section.startswith(path and f"`{path}`\n"))
     ]
     assert missing == []

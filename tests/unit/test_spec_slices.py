@@ -1,4 +1,4 @@
-"""TFDS slicing is read as TFDS reads it, and overlaps are found where they are certain."""
+"""Parsing of TFDS slices and detection of overlaps."""
 
 import pytest
 from pydantic_core import PydanticCustomError
@@ -20,20 +20,20 @@ from topwork.spec.slices import Slice, parse_slices
         ("a + b[1:]", (Slice("a", "a", (0, 0), (100, 0)), Slice("b[1:]", "b", (0, 1), (100, 0)))),
     ],
 )
-def test_slicing_is_read(text: str, slices: tuple[Slice, ...]) -> None:
+def test_parse_slices(text: str, slices: tuple[Slice, ...]) -> None:
     assert parse_slices(text) == slices
 
 
 @pytest.mark.parametrize(
     "text", ["", "train[", "train[:a]", "train[1]", "train[::2]", "train+", "train[:4shard]", "train[50%:50%]", "[:3]"]
 )
-def test_what_is_no_slicing_is_refused(text: str) -> None:
+def test_parse_slices_rejects_invalid_text(text: str) -> None:
     with pytest.raises(PydanticCustomError):
         parse_slices(text)
 
 
 @pytest.mark.parametrize(
-    ("one", "other", "overlap"),
+    ("one", "other", "overlaps"),
     [
         ("train[:40%]", "train[40%:]", False),
         ("train[:41%]", "train[40%:]", True),
@@ -44,10 +44,10 @@ def test_what_is_no_slicing_is_refused(text: str) -> None:
         ("train[:-100]", "train[-100:]", False),
         ("train[:-100]", "train[-101:]", True),
         ("train[:90%]", "train[-10%:]", False),
-        # Only the data can tell: whoever splits them looks again.
+        # This depends on the size of the split; it is checked again when the data is split.
         ("train[:500]", "train[50%:]", False),
     ],
 )
-def test_overlap_is_found_where_it_is_certain(one: str, other: str, overlap: bool) -> None:
+def test_overlap_is_detected_if_it_is_independent_of_the_split_size(one: str, other: str, overlaps: bool) -> None:
     (a,), (b,) = parse_slices(one), parse_slices(other)
-    assert (a.definitely_overlaps(b), b.definitely_overlaps(a)) == (overlap, overlap)
+    assert (a.definitely_overlaps(b), b.definitely_overlaps(a)) == (overlaps, overlaps)

@@ -1,4 +1,4 @@
-"""`topwork top` as it is called, with processes that serve their metrics."""
+"""The `topwork top` command, with processes that serve their metrics and with Prometheus responses."""
 
 import base64
 import json
@@ -22,34 +22,33 @@ import pytest
 from topwork.cli import main
 from topwork.clients.prometheus.metrics import Metrics
 
-PATIENCE_SECONDS = 30.0
-ENTERED, LEFT = b"\x1b[?1049h", b"\x1b[?1049l"
-"""What a terminal is told to show a screen of its own, and the one before again."""
+TIMEOUT_SECONDS = 30.0
+ENTER_ALTERNATE_SCREEN, LEAVE_ALTERNATE_SCREEN = b"\x1b[?1049h", b"\x1b[?1049l"
 NO_SERIES = b'{"status": "success", "data": {"resultType": "matrix", "result": []}}'
 FAST = ("--once", "--interval", "0.2")
 
 
-class Ended(NamedTuple):
+class CommandResult(NamedTuple):
     code: int
     out: str
     err: str
 
 
 @pytest.fixture
-def top(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ended]:
-    """Call the command here."""
+def top(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., CommandResult]:
+    """Run the command in this process."""
 
-    def call(*words: object) -> Ended:
-        monkeypatch.setattr("sys.argv", ["topwork", "top", *map(str, words)])
-        with pytest.raises(SystemExit) as ended:
+    def call(*arguments: object) -> CommandResult:
+        monkeypatch.setattr("sys.argv", ["topwork", "top", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exited:
             main()
-        return Ended(int(ended.value.code or 0), *capsys.readouterr())
+        return CommandResult(int(exited.value.code or 0), *capsys.readouterr())
 
     return call
 
 
-class Process:
-    """A process that trains and serves its metrics."""
+class TrainingProcess:
+    """A process that serves the metrics of a run."""
 
     def __init__(self, run: str) -> None:
         self.metrics = Metrics(gpus=False)
@@ -58,8 +57,8 @@ class Process:
 
 
 @pytest.fixture
-def cats() -> Iterator[Process]:
-    process = Process("cats-1a2b3c4d")
+def cats() -> Iterator[TrainingProcess]:
+    process = TrainingProcess("cats-1a2b3c4d")
     with process.metrics.track_stage("transfer"):
         process.metrics.set_planned_epochs("transfer", 20)
         process.metrics.set_epoch("transfer", 5)
@@ -69,21 +68,21 @@ def cats() -> Iterator[Process]:
 
 @contextmanager
 def http_server(
-    code: int, body: bytes, headers: dict[str, str] | None = None, login: bytes | None = None
+    code: int, body: bytes, headers: dict[str, str] | None = None, credentials: bytes | None = None
 ) -> Iterator[str]:
-    """A server that answers everything in the same way, 401 without the login that it wants; its address."""
-    wanted = f"Basic {base64.b64encode(login).decode()}" if login else None
+    """Serve the same response to all requests, but 401 to those without the credentials; yields the URL."""
+    expected = f"Basic {base64.b64encode(credentials).decode()}" if credentials else None
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            self.send_response(code if wanted in {None, self.headers.get("Authorization")} else 401)
+            self.send_response(code if expected in {None, self.headers.get("Authorization")} else 401)
             for name, value in (headers or {}).items():
                 self.send_header(name, value)
             self.end_headers()
             self.wfile.write(body)
 
         def log_message(self, *args: object) -> None:
-            """Say nothing."""
+            """Log nothing."""
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
@@ -92,187 +91,197 @@ def http_server(
 
 
 def closed_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return int(taken.getsockname()[1])
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
-# ── Ports ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Metrics pages ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_run_on_this_machine_is_shown_in_detail(top: Callable[..., Ended], cats: Process):
-    ended = top("--port", cats.port, *FAST)
-    assert ended.code == 0, ended.err
-    assert re.match(r"cats-1a2b3c4d: running, transfer for \d+s\n  epoch          5/20  ━{6}╌", ended.out)
-    assert f"  read from      http://127.0.0.1:{cats.port}/metrics\n" in ended.out
+def test_a_single_run_is_shown_in_detail(top: Callable[..., CommandResult], cats: TrainingProcess):
+    result = top("--port", cats.port, *FAST)
+    assert result.code == 0, result.err
+    assert re.match(r"cats-1a2b3c4d: running, transfer for \d+s\n  epoch          5/20  ━{6}╌", result.out)
+    assert f"  source         http://127.0.0.1:{cats.port}/metrics\n" in result.out
 
 
-def test_rates_of_one_call_are_between_two_readings(top: Callable[..., Ended], cats: Process):
-    ended = threading.Event()
+def test_once_computes_rates_from_two_readings(top: Callable[..., CommandResult], cats: TrainingProcess):
+    stopped = threading.Event()
 
     def train() -> None:
-        while not ended.wait(0.02):
+        while not stopped.wait(0.02):
             cats.metrics.record_step(images=64, seconds=0.25)
 
     trainer = threading.Thread(target=train)
     trainer.start()
-    told = json.loads(top("--port", cats.port, "--json", "--interval", "0.5").out)
-    ended.set()
+    runs = json.loads(top("--port", cats.port, "--json", "--interval", "0.5").out)
+    stopped.set()
     trainer.join()
-    assert [one["speed"] for one in told] == [
+    assert [run["speed"] for run in runs] == [
         {"imagesPerSecond": 256.0, "stepSeconds": 0.25, "inputWait": None, "lately": True}
     ]
 
 
-def test_several_runs_are_a_table_and_one_can_be_chosen(top: Callable[..., Ended], cats: Process):
-    dogs = Process("dogs-22222222")
+def test_several_runs_are_shown_as_a_table_and_can_be_selected_by_name(
+    top: Callable[..., CommandResult], cats: TrainingProcess
+):
+    dogs = TrainingProcess("dogs-22222222")
     ports = ("--port", cats.port, "--port", dogs.port, *FAST)
     assert [line.split()[0] for line in top(*ports).out.splitlines()] == ["RUN", "cats-1a2b3c4d", "dogs-22222222"]
     for name in ("dogs", "dogs-22222222"):
         assert top(name, *ports).out.startswith("dogs-22222222: starting")
 
 
-def test_off_a_terminal_it_prints_once(top: Callable[..., Ended], cats: Process):
+def test_without_a_terminal_it_prints_once(top: Callable[..., CommandResult], cats: TrainingProcess):
     assert top("--port", cats.port, "--interval", "0.2").code == 0
 
 
-def test_one_of_several_ports_is_enough(top: Callable[..., Ended], cats: Process):
+def test_ports_that_do_not_answer_are_ignored_if_another_does(top: Callable[..., CommandResult], cats: TrainingProcess):
     assert top("--port", closed_port(), "--port", cats.port, *FAST).code == 0
 
 
-def test_where_nothing_listens_it_says_where_it_looked_and_what_to_do(top: Callable[..., Ended]):
+def test_without_an_answer_it_reports_the_urls_and_what_to_do(top: Callable[..., CommandResult]):
     port = closed_port()
-    assert top("--port", port, *FAST) == Ended(
+    assert top("--port", port, *FAST) == CommandResult(
         75,
         "",
-        f"topwork: No run can be read: http://127.0.0.1:{port}/metrics does not answer (Connection refused). Start a "
-        "run with: topwork run FILE --metrics-port 9101 - or say where runs are: --port or --url of a process, "
-        "-n NAMESPACE of a cluster, --prometheus URL.\n",
+        f"topwork: No runs found: http://127.0.0.1:{port}/metrics does not answer (Connection refused). Start a run "
+        "with `topwork run FILE --metrics-port 9101`, or specify where to look for runs: --port or --url of a process, "
+        "-n NAMESPACE of a cluster, or --prometheus URL.\n",
     )
 
 
-def test_an_exporter_of_something_else_at_the_port_is_told(top: Callable[..., Ended]):
+def test_another_exporter_at_the_url_is_reported(top: Callable[..., CommandResult]):
     with http_server(200, b"# TYPE statsd_lines counter\nstatsd_lines 3\n") as url:
         assert (
-            f"No run can be read: {url}/metrics serves no metrics of topwork. Start"
+            f"No runs found: {url}/metrics does not serve metrics of topwork. Start"
             in top("--url", f"{url}/metrics").err
         )
 
 
 @pytest.mark.parametrize(
-    ("code", "body", "told"),
+    ("code", "body", "message"),
     [
-        (200, b"<html>hello</html>", "serves no metrics (<html>hello</html>). Look at the address."),
-        (404, b"", "answers with HTTP 404: metrics are below /metrics as a rule."),
+        (200, b"<html>hello</html>", "does not serve metrics (<html>hello</html>). Check the URL."),
+        (404, b"", "answers with HTTP 404: the path of a metrics page is usually /metrics."),
     ],
 )
-def test_a_web_page_at_the_address_is_told(top: Callable[..., Ended], code: int, body: bytes, told: str):
+def test_a_web_page_at_the_url_is_reported(top: Callable[..., CommandResult], code: int, body: bytes, message: str):
     with http_server(code, body) as url:
-        assert f"{url}/ {told}" in top("--url", f"{url}/").err
+        assert f"{url}/ {message}" in top("--url", f"{url}/").err
 
 
-def test_an_unknown_run_names_those_that_there_are(top: Callable[..., Ended], cats: Process):
-    assert top("dogs", "--port", cats.port, *FAST) == Ended(
-        2, "", "topwork: No job or run dogs can be read. There are: cats-1a2b3c4d.\n"
+def test_an_unknown_run_is_reported_with_the_existing_runs(top: Callable[..., CommandResult], cats: TrainingProcess):
+    assert top("dogs", "--port", cats.port, *FAST) == CommandResult(
+        2, "", "topwork: Job or run dogs not found. Existing runs: cats-1a2b3c4d.\n"
     )
 
 
-def test_a_process_that_has_gone_is_shown_as_it_was():
-    from topwork.cli.top.sources import Pages
+def test_a_process_that_stops_answering_is_shown_with_its_last_values():
+    from topwork.cli.top.sources import MetricsPageSource
 
     body = b'topwork_stage_running{run="cats-1a2b3c4d",stage="transfer",transferjob="cats"} 1\n'
     with http_server(200, body) as url:
-        pages = Pages([url], "")
-        assert pages.read(time.time())[0].state == "running"
-    found = pages.read(time.time() + 60)[0]
-    assert (found.state, found.stage, found.reason) == ("gone", "transfer", "last answer 60s ago")
+        source = MetricsPageSource([url], "")
+        assert source.read(time.time())[0].state == "running"
+    run = source.read(time.time() + 60)[0]
+    assert (run.state, run.stage, run.reason) == ("gone", "transfer", "last answer 60s ago")
 
 
-def test_names_of_a_process_send_nothing_to_the_terminal(top: Callable[..., Ended]):
+def test_control_sequences_in_labels_are_replaced(top: Callable[..., CommandResult]):
     body = b'topwork_stage_running{run="cats\x1b]0;owned\x07",stage="\x1b[2J",transferjob="cats"} 1\n'
     with http_server(200, body) as url:
         assert top("--url", url, *FAST).out.startswith("cats?]0;owned?: running, ?[2J\n")
 
 
-def test_places_that_exclude_each_other_are_refused(top: Callable[..., Ended]):
-    told = "topwork: Runs are read from one place: ports and URLs, a cluster, or --prometheus.\n"
-    assert top("--port", 9101, "--prometheus", "http://127.0.0.1:9090") == Ended(2, "", told)
-    assert top("--port", 9101, "-n", "team-a") == Ended(2, "", told)
+def test_conflicting_sources_are_rejected(top: Callable[..., CommandResult]):
+    message = (
+        "topwork: Choose one source of runs: --port and --url, a cluster (-n, --context, --kubeconfig), or "
+        "--prometheus, which can be combined with -n.\n"
+    )
+    assert top("--port", 9101, "--prometheus", "http://127.0.0.1:9090") == CommandResult(2, "", message)
+    assert top("--port", 9101, "-n", "team-a") == CommandResult(2, "", message)
 
 
-# ── Prometheus' answers ─────────────────────────────────────────────────────────────────────────────────────────────
+# ── Prometheus responses ────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
-    ("code", "body", "exit_code", "told"),
+    ("code", "body", "exit_code", "message"),
     [
-        (200, b"<html>Grafana</html>", 2, "is no Prometheus: it answers with HTTP 200 (<html>Grafana</html>)."),
-        (302, b"", 2, "is no Prometheus: it answers with HTTP 302 (nothing)."),
-        (401, b"Unauthorized", 2, "refuses (HTTP 401). Write USER:PASSWORD@ before the host in the address, or reach"),
-        (503, b'{"status": "error", "error": "busy"}', 75, "could not answer (HTTP 503: busy). Try again later."),
-        (422, b'{"status": "error", "error": "too long"}', 2, "could not answer (HTTP 422: too long)."),
+        (200, b"<html>Grafana</html>", 2, "is not Prometheus: it answers with HTTP 200 (<html>Grafana</html>)."),
+        (302, b"", 2, "is not Prometheus: it answers with HTTP 302 (empty response)."),
+        (401, b"Unauthorized", 2, "denies access (HTTP 401). Add USER:PASSWORD@ before the host in the URL, or bypass"),
+        (
+            503,
+            b'{"status": "error", "error": "busy"}',
+            75,
+            "could not run the query (HTTP 503: busy). Try again later.",
+        ),
+        (422, b'{"status": "error", "error": "too long"}', 2, "could not run the query (HTTP 422: too long)."),
     ],
 )
-def test_what_is_no_prometheus_or_refuses_is_told(
-    top: Callable[..., Ended], code: int, body: bytes, exit_code: int, told: str
+def test_unusable_prometheus_responses_are_reported(
+    top: Callable[..., CommandResult], code: int, body: bytes, exit_code: int, message: str
 ):
     with http_server(code, body, {"Location": "https://login.example.com/"} if code == 302 else {}) as url:
-        ended = top("--prometheus", url)
-        assert (ended.code, ended.out) == (exit_code, "")
-        assert f"{url} {told}" in ended.err
+        result = top("--prometheus", url)
+        assert (result.code, result.out) == (exit_code, "")
+        assert f"{url} {message}" in result.err
 
 
-def test_a_password_in_the_address_is_used_and_never_said(top: Callable[..., Ended]):
-    with http_server(200, NO_SERIES, login=b"alice:open sesame") as url:
-        assert "refuses" in top("--prometheus", url).err
-        ended = top("--prometheus", url.replace("://", "://alice:open%20sesame@") + "/")
-        assert "has scraped no run" in ended.err
-        assert "sesame" not in ended.err
+def test_a_password_in_the_url_is_used_but_not_shown(top: Callable[..., CommandResult]):
+    with http_server(200, NO_SERIES, credentials=b"alice:open sesame") as url:
+        assert "denies access" in top("--prometheus", url).err
+        result = top("--prometheus", url.replace("://", "://alice:open%20sesame@") + "/")
+        assert "scraped no runs" in result.err
+        assert "sesame" not in result.err
 
 
-def test_a_prometheus_without_runs_says_where_to_look(top: Callable[..., Ended]):
+def test_prometheus_without_runs_is_reported_with_its_targets(top: Callable[..., CommandResult]):
     with http_server(200, NO_SERIES) as url:
-        told = (
-            f"Prometheus at {url} has scraped no run of namespace team-a in the last 5m. What it scrapes: {url}/targets"
+        message = (
+            f"Prometheus at {url} scraped no runs in namespace team-a in the last 5m. Its scrape targets: {url}/targets"
         )
-        assert top("--prometheus", url, "-n", "team-a") == Ended(0, "", f"{told}\n")
+        assert top("--prometheus", url, "-n", "team-a") == CommandResult(0, "", f"{message}\n")
 
 
-# ── A terminal ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Terminal ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_on_a_terminal_it_goes_on_until_ctrl_c_and_leaves_the_last_picture(cats: Process):
-    ours, theirs = pty.openpty()
+def test_on_a_terminal_it_updates_until_ctrl_c_and_prints_the_last_values(cats: TrainingProcess):
+    controller, terminal = pty.openpty()
     command = [sys.executable, "-m", "topwork", "top", "--port", str(cats.port), "--interval", "0.2"]
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100", "LINES": "30"}
-    with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment) as process:
-        os.close(theirs)
-        shown = _read_until(ours, b"5/20")
+    with subprocess.Popen(command, stdin=terminal, stdout=terminal, stderr=terminal, env=environment) as process:
+        os.close(terminal)
+        output = _read_until(controller, b"5/20")
         cats.metrics.set_epoch("transfer", 6)
-        shown += _read_until(ours, b"6/20")
+        output += _read_until(controller, b"6/20")
         process.send_signal(signal.SIGINT)
-        left = _read_until(ours, None).partition(LEFT)[2]
-        assert process.wait(PATIENCE_SECONDS) == 0
-    os.close(ours)
-    assert ENTERED in shown
-    assert b"6/20" in left
+        final_output = _read_until(controller, None).partition(LEAVE_ALTERNATE_SCREEN)[2]
+        assert process.wait(TIMEOUT_SECONDS) == 0
+    os.close(controller)
+    assert ENTER_ALTERNATE_SCREEN in output
+    assert b"6/20" in final_output
 
 
 def _read_until(terminal: int, text: bytes | None) -> bytes:
-    """Read until a text comes, or with None to the end."""
-    found = b""
-    while text is None or text not in found:
-        ready, _, _ = select.select([terminal], [], [], PATIENCE_SECONDS)
-        assert ready, found
+    """Read until a text appears; None reads to the end."""
+    output = b""
+    while text is None or text not in output:
+        ready, _, _ = select.select([terminal], [], [], TIMEOUT_SECONDS)
+        assert ready, output
         try:
-            found += os.read(terminal, 65536)
-        except OSError:  # the other side is closed
-            assert text is None, found
+            output += os.read(terminal, 65536)
+        except OSError:  # the terminal is closed
+            assert text is None, output
             break
-    return found
+    return output
 
 
-def test_it_needs_no_training_libraries(cats: Process):
+def test_it_runs_without_training_libraries(cats: TrainingProcess):
     script = (
         "import sys\n"
         "for name in ('boto3', 'numpy', 'tensorflow', 'keras', 'matplotlib', 'PIL', 'sklearn'):\n"
@@ -281,6 +290,6 @@ def test_it_needs_no_training_libraries(cats: Process):
         f"sys.argv = ['topwork', 'top', '--port', '{cats.port}', '--json', '--interval', '0.2']\n"
         "main()"
     )
-    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert ended.returncode == 0, ended.stderr
-    assert json.loads(ended.stdout)[0]["run"] == "cats-1a2b3c4d"
+    completed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert completed.returncode == 0, completed.stderr
+    assert json.loads(completed.stdout)[0]["run"] == "cats-1a2b3c4d"

@@ -90,12 +90,12 @@ def find_version(storage: Storage, address: ModelAddress) -> Version:
         SettingError: If there is no such model or version; it names those that there are.
     """
     if address.version is None:
-        found = versions.latest(storage, address.name)
+        found = versions.read_latest(storage, address.name)
     else:
-        found = versions.published(storage, address.name, address.version)
+        found = versions.read_version(storage, address.name, address.version)
     if found:
         return found
-    there = versions.models(storage)
+    there = versions.list_models(storage)
     if address.name in there:
         numbers = ", ".join(str(number) for number in there[address.name])
         wanted = "latest version" if address.version is None else f"version {address.version}"

@@ -1,7 +1,7 @@
 """The embedded storage of `topwork run`: a real S3 server (SeaweedFS) on a loopback port.
 
-All processes that use the same state directory at the same time share one server. `local.supervisor` stops it after the
-last of them has ended, in whatever way. The data is kept in the state directory.
+All processes that use the same state directory at the same time share one server. `local.supervisor` stops it when the
+last of them has exited or crashed. The data is kept in the state directory.
 """
 
 import fcntl

@@ -1,4 +1,4 @@
-"""Published models in storage: `models/<name>/<version>/` with its manifest, and `latest.json` that points to one."""
+"""Published model versions in storage: `models/<name>/<version>/` and the pointer `models/<name>/latest.json`."""
 
 import json
 import time
@@ -9,34 +9,35 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from topwork.artifacts import MANIFEST_NAME as MANIFEST
-from topwork.artifacts import read_manifest, read_json_record
+from topwork.artifacts import read_json_record, read_manifest
 from topwork.clients.s3.storage import Storage
 from topwork.errors import UnavailableError
 
 ROOT = "models"
 CLAIM = "claim.json"
 LATEST = "latest.json"
-# An attempt that was killed is tried again before so many other runs have published.
-NEWEST = 20
-# A publisher that is overtaken tries again; nobody is overtaken so often.
-ROUNDS = 100
+# Newest versions that are searched for one published by an interrupted attempt of the same run.
+MAX_SEARCHED_VERSIONS = 20
+# Attempts of a publisher that loses a race against other publishers.
+MAX_ATTEMPTS = 100
 
 
 class Version(BaseModel):
-    """A published version, as its manifest and `latest.json` tell of it.
+    """A published version, as stored in its manifest and in `latest.json`.
 
     Attributes:
+        format: Format version of this record.
         name: Name of the model.
-        version: Its number, from 1.
-        uri: Where it lies.
-        run: The run that made it.
-        weights: SHA-256, in hex, of the trained model that it was made from.
-        published: When, as ISO 8601 in UTC.
-        main_metric: The first metric that its job asked for.
-        metrics: All single numbers of its evaluation, by their names in the job spec.
-        split: The split that they were measured on.
-        images: Images of that split.
-        dataset: Key of the stored dataset that it was trained on; empty where an older topwork published it.
+        version: Version number, starting at 1.
+        uri: URI of the version.
+        run: Run that published it.
+        weights: Hexadecimal SHA-256 of the trained model file.
+        published: Time of publication, ISO 8601 in UTC.
+        main_metric: First metric requested by the job.
+        metrics: All scalar metrics of the evaluation, by their names in the job spec.
+        split: Split on which they were measured.
+        images: Number of images in that split.
+        dataset: Key of the stored dataset; empty if an older version of topwork published it.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -55,55 +56,55 @@ class Version(BaseModel):
     dataset: str = ""
 
 
-def prefix_of(name: str, version: int) -> str:
-    """Key of a version's folder."""
+def version_prefix(name: str, version: int) -> str:
+    """Return the key prefix of a version."""
     return f"{ROOT}/{name}/{version}"
 
 
-def latest(storage: Storage, name: str) -> Version | None:
-    """Read which version of a model `latest.json` points to.
+def read_latest(storage: Storage, name: str) -> Version | None:
+    """Read the version that `latest.json` points to.
 
     Args:
-        storage: Where the models are.
+        storage: Storage of the models.
         name: Name of the model.
 
     Returns:
-        The version; None if none is published.
+        The version; None if no version is published.
 
     Raises:
-        DataError: If the pointer is not one of topwork.
+        DataError: If `latest.json` was not written by topwork.
     """
     key = f"{ROOT}/{name}/{LATEST}"
     data = storage.read(key)
     return None if data is None else _read(data, storage.uri_of(key))
 
 
-def published(storage: Storage, name: str, version: int) -> Version | None:
-    """Read what is known of a version.
+def read_version(storage: Storage, name: str, version: int) -> Version | None:
+    """Read a published version.
 
     Args:
-        storage: Where the models are.
+        storage: Storage of the models.
         name: Name of the model.
-        version: Its number.
+        version: Version number.
 
     Returns:
-        The version; None if it is not published, or only begun.
+        The version; None if it is not published or incomplete.
     """
-    manifest = read_manifest(storage, prefix_of(name, version))
+    manifest = read_manifest(storage, version_prefix(name, version))
     if manifest is None:
         return None
-    return _read(json.dumps(manifest.facts).encode(), storage.uri_of(prefix_of(name, version)))
+    return _read(json.dumps(manifest.facts).encode(), storage.uri_of(version_prefix(name, version)))
 
 
-def numbers(storage: Storage, name: str) -> dict[int, bool]:
-    """List the versions of a model, published or only claimed.
+def list_versions(storage: Storage, name: str) -> dict[int, bool]:
+    """List the versions of a model, published or claimed.
 
     Args:
-        storage: Where the models are.
+        storage: Storage of the models.
         name: Name of the model.
 
     Returns:
-        Whether it is published, by number, in ascending order.
+        Version number to whether it is published, in ascending order.
     """
     found: dict[int, bool] = {}
     for number, file in _files(storage, name):
@@ -111,14 +112,14 @@ def numbers(storage: Storage, name: str) -> dict[int, bool]:
     return dict(sorted(found.items()))
 
 
-def models(storage: Storage) -> dict[str, list[int]]:
+def list_models(storage: Storage) -> dict[str, list[int]]:
     """List all models with their published versions.
 
     Args:
-        storage: Where the models are.
+        storage: Storage of the models.
 
     Returns:
-        Versions in ascending order, by the name of the model, in its order.
+        Name of the model to its versions, both in ascending order.
     """
     found: dict[str, list[int]] = {}
     for stored in storage.list(f"{ROOT}/"):
@@ -128,95 +129,94 @@ def models(storage: Storage) -> dict[str, list[int]]:
     return {name: sorted(found[name]) for name in sorted(found)}
 
 
-def claim(storage: Storage, name: str, run: str) -> int:
-    """Take the next free version for a run; no other run gets it.
+def claim_version(storage: Storage, name: str, run: str) -> int:
+    """Claim the next free version number for a run.
 
-    A claim that an earlier attempt of the same run left without a manifest is taken up again, and what lies below it
-    is removed.
+    If an interrupted attempt of the same run left a claim without a manifest, it is reused, and its files are deleted.
 
     Args:
-        storage: Where the models are.
+        storage: Storage of the models.
         name: Name of the model.
         run: Name of the run.
 
     Returns:
-        The version.
+        The version number.
 
     Raises:
-        UnavailableError: If storage contradicts itself.
+        UnavailableError: If storage returns stale data.
     """
-    content = json.dumps({"format": 1, "run": run, "claimed": now(), "attempt": uuid.uuid4().hex}).encode()
-    for _ in range(ROUNDS):
-        found = numbers(storage, name)
-        for number in (number for number, whole in found.items() if not whole):
-            if _claimant(storage, name, number) == run:
-                _clear(storage, name, number)
+    content = json.dumps({"format": 1, "run": run, "claimed": utc_now(), "attempt": uuid.uuid4().hex}).encode()
+    for _ in range(MAX_ATTEMPTS):
+        found = list_versions(storage, name)
+        for number in (number for number, is_published in found.items() if not is_published):
+            if _read_claim(storage, name, number) == run:
+                _delete_files(storage, name, number)
                 return number
-        # A number that the pointer ever had is not given again, though its version was deleted.
-        standing = latest(storage, name)
-        number = max([*found, standing.version if standing else 0]) + 1
-        if storage.write(f"{prefix_of(name, number)}/{CLAIM}", content, only_if_absent=True):
+        # Never reuse the number that latest.json points to, even if that version was deleted.
+        current = read_latest(storage, name)
+        number = max([*found, current.version if current else 0]) + 1
+        if storage.write(f"{version_prefix(name, number)}/{CLAIM}", content, only_if_absent=True):
             return number
-    raise _at_odds(storage, name)
+    raise _stale_storage_error(storage, name)
 
 
-def made_from(storage: Storage, name: str, run: str, weights: str) -> Version | None:
-    """Find the version that an earlier attempt of a run published before it could say so.
+def find_version_of_run(storage: Storage, name: str, run: str, weights: str) -> Version | None:
+    """Find the version published by an interrupted attempt of a run that did not write its `done.json`.
 
     Args:
-        storage: Where the models are.
+        storage: Storage of the models.
         name: Name of the model.
         run: Name of the run.
-        weights: SHA-256, in hex, of the trained model.
+        weights: Hexadecimal SHA-256 of the trained model file.
 
     Returns:
-        The version; None if there is none among the newest ones.
+        The version; None if it is not among the newest versions.
     """
-    whole = [number for number, is_whole in numbers(storage, name).items() if is_whole]
-    for number in reversed(whole[-NEWEST:]):
-        version = published(storage, name, number)
+    existing = [number for number, is_published in list_versions(storage, name).items() if is_published]
+    for number in reversed(existing[-MAX_SEARCHED_VERSIONS:]):
+        version = read_version(storage, name, number)
         if version and (version.run, version.weights) == (run, weights):
             return version
     return None
 
 
-def move_latest(storage: Storage, name: str) -> Version:
-    """Let `latest.json` point to the newest published version; it never moves backwards.
+def update_latest(storage: Storage, name: str) -> Version:
+    """Point `latest.json` to the newest published version. It never moves backwards.
 
-    The pointer is looked at again after it was written: whoever of two publishers writes last, it ends at the newer.
+    The pointer is checked again after every write, so that it ends at the newest version even if two publishers race.
 
     Args:
-        storage: Where the models are; at least one version of the model is published.
+        storage: Storage of the models. At least one version of the model is published.
         name: Name of the model.
 
     Returns:
-        The version that it points to now.
+        The version that `latest.json` points to.
 
     Raises:
-        UnavailableError: If storage contradicts itself.
+        UnavailableError: If storage returns stale data.
     """
-    for _ in range(ROUNDS):
-        newest = max(number for number, whole in numbers(storage, name).items() if whole)
-        standing = latest(storage, name)
-        if standing is not None and standing.version >= newest:
-            return standing
-        version = published(storage, name, newest)
+    for _ in range(MAX_ATTEMPTS):
+        newest = max(number for number, is_published in list_versions(storage, name).items() if is_published)
+        current = read_latest(storage, name)
+        if current is not None and current.version >= newest:
+            return current
+        version = read_version(storage, name, newest)
         if version is not None:
             data = version.model_dump_json(indent=2).encode() + b"\n"
             storage.write(f"{ROOT}/{name}/{LATEST}", data, content_type="application/json")
-    raise _at_odds(storage, name)
+    raise _stale_storage_error(storage, name)
 
 
-def _at_odds(storage: Storage, name: str) -> UnavailableError:
+def _stale_storage_error(storage: Storage, name: str) -> UnavailableError:
     where = storage.uri_of(f"{ROOT}/{name}")
     return UnavailableError(
-        f"Storage does not tell of {where} what was just written there, {ROUNDS} times in a row. Look at what stands "
-        "between: a cache or a replica that lags behind. Then try again."
+        f"Storage returned stale data for {where} {MAX_ATTEMPTS} times in a row, right after a write. Check for a "
+        "cache or a lagging replica in front of the storage, then try again."
     )
 
 
-def now() -> str:
-    """The time, as ISO 8601 in UTC."""
+def utc_now() -> str:
+    """Return the current time, ISO 8601 in UTC."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
@@ -224,16 +224,16 @@ def _read(data: bytes, where: str) -> Version:
     return read_json_record(Version, data, where, "a model published by topwork")
 
 
-def _claimant(storage: Storage, name: str, number: int) -> Any:
-    data = storage.read(f"{prefix_of(name, number)}/{CLAIM}")
+def _read_claim(storage: Storage, name: str, number: int) -> Any:
+    data = storage.read(f"{version_prefix(name, number)}/{CLAIM}")
     try:
         return json.loads(data or b"{}").get("run")
     except (ValueError, AttributeError):
         return None
 
 
-def _clear(storage: Storage, name: str, number: int) -> None:
-    prefix = prefix_of(name, number)
+def _delete_files(storage: Storage, name: str, number: int) -> None:
+    prefix = version_prefix(name, number)
     stored = [found.key for found in storage.list(f"{prefix}/")]
     storage.delete(key for key in stored if key != f"{prefix}/{CLAIM}")
 

@@ -1,4 +1,4 @@
-"""The model card and the HTML report, from their templates."""
+"""Renders the model card and the HTML report from their templates."""
 
 import html
 import re
@@ -7,109 +7,115 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from topwork.report.plots import confusion_picture, curves, reliability_diagram
-from topwork.report.results import Outcome, told
+from topwork.report.plots import plot_confusion_matrix, plot_history, plot_reliability
+from topwork.report.results import Results, summarize
 from topwork.spec.yaml_output import dump_job
 
-# A confusion matrix of more classes than this is drawn as a picture: as a table nobody could read it.
-MOST_CLASSES_IN_A_TABLE = 16
-MOST_CONFUSIONS = 12
-MOST_REJECTED = 50
+# A confusion matrix with more classes is drawn as an image, because a table would be unreadable.
+MAX_TABLE_CLASSES = 16
+MAX_CONFUSIONS = 12
+MAX_REJECTED = 50
 
 
-def report_html(outcome: Outcome) -> str:
-    """Write the report: one HTML file that needs nothing beside it.
+def render_report(results: Results) -> str:
+    """Render the report as a single self-contained HTML file.
 
     Args:
-        outcome: What is told.
+        results: The results.
 
     Returns:
-        HTML. Names of classes and files are strangers' text and are escaped.
+        HTML. Names of classes and files are untrusted and escaped.
     """
     figures = {
-        "curves": Markup(curves(outcome.history)),  # noqa: S704 - our own drawing, escaped by matplotlib
-        "reliability": Markup(reliability_diagram(outcome.evaluation.reliability)),  # noqa: S704
+        "curves": Markup(plot_history(results.history)),  # noqa: S704 - generated and escaped by matplotlib
+        "reliability": Markup(plot_reliability(results.evaluation.reliability)),  # noqa: S704
         "confusion": None,
     }
-    if len(outcome.evaluation.class_names) > MOST_CLASSES_IN_A_TABLE:
-        figures["confusion"] = Markup(confusion_picture(outcome.evaluation.confusion))  # noqa: S704
-    return _render("report.html.j2", outcome, figures=figures, escape=True)
+    if len(results.evaluation.class_names) > MAX_TABLE_CLASSES:
+        figures["confusion"] = Markup(plot_confusion_matrix(results.evaluation.confusion))  # noqa: S704
+    return _render("report.html.j2", results, figures=figures, escape=True)
 
 
-def card_md(outcome: Outcome) -> str:
-    """Write the model card: what the model is, how good it is, what it was made from, how to load it.
-
-    Args:
-        outcome: What is told.
-
-    Returns:
-        Markdown with a YAML head, as model hubs read it.
-    """
-    return _render("card.md.j2", outcome, escape=False)
-
-
-def confusions(outcome: Outcome) -> list[tuple[str, str, int, float]]:
-    """List what is taken for what most often.
+def render_model_card(results: Results) -> str:
+    """Render the model card: description, metrics, provenance and usage.
 
     Args:
-        outcome: What is told.
+        results: The results.
 
     Returns:
-        True class, predicted class, images, and their share of the true class; the most frequent first.
+        Markdown with YAML front matter, as used by model hubs.
     """
-    evaluation = outcome.evaluation
+    return _render("card.md.j2", results, escape=False)
+
+
+def top_confusions(results: Results) -> list[tuple[str, str, int, float]]:
+    """List the most frequent confusions.
+
+    Args:
+        results: The results.
+
+    Returns:
+        True class, predicted class, number of images, and their share of the true class; most frequent first.
+    """
+    evaluation = results.evaluation
     found = [
         (true, predicted, count, count / sum(row))
         for true, row in zip(evaluation.class_names, evaluation.confusion, strict=True)
         for predicted, count in zip(evaluation.class_names, row, strict=True)
         if count and true != predicted
     ]
-    return sorted(found, key=lambda entry: (-entry[2], -entry[3], entry[:2]))[:MOST_CONFUSIONS]
+    return sorted(found, key=lambda entry: (-entry[2], -entry[3], entry[:2]))[:MAX_CONFUSIONS]
 
 
-def _render(template: str, outcome: Outcome, *, escape: bool, **more: Any) -> str:
+def _render(template: str, results: Results, *, escape: bool, **more: Any) -> str:
     environment = Environment(
         loader=PackageLoader("topwork.report"),
-        autoescape=escape,  # noqa: S701 - off for Markdown alone, which has an escape of its own
+        autoescape=escape,  # noqa: S701 - off only for Markdown, which has its own escaping
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters.update(md=_markdown_text, code=_code_text, number=_number, percent=_percent, told=told)
+    environment.filters.update(
+        md=_escape_markdown,
+        code=_escape_inline_code,
+        number=_format_number,
+        percent=_format_percent,
+        summarize=summarize,
+    )
     return environment.get_template(template).render(
-        outcome=outcome,
-        evaluation=outcome.evaluation,
-        job=outcome.job,
-        spec=dump_job(outcome.job),
-        confusions=confusions(outcome),
-        rejected=outcome.facts.rejected[:MOST_REJECTED],
-        rejected_reasons=_reasons(outcome),
+        results=results,
+        evaluation=results.evaluation,
+        job=results.job,
+        spec=dump_job(results.job),
+        confusions=top_confusions(results),
+        rejected=results.dataset.rejected[:MAX_REJECTED],
+        rejected_reasons=_count_rejection_reasons(results),
         **more,
     )
 
 
-def _reasons(outcome: Outcome) -> dict[str, int]:
+def _count_rejection_reasons(results: Results) -> dict[str, int]:
     found: dict[str, int] = {}
-    for image in outcome.facts.rejected:
+    for image in results.dataset.rejected:
         found[image.reason] = found.get(image.reason, 0) + 1
     return dict(sorted(found.items(), key=lambda entry: (-entry[1], entry[0])))
 
 
-def _markdown_text(text: object) -> str:
-    """Make text stand in Markdown, and in a cell of its tables, as it is."""
+def _escape_markdown(text: object) -> str:
+    """Escape text for Markdown, including table cells."""
     flat = " ".join(str(text).split())
     return re.sub(r"([\\`*_{}\[\]()#+!|~])", r"\\\1", html.escape(flat, quote=False))
 
 
-def _code_text(text: object) -> str:
-    """Make text stand between back-ticks, and in a cell of a table, as it is."""
+def _escape_inline_code(text: object) -> str:
+    """Escape text for inline code in Markdown, including table cells."""
     return " ".join(str(text).split()).replace("`", "'").replace("|", "\\|")
 
 
-def _number(value: float | None) -> str:
+def _format_number(value: float | None) -> str:
     return "not defined" if value is None else f"{value:.4f}"
 
 
-def _percent(value: float) -> str:
+def _format_percent(value: float) -> str:
     return f"{100 * value:.1f} %"

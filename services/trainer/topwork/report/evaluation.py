@@ -1,4 +1,4 @@
-"""How good a classifier is on a split, from its probabilities: the numbers that gates, card and report show."""
+"""Computes the metrics of a classifier from its predicted probabilities on a split."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -7,21 +7,21 @@ from pydantic.alias_generators import to_camel
 
 from topwork.errors import DataError
 
-# Bins of the reliability diagram and of the calibration error, as in Guo et al. 2017, "On Calibration of Modern
-# Neural Networks".
-BINS = 15
-# A probability of exactly 0 has no logarithm; the smallest step of float32 below 1 stands in for it, as in Keras.
-SMALLEST = 1e-7
+# Bins of the reliability diagram and of the expected calibration error, as in Guo et al. 2017, "On Calibration of
+# Modern Neural Networks".
+NUM_BINS = 15
+# Probabilities are clipped to this value before taking the logarithm, as in Keras.
+EPSILON = 1e-7
 
 
-class Figures(BaseModel):
-    """A part of `metrics.json`: frozen, camelCase outside."""
+class MetricsSection(BaseModel):
+    """Base class of the sections of `metrics.json`: frozen, with camelCase keys."""
 
     model_config = ConfigDict(frozen=True, alias_generator=to_camel, validate_by_name=True)
 
 
-class ClassScores(Figures):
-    """How well one class is told from the others."""
+class ClassScores(MetricsSection):
+    """Metrics of one class."""
 
     name: str
     images: int
@@ -30,8 +30,16 @@ class ClassScores(Figures):
     f1: float
 
 
-class Bin(Figures):
-    """The images whose confidence lies above `low` and up to `high`."""
+class CalibrationBin(MetricsSection):
+    """Images whose confidence is in the interval (low, high].
+
+    Attributes:
+        low: Lower bound of the confidence.
+        high: Upper bound of the confidence.
+        images: Number of images.
+        confidence: Mean confidence of the images.
+        accuracy: Share of correctly classified images.
+    """
 
     low: float
     high: float
@@ -40,19 +48,21 @@ class Bin(Figures):
     accuracy: float
 
 
-class Evaluation(Figures):
-    """A classifier on one split. Shares lie in 0..1; precision, recall and F1 are macro averages over the classes.
+class Evaluation(MetricsSection):
+    """Metrics of a classifier on one split. Ratios are in 0..1; precision, recall and F1 are macro averages.
 
     Attributes:
-        split: Name of the split, test or validation.
-        images: Number of images; each counts once.
+        split: Name of the split: test or validation.
+        images: Number of images.
+        class_names: Name of each class, in the order of the confusion matrix.
         loss: Mean cross-entropy in nats.
-        top5: Share of images whose class is among the five (or all, if there are fewer) most probable.
-        auc: Area under the ROC curve of class 1 for two classes, else the mean of one-versus-rest over the classes
-            that occur; None where no two classes occur.
+        top5: Share of images whose class is among the five most probable classes.
+        auc: Area under the ROC curve: of class 1 for two classes, otherwise the one-vs-rest mean over the classes that
+            occur. None if fewer than two classes occur.
         calibration_error: Expected calibration error of the most probable class, in 15 bins of equal width.
-        confusion: Images by true class (rows) and predicted class (columns).
-        reliability: The bins that hold images.
+        per_class: Metrics of each class.
+        confusion: Number of images by true class (rows) and predicted class (columns).
+        reliability: The non-empty confidence bins.
     """
 
     split: str
@@ -68,11 +78,11 @@ class Evaluation(Figures):
     calibration_error: float
     per_class: tuple[ClassScores, ...]
     confusion: tuple[tuple[int, ...], ...]
-    reliability: tuple[Bin, ...]
+    reliability: tuple[CalibrationBin, ...]
 
     @property
-    def values(self) -> dict[str, float]:
-        """The single numbers by their names in the job spec; one that is not defined is left out."""
+    def metrics(self) -> dict[str, float]:
+        """The scalar metrics, by their names in the job spec; undefined ones are omitted."""
         names = {
             "loss": self.loss,
             "accuracy": self.accuracy,
@@ -86,31 +96,36 @@ class Evaluation(Figures):
         return {name: value for name, value in names.items() if value is not None}
 
 
-def evaluation(
+def evaluate_predictions(
     probabilities: NDArray[np.float32], labels: NDArray[np.int64], class_names: tuple[str, ...], split: str = "test"
 ) -> Evaluation:
-    """Measure a classifier by its answers.
+    """Compute all metrics from predicted probabilities.
 
     Args:
-        probabilities: float32 (images, classes), each row adding up to 1.
-        labels: int64 (images,), the true class of each image.
+        probabilities: float32 (images, classes); each row sums to 1.
+        labels: int64 (images,), true class of each image.
         class_names: Name of each class, in the order of the columns.
-        split: Name of the split that the images are from.
+        split: Name of the split.
 
     Returns:
-        All measures.
+        All metrics.
 
     Raises:
-        DataError: If there is no image, or a probability is not a number.
+        DataError: If there are no images, or a probability is not finite.
+
+    Example:
+        >>> probabilities = np.array([[0.9, 0.1], [0.2, 0.8]], np.float32)
+        >>> evaluate_predictions(probabilities, np.array([0, 1]), ("cat", "dog")).accuracy
+        1.0
     """
     from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
-    _check(probabilities, split)
+    _check_probabilities(probabilities, split)
     classes = np.arange(len(class_names))
     predicted = probabilities.argmax(axis=1)
     scores = precision_recall_fscore_support(labels, predicted, labels=classes, zero_division=0)
     precision, recall, f1, images = (column.tolist() for column in scores)
-    bins = reliability(probabilities, labels)
+    bins = calibration_bins(probabilities, labels)
     return Evaluation(
         split=split,
         images=len(labels),
@@ -132,49 +147,50 @@ def evaluation(
     )
 
 
-def reliability(probabilities: NDArray[np.float32], labels: NDArray[np.int64]) -> tuple[Bin, ...]:
-    """Sort images by the confidence of their most probable class into 15 bins of equal width.
+def calibration_bins(probabilities: NDArray[np.float32], labels: NDArray[np.int64]) -> tuple[CalibrationBin, ...]:
+    """Group images by the confidence of their most probable class into bins of equal width.
 
     Args:
         probabilities: float32 (images, classes).
         labels: int64 (images,).
 
     Returns:
-        The bins that hold images, from the least confident to the most.
+        The non-empty bins, in ascending order of confidence.
     """
     confidence = probabilities.max(axis=1).astype(np.float64)
-    right = probabilities.argmax(axis=1) == labels
-    edges = np.linspace(0.0, 1.0, BINS + 1)
-    place = np.clip(np.digitize(confidence, edges, right=True) - 1, 0, BINS - 1)
+    correct = probabilities.argmax(axis=1) == labels
+    edges = np.linspace(0.0, 1.0, NUM_BINS + 1)
+    bin_of_image = np.clip(np.digitize(confidence, edges, right=True) - 1, 0, NUM_BINS - 1)
     return tuple(
-        Bin(
+        CalibrationBin(
             low=float(edges[index]),
             high=float(edges[index + 1]),
-            images=int(np.sum(place == index)),
-            confidence=float(confidence[place == index].mean()),
-            accuracy=float(right[place == index].mean()),
+            images=int(np.sum(bin_of_image == index)),
+            confidence=float(confidence[bin_of_image == index].mean()),
+            accuracy=float(correct[bin_of_image == index].mean()),
         )
-        for index in np.unique(place)
+        for index in np.unique(bin_of_image)
     )
 
 
-def _check(probabilities: NDArray[np.float32], split: str) -> None:
+def _check_probabilities(probabilities: NDArray[np.float32], split: str) -> None:
     if not len(probabilities):
         raise DataError(
-            f"The {split} split holds no image, so the model can't be evaluated. "
-            f"Widen spec.dataset.splits.{split}, or add images."
+            f"The {split} split has no images, so the model cannot be evaluated. "
+            f"Enlarge spec.dataset.splits.{split}, or add images."
         )
-    wrong = int(np.sum(~np.isfinite(probabilities).all(axis=1)))
-    if wrong:
+    invalid = int(np.sum(~np.isfinite(probabilities).all(axis=1)))
+    if invalid:
         raise DataError(
-            f"The trained model's probabilities are not numbers for {wrong} of {len(probabilities)} images: training "
-            "diverged. Lower the learning rates (spec.transfer.optimizer, spec.fineTune.optimizer) by a factor of ten."
+            f"The trained model predicts NaN or infinite probabilities for {invalid} of {len(probabilities)} images: "
+            "training diverged. Lower the learning rates (spec.transfer.optimizer, spec.fineTune.optimizer) by a "
+            "factor of ten."
         )
 
 
 def _cross_entropy(probabilities: NDArray[np.float32], labels: NDArray[np.int64]) -> float:
-    of_the_true_class = probabilities[np.arange(len(labels)), labels].astype(np.float64)
-    return float(-np.log(np.maximum(of_the_true_class, SMALLEST)).mean())
+    true_class_probabilities = probabilities[np.arange(len(labels)), labels].astype(np.float64)
+    return float(-np.log(np.maximum(true_class_probabilities, EPSILON)).mean())
 
 
 def _top_k(probabilities: NDArray[np.float32], labels: NDArray[np.int64], k: int) -> float:
@@ -188,5 +204,5 @@ def _auc(probabilities: NDArray[np.float32], labels: NDArray[np.int64]) -> float
     present = [index for index in range(probabilities.shape[1]) if 0 < np.sum(labels == index) < len(labels)]
     if not present:
         return None
-    counted = [1] if probabilities.shape[1] == 2 else present
-    return float(np.mean([roc_auc_score(labels == index, probabilities[:, index]) for index in counted]))
+    averaged = [1] if probabilities.shape[1] == 2 else present
+    return float(np.mean([roc_auc_score(labels == index, probabilities[:, index]) for index in averaged]))

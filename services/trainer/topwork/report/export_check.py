@@ -1,6 +1,6 @@
-"""Proof that what was exported answers as what was evaluated: each format, loaded by a fresh process.
+"""Checks that exported models predict like the evaluated model: each format is loaded by a new process.
 
-`python -m topwork.report.export_check FOLDER QUESTIONS` is that process.
+That process is `python -m topwork.report.export_check FOLDER INPUTS FORMAT...`.
 """
 
 import json
@@ -12,27 +12,27 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from topwork.report.evaluation import Figures
-from topwork.report.exported_model import encoded_probabilities, load
+from topwork.report.evaluation import MetricsSection
+from topwork.report.exported_model import load_format, predict_encoded
 
-# Largest difference between two probabilities of one class of one image. Formats order float32 sums differently:
-# a deep network moves by some 1e-6, a wrong weight or input scaling by far more than this.
+# Largest accepted difference of a probability. Formats order float32 sums differently, which changes the output of a
+# deep network by about 1e-6. A wrong weight or input scaling changes it by far more than this.
 TOLERANCE = 1e-4
-# More images prove no more, and the formats that run on one core would take long over them.
-MOST_IMAGES = 1000
-MOST_BYTES = 512 * 2**20
-MOST_ENCODED = 200
+# More images would add no evidence, and formats that run on a single core would take long.
+MAX_IMAGES = 1000
+MAX_BYTES = 512 * 2**20
+MAX_ENCODED = 200
 
 
-class Recheck(Figures):
-    """How far the exported artefacts are from the evaluated model.
+class ExportCheck(MetricsSection):
+    """Differences between the exported formats and the evaluated model.
 
     Attributes:
-        tolerance: Largest difference of a probability that is accepted.
-        images: Test images that every format answered.
-        encoded_images: Of them, those that were sent to the signature `encoded` as files.
-        largest_difference: By format, and `encoded`.
-        accuracy: By format, and `encoded`: share of the images that it classified rightly.
+        tolerance: Largest accepted difference of a probability.
+        images: Test images predicted by every format.
+        encoded_images: Images that were also sent to the signature `encoded` as files.
+        largest_difference: Largest difference of a probability, by format and for `encoded`.
+        accuracy: Share of correctly classified images, by format and for `encoded`.
     """
 
     tolerance: float
@@ -42,8 +42,8 @@ class Recheck(Figures):
     accuracy: dict[str, float]
 
 
-def spread(size: int, most: int) -> NDArray[np.int64]:
-    """Pick at most `most` of `size` indices, evenly spread, each once and in order.
+def spread_indices(size: int, most: int) -> NDArray[np.int64]:
+    """Choose at most `most` of `size` indices, evenly spaced and in ascending order.
 
     Returns:
         int64 (min(size, most),).
@@ -51,95 +51,99 @@ def spread(size: int, most: int) -> NDArray[np.int64]:
     return np.unique(np.linspace(0, size - 1, min(size, most)).round().astype(np.int64))
 
 
-def write_questions(
+def write_check_inputs(
     folder: Path,
     images: NDArray[np.uint8],
     probabilities: NDArray[np.float32],
     labels: NDArray[np.int64],
     encoded: Sequence[tuple[int, bytes]],
 ) -> None:
-    """Write what the fresh process asks, and the answers that it must get.
+    """Write the inputs of the check and the expected probabilities.
 
     Args:
-        folder: Where it goes; it is made.
+        folder: Directory to create.
         images: uint8 (n, height, width, 3).
-        probabilities: float32 (n, classes), as evaluated.
+        probabilities: float32 (n, classes), of the evaluated model.
         labels: int64 (n,).
-        encoded: Some of the images as files, each with its place in `images`.
+        encoded: Some of the images as files, each with its index in `images`.
     """
     folder.mkdir(parents=True)
     np.save(folder / "images.npy", images)
     np.save(folder / "probabilities.npy", probabilities)
     np.save(folder / "labels.npy", labels)
-    np.save(folder / "encoded.npy", np.array([place for place, _ in encoded], np.int64))
-    for place, data in encoded:
-        (folder / f"{place}.image").write_bytes(data)
+    np.save(folder / "encoded.npy", np.array([index for index, _ in encoded], np.int64))
+    for index, data in encoded:
+        (folder / f"{index}.image").write_bytes(data)
 
 
-def recheck(folder: Path, questions: Path, formats: Iterable[str]) -> Recheck:
-    """Let a fresh process load each exported format and compare its answers.
+def check_export(folder: Path, inputs: Path, formats: Iterable[str]) -> ExportCheck:
+    """Load each exported format in a new process and compare its predictions.
 
     Args:
-        folder: The exported files.
-        questions: From `write_questions`.
-        formats: The formats that were exported.
+        folder: Directory of the exported files.
+        inputs: Directory written by `write_check_inputs`.
+        formats: The exported formats.
 
     Returns:
-        What was found; all of it within the tolerance.
+        The differences, all within the tolerance.
 
     Raises:
-        RuntimeError: If a format does not load or gives other answers: the export is broken.
+        RuntimeError: If a format cannot be loaded or predicts something else.
     """
-    answers = questions / "answers.json"
-    command = [sys.executable, "-m", "topwork.report.export_check", str(folder), str(questions), *formats]
+    result_file = inputs / "result.json"
+    command = [sys.executable, "-m", "topwork.report.export_check", str(folder), str(inputs), *formats]
     process = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-    if process.returncode or not answers.exists():
-        raise RuntimeError(f"What was exported does not load in a fresh process:\n{process.stderr[-4000:]}")
-    found = Recheck.model_validate_json(answers.read_text())
+    if process.returncode or not result_file.exists():
+        raise RuntimeError(f"The exported model cannot be loaded by a new process:\n{process.stderr[-4000:]}")
+    found = ExportCheck.model_validate_json(result_file.read_text())
     wrong = [f"{name} by {by:.2g}" for name, by in found.largest_difference.items() if not by <= TOLERANCE]
     if wrong:
         raise RuntimeError(
-            f"What was exported does not answer as what was evaluated: probabilities differ in {', '.join(wrong)}, "
-            f"and {TOLERANCE:g} is accepted. Nothing is published."
+            f"The exported model does not predict like the evaluated model: probabilities differ for "
+            f"{', '.join(wrong)}; at most {TOLERANCE:g} is accepted. Nothing is published."
         )
     return found
 
 
-def compare(folder: Path, questions: Path, formats: Sequence[str]) -> Recheck:
-    """Load each format and compare its answers, in this process.
+def compare_predictions(folder: Path, inputs: Path, formats: Sequence[str]) -> ExportCheck:
+    """Load each format in this process and compare its predictions.
 
     Args:
-        folder: The exported files.
-        questions: From `write_questions`.
-        formats: The formats that were exported.
+        folder: Directory of the exported files.
+        inputs: Directory written by `write_check_inputs`.
+        formats: The exported formats.
 
     Returns:
-        What was found, whether or not it is within the tolerance.
+        The differences, whether or not they are within the tolerance.
     """
-    images = np.load(questions / "images.npy", mmap_mode="r")
-    wanted, labels = np.load(questions / "probabilities.npy"), np.load(questions / "labels.npy")
-    places = np.load(questions / "encoded.npy")
-    answers = {name: (load(folder, name).predict(images), wanted, labels) for name in formats}
-    if "savedModel" in formats and len(places):
-        files = [(questions / f"{place}.image").read_bytes() for place in places]
-        answers["encoded"] = (encoded_probabilities(folder, files), wanted[places], labels[places])
-    return Recheck(
+    images = np.load(inputs / "images.npy", mmap_mode="r")
+    expected, labels = np.load(inputs / "probabilities.npy"), np.load(inputs / "labels.npy")
+    encoded_indices = np.load(inputs / "encoded.npy")
+    predictions = {name: (load_format(folder, name).predict(images), expected, labels) for name in formats}
+    if "savedModel" in formats and len(encoded_indices):
+        files = [(inputs / f"{index}.image").read_bytes() for index in encoded_indices]
+        predictions["encoded"] = (
+            predict_encoded(folder, files),
+            expected[encoded_indices],
+            labels[encoded_indices],
+        )
+    return ExportCheck(
         tolerance=TOLERANCE,
         images=len(images),
-        encoded_images=len(places) if "encoded" in answers else 0,
-        largest_difference={name: float(np.abs(got - want).max()) for name, (got, want, _) in answers.items()},
-        accuracy={name: float(np.mean(got.argmax(axis=1) == true)) for name, (got, _, true) in answers.items()},
+        encoded_images=len(encoded_indices) if "encoded" in predictions else 0,
+        largest_difference={name: float(np.abs(got - want).max()) for name, (got, want, _) in predictions.items()},
+        accuracy={name: float(np.mean(got.argmax(axis=1) == true)) for name, (got, _, true) in predictions.items()},
     )
 
 
 def main() -> None:
-    """Compare on the processor: the process that waits for this one holds the GPUs."""
+    """Compare on the CPU: the parent process holds the GPUs."""
     import tensorflow as tf
 
     tf.config.set_visible_devices([], "GPU")
-    folder, questions, formats = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
-    found = compare(folder, questions, formats)
-    (questions / "answers.json").write_text(json.dumps(found.model_dump(by_alias=True)))
+    folder, inputs, formats = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
+    found = compare_predictions(folder, inputs, formats)
+    (inputs / "result.json").write_text(json.dumps(found.model_dump(by_alias=True)))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,21 @@
-"""The gates of `spec.evaluate`: what a model must reach before anyone can see it."""
+"""Checks the gates of `spec.evaluate`: conditions that a model must meet to be published."""
 
 from collections.abc import Iterable, Mapping
 
 from topwork.errors import GateError
-from topwork.report.evaluation import Figures
+from topwork.report.evaluation import MetricsSection
 from topwork.spec.evaluation import Gate
 
 
-class GateOutcome(Figures):
-    """Whether a gate holds, with the sentence that says why."""
+class GateResult(MetricsSection):
+    """Result of a gate.
+
+    Attributes:
+        metric: Name of the metric.
+        value: Its value; None if it is undefined on the split.
+        met: Whether the gate is met.
+        sentence: Explanation of the result.
+    """
 
     metric: str
     value: float | None
@@ -16,72 +23,72 @@ class GateOutcome(Figures):
     sentence: str
 
 
-def gate_outcomes(
+def check_gates(
     gates: Iterable[Gate], values: Mapping[str, float], latest: Mapping[str, float] | None, latest_name: str = ""
-) -> tuple[GateOutcome, ...]:
-    """Check every gate, whether or not one before it holds.
+) -> tuple[GateResult, ...]:
+    """Check all gates.
 
     Args:
         gates: Gates of the job.
-        values: Metrics of the new model by name; one that is not defined on its split is left out.
-        latest: Metrics of the latest published version; None where there is none yet.
-        latest_name: How sentences call that version, such as `cats-vs-dogs/3`.
+        values: Metrics of the new model by name, without undefined ones.
+        latest: Metrics of the latest published version; None if there is none.
+        latest_name: Name of that version in explanations, such as `cats-vs-dogs/3`.
 
     Returns:
-        One outcome for each condition, in the order of the gates.
+        One result per condition, in the order of the gates.
     """
-    outcomes = []
+    results = []
     for gate in gates:
         value = values.get(gate.metric)
         if value is None:
-            outcomes.append(_undefined(gate.metric))
+            results.append(_undefined(gate.metric))
             continue
         if gate.at_least is not None:
-            outcomes.append(_outcome(gate.metric, value, value >= gate.at_least, f"at least {gate.at_least:g}"))
+            results.append(_result(gate.metric, value, value >= gate.at_least, f"at least {gate.at_least:g}"))
         if gate.at_most is not None:
-            outcomes.append(_outcome(gate.metric, value, value <= gate.at_most, f"at most {gate.at_most:g}"))
+            results.append(_result(gate.metric, value, value <= gate.at_most, f"at most {gate.at_most:g}"))
         if gate.at_least_latest_minus is not None:
-            outcomes.append(_against_latest(gate.metric, value, gate.at_least_latest_minus, latest, latest_name))
-    return tuple(outcomes)
+            results.append(_compare_with_latest(gate.metric, value, gate.at_least_latest_minus, latest, latest_name))
+    return tuple(results)
 
 
-def require_gates(outcomes: Iterable[GateOutcome], where: str) -> None:
-    """Refuse a model that misses a gate.
+def require_gates(results: Iterable[GateResult], where: str) -> None:
+    """Raise an error if a gate is not met.
 
     Args:
-        outcomes: The outcomes of all gates.
-        where: Address of the report, for the message.
+        results: The results of all gates.
+        where: URI of the report, for the message.
 
     Raises:
-        GateError: If at least one gate is not met; it names all of them with their values.
+        GateError: If at least one gate is not met. The message lists all of them with their values.
     """
-    missed = [outcome.sentence for outcome in outcomes if not outcome.met]
+    missed = [result.sentence for result in results if not result.met]
     if missed:
         raise GateError(
-            f"Not published: {'; '.join(missed)}. The evaluation and the report are kept at {where}. "
+            f"Not published: {'; '.join(missed)}. The evaluation and the report are stored at {where}. "
             "Improve the data or the training, or change spec.evaluate.gates."
         )
 
 
-def _outcome(metric: str, value: float, met: bool, wanted: str) -> GateOutcome:
-    sentence = f"{metric} is {value:.4f}, {'which is' if met else 'but the gate asks for'} {wanted}"
-    return GateOutcome(metric=metric, value=value, met=met, sentence=sentence)
+def _result(metric: str, value: float, met: bool, condition: str) -> GateResult:
+    sentence = f"{metric} is {value:.4f}, {'and the gate requires' if met else 'but the gate requires'} {condition}"
+    return GateResult(metric=metric, value=value, met=met, sentence=sentence)
 
 
-def _undefined(metric: str) -> GateOutcome:
-    sentence = f"{metric} is not defined on this split, where fewer than two classes occur, so its gate can't hold"
-    return GateOutcome(metric=metric, value=None, met=False, sentence=sentence)
+def _undefined(metric: str) -> GateResult:
+    sentence = f"{metric} is undefined on this split because fewer than two classes occur, so the gate is not met"
+    return GateResult(metric=metric, value=None, met=False, sentence=sentence)
 
 
-def _against_latest(
+def _compare_with_latest(
     metric: str, value: float, margin: float, latest: Mapping[str, float] | None, latest_name: str
-) -> GateOutcome:
+) -> GateResult:
     if latest is None:
-        sentence = f"{metric} is {value:.4f}, and no version is published yet that it could fall behind"
-        return GateOutcome(metric=metric, value=value, met=True, sentence=sentence)
+        sentence = f"{metric} is {value:.4f}, and there is no published version to compare with"
+        return GateResult(metric=metric, value=value, met=True, sentence=sentence)
     if metric not in latest:
-        sentence = f"{metric} is {value:.4f}, but {latest_name} has no {metric} to compare it with"
-        return GateOutcome(metric=metric, value=value, met=False, sentence=sentence)
-    least = latest[metric] - margin
-    wanted = f"at least {least:.4f} ({latest_name} has {latest[metric]:.4f}, less {margin:g})"
-    return _outcome(metric, value, value >= least, wanted)
+        sentence = f"{metric} is {value:.4f}, but {latest_name} has no {metric} to compare with"
+        return GateResult(metric=metric, value=value, met=False, sentence=sentence)
+    minimum = latest[metric] - margin
+    condition = f"at least {minimum:.4f} ({latest[metric]:.4f} of {latest_name} minus {margin:g})"
+    return _result(metric, value, value >= minimum, condition)

@@ -1,4 +1,4 @@
-"""The figures of the report, as SVG that takes its ink from the page and so reads in light and dark."""
+"""Plots of the report, as SVG that uses the text color of the page and therefore suits light and dark themes."""
 
 import io
 import math
@@ -11,15 +11,15 @@ from matplotlib.colors import LinearSegmentedColormap, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from topwork.report.evaluation import Bin
+from topwork.report.evaluation import CalibrationBin
 from topwork.report.results import HistoryRow
 
-# Stands for the page's own ink; no other colour of a figure is this one.
+# Placeholder for the text color of the page; no plot uses this color otherwise.
 INK = "#010203"
 TRAINING, VALIDATION, GAP = "#4c8dff", "#f08a24", "#e5484d"
 STYLE = {
-    "svg.fonttype": "none",  # text stays text: the page's font, and it can be searched
-    "svg.hashsalt": "topwork",  # the same figure has the same bytes
+    "svg.fonttype": "none",  # keep text as text: uses the font of the page and can be searched
+    "svg.hashsalt": "topwork",  # reproducible output
     "font.family": "sans-serif",
     "font.size": 10,
     "text.color": INK,
@@ -40,14 +40,14 @@ STYLE = {
 }
 
 
-def curves(history: Sequence[HistoryRow]) -> str:
-    """Draw loss and accuracy over the epochs of all stages.
+def plot_history(history: Sequence[HistoryRow]) -> str:
+    """Plot loss and accuracy over the epochs of all stages.
 
     Args:
-        history: One row an epoch.
+        history: One row per epoch.
 
     Returns:
-        An `<svg>` element; empty without an epoch.
+        An `<svg>` element, or an empty string without epochs.
     """
     if not history:
         return ""
@@ -59,11 +59,11 @@ def curves(history: Sequence[HistoryRow]) -> str:
     return _svg(draw, (10.0, 3.4))
 
 
-def reliability_diagram(bins: Sequence[Bin]) -> str:
-    """Draw how often answers of each confidence are right, beside how often they should be.
+def plot_reliability(bins: Sequence[CalibrationBin]) -> str:
+    """Plot accuracy against confidence.
 
     Args:
-        bins: The bins that hold images.
+        bins: The non-empty confidence bins.
 
     Returns:
         An `<svg>` element.
@@ -71,23 +71,23 @@ def reliability_diagram(bins: Sequence[Bin]) -> str:
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        places = [(b.low + b.high) / 2 for b in bins]
+        centers = [(b.low + b.high) / 2 for b in bins]
         width = [0.92 * (b.high - b.low) for b in bins]
         most = max(b.images for b in bins)
-        for place, wide, b in zip(places, width, bins, strict=True):
-            axes.bar(place, b.accuracy, wide, color=TRAINING, alpha=0.3 + 0.6 * b.images / most, linewidth=0)
+        for center, wide, b in zip(centers, width, bins, strict=True):
+            axes.bar(center, b.accuracy, wide, color=TRAINING, alpha=0.3 + 0.6 * b.images / most, linewidth=0)
         axes.plot([b.confidence for b in bins], [b.accuracy for b in bins], "o", color=GAP, markersize=4)
         axes.plot([0, 1], [0, 1], "--", color=INK, linewidth=0.8)
-        axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="confidence", ylabel="share that is right", aspect="equal")
+        axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="confidence", ylabel="accuracy", aspect="equal")
 
     return _svg(draw, (4.4, 4.2))
 
 
-def confusion_picture(confusion: Sequence[Sequence[int]]) -> str:
-    """Draw a confusion matrix of many classes as a picture, each row as shares of its class.
+def plot_confusion_matrix(confusion: Sequence[Sequence[int]]) -> str:
+    """Plot a confusion matrix with many classes as an image; each row is normalized by its class.
 
     Args:
-        confusion: Images by true class (rows) and predicted class (columns).
+        confusion: Number of images by true class (rows) and predicted class (columns).
 
     Returns:
         An `<svg>` element.
@@ -96,9 +96,9 @@ def confusion_picture(confusion: Sequence[Sequence[int]]) -> str:
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         shares = [[count / max(1, sum(row)) for count in row] for row in confusion]
-        # From nothing to full: on a dark page an empty cell stays dark.
-        colours = LinearSegmentedColormap.from_list("share", [to_rgba(TRAINING, 0.04), to_rgba(TRAINING, 1.0)])
-        axes.imshow(shares, cmap=colours, vmin=0, vmax=1, interpolation="nearest")
+        # Transparent to opaque: empty cells stay dark on a dark page.
+        colors = LinearSegmentedColormap.from_list("share", [to_rgba(TRAINING, 0.04), to_rgba(TRAINING, 1.0)])
+        axes.imshow(shares, cmap=colors, vmin=0, vmax=1, interpolation="nearest")
         axes.grid(visible=False)
         axes.set(xlabel="predicted class", ylabel="true class")
 
@@ -107,10 +107,10 @@ def confusion_picture(confusion: Sequence[Sequence[int]]) -> str:
 
 def _curve(axes: Axes, history: Sequence[HistoryRow], name: str) -> None:
     epochs = range(1, len(history) + 1)
-    for key, label, colour in ((name, "training", TRAINING), (f"validation_{name}", "validation", VALIDATION)):
+    for key, label, color in ((name, "training", TRAINING), (f"validation_{name}", "validation", VALIDATION)):
         if any(key in row for row in history):
             values = [float(row.get(key, math.nan)) for row in history]
-            axes.plot(epochs, values, "o-", color=colour, label=label, markersize=3, linewidth=1.6)
+            axes.plot(epochs, values, "o-", color=color, label=label, markersize=3, linewidth=1.6)
     for epoch, stage in _stage_starts(history):
         if epoch > 1:
             axes.axvline(epoch - 0.5, color=INK, linewidth=0.8, linestyle=":")
@@ -129,7 +129,7 @@ def _stage_starts(history: Sequence[HistoryRow]) -> list[tuple[int, str]]:
 def _svg(draw: Callable[[Figure], None], inches: tuple[float, float]) -> str:
     settings: dict[str, Any] = STYLE
     with rc_context(settings):
-        # A Figure of its own, without pyplot: nothing is left behind in this process and no display is looked for.
+        # Figure without pyplot: no global state, and no display needed.
         figure = Figure(figsize=inches, layout="constrained")
         draw(figure)
         text = io.StringIO()

@@ -1,4 +1,4 @@
-"""A published model, or one in a file, that answers image files as they come."""
+"""Predicts class probabilities of image files with a published model or a model file."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,25 +11,30 @@ from topwork.data.decoding import decode, resize
 from topwork.data.image_validation import validate_image
 from topwork.errors import DataError, SettingError
 from topwork.model.export import EXPORTED_FILES
-from topwork.report.exported_model import Loaded, load, load_keras
+from topwork.report.exported_model import LoadedModel, load_format, load_keras
 
 
-class Answering:
-    """A model with its class names.
+class Predictor:
+    """A loaded model with its class names.
 
     Attributes:
-        class_names: Name of each class; their numbers where no `labels.txt` lies beside the model.
+        class_names: Name of each class, or its index if there is no `labels.txt` next to the model.
+
+    Example:
+        >>> predictor = Predictor(Path("models/cats-vs-dogs/1"))
+        >>> predictor.probabilities([validate_file(Path("photo.jpg").read_bytes())])
+        array([[0.03, 0.97]], dtype=float32)
     """
 
     def __init__(self, path: Path) -> None:
         """Load a model.
 
         Args:
-            path: A `.keras` file, or the folder of a version.
+            path: A `.keras` file, or the directory of a version.
 
         Raises:
             SettingError: If there is no model.
-            DataError: If the file is not a Keras model that takes RGB images and gives one probability a class.
+            DataError: If the file is not a Keras model from RGB images to one probability per class.
         """
         self._loaded = _load(path)
         labels = (path if path.is_dir() else path.parent) / "labels.txt"
@@ -39,22 +44,22 @@ class Answering:
         self.class_names = tuple(names) if len(names) == classes else tuple(str(index) for index in range(classes))
 
     def probabilities(self, files: Sequence[bytes]) -> NDArray[np.float32]:
-        """Answer image files, each decoded as before training: upright, 8 bit, RGB.
+        """Predict image files, decoded as in training: upright, 8 bit, RGB.
 
         Args:
-            files: Whole image files that `prove` has passed.
+            files: Image files returned by `validate_file`.
 
         Returns:
             float32 (files, classes).
         """
         images = [decode(file) for file in files]
-        if self._loaded.image_size is None:  # it resizes by itself, so each may have another size
+        if self._loaded.image_size is None:  # the model resizes, so images may differ in size
             return np.concatenate([self._loaded.predict(image.numpy()[np.newaxis]) for image in images])
         return self._loaded.predict(tf.stack([resize(image, self._loaded.image_size) for image in images]).numpy())
 
 
-def usable(data: bytes) -> bytes:
-    """Prove an image file and bring it into the stored form, as pull does.
+def validate_file(data: bytes) -> bytes:
+    """Validate an image file and convert it to the stored format, as pull does.
 
     Args:
         data: Any image file.
@@ -63,25 +68,27 @@ def usable(data: bytes) -> bytes:
         An upright 8-bit JPEG or PNG file.
 
     Raises:
-        Rejection: If it does not decode; with the reason.
+        Rejection: If it cannot be decoded, with the reason.
     """
     return validate_image(data).encoded
 
 
-def _load(path: Path) -> Loaded:
+def _load(path: Path) -> LoadedModel:
     if path.is_file():
-        return _checked(path)
+        return _load_keras_file(path)
     if not path.is_dir():
-        raise SettingError(f"{path} does not exist. Name an s3:// address, a .keras file or the folder of a version.")
+        raise SettingError(
+            f"{path} does not exist. Expected an s3:// URI, a .keras file or the directory of a version."
+        )
     for name, file in EXPORTED_FILES.items():
         if (path / file).is_file():
-            return _checked(path / file) if name == "keras" else load(path, name)
-    raise SettingError(f"{path} holds no model: expected one of {', '.join(EXPORTED_FILES.values())} in it.")
+            return _load_keras_file(path / file) if name == "keras" else load_format(path, name)
+    raise SettingError(f"{path} contains no model. Expected one of {', '.join(EXPORTED_FILES.values())}.")
 
 
-def _checked(path: Path) -> Loaded:
+def _load_keras_file(path: Path) -> LoadedModel:
     try:
         return load_keras(path)
     except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise DataError(f"{path} can't be loaded as a Keras model for RGB images: {reason[0]}") from error
+        raise DataError(f"{path} cannot be loaded as a Keras model for RGB images: {reason[0]}") from error

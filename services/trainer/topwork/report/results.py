@@ -1,4 +1,4 @@
-"""All that is told about a trained classifier: what the card, the report and `metrics.json` are written from."""
+"""Results of a training run: the content of model card, report, `metrics.json` and `history.csv`."""
 
 import csv
 import io
@@ -10,105 +10,105 @@ from typing import Any
 
 from topwork.data.dataset_manifest import DatasetMetadata
 from topwork.report.evaluation import Evaluation
-from topwork.report.export_check import Recheck
-from topwork.report.gates import GateOutcome
+from topwork.report.export_check import ExportCheck
+from topwork.report.gates import GateResult
 from topwork.spec import TransferJob
 
-# Columns that lead `history.csv`; whatever else an epoch tells follows.
-LEADING = ("stage", "epoch", "loss", "accuracy", "validation_loss", "validation_accuracy", "learning_rate")
+# First columns of `history.csv`; other values of an epoch follow.
+LEADING_COLUMNS = ("stage", "epoch", "loss", "accuracy", "validation_loss", "validation_accuracy", "learning_rate")
 HistoryRow = dict[str, float | int | str]
 
 
 @dataclass(frozen=True)
-class Mistake:
-    """An image that the classifier got wrong.
+class Misclassification:
+    """A misclassified image.
 
     Attributes:
-        name: Where the image came from.
-        truth: Its class.
-        answer: The class that the classifier took it for.
-        confidence: Probability of `answer`.
-        picture: The image as a data URI.
+        name: Origin of the image.
+        true_class: Its class.
+        predicted_class: The predicted class.
+        confidence: Probability of the predicted class.
+        thumbnail_uri: The image as a data URI.
     """
 
     name: str
-    truth: str
-    answer: str
+    true_class: str
+    predicted_class: str
     confidence: float
-    picture: str
+    thumbnail_uri: str
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """A trained and evaluated classifier, and how it came about.
+class Results:
+    """Results and provenance of a trained and evaluated classifier.
 
     Attributes:
         job: The job.
-        facts: The stored dataset.
-        counts: Images by split and class, as used.
-        history: One row an epoch, over all stages.
-        evaluation: On the test split, or on the validation split where there is none.
-        gates: Outcome of each gate.
-        mistakes: The worst, first the most confident.
-        lineage: What it was made from and by, ready to be shown: label to value.
-        version: Its version; None as long as it is not published.
-        formats: What was exported.
-        recheck: How far the exported artefacts are from the evaluated model.
-        notes: What a reader must know before the figures.
+        dataset: Metadata of the stored dataset.
+        counts: Number of images by split and class.
+        history: One row per epoch, over all stages.
+        evaluation: Metrics on the test split, or on the validation split if there is no test split.
+        gates: Result of each gate.
+        mistakes: Misclassified images, most confident first.
+        lineage: Provenance of the model, as label and value.
+        version: Published version; None if it is not published yet.
+        formats: Exported formats.
+        export_check: Differences between the exported formats and the evaluated model.
+        notes: Caveats shown before the metrics.
     """
 
     job: TransferJob
-    facts: DatasetMetadata
+    dataset: DatasetMetadata
     counts: dict[str, dict[str, int]]
     history: Sequence[HistoryRow]
     evaluation: Evaluation
-    gates: tuple[GateOutcome, ...]
-    mistakes: tuple[Mistake, ...]
+    gates: tuple[GateResult, ...]
+    mistakes: tuple[Misclassification, ...]
     lineage: dict[str, str]
     version: int | None = None
     formats: tuple[str, ...] = ()
-    recheck: Recheck | None = None
+    export_check: ExportCheck | None = None
     notes: tuple[str, ...] = ()
 
     @property
     def title(self) -> str:
-        """Name of the model, with its version if it has one."""
+        """Name of the model, with its version if it is published."""
         return self.job.model_name if self.version is None else f"{self.job.model_name}/{self.version}"
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The metrics that the job asks for, in its order, and the loss."""
-        values = self.evaluation.values
-        asked: dict[str, float] = {name: values[name] for name in self.job.spec.evaluate.metrics if name in values}
-        return {**asked, "loss": values["loss"]}
+        """The metrics requested by the job, in its order, and the loss."""
+        values = self.evaluation.metrics
+        requested: dict[str, float] = {name: values[name] for name in self.job.spec.evaluate.metrics if name in values}
+        return {**requested, "loss": values["loss"]}
 
     @property
     def main_metric(self) -> str:
-        """The first metric that the job asks for and that is defined."""
+        """The first requested metric that is defined."""
         return next(iter(self.metrics))
 
     @property
     def step_seconds(self) -> dict[str, float]:
-        """Seconds of a typical training step, by stage; see `step_seconds`."""
+        """Seconds of a typical training step, by stage; see the function `step_seconds`."""
         return step_seconds(self.job, self.history)
 
 
 def batch_sizes(job: TransferJob) -> dict[str, int]:
-    """Images of a training step over all replicas, by the stages that the job has."""
+    """Return the global batch size of each training stage of a job."""
     first, second = job.spec.transfer, job.spec.fine_tune
     return {"transfer": first.batch_size} | ({"fine-tune": second.batch_size or first.batch_size} if second else {})
 
 
 def step_seconds(job: TransferJob, history: Sequence[HistoryRow]) -> dict[str, float]:
-    """Say how long a training step took, over the epochs of each stage.
+    """Return the duration of a typical training step of each stage.
 
     Args:
         job: The job.
-        history: Rows of the stages, each with the images_per_second of its epoch.
+        history: One row per epoch, with images_per_second.
 
     Returns:
-        Median of the epochs' mean step, in seconds, by stage. Of two epochs it is the faster one: the first step of a
-        stage traces the graph, which belongs to no other step.
+        Seconds by stage: the low median of the mean step duration of each epoch. The low median ignores the first of
+        two epochs, whose first step includes graph tracing.
     """
     images, found = batch_sizes(job), dict[str, list[float]]()
     for row in history:
@@ -118,59 +118,61 @@ def step_seconds(job: TransferJob, history: Sequence[HistoryRow]) -> dict[str, f
     return {stage: median_low(seconds) for stage, seconds in found.items()}
 
 
-def metrics_json(outcome: Outcome) -> bytes:
-    """Write `metrics.json`: every number of the evaluation, the gates and the recheck.
+def metrics_json(results: Results) -> bytes:
+    """Render `metrics.json`: evaluation, gates and export check.
 
     Args:
-        outcome: What is told.
+        results: The results.
 
     Returns:
-        JSON with camelCase keys; `metrics` holds the single numbers by their names in the job spec.
+        JSON with camelCase keys; `metrics` contains the scalar metrics by their names in the job spec.
     """
     content: dict[str, Any] = {
         "format": 1,
-        "model": outcome.job.model_name,
-        "version": outcome.version,
-        "run": outcome.job.run,
-        "mainMetric": outcome.main_metric,
-        "metrics": outcome.evaluation.values,
-        "stepSeconds": outcome.step_seconds,
-        "gates": [gate.model_dump(by_alias=True) for gate in outcome.gates],
-        "evaluation": outcome.evaluation.model_dump(mode="json", by_alias=True),
-        "recheck": outcome.recheck.model_dump(by_alias=True) if outcome.recheck else None,
+        "model": results.job.model_name,
+        "version": results.version,
+        "run": results.job.run,
+        "mainMetric": results.main_metric,
+        "metrics": results.evaluation.metrics,
+        "stepSeconds": results.step_seconds,
+        "gates": [gate.model_dump(by_alias=True) for gate in results.gates],
+        "evaluation": results.evaluation.model_dump(mode="json", by_alias=True),
+        "recheck": results.export_check.model_dump(by_alias=True) if results.export_check else None,
     }
     return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
 
 def history_csv(history: Sequence[HistoryRow]) -> bytes:
-    """Write one row an epoch, over all stages; a value that an epoch does not have is left empty.
+    """Render `history.csv`: one row per epoch, over all stages. Missing values are empty.
 
     Args:
-        history: Rows of the stages.
+        history: One row per epoch.
 
     Returns:
         CSV with a header.
     """
     found = dict.fromkeys(name for row in history for name in row)
-    columns = [name for name in LEADING if name in found] + [name for name in found if name not in LEADING]
+    columns = [name for name in LEADING_COLUMNS if name in found] + [
+        name for name in found if name not in LEADING_COLUMNS
+    ]
     text = io.StringIO()
-    writer = csv.DictWriter(text, columns or LEADING, lineterminator="\n")
+    writer = csv.DictWriter(text, columns or LEADING_COLUMNS, lineterminator="\n")
     writer.writeheader()
     writer.writerows(history)
     return text.getvalue().encode()
 
 
-def told(facts: Any) -> str:
-    """Say what a part of a spec holds in words: `cnn filters 4 8, kernelSize 3`.
+def summarize(content: Any) -> str:
+    """Summarize a section of a spec in one line: `cnn filters 4 8, kernelSize 3`.
 
     Args:
-        facts: Mappings, lists and plain values, as JSON has them.
+        content: JSON data.
 
     Returns:
-        One line; what is empty is left out.
+        One line, without empty values.
     """
-    if isinstance(facts, dict):
-        return ", ".join(f"{name} {told(value)}" for name, value in facts.items() if value not in ([], {}, None))
-    if isinstance(facts, list | tuple):
-        return " ".join(told(value) for value in facts)
-    return str(facts)
+    if isinstance(content, dict):
+        return ", ".join(f"{name} {summarize(value)}" for name, value in content.items() if value not in ([], {}, None))
+    if isinstance(content, list | tuple):
+        return " ".join(summarize(value) for value in content)
+    return str(content)

@@ -69,7 +69,9 @@ class DatasetSource(SpecModel):
     tfds: TfdsName | None = Field(
         default=None, description="Dataset in TensorFlow Datasets, as name[/config][:version]."
     )
-    folder: FolderSource | None = Field(default=None, description="A directory or S3 prefix with one folder per class.")
+    folder: FolderSource | None = Field(
+        default=None, description="A directory or S3 prefix with one directory per class."
+    )
     archive: ArchiveSource | None = Field(default=None, description="An archive with one directory per class.")
     table: TableSource | None = Field(default=None, description="A table that lists images and their classes.")
 

@@ -84,7 +84,7 @@ CacheSetting = Annotated[
 
 
 class Transfer(SpecModel):
-    """Stage 1: trains a new head on the frozen base, or the whole model if the base starts from random weights."""
+    """Stage 1: trains a new head on the frozen base, or the whole model with train: all."""
 
     train: Literal["head", "all"] = Field(
         default="head", description="What to train: head freezes the base, all also trains the base."

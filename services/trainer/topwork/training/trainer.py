@@ -87,23 +87,25 @@ def train(
     with strategy.scope():
         model, partition = prepare_model(build_model(), context)
     # A stop request waits until the step is complete and its checkpoint is stored.
-    with workspace.stop.deferred(), Checkpoints(workspace, context.prefix, job.spec.compute.checkpoint_minutes) as saved:
+    with (
+        workspace.stop.deferred(),
+        Checkpoints(workspace, context.prefix, job.spec.compute.checkpoint_minutes) as checkpoints,
+    ):
         inputs = prepare_inputs(context, model, partition, data)
-        trainer = Trainer(context, model, inputs, saved)
+        trainer = Trainer(context, model, inputs, checkpoints)
         workspace.metrics.set_planned_epochs(plan.stage, plan.epochs)
         while trainer.state.phase < len(plan.phases):
             trainer.fit_phase()
-        history = [*earlier_history, *trainer.state.rows]
         summary = TrainingSummary(
-            plan.stage,
-            data.class_names,
-            job.spec.dataset.image_size,
-            history,
-            trainer.state.best_epoch,
-            trainer.state.started,
+            stage=plan.stage,
+            class_names=data.class_names,
+            image_size=job.spec.dataset.image_size,
+            history=[*earlier_history, *trainer.state.rows],
+            best_epoch=trainer.state.best_epoch,
+            started=trainer.state.started,
         )
         classifier = store_stage_result(model, summary, job.run, workspace)
-        saved.clear()
+        checkpoints.clear()
         delete_features(context)
     return classifier
 

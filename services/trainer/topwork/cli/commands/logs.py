@@ -57,7 +57,7 @@ def logs(
         print(f"\n{reattach}", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None
     except (SettingError, UnavailableError) as error:
-        raise type(error)(f"{error} {reattach}") from error
+        raise type(error)(f"{error}\n{reattach}") from error
 
 
 def _print(entries: "Iterator[LogEntry]") -> None:

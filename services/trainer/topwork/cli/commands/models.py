@@ -34,8 +34,8 @@ def list_models(
     """List the published models of a storage, each with its latest version."""
     with open_storage(storage_uri, state) as storage:
         found = {
-            name: (numbers, versions.latest(storage, name) or versions.published(storage, name, numbers[-1]))
-            for name, numbers in versions.models(storage).items()
+            name: (numbers, versions.read_latest(storage, name) or versions.read_version(storage, name, numbers[-1]))
+            for name, numbers in versions.list_models(storage).items()
         }
     if as_json:
         content = [
@@ -63,7 +63,7 @@ def show(
 ) -> None:
     """Show a published version: its metrics, where it comes from, and its files."""
     with open_version(model_address(where, name, version), state) as (storage, found):
-        prefix = versions.prefix_of(found.name, found.version)
+        prefix = versions.version_prefix(found.name, found.version)
         manifest = read_manifest(storage, prefix)
         files = manifest.files if manifest else {}
     if as_json:
@@ -97,7 +97,7 @@ def fetch(
         part = target.absolute().with_name(f".{target.absolute().name}.part")
         shutil.rmtree(part, ignore_errors=True)  # left by a command that was killed
         try:
-            download_artifact(storage, versions.prefix_of(found.name, found.version), part)
+            download_artifact(storage, versions.version_prefix(found.name, found.version), part)
             part.rename(target)
         finally:
             shutil.rmtree(part, ignore_errors=True)

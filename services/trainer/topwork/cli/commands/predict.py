@@ -23,7 +23,7 @@ from topwork.errors import DataError, SettingError
 from topwork.registry import versions
 
 if TYPE_CHECKING:
-    from topwork.report.predictor import Answering
+    from topwork.report.predictor import Predictor
 
 BATCH = 32
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff"})
@@ -97,14 +97,14 @@ class _Storages:
         return self._first.at(uri)
 
 
-def _load(model: str, storages: _Storages, stack: ExitStack) -> "Answering":
+def _load(model: str, storages: _Storages, stack: ExitStack) -> "Predictor":
     path = Path(model)
     if model.startswith("s3://"):
         path = _fetched(model, storages, Path(stack.enter_context(TemporaryDirectory(prefix="topwork-"))))
     with quiet_tensorflow_import():
-        from topwork.report.predictor import Answering
+        from topwork.report.predictor import Predictor
 
-        return Answering(path)
+        return Predictor(path)
 
 
 def _fetched(model: str, storages: _Storages, folder: Path) -> Path:
@@ -115,7 +115,7 @@ def _fetched(model: str, storages: _Storages, folder: Path) -> Path:
     address = model_address(model)
     storage = storages.at(address.storage)
     found = find_version(storage, address)
-    prefix = versions.prefix_of(found.name, found.version)
+    prefix = versions.version_prefix(found.name, found.version)
     manifest = download_artifact(storage, prefix, folder, select=lambda file: file in {"model.keras", "labels.txt"})
     if "model.keras" not in manifest.files:
         download_artifact(storage, prefix, folder)
@@ -151,7 +151,7 @@ def _read(storage: Storage, key: str) -> bytes:
     return data
 
 
-def _answers(answering: "Answering", pictures: Iterator[Picture], top: int) -> Iterator[Answer]:
+def _answers(answering: "Predictor", pictures: Iterator[Picture], top: int) -> Iterator[Answer]:
     while batch := list(islice(pictures, BATCH)):
         read = [_usable(picture) for picture in batch]
         files = [data for data in read if isinstance(data, bytes)]
@@ -168,10 +168,10 @@ def _answers(answering: "Answering", pictures: Iterator[Picture], top: int) -> I
 def _usable(picture: Picture) -> bytes | str:
     """Give the image in the form that training saw, or say why there is none."""
     from topwork.data.image_validation import Rejection
-    from topwork.report.predictor import usable
+    from topwork.report.predictor import validate_file
 
     try:
-        return usable(picture.read())
+        return validate_file(picture.read())
     except OSError as error:
         return (error.strerror or str(error)).lower()
     except Rejection as rejection:

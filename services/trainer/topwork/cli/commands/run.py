@@ -107,7 +107,7 @@ class _Runner:
     verbose: bool
 
     def run(self, job: TransferJob) -> "Published":
-        from topwork.stages.publish import published_earlier
+        from topwork.stages.publish import read_published
 
         stop = StopRequest()
         with (
@@ -118,7 +118,7 @@ class _Runner:
             log.info("run", name=job.run, storage=storage.uri)
             if self.restart:
                 storage.delete(stored.key for stored in storage.list(f"runs/{job.run}/"))
-            if published := published_earlier(job, storage):
+            if published := read_published(job, storage):
                 log.info("already published", model=published.uri)
                 return published
             with stop_on_signals(stop):

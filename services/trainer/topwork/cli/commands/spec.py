@@ -1,4 +1,4 @@
-"""`topwork validate`: is a job spec right, and if not, what is wrong with it and where?"""
+"""`topwork validate` and `topwork schema`: checking job specs and printing their JSON Schema."""
 
 import sys
 from pathlib import Path
@@ -14,7 +14,10 @@ def validate(
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Job specs; - reads standard input.")],
     overrides: Overrides = None,
 ) -> None:
-    """Check job specs and name their runs; all that is wrong in all files is told at once."""
+    """Validate job specs and print the name of each run.
+
+    All problems in all files are reported at once, with their line and column.
+    """
     for path, job in read_files(files, overrides or ()):
         print(f"{path}: TransferJob {job.metadata.name} ok (run {job.run})")
 

@@ -167,15 +167,15 @@ def _find_result(
 ) -> "StoredDataset | Classifier | Published | None":
     """Find the result of an earlier attempt and restore its metrics, without importing TensorFlow."""
     from topwork.registry.stage_results import read_stage_result, republish_metrics
-    from topwork.stages.publish import published_earlier
+    from topwork.stages.publish import read_published
     from topwork.stages.pull import find_pulled_dataset
 
-    if published := published_earlier(job, workspace.storage):
+    if published := read_published(job, workspace.storage):
         log.info("already published", model=published.uri)
         for earlier in ("transfer", "fine-tune"):
             if classifier := read_stage_result(workspace.storage, job.run, earlier):
                 republish_metrics(classifier, workspace.metrics)
-        published.repeat(workspace.metrics)
+        published.restore_metrics(workspace.metrics)
         return published
     if container.stage == "pull":
         return find_pulled_dataset(job, workspace)

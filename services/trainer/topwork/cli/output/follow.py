@@ -143,7 +143,7 @@ def follow(
         print(f"\nThe job continues. {reattach}")
         return INTERRUPTED
     except (SettingError, UnavailableError) as error:
-        raise type(error)(f"{error} The job continues. {reattach}") from error
+        raise type(error)(f"{error}\nThe job continues. {reattach}") from error
 
 
 def _follow(follower: RunFollower, output: _Output) -> int:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
+LOG_TIMEOUT_SECONDS = 1.0
+
 
 class Container:
     """One container of a pod.
@@ -99,7 +101,11 @@ class Container:
             reason: Error text of the termination message.
         """
         if self._write_termination_message("stopped", Stopped.exit_code, error=reason):
-            log.info(reason, stage=self.stage, run=self.run, exit_code=Stopped.exit_code)
+            fields = {"stage": self.stage, "run": self.run, "exit_code": Stopped.exit_code}
+            # The main thread may hold the lock of the log, for example if nothing reads standard error.
+            writer = threading.Thread(target=log.info, args=(reason,), kwargs=fields, daemon=True)
+            writer.start()
+            writer.join(LOG_TIMEOUT_SECONDS)
         self.exit(self._message.exit_code if self._message else Stopped.exit_code)
 
     def publish_outcome(self, *, wait_for_scrape: bool) -> None:

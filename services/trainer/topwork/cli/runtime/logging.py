@@ -34,16 +34,30 @@ class LogFormat(StrEnum):
 
 
 def configure_logging(log_format: LogFormat = LogFormat.text, stream: TextIO | None = None) -> None:
-    """Send the log of topwork and of all libraries to standard error or to a stream.
+    """Send the logs of topwork and of all libraries to standard error or to a stream.
 
-    Topwork logs at level INFO unless `set_log_level` chose another one, libraries at WARNING. Python warnings and
-    exceptions that nobody handles (in threads, callbacks and finalizers) are logged, too.
+    Topwork logs at level INFO unless `set_log_level` selected another level, and libraries log at WARNING. Python
+    warnings and unhandled exceptions in threads, callbacks and finalizers are logged, too.
 
     Args:
         log_format: Format of the lines; a terminal always gets text.
-        stream: Where the lines go. None is standard error, through `stderr_console()` if that is a terminal.
+        stream: Destination of the lines. None is standard error, through `stderr_console()` if that is a terminal.
     """
     configure_structlog()
+    root = logging.getLogger()
+    root.handlers = [other for other in root.handlers if not isinstance(other.formatter, ProcessorFormatter)]
+    root.addHandler(_create_handler(log_format, stream))
+    root.setLevel(logging.WARNING)
+    topwork = logging.getLogger("topwork")
+    topwork.setLevel(topwork.level or logging.INFO)
+    # Otherwise the logging module prints a record that it can't format to standard error, with its secrets.
+    logging.raiseExceptions = False
+    logging.captureWarnings(True)
+    threading.excepthook = _log_thread_exception
+    sys.unraisablehook = _log_unraisable_exception
+
+
+def _create_handler(log_format: LogFormat, stream: TextIO | None) -> logging.Handler:
     handler: logging.Handler
     if stream is None and sys.stderr.isatty():
         handler = _ConsoleHandler(stderr_console())
@@ -57,21 +71,11 @@ def configure_logging(log_format: LogFormat = LogFormat.text, stream: TextIO | N
             foreign_pre_chain=[structlog.stdlib.add_log_level, structlog.stdlib.add_logger_name],
         )
     )
-    root = logging.getLogger()
-    root.handlers = [other for other in root.handlers if not isinstance(other.formatter, ProcessorFormatter)]
-    root.addHandler(handler)
-    root.setLevel(logging.WARNING)
-    topwork = logging.getLogger("topwork")
-    topwork.setLevel(topwork.level or logging.INFO)
-    # A record that can't be formatted would be printed to standard error as it is, with its secrets.
-    logging.raiseExceptions = False
-    logging.captureWarnings(True)
-    threading.excepthook = _log_thread_exception
-    sys.unraisablehook = _log_unraisable_exception
+    return handler
 
 
 def configure_structlog() -> None:
-    """Hand what structlog logs to the standard library's loggers."""
+    """Pass structlog's events to the loggers of the standard library."""
     processors: list[Processor] = [
         structlog.stdlib.filter_by_level,
         structlog.stdlib.add_log_level,
@@ -85,7 +89,7 @@ def configure_structlog() -> None:
 
 
 def set_log_level(level: int) -> None:
-    """Set the level from which topwork's own messages are logged, such as `logging.DEBUG`."""
+    """Set the minimum level of topwork's own messages, such as `logging.DEBUG`."""
     logging.getLogger("topwork").setLevel(level)
 
 
@@ -96,7 +100,7 @@ def is_verbose() -> bool:
 
 @cache
 def stderr_console() -> Console:
-    """Console of standard error, shared by log lines and progress bars so that they do not overwrite each other."""
+    """Return the console of standard error; log lines and progress bars share it, so that they do not overlap."""
     return Console(stderr=True)
 
 
@@ -108,7 +112,10 @@ class _ConsoleHandler(logging.Handler):
         self._console = console
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._console.print(Text.from_ansi(self.format(record)), soft_wrap=True)
+        try:
+            self._console.print(Text.from_ansi(self.format(record)), soft_wrap=True)
+        except Exception:  # as StreamHandler does: a failure to log must not end a run
+            self.handleError(record)
 
 
 def _json_renderers() -> list[Processor]:
@@ -137,7 +144,7 @@ def _redact_event(_logger: object, _method: str, event: EventDict) -> EventDict:
 
 
 def _redact_value(value: Any) -> Any:
-    """Redact strings at any depth, and turn what JSON can't hold (objects, NaN, infinity) into strings."""
+    """Redact strings at any depth, and convert values that JSON does not support (objects, NaN, infinity) to strings."""
     if value is None or isinstance(value, bool | int):
         return value
     if isinstance(value, float):

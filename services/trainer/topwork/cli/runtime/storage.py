@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from topwork.clients.s3.storage import Storage, TransferCounter
 
 
-def open_configured_storage(uri: str, meter: "TransferCounter | None" = None) -> "Storage":
+def open_configured_storage(uri: str, counter: "TransferCounter | None" = None) -> "Storage":
     """Open a storage with the credentials of the AWS variables, files or instance roles.
 
     Args:
         uri: `s3://bucket[/prefix]`.
-        meter: Counts bytes and retries.
+        counter: Counts bytes and retries.
 
     Returns:
         The storage, after checking that the bucket exists and the credentials are valid.
@@ -36,17 +36,17 @@ def open_configured_storage(uri: str, meter: "TransferCounter | None" = None) ->
     """
     from topwork.clients.s3.storage import Storage, StorageSettings
 
-    storage = Storage(uri, StorageSettings(), meter)
+    storage = Storage(uri, StorageSettings(), counter)
     storage.check()
     return storage
 
 
-def open_pod_storage(uri: str, meter: "TransferCounter") -> "Storage":
+def open_pod_storage(uri: str, counter: "TransferCounter") -> "Storage":
     """Open the storage of a job with the variables of its Secret, or the role of the pod or node.
 
     Args:
         uri: `s3://bucket[/prefix]`.
-        meter: Counts bytes and retries.
+        counter: Counts bytes and retries.
 
     Returns:
         The storage, after checking that the bucket exists and the credentials are valid.
@@ -58,7 +58,7 @@ def open_pod_storage(uri: str, meter: "TransferCounter") -> "Storage":
     from topwork.clients.s3.errors import NoCredentialsError
 
     try:
-        return open_configured_storage(uri, meter)
+        return open_configured_storage(uri, counter)
     except NoCredentialsError as error:
         keys, lacks_endpoint = missing_storage_variables()
         missing = " and ".join(keys)
@@ -72,13 +72,13 @@ def open_pod_storage(uri: str, meter: "TransferCounter") -> "Storage":
 
 
 @contextmanager
-def open_storage(uri: str, state: Path | None = None, meter: "TransferCounter | None" = None) -> "Iterator[Storage]":
+def open_storage(uri: str, state: Path | None = None, counter: "TransferCounter | None" = None) -> "Iterator[Storage]":
     """Open a storage: the user's own, or the embedded server if none is configured.
 
     Args:
         uri: `s3://bucket[/prefix]`.
         state: State directory; None is `default_state_directory()`.
-        meter: Counts bytes and retries.
+        counter: Counts bytes and retries.
 
     Yields:
         The storage, after checking that the bucket exists and the credentials are valid.
@@ -95,11 +95,11 @@ def open_storage(uri: str, state: Path | None = None, meter: "TransferCounter | 
     from topwork.local.server import embedded_storage
 
     if has_storage_configuration():
-        yield open_configured_storage(uri, meter)
+        yield open_configured_storage(uri, counter)
         return
     with embedded_storage(state or default_state_directory()) as settings:
         create_bucket(settings, re.sub(r"^s3://", "", uri).split("/")[0])
-        yield Storage(uri, settings, meter)
+        yield Storage(uri, settings, counter)
 
 
 @contextmanager

@@ -226,7 +226,7 @@ def select_runs(snapshots: Iterable[RunSnapshot], name: str | None) -> list[RunS
     if name is not None and not selected:
         runs = sorted({snapshot.run for snapshot in available})
         more = f" and {len(runs) - MAX_LISTED_RUNS} more" if len(runs) > MAX_LISTED_RUNS else ""
-        known = f"Runs in progress: {', '.join(runs[:MAX_LISTED_RUNS])}{more}." if runs else "There are no runs."
+        known = f"Existing runs: {', '.join(runs[:MAX_LISTED_RUNS])}{more}." if runs else "There are no runs."
         raise SettingError(f"Job or run {name} not found. {known}")
     return selected
 

@@ -14,10 +14,11 @@ from collections.abc import Iterator
 from itertools import islice
 
 from topwork.clients.kubernetes import KubernetesObject
+from topwork.clients.kubernetes.api_request import KINDS, ApiRequest
 from topwork.clients.kubernetes.connection import ClusterSettings
 from topwork.clients.kubernetes.errors import NotFoundError, TransientError, UidConflictError
 from topwork.clients.kubernetes.logs import LogReader
-from topwork.clients.kubernetes.rest_client import KINDS, ApiRequest, RestClient
+from topwork.clients.kubernetes.rest_client import RestClient
 from topwork.clients.kubernetes.watch import Watcher, WatchEvent
 
 __all__ = ["Cluster", "ClusterSettings", "KubernetesObject", "WatchEvent", "connect"]

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+from topwork.clients.kubernetes.api_request import KINDS, ApiRequest
 from topwork.clients.kubernetes.connection import ClusterSettings
 from topwork.clients.kubernetes.errors import (
     ContainerNotStartedError,
@@ -17,7 +18,7 @@ from topwork.clients.kubernetes.errors import (
     NotFoundError,
     TransientError,
 )
-from topwork.clients.kubernetes.rest_client import KINDS, ApiRequest, RestClient
+from topwork.clients.kubernetes.rest_client import RestClient
 
 # 2026-01-02T03:04:05.123456789Z text
 TIMESTAMP = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(\.\d+)?(Z|[+-]\d\d:\d\d) ")

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from topwork.clients.kubernetes import KubernetesObject
+from topwork.clients.kubernetes.api_request import ApiRequest
 from topwork.clients.kubernetes.errors import (
     IdleTimeoutError,
     ResourceExpiredError,
@@ -19,7 +20,7 @@ from topwork.clients.kubernetes.errors import (
     response_error,
     unexpected_response_error,
 )
-from topwork.clients.kubernetes.rest_client import ApiRequest, LineStream, RestClient
+from topwork.clients.kubernetes.rest_client import LineStream, RestClient
 
 
 class WatchEvent(NamedTuple):

@@ -16,7 +16,7 @@ from topwork.clients.url_policy import check_plain_http, is_forbidden_host
 from topwork.errors import SettingError, UnavailableError
 
 JOB = "topwork"
-"""Label `job` of all groups, which a Pushgateway requires. Runs are told apart by `transferjob` and `run`."""
+"""Label `job` of all groups, which a Pushgateway requires. Runs are distinguished by `transferjob` and `run`."""
 TIMEOUT_SECONDS = 5.0
 MAX_ERROR_CHARACTERS = 300
 

@@ -161,7 +161,9 @@ def _redact_credentials(credentials: Any) -> None:
     Credentials of a role are not redacted: they expire within hours, and reading them would require a request.
     """
     if credentials is not None and not isinstance(credentials, RefreshableCredentials):
-        register_secrets([value for value in (credentials.secret_key, credentials.token) if value], "storage credentials")
+        register_secrets(
+            [value for value in (credentials.secret_key, credentials.token) if value], "storage credentials"
+        )
 
 
 def _retry_damaged_requests(client: Any, settings: StorageSettings, counter: TransferCounter) -> None:

@@ -112,7 +112,7 @@ class Storage:
             SettingError: If the bucket does not exist or the credentials are rejected.
             UnavailableError: If the server can't be reached.
         """
-        # Not HeadBucket: its response has no body, so a wrong key could not be told from a wrong secret.
+        # Not HeadBucket: its response has no body, so a wrong key and a wrong secret would look the same.
         with self._translate_errors():
             self._client.list_objects_v2(Bucket=self._bucket, Prefix=self._key_prefix, MaxKeys=1)
 

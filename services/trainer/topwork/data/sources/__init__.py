@@ -28,7 +28,7 @@ def open_source(source: DatasetSource, workspace: Workspace) -> Source:
     Raises:
         SpecError: If the spec selects no source.
     """
-    # Imported on demand: TFDS brings TensorFlow.
+    # Imported on demand, because TFDS imports TensorFlow.
     if source.folder:
         from topwork.data.sources.folder import ImageFolder
 

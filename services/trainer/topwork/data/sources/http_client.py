@@ -11,11 +11,13 @@ Three parts are custom because urllib3 has no equivalent:
 """
 
 import base64
+import logging
 import socket
 import ssl
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote, urljoin
 from urllib.request import getproxies, proxy_bypass
@@ -38,6 +40,9 @@ SOCKET_TIMEOUT_SECONDS = 60.0
 # Responses that may change on another attempt (RFC 9110, RFC 6585). 416: the file is now shorter than the part that
 # was downloaded before. All other 4xx are final.
 _RETRIED_STATUSES = frozenset({408, 416, 425, 429})
+
+# Its warning about malformed response headers contains the full URL.
+logging.getLogger("urllib3.connection").setLevel(logging.ERROR)
 
 
 class TransientError(Exception):
@@ -78,47 +83,59 @@ def open_url(
     """
     with _translate_errors(display_url), ExitStack() as connections:
         with _headers_deadline() as watch:
-            response = _follow_redirects(method, url, display_url, dict(headers or {}), watch, connections)
+            request = _Request(method, url, display_url, dict(headers or {}))
+            response = _follow_redirects(request, watch, connections)
         _check_status(response, display_url)
         yield response
 
 
+@dataclass(frozen=True)
+class _Request:
+    method: str
+    url: str
+    display_url: str
+    headers: dict[str, str]
+
+
 def _follow_redirects(
-    method: str,
-    url: str,
-    display_url: str,
-    headers: dict[str, str],
-    watch: Callable[[socket.socket], None],
-    connections: ExitStack,
+    request: _Request, watch: Callable[[socket.socket], None], connections: ExitStack
 ) -> BaseHTTPResponse:
-    """Return the first response that is not a redirect. Responses and connections are closed by `connections`."""
+    """Return the first response that is not a redirect. `connections` closes all responses and connections."""
 
     def on_connect(sock: socket.socket, *, is_proxy: bool) -> None:
         watch(sock)
         # A proxy resolves names itself and applies its own policy.
         if not is_proxy:
-            _check_host(str(sock.getpeername()[0]), display_url)
+            _check_host(str(sock.getpeername()[0]), request.display_url)
 
-    target = _checked_url(url, display_url)
+    target = _parse_and_check(request.url, request.display_url)
     for _ in range(MAX_REDIRECTS + 1):
-        manager = _pool_manager(target)
-        pool = connections.enter_context(manager.connection_from_url(target.url))
-        pool.ConnectionCls = _watched_connection(pool.ConnectionCls, on_connect)
-        response = manager.urlopen(
-            method, target.url, headers=headers, redirect=False, retries=False, preload_content=False,
-            enforce_content_length=False,
-        )  # fmt: skip
-        connections.enter_context(closing(response))
+        response = connections.enter_context(closing(_send(request, target, on_connect, connections)))
         location = response.get_redirect_location()
         if not location:
             return response
         response.close()  # without reading the body, which may be endless
-        target = _redirect_target(target, location, display_url)
-    raise DataError(f"{display_url} redirects more than {MAX_REDIRECTS} times.")
+        target = _redirect_target(target, location, request.display_url)
+    raise DataError(f"{request.display_url} redirects more than {MAX_REDIRECTS} times.")
+
+
+def _send(request: _Request, target: Url, on_connect: Callable[..., None], connections: ExitStack) -> BaseHTTPResponse:
+    manager = _pool_manager(target)
+    pool = connections.enter_context(manager.connection_from_url(target.url))
+    pool.ConnectionCls = _watched_connection(pool.ConnectionCls, on_connect)
+    return manager.urlopen(
+        request.method,
+        target.url,
+        redirect=False,
+        headers=request.headers,
+        retries=False,
+        preload_content=False,
+        enforce_content_length=False,
+    )
 
 
 def _redirect_target(current: Url, location: str, display_url: str) -> Url:
-    target = _checked_url(location, display_url, base=current.url)
+    target = _parse_and_check(location, display_url, base=current.url)
     if current.scheme == "https" and target.scheme != "https":
         raise DataError(
             f"{display_url} redirects from https to plain http ({target.host}), where others could change the "
@@ -127,7 +144,7 @@ def _redirect_target(current: Url, location: str, display_url: str) -> Url:
     return target
 
 
-def _checked_url(url: str, display_url: str, base: str = "") -> Url:
+def _parse_and_check(url: str, display_url: str, base: str = "") -> Url:
     """Parse a URL, or a redirect relative to `base`, and reject it if no dataset can be there.
 
     urllib3 parses it for the checks and for the connection: two parsers could disagree about the host.
@@ -221,7 +238,7 @@ def _headers_deadline() -> Iterator[Callable[[socket.socket], None]]:
 def _check_status(response: BaseHTTPResponse, display_url: str) -> None:
     if 200 <= response.status < 300:
         return
-    status = f"{response.status} {response.reason}"
+    status = f"{response.status} {response.reason or ''}".rstrip()
     if response.status >= 500 or response.status in _RETRIED_STATUSES:
         raise TransientError(f"the server responded with {status}", response)
     raise DataError(f"{display_url} cannot be downloaded: the server responded with {status}. Check the address.")

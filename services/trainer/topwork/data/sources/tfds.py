@@ -288,7 +288,7 @@ def find_image_and_label(builder: Any) -> tuple[str, str]:
 
 
 def _is_retryable(error: BaseException) -> bool:
-    """Return False for servers that TFDS itself has already tried ten times."""
+    """Return False if TFDS itself has already used up its retries for a server."""
     return _is_network_error(error) and "Max retries exceeded" not in str(error)
 
 

@@ -1,4 +1,4 @@
-"""How a trained classifier does on images it has not seen: what publish shows, and what the export must repeat."""
+"""Evaluates a trained classifier on held-out images and prepares the export check."""
 
 import base64
 import io
@@ -20,104 +20,104 @@ from topwork.data.local_dataset import LocalDataset, Split, fetch_dataset
 from topwork.errors import DataError
 from topwork.model.export import add_probabilities
 from topwork.registry.stage_results import Classifier
-from topwork.report.evaluation import evaluation
-from topwork.report.export_check import MOST_BYTES, MOST_ENCODED, MOST_IMAGES, spread, write_questions
-from topwork.report.results import Mistake, Outcome, told
+from topwork.report.evaluation import evaluate_predictions
+from topwork.report.export_check import MAX_BYTES, MAX_ENCODED, MAX_IMAGES, spread_indices, write_check_inputs
+from topwork.report.results import Misclassification, Results, summarize
 from topwork.spec import TransferJob
 from topwork.workspace import Workspace
 
-MOST_MISTAKES = 24
+MAX_MISTAKES = 24
 THUMBNAIL_PIXELS = 160
-# Evaluation runs on one device, whatever the number of replicas that a training batch is for.
-LARGEST_BATCH = 256
+# Evaluation runs on one device, whereas the training batch size is for all replicas.
+MAX_BATCH_SIZE = 256
 NO_TEST_SPLIT = (
-    "There is no test split: the figures are those of the validation split, which chose the best epoch and so flatters "
-    "them."
+    "There is no test split. The metrics are measured on the validation split, which also selected the best epoch, so "
+    "they are optimistic."
 )
 
 
 @dataclass(frozen=True)
-class Assessed:
-    """A classifier with its evaluation.
+class EvaluatedClassifier:
+    """An evaluated classifier.
 
     Attributes:
         model: Images float32 (batch, height, width, 3) in 0..255 to probabilities float32 (batch, classes).
-        outcome: What is told about it; without gates yet.
-        questions: Folder of what its exports are asked; see `topwork.report.export_check`.
+        results: Its results, without gates.
+        check_inputs: Directory with the inputs of the export check; see `topwork.report.export_check`.
     """
 
     model: keras.Model
-    outcome: Outcome
-    questions: Path
+    results: Results
+    check_inputs: Path
 
 
-def assess(
+def evaluate_classifier(
     job: TransferJob, classifier: Classifier, dataset: StoredDataset, workspace: Workspace, folder: Path
-) -> Assessed:
-    """Evaluate a classifier on the test split, or on the validation split where there is none.
+) -> EvaluatedClassifier:
+    """Evaluate a classifier on the test split, or on the validation split if there is no test split.
 
     Args:
         job: The job.
-        classifier: The classifier; its model is fetched from storage.
+        classifier: The classifier; its model is downloaded from storage.
         dataset: The stored dataset.
         workspace: Storage, progress and scratch.
-        folder: Empty local folder for what is fetched and written.
+        folder: Empty local directory for temporary files.
 
     Returns:
-        The loaded model, its outcome, and the questions for its exports.
+        The loaded model, its results, and the inputs of the export check.
 
     Raises:
-        DataError: If there is neither a test nor a validation split, or the model's answers are not numbers.
+        DataError: If there is neither a test nor a validation split, or a predicted probability is not finite.
     """
     local = fetch_dataset(dataset, job, workspace)
-    name, split = _held_back(local)
+    name, split = _held_out_split(local)
     workspace.storage.download(classifier.key, folder / "model.keras", classifier.file)
     model = add_probabilities(keras.models.load_model(folder / "model.keras", compile=False), len(local.class_names))
-    batch_size = min(job.spec.transfer.batch_size, LARGEST_BATCH)
+    batch_size = min(job.spec.transfer.batch_size, MAX_BATCH_SIZE)
     probabilities = _probabilities(model, split, len(local.class_names), batch_size, workspace)
-    outcome = Outcome(
+    results = Results(
         job=job,
-        facts=dataset.metadata,
-        counts=_counts(local),
+        dataset=dataset.metadata,
+        counts=_count_images(local),
         history=classifier.history,
-        evaluation=evaluation(probabilities, split.labels, tuple(local.class_names), name),
+        evaluation=evaluate_predictions(probabilities, split.labels, tuple(local.class_names), name),
         gates=(),
         mistakes=_worst_mistakes(split, probabilities, local.class_names),
         lineage=_lineage(job, classifier, dataset, workspace),
         notes=() if name == "test" else (NO_TEST_SPLIT,),
     )
-    _ask(split, probabilities, folder / "questions")
-    return Assessed(model, outcome, folder / "questions")
+    _write_check_inputs(split, probabilities, folder / "check_inputs")
+    return EvaluatedClassifier(model, results, folder / "check_inputs")
 
 
-def _held_back(local: LocalDataset) -> tuple[str, Split]:
+def _held_out_split(local: LocalDataset) -> tuple[str, Split]:
     if local.test is not None:
         return "test", local.test
     if local.validation is not None:
         return "validation", local.validation
     raise DataError(
-        "The dataset has neither a test nor a validation split, so the model can't be evaluated, and nothing is "
-        "published that was not. Set spec.dataset.splits.test, such as train[80%:]."
+        "The dataset has neither a test nor a validation split, so the model cannot be evaluated, and an unevaluated "
+        "model is never published. Set spec.dataset.splits.test, for example to train[80%:]."
     )
 
 
 def _probabilities(
     model: keras.Model, split: Split, classes: int, batch_size: int, workspace: Workspace
 ) -> NDArray[np.float32]:
-    """Answer every image of a split once, in order: float32 (size, classes)."""
+    """Predict every image of a split once, in order: float32 (size, classes)."""
     forward = tf.function(lambda images: model(images, training=False), autograph=False)
     parts = []
-    with _exact(), workspace.track("publish: evaluation", split.size) as tracker:
+    with _full_float32_precision(), workspace.track("publish: evaluation", split.size) as tracker:
         for images, _, weights in evaluation_batches(split, classes=classes, batch_size=batch_size):
-            counts = weights.numpy() > 0  # the last batch is filled up with images of weight 0
+            counts = weights.numpy() > 0  # the last batch is padded with images of weight 0
             parts.append(forward(images).numpy()[counts])
             tracker.advance(int(counts.sum()))
     return np.concatenate(parts) if parts else np.zeros((0, classes), np.float32)
 
 
 @contextmanager
-def _exact() -> Iterator[None]:
-    """Compute in float32 proper, as a processor would: TF32 of newer GPUs keeps 10 of 23 bits."""
+def _full_float32_precision() -> Iterator[None]:
+    """Disable TF32, which keeps only 10 of the 23 mantissa bits of float32 on recent GPUs."""
     before = tf.config.experimental.tensor_float_32_execution_enabled()
     tf.config.experimental.enable_tensor_float_32_execution(False)
     try:
@@ -126,7 +126,7 @@ def _exact() -> Iterator[None]:
         tf.config.experimental.enable_tensor_float_32_execution(before)
 
 
-def _counts(local: LocalDataset) -> dict[str, dict[str, int]]:
+def _count_images(local: LocalDataset) -> dict[str, dict[str, int]]:
     splits = {"train": local.train, "validation": local.validation, "test": local.test}
     return {
         name: dict(
@@ -143,17 +143,17 @@ def _counts(local: LocalDataset) -> dict[str, dict[str, int]]:
 
 def _worst_mistakes(
     split: Split, probabilities: NDArray[np.float32], class_names: tuple[str, ...]
-) -> tuple[Mistake, ...]:
-    answers, confidence = probabilities.argmax(axis=1), probabilities.max(axis=1)
-    wrong = np.flatnonzero(answers != split.labels)
-    worst = wrong[np.argsort(-confidence[wrong], kind="stable")][:MOST_MISTAKES]
+) -> tuple[Misclassification, ...]:
+    predicted, confidence = probabilities.argmax(axis=1), probabilities.max(axis=1)
+    wrong = np.flatnonzero(predicted != split.labels)
+    worst = wrong[np.argsort(-confidence[wrong], kind="stable")][:MAX_MISTAKES]
     return tuple(
-        Mistake(
+        Misclassification(
             name=split.names[index],
-            truth=class_names[split.labels[index]],
-            answer=class_names[answers[index]],
+            true_class=class_names[split.labels[index]],
+            predicted_class=class_names[predicted[index]],
             confidence=float(confidence[index]),
-            picture=_thumbnail(split.load_images(np.array([index]))[0]),
+            thumbnail_uri=_thumbnail(split.load_images(np.array([index]))[0]),
         )
         for index in worst
     )
@@ -167,13 +167,13 @@ def _thumbnail(pixels: NDArray[np.uint8]) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def _ask(split: Split, probabilities: NDArray[np.float32], folder: Path) -> None:
-    """Write some images of the split, spread evenly over it, and some of these as files too."""
+def _write_check_inputs(split: Split, probabilities: NDArray[np.float32], folder: Path) -> None:
+    """Write evenly spaced images of the split, and some of them also as files."""
     height, width = split.image_size
-    chosen = spread(split.size, min(MOST_IMAGES, MOST_BYTES // (height * width * 3)))
-    places = spread(len(chosen), MOST_ENCODED)
-    encoded = [(int(place), split.load_encoded(int(chosen[place]))) for place in places]
-    write_questions(folder, split.load_images(chosen), probabilities[chosen], split.labels[chosen], encoded)
+    chosen = spread_indices(split.size, min(MAX_IMAGES, MAX_BYTES // (height * width * 3)))
+    encoded_indices = spread_indices(len(chosen), MAX_ENCODED)
+    encoded = [(int(index), split.load_encoded(int(chosen[index]))) for index in encoded_indices]
+    write_check_inputs(folder, split.load_images(chosen), probabilities[chosen], split.labels[chosen], encoded)
 
 
 def _lineage(job: TransferJob, classifier: Classifier, dataset: StoredDataset, workspace: Workspace) -> dict[str, str]:
@@ -181,8 +181,8 @@ def _lineage(job: TransferJob, classifier: Classifier, dataset: StoredDataset, w
     return {
         "Run": job.run,
         "Spec digest": job.digest,
-        "Base": told(model["base"]),
-        "Head": told(model["head"]),
+        "Base": summarize(model["base"]),
+        "Head": summarize(model["head"]),
         "Stages": "transfer, fine-tune" if job.spec.fine_tune else "transfer",
         "Weights": f"{workspace.storage.uri_of(classifier.key)} (sha256 {classifier.file.sha256})",
         "Dataset": workspace.storage.uri_of(dataset.prefix),

@@ -1,0 +1,50 @@
+"""Number of series per run with ten concurrent runs, as documented in docs/monitoring.md."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tests.monitoring.conftest import NAMESPACE, ObservedRun, scrape_configs
+from tests.monitoring.prometheus_server import Exporter, Prometheus, dcgm_page, kube_state_page
+
+from topwork.clients.prometheus.series import MAX_SERIES
+
+RUNS = 10
+RECORDED_SERIES = 15
+"""Number of series from recording rules for a run with two GPUs."""
+
+
+@pytest.fixture
+def ten_runs(observed_run: ObservedRun, tmp_path: Path) -> Iterator[Prometheus]:
+    """Prometheus that scrapes the last page of the real run under ten names, with the exporters of a cluster."""
+    exporter, configs = Exporter(), []
+    for number in range(RUNS):
+        run = f"{observed_run.transferjob}-0000000{number}"
+        pod = f"{run}-abcde"
+        pages = {
+            "page": observed_run.page.replace(observed_run.run, run),
+            "kube": kube_state_page(NAMESPACE, run, pod, complete=True),
+            "dcgm": dcgm_page(NAMESPACE, pod),
+        }
+        exporter.pages |= {f"/{number}/{name}": text for name, text in pages.items()}
+        for config in scrape_configs(exporter.address, 0, pod):
+            name = {"topwork": "page", "kube-state-metrics": "kube", "dcgm": "dcgm"}.get(config["job_name"])
+            if name:
+                config |= {"job_name": f"{config['job_name']}-{number}", "metrics_path": f"/{number}/{name}"}
+                config["static_configs"][0]["targets"] = [exporter.address]
+                configs.append(config)
+    prometheus = Prometheus(tmp_path / "prometheus", configs)
+    yield prometheus
+    prometheus.stop()
+    exporter.stop()
+
+
+def test_each_of_ten_runs_has_the_documented_number_of_series(ten_runs: Prometheus):
+    ten_runs.wait_for(f"count(count by (run) (topwork:dcgm_gpu_power:watts)) == {RUNS}", seconds=180)
+    ten_runs.wait_for(f"count(count by (run) (topwork:run_gpu_utilization:ratio)) == {RUNS}", seconds=180)
+    scraped = ten_runs.query('count by (run) ({job=~"topwork-.+", run!=""})')
+    recorded = ten_runs.query('count by (run) ({__name__=~"topwork:.+"})')
+    assert (len(scraped), len(recorded)) == (RUNS, RUNS)
+    assert max(int(series["value"][1]) for series in scraped) <= MAX_SERIES
+    # A page that does not change has no input wait rate.
+    assert {int(series["value"][1]) for series in recorded} == {RECORDED_SERIES - 1}
