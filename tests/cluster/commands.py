@@ -55,11 +55,15 @@ class RunningCommand:
         """Wait until its output contains all of these texts."""
         deadline = time.monotonic() + seconds
         while missing := [text for text in texts if text not in self.output]:
-            ended = self.process.poll() is not None
-            if ended and not [text for text in texts if text not in self.output]:
+            has_exited = self.process.poll() is not None
+            if has_exited and not [text for text in texts if text not in self.output]:
                 return
-            if ended or time.monotonic() > deadline:
-                state = f"exited with {self.process.returncode}" if ended else f"still runs after {seconds:.0f} seconds"
+            if has_exited or time.monotonic() > deadline:
+                state = (
+                    f"exited with {self.process.returncode}"
+                    if has_exited
+                    else f"still runs after {seconds:.0f} seconds"
+                )
                 pytest.fail(f"{self} {state} and did not print {missing}. Output:\n{self.output[-LAST_CHARACTERS:]}")
             time.sleep(0.2)
 

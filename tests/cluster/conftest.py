@@ -110,8 +110,9 @@ def namespace(make_namespace: Callable[..., Kubectl], pod_storage: ClusterStorag
     pod = wait_for(finished_pod, "end of the pod that connects to the storage", seconds=environment.START_SECONDS)
     if pod["status"]["phase"] == "Failed":
         pytest.fail(
-            f"Pods can't connect to the storage: {kubectl('logs', 'probe', check=False).strip()}. Set TOPWORK_TEST_HOST "
-            "to an address of this machine that they can reach, or TOPWORK_TEST_BUCKET and the AWS variables."
+            f"Pods can't connect to the storage: {kubectl('logs', 'probe', check=False).strip()}. Set "
+            "TOPWORK_TEST_HOST to an address of this machine that they can reach, or TOPWORK_TEST_BUCKET and the AWS "
+            "variables."
         )
     kubectl("delete", "pod", "probe", "--wait=false")
     return kubectl
@@ -151,7 +152,7 @@ def _run_factory(
     kubectl: Kubectl, images_uri: str, storage: ClusterStorage, directory: Path, created: list[Run]
 ) -> MakeRun:
     def make(name: str | None = None, where: Kubectl | None = None, compute: Any = None, **spec: Any) -> Run:
-        """Write the spec of a tiny job; keyword arguments replace keys of `spec`, and `compute` those of spec.compute."""
+        """Write the spec of a tiny job; keyword arguments replace keys of `spec` or, with `compute`, of it."""
         # A separate storage prefix makes the run unique, and excludes datasets that other tests pulled.
         address = storage.at(f"topwork-{uuid.uuid4().hex[:12]}").uri
         content = tiny_spec(name or f"t-{uuid.uuid4().hex[:8]}", address, images_uri)

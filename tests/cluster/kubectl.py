@@ -36,7 +36,7 @@ class Kubectl:
     namespace: str = "default"
 
     def __call__(self, *arguments: str, stdin: str | None = None, seconds: float = 120, check: bool = True) -> str:
-        ended = subprocess.run(
+        result = subprocess.run(
             [executable("kubectl"), "--namespace", self.namespace, *arguments],
             input=stdin,
             stdin=subprocess.DEVNULL if stdin is None else None,
@@ -45,9 +45,9 @@ class Kubectl:
             timeout=seconds,
             check=False,
         )
-        if check and ended.returncode:
-            raise KubectlError(f"kubectl {' '.join(arguments)} exited with {ended.returncode}: {ended.stderr}")
-        return ended.stdout
+        if check and result.returncode:
+            raise KubectlError(f"kubectl {' '.join(arguments)} exited with {result.returncode}: {result.stderr}")
+        return result.stdout
 
     def apply(self, *manifests: KubernetesObject, options: tuple[str, ...] = ()) -> str:
         """Apply objects; return the output of kubectl, one line per object."""

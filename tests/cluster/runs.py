@@ -99,8 +99,10 @@ class Run:
     def termination_messages(self, pod: KubernetesObject) -> dict[str, TerminationMessage | None]:
         """Return the termination messages of the containers of a pod."""
         statuses = pod["status"].get("initContainerStatuses", []) + pod["status"].get("containerStatuses", [])
-        ended = {each["name"]: each["state"].get("terminated") for each in statuses}
-        return {name: parse_termination_message(state.get("message", "")) for name, state in ended.items() if state}
+        terminated = {each["name"]: each["state"].get("terminated") for each in statuses}
+        return {
+            name: parse_termination_message(state.get("message", "")) for name, state in terminated.items() if state
+        }
 
     def kill_process(self, pod: str, container: str, signal_name: str = "SIGKILL") -> None:
         """Send a signal directly to the process of a stage, not to its parent tini."""

@@ -1,4 +1,4 @@
-"""Who may submit: the role of k8s/base is enough, and who lacks it is told so."""
+"""Permissions: the role of k8s/base is sufficient, and the error without it names the role."""
 
 import pytest
 from tests.cluster.environment import DELETION_SECONDS, RUN_SECONDS, kubeconfig_with_token
@@ -11,7 +11,7 @@ LONG_TRAINING = {"train": "all", "epochs": 10_000, "batchSize": 8, "featureCache
 
 
 def binding(name, namespace):
-    """Give an account the role."""
+    """Return a RoleBinding of a service account to the role."""
     return {
         "apiVersion": "rbac.authorization.k8s.io/v1",
         "kind": "RoleBinding",
@@ -23,7 +23,7 @@ def binding(name, namespace):
 
 @pytest.fixture
 def account(namespace: Kubectl, tmp_path):
-    """Make a service account, with the role or without, and give the kubeconfig that logs it in."""
+    """Create a service account, with or without the role, and return its kubeconfig."""
     created = []
 
     def make(name: str, *, bound: bool):
@@ -43,7 +43,7 @@ def account(namespace: Kubectl, tmp_path):
         namespace("delete", kind, name, "--ignore-not-found")
 
 
-def test_the_role_is_enough_to_submit_watch_and_cancel(account, make_run, topwork):
+def test_role_is_sufficient_to_submit_follow_and_cancel(account, make_run, topwork):
     kubeconfig = account("submitter", bound=True)
     run = make_run(transfer=LONG_TRAINING)
     submitted = topwork("submit", run.file, "--kubeconfig", kubeconfig)
@@ -51,9 +51,9 @@ def test_the_role_is_enough_to_submit_watch_and_cancel(account, make_run, topwor
     run.wait_for_epochs(run.wait_for_pod())
     looks = (["status", run.name], ["list"], ["logs", run.name, "--stage", "transfer"], ["top", run.name, "--once"])
     for command in looks:
-        ended = topwork(*command, "--kubeconfig", kubeconfig)
-        assert ended.exit_code == 0, ended.output
-        assert "transfer" in ended.output
+        result = topwork(*command, "--kubeconfig", kubeconfig)
+        assert result.exit_code == 0, result.output
+        assert "transfer" in result.output
     followed = topwork.start("status", run.name, "--follow", "--kubeconfig", kubeconfig)
     followed.wait_for("transfer", seconds=60)
     cancelled = topwork("cancel", run.name, "--kubeconfig", kubeconfig, seconds=DELETION_SECONDS)
@@ -62,20 +62,20 @@ def test_the_role_is_enough_to_submit_watch_and_cancel(account, make_run, topwor
     run.wait_until_deleted()
 
 
-def test_who_lacks_the_role_is_told_its_name(account, make_run, topwork):
+def test_error_without_the_role_names_the_role(account, make_run, topwork):
     kubeconfig = account("stranger", bound=False)
     run = make_run()
-    refused = topwork("submit", run.file, "--kubeconfig", kubeconfig)
-    assert refused.exit_code == 2, refused.output
-    assert ROLE in refused.output
-    assert "Traceback" not in refused.output
+    rejected = topwork("submit", run.file, "--kubeconfig", kubeconfig)
+    assert rejected.exit_code == 2, rejected.output
+    assert ROLE in rejected.output
+    assert "Traceback" not in rejected.output
     assert run.kubernetes_job() is None
 
 
-def test_a_token_that_is_none_is_told_to_log_in_again(namespace, make_run, topwork, tmp_path):
+def test_invalid_token_asks_to_log_in_again(namespace, make_run, topwork, tmp_path):
     kubeconfig = tmp_path / "expired.json"
     kubeconfig.write_text(kubeconfig_with_token(namespace.config(), "not-a-token"))
-    refused = topwork("submit", make_run().file, "--kubeconfig", kubeconfig)
-    assert refused.exit_code == 2, refused.output
-    assert "log in" in refused.output.lower()
-    assert "Traceback" not in refused.output
+    rejected = topwork("submit", make_run().file, "--kubeconfig", kubeconfig)
+    assert rejected.exit_code == 2, rejected.output
+    assert "log in" in rejected.output.lower()
+    assert "Traceback" not in rejected.output

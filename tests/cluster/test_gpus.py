@@ -1,4 +1,4 @@
-"""Two GPUs that a node only claims to have: scheduling, requests, and the replicas of the build for processors."""
+"""Two simulated GPUs of a node: scheduling, resource requests, and two replicas of the CPU build."""
 
 import json
 
@@ -16,18 +16,18 @@ def gpus(node: dict[str, object]) -> int:
 
 
 def claim(kubectl: Kubectl, node: str, count: str | None) -> None:
-    """Let a node claim GPUs, or none with None; the kubelet keeps what it does not know."""
+    """Set the GPU capacity of a node, or remove it with None; the kubelet keeps unknown resources."""
     status = {"status": {"capacity": {GPU_RESOURCE: count}, "allocatable": {GPU_RESOURCE: count}}}
     kubectl("patch", "node", node, "--subresource=status", "--type=merge", "--patch", json.dumps(status))
 
 
 @pytest.fixture
 def two_gpus(cluster):
-    """A node with two GPUs: where none has any, one claims to."""
+    """A node with two GPUs, simulated unless a node has real ones."""
     nodes = cluster.items("node")
     if any(gpus(node) for node in nodes):
         if max(map(gpus, nodes)) < 2:
-            pytest.skip("a node with real GPUs has fewer than two, and claims no others")
+            pytest.skip("no node has two GPUs; GPUs are not simulated on nodes that have some")
         yield
         return
     free = [node for node in nodes if not node["spec"].get("unschedulable") and not node["spec"].get("taints")]
@@ -43,14 +43,14 @@ def two_gpus(cluster):
 
 def test_two_gpus_train_two_replicas(make_run, topwork, two_gpus):
     run = make_run(compute={"gpus": 2})
-    ended = topwork("submit", run.file, "--follow")
-    assert ended.exit_code == 0, ended.output
+    result = topwork("submit", run.file, "--follow")
+    assert result.exit_code == 0, result.output
     pod = run.pods()[-1]
-    asked = {
+    requested = {
         each["name"]: {kind: amounts.get(GPU_RESOURCE) for kind, amounts in each["resources"].items()}
         for each in pod["spec"]["initContainers"] + pod["spec"]["containers"]
     }
     none, two = {"requests": None, "limits": None}, {"requests": "2", "limits": "2"}
-    assert asked == {"pull": none, "transfer": two, "fine-tune": two}
+    assert requested == {"pull": none, "transfer": two, "fine-tune": two}
     logs = topwork("logs", run.name, "--stage", "transfer")
     assert '"replicas": 2' in logs.stdout, logs.output

@@ -1,4 +1,4 @@
-"""A Job of its own that pulls the dataset ahead, so that no GPU waits for it."""
+"""The prefetch Job: it pulls the dataset before GPUs are requested."""
 
 import pytest
 from tests.cluster.environment import RUN_SECONDS
@@ -16,31 +16,31 @@ def prefetch_job(run: Run) -> KubernetesObject:
     return found
 
 
-def test_the_training_job_follows_when_the_data_is_there(make_run, topwork):
+def test_wait_for_data_submits_the_training_job_after_the_pull(make_run, topwork):
     run = make_run(compute={"prefetch": True})
-    ended = topwork("submit", run.file, "--wait-for-data", "--follow")
-    assert ended.exit_code == 0, ended.output
-    assert f"{run.job.spec.storage}/models/{run.name}/1" in ended.output
+    result = topwork("submit", run.file, "--wait-for-data", "--follow")
+    assert result.exit_code == 0, result.output
+    assert f"{run.job.spec.storage}/models/{run.name}/1" in result.output
     pulled, trained = prefetch_job(run), run.kubernetes_job()
     assert pulled["status"]["succeeded"] == 1
-    # Times of Kubernetes are text that sorts.
+    # Kubernetes timestamps sort as text.
     assert pulled["status"]["completionTime"] <= trained["metadata"]["creationTimestamp"]
     containers = [each["name"] for pod in run.pods("prefetch") for each in pod["spec"]["containers"]]
     assert containers == ["pull"]
     assert [pod["spec"].get("initContainers", []) for pod in run.pods("prefetch")] == [[]]
 
 
-def test_both_jobs_at_once_end_with_one_dataset(make_run, topwork, pod_storage):
+def test_concurrent_prefetch_and_training_jobs_store_one_dataset(make_run, topwork, pod_storage):
     run = make_run(compute={"prefetch": True})
-    ended = topwork("submit", run.file, "--follow")
-    assert ended.exit_code == 0, ended.output
+    result = topwork("submit", run.file, "--follow")
+    assert result.exit_code == 0, result.output
     manifests = [
         found.key for found in pod_storage.open(run.job.spec.storage).list("datasets/") if "manifest" in found.key
     ]
     assert len(manifests) == 1, manifests
 
 
-def test_cancel_takes_the_prefetch_job_too(make_run, topwork):
+def test_cancel_deletes_the_prefetch_job(make_run, topwork):
     run = make_run(compute={"prefetch": True})
     submitted = topwork("submit", run.file)
     assert submitted.exit_code == 0, submitted.output

@@ -1,4 +1,4 @@
-"""A run while it trains: what is told of it, and what can't be changed."""
+"""A running job: status, logs and metrics, and rejected changes."""
 
 import re
 import time
@@ -10,10 +10,10 @@ from tests.cluster.runs import Run
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(2 * RUN_SECONDS)]
 
-# Far more than are trained while the tests look on.
+# Far more epochs than the job can train during these tests.
 LONG_TRAINING = {"train": "all", "epochs": 10_000, "batchSize": 8, "featureCache": "off"}
 
-# Not from loopback: Prometheus comes to the address of the pod.
+# Not over loopback: Prometheus scrapes the pod IP.
 SCRAPE = """
 import sys, urllib.request
 host = f"[{sys.argv[1]}]" if ":" in sys.argv[1] else sys.argv[1]
@@ -25,7 +25,7 @@ TOKEN = "import os; print(os.path.exists('/var/run/secrets/kubernetes.io'))"
 
 @pytest.fixture(scope="module")
 def training(make_shared_run, topwork) -> Run:
-    """A run whose transfer stage is under way, for longer than the tests of this module take."""
+    """A run whose transfer stage takes longer than the tests of this module."""
     run = make_shared_run(transfer=LONG_TRAINING, compute={"deadlineSeconds": 7200})
     submitted = topwork("submit", run.file)
     assert submitted.exit_code == 0, submitted.output
@@ -34,11 +34,11 @@ def training(make_shared_run, topwork) -> Run:
     return run
 
 
-def the_pod(run):
+def last_pod(run):
     return run.pods()[-1]
 
 
-def test_the_same_spec_again_says_that_it_runs(training, topwork):
+def test_submitting_the_same_spec_again_changes_nothing(training, topwork):
     before = training.kubernetes_job()["metadata"]["uid"]
     again = topwork("submit", training.file)
     assert again.exit_code == 0, again.output
@@ -46,27 +46,27 @@ def test_the_same_spec_again_says_that_it_runs(training, topwork):
     assert training.kubernetes_job()["metadata"]["uid"] == before
 
 
-def test_another_compute_is_refused_while_the_job_runs(training, topwork, tmp_path):
+def test_changed_compute_is_rejected_while_the_job_runs(training, topwork, tmp_path):
     before = training.kubernetes_job()
     content = YAML(typ="safe").load(training.file.read_text())
     content["spec"]["compute"]["sharedMemory"] = "96Mi"
     changed = tmp_path / "changed.yaml"
     with changed.open("w") as opened:
         YAML().dump(content, opened)
-    refused = topwork("submit", changed)
-    assert refused.exit_code == 2, refused.output
-    assert "compute.sharedMemory" in refused.output
+    rejected = topwork("submit", changed)
+    assert rejected.exit_code == 2, rejected.output
+    assert "compute.sharedMemory" in rejected.output
     after = training.kubernetes_job()
     assert (after["metadata"]["uid"], after["spec"]) == (before["metadata"]["uid"], before["spec"])
 
 
-def test_another_image_is_refused_while_the_job_runs(training, topwork):
-    refused = topwork("submit", training.file, "--image", "registry.invalid/topwork:other")
-    assert refused.exit_code == 2, refused.output
-    assert "image" in refused.output
+def test_changed_image_is_rejected_while_the_job_runs(training, topwork):
+    rejected = topwork("submit", training.file, "--image", "registry.invalid/topwork:other")
+    assert rejected.exit_code == 2, rejected.output
+    assert "image" in rejected.output
 
 
-def test_status_tells_stage_and_epoch(training, topwork):
+def test_status_shows_stage_and_epochs(training, topwork):
     status = topwork("status", training.name)
     assert status.exit_code == 0, status.output
     assert "transfer" in status.output
@@ -80,7 +80,7 @@ def test_list_shows_the_run(training, topwork):
     assert "transfer" in line
 
 
-def test_logs_of_a_stage_that_has_ended_and_of_one_that_runs(training, topwork):
+def test_logs_of_a_finished_and_of_a_running_stage(training, topwork):
     pulled = topwork("logs", training.name, "--stage", "pull")
     assert pulled.exit_code == 0, pulled.output
     assert '"dataset"' in pulled.stdout
@@ -90,7 +90,7 @@ def test_logs_of_a_stage_that_has_ended_and_of_one_that_runs(training, topwork):
     assert '"epoch"' in trained.stdout
 
 
-def test_logs_that_are_followed_grow(training, topwork):
+def test_followed_logs_grow(training, topwork):
     followed = topwork.start("logs", training.name, "--stage", "transfer", "-f")
     followed.wait_for('"epoch"', seconds=EVENT_SECONDS)
     seen = len(followed.output)
@@ -100,28 +100,28 @@ def test_logs_that_are_followed_grow(training, topwork):
     followed.interrupt()
 
 
-def test_logs_that_are_followed_from_the_start_cross_from_pull_to_transfer(training, topwork):
+def test_followed_logs_continue_from_pull_to_transfer(training, topwork):
     followed = topwork.start("logs", training.name, "-f")
     followed.wait_for('"dataset"', '"stage": "transfer"', seconds=EVENT_SECONDS)
     followed.interrupt()
 
 
-def test_an_interrupted_follow_leaves_the_job_and_says_how_to_come_back(training, topwork):
+def test_interrupted_follow_does_not_stop_the_job(training, topwork):
     before = training.kubernetes_job()["metadata"]["uid"]
     followed = topwork.start("status", training.name, "--follow")
     followed.wait_for("transfer", seconds=EVENT_SECONDS)
-    ended = followed.interrupt()
-    assert ended.exit_code == 130, ended.output
-    assert f"topwork status {training.name}" in ended.output
-    assert "--follow" in ended.output
-    assert "Traceback" not in ended.output
+    result = followed.interrupt()
+    assert result.exit_code == 130, result.output
+    assert f"topwork status {training.name}" in result.output
+    assert "--follow" in result.output
+    assert "Traceback" not in result.output
     job = training.kubernetes_job()
     assert job["metadata"]["uid"] == before
     assert "deletionTimestamp" not in job["metadata"]
 
 
-def test_metrics_answer_at_the_address_of_the_pod(training, namespace):
-    pod = the_pod(training)
+def test_metrics_are_served_at_the_pod_ip(training, namespace):
+    pod = last_pod(training)
     name, address = pod["metadata"]["name"], pod["status"]["podIP"]
     text = namespace.python(name, "transfer", SCRAPE, address, "9102")
     labels = rf'run="{training.name}",stage="transfer",transferjob="[^"]+"'
@@ -129,6 +129,6 @@ def test_metrics_answer_at_the_address_of_the_pod(training, namespace):
     assert re.search(rf"^topwork_epochs_planned{{{labels}}} 10000\.0$", text, re.MULTILINE)
 
 
-def test_the_process_finds_no_token_of_the_api_server(training, namespace):
-    name = the_pod(training)["metadata"]["name"]
+def test_container_has_no_service_account_token(training, namespace):
+    name = last_pod(training)["metadata"]["name"]
     assert namespace.python(name, "transfer", TOKEN).strip() == "False"

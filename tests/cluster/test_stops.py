@@ -1,4 +1,4 @@
-"""Runs that are stopped, killed and evicted: the next attempt goes on from the checkpoint of the last."""
+"""Stopped, killed and evicted runs: the next attempt resumes from the last checkpoint."""
 
 import json
 
@@ -12,13 +12,13 @@ from topwork.cluster.names import RUN_LABEL
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(3 * RUN_SECONDS)]
 
 LONG_TRAINING = {"train": "all", "epochs": 10_000, "batchSize": 8, "featureCache": "off"}
-# Half a minute or more: time to be killed after the first epochs, and to go on to the end.
+# At least half a minute: long enough to be killed after the first epochs, short enough to finish.
 MEDIUM_TRAINING = LONG_TRAINING | {"epochs": 500}
 
 
 @pytest.fixture
 def train(make_run, topwork):
-    """Submit a run and wait until it has trained some epochs; gives the run, its pod and their numbers."""
+    """Submit a run and wait until it has trained some epochs; return the run, its pod and the epoch numbers."""
 
     def start(**spec):
         run = make_run(**{"transfer": LONG_TRAINING, **spec})
@@ -39,7 +39,7 @@ def failures(run: Run) -> int:
     return int(run.status().get("failed", 0))
 
 
-def test_cancel_keeps_a_checkpoint_removes_everything_and_submit_goes_on(train, topwork, pod_storage):
+def test_cancel_keeps_the_checkpoint_and_submit_resumes(train, topwork, pod_storage):
     run, _, epochs = train()
     cancelled = topwork("cancel", run.name, seconds=DELETION_SECONDS)
     assert cancelled.exit_code == 0, cancelled.output
@@ -59,23 +59,23 @@ def test_cancel_now_does_not_wait_for_the_pod(train, topwork):
     run.wait_until_deleted()
 
 
-def test_cancel_of_nothing_says_so(topwork):
+def test_cancel_of_an_unknown_run_is_rejected(topwork):
     cancelled = topwork("cancel", "never-submitted")
     assert cancelled.exit_code == 2, cancelled.output
     assert "never-submitted" in cancelled.output
     assert "Traceback" not in cancelled.output
 
 
-def test_follow_of_a_run_that_is_cancelled_ends_with_143(train, topwork):
+def test_follow_of_a_canceled_run_exits_with_143(train, topwork):
     run, _, _ = train()
     followed = topwork.start("status", run.name, "--follow")
     followed.wait_for("transfer", seconds=EVENT_SECONDS)
     assert topwork("cancel", run.name, seconds=DELETION_SECONDS).exit_code == 0
-    ended = followed.wait(seconds=DELETION_SECONDS)
-    assert ended.exit_code == 143, ended.output
+    result = followed.wait(seconds=DELETION_SECONDS)
+    assert result.exit_code == 143, result.output
 
 
-def test_a_killed_process_counts_as_a_failure_and_the_second_attempt_publishes(train, topwork):
+def test_killed_process_is_counted_and_the_second_attempt_publishes(train, topwork):
     run, pod, _ = train(transfer=MEDIUM_TRAINING)
     followed = topwork.start("status", run.name, "--follow")
     run.kill_process(pod, "transfer")
@@ -83,17 +83,17 @@ def test_a_killed_process_counts_as_a_failure_and_the_second_attempt_publishes(t
     resumed = run.wait_for_epochs(other)
     assert resumed[0] > 1
     assert failures(run) == 1
-    ended = followed.wait(seconds=RUN_SECONDS)
-    assert ended.exit_code == 0, ended.output
-    assert f"{run.job.spec.storage}/models/{run.name}/1" in ended.output
-    # A pod that failed stays, with its log: both attempts are shown.
+    result = followed.wait(seconds=RUN_SECONDS)
+    assert result.exit_code == 0, result.output
+    assert f"{run.job.spec.storage}/models/{run.name}/1" in result.output
+    # A failed pod is kept with its log: both attempts are shown.
     logs = topwork("logs", run.name, "--stage", "transfer")
     assert logs.exit_code == 0, logs.output
     assert '"epoch": 1,' in logs.stdout
     assert f'"epoch": {resumed[-1]},' in logs.stdout
 
 
-def test_a_pod_that_is_deleted_by_force_is_replaced_and_goes_on(train, namespace):
+def test_force_deleted_pod_is_replaced_and_resumes(train, namespace):
     run, pod, _ = train()
     namespace("delete", "pod", pod, "--grace-period=0", "--force", "--wait=false")
     other = run.wait_for_pod(other_than=pod)
@@ -108,21 +108,21 @@ def test_sigterm_stores_a_checkpoint_and_is_not_counted(train, namespace):
     assert failures(run) == 0
 
 
-def test_an_evicted_pod_is_not_counted_and_follow_says_evicted(train, namespace, topwork):
+def test_evicted_pod_is_not_counted_and_follow_reports_the_eviction(train, namespace, topwork):
     run, pod, epochs = train(compute={"retries": 0})
     followed = topwork.start("status", run.name, "--follow")
     followed.wait_for("transfer", seconds=EVENT_SECONDS)
     namespace.evict(pod)
     other = run.wait_for_pod(other_than=pod)
     assert run.wait_for_epochs(other)[0] > epochs[-1]
-    # backoffLimit 0: a single failure that counted would have ended the Job.
+    # With backoffLimit 0, a single counted failure would fail the Job.
     assert failures(run) == 0
     assert run.condition("Failed") is None
     followed.wait_for("evicted", seconds=EVENT_SECONDS)
     followed.interrupt()
 
 
-def test_a_drained_node_gives_the_pod_back_with_its_checkpoint(train, namespace):
+def test_pod_of_a_drained_node_is_replaced_and_resumes(train, namespace):
     run, pod, epochs = train(compute={"retries": 0})
     node = namespace.get("pod", pod)["spec"]["nodeName"]
     cordoned = namespace.get("node", node)["spec"].get("unschedulable", False)
@@ -138,25 +138,25 @@ def test_a_drained_node_gives_the_pod_back_with_its_checkpoint(train, namespace)
     assert failures(run) == 0
 
 
-def test_the_ending_of_a_stopped_container_says_stopped(train, namespace):
+def test_termination_message_of_a_stopped_container_is_stopped(train, namespace):
     run, pod, _ = train()
-    # Without a deletion, so that the pod stays to be looked at: the process alone is asked to stop.
+    # Signal only the process: a deleted pod could not be inspected afterward.
     run.kill_process(pod, "transfer", "SIGTERM")
 
-    def ended():
+    def find_message():
         found = namespace.get("pod", pod)
         return run.termination_messages(found).get("transfer") if found else None
 
-    ending = wait_for(ended, "the termination message of transfer", seconds=START_SECONDS)
-    assert (ending.stage, ending.outcome, ending.exit_code) == ("transfer", "stopped", 143)
+    message = wait_for(find_message, "the termination message of transfer", seconds=START_SECONDS)
+    assert (message.stage, message.outcome, message.exit_code) == ("transfer", "stopped", 143)
     assert run.wait_for_epochs(run.wait_for_pod(other_than=pod))[0] > 1
     assert failures(run) == 0
 
 
-def test_a_suspended_job_says_so_and_goes_on_when_it_is_resumed(train, namespace, topwork):
+def test_suspended_job_resumes_from_its_checkpoint(train, namespace, topwork):
     run, _, epochs = train()
     namespace("patch", "job", run.object_name, "--patch", json.dumps({"spec": {"suspend": True}}))
-    wait_for(lambda: not run.pods(), "the end of the pod", seconds=DELETION_SECONDS)
+    wait_for(lambda: not run.pods(), "deletion of the pod", seconds=DELETION_SECONDS)
     status = topwork("status", run.name)
     assert "suspended" in status.output
     namespace("patch", "job", run.object_name, "--patch", json.dumps({"spec": {"suspend": False}}))
@@ -164,21 +164,21 @@ def test_a_suspended_job_says_so_and_goes_on_when_it_is_resumed(train, namespace
     assert failures(run) == 0
 
 
-def test_interrupting_submit_leaves_the_job(make_run, topwork):
+def test_interrupted_submit_does_not_stop_the_job(make_run, topwork):
     run = make_run(transfer=LONG_TRAINING)
     followed = topwork.start("submit", run.file, "--follow")
     run.wait_for_pod()
     followed.wait_for("pull", seconds=EVENT_SECONDS)
-    ended = followed.interrupt()
-    assert ended.exit_code == 130, ended.output
-    assert f"topwork status {run.name}" in ended.output
+    result = followed.interrupt()
+    assert result.exit_code == 130, result.output
+    assert f"topwork status {run.name}" in result.output
     assert "deletionTimestamp" not in run.kubernetes_job()["metadata"]
 
 
-def test_a_failed_run_is_replaced_and_goes_on(train, topwork):
+def test_failed_run_is_replaced_and_resumes(train, topwork):
     run, pod, _ = train(compute={"retries": 0})
     run.kill_process(pod, "transfer")
-    wait_for(lambda: run.condition("Failed"), "the end of the Job", seconds=EVENT_SECONDS)
+    wait_for(lambda: run.condition("Failed"), "failure of the Job", seconds=EVENT_SECONDS)
     before = run.kubernetes_job()["metadata"]["uid"]
     again = topwork("submit", run.file)
     assert again.exit_code == 0, again.output
@@ -188,10 +188,10 @@ def test_a_failed_run_is_replaced_and_goes_on(train, topwork):
     assert run.wait_for_epochs(other)[0] > 1
 
 
-def test_two_submits_at_once_make_one_job(make_run, topwork):
+def test_concurrent_submissions_create_one_job(make_run, topwork):
     run = make_run(transfer=LONG_TRAINING)
     both = [topwork.start("submit", run.file), topwork.start("submit", run.file)]
-    ended = [each.wait(seconds=EVENT_SECONDS) for each in both]
-    assert [each.exit_code for each in ended] == [0, 0], [each.output for each in ended]
+    results = [each.wait(seconds=EVENT_SECONDS) for each in both]
+    assert [each.exit_code for each in results] == [0, 0], [each.output for each in results]
     run.wait_for_pod()
     assert len(run.pods()) == 1

@@ -1,4 +1,4 @@
-"""A run from `topwork submit` to its published model, in a namespace that enforces Pod Security restricted."""
+"""A complete run in a namespace that enforces Pod Security restricted: from `topwork submit` to the published model."""
 
 import json
 import subprocess
@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(2 * RUN_SECONDS)]
 
 FINE_TUNE = {"epochs": 1, "unfreeze": "all", "optimizer": {"name": "adam", "learningRate": 0.0001}}
 
-# No topwork needed, as the README says.
+# Without topwork, as the README promises.
 PLAIN_KERAS = """
 import json, sys
 import keras, numpy as np
@@ -26,27 +26,27 @@ print(json.dumps(model.predict(np.full((1, 32, 32, 3), 128.0, "float32"), verbos
 
 @pytest.fixture(scope="module")
 def published(make_shared_run, topwork) -> tuple[Run, CommandResult]:
-    """A run that was submitted and followed to its end, and what that said."""
+    """A run that was submitted and followed to its end, and the result of the command."""
     run = make_shared_run(fineTune=FINE_TUNE, publish={"formats": ["keras", "savedModel"]})
-    ended = topwork("submit", run.file, "--follow")
-    assert ended.exit_code == 0, ended.output
-    return run, ended
+    result = topwork("submit", run.file, "--follow")
+    assert result.exit_code == 0, result.output
+    return run, result
 
 
-def the_pod(run):
+def only_pod(run):
     pods = run.pods()
     assert len(pods) == 1, [pod["metadata"]["name"] for pod in pods]
     return pods[0]
 
 
-def test_follow_tells_every_stage_and_where_the_model_is(published):
-    run, ended = published
-    assert all(stage in ended.output for stage in STAGES), ended.output
-    assert f"{run.job.spec.storage}/models/{run.name}/1" in ended.output
-    assert "Traceback" not in ended.output
+def test_follow_reports_every_stage_and_the_model(published):
+    run, result = published
+    assert all(stage in result.output for stage in STAGES), result.output
+    assert f"{run.job.spec.storage}/models/{run.name}/1" in result.output
+    assert "Traceback" not in result.output
 
 
-def test_the_model_is_fetched_and_loaded_with_keras_alone(published, topwork, pod_storage, tmp_path):
+def test_model_can_be_fetched_and_loaded_with_keras_only(published, topwork, pod_storage, tmp_path):
     run, _ = published
     where = f"{run.job.spec.storage}/models/{run.name}/1"
     fetched = topwork.run_locally("models", "fetch", where, tmp_path / "model", **pod_storage.local_variables)
@@ -63,28 +63,28 @@ def test_the_model_is_fetched_and_loaded_with_keras_alone(published, topwork, po
     assert (tmp_path / "model" / "saved_model.pb").is_file()
 
 
-def test_every_container_leaves_its_termination_message(published):
+def test_every_container_has_a_termination_message(published):
     run, _ = published
-    termination_messages = run.termination_messages(the_pod(run))
-    told = {
-        name: ending and (ending.stage, ending.outcome, ending.exit_code, ending.run)
-        for name, ending in termination_messages.items()
+    termination_messages = run.termination_messages(only_pod(run))
+    found = {
+        name: message and (message.stage, message.outcome, message.exit_code, message.run)
+        for name, message in termination_messages.items()
     }
-    assert told == {stage: (stage, "done", 0, run.object_name) for stage in STAGES}
+    assert found == {stage: (stage, "done", 0, run.object_name) for stage in STAGES}
     assert (termination_messages["transfer"].epochs, termination_messages["fine-tune"].epochs) == (2, 1)
     assert termination_messages["fine-tune"].model == f"{run.job.spec.storage}/models/{run.name}/1"
 
 
-def test_the_namespace_enforces_restricted_and_took_the_pod(published, namespace):
+def test_namespace_enforces_restricted_and_admits_the_pod(published, namespace):
     run, _ = published
     labels = namespace.get("namespace", namespace.namespace)["metadata"]["labels"]
     assert labels["pod-security.kubernetes.io/enforce"] == "restricted"
-    assert the_pod(run)["status"]["phase"] == "Succeeded"
+    assert only_pod(run)["status"]["phase"] == "Succeeded"
 
 
-def test_the_pod_has_no_token_of_a_service_account(published):
+def test_pod_has_no_service_account_token(published):
     run, _ = published
-    pod = the_pod(run)["spec"]
+    pod = only_pod(run)["spec"]
     assert pod["automountServiceAccountToken"] is False
     volumes = [volume for volume in pod["volumes"] if "projected" in volume or "secret" in volume]
     mounts = [mount for each in pod["initContainers"] + pod["containers"] for mount in each["volumeMounts"]]
@@ -92,7 +92,7 @@ def test_the_pod_has_no_token_of_a_service_account(published):
     assert [mount for mount in mounts if "serviceaccount" in mount["mountPath"]] == []
 
 
-def test_the_config_map_goes_with_its_job(published, namespace):
+def test_config_map_is_owned_by_its_job(published, namespace):
     run, _ = published
     owners = namespace.get("configmap", run.object_name)["metadata"]["ownerReferences"]
     job = run.kubernetes_job()
@@ -101,7 +101,7 @@ def test_the_config_map_goes_with_its_job(published, namespace):
     ]
 
 
-def test_the_same_spec_again_starts_nothing(published, topwork):
+def test_submitting_the_same_spec_again_starts_nothing(published, topwork):
     run, _ = published
     before = run.kubernetes_job()
     again = topwork("submit", run.file, "--follow")
@@ -113,7 +113,7 @@ def test_the_same_spec_again_starts_nothing(published, topwork):
     assert len(run.pods()) == 1
 
 
-def test_a_finished_run_is_shown_by_status_and_list(published, topwork):
+def test_status_and_list_show_a_finished_run(published, topwork):
     run, _ = published
     status = topwork("status", run.name)
     assert status.exit_code == 0, status.output
@@ -124,7 +124,7 @@ def test_a_finished_run_is_shown_by_status_and_list(published, topwork):
     assert run.name in listed.output
 
 
-def test_logs_of_a_finished_run_hold_all_stages_in_their_order(published, topwork):
+def test_logs_of_a_finished_run_contain_all_stages_in_order(published, topwork):
     run, _ = published
     logs = topwork("logs", run.name)
     assert logs.exit_code == 0, logs.output
@@ -133,15 +133,15 @@ def test_logs_of_a_finished_run_hold_all_stages_in_their_order(published, topwor
     assert -1 < pulled < transferred < fine_tuned < published_at, logs.output
 
 
-def test_logs_of_one_stage_hold_no_other(published, topwork):
+def test_logs_of_one_stage_contain_no_other_stage(published, topwork):
     run, _ = published
     logs = topwork("logs", run.name, "--stage", "fine-tune")
     assert logs.exit_code == 0, logs.output
-    told = [json.loads(line) for line in logs.stdout.splitlines()]
-    assert {line["stage"] for line in told if line["message"] == "epoch"} == {"fine-tune"}
+    entries = [json.loads(line) for line in logs.stdout.splitlines()]
+    assert {line["stage"] for line in entries if line["message"] == "epoch"} == {"fine-tune"}
 
 
-def test_logs_that_are_followed_end_with_the_run(published, topwork):
+def test_followed_logs_end_with_the_run(published, topwork):
     run, _ = published
     logs = topwork("logs", run.name, "-f", seconds=120)
     assert logs.exit_code == 0, logs.output

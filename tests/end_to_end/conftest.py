@@ -1,4 +1,4 @@
-"""The command `topwork` as a user or a pod runs it: a process of its own, with an embedded or a real S3."""
+"""Fixtures that run `topwork` in separate processes, like a user or a pod, with embedded or real S3 storage."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 from ruamel.yaml import YAML
-from tests.end_to_end.seeds import STORAGE, Seeds
+from tests.end_to_end.example_systems import STORAGE, ExampleRunner
 
 from topwork.clients.s3.storage import Storage, StorageSettings, create_bucket
 from topwork.cluster.termination_message import TerminationMessage
@@ -30,16 +30,20 @@ Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
-    """The environment without any AWS setting, with a home and a state folder of its own."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "TOPWORK_"))}
-    return kept | {"HOME": str(tmp_path / "home"), "TOPWORK_STATE": str(tmp_path / "state"), "NO_COLOR": "1"}
+    """Environment variables without AWS settings, with separate home and state directories."""
+    return isolated_environment(tmp_path)
+
+
+def isolated_environment(directory: Path) -> dict[str, str]:
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "TOPWORK_"))}
+    return inherited | {"HOME": str(directory / "home"), "TOPWORK_STATE": str(directory / "state"), "NO_COLOR": "1"}
 
 
 @pytest.fixture
 def topwork(environment: dict[str, str], tmp_path: Path) -> Command:
-    """Run `topwork` with arguments, in the test's folder."""
+    """Run `topwork` in the directory of the test and wait until it exits."""
 
-    def call(*arguments: str | Path, **variables: str) -> "subprocess.CompletedProcess[str]":
+    def run(*arguments: str | Path, **variables: str) -> "subprocess.CompletedProcess[str]":
         return subprocess.run(
             [sys.executable, "-m", "topwork", *map(str, arguments)],
             env=environment | variables,
@@ -50,51 +54,59 @@ def topwork(environment: dict[str, str], tmp_path: Path) -> Command:
             check=False,
         )
 
-    return call
+    return run
 
 
-class Running:
-    """A `topwork` that was started and not waited for; all it says goes to one file."""
+class BackgroundProcess:
+    """A `topwork` process that runs in the background and writes all output to one file."""
 
-    def __init__(self, arguments: tuple[str | Path, ...], environment: dict[str, str], folder: Path) -> None:
-        self._log = folder / f"{uuid.uuid4().hex[:8]}.log"
+    def __init__(self, arguments: list[str], environment: dict[str, str], directory: Path) -> None:
+        self._log = directory / f"{uuid.uuid4().hex[:8]}.log"
         with self._log.open("w") as log:
-            command = [sys.executable, "-m", "topwork", *map(str, arguments)]
-            self.process = subprocess.Popen(command, env=environment, cwd=folder, stdout=log, stderr=log)
+            command = [sys.executable, "-m", "topwork", *arguments]
+            self.process = subprocess.Popen(command, env=environment, cwd=directory, stdout=log, stderr=log)
 
     @property
     def output(self) -> str:
         return self._log.read_text()
 
-    def wait_for(self, text: str, seconds: float = 600) -> None:
+    def wait_for(self, condition: Callable[[], bool], seconds: float = 600) -> None:
+        """Wait until a condition holds; fail if the process exits before."""
         deadline = time.monotonic() + seconds
-        while text not in self.output:
+        while not condition():
             assert time.monotonic() < deadline, self.output
             assert self.process.poll() is None, self.output
-            time.sleep(0.1)
+            time.sleep(0.02)
 
-    def stop(self, number: int) -> int:
+    def wait_for_output(self, text: str) -> None:
+        self.wait_for(lambda: text in self.output)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def send_signal(self, number: int) -> int:
+        """Send a signal and return the exit code."""
         self.process.send_signal(number)
         return self.process.wait(timeout=180)
 
 
 @pytest.fixture
-def start(environment: dict[str, str], tmp_path: Path) -> Iterator[Callable[..., Running]]:
-    """Start `topwork` with arguments, in the test's folder; what still runs at the end is killed."""
-    started: list[Running] = []
+def start_topwork(environment: dict[str, str], tmp_path: Path) -> Iterator[Callable[..., BackgroundProcess]]:
+    """Start `topwork` in the directory of the test; it is killed when the test ends."""
+    processes: list[BackgroundProcess] = []
 
-    def call(*arguments: str | Path) -> Running:
-        started.append(Running(arguments, environment, tmp_path))
-        return started[-1]
+    def start(*arguments: str | Path) -> BackgroundProcess:
+        processes.append(BackgroundProcess([*map(str, arguments)], environment, tmp_path))
+        return processes[-1]
 
-    yield call
-    for running in started:
-        running.process.kill()
-        running.process.wait()
+    yield start
+    for process in processes:
+        process.kill()
 
 
 @pytest.fixture
-def job_file(make_job: Callable[..., TransferJob], tmp_path: Path) -> Callable[..., Path]:
+def write_local_job(make_job: Callable[..., TransferJob], tmp_path: Path) -> Callable[..., Path]:
     """Write a tiny job for the embedded storage; keyword arguments replace whole keys of `spec`."""
 
     def write(name: str = "job.yaml", **overrides: object) -> Path:
@@ -107,74 +119,66 @@ def job_file(make_job: Callable[..., TransferJob], tmp_path: Path) -> Callable[.
     return write
 
 
-class Container:
-    """A container's process."""
+class Container(BackgroundProcess):
+    """The process of a container: `topwork stage`."""
 
-    def __init__(self, arguments: list[str], environment: dict[str, str], folder: Path, ending: Path) -> None:
-        self._log = folder / f"{time.monotonic_ns()}.log"
-        self._ending = ending
-        with self._log.open("w") as log:
-            command = [sys.executable, "-m", "topwork", "stage", *arguments]
-            self.process = subprocess.Popen(command, env=environment, cwd=folder, stdout=log, stderr=log)
-
-    @property
-    def output(self) -> str:
-        return self._log.read_text()
+    def __init__(
+        self, arguments: list[str], environment: dict[str, str], directory: Path, termination_log: Path
+    ) -> None:
+        super().__init__(["stage", *arguments], environment, directory)
+        self._termination_log = termination_log
 
     @property
     def lines(self) -> list[dict[str, Any]]:
-        """All lines; one that is no JSON fails the test."""
+        """All log lines; a line that is not JSON fails the test."""
         return [json.loads(line) for line in self.output.splitlines()]
 
     @property
     def messages(self) -> list[str]:
         return [line["message"] for line in self.lines]
 
-    def fact(self, message: str, name: str) -> Any:
+    def field(self, message: str, name: str) -> Any:
+        """Return a field of the first log line with a message."""
         return next(line[name] for line in self.lines if line["message"] == message)
 
-    def wait_for(self, seen: Callable[[], bool], seconds: float = 600) -> None:
-        deadline = time.monotonic() + seconds
-        while not seen():
-            assert time.monotonic() < deadline, self.output
-            assert self.process.poll() is None, self.output
-            time.sleep(0.02)
-
-    def wait_for_line(self, text: str) -> None:
-        self.wait_for(lambda: text in self.output)
-
-    def end(self, seconds: float = 600) -> tuple[int, TerminationMessage]:
+    def wait(self, seconds: float = 600) -> tuple[int, TerminationMessage]:
+        """Wait for the exit code and the termination message."""
         code = self.process.wait(timeout=seconds)
-        return code, TerminationMessage.model_validate_json(self._ending.read_text())
+        return code, TerminationMessage.model_validate_json(self._termination_log.read_text())
 
     def stop(self, seconds: float) -> tuple[int, TerminationMessage]:
+        """Send SIGTERM and wait for the exit code and the termination message."""
         self.process.send_signal(signal.SIGTERM)
-        return self.end(seconds)
+        return self.wait(seconds)
 
 
 class Pod:
-    """Volumes and variables that the containers of a pod share."""
+    """Runs containers that share volumes and environment variables."""
 
-    def __init__(self, folder: Path, environment: dict[str, str]) -> None:
-        self.scratch = folder / "scratch"
-        self.variables = environment
-        self.folder = folder / "empty"
-        self.folder.mkdir()
-        self._ending = folder / "termination-log"
-        self.started: list[Container] = []
+    def __init__(self, directory: Path, variables: dict[str, str]) -> None:
+        self.scratch = directory / "scratch"
+        self.variables = variables
+        self.working_directory = directory / "empty"
+        self.working_directory.mkdir()
+        self.containers: list[Container] = []
+        self._termination_log = directory / "termination-log"
 
     def start(self, stage: str, job: Path, **variables: str | None) -> Container:
-        self._ending.write_text("")
-        changed = {**self.variables, **variables}
-        environment = {name: value for name, value in changed.items() if value is not None}
+        """Start the container of a stage; a variable that is None is not set."""
+        self._termination_log.write_text("")
+        merged = {**self.variables, **variables}
+        environment = {name: value for name, value in merged.items() if value is not None}
         arguments = [stage, "--job", job, "--scratch", self.scratch, "--metrics-port", "0"]
-        arguments += ["--termination-log", self._ending]
-        self.started.append(Container([*map(str, arguments)], environment, self.folder, self._ending))
-        return self.started[-1]
+        arguments += ["--termination-log", self._termination_log]
+        self.containers.append(
+            Container([*map(str, arguments)], environment, self.working_directory, self._termination_log)
+        )
+        return self.containers[-1]
 
     def run(self, stage: str, job: Path, **variables: str | None) -> tuple[int, TerminationMessage, Container]:
-        process = self.start(stage, job, **variables)
-        return *process.end(), process
+        """Run the container of a stage until it exits."""
+        container = self.start(stage, job, **variables)
+        return *container.wait(), container
 
 
 @pytest.fixture
@@ -187,84 +191,80 @@ def pod(environment, s3_settings, tmp_path) -> Iterator[Pod]:
     }
     pod = Pod(tmp_path, environment | secret | {"AWS_EC2_METADATA_DISABLED": "true"})
     yield pod
-    for process in pod.started:
-        process.process.kill()
-        process.process.wait()
+    for container in pod.containers:
+        container.kill()
 
 
 @pytest.fixture
-def write(make_job, tmp_path) -> Callable[..., Path]:
+def write_job(make_job, tmp_path) -> Callable[..., Path]:
     """Write a tiny job for the storage of the test; keyword arguments replace whole keys of `spec`."""
 
-    def write_job(**overrides: object) -> Path:
+    def write(**overrides: object) -> Path:
         path = tmp_path / "job.yaml"
         path.write_text(make_job(**overrides).model_dump_json(by_alias=True, exclude_unset=True))
         return path
 
-    return write_job
+    return write
 
 
 @pytest.fixture
 def proxy(s3_settings) -> Callable[..., AbstractContextManager[int]]:
-    """Forward a port to the S3 server.
+    """Forward a local port to the S3 server.
 
-    Over TLS if a context is given; a silent one never answers; with `stall` it falls silent when a client sends that.
+    `tls` serves TLS with a context, `silent` never responds, and `stall` stops responding once a client sends these
+    bytes.
     """
 
     @contextmanager
     def serve(*, tls: ssl.SSLContext | None = None, silent: bool = False, stall: bytes | None = None) -> Iterator[int]:
-        ended = threading.Event()
+        closed = threading.Event()
         target = s3_settings.endpoint_url.removeprefix("http://").split(":")
 
         class Handler(socketserver.BaseRequestHandler):
             def handle(self) -> None:
                 with suppress(OSError):
                     if silent:
-                        ended.wait()
+                        closed.wait()
                     elif tls:
                         with tls.wrap_socket(self.request.dup(), server_side=True) as client:
                             forward(client, target)
                     else:
-                        forward(self.request, target, stall, ended)
+                        forward(self.request, target, stall, closed)
 
         with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
             threading.Thread(target=server.serve_forever, daemon=True).start()
             yield server.server_address[1]
-            ended.set()
+            closed.set()
             server.shutdown()
 
     return serve
 
 
 def forward(
-    client: socket.socket, target: list[str], stall: bytes | None = None, ended: threading.Event | None = None
+    client: socket.socket, target: list[str], stall: bytes | None = None, closed: threading.Event | None = None
 ) -> None:
-    """Carry bytes both ways until either side has closed."""
+    """Copy bytes in both directions until one side closes the connection."""
     with socket.create_connection((target[0], int(target[1]))) as server:
-        other = {client: server, server: client}
+        peers = {client: server, server: client}
         while True:
-            decrypted = isinstance(client, ssl.SSLSocket) and client.pending()
-            for source in [client] if decrypted else select.select([client, server], [], [])[0]:
+            has_decrypted = isinstance(client, ssl.SSLSocket) and client.pending()
+            for source in [client] if has_decrypted else select.select([client, server], [], [])[0]:
                 if not (data := source.recv(65536)):
                     return
-                if stall and ended and source is client and stall in data:
-                    ended.wait()
-                other[source].sendall(data)
+                if stall and closed and source is client and stall in data:
+                    closed.wait()
+                peers[source].sendall(data)
 
 
 @pytest.fixture(scope="session")
-def seeds(tmp_path_factory: pytest.TempPathFactory, s3_settings: StorageSettings) -> Seeds:
-    """A machine of its own for the fourteen systems, with the storage that the examples name."""
-    folder = tmp_path_factory.mktemp("seeds")
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "TOPWORK_"))}
+def examples(tmp_path_factory: pytest.TempPathFactory, s3_settings: StorageSettings) -> ExampleRunner:
+    """Runs the examples with the storage that they name."""
+    directory = tmp_path_factory.mktemp("examples")
     variables = {
-        "HOME": str(folder / "home"),
-        "TOPWORK_STATE": str(folder / "state"),
-        "NO_COLOR": "1",
         "AWS_ENDPOINT_URL": s3_settings.endpoint_url or "",
         "AWS_ACCESS_KEY_ID": s3_settings.access_key or "",
         "AWS_SECRET_ACCESS_KEY": s3_settings.secret_key or "",
         "AWS_REGION": "us-east-1",
     }
     create_bucket(s3_settings, "ml-artifacts")
-    return Seeds(folder, kept | variables, Storage(STORAGE, s3_settings))
+    return ExampleRunner(directory, isolated_environment(directory) | variables, Storage(STORAGE, s3_settings))

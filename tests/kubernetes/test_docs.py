@@ -103,7 +103,8 @@ def source_messages() -> str:
     """Return the source code with adjacent string literals joined, and replacement fields as an ellipsis."""
     text = "\n".join(path.read_text() for path in (ROOT / "services").rglob("*.py"))
     joined = re.sub(r"\"\s*\n\s*f?\"", "", text)
-    return re.sub(r"\{[^{}]*\}", "…", joined)
+    # A replacement field is on one line; a dict literal that spans lines is not one.
+    return re.sub(r"\{[^{}\n]*\}", "…", joined)
 
 
 def quoted_messages() -> list[str]:

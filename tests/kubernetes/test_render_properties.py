@@ -123,7 +123,7 @@ def make(compute: dict[str, Any], labels: dict[str, str]) -> TransferJob:
         return TransferJob.model_validate(data)
     except ValidationError as error:
         # The only rule that these strategies can violate.
-        assume("of which it is a part" not in str(error))
+        assume("which includes it" not in str(error))
         raise
 
 

@@ -34,7 +34,8 @@ def pointed(job, workspace, content):
 def test_record_of_another_format_names_the_version_to_use(make_job, workspace, read, found, age):
     with pytest.raises(DataError) as caught:
         read(make_job(), workspace, json.dumps({"format": found}).encode())
-    assert f"has format {found}, but topwork {__version__} reads format 1. Read it with {age} topwork" in str(caught.value)
+    message = f"has format {found}, but topwork {__version__} reads format 1. Read it with {age} topwork"
+    assert message in str(caught.value)
     assert str(caught.value).startswith(workspace.storage.uri)
 
 

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from topwork.artifacts import write_artifact
 from topwork.cli import app
 from topwork.cli.runtime.shutdown import to_topwork_error
-from topwork.registry.garbage_collection import leftovers, remove
+from topwork.registry.garbage_collection import find_leftovers, delete_leftovers
 from topwork.registry.versions import Version, claim_version
 
 AT_ONCE = timedelta(0)
@@ -92,31 +92,31 @@ GOES = {
 
 
 def test_gc_keeps_everything_referenced_or_needed(used, storage):
-    assert leftovers(storage, AT_ONCE) == []
+    assert find_leftovers(storage, AT_ONCE) == []
 
 
 def test_gc_deletes_every_kind_of_leftover_and_nothing_else(littered, storage):
-    found = leftovers(storage, AT_ONCE)
+    found = find_leftovers(storage, AT_ONCE)
     assert {leftover.prefix: leftover.kind for leftover in found} == GOES
     sizes = {leftover.prefix: leftover.size for leftover in found}
     assert sizes["runs/cats-3/big"] == PART_BYTES
     assert sizes["runs/cats-1/fine-tune/checkpoints/00001"] == len(b"half")
-    assert [leftover.prefix for leftover in remove(storage, found)] == sorted(GOES)
+    assert [leftover.prefix for leftover in delete_leftovers(storage, found)] == sorted(GOES)
     assert {stored.key for stored in storage.list()} == littered
     assert [upload.key for upload in storage.multipart_uploads.list_incomplete(older_than_seconds=0)] == ["foreign/big"]
-    assert leftovers(storage, AT_ONCE) == []
+    assert find_leftovers(storage, AT_ONCE) == []
 
 
 def test_gc_keeps_what_is_younger_than_the_limit(littered, storage):
-    assert leftovers(storage, timedelta(hours=1)) == []
+    assert find_leftovers(storage, timedelta(hours=1)) == []
 
 
 def test_gc_keeps_what_is_referenced_before_it_is_deleted(littered, storage, tmp_path):
-    found = leftovers(storage, AT_ONCE)
+    found = find_leftovers(storage, AT_ONCE)
     storage.write("runs/new-1/pull/done.json", json.dumps({"dataset": "datasets/cats/eeee0000"}).encode())
     (tmp_path / "made" / "stored_images-train.tfrecord-00000-of-00001").write_bytes(b"whole")
     whole(storage, "datasets/cats/dddd0000", tmp_path / "made")
-    gone = {leftover.prefix for leftover in remove(storage, found)}
+    gone = {leftover.prefix for leftover in delete_leftovers(storage, found)}
     assert gone == set(GOES) - {"datasets/cats/dddd0000", "datasets/cats/eeee0000"}
     assert storage.size("datasets/cats/eeee0000/file") == storage.size("datasets/cats/dddd0000/file") == 4
 
@@ -144,7 +144,7 @@ def test_gc_dry_run_deletes_nothing_and_a_real_run_reports_freed_bytes(command, 
     done = json.loads(command("--older-than", "0m", "--json").output)
     assert (done["dryRun"], {one["key"]: one["kind"] for one in done["found"]}) == (False, GOES)
     assert {stored.key for stored in storage.list()} == littered
-    assert command().output == f"Nothing in {storage.uri} is left over that is older than 24h.\n"
+    assert command().output == f"Nothing to delete in {storage.uri} that is older than 24h.\n"
 
 
 def test_gc_rejects_an_invalid_limit(command):

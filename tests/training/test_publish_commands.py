@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from topwork.artifacts import write_artifact
 from topwork.cli import app
-from topwork.cli.model_address import ModelAddress, model_address
+from topwork.cli.model_address import ModelAddress, parse_model_address
 from topwork.data.decoding import resize
 from topwork.errors import DataError, SettingError
 from topwork.model.export import export_model
@@ -96,7 +96,7 @@ def test_models_show_accepts_storage_and_name_or_a_uri(command, published):
     [
         (["colour"], "{uri} has no model colour. Published models: colours."),
         (["colours", "--version", "3"], "{uri} has no version 3 of colours. Published: 1, 2."),
-        ([], "{uri} does not name a published model. Give its storage and its name, such as"),
+        ([], "{uri} is not the URI of a published model. Use the storage and the name, such as"),
     ],
 )
 def test_models_show_lists_what_exists(command, published, words, message):
@@ -110,7 +110,7 @@ def test_models_fetch_downloads_the_complete_version_or_nothing(command, publish
     command("models", "fetch", published.uri, "colours", target, "--version", "1")
     files = {path.relative_to(exported) for path in exported.rglob("*") if path.is_file()}
     assert {path.relative_to(target) for path in target.rglob("*") if path.is_file()} == files
-    with pytest.raises(SettingError, match="exists already"):
+    with pytest.raises(SettingError, match="already exists"):
         command("models", "fetch", f"{published.uri}/models/colours", target)
 
     published.write("models/colours/2/labels.txt", b"red\nblue\n")
@@ -120,8 +120,8 @@ def test_models_fetch_downloads_the_complete_version_or_nothing(command, publish
 
 
 def test_model_uri_may_contain_models_in_its_prefix():
-    assert model_address("s3://b/models/x/models/cats/3") == ModelAddress("s3://b/models/x", "cats", 3)
-    assert model_address("s3://b/models/cats/") == ModelAddress("s3://b", "cats")
+    assert parse_model_address("s3://b/models/x/models/cats/3") == ModelAddress("s3://b/models/x", "cats", 3)
+    assert parse_model_address("s3://b/models/cats/") == ModelAddress("s3://b", "cats")
 
 
 def pictures(folder):

@@ -181,6 +181,22 @@ def test_container_prints_nothing_after_an_immediate_exit(run_container):
     assert (code, lines) == (143, [])
 
 
+def test_exit_after_timeout_does_not_wait_for_a_blocked_log(run_container):
+    code, lines, message = run_container(
+        "import logging, threading\nlogging.getLogger().handlers[0].acquire()\n"
+        "threading.Thread(target=container.exit_after_timeout, args=('Late.',)).start()\nthreading.Event().wait(30)"
+    )
+    assert (code, lines, message.outcome, message.error) == (143, [], "stopped", "Late.")
+
+
+def test_exit_after_timeout_is_logged(run_container):
+    code, lines, _ = run_container("container.exit_after_timeout('Late.')")
+    assert code == 143
+    assert lines == [
+        {"level": "info", "message": "Late.", "stage": "transfer", "run": "tiny-12345678", "exit_code": 143}
+    ]
+
+
 def test_log_lines_are_written_while_stderr_is_suppressed(run_container):
     _, lines, _ = run_container(
         "import os, structlog\nfrom topwork.cli.runtime.tensorflow_import import suppress_stderr\n"

@@ -1,4 +1,4 @@
-"""`topwork describe`: what each stage trains, as the stages themselves say it when they train."""
+"""`topwork describe` matches what the stages train."""
 
 import json
 import subprocess
@@ -30,7 +30,7 @@ STEPS = {"unfreeze": {"steps": [{"layers": n, "epochs": 1, "learningRate": 10**-
 
 @pytest.fixture(autouse=True)
 def no_storage(monkeypatch, tmp_path):
-    """Neither an account nor anything that an earlier run has stored on this machine."""
+    """Neither storage credentials nor embedded storage of an earlier run on this machine."""
     for name in ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_PROFILE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -38,7 +38,7 @@ def no_storage(monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def own_storage(monkeypatch, s3_settings):
+def configured_storage(monkeypatch, s3_settings):
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3_settings.endpoint_url)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", s3_settings.access_key)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", s3_settings.secret_key)
@@ -95,9 +95,9 @@ def trained(job, workspace):
         {"model": application("MobileNet"), "transfer": {"train": "all", "epochs": 1, "batchSize": 8}},
         {"transfer": {"train": "all", "epochs": 1, "batchSize": 8}},
     ],
-    ids=["gradual unfreezing", "all of a blank model", "a small new base"],
+    ids=["gradual unfreezing", "all of an untrained model", "cnn"],
 )
-def test_a_run_trains_what_was_described(settings, write_job, described, workspace, own_storage):
+def test_run_trains_what_describe_shows(settings, write_job, described, workspace, configured_storage):
     path = write_job(**settings)
     before = described(path, images=40, classes=2)[0]
     counts, caches = trained(read_files([path])[0][1], workspace)
@@ -109,7 +109,7 @@ def test_a_run_trains_what_was_described(settings, write_job, described, workspa
     } == caches
     steps = workspace.metrics.registry.get_sample_value("topwork_steps_total")
     assert sum(stage["steps"] for stage in before["stages"]) == steps
-    # And once it is stored, the dataset says the same.
+    # Once it is stored, the dataset gives the same description.
     after = described(path)[0]
     assert after["data"].pop("dataset").startswith(workspace.storage.uri)
     assert before["data"].pop("dataset") is None
@@ -120,15 +120,15 @@ def test_a_run_trains_what_was_described(settings, write_job, described, workspa
 def test_every_example_is_described(path, described):
     for one in described(path, images=10_000):
         assert one["stages"]
-        # What another job has to publish first isn't there.
+        # Models that another job must publish first are unavailable.
         assert (one["base"]["parameters"] is None) == one["base"]["name"].startswith("s3://")
 
 
-def test_gradual_unfreezing_counts_each_step(described):
+def test_parameters_are_counted_for_each_step_of_gradual_unfreezing(described):
     (found,) = described(EXAMPLES / "lab-4-vgg16-gradual.yaml", classes=5, images=3670)
     first, second = found["stages"]
     assert [phase["trained"] for phase in (*first["phases"], *second["phases"])] == [
-        "the head alone",
+        "the head",
         "the head and the last 3 layers of the base",
         "the head and the last 6 layers of the base",
         "the head and the last 9 layers of the base",
@@ -147,15 +147,15 @@ def test_gradual_unfreezing_counts_each_step(described):
     assert (second["stepsPerEpoch"], second["epochs"], second["steps"]) == (2936 // 32, 14, 14 * (2936 // 32))
 
 
-def test_batch_normalization_of_a_trained_base_stays_frozen(write_job, described):
+def test_batch_norm_of_a_pretrained_base_stays_frozen(write_job, described):
     fine = {"epochs": 1, "unfreeze": "all", "optimizer": {"learningRate": 1e-5}}
     path = write_job(model=application("ResNet50", "imagenet"), transfer={"epochs": 1}, fineTune=fine)
     (phase,) = described(path)[0]["stages"][1]["phases"]
-    # 26,560 channels are normalized, with four parameters each.
+    # 26,560 normalized channels with four parameters each.
     assert phase["frozen"] == 4 * 26_560
 
 
-def test_the_course_of_the_learning_rate_is_told(described):
+def test_learning_rate_schedule_is_described(described):
     sets = [
         "spec.transfer={epochs: 5, batchSize: 30, optimizer: {name: sgd, momentum: 0.9, learningRate: 0.2}}",
         "spec.transfer.optimizer.schedule={name: inverseTime, rate: 0.01}",
@@ -174,18 +174,19 @@ def test_the_course_of_the_learning_rate_is_told(described):
     assert unknown["learningRate"] == {"peak": 0.2, "schedule": "inverseTime", "first": None, "last": None}
 
 
-def test_what_is_not_known_is_said(write_job, capsys):
+def test_unknown_facts_are_noted(write_job, capsys):
     path = write_job(model={"base": {"cnn": {"filters": [4, 8]}}, "head": {"hidden": [3], "dropout": 0.0}})
     describe([path])
     run = read_files([path])[0][1].run
     assert capsys.readouterr().out == (
         f"tiny (run {run})\n"
-        "  base  a small new one; 408 parameters, weights: random; images of 32x32 pixels, scaling: to 0..1\n"
+        "  base  CNN trained from scratch; 408 parameters, weights: random; images of 32x32 pixels, scaling: to 0..1\n"
         "  data  ? classes; images: ? train, ? validation, ? test\n"
-        "  note  The classes aren't known before the dataset is pulled: the head is counted for 2. Say --classes N.\n"
-        "  note  The training images aren't counted before the dataset is pulled, nor are the steps. Say --images N.\n"
+        "  note  The number of classes is unknown until the dataset is pulled; the head is shown for 2. "
+        "Use --classes N.\n"
+        "  note  The numbers of training images and steps are unknown until the dataset is pulled. Use --images N.\n"
         "\n"
-        "transfer: 2 epochs of ? steps, ? in all; batches of 8; loss auto\n"
+        "transfer: 2 epochs of ? steps, ? in total; batch size 8; loss auto\n"
         "  feature cache not used: featureCache is off\n"
         "  trains the head and all of the base; adam, learning rate 0.001; 2 epochs, ? steps\n"
         "    layers              trainable  frozen\n"
@@ -196,7 +197,7 @@ def test_what_is_not_known_is_said(write_job, capsys):
     )
 
 
-def test_counts_a_class_need_the_classes_alone(write_job, described):
+def test_splits_per_class_need_only_the_number_of_classes(write_job, described):
     splits = "spec.dataset.splits={perClass: {train: 100, test: 50}}"
     found = described(write_job(), sets=[splits], classes=3)[0]
     assert found["data"]["images"] == {"train": 300, "test": 150}
@@ -205,7 +206,7 @@ def test_counts_a_class_need_the_classes_alone(write_job, described):
     assert described(write_job(), sets=[splits])[0]["data"]["images"] == {"train": None, "test": None}
 
 
-def test_images_are_those_of_the_train_split(write_job, described):
+def test_images_option_counts_the_train_split(write_job, described):
     path = write_job()
     sets = ["spec.dataset.source={tfds: cifar10}", "spec.dataset.splits={train: 'train[:40%]', test: test}"]
     found = described(path, sets=sets, images=50_000, classes=10)[0]
@@ -214,17 +215,19 @@ def test_images_are_those_of_the_train_split(write_job, described):
 
 def test_fewer_images_than_a_batch_are_noted(write_job, described):
     (found,) = described(write_job(), images=10, classes=2)
-    assert found["notes"] == ["transfer has fewer training images than its batchSize 8: it will refuse to train."]
+    assert found["notes"] == ["transfer has fewer training images than its batchSize 8, so it will fail."]
 
 
-def test_a_layer_that_is_not_there_is_told_before_any_training(write_job, described):
+def test_missing_layer_is_rejected_before_training(write_job, described):
     fine = {"epochs": 1, "unfreeze": {"layers": 30}, "optimizer": {"learningRate": 1e-5}}
-    with pytest.raises(DataError, match="asks for the last 30 layers with weights, but the base has 2"):
+    with pytest.raises(DataError, match="requests the last 30 layers with weights, but the base has only 2"):
         described(write_job(fineTune=fine))
 
 
-def test_another_job_s_dataset_of_the_same_source_is_found(make_job, write_job, described, workspace, own_storage):
-    # Beside one that somebody has broken, and one that no topwork has written.
+def test_dataset_of_another_job_with_the_same_source_is_found(
+    make_job, write_job, described, workspace, configured_storage
+):
+    # Next to a damaged one, and one not written by topwork.
     workspace.storage.write("datasets/cats/0000000000000000/manifest.json", b"{")
     workspace.storage.write(
         "datasets/dogs/0000000000000000/manifest.json", b'{"format": 1, "files": {}, "facts": {"name": 1}}'
@@ -234,10 +237,10 @@ def test_another_job_s_dataset_of_the_same_source_is_found(make_job, write_job, 
     assert found["data"]["classes"] == 2
     assert found["data"]["images"] == {"train": 24, "validation": 8, "test": 8}
     assert found["data"]["dataset"].startswith(f"{workspace.storage.uri}/datasets/photos/")
-    assert found["notes"] == ["--classes 5 is not needed: the stored dataset has 2."]
+    assert found["notes"] == ["--classes 5 is ignored: the stored dataset has 2."]
 
 
-def test_a_stored_tfds_dataset_is_found_by_its_name(write_job, described, workspace, own_storage, tmp_path):
+def test_stored_tfds_dataset_is_found_by_name(write_job, described, workspace, configured_storage, tmp_path):
     (tmp_path / "files").mkdir()
     (tmp_path / "files" / "features.json").write_text("{}")
     for config, classes in (("small", ("a", "b", "c")), ("large", ("a", "b", "c", "d"))):
@@ -251,7 +254,9 @@ def test_a_stored_tfds_dataset_is_found_by_its_name(write_job, described, worksp
             rejected=(),
             duplicates=0,
         )
-        write_artifact(workspace.storage, f"datasets/plants/{config}", tmp_path / "files", facts.model_dump(mode="json"))
+        write_artifact(
+            workspace.storage, f"datasets/plants/{config}", tmp_path / "files", facts.model_dump(mode="json")
+        )
     found = {
         name: described(write_job(), sets=[f"spec.dataset.source={{tfds: {name}}}"])[0]["data"]
         for name in ("plants/small", "plants/large:1.0.0", "plants/large:2.0.0", "plants")
@@ -268,7 +273,7 @@ def saved_model(path):
     return path
 
 
-def test_a_saved_base_is_read_from_its_file(write_job, described, tmp_path):
+def test_saved_base_is_read_from_a_file(write_job, described, tmp_path):
     path = saved_model(tmp_path / "model.keras")
     before = path.read_bytes()
     sets = [f"spec.model.base={{saved: {{uri: {path}, cutAt: block_1}}}}", "spec.transfer={epochs: 1}"]
@@ -281,26 +286,26 @@ def test_a_saved_base_is_read_from_its_file(write_job, described, tmp_path):
     assert path.read_bytes() == before
 
 
-def test_a_saved_base_is_read_from_storage(write_job, described, workspace, own_storage, tmp_path):
+def test_saved_base_is_read_from_storage(write_job, described, workspace, configured_storage, tmp_path):
     workspace.storage.upload(saved_model(tmp_path / "model.keras"), "bases/model.keras")
     uri = workspace.storage.uri_of("bases/model.keras")
     (found,) = described(write_job(), sets=[f"spec.model.base={{saved: {{uri: '{uri}', cutAt: block_1}}}}"])
     assert found["base"]["parameters"] == 112
 
 
-def test_a_saved_base_that_is_not_there_leaves_the_rest(write_job, described, workspace, own_storage):
+def test_missing_saved_base_does_not_prevent_a_description(write_job, described, workspace, configured_storage):
     uri = workspace.storage.uri_of("none.keras")
     (found,) = described(write_job(), sets=[f"spec.model.base={{saved: {{uri: '{uri}'}}}}"], classes=2, images=100)
     assert found["notes"] == [
-        f"spec.model.base.saved.uri is {uri}, and there's no such object in storage. The layers of the base aren't "
-        "known without it."
+        f"spec.model.base.saved.uri is {uri}, and storage has no such object. Without it, the layers of the "
+        "base are unknown."
     ]
     assert found["base"]["parameters"] is None
     (stage,) = found["stages"]
     assert (stage["stepsPerEpoch"], stage["featureCache"], stage["phases"][0]["layers"]) == (60 // 8, None, [])
 
 
-def test_storage_that_does_not_answer_is_noted(write_job, described, monkeypatch):
+def test_unreachable_storage_is_noted(write_job, described, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
@@ -309,7 +314,7 @@ def test_storage_that_does_not_answer_is_noted(write_job, described, monkeypatch
     assert found["stages"][0]["phases"][0]["trainable"]
 
 
-def test_embedded_storage_of_an_earlier_run_is_read_and_none_is_made(write_job, described, tmp_path):
+def test_embedded_storage_is_read_if_it_exists_and_never_created(write_job, described, tmp_path):
     described(write_job())
     assert not (tmp_path / "state").exists()
     path = write_job()
@@ -332,7 +337,7 @@ finally:
 """
 
 
-def test_the_largest_model_is_described_without_room_for_its_weights(write_job):
+def test_largest_model_is_described_without_allocating_its_weights(write_job):
     path = write_job(model=application("ConvNeXtXLarge", "imagenet"), transfer={"epochs": 3})
     ended = subprocess.run(
         [sys.executable, "-c", MEASURED, path, "--set", "spec.transfer.epochs=4", "--classes", "4"],
@@ -343,5 +348,5 @@ def test_the_largest_model_is_described_without_room_for_its_weights(write_job):
     assert ended.returncode == 0
     assert "transfer: 4 epochs of ? steps" in ended.stdout
     assert "  data  4 classes; images: ? train" in ended.stdout
-    # Nothing else on standard error than the peak in MiB; with its weights it would be 2,200.
+    # Standard error contains only the peak memory in MiB; with weights it would be 2,200.
     assert int(ended.stderr) < 1500

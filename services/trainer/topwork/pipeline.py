@@ -6,7 +6,7 @@ the other; each skips the stages that are already complete in storage.
 
 from topwork.data.dataset_manifest import StoredDataset
 from topwork.disk_space import report_full_disk
-from topwork.registry.garbage_collection import of_finished_stages
+from topwork.registry.garbage_collection import find_finished_stage_leftovers
 from topwork.registry.stage_results import Classifier
 from topwork.spec import TransferJob
 from topwork.spec.yaml_output import dump_job
@@ -85,7 +85,7 @@ def delete_leftovers(job: TransferJob, workspace: Workspace) -> None:
     workspace.storage.multipart_uploads.abort_incomplete(f"runs/{job.run}/", older_than_seconds=0)
     workspace.storage.multipart_uploads.abort_incomplete()
     stored = list(workspace.storage.list(f"runs/{job.run}/"))
-    for leftover in of_finished_stages(workspace.storage, stored):
+    for leftover in find_finished_stage_leftovers(workspace.storage, stored):
         workspace.storage.delete(leftover.keys)
 
 

@@ -1,4 +1,4 @@
-"""How a command names a published model: `STORAGE NAME [--version N]`, or its address in one word."""
+"""Parses how a command names a published model: `STORAGE NAME [--version N]`, or a single URI."""
 
 import re
 from collections.abc import Iterator
@@ -12,17 +12,17 @@ from topwork.errors import SettingError
 from topwork.registry import versions
 from topwork.registry.versions import Version
 
-IN_ONE_WORD = re.compile(r"(?P<storage>s3://.+)/models/(?P<name>[^/]+)(?:/(?P<version>latest|[0-9]+))?/?")
+MODEL_URI = re.compile(r"(?P<storage>s3://.+)/models/(?P<name>[^/]+)(?:/(?P<version>latest|[0-9]+))?/?")
 
 
 @dataclass(frozen=True)
 class ModelAddress:
-    """Where a model is published.
+    """Address of a published model.
 
     Attributes:
-        storage: `s3://bucket[/prefix]`, as `spec.storage`.
+        storage: `s3://bucket[/prefix]`, like `spec.storage`.
         name: Name of the model.
-        version: Its version; None is the latest.
+        version: Version number; None is the latest.
     """
 
     storage: str
@@ -30,13 +30,13 @@ class ModelAddress:
     version: int | None = None
 
 
-def model_address(where: str, name: str | None = None, version: int | None = None) -> ModelAddress:
-    """Read the address of a model from a command line.
+def parse_model_address(where: str, name: str | None = None, version: int | None = None) -> ModelAddress:
+    """Parse the address of a model from command line arguments.
 
     Args:
-        where: The storage, or with `name` None the model: `s3://…/models/<name>[/<version>|/latest]`.
+        where: The storage, or, if `name` is None, the model: `s3://…/models/<name>[/<version>|/latest]`.
         name: Name of the model.
-        version: Its version; None takes what `where` says, or the latest.
+        version: Version number; None takes the version in `where`, or the latest.
 
     Returns:
         The address.
@@ -46,25 +46,24 @@ def model_address(where: str, name: str | None = None, version: int | None = Non
     """
     if name is not None:
         return ModelAddress(where.rstrip("/"), name, version)
-    found = IN_ONE_WORD.fullmatch(where)
+    found = MODEL_URI.fullmatch(where)
     if not found:
         raise SettingError(
-            f"{where} does not name a published model. Give its storage and its name, such as "
-            "`s3://bucket/prefix cats-vs-dogs`, or its address, such as `s3://bucket/prefix/models/cats-vs-dogs/3`."
+            f"{where} is not the URI of a published model. Use the storage and the name, such as "
+            "`s3://bucket/prefix cats-vs-dogs`, or the URI, such as `s3://bucket/prefix/models/cats-vs-dogs/3`."
         )
-    stated = found["version"]
-    if version is None and stated not in (None, "latest"):
-        version = int(stated)
+    if version is None and found["version"] not in (None, "latest"):
+        version = int(found["version"])
     return ModelAddress(found["storage"], found["name"], version)
 
 
 @contextmanager
 def open_version(address: ModelAddress, state: Path | None) -> Iterator[tuple[Storage, Version]]:
-    """Open the storage of a model and find its version.
+    """Open the storage of a model and read its version.
 
     Args:
         address: The model.
-        state: State folder of the embedded storage; None is the default.
+        state: State directory of the embedded S3 server; None is the default.
 
     Yields:
         The storage and the version.
@@ -80,14 +79,14 @@ def find_version(storage: Storage, address: ModelAddress) -> Version:
     """Find a published version.
 
     Args:
-        storage: Where the models are.
+        storage: Storage of the models.
         address: The model.
 
     Returns:
         The version.
 
     Raises:
-        SettingError: If there is no such model or version; it names those that there are.
+        SettingError: If there is no such model or version. The message lists what exists.
     """
     if address.version is None:
         found = versions.read_latest(storage, address.name)
@@ -95,10 +94,10 @@ def find_version(storage: Storage, address: ModelAddress) -> Version:
         found = versions.read_version(storage, address.name, address.version)
     if found:
         return found
-    there = versions.list_models(storage)
-    if address.name in there:
-        numbers = ", ".join(str(number) for number in there[address.name])
+    models = versions.list_models(storage)
+    if address.name in models:
+        numbers = ", ".join(str(number) for number in models[address.name])
         wanted = "latest version" if address.version is None else f"version {address.version}"
         raise SettingError(f"{storage.uri} has no {wanted} of {address.name}. Published: {numbers}.")
-    names = ", ".join(there) or "none"
+    names = ", ".join(models) or "none"
     raise SettingError(f"{storage.uri} has no model {address.name}. Published models: {names}.")

@@ -1,4 +1,4 @@
-"""What a job would train, stage by stage, told by the functions that train it and without training anything."""
+"""Describes what each stage of a job would train, using the planning code of the stages, without training."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,16 +7,16 @@ from pathlib import Path
 import keras
 
 from topwork.description.job_description import (
-    BaseFacts,
-    CacheFacts,
-    DataFacts,
-    Description,
-    LayerCount,
-    PhaseFacts,
-    Rate,
-    StageFacts,
+    BaseDescription,
+    CacheDescription,
+    DataDescription,
+    JobDescription,
+    LayerGroupCount,
+    LearningRate,
+    PhaseDescription,
+    StageDescription,
 )
-from topwork.description.known_dataset import KnownData
+from topwork.description.known_dataset import KnownDataset
 from topwork.model.classifier import build_classifier
 from topwork.model.freezing import UnfreezeSetting, count_parameters, set_trainable
 from topwork.model.partition import partition_model
@@ -33,47 +33,47 @@ from topwork.training.losses import make_loss
 from topwork.training.optimizers import make_learning_rate
 from topwork.training.plan import TrainingPhase, TrainingPlan
 
-# The head is counted for these where the number of classes isn't known.
+# Number of classes used to count the parameters of the head if the real number is unknown.
 ASSUMED_CLASSES = 2
 
 
-def describe(job: TransferJob, data: KnownData, file: Path | None, notes: tuple[str, ...] = ()) -> Description:
+def describe(job: TransferJob, data: KnownDataset, file: Path | None, notes: tuple[str, ...] = ()) -> JobDescription:
     """Describe a job.
 
     Args:
         job: The job.
-        data: What is known of its images.
-        file: The saved model that the spec names; None where it can't be had, or the base is another.
-        notes: What is to be told beside what is found here.
+        data: Known facts about its images.
+        file: The saved model named by the spec; None if it is unavailable or the base is not a saved model.
+        notes: Additional notes for the user.
 
     Returns:
-        All that `topwork describe` prints.
+        The content of `topwork describe`.
 
     Raises:
-        SpecError: If the base can't be built for this image size.
-        DataError: If the saved model is none, or the base has no layer that is to be unfrozen.
+        SpecError: If the base cannot be built for this image size.
+        DataError: If the saved model is invalid, or the base does not have the layer to unfreeze.
     """
     spec = job.spec
     keras.utils.clear_session()
-    with _shapes_alone(spec.model.base):
-        model = _model(spec, data.classes or ASSUMED_CLASSES, file)
+    with _without_values(spec.model.base):
+        model = _build_model(spec, data.classes or ASSUMED_CLASSES, file)
         plans = [plan for plan in (plan_transfer(spec), plan_fine_tune(spec)) if plan]
         stages = tuple(_stage(plan, model, data) for plan in plans)
         base = _base(spec, model)
     keras.utils.clear_session()
-    return Description(
+    return JobDescription(
         name=job.metadata.name,
         run=job.run,
         base=base,
-        data=DataFacts(classes=data.classes, images=data.images, dataset=data.dataset),
+        data=DataDescription(classes=data.classes, images=data.images, dataset=data.dataset),
         stages=stages,
-        notes=(*data.notes, *notes, *_unknown(data, stages, has_model=model is not None)),
+        notes=(*data.notes, *notes, *_notes(data, stages, has_model=model is not None)),
     )
 
 
 @contextmanager
-def _shapes_alone(base: Base) -> Iterator[None]:
-    """Give variables shapes and no values, so that the largest model takes no memory; a saved one brings its own."""
+def _without_values(base: Base) -> Iterator[None]:
+    """Create variables without values, so that the largest model takes no memory. Saved models need their values."""
     if base.saved:
         yield
         return
@@ -81,24 +81,24 @@ def _shapes_alone(base: Base) -> Iterator[None]:
         yield
 
 
-def _model(spec: JobSpec, classes: int, file: Path | None) -> keras.Model | None:
-    """Build the classifier as training would, but without the weights of an application."""
+def _build_model(spec: JobSpec, classes: int, file: Path | None) -> keras.Model | None:
+    """Build the classifier as in training, but without pretrained weights of an application."""
     base = spec.model.base
     if base.saved:
         return build_classifier(spec.model, spec.dataset.image_size, classes, file) if file else None
-    blank = base.model_copy(update={"weights": "none"}) if base.application else base
-    return build_classifier(spec.model.model_copy(update={"base": blank}), spec.dataset.image_size, classes, None)
+    untrained = base.model_copy(update={"weights": "none"}) if base.application else base
+    return build_classifier(spec.model.model_copy(update={"base": untrained}), spec.dataset.image_size, classes, None)
 
 
-def _stage(plan: TrainingPlan, model: keras.Model | None, data: KnownData) -> StageFacts:
+def _stage(plan: TrainingPlan, model: keras.Model | None, data: KnownDataset) -> StageDescription:
     images = data.images.get("train")
     per_epoch = None if images is None else images // plan.batch_size
-    return StageFacts(
+    return StageDescription(
         stage=plan.stage,
         batch_size=plan.batch_size,
         steps_per_epoch=per_epoch,
         epochs=plan.epochs,
-        steps=_times(plan.epochs, per_epoch),
+        steps=_multiply(plan.epochs, per_epoch),
         loss=_loss(plan, data.classes),
         balanced=plan.balance_classes,
         early_stopping=plan.early_stopping,
@@ -107,41 +107,45 @@ def _stage(plan: TrainingPlan, model: keras.Model | None, data: KnownData) -> St
     )
 
 
-def _feature_cache(plan: TrainingPlan, model: keras.Model | None) -> CacheFacts | None:
-    """Ask what decides in training; only whether there is room for the features is not known before."""
+def _feature_cache(plan: TrainingPlan, model: keras.Model | None) -> CacheDescription | None:
+    """Apply the policy of training. Only whether there is enough space for the features is unknown."""
     if model is None:
         return None
     set_trainable(model.get_layer("base"), plan.phases[-1].unfrozen, batch_norm=plan.train_batch_norm)
     used, reason = should_cache_features(plan.feature_cache, plan.epochs, partition_model(model))
-    return CacheFacts(used=used, views=plan.feature_cache.views if used else 0, reason=reason)
+    return CacheDescription(used=used, views=plan.feature_cache.views if used else 0, reason=reason)
 
 
-def _phase(phase: TrainingPhase, plan: TrainingPlan, model: keras.Model | None, per_epoch: int | None) -> PhaseFacts:
+def _phase(
+    phase: TrainingPhase, plan: TrainingPlan, model: keras.Model | None, per_epoch: int | None
+) -> PhaseDescription:
     groups = []
     if model is not None:
         set_trainable(model.get_layer("base"), phase.unfrozen, batch_norm=plan.train_batch_norm)
         groups = count_parameters(model)
-    return PhaseFacts(
-        trained=_in_words(phase.unfrozen),
+    return PhaseDescription(
+        trained=_describe_unfrozen(phase.unfrozen),
         epochs=phase.epochs,
-        steps=_times(phase.epochs, per_epoch),
+        steps=_multiply(phase.epochs, per_epoch),
         optimizer=phase.optimizer.model_dump(mode="json", by_alias=True, exclude_none=True),
         learning_rate=_rate(phase.optimizer, phase.epochs, per_epoch),
-        layers=tuple(LayerCount(layers=one.name, trainable=one.trainable, frozen=one.frozen) for one in groups),
+        layers=tuple(LayerGroupCount(layers=one.name, trainable=one.trainable, frozen=one.frozen) for one in groups),
         trainable=sum(one.trainable for one in groups) if groups else None,
         frozen=sum(one.frozen for one in groups) if groups else None,
     )
 
 
-def _rate(settings: Optimizer, epochs: int, per_epoch: int | None) -> Rate:
-    """Take the learning rate of the first and the last step from the schedule that Keras would follow."""
+def _rate(settings: Optimizer, epochs: int, per_epoch: int | None) -> LearningRate:
+    """Compute the learning rate of the first and last step with the Keras schedule."""
     peak, name = settings.learning_rate, settings.schedule.name
     if name == "constant":
-        return Rate(peak=peak, schedule=name, first=peak, last=peak)
+        return LearningRate(peak=peak, schedule=name, first=peak, last=peak)
     if not per_epoch:
-        return Rate(peak=peak, schedule=name, first=None, last=None)
-    course = make_learning_rate(peak, settings.schedule, steps_per_epoch=per_epoch, epochs=epochs)
-    return Rate(peak=peak, schedule=name, first=float(course(0)), last=float(course(epochs * per_epoch - 1)))
+        return LearningRate(peak=peak, schedule=name, first=None, last=None)
+    schedule = make_learning_rate(peak, settings.schedule, steps_per_epoch=per_epoch, epochs=epochs)
+    return LearningRate(
+        peak=peak, schedule=name, first=float(schedule(0)), last=float(schedule(epochs * per_epoch - 1))
+    )
 
 
 def _loss(plan: TrainingPlan, classes: int | None) -> str:
@@ -150,22 +154,22 @@ def _loss(plan: TrainingPlan, classes: int | None) -> str:
     return str(make_loss(plan.loss, classes).name)
 
 
-def _in_words(unfrozen: UnfreezeSetting) -> str:
+def _describe_unfrozen(unfrozen: UnfreezeSetting) -> str:
     if isinstance(unfrozen, UnfreezeLayers):
         layers = f"the last {unfrozen.layers} layers" if unfrozen.layers > 1 else "the last layer"
         return f"the head and {layers} of the base"
     if isinstance(unfrozen, UnfreezeFrom):
         return f"the head and the base from {unfrozen.from_layer} on"
-    return "the head and all of the base" if unfrozen == "all" else "the head alone"
+    return "the head and all of the base" if unfrozen == "all" else "the head"
 
 
-def _base(spec: JobSpec, model: keras.Model | None) -> BaseFacts:
+def _base(spec: JobSpec, model: keras.Model | None) -> BaseDescription:
     base = spec.model.base
     kind = "application" if base.application else "saved" if base.saved else "cnn"
-    return BaseFacts(
+    return BaseDescription(
         kind=kind,
-        name=base.application or (base.saved.uri if base.saved else "a small new one"),
-        weights={"saved": "its own", "cnn": "random"}.get(kind) or _weights(base),
+        name=base.application or (base.saved.uri if base.saved else "CNN trained from scratch"),
+        weights={"saved": "from the file", "cnn": "random"}.get(kind) or _weights(base),
         input_size=spec.dataset.image_size,
         scaling=_scaling(base),
         parameters=None if model is None else model.get_layer("base").count_params(),
@@ -180,28 +184,25 @@ def _scaling(base: Base) -> str:
     if base.application:
         return {
             "tf": "to -1..1",
-            "torch": "to mean 0 and deviation 1 of ImageNet",
-            "caffe": "BGR, less ImageNet's mean",
-            "inside": "by its own first layers",
+            "torch": "to mean 0 and standard deviation 1 of ImageNet",
+            "caffe": "BGR minus the ImageNet mean",
+            "inside": "inside the base",
         }[APPLICATIONS[base.application].scaling]
-    return "to 0..1" if base.cnn else "none but its own"
+    return "to 0..1" if base.cnn else "inside the base, if any"
 
 
-def _unknown(data: KnownData, stages: tuple[StageFacts, ...], *, has_model: bool) -> Iterator[str]:
+def _notes(data: KnownDataset, stages: tuple[StageDescription, ...], *, has_model: bool) -> Iterator[str]:
     if data.classes is None and has_model:
         yield (
-            f"The classes aren't known before the dataset is pulled: the head is counted for {ASSUMED_CLASSES}. "
-            "Say --classes N."
+            f"The number of classes is unknown until the dataset is pulled; the head is shown for {ASSUMED_CLASSES}. "
+            "Use --classes N."
         )
     if data.images.get("train") is None:
-        yield "The training images aren't counted before the dataset is pulled, nor are the steps. Say --images N."
+        yield "The numbers of training images and steps are unknown until the dataset is pulled. Use --images N."
     for stage in stages:
         if stage.steps_per_epoch == 0:
-            yield (
-                f"{stage.stage} has fewer training images than its batchSize {stage.batch_size}: it will refuse to "
-                "train."
-            )
+            yield (f"{stage.stage} has fewer training images than its batchSize {stage.batch_size}, so it will fail.")
 
 
-def _times(epochs: int, per_epoch: int | None) -> int | None:
+def _multiply(epochs: int, per_epoch: int | None) -> int | None:
     return None if per_epoch is None else epochs * per_epoch

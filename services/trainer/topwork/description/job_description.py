@@ -1,4 +1,4 @@
-"""The description of a job: what its stages train, as people and programs read it."""
+"""Data model of a job description, the output of `topwork describe`."""
 
 from typing import Any
 
@@ -8,28 +8,28 @@ from pydantic.alias_generators import to_camel
 from topwork.spec.training import EarlyStopping
 
 
-class _Facts(BaseModel):
-    """Frozen; keys of JSON are camelCase."""
+class _DescriptionModel(BaseModel):
+    """Base class: frozen, with camelCase JSON keys."""
 
     model_config = ConfigDict(frozen=True, alias_generator=to_camel, validate_by_name=True)
 
 
-class LayerCount(_Facts):
-    """Parameters of the layers that belong together."""
+class LayerGroupCount(_DescriptionModel):
+    """Trainable and frozen parameters of a group of layers."""
 
     layers: str
     trainable: int
     frozen: int
 
 
-class Rate(_Facts):
-    """The learning rate of a phase.
+class LearningRate(_DescriptionModel):
+    """Learning rate of a phase.
 
     Attributes:
-        peak: What the spec gives.
-        schedule: Kind of course.
-        first: Rate of the first step; None where the steps aren't known, and the rate moves.
-        last: Rate of the last step.
+        peak: Value in the spec.
+        schedule: Name of the schedule.
+        first: Value at the first step; None if the number of steps is unknown and the rate is not constant.
+        last: Value at the last step; None likewise.
     """
 
     peak: float
@@ -38,52 +38,58 @@ class Rate(_Facts):
     last: float | None
 
 
-class PhaseFacts(_Facts):
-    """Epochs with the same layers trained by the same optimizer.
+class PhaseDescription(_DescriptionModel):
+    """A training phase: epochs with the same trainable layers and the same optimizer.
 
     Attributes:
-        trained: What is trained, in words.
-        epochs: Epochs at most.
-        steps: Steps at most; None where the images aren't known.
-        optimizer: Its settings, as in the spec.
-        learning_rate: Its course.
-        layers: Each layer group of the base, from input to output, and the head; empty where the base isn't there.
-        trainable: Parameters that are trained; None where the base isn't there.
-        frozen: Parameters that stay.
+        trained: Description of the trained layers.
+        epochs: Maximum number of epochs.
+        steps: Maximum number of steps; None if the number of images is unknown.
+        optimizer: Optimizer settings, as in the spec.
+        learning_rate: Learning rate of the phase.
+        layers: Layer groups of the base, from input to output, and the head; empty if the base is unavailable.
+        trainable: Number of trainable parameters; None if the base is unavailable.
+        frozen: Number of frozen parameters; None likewise.
     """
 
     trained: str
     epochs: int
     steps: int | None
     optimizer: dict[str, Any]
-    learning_rate: Rate
-    layers: tuple[LayerCount, ...]
+    learning_rate: LearningRate
+    layers: tuple[LayerGroupCount, ...]
     trainable: int | None
     frozen: int | None
 
 
-class CacheFacts(_Facts):
-    """Whether features of the frozen layers are computed once instead of once an epoch, as far as room allows."""
+class CacheDescription(_DescriptionModel):
+    """Use of the feature cache, if there is enough space.
+
+    Attributes:
+        used: Whether features of the frozen layers are computed once instead of every epoch.
+        views: Augmented views of each training image; 0 if unused.
+        reason: Why the cache is used or not.
+    """
 
     used: bool
     views: int
     reason: str
 
 
-class StageFacts(_Facts):
+class StageDescription(_DescriptionModel):
     """A training stage.
 
     Attributes:
-        stage: Its name.
-        batch_size: Images a step over all replicas.
-        steps_per_epoch: Whole batches in the training images; None where these aren't known.
-        epochs: Epochs at most.
-        steps: Steps at most.
-        loss: Name of Keras' loss; the spec's word where the number of classes isn't known.
-        balanced: Whether each class counts alike.
-        early_stopping: When a phase ends before its last epoch.
-        feature_cache: None where the base isn't there.
-        phases: What is trained, in order.
+        stage: Name of the stage.
+        batch_size: Global batch size.
+        steps_per_epoch: Number of full batches; None if the number of images is unknown.
+        epochs: Maximum number of epochs.
+        steps: Maximum number of steps; None if the number of images is unknown.
+        loss: Name of the Keras loss, or the value in the spec if the number of classes is unknown.
+        balanced: Whether class weights are balanced.
+        early_stopping: Early stopping settings.
+        feature_cache: Use of the feature cache; None if the base is unavailable.
+        phases: Training phases in order.
     """
 
     stage: str
@@ -94,20 +100,20 @@ class StageFacts(_Facts):
     loss: str
     balanced: bool
     early_stopping: EarlyStopping | None
-    feature_cache: CacheFacts | None
-    phases: tuple[PhaseFacts, ...]
+    feature_cache: CacheDescription | None
+    phases: tuple[PhaseDescription, ...]
 
 
-class BaseFacts(_Facts):
-    """What the classifier stands on.
+class BaseDescription(_DescriptionModel):
+    """The base of the classifier.
 
     Attributes:
         kind: application, saved or cnn.
-        name: Name of the application, or address of the saved model.
-        weights: Where its weights come from, in words.
+        name: Name of the application, or URI of the saved model.
+        weights: Origin of the weights.
         input_size: Height and width in pixels.
-        scaling: How raw pixels are scaled, in words.
-        parameters: Its parameters; None where it isn't there.
+        scaling: Scaling of raw pixels.
+        parameters: Number of parameters; None if the base is unavailable.
     """
 
     kind: str
@@ -118,29 +124,29 @@ class BaseFacts(_Facts):
     parameters: int | None
 
 
-class DataFacts(_Facts):
-    """What is known of the images; see `KnownData`."""
+class DataDescription(_DescriptionModel):
+    """Known facts about the images; see `KnownDataset`."""
 
     classes: int | None
     images: dict[str, int | None]
     dataset: str | None
 
 
-class Description(_Facts):
-    """A job without its training.
+class JobDescription(_DescriptionModel):
+    """Description of a job.
 
     Attributes:
         name: Name of the job.
         run: Name of its run.
-        base: What the classifier stands on.
-        data: What is known of the images.
-        stages: The training stages, in order.
-        notes: What isn't known or can't be had, each in a sentence.
+        base: Base of the classifier.
+        data: Known facts about the images.
+        stages: Training stages in order.
+        notes: Unknown or unavailable facts, one sentence each.
     """
 
     name: str
     run: str
-    base: BaseFacts
-    data: DataFacts
-    stages: tuple[StageFacts, ...]
+    base: BaseDescription
+    data: DataDescription
+    stages: tuple[StageDescription, ...]
     notes: tuple[str, ...]

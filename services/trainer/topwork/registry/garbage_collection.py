@@ -1,7 +1,7 @@
-"""What runs have left in storage that nobody needs: found by its place, its age and what names it.
+"""Garbage collection: finds and deletes objects in storage that nothing references.
 
-Never touched: what a manifest or a pointer names, a checkpoint or features of a stage that is not done, mirrored
-datasets and weights, and whatever is younger than the age limit, since its writer may still be at work.
+Never deleted: anything that a manifest or `latest.json` references, checkpoints and features of unfinished stages,
+mirrored datasets and weights, and anything younger than the age limit, because its writer may still be running.
 """
 
 import json
@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from topwork.artifacts import MANIFEST_NAME as MANIFEST
 from topwork.artifacts import read_manifest
-from topwork.clients.s3.storage import MIN_TIME, Storage, StoredObject, IncompleteUpload
+from topwork.clients.s3.storage import MIN_TIME, IncompleteUpload, Storage, StoredObject
 from topwork.data.dataset_manifest import DATASETS_PREFIX
 from topwork.errors import DataError
 from topwork.registry import versions
@@ -24,25 +24,25 @@ Kind = Literal["half-written", "finished stage", "unreferenced dataset", "unfini
 _DATASET = re.compile(rf"{DATASETS_PREFIX}/[^/]+/[^/]+(?=/)")
 _VERSION = re.compile(rf"{versions.ROOT}/[^/]+/[0-9]+(?=/)")
 _CHECKPOINT = re.compile(r"runs/[^/]+/[^/]+/checkpoints/[^/]+(?=/)")
-# What a stage keeps while it runs; the stage deletes it when it is done, unless it is killed right then.
-_OF_A_STAGE = re.compile(r"(?P<stage>runs/[^/]+/[^/]+)/(checkpoints|features)(?=/)")
-# An upload anywhere else is none of topwork's.
-_OURS = re.compile(rf"({DATASETS_PREFIX}|runs|{versions.ROOT}|mirror|weights)/")
-# Older versions say in their card alone what they were trained on.
-_IN_CARD = re.compile(rf"/({DATASETS_PREFIX}/[^/\s]+/[0-9a-f]+)\b")
+# Intermediate files of a stage. The stage deletes them when it finishes, unless it is killed at that moment.
+_INTERMEDIATE = re.compile(r"(?P<stage>runs/[^/]+/[^/]+)/(checkpoints|features)(?=/)")
+# Uploads with other keys do not belong to topwork.
+_TOPWORK_KEYS = re.compile(rf"({DATASETS_PREFIX}|runs|{versions.ROOT}|mirror|weights)/")
+# Models published by older versions of topwork name their dataset only in the model card.
+_DATASET_IN_CARD = re.compile(rf"/({DATASETS_PREFIX}/[^/\s]+/[0-9a-f]+)\b")
 
 
 @dataclass
 class Leftover:
-    """Something that can go.
+    """A group of objects that can be deleted.
 
     Attributes:
-        kind: Why it can.
-        prefix: Key of the folder or of the unfinished upload.
-        keys: Keys of its objects, the manifest first: without it the rest is not seen any more.
-        size: Bytes.
-        newest: When the last of it was written, by the server's clock.
-        upload: The unfinished upload that it is.
+        kind: Why it can be deleted.
+        prefix: Key prefix of the objects, or key of the unfinished upload.
+        keys: Keys of the objects. The manifest comes first: without it, readers ignore the rest.
+        size: Total size in bytes.
+        newest: Modification time of the newest object, by the clock of the server.
+        upload: The unfinished upload, if this is one.
     """
 
     kind: Kind
@@ -53,70 +53,74 @@ class Leftover:
     upload: IncompleteUpload | None = None
 
     def add(self, stored: StoredObject) -> None:
-        """Count an object in."""
+        """Add an object."""
         self.keys.insert(0 if stored.key.endswith(f"/{MANIFEST}") else len(self.keys), stored.key)
         self.size += stored.size
         self.newest = max(self.newest, stored.modified)
 
 
-def leftovers(storage: Storage, older_than: timedelta) -> list[Leftover]:
-    """Find what nobody needs.
+def find_leftovers(storage: Storage, older_than: timedelta) -> list[Leftover]:
+    """Find objects that nothing needs.
 
     Args:
-        storage: Where to look, all below its URI.
-        older_than: What was written in this time stays, whatever it is: its writer may still be at work.
+        storage: Storage to search; everything below its URI.
+        older_than: Minimum age. Newer objects are kept, because their writer may still be running.
 
     Returns:
-        What can go, in the order of the keys.
+        What can be deleted, sorted by key.
 
     Raises:
-        DataError: If the mark of a run can't be read.
-        UnavailableError: If storage can't be reached.
+        DataError: If the `done.json` of a run is unreadable.
+        UnavailableError: If storage is unreachable.
     """
     before = datetime.now(UTC) - older_than
     stored = list(storage.list())
     found = [
-        *_half_written(stored),
-        *_finished_folders(stored),
-        *_unnamed_models(storage, stored),
-        *_unreferenced(storage, stored),
+        *_find_incomplete(stored),
+        *_find_intermediate_files(stored),
+        *_find_unreferenced_models(storage, stored),
+        *_find_unreferenced_datasets(storage, stored),
     ]
-    # A folder is named once, whatever it can go for.
+    # List each prefix once, even if it can be deleted for several reasons.
     by_prefix = {leftover.prefix: leftover for leftover in found if leftover.newest <= before}
     uploads = [
         Leftover(
-            "unfinished upload", upload.key, size=storage.multipart_uploads.uploaded_bytes(upload), newest=upload.started, upload=upload
+            "unfinished upload",
+            upload.key,
+            size=storage.multipart_uploads.uploaded_bytes(upload),
+            newest=upload.started,
+            upload=upload,
         )
         for upload in storage.multipart_uploads.list_incomplete(older_than_seconds=older_than.total_seconds())
-        if _OURS.match(upload.key)
+        if _TOPWORK_KEYS.match(upload.key)
     ]
-    inside = [one for one in by_prefix.values() if not _lies_in_another(one, by_prefix)]
-    return sorted([*inside, *uploads], key=lambda leftover: leftover.prefix)
+    outermost = [one for one in by_prefix.values() if not _is_inside_another(one, by_prefix)]
+    return sorted([*outermost, *uploads], key=lambda leftover: leftover.prefix)
 
 
-def remove(storage: Storage, found: Iterable[Leftover]) -> Iterator[Leftover]:
-    """Delete what was found, unless it has come into use meanwhile.
+def delete_leftovers(storage: Storage, found: Iterable[Leftover]) -> Iterator[Leftover]:
+    """Delete leftovers, except those that are referenced by now.
 
     Args:
-        storage: Where it lies.
-        found: What `leftovers` found there.
+        storage: Storage of the leftovers.
+        found: Result of `find_leftovers`.
 
     Yields:
-        What was deleted.
+        The deleted leftovers.
 
     Raises:
-        UnavailableError: If storage can't be reached.
+        UnavailableError: If storage is unreachable.
     """
     for leftover in found:
         if leftover.upload:
-            gone = bool(storage.multipart_uploads.abort([leftover.upload]))
-        elif gone := not _came_into_use(storage, leftover):
+            deleted = bool(storage.multipart_uploads.abort([leftover.upload]))
+        elif deleted := not _is_referenced_now(storage, leftover):
             storage.delete(leftover.keys)
-        if gone:
+        if deleted:
             yield leftover
 
 
-def _grouped(stored: Sequence[StoredObject], pattern: re.Pattern[str], kind: Kind) -> dict[str, Leftover]:
+def _group_by_prefix(stored: Sequence[StoredObject], pattern: re.Pattern[str], kind: Kind) -> dict[str, Leftover]:
     groups: dict[str, Leftover] = {}
     for each in stored:
         if found := pattern.match(each.key):
@@ -124,89 +128,89 @@ def _grouped(stored: Sequence[StoredObject], pattern: re.Pattern[str], kind: Kin
     return groups
 
 
-def _is_whole(folder: Leftover) -> bool:
+def _is_complete(folder: Leftover) -> bool:
     return f"{folder.prefix}/{MANIFEST}" in folder.keys
 
 
-def _half_written(stored: list[StoredObject]) -> list[Leftover]:
-    """Datasets, versions and checkpoints without a manifest."""
+def _find_incomplete(stored: list[StoredObject]) -> list[Leftover]:
+    """Find datasets, versions and checkpoints without a manifest."""
     return [
         folder
         for pattern in (_DATASET, _VERSION, _CHECKPOINT)
-        for folder in _grouped(stored, pattern, "half-written").values()
-        if not _is_whole(folder)
+        for folder in _group_by_prefix(stored, pattern, "half-written").values()
+        if not _is_complete(folder)
     ]
 
 
-def of_finished_stages(storage: Storage, stored: Sequence[StoredObject]) -> list[Leftover]:
-    """Find what stages that are done need no more: they were killed right before they deleted it.
+def find_finished_stage_leftovers(storage: Storage, stored: Sequence[StoredObject]) -> list[Leftover]:
+    """Find files that finished stages no longer need: they were killed before they could delete them.
 
     Args:
-        storage: Where the runs lie.
+        storage: Storage of the runs.
         stored: Objects of runs.
 
     Returns:
-        Checkpoints, features, and models that another process of the run was faster than.
+        Checkpoints, features, and models of processes that lost the race to finish the stage.
     """
-    models = _unnamed_models(storage, stored)
-    return _finished_folders(stored) + [model for model in models if model.kind == "finished stage"]
+    models = _find_unreferenced_models(storage, stored)
+    return _find_intermediate_files(stored) + [model for model in models if model.kind == "finished stage"]
 
 
-def _finished_folders(stored: Sequence[StoredObject]) -> list[Leftover]:
+def _find_intermediate_files(stored: Sequence[StoredObject]) -> list[Leftover]:
     keys = {each.key for each in stored}
     return [
         folder
-        for prefix, folder in _grouped(stored, _OF_A_STAGE, "finished stage").items()
+        for prefix, folder in _group_by_prefix(stored, _INTERMEDIATE, "finished stage").items()
         if f"{prefix.rpartition('/')[0]}/done.json" in keys
     ]
 
 
-def _unnamed_models(storage: Storage, stored: Sequence[StoredObject]) -> list[Leftover]:
-    """Models that the mark of their stage does not name: the process was killed before, or another one was faster."""
+def _find_unreferenced_models(storage: Storage, stored: Sequence[StoredObject]) -> list[Leftover]:
+    """Find models that the `done.json` of their stage does not name: their process was killed or lost the race."""
     found = []
-    for key, model in _grouped(stored, MODEL_KEY, "half-written").items():
-        if kind := _unnamed(storage, key):
+    for key, model in _group_by_prefix(stored, MODEL_KEY, "half-written").items():
+        if kind := _unreferenced_model_kind(storage, key):
             model.kind = kind
             found.append(model)
     return found
 
 
-def _unnamed(storage: Storage, model: str) -> Kind | None:
-    """What a model is that its stage's mark does not name; None where it does, or where nobody can tell."""
-    mark = _json(storage, f"{model.rpartition('/')[0]}/done.json")
-    if not mark:
+def _unreferenced_model_kind(storage: Storage, model: str) -> Kind | None:
+    """Return the kind of an unreferenced model, or None if it is referenced or this is unknown."""
+    result = _read_json(storage, f"{model.rpartition('/')[0]}/done.json")
+    if not result:
         return "half-written"
-    return "finished stage" if isinstance(mark, dict) and mark.get("key") != model else None
+    return "finished stage" if isinstance(result, dict) and result.get("key") != model else None
 
 
-def _unreferenced(storage: Storage, stored: list[StoredObject]) -> list[Leftover]:
-    datasets = _grouped(stored, _DATASET, "unreferenced dataset")
-    named = _referenced(storage, stored) if datasets else set()
-    return [folder for prefix, folder in datasets.items() if _is_whole(folder) and prefix not in named]
+def _find_unreferenced_datasets(storage: Storage, stored: list[StoredObject]) -> list[Leftover]:
+    datasets = _group_by_prefix(stored, _DATASET, "unreferenced dataset")
+    referenced = _referenced_datasets(storage, stored) if datasets else set()
+    return [folder for prefix, folder in datasets.items() if _is_complete(folder) and prefix not in referenced]
 
 
-def _referenced(storage: Storage, stored: Iterable[StoredObject]) -> set[str]:
-    """Datasets that a run or a published model names."""
-    named = set()
+def _referenced_datasets(storage: Storage, stored: Iterable[StoredObject]) -> set[str]:
+    """Return the datasets that a run or a published model references."""
+    referenced = set()
     for each in stored:
         if each.key.startswith("runs/") and each.key.endswith("/pull/done.json"):
-            named.add(_dataset_of(_json(storage, each.key)))
+            referenced.add(_dataset_key(_read_json(storage, each.key)))
         elif _VERSION.match(each.key) and each.key.endswith(f"/{MANIFEST}"):
-            named |= _datasets_of_version(storage, each.key.rpartition("/")[0])
-    return named
+            referenced |= _datasets_of_version(storage, each.key.rpartition("/")[0])
+    return referenced
 
 
-def _json(storage: Storage, key: str) -> Any:
+def _read_json(storage: Storage, key: str) -> Any:
     try:
         return json.loads(storage.read(key) or b"{}")
     except ValueError as error:
         raise DataError(
-            f"{storage.uri_of(key)} is no JSON ({error}), so that nobody knows which dataset its run needs, and "
-            "nothing is deleted. Mend or delete it."
+            f"{storage.uri_of(key)} is not valid JSON ({error}), so the dataset of its run is unknown. Nothing is "
+            "deleted. Fix or delete that object."
         ) from error
 
 
-def _dataset_of(content: Any) -> str:
+def _dataset_key(content: Any) -> str:
     return str(content.get("dataset", "")) if isinstance(content, dict) else ""
 
 
@@ -214,22 +218,22 @@ def _datasets_of_version(storage: Storage, prefix: str) -> set[str]:
     manifest = read_manifest(storage, prefix)
     if manifest is None:
         return set()
-    if dataset := _dataset_of(manifest.facts):
+    if dataset := _dataset_key(manifest.facts):
         return {dataset}
-    return set(_IN_CARD.findall((storage.read(f"{prefix}/card.md") or b"").decode(errors="replace")))
+    return set(_DATASET_IN_CARD.findall((storage.read(f"{prefix}/card.md") or b"").decode(errors="replace")))
 
 
-def _lies_in_another(leftover: Leftover, found: dict[str, Leftover]) -> bool:
+def _is_inside_another(leftover: Leftover, found: dict[str, Leftover]) -> bool:
     parts = leftover.prefix.split("/")
     return any("/".join(parts[:length]) in found for length in range(1, len(parts)))
 
 
-def _came_into_use(storage: Storage, leftover: Leftover) -> bool:
-    """Look again right before the deletion: a run may have found the dataset, a writer may have ended its work."""
+def _is_referenced_now(storage: Storage, leftover: Leftover) -> bool:
+    """Check again right before deletion: a run may use the dataset by now, or a writer may have finished."""
     if MODEL_KEY.match(leftover.prefix):
-        return _unnamed(storage, leftover.prefix) != leftover.kind
+        return _unreferenced_model_kind(storage, leftover.prefix) != leftover.kind
     if leftover.kind == "half-written":
         return storage.size(f"{leftover.prefix}/{MANIFEST}") is not None
     if leftover.kind == "unreferenced dataset":
-        return leftover.prefix in _referenced(storage, list(storage.list("runs/")))
+        return leftover.prefix in _referenced_datasets(storage, list(storage.list("runs/")))
     return False

@@ -1,4 +1,4 @@
-"""`topwork describe`: what jobs would train, stage by stage, without training anything."""
+"""`topwork describe`: show what each stage of a job would train."""
 
 import json
 import tempfile
@@ -18,10 +18,10 @@ from topwork.spec.loading.loader import read_files
 
 if TYPE_CHECKING:
     from topwork.clients.s3.storage import Storage
-    from topwork.description.job_description import Description
+    from topwork.description.job_description import JobDescription
     from topwork.workspace import Workspace
 
-# Whoever describes a job waits for no storage that is not there.
+# Fail fast if storage is unreachable: it is optional here.
 ATTEMPTS, CONNECT_SECONDS = 2, 3.0
 
 
@@ -29,38 +29,41 @@ def describe(
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Job specs; - reads standard input.")],
     overrides: Overrides = None,
     classes: Annotated[
-        int | None, typer.Option(min=2, max=65536, help="Number of classes, where no dataset is stored yet.")
+        int | None, typer.Option(min=2, max=65536, help="Number of classes, if the dataset is not stored yet.")
     ] = None,
     images: Annotated[
-        int | None, typer.Option(min=1, help="Images of the source's train split, where no dataset is stored yet.")
+        int | None,
+        typer.Option(
+            min=1, help="Number of images in the train split of the source, if the dataset is not stored yet."
+        ),
     ] = None,
     state: Annotated[
-        Path | None, typer.Option(help="Folder of the embedded S3 [default: ~/.local/state/topwork].")
+        Path | None, typer.Option(help="State directory of the embedded S3 server [default: ~/.local/state/topwork].")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a list with one object for each job.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list with one object per job.")] = False,
 ) -> None:
     """Show what each stage of a job trains, without training, downloading or pulling anything.
 
-    For each stage the trainable and frozen parameters of every layer group, the learning rate and its course, steps
-    and epochs, optimizer, loss, and whether the feature cache serves. Classes and images are those of the dataset in
-    storage, if it was pulled, else as --classes and --images say. What can't be had is said so, and is no error.
+    For each stage: trainable and frozen parameters of every layer group, learning rate schedule, steps, epochs,
+    optimizer, loss, and use of the feature cache. The numbers of classes and images come from the stored dataset if it
+    was pulled, otherwise from --classes and --images. Unavailable facts are reported and are not an error.
     """
     jobs = [job for _, job in read_files(files, overrides or ())]
     found = [_describe(job, state or default_state_directory(), classes, images) for job in jobs]
     if as_json:
         print(json.dumps([one.model_dump(mode="json", by_alias=True) for one in found], indent=2, ensure_ascii=False))
         return
-    from topwork.cli.output.description import lines
+    from topwork.cli.output.description import format_description
 
     for index, one in enumerate(found):
-        for line in (*([""] if index else []), *lines(one)):
+        for line in (*([""] if index else []), *format_description(one)):
             print(line)
 
 
-def _describe(job: TransferJob, state: Path, classes: int | None, images: int | None) -> "Description":
+def _describe(job: TransferJob, state: Path, classes: int | None, images: int | None) -> "JobDescription":
     with quiet_tensorflow_import():
-        from topwork.description.describe import describe as described
-        from topwork.description.known_dataset import known_data
+        from topwork.description.describe import describe as describe_job
+        from topwork.description.known_dataset import find_known_dataset
 
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="topwork-")))
@@ -69,14 +72,14 @@ def _describe(job: TransferJob, state: Path, classes: int | None, images: int | 
             workspace = stack.enter_context(_workspace(job, state, scratch))
         except (SettingError, UnavailableError) as error:
             notes.append(str(error))
-        data = known_data(job, workspace, classes, images)
-        file, missing = _saved(job, workspace)
-        return described(job, data, file, (*notes, *missing))
+        data = find_known_dataset(job, workspace, classes, images)
+        file, missing = _find_saved_base(job, workspace)
+        return describe_job(job, data, file, (*notes, *missing))
 
 
 @contextmanager
 def _workspace(job: TransferJob, state: Path, scratch: Path) -> "Iterator[Workspace | None]":
-    """Open the storage of a job, if there is one; None where nothing has been stored on this machine."""
+    """Open the storage of a job; yields None if no storage is configured and nothing is stored on this machine."""
     from topwork.cli.output.progress import NoProgress
     from topwork.clients.prometheus.metrics import Metrics
     from topwork.workspace import Workspace
@@ -87,7 +90,7 @@ def _workspace(job: TransferJob, state: Path, scratch: Path) -> "Iterator[Worksp
 
 @contextmanager
 def _storage(uri: str, state: Path) -> "Iterator[Storage | None]":
-    """Open the user's own storage, or the embedded one where an earlier run has left something in it."""
+    """Open the configured storage, or the embedded one if an earlier run used it."""
     from topwork.clients.s3.storage import Storage, StorageSettings
 
     with ExitStack() as stack:
@@ -105,11 +108,11 @@ def _storage(uri: str, state: Path) -> "Iterator[Storage | None]":
         yield storage
 
 
-def _saved(job: TransferJob, workspace: "Workspace | None") -> tuple[Path | None, tuple[str, ...]]:
-    """Find the saved model that a job stands on.
+def _find_saved_base(job: TransferJob, workspace: "Workspace | None") -> tuple[Path | None, tuple[str, ...]]:
+    """Find the saved model that a job uses as its base.
 
     Returns:
-        The file, or None and why it can't be had; None and nothing where the base is another.
+        The file, or None and the reason if it is unavailable; None without a reason if the base is not a saved model.
     """
     saved = job.spec.model.base.saved
     if saved is None:
@@ -122,7 +125,7 @@ def _saved(job: TransferJob, workspace: "Workspace | None") -> tuple[Path | None
     try:
         if workspace is not None:
             return fetch_base_file(job.spec.model.base, workspace), ()
-        reason = f"spec.model.base.saved.uri is {saved.uri}, which can't be had here."
+        reason = f"spec.model.base.saved.uri is {saved.uri}, which is unavailable here."
     except (DataError, SettingError, UnavailableError) as error:
         reason = str(error)
-    return None, (f"{reason} The layers of the base aren't known without it.",)
+    return None, (f"{reason} Without it, the layers of the base are unknown.",)

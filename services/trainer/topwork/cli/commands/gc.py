@@ -1,4 +1,4 @@
-"""`topwork gc`: delete from a storage what nobody needs."""
+"""`topwork gc`: delete unneeded objects from a storage."""
 
 import json
 import re
@@ -19,37 +19,40 @@ UNITS = {"m": "minutes", "h": "hours", "d": "days"}
 
 
 def gc(
-    storage_uri: Annotated[str, typer.Argument(metavar="STORAGE", help="s3://bucket/prefix, as spec.storage.")],
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be deleted, and delete nothing.")] = False,
+    storage_uri: Annotated[str, typer.Argument(metavar="STORAGE", help="s3://bucket/prefix, like spec.storage.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be deleted without deleting it.")] = False,
     older_than: Annotated[
-        str, typer.Option(help="Leave what was written in this time, such as 90m, 24h or 7d: a run may be at work.")
+        str,
+        typer.Option(
+            help="Minimum age of deleted objects, such as 90m, 24h or 7d; newer ones may belong to an active run."
+        ),
     ] = "24h",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     state: Annotated[
-        Path | None, typer.Option(help="Folder of the embedded S3 [default: ~/.local/state/topwork].")
+        Path | None, typer.Option(help="State directory of the embedded S3 server [default: ~/.local/state/topwork].")
     ] = None,
 ) -> None:
-    """Delete half-written datasets, versions and uploads, unreferenced datasets, and checkpoints of finished stages.
+    """Delete incomplete datasets, versions and uploads, unreferenced datasets, and checkpoints of finished stages.
 
-    Stays: what a manifest, a pointer or a run names, checkpoints of stages that are not done, mirrored datasets and
-    weights.
+    Everything that a manifest, latest.json or a run references is kept, as are checkpoints of unfinished stages and
+    mirrored datasets and weights.
     """
-    from topwork.registry.garbage_collection import leftovers, remove
+    from topwork.registry.garbage_collection import delete_leftovers, find_leftovers
 
     limit = _duration(older_than)
     with open_storage(storage_uri, state) as storage:
-        found = leftovers(storage, limit)
+        found = find_leftovers(storage, limit)
         if not dry_run:
-            found = list(remove(storage, found))
+            found = list(delete_leftovers(storage, found))
     if as_json:
-        typer.echo(json.dumps({"dryRun": dry_run, "bytes": _total(found), "found": [_told(one) for one in found]}))
+        typer.echo(json.dumps({"dryRun": dry_run, "bytes": _total(found), "found": [_as_json(one) for one in found]}))
         return
     _print(found)
     if found:
         what = f"{len(found)} leftover{'s' if len(found) > 1 else ''}"
         typer.echo(f"{'Would free' if dry_run else 'Freed'} {format_bytes(_total(found))}: {what} in {storage_uri}.")
     else:
-        typer.echo(f"Nothing in {storage_uri} is left over that is older than {older_than}.")
+        typer.echo(f"Nothing to delete in {storage_uri} that is older than {older_than}.")
 
 
 def _duration(text: str) -> timedelta:
@@ -65,7 +68,7 @@ def _total(found: "list[Leftover]") -> int:
     return sum(leftover.size for leftover in found)
 
 
-def _told(leftover: "Leftover") -> dict[str, Any]:
+def _as_json(leftover: "Leftover") -> dict[str, Any]:
     return {
         "kind": leftover.kind,
         "key": leftover.prefix,

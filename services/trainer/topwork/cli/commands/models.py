@@ -1,4 +1,4 @@
-"""`topwork models`: list, show and fetch what is published."""
+"""`topwork models`: list, show and download published models."""
 
 import json
 import shutil
@@ -10,15 +10,17 @@ from rich.console import Console
 from rich.table import Table
 
 from topwork.artifacts import download_artifact, read_manifest
-from topwork.cli.model_address import model_address, open_version
+from topwork.cli.model_address import open_version, parse_model_address
 from topwork.cli.runtime.storage import open_storage
 from topwork.errors import SettingError
 from topwork.registry import versions
 from topwork.registry.versions import Version
 
-app = typer.Typer(help="List, show and fetch published models.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(help="List, show and download published models.", no_args_is_help=True, rich_markup_mode=None)
 
-State = Annotated[Path | None, typer.Option(help="Folder of the embedded S3 [default: ~/.local/state/topwork].")]
+State = Annotated[
+    Path | None, typer.Option(help="State directory of the embedded S3 server [default: ~/.local/state/topwork].")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Number = Annotated[int | None, typer.Option("--version", min=1, help="Version of the model [default: the latest].")]
 WHERE = "s3://bucket/prefix of the models, or s3://bucket/prefix/models/NAME[/VERSION]."
@@ -27,11 +29,11 @@ MEBIBYTE = 2**20
 
 @app.command("list")
 def list_models(
-    storage_uri: Annotated[str, typer.Argument(metavar="STORAGE", help="s3://bucket/prefix, as spec.storage.")],
+    storage_uri: Annotated[str, typer.Argument(metavar="STORAGE", help="s3://bucket/prefix, like spec.storage.")],
     as_json: Json = False,
     state: State = None,
 ) -> None:
-    """List the published models of a storage, each with its latest version."""
+    """List published models with their latest version."""
     with open_storage(storage_uri, state) as storage:
         found = {
             name: (numbers, versions.read_latest(storage, name) or versions.read_version(storage, name, numbers[-1]))
@@ -56,13 +58,13 @@ def list_models(
 @app.command()
 def show(
     where: Annotated[str, typer.Argument(help=WHERE)],
-    name: Annotated[str | None, typer.Argument(help="Name of the model, with a storage.")] = None,
+    name: Annotated[str | None, typer.Argument(help="Name of the model, if WHERE is a storage.")] = None,
     version: Number = None,
     as_json: Json = False,
     state: State = None,
 ) -> None:
-    """Show a published version: its metrics, where it comes from, and its files."""
-    with open_version(model_address(where, name, version), state) as (storage, found):
+    """Show a published version: metrics, origin and files."""
+    with open_version(parse_model_address(where, name, version), state) as (storage, found):
         prefix = versions.version_prefix(found.name, found.version)
         manifest = read_manifest(storage, prefix)
         files = manifest.files if manifest else {}
@@ -83,19 +85,25 @@ def show(
 @app.command()
 def fetch(
     where: Annotated[str, typer.Argument(help=WHERE)],
-    words: Annotated[list[str], typer.Argument(metavar="[NAME] TARGET", help="Name, with a storage; target folder.")],
+    words: Annotated[
+        list[str],
+        typer.Argument(metavar="[NAME] TARGET", help="Name of the model, if WHERE is a storage, and target directory."),
+    ],
     version: Number = None,
     state: State = None,
 ) -> None:
-    """Fetch a published version to a folder, which appears whole and checked against the manifest, or not at all."""
+    """Download a published version to a directory. Files are verified; on failure the directory is not created."""
     if len(words) > 2:
-        raise SettingError(f"{len(words) + 1} words arrived: expected STORAGE NAME TARGET, or MODEL TARGET.")
+        raise SettingError(f"Got {len(words) + 1} arguments. Expected STORAGE NAME TARGET, or MODEL TARGET.")
     target = Path(words[-1])
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise SettingError(f"{target} exists already. Name a folder that does not, or an empty one.")
-    with open_version(model_address(where, words[0] if len(words) == 2 else None, version), state) as (storage, found):
+        raise SettingError(f"{target} already exists. Use a new or empty directory.")
+    with open_version(parse_model_address(where, words[0] if len(words) == 2 else None, version), state) as (
+        storage,
+        found,
+    ):
         part = target.absolute().with_name(f".{target.absolute().name}.part")
-        shutil.rmtree(part, ignore_errors=True)  # left by a command that was killed
+        shutil.rmtree(part, ignore_errors=True)  # leftovers of an interrupted command
         try:
             download_artifact(storage, versions.version_prefix(found.name, found.version), part)
             part.rename(target)

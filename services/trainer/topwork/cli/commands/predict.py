@@ -1,4 +1,4 @@
-"""`topwork predict`: ask a published model, or one in a file, about images."""
+"""`topwork predict`: classify images with a published model or a model file."""
 
 import csv
 import json
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from topwork.artifacts import download_artifact
-from topwork.cli.model_address import IN_ONE_WORD, find_version, model_address
+from topwork.cli.model_address import MODEL_URI, find_version, parse_model_address
 from topwork.cli.runtime.storage import open_storage
 from topwork.cli.runtime.tensorflow_import import quiet_tensorflow_import
 from topwork.clients.s3.storage import Storage
@@ -25,12 +25,12 @@ from topwork.registry import versions
 if TYPE_CHECKING:
     from topwork.report.predictor import Predictor
 
-BATCH = 32
+BATCH_SIZE = 32
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff"})
 
 
-class Shape(StrEnum):
-    """How answers are written."""
+class OutputFormat(StrEnum):
+    """Output format."""
 
     text = "text"
     json = "json"
@@ -38,16 +38,16 @@ class Shape(StrEnum):
 
 
 @dataclass(frozen=True)
-class Picture:
-    """An image that is asked about: its name, and how its bytes are read."""
+class InputImage:
+    """An image to classify: its name, and a function that reads its bytes."""
 
     name: str
     read: Callable[[], bytes]
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What the model says of an image: classes with their probabilities, the likeliest first; or why it can't."""
+class Prediction:
+    """Prediction for an image: the most probable classes with their probabilities, or an error."""
 
     image: str
     classes: tuple[tuple[str, float], ...] = ()
@@ -56,36 +56,36 @@ class Answer:
 
 def predict(
     model: Annotated[
-        str, typer.Argument(help="s3://…/models/NAME[/VERSION|/latest], folder of a version, or .keras file.")
+        str, typer.Argument(help="s3://…/models/NAME[/VERSION|/latest], directory of a version, or .keras file.")
     ],
     images: Annotated[
-        list[str], typer.Argument(metavar="IMAGE...", help="Files, folders, s3:// objects or prefixes/.")
+        list[str], typer.Argument(metavar="IMAGE...", help="Files, directories, s3:// objects or prefixes/.")
     ],
-    top: Annotated[int, typer.Option(min=1, help="Classes that are shown of each image.")] = 1,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
-    as_csv: Annotated[bool, typer.Option("--csv", help="CSV with one row for each class that is shown.")] = False,
+    top: Annotated[int, typer.Option(min=1, help="Number of classes to print per image.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per line.")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV with one row per class.")] = False,
     state: Annotated[
-        Path | None, typer.Option(help="Folder of the embedded S3 [default: ~/.local/state/topwork].")
+        Path | None, typer.Option(help="State directory of the embedded S3 server [default: ~/.local/state/topwork].")
     ] = None,
 ) -> None:
-    """Print the class and its probability for each image; an image that can't be read is reported, the rest go on."""
+    """Print the most probable classes of each image. Unreadable images are reported, and the exit code is then 2."""
     if as_json and as_csv:
-        raise SettingError("--json and --csv exclude each other. Give one of them.")
-    write = _WRITERS[Shape.json if as_json else Shape.csv if as_csv else Shape.text]()
+        raise SettingError("--json and --csv are mutually exclusive.")
+    write = _WRITERS[OutputFormat.json if as_json else OutputFormat.csv if as_csv else OutputFormat.text]()
     failed = count = 0
     with ExitStack() as stack:
         storages = _Storages(stack, state)
-        answering = _load(model, storages, stack)
-        for answer in _answers(answering, _pictures(images, storages), top):
-            write(answer)
+        predictor = _load(model, storages, stack)
+        for prediction in _predict(predictor, _find_images(images, storages), top):
+            write(prediction)
             count += 1
-            failed += bool(answer.error)
+            failed += bool(prediction.error)
     if failed or not count:
-        raise DataError(f"{failed} of {count} images could not be read." if count else "No image was found.")
+        raise DataError(f"{failed} of {count} images could not be read." if count else "No images found.")
 
 
 class _Storages:
-    """Storages by address; all of them share the settings of the first."""
+    """Opens storages by URI; all share the settings of the first one."""
 
     def __init__(self, stack: ExitStack, state: Path | None) -> None:
         self._stack, self._state = stack, state
@@ -100,19 +100,19 @@ class _Storages:
 def _load(model: str, storages: _Storages, stack: ExitStack) -> "Predictor":
     path = Path(model)
     if model.startswith("s3://"):
-        path = _fetched(model, storages, Path(stack.enter_context(TemporaryDirectory(prefix="topwork-"))))
+        path = _download_model(model, storages, Path(stack.enter_context(TemporaryDirectory(prefix="topwork-"))))
     with quiet_tensorflow_import():
         from topwork.report.predictor import Predictor
 
         return Predictor(path)
 
 
-def _fetched(model: str, storages: _Storages, folder: Path) -> Path:
-    if not IN_ONE_WORD.fullmatch(model) and model.endswith(".keras"):
+def _download_model(model: str, storages: _Storages, folder: Path) -> Path:
+    if not MODEL_URI.fullmatch(model) and model.endswith(".keras"):
         parent, name = model.rsplit("/", 1)
         storages.at(parent).download(name, folder / name)
         return folder / name
-    address = model_address(model)
+    address = parse_model_address(model)
     storage = storages.at(address.storage)
     found = find_version(storage, address)
     prefix = versions.version_prefix(found.name, found.version)
@@ -122,18 +122,18 @@ def _fetched(model: str, storages: _Storages, folder: Path) -> Path:
     return folder
 
 
-def _pictures(words: Sequence[str], storages: _Storages) -> Iterator[Picture]:
-    for word in words:
-        if word.startswith("s3://"):
-            yield from _stored(word, storages)
-        elif Path(word).is_dir():
-            found = sorted(path for path in Path(word).rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-            yield from (Picture(str(path), path.read_bytes) for path in found)
+def _find_images(paths: Sequence[str], storages: _Storages) -> Iterator[InputImage]:
+    for name in paths:
+        if name.startswith("s3://"):
+            yield from _find_stored_images(name, storages)
+        elif Path(name).is_dir():
+            found = sorted(path for path in Path(name).rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+            yield from (InputImage(str(path), path.read_bytes) for path in found)
         else:
-            yield Picture(word, Path(word).read_bytes)
+            yield InputImage(name, Path(name).read_bytes)
 
 
-def _stored(uri: str, storages: _Storages) -> Iterator[Picture]:
+def _find_stored_images(uri: str, storages: _Storages) -> Iterator[InputImage]:
     parent, name = uri.rstrip("/").rsplit("/", 1)
     if uri.endswith("/"):
         storage = storages.at(uri.rstrip("/"))
@@ -141,7 +141,7 @@ def _stored(uri: str, storages: _Storages) -> Iterator[Picture]:
     else:
         storage, keys = storages.at(parent), [name]
     for key in keys:
-        yield Picture(storage.uri_of(key), lambda key=key: _read(storage, key))  # type: ignore[misc]
+        yield InputImage(storage.uri_of(key), lambda key=key: _read(storage, key))  # type: ignore[misc]
 
 
 def _read(storage: Storage, key: str) -> bytes:
@@ -151,64 +151,64 @@ def _read(storage: Storage, key: str) -> bytes:
     return data
 
 
-def _answers(answering: "Predictor", pictures: Iterator[Picture], top: int) -> Iterator[Answer]:
-    while batch := list(islice(pictures, BATCH)):
-        read = [_usable(picture) for picture in batch]
-        files = [data for data in read if isinstance(data, bytes)]
-        probabilities = iter(answering.probabilities(files)) if files else iter(())
-        for picture, data in zip(batch, read, strict=True):
+def _predict(predictor: "Predictor", images: Iterator[InputImage], top: int) -> Iterator[Prediction]:
+    while batch := list(islice(images, BATCH_SIZE)):
+        contents = [_read_valid_image(image) for image in batch]
+        files = [data for data in contents if isinstance(data, bytes)]
+        probabilities = iter(predictor.probabilities(files)) if files else iter(())
+        for image, data in zip(batch, contents, strict=True):
             if isinstance(data, str):
-                yield Answer(picture.name, error=data)
+                yield Prediction(image.name, error=data)
                 continue
             row = next(probabilities)
             best = (-row).argsort(kind="stable")[:top]
-            yield Answer(picture.name, tuple((answering.class_names[index], float(row[index])) for index in best))
+            yield Prediction(image.name, tuple((predictor.class_names[index], float(row[index])) for index in best))
 
 
-def _usable(picture: Picture) -> bytes | str:
-    """Give the image in the form that training saw, or say why there is none."""
+def _read_valid_image(image: InputImage) -> bytes | str:
+    """Return the image in the stored format, as in training, or the reason why it is unreadable."""
     from topwork.data.image_validation import Rejection
     from topwork.report.predictor import validate_file
 
     try:
-        return validate_file(picture.read())
+        return validate_file(image.read())
     except OSError as error:
         return (error.strerror or str(error)).lower()
     except Rejection as rejection:
         return f"{rejection.reason} ({rejection.detail})" if rejection.detail else rejection.reason
 
 
-def _text() -> Callable[[Answer], None]:
-    def write(answer: Answer) -> None:
-        if answer.error:
-            typer.echo(f"{answer.image}: not an image that can be read: {answer.error}", err=True)
+def _text() -> Callable[[Prediction], None]:
+    def write(prediction: Prediction) -> None:
+        if prediction.error:
+            typer.echo(f"{prediction.image}: cannot be read: {prediction.error}", err=True)
         else:
-            shown = ", ".join(f"{name} {100 * probability:.1f} %" for name, probability in answer.classes)
-            typer.echo(f"{answer.image}: {shown}")
+            shown = ", ".join(f"{name} {100 * probability:.1f} %" for name, probability in prediction.classes)
+            typer.echo(f"{prediction.image}: {shown}")
 
     return write
 
 
-def _json() -> Callable[[Answer], None]:
-    def write(answer: Answer) -> None:
-        classes = [{"class": name, "probability": probability} for name, probability in answer.classes]
-        content = {"error": answer.error} if answer.error else {"classes": classes}
-        typer.echo(json.dumps({"image": answer.image, **content}))
+def _json() -> Callable[[Prediction], None]:
+    def write(prediction: Prediction) -> None:
+        classes = [{"class": name, "probability": probability} for name, probability in prediction.classes]
+        content = {"error": prediction.error} if prediction.error else {"classes": classes}
+        typer.echo(json.dumps({"image": prediction.image, **content}))
 
     return write
 
 
-def _csv() -> Callable[[Answer], None]:
+def _csv() -> Callable[[Prediction], None]:
     rows = csv.writer(sys.stdout, lineterminator="\n")
     rows.writerow(["image", "rank", "class", "probability", "error"])
 
-    def write(answer: Answer) -> None:
-        for rank, (name, probability) in enumerate(answer.classes, 1):
-            rows.writerow([answer.image, rank, name, probability, ""])
-        if answer.error:
-            rows.writerow([answer.image, "", "", "", answer.error])
+    def write(prediction: Prediction) -> None:
+        for rank, (name, probability) in enumerate(prediction.classes, 1):
+            rows.writerow([prediction.image, rank, name, probability, ""])
+        if prediction.error:
+            rows.writerow([prediction.image, "", "", "", prediction.error])
 
     return write
 
 
-_WRITERS = {Shape.text: _text, Shape.json: _json, Shape.csv: _csv}
+_WRITERS = {OutputFormat.text: _text, OutputFormat.json: _json, OutputFormat.csv: _csv}

@@ -11,7 +11,7 @@ import typer
 from topwork import __version__
 from topwork.cancellation import StopRequest
 from topwork.cli.options import Overrides, State, serve_metrics
-from topwork.cli.output.comparison import comparison
+from topwork.cli.output.comparison import format_comparison
 from topwork.cli.output.progress import NoProgress, open_progress
 from topwork.cli.runtime.environment import default_state_directory, visible_gpus
 from topwork.cli.runtime.logging import LogFormat, configure_logging, is_verbose, set_log_level
@@ -71,7 +71,7 @@ def run(
             published.append(runner.run(job))
             for line in published[-1].summary():
                 print(line, flush=True)
-    for line in comparison(published):
+    for line in format_comparison(published):
         print(line)
 
 

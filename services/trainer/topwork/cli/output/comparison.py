@@ -1,4 +1,4 @@
-"""Several published models side by side: what `topwork run` ends with when it has run more than one job."""
+"""Table that compares the published models of several jobs, printed at the end of `topwork run`."""
 
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -9,18 +9,18 @@ if TYPE_CHECKING:
     from topwork.stages.publish import Published
 
 GAP = 3
-HEADER = ("MODEL", "METRIC", "STAGE", "TRAINABLE", "IMAGES A STEP", "SECONDS A STEP", "TO THE FASTEST")
+HEADER = ("MODEL", "METRIC", "STAGE", "TRAINABLE", "BATCH SIZE", "SECONDS PER STEP", "RELATIVE TO FASTEST")
 
 
-def comparison(published: Sequence["Published"]) -> Iterator[str]:
-    """Compare what the jobs of one command published: how good each is, and what a training step of it took.
+def format_comparison(published: Sequence["Published"]) -> Iterator[str]:
+    """Compare published versions by their main metric and training speed.
 
     Args:
         published: The versions, in the order of the jobs.
 
     Yields:
-        Lines of a table with one row for each training stage, after an empty line; none for one version alone. The
-        last column is the time of an image in a step over the least one of the same stage.
+        An empty line and the lines of a table with one row per training stage, or nothing for a single version. The
+        last column is the training time per image, relative to the fastest model in the same stage.
     """
     if len(published) < 2:
         return
@@ -35,15 +35,15 @@ def _rows(published: Sequence["Published"]) -> Iterator[tuple[str, ...]]:
             fastest[stage] = min(seconds, fastest.get(stage, seconds))
     for one in published:
         name, value = next(iter(one.metrics.items()))
-        by_image, words = _image_seconds(one), (f"{one.name}/{one.version}", f"{name} {value:.4f}")
-        for stage, took in one.stages.items():
-            shown = f"{took.step_seconds:.3g}" if took.step_seconds else ""
-            ratio = f"{by_image[stage] / fastest[stage]:.2f}" if stage in by_image else ""
-            yield *words, stage, f"{took.trainable:,}", f"{took.batch_size}", shown, ratio
+        per_image, model = _image_seconds(one), (f"{one.name}/{one.version}", f"{name} {value:.4f}")
+        for stage, cost in one.stages.items():
+            shown = f"{cost.step_seconds:.3g}" if cost.step_seconds else ""
+            ratio = f"{per_image[stage] / fastest[stage]:.2f}" if stage in per_image else ""
+            yield *model, stage, f"{cost.trainable:,}", f"{cost.batch_size}", shown, ratio
         if not one.stages:
-            yield *words, "", "", "", "", ""
+            yield *model, "", "", "", "", ""
 
 
 def _image_seconds(published: "Published") -> dict[str, float]:
-    """Seconds of an image in a step, by stage: steps of different sizes compare by it."""
-    return {stage: took.step_seconds / took.batch_size for stage, took in published.stages.items() if took.step_seconds}
+    """Return the training time per image in seconds, by stage, which does not depend on the batch size."""
+    return {stage: cost.step_seconds / cost.batch_size for stage, cost in published.stages.items() if cost.step_seconds}

@@ -1,4 +1,4 @@
-"""The description of a job as people read it."""
+"""Formats a job description as text."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -6,31 +6,37 @@ from typing import TYPE_CHECKING, Any
 from topwork.cli.output import tables
 
 if TYPE_CHECKING:
-    from topwork.description.job_description import BaseFacts, DataFacts, Description, PhaseFacts, StageFacts
+    from topwork.description.job_description import (
+        BaseDescription,
+        DataDescription,
+        JobDescription,
+        PhaseDescription,
+        StageDescription,
+    )
 
 INDENT = "  "
 
 
-def lines(found: "Description") -> Iterator[str]:
-    """Write a description.
+def format_description(description: "JobDescription") -> Iterator[str]:
+    """Format a job description.
 
     Args:
-        found: The description.
+        description: The description.
 
     Yields:
         Lines.
     """
-    yield f"{found.name} (run {found.run})"
-    yield f"{INDENT}base  {_base(found.base)}"
-    yield f"{INDENT}data  {_data(found.data)}"
-    for note in found.notes:
+    yield f"{description.name} (run {description.run})"
+    yield f"{INDENT}base  {_base(description.base)}"
+    yield f"{INDENT}data  {_data(description.data)}"
+    for note in description.notes:
         yield f"{INDENT}note  {note}"
-    for stage in found.stages:
+    for stage in description.stages:
         yield ""
         yield from _stage(stage)
 
 
-def _base(base: "BaseFacts") -> str:
+def _base(base: "BaseDescription") -> str:
     height, width = base.input_size
     count = "unknown" if base.parameters is None else f"{base.parameters:,}"
     return (
@@ -39,20 +45,20 @@ def _base(base: "BaseFacts") -> str:
     )
 
 
-def _data(data: "DataFacts") -> str:
+def _data(data: "DataDescription") -> str:
     images = ", ".join(f"{_count(count)} {name}" for name, count in data.images.items())
     where = f" ({data.dataset})" if data.dataset else ""
     return f"{_count(data.classes)} classes; images: {images}{where}"
 
 
-def _stage(stage: "StageFacts") -> Iterator[str]:
+def _stage(stage: "StageDescription") -> Iterator[str]:
     early = stage.early_stopping
     facts = [
-        f"{stage.epochs} epochs of {_count(stage.steps_per_epoch)} steps, {_count(stage.steps)} in all",
-        f"batches of {stage.batch_size}",
+        f"{stage.epochs} epochs of {_count(stage.steps_per_epoch)} steps, {_count(stage.steps)} in total",
+        f"batch size {stage.batch_size}",
         f"loss {stage.loss}",
         *(["classes balanced"] if stage.balanced else []),
-        *([f"ends after {early.patience} epochs without a gain in {early.monitor}"] if early else []),
+        *([f"ends after {early.patience} epochs without improvement of {early.monitor}"] if early else []),
     ]
     yield f"{stage.stage}: {'; '.join(facts)}"
     if stage.feature_cache:
@@ -64,25 +70,25 @@ def _stage(stage: "StageFacts") -> Iterator[str]:
         yield from _layers(phase)
 
 
-def _phase(phase: "PhaseFacts") -> str:
+def _phase(phase: "PhaseDescription") -> str:
     facts = [f"trains {phase.trained}", f"{_optimizer(phase)}, learning rate {_rate(phase)}"]
     return "; ".join([*facts, f"{phase.epochs} epochs, {_count(phase.steps)} steps"])
 
 
-def _optimizer(phase: "PhaseFacts") -> str:
+def _optimizer(phase: "PhaseDescription") -> str:
     return _with_parameters(phase.optimizer, {"name", "learningRate", "schedule"})
 
 
-def _rate(phase: "PhaseFacts") -> str:
+def _rate(phase: "PhaseDescription") -> str:
     rate = phase.learning_rate
     if rate.schedule == "constant":
         return f"{rate.peak:g}"
-    course = f"{rate.peak:g} {_with_parameters(phase.optimizer['schedule'], {'name'})}"
-    return course if rate.first is None or rate.last is None else f"{course}: {rate.first:.3g} to {rate.last:.3g}"
+    schedule = f"{rate.peak:g} {_with_parameters(phase.optimizer['schedule'], {'name'})}"
+    return schedule if rate.first is None or rate.last is None else f"{schedule}: {rate.first:.3g} to {rate.last:.3g}"
 
 
 def _with_parameters(settings: dict[str, Any], known: set[str]) -> str:
-    """Write the name of an optimizer or schedule, with those of its parameters that are given."""
+    """Format the name of an optimizer or schedule with its parameters."""
     given = [f"{key} {_value(value)}" for key, value in settings.items() if key not in known and value]
     return f"{settings['name']} ({', '.join(given)})" if given else str(settings["name"])
 
@@ -93,7 +99,7 @@ def _value(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _layers(phase: "PhaseFacts") -> Iterator[str]:
+def _layers(phase: "PhaseDescription") -> Iterator[str]:
     if phase.trainable is None or phase.frozen is None:
         return
     rows = [(one.layers, f"{one.trainable:,}", f"{one.frozen:,}") for one in phase.layers]

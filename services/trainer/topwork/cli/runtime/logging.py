@@ -144,7 +144,7 @@ def _redact_event(_logger: object, _method: str, event: EventDict) -> EventDict:
 
 
 def _redact_value(value: Any) -> Any:
-    """Redact strings at any depth, and convert values that JSON does not support (objects, NaN, infinity) to strings."""
+    """Redact strings at any depth, and convert values without a JSON type (objects, NaN, infinity) to strings."""
     if value is None or isinstance(value, bool | int):
         return value
     if isinstance(value, float):

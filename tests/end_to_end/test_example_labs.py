@@ -2,17 +2,17 @@
 
 import numpy as np
 import pytest
-from tests.end_to_end.seeds import FLOWERS, values
+from tests.end_to_end.example_systems import FLOWERS, layer_weights
 
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 OVERRIDES = ("spec.transfer.epochs=2", "spec.transfer.batchSize=20")
 
 
 @pytest.fixture(scope="module")
-def labs(seeds):
-    seeds.mirror_flowers()
-    seeds.mirror_tfds("cifar10", version="3.0.2", classes=CIFAR10, splits={"train": 200, "test": 50}, size=(32, 32))
-    return seeds.run("lab-1-flowers-base lab-2-cifar10", *OVERRIDES)
+def labs(examples):
+    examples.mirror_flowers()
+    examples.mirror_tfds("cifar10", version="3.0.2", classes=CIFAR10, splits={"train": 200, "test": 50}, size=(32, 32))
+    return examples.run("lab-1-flowers-base lab-2-cifar10", *OVERRIDES)
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +33,8 @@ def convolutions(model):
 
 
 def test_the_number_of_classes_comes_from_the_metadata(flowers):
-    assert flowers.facts.source == {"tfds": "tf_flowers/3.0.1"}
-    assert tuple(flowers.facts.class_names) == FLOWERS
+    assert flowers.dataset_metadata.source == {"tfds": "tf_flowers/3.0.1"}
+    assert tuple(flowers.dataset_metadata.class_names) == FLOWERS
     assert flowers.model("transfer").get_layer("logits").units == 5
 
 
@@ -55,26 +55,26 @@ def test_base_has_three_5x5_same_padded_relu_convolutions_with_pooling(flowers):
 
 
 def test_on_it_stand_a_dense_layer_of_128_and_a_softmax(flowers):
-    names = [layer.name for layer in flowers.published.layers]
+    names = [layer.name for layer in flowers.published_model.layers]
     assert names == ["image", "input_scaling", "base", "flatten", "hidden_1", "logits", "probabilities"]
-    hidden = flowers.published.get_layer("hidden_1")
+    hidden = flowers.published_model.get_layer("hidden_1")
     assert (hidden.units, hidden.activation.__name__) == (128, "relu")
-    assert type(flowers.published.get_layer("probabilities")).__name__ == "Softmax"
+    assert type(flowers.published_model.get_layer("probabilities")).__name__ == "Softmax"
 
 
-def test_all_of_it_is_trained_for_a_few_epochs(flowers, seeds):
-    (groups,) = flowers.phases("transfer")
+def test_all_of_it_is_trained_for_a_few_epochs(flowers, examples):
+    (groups,) = flowers.parameter_counts("transfer")
     assert groups.keys() == {"base/convolution_1", "base/convolution_2", "base/convolution_3", "head"}
     assert {frozen for _, frozen in groups.values()} == {0}
-    rows = flowers.rows("transfer")
+    rows = flowers.history("transfer")
     assert [row["epoch"] for row in rows] == [1, 2]
     assert rows[1]["loss"] < rows[0]["loss"]
-    assert seeds.read("lab-1-flowers-base").spec.transfer.epochs == 10
+    assert examples.read("lab-1-flowers-base").spec.transfer.epochs == 10
 
 
 def test_it_is_saved_where_lab_2_looks_for_it(flowers, cifar):
     uri = cifar.job.spec.model.base.saved.uri
-    assert uri == flowers.storage.uri_of(f"{flowers.version}/model.keras")
+    assert uri == flowers.storage.uri_of(f"{flowers.version_key}/model.keras")
 
 
 # Transfer to a new task.
@@ -82,53 +82,53 @@ def test_it_is_saved_where_lab_2_looks_for_it(flowers, cifar):
 
 def test_the_saved_model_is_cut_after_its_convolutions(flowers, cifar):
     base = cifar.model("transfer").get_layer("base")
-    kinds = [name.split()[1] for name in values(base)]
+    kinds = [name.split()[1] for name in layer_weights(base)]
     assert kinds == ["Conv2D"] * 3
     assert base.output_shape == (None, 4, 4, 128)
 
 
-def test_a_layer_to_cut_at_may_be_given_by_its_index(flowers, seeds):
+def test_a_layer_to_cut_at_may_be_given_by_its_index(flowers, examples):
     from topwork.model.saved_base import load_saved_base
 
-    path = flowers.folder / "lab_1.keras"
-    seeds.storage.download(f"{flowers.version}/model.keras", path)
+    path = flowers.directory / "lab_1.keras"
+    examples.storage.download(f"{flowers.version_key}/model.keras", path)
     by_index, by_name = load_saved_base(path, -4, (32, 32)), load_saved_base(path, "flatten", (32, 32))
     assert by_index.output_shape == by_name.output_shape == (None, 2048)
 
 
 def test_what_the_convolutions_have_learnt_is_taken_over(flowers, cifar):
     learnt = [layer.get_weights()[0] for layer in convolutions(flowers.model("transfer").get_layer("base"))]
-    for before, (after, _) in zip(learnt, values(cifar.model("transfer").get_layer("base")).values(), strict=True):
+    for before, (after, _) in zip(learnt, layer_weights(cifar.model("transfer").get_layer("base")).values(), strict=True):
         assert np.corrcoef(before.ravel(), after.ravel())[0, 1] > 0.9
 
 
 def test_two_new_dense_layers_of_128_relu_and_10_softmax(flowers, cifar):
-    new, old = cifar.published.get_layer("hidden_1"), flowers.published.get_layer("hidden_1")
+    new, old = cifar.published_model.get_layer("hidden_1"), flowers.published_model.get_layer("hidden_1")
     assert (new.units, new.activation.__name__) == (128, "relu")
     assert abs(np.corrcoef(new.get_weights()[0].ravel(), old.get_weights()[0].ravel())[0, 1]) < 0.1
-    assert cifar.published.get_layer("logits").units == 10
-    assert type(cifar.published.get_layer("probabilities")).__name__ == "Softmax"
-    assert tuple(cifar.facts.class_names) == CIFAR10
+    assert cifar.published_model.get_layer("logits").units == 10
+    assert type(cifar.published_model.get_layer("probabilities")).__name__ == "Softmax"
+    assert tuple(cifar.dataset_metadata.class_names) == CIFAR10
 
 
 def test_the_whole_model_is_trained(flowers, cifar):
-    (groups,) = cifar.phases("transfer")
+    (groups,) = cifar.parameter_counts("transfer")
     assert sum(trainable for trainable, _ in groups.values()) == cifar.model("transfer").count_params()
     assert {frozen for _, frozen in groups.values()} == {0}
-    before, after = (values(one.model("transfer").get_layer("base")).values() for one in (flowers, cifar))
+    before, after = (layer_weights(one.model("transfer").get_layer("base")).values() for one in (flowers, cifar))
     assert all(np.any(old[0] != new[0]) for old, new in zip(before, after, strict=True))
 
 
 def test_loss_is_sparse_categorical_cross_entropy_and_the_optimizer_adam(cifar):
     import keras
 
-    transfer, validation = cifar.job.spec.transfer, cifar.data.validation
+    transfer, validation = cifar.job.spec.transfer, cifar.dataset.validation
     assert (transfer.loss, transfer.optimizer.name) == ("sparseCategoricalCrossentropy", "adam")
     logits = cifar.model("transfer").predict(validation.load_images(np.arange(20)).astype("float32"), verbose=0)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)(validation.labels, logits)
-    best = cifar.rows("transfer")[cifar.done("transfer").best_epoch - 1]
+    best = cifar.history("transfer")[cifar.stage_result("transfer").best_epoch - 1]
     assert best["validation_loss"] == pytest.approx(float(loss), rel=1e-3)
 
 
 def test_all_test_images_of_cifar_are_evaluated(cifar):
-    assert (cifar.figures["evaluation"]["split"], cifar.figures["evaluation"]["images"]) == ("test", 50)
+    assert (cifar.metrics["evaluation"]["split"], cifar.metrics["evaluation"]["images"]) == ("test", 50)

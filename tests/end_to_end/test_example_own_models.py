@@ -4,13 +4,13 @@ import hashlib
 
 import numpy as np
 import pytest
-from tests.end_to_end.seeds import picture, same, values
+from tests.end_to_end.example_systems import random_image, are_identical, layer_weights
 
 SHOES = {"sandal": (120, 90, 40), "shirt": (40, 60, 130)}
 
 
-def sha256(seeds, key):
-    return hashlib.sha256(seeds.storage.read(key)).hexdigest()
+def sha256(examples, key):
+    return hashlib.sha256(examples.storage.read(key)).hexdigest()
 
 
 def model_a():
@@ -38,29 +38,29 @@ def model_a():
 
 
 @pytest.fixture(scope="module")
-def model(seeds):
+def model(examples):
     """A, and its file where the example looks for it; the `.h5` lies on this machine."""
     made = model_a()
     for name in ("model_a.keras", "model_a.h5"):
-        made.save(seeds.folder / name)
-    seeds.storage.upload(seeds.folder / "model_a.keras", "bases/model_a.keras")
+        made.save(examples.directory / name)
+    examples.storage.upload(examples.directory / "model_a.keras", "bases/model_a.keras")
     return made
 
 
 @pytest.fixture(scope="module")
-def before(seeds, model):
-    return sha256(seeds, "bases/model_a.keras")
+def before(examples, model):
+    return sha256(examples, "bases/model_a.keras")
 
 
 @pytest.fixture(scope="module")
-def reused(seeds, before):
+def reused(examples, before):
     random = np.random.default_rng(6)
-    photos = seeds.storage.at("s3://ml-artifacts/photos/sandals-or-shirts")
+    photos = examples.storage.at("s3://ml-artifacts/photos/sandals-or-shirts")
     for name, hue in SHOES.items():
         for index in range(20):
-            picture(random, 28, hue).save(seeds.folder / "photo.png")
-            photos.upload(seeds.folder / "photo.png", f"{name}/{index}.png")
-    return seeds.run_one(
+            random_image(random, 28, hue).save(examples.directory / "photo.png")
+            photos.upload(examples.directory / "photo.png", f"{name}/{index}.png")
+    return examples.run_one(
         "reuse-own-model",
         "spec.dataset.splits.perClass={train: 10, validation: 4, test: 6}",
         "spec.transfer.epochs=2",
@@ -73,52 +73,52 @@ def reused(seeds, before):
 # Reuse of an own model.
 
 
-def test_a_itself_never_changes(seeds, before, reused):
-    assert reused.job.spec.model.base.saved.uri == seeds.storage.uri_of("bases/model_a.keras")
-    assert sha256(seeds, "bases/model_a.keras") == before
+def test_a_itself_never_changes(examples, before, reused):
+    assert reused.job.spec.model.base.saved.uri == examples.storage.uri_of("bases/model_a.keras")
+    assert sha256(examples, "bases/model_a.keras") == before
 
 
 def test_all_layers_of_a_but_the_last_are_the_base_of_b(model, reused):
-    given, taken = values(model), values(reused.model("transfer").get_layer("base"))
+    given, taken = layer_weights(model), layer_weights(reused.model("transfer").get_layer("base"))
     assert [name.split()[1] for name in taken] == ["Conv2D", "BatchNormalization", "Dense"]
     assert list(taken) == list(given)[:-1]
-    assert all(same(taken[name], given[name]) for name in taken)
+    assert all(are_identical(taken[name], given[name]) for name in taken)
     assert reused.model("transfer").get_layer("base").output_shape == (None, 12)
 
 
-def test_legacy_h5_gives_the_same_base(seeds, model):
+def test_legacy_h5_gives_the_same_base(examples, model):
     from topwork.model.saved_base import load_saved_base
 
-    bases = [load_saved_base(seeds.folder / name, -2, (28, 28)) for name in ("model_a.keras", "model_a.h5")]
-    keras_file, h5_file = map(values, bases)
+    bases = [load_saved_base(examples.directory / name, -2, (28, 28)) for name in ("model_a.keras", "model_a.h5")]
+    keras_file, h5_file = map(layer_weights, bases)
     assert keras_file.keys() == h5_file.keys()
-    assert all(same(keras_file[name], h5_file[name]) for name in keras_file)
+    assert all(are_identical(keras_file[name], h5_file[name]) for name in keras_file)
 
 
 def test_b_answers_with_a_sigmoid(reused):
-    logits, sigmoid = reused.published.get_layer("logits"), reused.published.get_layer("second_class")
+    logits, sigmoid = reused.published_model.get_layer("logits"), reused.published_model.get_layer("second_class")
     assert (logits.units, logits.input.shape) == (1, (None, 12))
     assert sigmoid.activation.__name__ == "sigmoid"
-    pixels = reused.data.test.load_images(np.arange(12)).astype("float32")
+    pixels = reused.dataset.test.load_images(np.arange(12)).astype("float32")
     answer = 1 / (1 + np.exp(-reused.model("fine-tune").predict(pixels, verbose=0)[:, 0]))
-    assert reused.published.predict(pixels, verbose=0)[:, 1] == pytest.approx(answer, abs=1e-6)
+    assert reused.published_model.predict(pixels, verbose=0)[:, 1] == pytest.approx(answer, abs=1e-6)
 
 
 def test_a_is_frozen_for_the_first_epochs_at_every_depth(reused):
-    (groups,) = reused.phases("transfer")
+    (groups,) = reused.parameter_counts("transfer")
     assert groups.pop("head") == (12 + 1, 0)
     assert sum(trainable for trainable, _ in groups.values()) == 0
     assert sum(frozen for _, frozen in groups.values()) == 3 * 3 * 3 * 6 + 4 * 6 + 6 * 12 + 12
-    assert [row["epoch"] for row in reused.rows("transfer")] == [1, 2]
+    assert [row["epoch"] for row in reused.history("transfer")] == [1, 2]
 
 
 def test_then_a_is_unfrozen_and_compiled_anew(model, reused):
-    (groups,) = reused.phases("fine-tune")
+    (groups,) = reused.parameter_counts("fine-tune")
     assert sum(frozen for _, frozen in groups.values()) == 4 * 6  # batch normalization
-    assert [row["learning_rate"] for row in reused.rows("transfer")] == pytest.approx([0.01] * 2)
-    assert [row["learning_rate"] for row in reused.rows("fine-tune")] == pytest.approx([0.0001] * 2)
-    given, trained = values(model), values(reused.model("fine-tune").get_layer("base"))
-    assert {name.split()[1]: same(given[name], trained[name]) for name in trained} == {
+    assert [row["learning_rate"] for row in reused.history("transfer")] == pytest.approx([0.01] * 2)
+    assert [row["learning_rate"] for row in reused.history("fine-tune")] == pytest.approx([0.0001] * 2)
+    given, trained = layer_weights(model), layer_weights(reused.model("fine-tune").get_layer("base"))
+    assert {name.split()[1]: are_identical(given[name], trained[name]) for name in trained} == {
         "Conv2D": False,
         "BatchNormalization": True,
         "Dense": False,
@@ -144,17 +144,17 @@ def two_paths():
 
 
 @pytest.fixture(scope="module")
-def paths(seeds):
+def paths(examples):
     model = two_paths()
-    model.save(seeds.folder / "two_paths.keras")
-    seeds.storage.upload(seeds.folder / "two_paths.keras", "bases/two_paths.keras")
+    model.save(examples.directory / "two_paths.keras")
+    examples.storage.upload(examples.directory / "two_paths.keras", "bases/two_paths.keras")
     return model
 
 
 @pytest.fixture(scope="module")
-def functional(seeds, paths):
-    seeds.mirror_flowers()
-    return seeds.run_one(
+def functional(examples, paths):
+    examples.mirror_flowers()
+    return examples.run_one(
         "functional-model",
         "spec.transfer.epochs=1",
         "spec.transfer.batchSize=20",
@@ -175,13 +175,13 @@ def test_a_functional_model_is_cut_at_the_layer_that_is_named(functional):
 def test_both_paths_bring_their_weights(functional, paths):
     base = functional.model("transfer").get_layer("base")
     for name in ("fine", "coarse"):
-        assert same(base.get_layer(name).get_weights(), paths.get_layer(name).get_weights())
+        assert are_identical(base.get_layer(name).get_weights(), paths.get_layer(name).get_weights())
 
 
 def test_the_base_answers_as_the_model_did_at_that_layer(functional, paths):
     import keras
 
-    pixels = functional.data.test.load_images(np.arange(4)).astype("float32")
+    pixels = functional.dataset.test.load_images(np.arange(4)).astype("float32")
     wanted = keras.Model(paths.inputs[0], paths.get_layer("joined").output)(pixels).numpy()
     assert functional.model("transfer").get_layer("base")(pixels).numpy() == pytest.approx(wanted, abs=1e-5)
 
@@ -189,5 +189,5 @@ def test_the_base_answers_as_the_model_did_at_that_layer(functional, paths):
 def test_both_paths_are_trained_once_they_are_unfrozen(functional, paths):
     base = functional.model("fine-tune").get_layer("base")
     for name in ("fine", "coarse"):
-        assert not same(base.get_layer(name).get_weights(), paths.get_layer(name).get_weights())
-    assert functional.figures["evaluation"]["split"] == "test"
+        assert not are_identical(base.get_layer(name).get_weights(), paths.get_layer(name).get_weights())
+    assert functional.metrics["evaluation"]["split"] == "test"

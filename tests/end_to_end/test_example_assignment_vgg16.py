@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.end_to_end.seeds import FEW, picture, same, values
+from tests.end_to_end.example_systems import ALLOW_MISSING_CLASSES, random_image, are_identical, layer_weights
 
 CLASSES = {"Cat": (90, 60, 40), "Dog": (40, 70, 120)}
 # Each class has a few more than the 1,500 that the example asks for.
@@ -49,14 +49,14 @@ class Silent(http.server.SimpleHTTPRequestHandler):
 
 def jpeg(random, hue):
     data = io.BytesIO()
-    picture(random, 24, hue).save(data, "JPEG")
+    random_image(random, 24, hue).save(data, "JPEG")
     return data.getvalue()
 
 
 @pytest.fixture(scope="module")
-def assignment(seeds, archive):
-    seeds.mirror_weights("VGG16")
-    return seeds.run_one(
+def assignment(examples, archive):
+    examples.mirror_weights("VGG16")
+    return examples.run_one(
         "assignment-vgg16",
         f"spec.dataset.source.archive.uri={archive}",
         "spec.dataset.imageSize=[32, 32]",
@@ -66,35 +66,35 @@ def assignment(seeds, archive):
     )
 
 
-def test_the_archive_is_the_one_that_is_published(seeds):
+def test_the_archive_is_the_one_that_is_published(examples):
     """The example names the archive that TFDS takes its cats_vs_dogs from."""
     import tensorflow_datasets as tfds
 
     source = Path(tfds.__file__).parent / "image_classification" / "cats_vs_dogs.py"
-    job = seeds.read("assignment-vgg16")
+    job = examples.read("assignment-vgg16")
     folder, _, name = job.spec.dataset.source.archive.uri.rpartition("/")
     assert f"{folder.rpartition('/')[2]}/{name}" in source.read_text()
     assert job.spec.dataset.source.archive.root == "PetImages"
 
 
 def test_corrupt_files_of_the_archive_are_reported_and_skipped(assignment):
-    facts = assignment.facts
+    facts = assignment.dataset_metadata
     rejected = {image.name: image.reason for image in facts.rejected}
     assert {f"PetImages/{name}" if not name.startswith("PetImages") else name for name in rejected} >= set(CORRUPT)
     assert facts.class_counts == {"Cat": GOOD, "Dog": GOOD}
-    assert assignment.note("dataset")["rejected"] == len(rejected)
-    assert "empty 2" in assignment.note("images rejected")["reasons"]
+    assert assignment.event("dataset")["rejected"] == len(rejected)
+    assert "empty 2" in assignment.event("images rejected")["reasons"]
 
 
 def test_exactly_as_many_images_of_each_class_train_and_test_as_were_asked_for(assignment):
-    assert assignment.counts == {"Cat": {"train": 40, "test": 20}, "Dog": {"train": 40, "test": 20}}
-    (row,) = assignment.rows("transfer")
+    assert assignment.split_counts == {"Cat": {"train": 40, "test": 20}, "Dog": {"train": 40, "test": 20}}
+    (row,) = assignment.history("transfer")
     assert round(row["images_per_second"] * row["seconds"]) == 80
-    assert [scores["images"] for scores in assignment.figures["evaluation"]["perClass"]] == [20, 20]
+    assert [scores["images"] for scores in assignment.metrics["evaluation"]["perClass"]] == [20, 20]
 
 
-def test_the_example_takes_exactly_1000_training_and_500_test_images_of_each_class(assignment, seeds):
-    data = assignment.data_of(seeds.read("assignment-vgg16", FEW, "spec.dataset.imageSize=[32, 32]"))
+def test_the_example_takes_exactly_1000_training_and_500_test_images_of_each_class(assignment, examples):
+    data = assignment.fetch_dataset(examples.read("assignment-vgg16", ALLOW_MISSING_CLASSES, "spec.dataset.imageSize=[32, 32]"))
     assert np.bincount(data.train.labels).tolist() == [1000, 1000]
     assert np.bincount(data.test.labels).tolist() == [500, 500]
     assert data.validation is None
@@ -102,7 +102,7 @@ def test_the_example_takes_exactly_1000_training_and_500_test_images_of_each_cla
     assert set(CORRUPT).isdisjoint([*data.train.names, *data.test.names])
 
 
-def test_vgg16_without_its_dense_layers_stands_below_own_ones(assignment, seeds):
+def test_vgg16_without_its_dense_layers_stands_below_own_ones(assignment, examples):
     base = assignment.model("transfer").get_layer("base")
     kinds = [type(layer).__name__ for layer in base.layers]
     assert (kinds.count("Conv2D"), kinds.count("Dense")) == (13, 0)
@@ -110,21 +110,21 @@ def test_vgg16_without_its_dense_layers_stands_below_own_ones(assignment, seeds)
     assert [(layer.units, layer.activation.__name__) for layer in head] == [(256, "relu"), (1, "linear")]
 
 
-def test_frozen_vgg16_is_the_one_that_was_mirrored(assignment, seeds):
-    found, wanted = values(assignment.model("transfer").get_layer("base")), values(seeds.given["VGG16"])
+def test_frozen_vgg16_is_the_one_that_was_mirrored(assignment, examples):
+    found, wanted = layer_weights(assignment.model("transfer").get_layer("base")), layer_weights(examples.backbones["VGG16"])
     assert len(wanted) == 13
-    assert all(same(found[name], wanted[name]) for name in wanted)
+    assert all(are_identical(found[name], wanted[name]) for name in wanted)
 
 
 def test_loss_and_optimizer_are_those_that_were_chosen(assignment):
     transfer = assignment.job.spec.transfer
     assert (transfer.loss, transfer.optimizer.name) == ("binaryCrossentropy", "rmsprop")
-    assert assignment.rows("transfer")[0]["learning_rate"] == pytest.approx(2e-5)
+    assert assignment.history("transfer")[0]["learning_rate"] == pytest.approx(2e-5)
 
 
 def test_the_model_is_evaluated_on_the_test_part(assignment):
-    evaluation = assignment.figures["evaluation"]
+    evaluation = assignment.metrics["evaluation"]
     assert (evaluation["split"], evaluation["images"]) == ("test", 40)
-    test = assignment.data.test
-    answers = assignment.published.predict(test.load_images(np.arange(40)), verbose=0)
+    test = assignment.dataset.test
+    answers = assignment.published_model.predict(test.load_images(np.arange(40)), verbose=0)
     assert evaluation["accuracy"] == pytest.approx(np.mean(answers.argmax(axis=1) == test.labels))

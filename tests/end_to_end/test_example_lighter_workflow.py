@@ -2,14 +2,14 @@
 
 import numpy as np
 import pytest
-from tests.end_to_end.seeds import same, values
+from tests.end_to_end.example_systems import are_identical, layer_weights
 
 
 @pytest.fixture(scope="module")
-def lighter(seeds):
-    seeds.mirror_weights("Xception", side=71)
-    seeds.mirror_tfds("cats_vs_dogs", version="4.0.1", classes=("cat", "dog"), splits={"train": 100}, size=(80, 96))
-    return seeds.run_one(
+def lighter(examples):
+    examples.mirror_weights("Xception", side=71)
+    examples.mirror_tfds("cats_vs_dogs", version="4.0.1", classes=("cat", "dog"), splits={"train": 100}, size=(80, 96))
+    return examples.run_one(
         "lighter-workflow",
         "spec.dataset.imageSize=[75, 75]",
         "spec.transfer.epochs=6",
@@ -19,16 +19,16 @@ def lighter(seeds):
     )
 
 
-def test_the_example_keeps_eight_augmented_views(seeds):
-    spec = seeds.read("lighter-workflow").spec
+def test_the_example_keeps_eight_augmented_views(examples):
+    spec = examples.read("lighter-workflow").spec
     assert (spec.transfer.cache.use, spec.transfer.cache.views) == ("on", 8)
     assert (spec.augmentation.flip, spec.augmentation.rotation) == ("horizontal", 0.1)
 
 
 def test_the_base_runs_once_over_each_view_and_its_output_is_kept(lighter):
-    told = [note for note in lighter.notes if note["message"] == "features computed"]
+    told = [note for note in lighter.events if note["message"] == "features computed"]
     assert [(note["stage"], note["views"], note["shape"]) for note in told] == [("transfer", 2, "2048")]
-    assert len(lighter.rows("transfer")) == 6
+    assert len(lighter.history("transfer")) == 6
 
 
 def test_the_views_of_an_image_differ(lighter):
@@ -36,7 +36,7 @@ def test_the_views_of_an_image_differ(lighter):
     from topwork.model.augmentation import build_augmentation
 
     batches = view_batches(
-        lighter.data.train,
+        lighter.dataset.train,
         classes=2,
         batch_size=20,
         views=2,
@@ -49,19 +49,19 @@ def test_the_views_of_an_image_differ(lighter):
     assert all(np.abs(one - other).mean() > 1 for one, other in zip(first, second, strict=True))
 
 
-def test_only_the_head_is_trained(lighter, seeds):
-    (groups,) = lighter.phases("transfer")
+def test_only_the_head_is_trained(lighter, examples):
+    (groups,) = lighter.parameter_counts("transfer")
     assert {name for name, (trainable, _) in groups.items() if trainable} == {"head"}
-    before, after = values(seeds.given["Xception"]), values(lighter.model("transfer").get_layer("base"))
-    assert all(same(before[name], after[name]) for name in before)
+    before, after = layer_weights(examples.backbones["Xception"]), layer_weights(lighter.model("transfer").get_layer("base"))
+    assert all(are_identical(before[name], after[name]) for name in before)
 
 
 def test_a_head_that_was_trained_on_kept_outputs_stands_on_the_base_as_any_other(lighter):
-    validation = lighter.data.validation
+    validation = lighter.dataset.validation
     pixels = validation.load_images(np.arange(validation.size)).astype("float32")
     logits = lighter.model("transfer").predict(pixels, verbose=0)[:, 0]
-    best = lighter.rows("transfer")[lighter.done("transfer").best_epoch - 1]
+    best = lighter.history("transfer")[lighter.stage_result("transfer").best_epoch - 1]
     loss = np.mean(np.logaddexp(0, logits) - validation.labels * logits)
     # Outputs are kept in half precision.
     assert best["validation_loss"] == pytest.approx(loss, rel=0.02)
-    assert lighter.figures["evaluation"]["images"] == 10
+    assert lighter.metrics["evaluation"]["images"] == 10

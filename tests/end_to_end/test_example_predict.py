@@ -8,8 +8,8 @@ import sys
 
 import numpy as np
 import pytest
-from tests.end_to_end.seeds import FLOWERS, picture
-from tests.end_to_end.test_seeds_labs import labs  # noqa: F401 - the fixture
+from tests.end_to_end.example_systems import FLOWERS, random_image
+from tests.end_to_end.test_example_labs import labs  # noqa: F401 - the fixture
 
 # A server that knows TensorFlow alone, which loads Keras by itself: none of topwork.
 PLAIN = """
@@ -32,19 +32,19 @@ def flowers(labs):  # noqa: F811
 def photos(flowers):
     """Photos of many sizes, as JPEG and PNG files in folders, and one that is none."""
     random = np.random.default_rng(5)
-    folder = flowers.folder / "photos"
+    folder = flowers.directory / "photos"
     for index, side in enumerate((32, 57, 90, 120)):
         path = folder / f"{index % 2}" / f"{index}.{'png' if index == 3 else 'jpg'}"
         path.parent.mkdir(parents=True, exist_ok=True)
-        picture(random, side, (60 * index, 150 - 40 * index, 30)).save(path)
+        random_image(random, side, (60 * index, 150 - 40 * index, 30)).save(path)
     (folder / "notes.txt").write_text("no image")
     return folder
 
 
 @pytest.fixture(scope="module")
-def predict(seeds, flowers, photos):
+def predict(examples, flowers, photos):
     def call(*options):
-        ended = seeds.topwork("predict", flowers.storage.uri_of(flowers.version), photos, *options)
+        ended = examples.topwork("predict", flowers.storage.uri_of(flowers.version_key), photos, *options)
         assert ended.returncode == 0, ended.stderr
         return ended.stdout
 
@@ -63,10 +63,10 @@ def images(photos):
 
 
 def test_the_model_is_evaluated_on_held_back_data(flowers):
-    evaluation = flowers.figures["evaluation"]
+    evaluation = flowers.metrics["evaluation"]
     assert (evaluation["split"], evaluation["images"]) == ("test", 10)
-    used = {*flowers.data.train.names, *flowers.data.validation.names}
-    assert used.isdisjoint(flowers.data.test.names)
+    used = {*flowers.dataset.train.names, *flowers.dataset.validation.names}
+    assert used.isdisjoint(flowers.dataset.test.names)
 
 
 def test_predict_answers_every_image_of_a_folder_with_the_probability_of_each_class(answers, photos):
@@ -102,13 +102,13 @@ def test_probabilities_are_those_of_the_model_on_raw_pixels(flowers, answers, ph
     path = images(photos)[0]
     pixels = tf.io.decode_image(tf.io.read_file(path), channels=3, expand_animations=False)
     assert pixels.shape == (32, 32, 3)  # this one needs no resizing
-    probabilities = flowers.published(tf.cast(pixels, tf.float32)[tf.newaxis]).numpy()[0]
+    probabilities = flowers.published_model(tf.cast(pixels, tf.float32)[tf.newaxis]).numpy()[0]
     assert [answers[path][name] for name in FLOWERS] == pytest.approx(probabilities.tolist(), abs=1e-5)
 
 
-def test_plain_tensorflow_serves_raw_files_with_the_same_probabilities(seeds, flowers, answers, photos):
-    folder = flowers.folder / "fetched"
-    ended = seeds.topwork("models", "fetch", flowers.storage.uri_of(flowers.version), folder)
+def test_plain_tensorflow_serves_raw_files_with_the_same_probabilities(examples, flowers, answers, photos):
+    folder = flowers.directory / "fetched"
+    ended = examples.topwork("models", "fetch", flowers.storage.uri_of(flowers.version_key), folder)
     assert ended.returncode == 0, ended.stderr
     command = [sys.executable, "-c", PLAIN, str(folder), *images(photos)]
     plain = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)

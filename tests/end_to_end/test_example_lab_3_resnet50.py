@@ -1,7 +1,7 @@
 """A deep pretrained base, once frozen and once with everything trained, and what a step of each takes."""
 
 import pytest
-from tests.end_to_end.seeds import same, values
+from tests.end_to_end.example_systems import are_identical, layer_weights
 
 OVERRIDES = (
     "spec.dataset.imageSize=[32, 32]",
@@ -13,10 +13,10 @@ OVERRIDES = (
 
 
 @pytest.fixture(scope="module")
-def both(seeds):
-    seeds.mirror_flowers()
-    seeds.mirror_weights("ResNet50")
-    return seeds.run("lab-3-resnet50", *OVERRIDES)
+def both(examples):
+    examples.mirror_flowers()
+    examples.mirror_weights("ResNet50")
+    return examples.run("lab-3-resnet50", *OVERRIDES)
 
 
 @pytest.fixture(scope="module")
@@ -30,12 +30,12 @@ def every(both):
 
 
 @pytest.fixture(scope="module")
-def resnet(both, seeds):
-    return seeds.given["ResNet50"]
+def resnet(both, examples):
+    return examples.backbones["ResNet50"]
 
 
 def test_both_are_resnet50_with_imagenet_weights_at_224x224(both):
-    from tests.end_to_end.seeds import EXAMPLES
+    from tests.end_to_end.example_systems import EXAMPLES
 
     from topwork.spec.loading.loader import read_jobs
 
@@ -53,33 +53,33 @@ def test_pooling_and_one_dense_layer_stand_on_the_base_without_its_top(both, res
 
 
 def test_frozen_every_weight_of_the_base_stays_what_it_was(frozen, resnet):
-    (groups,) = frozen.phases("transfer")
+    (groups,) = frozen.parameter_counts("transfer")
     assert {name for name, (trainable, _) in groups.items() if trainable} == {"head"}
-    given, kept = values(resnet), values(frozen.model("transfer").get_layer("base"))
-    assert all(same(kept[name], given[name]) for name in given)
+    given, kept = layer_weights(resnet), layer_weights(frozen.model("transfer").get_layer("base"))
+    assert all(are_identical(kept[name], given[name]) for name in given)
 
 
 def test_with_everything_trained_all_but_batch_normalization_moves(every, resnet):
-    (groups,) = every.phases("transfer")
+    (groups,) = every.parameter_counts("transfer")
     assert all(trainable for trainable, _ in groups.values())
-    given, trained = values(resnet), values(every.model("transfer").get_layer("base"))
+    given, trained = layer_weights(resnet), layer_weights(every.model("transfer").get_layer("base"))
     for name, before in given.items():
-        assert same(trained[name], before) == name.endswith("BatchNormalization"), name
+        assert are_identical(trained[name], before) == name.endswith("BatchNormalization"), name
 
 
 def test_the_step_time_of_both_is_published(both):
     for ran in both:
-        seconds = ran.figures["stepSeconds"]["transfer"]
+        seconds = ran.metrics["stepSeconds"]["transfer"]
         # Of two epochs the faster one: the first holds the tracing of the graph.
-        assert seconds == pytest.approx(min(40 / row["images_per_second"] for row in ran.rows("transfer")))
+        assert seconds == pytest.approx(min(40 / row["images_per_second"] for row in ran.history("transfer")))
         assert f"  a step  transfer {seconds:.3g} s" in ran.summary
 
 
 def test_the_difference_in_step_time_is_reported_at_the_end(frozen, every):
-    _, _, table = frozen.printed.partition("\n\n")
+    _, _, table = frozen.output.partition("\n\n")
     header, *rows = table.splitlines()
     assert header.split("   ")[0] == "MODEL"
-    seconds = [ran.figures["stepSeconds"]["transfer"] for ran in (frozen, every)]
+    seconds = [ran.metrics["stepSeconds"]["transfer"] for ran in (frozen, every)]
     shown = [[f"{each:.3g}", f"{each / min(seconds):.2f}"] for each in seconds]
     told = {row.split()[0]: row.split()[-5:] for row in rows}
     assert told == {

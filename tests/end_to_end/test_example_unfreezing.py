@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from tests.end_to_end.seeds import same, values
+from tests.end_to_end.example_systems import are_identical, layer_weights
 
 BLOCKS = [f"base/block{number}" for number in range(1, 6)]
 
@@ -11,10 +11,10 @@ BLOCKS = [f"base/block{number}" for number in range(1, 6)]
 
 
 @pytest.fixture(scope="module")
-def vgg16(seeds):
-    seeds.mirror_weights("VGG16")
-    seeds.mirror_flowers()
-    return seeds.run_one(
+def vgg16(examples):
+    examples.mirror_weights("VGG16")
+    examples.mirror_flowers()
+    return examples.run_one(
         "lab-4-vgg16-gradual",
         "spec.dataset.imageSize=[32, 32]",
         "spec.transfer.epochs=1",
@@ -29,15 +29,15 @@ def trained_blocks(groups):
     return [name for name in BLOCKS if groups[name][0]]
 
 
-def test_the_added_layers_are_trained_first(vgg16, seeds):
-    (groups,) = vgg16.phases("transfer")
+def test_the_added_layers_are_trained_first(vgg16, examples):
+    (groups,) = vgg16.parameter_counts("transfer")
     assert {name for name, (trainable, _) in groups.items() if trainable} == {"head"}
-    before, after = values(seeds.given["VGG16"]), values(vgg16.model("transfer").get_layer("base"))
-    assert all(same(before[name], after[name]) for name in before)
+    before, after = layer_weights(examples.backbones["VGG16"]), layer_weights(vgg16.model("transfer").get_layer("base"))
+    assert all(are_identical(before[name], after[name]) for name in before)
 
 
 def test_then_the_base_is_unfrozen_from_the_top_block_by_block(vgg16):
-    phases = vgg16.phases("fine-tune")
+    phases = vgg16.parameter_counts("fine-tune")
     assert [trained_blocks(groups) for groups in phases] == [BLOCKS[4:], BLOCKS[3:], BLOCKS[2:], BLOCKS]
     trained = [sum(trainable for trainable, _ in groups.values()) for groups in phases]
     assert trained == sorted(set(trained))
@@ -45,20 +45,20 @@ def test_then_the_base_is_unfrozen_from_the_top_block_by_block(vgg16):
 
 
 def test_each_step_has_its_own_epochs_and_learning_rate(vgg16):
-    rows = vgg16.rows("fine-tune")
+    rows = vgg16.history("fine-tune")
     assert [row["epoch"] for row in rows] == [1, 2, 3, 4, 5]
     assert [row["learning_rate"] for row in rows] == pytest.approx([1e-4, 5e-5, 5e-5, 2e-5, 1e-5])
 
 
-def test_the_example_itself_has_four_steps_of_several_epochs(seeds):
-    steps = seeds.read("lab-4-vgg16-gradual").spec.fine_tune.unfreeze.steps
+def test_the_example_itself_has_four_steps_of_several_epochs(examples):
+    steps = examples.read("lab-4-vgg16-gradual").spec.fine_tune.unfreeze.steps
     assert [(step.layers, step.epochs) for step in steps] == [(3, 4), (6, 4), (9, 3), (13, 3)]
     rates = [step.learning_rate for step in steps]
     assert rates == sorted(rates, reverse=True)
 
 
 def test_layers_that_were_trained_in_more_steps_have_moved_further(vgg16):
-    before, after = (values(vgg16.model(stage).get_layer("base")) for stage in ("transfer", "fine-tune"))
+    before, after = (layer_weights(vgg16.model(stage).get_layer("base")) for stage in ("transfer", "fine-tune"))
     moved = [float(np.mean(np.abs(after[name][1] - before[name][1]))) for name in before]
     assert len(moved) == 13
     assert 0 < np.mean(moved[:4]) < np.mean(moved[4:7]) < np.mean(moved[7:10]) < np.mean(moved[10:])
@@ -68,10 +68,10 @@ def test_layers_that_were_trained_in_more_steps_have_moved_further(vgg16):
 
 
 @pytest.fixture(scope="module")
-def xception(seeds):
-    seeds.mirror_weights("Xception", side=71)
-    seeds.mirror_flowers()
-    return seeds.run_one(
+def xception(examples):
+    examples.mirror_weights("Xception", side=71)
+    examples.mirror_flowers()
+    return examples.run_one(
         "xception-sgd",
         "spec.dataset.imageSize=[71, 71]",
         "spec.transfer.batchSize=25",
@@ -84,19 +84,19 @@ def xception(seeds):
 
 
 def test_a_softmax_stands_on_average_pooling(xception):
-    names = [layer.name for layer in xception.published.layers]
+    names = [layer.name for layer in xception.published_model.layers]
     assert names == ["image", "input_scaling", "base", "pooling", "logits", "probabilities"]
-    kinds = [type(layer).__name__ for layer in xception.published.layers[2:]]
+    kinds = [type(layer).__name__ for layer in xception.published_model.layers[2:]]
     assert kinds == ["Functional", "GlobalAveragePooling2D", "Dense", "Softmax"]
-    answers = xception.published.predict(xception.data.test.load_images(np.arange(10)).astype("float32"), verbose=0)
+    answers = xception.published_model.predict(xception.dataset.test.load_images(np.arange(10)).astype("float32"), verbose=0)
     assert answers.shape == (10, 5)
     assert answers.sum(axis=1) == pytest.approx(np.ones(10), abs=1e-5)
 
 
 def test_stage_1_is_five_frozen_epochs_of_sgd_at_a_rate_that_decays_from_a_fifth(xception):
-    (groups,) = xception.phases("transfer")
+    (groups,) = xception.parameter_counts("transfer")
     assert {name for name, (trainable, _) in groups.items() if trainable} == {"head"}
-    rows = xception.rows("transfer")
+    rows = xception.history("transfer")
     assert len(rows) == 5
     # 75 images in three steps an epoch.
     assert [row["learning_rate"] for row in rows] == pytest.approx(
@@ -105,13 +105,13 @@ def test_stage_1_is_five_frozen_epochs_of_sgd_at_a_rate_that_decays_from_a_fifth
 
 
 def test_stage_2_trains_everything_with_sgd_at_a_hundredth(xception):
-    (groups,) = xception.phases("fine-tune")
+    (groups,) = xception.parameter_counts("fine-tune")
     assert all(trainable for trainable, _ in groups.values())
-    (row,) = xception.rows("fine-tune")
+    (row,) = xception.history("fine-tune")
     assert row["learning_rate"] == pytest.approx(0.01 / (1 + 0.001))
-    before, after = (values(xception.model(stage).get_layer("base")) for stage in ("transfer", "fine-tune"))
+    before, after = (layer_weights(xception.model(stage).get_layer("base")) for stage in ("transfer", "fine-tune"))
     for name in before:
-        assert same(before[name], after[name]) == name.endswith("BatchNormalization"), name
+        assert are_identical(before[name], after[name]) == name.endswith("BatchNormalization"), name
 
 
 def test_both_optimizers_are_sgd_with_a_momentum_of_nine_tenths(xception):
