@@ -30,7 +30,7 @@ demo: $(SETUP) ## Train on real pictures of solar cells, with and without transf
 	$(BIN)/python examples/solar/demo.py
 
 # Every system of the teaching documents from its example, every model of keras.applications, and a machine offline.
-SYSTEMS := $(wildcard tests/end_to_end/test_seeds_*.py) tests/end_to_end/test_offline.py tests/training/test_families.py \
+SYSTEMS := $(wildcard tests/end_to_end/test_example_*.py) tests/end_to_end/test_offline.py tests/training/test_families.py \
 	tests/unit/test_describe_backbones.py tests/unit/test_model_backbones.py
 
 # Stages that are killed and stopped.

@@ -1,4 +1,4 @@
-"""`make generate`: write everything in charts/topwork that is generated; `make verify` proves it up to date."""
+"""`make generate`: writes the generated files in charts/topwork; `make verify` checks that they are up to date."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +10,7 @@ HERE = Path(__file__).parent / "topwork"
 
 
 def main() -> None:
-    """Write all files, and remove dashboards that are generated no more."""
+    """Write all files, and delete dashboards that are no longer generated."""
     texts = dict(files())
     for path in (HERE / "dashboards").glob("*.json"):
         if path not in texts:
@@ -21,7 +21,7 @@ def main() -> None:
 
 
 def files() -> Iterator[tuple[Path, str]]:
-    """Give every file with its text."""
+    """Yield the path and the content of each file."""
     for part in (chart, dashboards):
         for name, text in part.files():
             yield HERE / name, text

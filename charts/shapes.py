@@ -1,7 +1,7 @@
-"""charts/topwork/files/spec.json: the shape of the job spec, from which the chart's templates fill in defaults.
+"""Types and defaults of the job spec, which chart templates read from charts/topwork/files/spec.json.
 
-A template knows no types: what is 10 to it may be 10 or 10.0 in the spec, and a run is named by the digest of its
-spec, in which the two differ. So each key is described by what a value of each type of JSON means there.
+Helm does not distinguish 10 from 10.0, but the digest in the name of a run does. The file therefore describes, for each
+key, how to interpret a value of each JSON type.
 """
 
 import json
@@ -18,95 +18,97 @@ from topwork.spec.spec_model import SpecModel
 
 Shape = dict[str, Any]
 
-# YAML as Helm reads it takes these words for true and false.
+# Helm parses YAML 1.1, in which these strings are booleans.
 SWITCHES = {"on", "off"}
-# Which key tells one part from another where several may stand.
-TELLING_KEYS = {part: key for key, part in UNFREEZE_MODELS.items()}
+# Keys that distinguish the models of a union.
+DISCRIMINATOR_KEYS = {part: key for key, part in UNFREEZE_MODELS.items()}
 
 
 def shapes_text() -> str:
-    """Write the shape of every part of the spec.
+    """Generate files/spec.json.
 
     Returns:
-        JSON: for each part its keys in order, and for each key its shape and its default.
+        JSON that contains, for each model of the spec, its keys in order and the shape and default of each key.
     """
-    found = {part.__name__: part_shape(part) for _, part in walk_models(TransferJob)}
-    for part, key in without_result(TransferJob, EXCLUDED_FROM_DIGEST):
-        found[part]["fields"][key]["noResult"] = True
-    return json.dumps({"root": TransferJob.__name__, "parts": found}, indent=1, sort_keys=True) + "\n"
+    shapes = {part.__name__: part_shape(part) for _, part in walk_models(TransferJob)}
+    for part, key in excluded_keys(TransferJob, EXCLUDED_FROM_DIGEST):
+        shapes[part]["fields"][key]["noResult"] = True
+    return json.dumps({"root": TransferJob.__name__, "parts": shapes}, indent=1, sort_keys=True) + "\n"
 
 
-def without_result(part: type[SpecModel], excluded: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Find the keys by which a run is not named.
+def excluded_keys(part: type[SpecModel], excluded: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Find the keys that are not part of the digest of a run.
 
     Args:
-        part: A part of the spec.
-        excluded: What is left out of it, by the names of Python; True is a whole key.
+        part: A model of the spec.
+        excluded: Excluded fields by Python name, as in `model_dump(exclude=…)`. True excludes a complete field.
 
     Yields:
-        The name of a part and a key in it.
+        The name of a model and a key in it.
     """
     for key, field in fields_by_key(part).items():
-        left_out = excluded.get(next(name for name, one in part.model_fields.items() if one is field))
-        if left_out is True:
+        nested = excluded.get(next(name for name, one in part.model_fields.items() if one is field))
+        if nested is True:
             yield part.__name__, key
-        elif left_out:
+        elif nested:
             for kind in expand_types(field.annotation):
-                yield from without_result(kind.python_type, left_out)
+                yield from excluded_keys(kind.python_type, nested)
 
 
 def part_shape(part: type[SpecModel]) -> Shape:
-    """Describe a part.
+    """Describe a model of the spec.
 
     Args:
-        part: The part.
+        part: The model.
 
     Returns:
-        `order`, its keys as the reference has them, and `fields`, the shape of each.
+        `order`, the keys in the order of the reference, and `fields`, the shape of each key.
     """
     fields = fields_by_key(part)
     return {"order": list(fields), "fields": {key: field_shape(field) for key, field in fields.items()}}
 
 
 def field_shape(field: FieldInfo) -> Shape:
-    """Describe a key: the shape of its value, and its default where it has one other than nothing."""
-    found = shape(expand_types(field.annotation, field.metadata))
-    default = plain(field.default)
+    """Describe a key: the shape of its value, and its default if it has one other than null."""
+    described = shape(expand_types(field.annotation, field.metadata))
+    default = to_json_value(field.default)
     if not field.is_required() and default is not None:
-        found["default"] = default
-    return found
+        described["default"] = default
+    return described
 
 
-def plain(default: Any) -> Any:
-    """Give a default as a person would write it: a part with what differs from its own defaults."""
+def to_json_value(default: Any) -> Any:
+    """Convert a default to JSON values; models contain only keys that differ from their own defaults."""
     if isinstance(default, SpecModel):
         return default.model_dump(mode="json", by_alias=True, exclude_defaults=True)
     return list(default) if isinstance(default, tuple) else default
 
 
 def shape(allowed: Iterable[KeyType]) -> Shape:
-    """Describe what may stand in one place.
+    """Describe the values of one key.
 
     Args:
-        allowed: The types that are allowed there.
+        allowed: Types that the key accepts.
 
     Returns:
-        What a text, a number, a truth value, a list and a mapping mean there, as far as they are allowed.
+        How to interpret a number, a boolean, a list and a mapping, for each of these that the key accepts.
     """
-    found: Shape = {}
+    described: Shape = {}
     for kind in allowed:
         if is_model(kind.python_type):
-            telling = {"key": TELLING_KEYS[kind.python_type]} if kind.python_type in TELLING_KEYS else {}
-            found.setdefault("parts", []).append(telling | {"part": kind.python_type.__name__})
+            discriminator = (
+                {"key": DISCRIMINATOR_KEYS[kind.python_type]} if kind.python_type in DISCRIMINATOR_KEYS else {}
+            )
+            described.setdefault("parts", []).append(discriminator | {"part": kind.python_type.__name__})
         elif is_list(kind.python_type):
-            found["list"] = shape(expand_types(get_args(kind.python_type)[0]))
+            described["list"] = shape(expand_types(get_args(kind.python_type)[0]))
         elif get_origin(kind.python_type) is dict:
-            found["map"] = True
+            described["map"] = True
         elif get_origin(kind.python_type) is Literal:
-            found["switch"] = bool(SWITCHES & set(get_args(kind.python_type)))
+            described["switch"] = bool(SWITCHES & set(get_args(kind.python_type)))
         elif kind.python_type is float:
-            # Beside whole numbers, as with cpu, a number is whole where it can be.
-            found["number"] = "any" if found.get("number") == "whole" else "real"
+            # If integers are accepted too, as for cpu, whole numbers are written as integers.
+            described["number"] = "any" if described.get("number") == "whole" else "real"
         elif kind.python_type is int:
-            found["number"] = "any" if found.get("number") == "real" else "whole"
-    return {key: value for key, value in found.items() if value is not False}
+            described["number"] = "any" if described.get("number") == "real" else "whole"
+    return {key: value for key, value in described.items() if value is not False}

@@ -1,4 +1,4 @@
-"""What can be set in the chart: keys, defaults and words. values.yaml, its schema and the README come from these."""
+"""Values of the Helm chart: the source of values.yaml, its JSON Schema and the table in the README."""
 
 from typing import Annotated, Any, Literal
 
@@ -21,104 +21,114 @@ from topwork.spec.uris import HttpUrl, StorageUri
 
 Image = Annotated[str, StringConstraints(max_length=1024)]
 Duration = Annotated[str, StringConstraints(pattern=r"^[1-9][0-9]*(ms|s|m|h)$")]
-# Objects of Kubernetes that the chart hands on as they stand.
-Plain = dict[str, Any]
+# Part of a Kubernetes object that the chart copies unchanged.
+KubernetesFields = dict[str, Any]
 
 
 class Section(SpecModel):
-    """A mapping of values.yaml whose keys are described one by one."""
+    """A section of values.yaml with a comment above each key."""
 
 
 class DefaultSpec(SpecModel):
-    """Parts of a job spec that hold for all jobs of the namespace which don't say otherwise."""
+    """Defaults for fields of job specs in the namespace."""
 
-    storage: StorageUri | None = Field(default=None, description="As spec.storage.")
-    compute: Compute = Field(default=Compute(), description="As spec.compute.")
-    metrics: Metrics = Field(default=Metrics(), description="As spec.metrics.")
+    storage: StorageUri | None = Field(default=None, description="Same as spec.storage.")
+    compute: Compute = Field(default=Compute(), description="Same as spec.compute.")
+    metrics: Metrics = Field(default=Metrics(), description="Same as spec.metrics.")
 
 
 class Defaults(Section):
-    """What jobs of the namespace don't have to say: those of `jobs`, and what `topwork submit` reads."""
+    """Defaults for the jobs in `jobs` and for jobs submitted to the namespace with `topwork submit`."""
 
     image: Image = Field(
         default="",
-        description="Image of all containers of jobs. Empty: what `make image` builds, topwork:<version>-gpu or -cpu.",
+        description="Image of all job containers. If empty, the image that `make image` builds: topwork:<version>-gpu "
+        "or topwork:<version>-cpu.",
     )
     spec: DefaultSpec = Field(
         default=DefaultSpec(),
-        description="storage, and keys of compute and metrics, as in a job spec. A key that the job names itself is "
-        "the job's. Such as {storage: s3://ml-artifacts/topwork, compute: {queue: team-a, memory: 32Gi}}.",
+        description="Default values of spec.storage, spec.compute and spec.metrics. Keys set in a job spec take "
+        "precedence. Example: {storage: s3://ml-artifacts/topwork, compute: {queue: team-a, memory: 32Gi}}.",
     )
 
 
 class ServiceAccount(Section):
-    """The account of jobs, topwork-job. No pod of topwork gets a token of the Kubernetes API."""
+    """The service account topwork-job. Pods of topwork never mount a Kubernetes API token."""
 
-    create: StrictBool = Field(default=True, description="Whether to make it.")
+    create: StrictBool = Field(default=True, description="Whether to create the service account.")
     annotations: dict[AnnotationKey, str] = Field(
         default={},
-        description="What your cloud wants for workload identity, such as {eks.amazonaws.com/role-arn: arn:…}.",
+        description="Annotations for the workload identity of your cloud provider, such as "
+        "{eks.amazonaws.com/role-arn: arn:…}.",
     )
 
 
 class Submitters(Section):
-    """Who may submit: the role topwork-submitter, with what the commands of topwork ask of the API server."""
+    """The role topwork-submitter, which grants the permissions that the topwork commands need, and its subjects."""
 
-    create: StrictBool = Field(default=True, description="Whether to make the role.")
-    groups: tuple[str, ...] = Field(default=("topwork-submitters",), description="Groups that get it.")
-    users: tuple[str, ...] = Field(default=(), description="Users that get it.")
+    create: StrictBool = Field(default=True, description="Whether to create the role and its binding.")
+    groups: tuple[str, ...] = Field(default=("topwork-submitters",), description="Groups bound to the role.")
+    users: tuple[str, ...] = Field(default=(), description="Users bound to the role.")
     service_accounts: tuple[ObjectName, ...] = Field(
-        default=(), description="Service accounts of the namespace that get it."
+        default=(), description="Service accounts in the namespace bound to the role."
     )
 
 
 class S3(Section):
-    """The object storage."""
+    """Access to object storage."""
 
     credentials: Literal["existing", "create", "workloadIdentity"] = Field(
         default="existing",
-        description=f"existing: the Secret {STORAGE_SECRET} is made by you, its keys the AWS variables. create: "
-        "the chart makes it from the values below, which Helm keeps in the cluster. workloadIdentity: jobs run as the "
-        "service account, and there are no keys.",
+        description=f"existing: you create the Secret {STORAGE_SECRET}, whose keys are AWS environment variables. "
+        "create: the chart creates the Secret from the values below, which Helm also stores in its release Secret. "
+        "workloadIdentity: jobs run as the service account, without access keys.",
     )
-    endpoint: HttpUrl | Literal[""] = Field(default="", description="Address of the server; empty for Amazon S3.")
-    region: str = Field(default="", description="Region, where the server asks for one.")
-    access_key_id: str = Field(default="", description="With credentials: create, and for the embedded server.")
-    secret_access_key: str = Field(default="", description="With credentials: create, and for the embedded server.")
+    endpoint: HttpUrl | Literal[""] = Field(default="", description="URL of the S3 server. Leave empty for Amazon S3.")
+    region: str = Field(default="", description="Region, if the server requires one.")
+    access_key_id: str = Field(
+        default="", description="Access key ID for credentials: create, or for the embedded S3 server."
+    )
+    secret_access_key: str = Field(
+        default="", description="Secret access key for credentials: create, or for the embedded S3 server."
+    )
 
 
 class PodMonitor(Section):
-    """A PodMonitor, by which the Prometheus operator finds the metrics ports of jobs."""
+    """A PodMonitor, which makes the Prometheus Operator scrape the metrics ports of jobs."""
 
-    enabled: StrictBool = Field(default=False, description="Whether to make it; it needs monitoring.coreos.com/v1.")
-    labels: dict[LabelKey, LabelValue] = Field(
-        default={}, description="Labels that your Prometheus selects by, such as {release: kube-prometheus-stack}."
+    enabled: StrictBool = Field(
+        default=False, description="Whether to create the PodMonitor. Requires monitoring.coreos.com/v1."
     )
-    interval: Duration = Field(default="15s", description="How often a port is read.")
+    labels: dict[LabelKey, LabelValue] = Field(
+        default={}, description="Labels that your Prometheus selects, such as {release: kube-prometheus-stack}."
+    )
+    interval: Duration = Field(default="15s", description="Scrape interval.")
     pod_target_labels: tuple[LabelKey, ...] = Field(
-        default=("team",), description="Labels of pods that become labels of their series; metadata.labels of jobs."
+        default=("team",), description="Pod labels, from metadata.labels of job specs, to add to the scraped series."
     )
 
 
 class PrometheusRule(Section):
-    """Alerts and recording rules."""
+    """A PrometheusRule with the alerts and recording rules."""
 
-    enabled: StrictBool = Field(default=False, description="Whether to make them; they need monitoring.coreos.com/v1.")
-    labels: dict[LabelKey, LabelValue] = Field(default={}, description="Labels that your Prometheus selects by.")
+    enabled: StrictBool = Field(
+        default=False, description="Whether to create the PrometheusRule. Requires monitoring.coreos.com/v1."
+    )
+    labels: dict[LabelKey, LabelValue] = Field(default={}, description="Labels that your Prometheus selects.")
 
 
 class Dashboards(Section):
-    """A ConfigMap with the dashboards, which the sidecar of Grafana takes in."""
+    """A ConfigMap with the dashboards, for the Grafana sidecar to import."""
 
-    enabled: StrictBool = Field(default=False, description="Whether to make it.")
+    enabled: StrictBool = Field(default=False, description="Whether to create the ConfigMap.")
     labels: dict[LabelKey, LabelValue] = Field(
-        default={"grafana_dashboard": "1"}, description="Labels that the sidecar looks for."
+        default={"grafana_dashboard": "1"}, description="Labels that the sidecar selects."
     )
     annotations: dict[AnnotationKey, str] = Field(
-        default={}, description="Annotations of it, such as {grafana_folder: Machine learning}."
+        default={}, description="Annotations of the ConfigMap, such as {grafana_folder: Machine learning}."
     )
     namespace: DnsName | Literal[""] = Field(
-        default="", description="Where the sidecar looks; empty is the namespace of the release."
+        default="", description="Namespace that the sidecar watches. Defaults to the release namespace."
     )
 
 
@@ -129,73 +139,80 @@ class Monitoring(Section):
     prometheus_rule: PrometheusRule = Field(default=PrometheusRule(), description=PrometheusRule.__doc__)
     dashboards: Dashboards = Field(default=Dashboards(), description=Dashboards.__doc__)
     pushgateway: HttpUrl | Literal[""] = Field(
-        default="", description="Address of a Pushgateway to which jobs push their outcome, unless they name one."
+        default="", description="URL of a Pushgateway to which jobs push their outcome. Job specs can override it."
     )
 
 
 class NetworkPolicies(Section):
-    """NetworkPolicies for the pods of jobs, and for the embedded server."""
+    """NetworkPolicies for job pods and the embedded S3 server."""
 
-    enabled: StrictBool = Field(default=False, description="Whether to make them.")
-    scrapers: tuple[Plain, ...] = Field(
+    enabled: StrictBool = Field(default=False, description="Whether to create the NetworkPolicies.")
+    scrapers: tuple[KubernetesFields, ...] = Field(
         default=({"namespaceSelector": {}},),
-        description="Who may read the metrics ports, as peers of a NetworkPolicy. Nothing else reaches a pod of a job.",
+        description="NetworkPolicy peers allowed to scrape the metrics ports. All other ingress to job pods is denied.",
     )
-    egress: tuple[Plain, ...] = Field(
+    egress: tuple[KubernetesFields, ...] = Field(
         default=(),
-        description="Where jobs may go, as rules of a NetworkPolicy; DNS, and the embedded server, always. Empty is "
-        "everywhere: storage and sources of datasets are often outside of the cluster.",
+        description="NetworkPolicy egress rules of job pods. DNS and the embedded S3 server are always allowed. If "
+        "empty, all egress is allowed, because storage and dataset sources are often outside the cluster.",
     )
 
 
 class Seaweedfs(Section):
-    """An S3 server for trying out: one pod, one volume, no replica. Nothing to keep models in."""
+    """An embedded S3 server for evaluation, with one pod, one volume and no replication. Not for production."""
 
     enabled: StrictBool = Field(
-        default=False, description="Whether to run it. Jobs use it, and its bucket is spec.storage where none is named."
+        default=False,
+        description="Whether to run the server. Jobs use it, and its bucket is the default of spec.storage.",
     )
     image: Image = Field(default="chrislusf/seaweedfs:4.48", description="Image of SeaweedFS.")
     bucket: Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$")] = Field(
-        default="topwork", description="Bucket that is made."
+        default="topwork", description="Bucket to create."
     )
-    size: ByteQuantity = Field(default="20Gi", description="Size of its volume.")
-    storage_class: DnsName | Literal[""] = Field(default="", description="StorageClass; empty is the cluster's own.")
-    resources: Plain = Field(
+    size: ByteQuantity = Field(default="20Gi", description="Size of the volume.")
+    storage_class: DnsName | Literal[""] = Field(
+        default="", description="StorageClass of the volume. Defaults to that of the cluster."
+    )
+    resources: KubernetesFields = Field(
         default={"requests": {"cpu": "250m", "memory": "512Mi"}, "limits": {"memory": "2Gi"}},
-        description="What its pod asks for.",
+        description="Resource requests and limits of the container.",
     )
 
 
 class Tests(Section):
-    """`helm test`: stores, reads and deletes an object where jobs store theirs, and checks the specs of `jobs`."""
+    """Settings of `helm test`, which writes, reads and deletes an object and validates the specs in `jobs`."""
 
     storage: StorageUri | Literal[""] = Field(
-        default="", description="Where the object is stored; empty is defaults.spec.storage."
+        default="", description="Storage to test. Defaults to defaults.spec.storage."
     )
-    image: Image = Field(default="", description="Image of topwork; empty is that of jobs without GPUs.")
+    image: Image = Field(
+        default="", description="Image of the test pods. Defaults to defaults.image, or the CPU image if that is empty."
+    )
 
 
 class ChartJobSpec(JobSpec):
-    """A job spec whose storage may be that of the defaults."""
+    """A job spec without required storage, because the defaults may contain it."""
 
-    storage: StorageUri | None = Field(default=None, description="As spec.storage; without it that of the defaults.")  # type: ignore[assignment]
+    storage: StorageUri | None = Field(
+        default=None, description="Same as spec.storage. Defaults to defaults.spec.storage."
+    )  # type: ignore[assignment]
 
 
 class ChartJob(SpecModel):
-    """A job: its name is the key."""
+    """A job. Its key in `jobs` is the name."""
 
-    labels: dict[LabelKey, LabelValue] = Field(default={}, description="As metadata.labels of a job spec.")
-    spec: ChartJobSpec = Field(description="As spec of a job spec; docs/spec.md has all keys.")
+    labels: dict[LabelKey, LabelValue] = Field(default={}, description="Same as metadata.labels of a job spec.")
+    spec: ChartJobSpec = Field(description="Same as spec of a job spec. docs/spec.md describes all keys.")
 
 
 class Values(Section):
-    """All values."""
+    """All values of the chart."""
 
     defaults: Defaults = Field(default=Defaults(), description=Defaults.__doc__)
     jobs: dict[DnsLabel, ChartJob] = Field(
         default={},
-        description="Jobs that run, each as NAME: {labels: {…}, spec: {…}}. A job is named by the digest of its spec: "
-        "with another spec the old Job goes, and a new one comes. A Job that is there is never changed.",
+        description="Jobs to run, as NAME: {labels: {…}, spec: {…}}. The name of a run contains a digest of its spec: if "
+        "you change the spec, an upgrade deletes the old Job and creates a new one. Existing Jobs are never changed.",
     )
     s3: S3 = Field(default=S3(), description=S3.__doc__)
     service_account: ServiceAccount = Field(default=ServiceAccount(), description=ServiceAccount.__doc__)

@@ -4,8 +4,7 @@ from collections.abc import Iterator
 
 from manifests import LABELS, NAMESPACE, TEMPLATE, Manifest, kustomization, metadata, text
 
-from topwork.cluster.names import GPU_RESOURCE
-from topwork.cluster.names import STORAGE_SECRET
+from topwork.cluster.names import GPU_RESOURCE, STORAGE_SECRET
 
 SUBMITTER, SUBMITTERS, ACCOUNT = "topwork-submitter", "topwork-submitters", "topwork-job"
 RBAC = "rbac.authorization.k8s.io"

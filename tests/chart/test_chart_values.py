@@ -186,7 +186,7 @@ def test_notes_name_what_is_missing_and_the_next_command(chart: helm_python.Char
     def notes(values: dict[str, Any]) -> str:
         return chart.render(values, name="r", namespace="ml")["topwork/templates/NOTES.txt"]
 
-    assert "each job has to name spec.storage" in notes({})
+    assert "each job must set spec.storage" in notes({})
     assert "kubectl create secret generic topwork-s3 -n ml" in notes({})
     assert "topwork submit job.yaml -n ml --follow" in notes({})
     job = {"seaweedfs": {"enabled": True}, "jobs": {"cats": {"spec": spec()}}}

@@ -49,9 +49,9 @@ class Kubectl:
             raise KubectlError(f"kubectl {' '.join(arguments)} exited with {result.returncode}: {result.stderr}")
         return result.stdout
 
-    def apply(self, *manifests: KubernetesObject, options: tuple[str, ...] = ()) -> str:
+    def apply(self, *objects: KubernetesObject, options: tuple[str, ...] = ()) -> str:
         """Apply objects; return the output of kubectl, one line per object."""
-        documents = "\n---\n".join(json.dumps(each) for each in manifests)  # JSON is YAML
+        documents = "\n---\n".join(json.dumps(each) for each in objects)  # JSON is YAML
         return self("apply", "--filename", "-", *options, stdin=documents)
 
     def get(self, kind: str, name: str) -> KubernetesObject | None:

@@ -71,9 +71,9 @@ def test_tiny_spec_is_valid():
     assert job.spec.compute.gpus == 0
 
 
-@pytest.mark.parametrize("manifest", [probe("192.0.2.7", 8333), storage_secret({"AWS_REGION": "here"})])
-def test_applied_objects_are_valid(manifest):
-    kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
+@pytest.mark.parametrize("obj", [probe("192.0.2.7", 8333), storage_secret({"AWS_REGION": "here"})])
+def test_applied_objects_are_valid(obj):
+    kubernetes_validate.validate(obj, KUBERNETES, strict=True)
 
 
 @pytest.mark.skipif(not BASE.is_dir(), reason="make generate writes k8s/base")

@@ -1,4 +1,4 @@
-"""A deep pretrained base, once frozen and once with everything trained, and what a step of each takes."""
+"""examples/lab-3-resnet50.yaml: ResNet50 with a frozen and with a trained base, and their step times."""
 
 import pytest
 from tests.end_to_end.example_systems import are_identical, layer_weights
@@ -25,7 +25,7 @@ def frozen(both):
 
 
 @pytest.fixture(scope="module")
-def every(both):
+def unfrozen(both):
     return both[1]
 
 
@@ -34,7 +34,7 @@ def resnet(both, examples):
     return examples.backbones["ResNet50"]
 
 
-def test_both_are_resnet50_with_imagenet_weights_at_224x224(both):
+def test_both_jobs_use_resnet50_with_imagenet_weights_at_224x224(both):
     from tests.end_to_end.example_systems import EXAMPLES
 
     from topwork.spec.loading.loader import read_jobs
@@ -42,47 +42,47 @@ def test_both_are_resnet50_with_imagenet_weights_at_224x224(both):
     for job in read_jobs(EXAMPLES / "lab-3-resnet50.yaml"):
         base = job.spec.model.base
         assert (base.application, base.weights, job.spec.dataset.image_size) == ("ResNet50", "imagenet", (224, 224))
-    assert [ran.job.spec.transfer.train for ran in both] == ["head", "all"]
+    assert [run.job.spec.transfer.train for run in both] == ["head", "all"]
 
 
-def test_pooling_and_one_dense_layer_stand_on_the_base_without_its_top(both, resnet):
-    for ran in both:
-        base, *head = ran.model("transfer").layers[-3:]
+def test_head_is_pooling_and_one_dense_layer(both, resnet):
+    for run in both:
+        base, *head = run.model("transfer").layers[-3:]
         assert [type(layer).__name__ for layer in head] == ["GlobalAveragePooling2D", "Dense"]
         assert [type(layer) for layer in base.layers[1:]] == [type(layer) for layer in resnet.layers[1:]]
 
 
-def test_frozen_every_weight_of_the_base_stays_what_it_was(frozen, resnet):
+def test_frozen_base_keeps_all_weights(frozen, resnet):
     (groups,) = frozen.parameter_counts("transfer")
     assert {name for name, (trainable, _) in groups.items() if trainable} == {"head"}
-    given, kept = layer_weights(resnet), layer_weights(frozen.model("transfer").get_layer("base"))
-    assert all(are_identical(kept[name], given[name]) for name in given)
+    before, after = layer_weights(resnet), layer_weights(frozen.model("transfer").get_layer("base"))
+    assert all(are_identical(after[name], before[name]) for name in before)
 
 
-def test_with_everything_trained_all_but_batch_normalization_moves(every, resnet):
-    (groups,) = every.parameter_counts("transfer")
+def test_unfrozen_base_changes_all_weights_except_batch_normalization(unfrozen, resnet):
+    (groups,) = unfrozen.parameter_counts("transfer")
     assert all(trainable for trainable, _ in groups.values())
-    given, trained = layer_weights(resnet), layer_weights(every.model("transfer").get_layer("base"))
-    for name, before in given.items():
-        assert are_identical(trained[name], before) == name.endswith("BatchNormalization"), name
+    before, after = layer_weights(resnet), layer_weights(unfrozen.model("transfer").get_layer("base"))
+    for name in before:
+        assert are_identical(after[name], before[name]) == name.endswith("BatchNormalization"), name
 
 
-def test_the_step_time_of_both_is_published(both):
-    for ran in both:
-        seconds = ran.metrics["stepSeconds"]["transfer"]
-        # Of two epochs the faster one: the first holds the tracing of the graph.
-        assert seconds == pytest.approx(min(40 / row["images_per_second"] for row in ran.history("transfer")))
-        assert f"  a step  transfer {seconds:.3g} s" in ran.summary
+def test_step_time_of_both_jobs_is_published(both):
+    for run in both:
+        seconds = run.metrics["stepSeconds"]["transfer"]
+        # The faster of two epochs: the first includes the tracing of the graph.
+        assert seconds == pytest.approx(min(40 / row["images_per_second"] for row in run.history("transfer")))
+        assert f"  a step  transfer {seconds:.3g} s" in run.summary
 
 
-def test_the_difference_in_step_time_is_reported_at_the_end(frozen, every):
+def test_comparison_shows_both_step_times(frozen, unfrozen):
     _, _, table = frozen.output.partition("\n\n")
     header, *rows = table.splitlines()
     assert header.split("   ")[0] == "MODEL"
-    seconds = [ran.metrics["stepSeconds"]["transfer"] for ran in (frozen, every)]
-    shown = [[f"{each:.3g}", f"{each / min(seconds):.2f}"] for each in seconds]
-    told = {row.split()[0]: row.split()[-5:] for row in rows}
-    assert told == {
-        "lab-3-resnet50-frozen/1": ["transfer", "10,245", "40", *shown[0]],
-        "lab-3-resnet50-all/1": ["transfer", "23,491,717", "40", *shown[1]],
+    seconds = [run.metrics["stepSeconds"]["transfer"] for run in (frozen, unfrozen)]
+    expected = [[f"{each:.3g}", f"{each / min(seconds):.2f}"] for each in seconds]
+    columns = {row.split()[0]: row.split()[-5:] for row in rows}
+    assert columns == {
+        "lab-3-resnet50-frozen/1": ["transfer", "10,245", "40", *expected[0]],
+        "lab-3-resnet50-all/1": ["transfer", "23,491,717", "40", *expected[1]],
     }

@@ -1,4 +1,4 @@
-"""A base from scratch, on flowers, and its transfer to a new task, CIFAR-10: both with one command."""
+"""examples/lab-1-flowers-base.yaml and lab-2-cifar10.yaml: a base trained from scratch and transferred to CIFAR-10."""
 
 import numpy as np
 import pytest
@@ -25,20 +25,20 @@ def cifar(labs):
     return labs[1]
 
 
-def convolutions(model):
+def convolution_layers(model):
     return [layer for layer in model.layers if type(layer).__name__ == "Conv2D"]
 
 
-# A base from scratch.
+# Lab 1: a base trained from scratch.
 
 
-def test_the_number_of_classes_comes_from_the_metadata(flowers):
+def test_number_of_classes_comes_from_the_tfds_metadata(flowers):
     assert flowers.dataset_metadata.source == {"tfds": "tf_flowers/3.0.1"}
     assert tuple(flowers.dataset_metadata.class_names) == FLOWERS
     assert flowers.model("transfer").get_layer("logits").units == 5
 
 
-def test_images_are_32x32_and_scaled_by_255(flowers):
+def test_model_scales_32x32_images_by_255(flowers):
     model = flowers.model("transfer")
     assert model.input_shape == (None, 32, 32, 3)
     assert model.get_layer("input_scaling").scale == pytest.approx(1 / 255)
@@ -47,14 +47,14 @@ def test_images_are_32x32_and_scaled_by_255(flowers):
 
 def test_base_has_three_5x5_same_padded_relu_convolutions_with_pooling(flowers):
     base = flowers.model("transfer").get_layer("base")
-    kinds = [type(layer).__name__ for layer in base.layers[1:]]
-    assert kinds == ["Conv2D", "MaxPooling2D"] * 3
-    for layer in convolutions(base):
+    classes = [type(layer).__name__ for layer in base.layers[1:]]
+    assert classes == ["Conv2D", "MaxPooling2D"] * 3
+    for layer in convolution_layers(base):
         assert (layer.kernel_size, layer.padding, layer.activation.__name__) == ((5, 5), "same", "relu")
     assert base.output_shape == (None, 4, 4, 128)
 
 
-def test_on_it_stand_a_dense_layer_of_128_and_a_softmax(flowers):
+def test_head_is_a_dense_layer_of_128_and_a_softmax(flowers):
     names = [layer.name for layer in flowers.published_model.layers]
     assert names == ["image", "input_scaling", "base", "flatten", "hidden_1", "logits", "probabilities"]
     hidden = flowers.published_model.get_layer("hidden_1")
@@ -62,7 +62,7 @@ def test_on_it_stand_a_dense_layer_of_128_and_a_softmax(flowers):
     assert type(flowers.published_model.get_layer("probabilities")).__name__ == "Softmax"
 
 
-def test_all_of_it_is_trained_for_a_few_epochs(flowers, examples):
+def test_transfer_trains_all_layers_and_reduces_the_loss(flowers, examples):
     (groups,) = flowers.parameter_counts("transfer")
     assert groups.keys() == {"base/convolution_1", "base/convolution_2", "base/convolution_3", "head"}
     assert {frozen for _, frozen in groups.values()} == {0}
@@ -72,22 +72,22 @@ def test_all_of_it_is_trained_for_a_few_epochs(flowers, examples):
     assert examples.read("lab-1-flowers-base").spec.transfer.epochs == 10
 
 
-def test_it_is_saved_where_lab_2_looks_for_it(flowers, cifar):
+def test_model_is_published_where_lab_2_expects_it(flowers, cifar):
     uri = cifar.job.spec.model.base.saved.uri
     assert uri == flowers.storage.uri_of(f"{flowers.version_key}/model.keras")
 
 
-# Transfer to a new task.
+# Lab 2: transfer to a new task.
 
 
-def test_the_saved_model_is_cut_after_its_convolutions(flowers, cifar):
+def test_base_is_the_saved_model_up_to_its_last_convolution(flowers, cifar):
     base = cifar.model("transfer").get_layer("base")
-    kinds = [name.split()[1] for name in layer_weights(base)]
-    assert kinds == ["Conv2D"] * 3
+    classes = [name.split()[1] for name in layer_weights(base)]
+    assert classes == ["Conv2D"] * 3
     assert base.output_shape == (None, 4, 4, 128)
 
 
-def test_a_layer_to_cut_at_may_be_given_by_its_index(flowers, examples):
+def test_output_layer_of_a_saved_base_can_be_an_index(flowers, examples):
     from topwork.model.saved_base import load_saved_base
 
     path = flowers.directory / "lab_1.keras"
@@ -96,13 +96,14 @@ def test_a_layer_to_cut_at_may_be_given_by_its_index(flowers, examples):
     assert by_index.output_shape == by_name.output_shape == (None, 2048)
 
 
-def test_what_the_convolutions_have_learnt_is_taken_over(flowers, cifar):
-    learnt = [layer.get_weights()[0] for layer in convolutions(flowers.model("transfer").get_layer("base"))]
-    for before, (after, _) in zip(learnt, layer_weights(cifar.model("transfer").get_layer("base")).values(), strict=True):
+def test_trained_convolutions_are_transferred(flowers, cifar):
+    trained = [layer.get_weights()[0] for layer in convolution_layers(flowers.model("transfer").get_layer("base"))]
+    transferred = layer_weights(cifar.model("transfer").get_layer("base"))
+    for before, (after, _) in zip(trained, transferred.values(), strict=True):
         assert np.corrcoef(before.ravel(), after.ravel())[0, 1] > 0.9
 
 
-def test_two_new_dense_layers_of_128_relu_and_10_softmax(flowers, cifar):
+def test_new_head_is_a_dense_layer_of_128_and_a_softmax_of_10(flowers, cifar):
     new, old = cifar.published_model.get_layer("hidden_1"), flowers.published_model.get_layer("hidden_1")
     assert (new.units, new.activation.__name__) == (128, "relu")
     assert abs(np.corrcoef(new.get_weights()[0].ravel(), old.get_weights()[0].ravel())[0, 1]) < 0.1
@@ -111,15 +112,15 @@ def test_two_new_dense_layers_of_128_relu_and_10_softmax(flowers, cifar):
     assert tuple(cifar.dataset_metadata.class_names) == CIFAR10
 
 
-def test_the_whole_model_is_trained(flowers, cifar):
+def test_transfer_trains_the_whole_model(flowers, cifar):
     (groups,) = cifar.parameter_counts("transfer")
     assert sum(trainable for trainable, _ in groups.values()) == cifar.model("transfer").count_params()
     assert {frozen for _, frozen in groups.values()} == {0}
-    before, after = (layer_weights(one.model("transfer").get_layer("base")).values() for one in (flowers, cifar))
+    before, after = (layer_weights(run.model("transfer").get_layer("base")).values() for run in (flowers, cifar))
     assert all(np.any(old[0] != new[0]) for old, new in zip(before, after, strict=True))
 
 
-def test_loss_is_sparse_categorical_cross_entropy_and_the_optimizer_adam(cifar):
+def test_transfer_uses_sparse_categorical_cross_entropy_and_adam(cifar):
     import keras
 
     transfer, validation = cifar.job.spec.transfer, cifar.dataset.validation
@@ -130,5 +131,5 @@ def test_loss_is_sparse_categorical_cross_entropy_and_the_optimizer_adam(cifar):
     assert best["validation_loss"] == pytest.approx(float(loss), rel=1e-3)
 
 
-def test_all_test_images_of_cifar_are_evaluated(cifar):
+def test_model_is_evaluated_on_all_test_images(cifar):
     assert (cifar.metrics["evaluation"]["split"], cifar.metrics["evaluation"]["images"]) == ("test", 50)

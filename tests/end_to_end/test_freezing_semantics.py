@@ -1,4 +1,4 @@
-"""What `trainable` means, by the functions that the stages freeze with; what a run shows is in the other modules."""
+"""Semantics of `trainable`: freezing functions of the stages and batch normalization of Keras."""
 
 import keras
 import numpy as np
@@ -10,7 +10,7 @@ from topwork.model.layer_tree import leaf_layers
 
 @pytest.fixture
 def classifier():
-    """A dense head on a base that holds a model within a model, with batch normalization in the innermost."""
+    """A dense head on a base with nested models; the innermost model has batch normalization."""
     keras.utils.set_random_seed(1)
     inner = keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Conv2D(4, 3), keras.layers.BatchNormalization()])
     middle = keras.Sequential([keras.Input((8, 8, 3)), inner, keras.layers.Conv2D(4, 3, activation="relu")])
@@ -20,28 +20,28 @@ def classifier():
     return keras.Model(image, keras.layers.Dense(1, name="logits")(base(image)))
 
 
-def train(model):
+def train_one_step(model):
     random = np.random.default_rng(0)
     model.train_on_batch(random.normal(3, 2, (16, 8, 8, 3)), random.integers(0, 2, (16, 1)))
 
 
-def compiled(model):
+def compile_model(model):
     model.compile("adam", keras.losses.BinaryCrossentropy(from_logits=True))
 
 
-def normalization(model):
+def find_batch_normalization(model):
     return next(layer for layer in leaf_layers(model) if isinstance(layer, keras.layers.BatchNormalization))
 
 
-def test_dense_has_two_trainable_weights_and_batch_normalization_two_and_two_that_are_not():
-    dense, normal = keras.layers.Dense(3), keras.layers.BatchNormalization()
-    for layer in (dense, normal):
+def test_batch_normalization_has_two_trainable_and_two_non_trainable_weights():
+    dense, batch_norm = keras.layers.Dense(3), keras.layers.BatchNormalization()
+    for layer in (dense, batch_norm):
         layer.build((None, 4))
     assert (len(dense.trainable_weights), len(dense.non_trainable_weights)) == (2, 0)
-    assert (len(normal.trainable_weights), len(normal.non_trainable_weights)) == (2, 2)
+    assert (len(batch_norm.trainable_weights), len(batch_norm.non_trainable_weights)) == (2, 2)
 
 
-def test_layer_groups_count_them_so(classifier):
+def test_count_parameters_counts_moving_statistics_as_frozen(classifier):
     set_trainable(classifier.get_layer("base"), "all", batch_norm=True)
     groups = count_parameters(classifier)
     first, second = 3 * 3 * 3 * 4 + 4, 3 * 3 * 4 * 4 + 4
@@ -59,40 +59,40 @@ def test_freezing_a_model_freezes_every_nested_layer(classifier):
 
 def test_frozen_weights_are_bit_identical_after_training(classifier):
     set_trainable(classifier.get_layer("base"), "none")
-    compiled(classifier)
-    before, head = hash_variables(frozen_variables(classifier)), classifier.get_layer("logits").get_weights()[0]
-    train(classifier)
+    compile_model(classifier)
+    before, kernel = hash_variables(frozen_variables(classifier)), classifier.get_layer("logits").get_weights()[0]
+    train_one_step(classifier)
     assert len(frozen_variables(classifier)) == 2 + 4 + 2
     assert hash_variables(frozen_variables(classifier)) == before
-    assert np.any(classifier.get_layer("logits").get_weights()[0] != head)
+    assert np.any(classifier.get_layer("logits").get_weights()[0] != kernel)
 
 
-def test_a_change_of_trainable_counts_only_after_compile(classifier):
+def test_changed_trainable_takes_effect_after_compile(classifier):
     base = classifier.get_layer("base")
     set_trainable(base, "none")
-    compiled(classifier)
-    train(classifier)
+    compile_model(classifier)
+    train_one_step(classifier)
     before = hash_variables(base.weights)
     set_trainable(base, "all")
-    train(classifier)
+    train_one_step(classifier)
     assert hash_variables(base.weights) == before
-    compiled(classifier)
-    train(classifier)
+    compile_model(classifier)
+    train_one_step(classifier)
     assert hash_variables(base.weights) != before
 
 
 def test_frozen_batch_normalization_runs_in_inference_mode(classifier):
     set_trainable(classifier.get_layer("base"), "none")
-    normal = normalization(classifier)
+    batch_norm = find_batch_normalization(classifier)
     images = np.random.default_rng(2).normal(3, 2, (4, 6, 6, 4)).astype("float32")
-    assert np.array_equal(normal(images, training=True), normal(images, training=False))
+    assert np.array_equal(batch_norm(images, training=True), batch_norm(images, training=False))
 
 
-def test_batch_normalization_stays_in_inference_mode_when_the_base_is_unfrozen(classifier):
+def test_batch_normalization_of_an_unfrozen_base_stays_in_inference_mode(classifier):
     base = classifier.get_layer("base")
     set_trainable(base, "all")
-    compiled(classifier)
-    kept, moved = hash_variables(normalization(classifier).weights), hash_variables(base.weights)
-    train(classifier)
-    assert hash_variables(normalization(classifier).weights) == kept
-    assert hash_variables(base.weights) != moved
+    compile_model(classifier)
+    batch_norm, all_weights = hash_variables(find_batch_normalization(classifier).weights), hash_variables(base.weights)
+    train_one_step(classifier)
+    assert hash_variables(find_batch_normalization(classifier).weights) == batch_norm
+    assert hash_variables(base.weights) != all_weights

@@ -1,4 +1,4 @@
-"""A job that has no way out but to its storage: everything it needs was mirrored before, or it says what wasn't."""
+"""Jobs without network access except to their storage: mirrored downloads are used, and missing ones are reported."""
 
 from urllib.parse import urlsplit
 
@@ -6,29 +6,29 @@ import keras
 import pytest
 from tests.tfds_datasets import prepare_dataset
 
-# Python runs it before anything else of the process; a child of the process inherits it by its environment.
-REFUSAL = """
+# A sitecustomize.py, which Python runs at startup. Child processes inherit it through PYTHONPATH.
+BLOCK_CONNECTIONS = """
 import os, socket, sys
 
-def refuse(event, arguments):
+def block(event, arguments):
     if event == "socket.connect":
-        to = arguments[1]
-        # A path stands for another process of this machine.
-        if isinstance(to, (str, bytes)) or tuple(to[:2]) == ("127.0.0.1", int(os.environ["ONLY_PORT"])):
+        address = arguments[1]
+        # Unix sockets connect to processes on the same machine.
+        if isinstance(address, (str, bytes)) or tuple(address[:2]) == ("127.0.0.1", int(os.environ["ALLOWED_PORT"])):
             return
-        error = ConnectionRefusedError(111, "refused by the test")
+        error = ConnectionRefusedError(111, "blocked by the test")
     elif event in ("socket.getaddrinfo", "socket.gethostbyname"):
-        to = arguments[0]
-        if to in ("127.0.0.1", b"127.0.0.1"):
+        address = arguments[0]
+        if address in ("127.0.0.1", b"127.0.0.1"):
             return
-        error = socket.gaierror(-2, "refused by the test")
+        error = socket.gaierror(-2, "blocked by the test")
     else:
         return
-    with open(os.environ["REFUSED"], "a") as log:
-        print(event, to, file=log)
+    with open(os.environ["BLOCKED_LOG"], "a") as log:
+        print(event, address, file=log)
     raise error
 
-sys.addaudithook(refuse)
+sys.addaudithook(block)
 """
 MODEL = {"base": {"application": "MobileNetV2", "weights": "imagenet"}, "head": {"dropout": 0.0}}
 CATS_VS_DOGS = {
@@ -39,60 +39,60 @@ CATS_VS_DOGS = {
 
 
 @pytest.fixture
-def refused(tmp_path):
-    """What a process wanted to reach and was refused, a line each."""
-    return tmp_path / "refused.txt"
+def blocked(tmp_path):
+    """Log of blocked connections and lookups, one per line."""
+    return tmp_path / "blocked.txt"
 
 
 @pytest.fixture
-def offline(topwork, s3_settings, tmp_path, refused):
-    """Run `topwork` with every outgoing connection refused and recorded, other than those to its storage."""
+def offline(topwork, s3_settings, tmp_path, blocked):
+    """Run `topwork` with all connections blocked and logged, except those to its storage."""
     (tmp_path / "hook").mkdir()
-    (tmp_path / "hook" / "sitecustomize.py").write_text(REFUSAL)
+    (tmp_path / "hook" / "sitecustomize.py").write_text(BLOCK_CONNECTIONS)
     variables = {
         "AWS_ENDPOINT_URL": s3_settings.endpoint_url,
         "AWS_ACCESS_KEY_ID": s3_settings.access_key,
         "AWS_SECRET_ACCESS_KEY": s3_settings.secret_key,
         "AWS_EC2_METADATA_DISABLED": "true",
         "PYTHONPATH": str(tmp_path / "hook"),
-        "ONLY_PORT": str(urlsplit(s3_settings.endpoint_url).port),
-        "REFUSED": str(refused),
+        "ALLOWED_PORT": str(urlsplit(s3_settings.endpoint_url).port),
+        "BLOCKED_LOG": str(blocked),
     }
     return lambda *arguments: topwork(*arguments, **variables)
 
 
-def test_a_mirrored_job_needs_no_connection_but_to_its_storage(offline, write, storage, tmp_path, refused):
+def test_mirrored_job_connects_only_to_its_storage(offline, write_job, storage, tmp_path, blocked):
     model = keras.applications.MobileNetV2(weights=None, include_top=False)
-    model.save_weights(tmp_path / "own.weights.h5")
+    model.save_weights(tmp_path / "downloaded.weights.h5")
     prepare_dataset(tmp_path / "data", "cats_vs_dogs", "4.0.1", ("cat", "dog"), {"train": 60})
 
-    said = offline("mirror", "weights", storage.uri, "MobileNetV2", "--file", tmp_path / "own.weights.h5")
+    completed = offline("mirror", "weights", storage.uri, "MobileNetV2", "--file", tmp_path / "downloaded.weights.h5")
     weights = f"{storage.uri}/weights/imagenet/MobileNetV2.weights.h5"
-    assert (said.returncode, said.stdout) == (0, f"mirrored {weights}\n"), said.stderr
-    said = offline("mirror", "tfds", storage.uri, "cats_vs_dogs", "--data-dir", tmp_path / "data")
+    assert (completed.returncode, completed.stdout) == (0, f"mirrored {weights}\n"), completed.stderr
+    completed = offline("mirror", "tfds", storage.uri, "cats_vs_dogs", "--data-dir", tmp_path / "data")
     dataset = f"{storage.uri}/mirror/tfds/cats_vs_dogs/4.0.1/"
-    assert (said.returncode, said.stdout) == (0, f"mirrored {dataset}\n"), said.stderr
+    assert (completed.returncode, completed.stdout) == (0, f"mirrored {dataset}\n"), completed.stderr
 
-    job = write(dataset=CATS_VS_DOGS, model=MODEL, transfer={"epochs": 1, "batchSize": 12})
-    said = offline("mirror", "job", job)
-    assert (said.returncode, said.stdout) == (0, f"found {weights}\nfound {dataset}\n"), said.stderr
-    said = offline("run", job)
-    assert said.returncode == 0, said.stderr
-    assert f"{storage.uri}/models/tiny/1" in said.stdout
-    assert not refused.exists(), refused.read_text()
-
-
-def test_a_dataset_that_is_not_mirrored_is_told_with_the_command(offline, write, storage, refused):
-    said = offline("run", write(dataset=CATS_VS_DOGS, model=MODEL))
-    assert said.returncode == 75, said.stderr
-    assert f"run `topwork mirror tfds {storage.uri} cats_vs_dogs` on a machine that has it" in said.stderr
-    assert "Traceback" not in said.stderr
-    assert "download.microsoft.com" in refused.read_text()
+    job = write_job(dataset=CATS_VS_DOGS, model=MODEL, transfer={"epochs": 1, "batchSize": 12})
+    completed = offline("mirror", "job", job)
+    assert (completed.returncode, completed.stdout) == (0, f"found {weights}\nfound {dataset}\n"), completed.stderr
+    completed = offline("run", job)
+    assert completed.returncode == 0, completed.stderr
+    assert f"{storage.uri}/models/tiny/1" in completed.stdout
+    assert not blocked.exists(), blocked.read_text()
 
 
-def test_weights_that_are_not_mirrored_are_told_with_the_command(offline, write, storage, refused):
-    said = offline("run", write(model=MODEL, transfer={"epochs": 1, "batchSize": 8}))
-    assert said.returncode == 75, said.stderr
-    assert f"run `topwork mirror weights {storage.uri} MobileNetV2` on a machine that has it" in said.stderr
-    assert "Traceback" not in said.stderr
-    assert "storage.googleapis.com" in refused.read_text()
+def test_dataset_that_is_not_mirrored_is_reported_with_the_mirror_command(offline, write_job, storage, blocked):
+    completed = offline("run", write_job(dataset=CATS_VS_DOGS, model=MODEL))
+    assert completed.returncode == 75, completed.stderr
+    assert f"run `topwork mirror tfds {storage.uri} cats_vs_dogs` on a machine that has it" in completed.stderr
+    assert "Traceback" not in completed.stderr
+    assert "download.microsoft.com" in blocked.read_text()
+
+
+def test_weights_that_are_not_mirrored_are_reported_with_the_mirror_command(offline, write_job, storage, blocked):
+    completed = offline("run", write_job(model=MODEL, transfer={"epochs": 1, "batchSize": 8}))
+    assert completed.returncode == 75, completed.stderr
+    assert f"run `topwork mirror weights {storage.uri} MobileNetV2` on a machine that has it" in completed.stderr
+    assert "Traceback" not in completed.stderr
+    assert "storage.googleapis.com" in blocked.read_text()

@@ -1,4 +1,4 @@
-"""Containers whose storage or scratch fails: exit code, termination message and one line in the log."""
+"""Containers with failing storage or full scratch: exit code, termination message and log line."""
 
 import subprocess
 
@@ -10,33 +10,33 @@ BUSY = Fault("503 SlowDown", error(503, "SlowDown", "Please reduce your request 
 
 
 @pytest.mark.parametrize(
-    ("fault", "code", "said"),
+    ("fault", "code", "expected"),
     [
         (EXPIRED, 2, "reports an expired session (ExpiredToken). Check AWS_SESSION_TOKEN, or log in again."),
         (BUSY, 75, "after all retries (SlowDown: Please reduce your request rate.). Try again later."),
     ],
 )
-def test_a_fault_of_storage_ends_a_container_with_its_code_and_one_sentence(pod, write, s3_settings, fault, code, said):
+def test_storage_fault_exits_with_its_code_and_one_error_line(pod, write_job, s3_settings, fault, code, expected):
     with run_proxy(s3_settings.endpoint_url) as proxy:
         proxy.set_fault(fault)
-        ended, ending, process = pod.run("pull", write(), AWS_ENDPOINT_URL=proxy.endpoint)
-    assert (ended, ending.exit_code, ending.outcome) == (code, code, "failed")
-    assert said in ending.error
-    assert [line["message"] for line in process.lines if line.get("level") == "error"] == [ending.error]
+        exit_code, message, container = pod.run("pull", write_job(), AWS_ENDPOINT_URL=proxy.endpoint)
+    assert (exit_code, message.exit_code, message.outcome) == (code, code, "failed")
+    assert expected in message.error
+    assert [line["message"] for line in container.lines if line["level"] == "error"] == [message.error]
 
 
-def test_scratch_that_is_full_is_named_and_worth_another_node(pod, write, tmp_path):
-    place = tmp_path / "disk"
-    place.mkdir()
-    mounting = ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(place)]
-    if subprocess.run(mounting, capture_output=True, check=False).returncode:
-        pytest.skip("mounts a small disk: run as root (in a container with --cap-add SYS_ADMIN)")
+def test_full_scratch_is_reported_and_retryable(pod, write_job, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to mount a tmpfs: run as root (in a container with --cap-add SYS_ADMIN)")
     try:
-        pod.scratch = place
-        code, ending, process = pod.run("pull", write())
+        pod.scratch = disk
+        code, message, container = pod.run("pull", write_job())
     finally:
-        subprocess.run(["umount", "--lazy", str(place)], check=True)
-    assert code == ending.exit_code == 75
-    assert f"but {place}/tiny-" in ending.error
-    assert " free. Free space there, or use a larger disk or another node, then start again." in ending.error
-    assert "Traceback" not in process.output
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+    assert code == message.exit_code == 75
+    assert f"but {disk}/tiny-" in message.error
+    assert " free. Free space there, or use a larger disk or another node, then start again." in message.error
+    assert "Traceback" not in container.output

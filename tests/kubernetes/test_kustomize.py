@@ -31,8 +31,8 @@ print(json.dumps({str(path.relative_to(generate.HERE)): text for path, text in g
 """
 
 
-def kustomize(folder: str) -> list[KubernetesObject]:
-    ended = subprocess.run([KUBECTL, "kustomize", K8S / folder], capture_output=True, text=True, check=False)
+def kustomize(directory: str) -> list[KubernetesObject]:
+    ended = subprocess.run([KUBECTL, "kustomize", K8S / directory], capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     return list(YAML(typ="safe").load_all(ended.stdout))
 
@@ -88,28 +88,28 @@ def test_every_file_has_a_generated_header() -> None:
 
 
 def test_base_is_valid_in_every_kubernetes_version() -> None:
-    for manifest in kustomize("base"):
-        assert_valid_object(manifest)
+    for obj in kustomize("base"):
+        assert_valid_object(obj)
 
 
-@pytest.mark.parametrize("folder", ["overlays/cpu", "overlays/two-gpus", "overlays/kueue"])
-def test_overlays_are_valid_in_the_oldest_and_newest_kubernetes_version(folder: str) -> None:
+@pytest.mark.parametrize("directory", ["overlays/cpu", "overlays/two-gpus", "overlays/kueue"])
+def test_overlays_are_valid_in_the_oldest_and_newest_kubernetes_version(directory: str) -> None:
     # Examples are validated against every version below; an overlay changes only a few values.
-    for manifest in kustomize(folder):
-        assert_valid_object(manifest, (VERSIONS[0], VERSIONS[-1]))
+    for obj in kustomize(directory):
+        assert_valid_object(obj, (VERSIONS[0], VERSIONS[-1]))
 
 
 @pytest.mark.parametrize("path", sorted((K8S / "examples").glob("*.yaml")), ids=lambda path: path.stem)
 def test_examples_are_valid_in_every_kubernetes_version(path: Path) -> None:
-    for manifest in read(path):
-        if manifest["kind"] != "Kustomization":
-            assert_valid_object(manifest)
+    for obj in read(path):
+        if obj["kind"] != "Kustomization":
+            assert_valid_object(obj)
 
 
 @pytest.mark.parametrize("path", [path for path in TEMPLATES if "kueue" not in path.parts], ids=lambda path: path.name)
 def test_templates_are_valid_in_every_kubernetes_version(path: Path) -> None:
-    for manifest in read(path):
-        assert_valid_object(manifest)
+    for obj in read(path):
+        assert_valid_object(obj)
 
 
 def test_base_contains_no_templates() -> None:

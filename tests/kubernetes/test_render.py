@@ -64,20 +64,20 @@ def digest(job: KubernetesObject | None) -> str:
 
 @pytest.mark.parametrize("name", ["a", "a" * 40, f"a{'-' * 38}a"])
 def test_names_and_labels_are_valid_for_any_job_name(name: str) -> None:
-    for manifest in objects(make({"prefetch": True}, name)):
-        own = manifest["metadata"]["name"]
+    for obj in objects(make({"prefetch": True}, name)):
+        own = obj["metadata"]["name"]
         assert DNS_LABEL.fullmatch(own)
         assert len(own) + POD_SUFFIX <= LONGEST
-        for value in manifest["metadata"]["labels"].values():
+        for value in obj["metadata"]["labels"].values():
             assert LABEL_VALUE.fullmatch(value)
             assert len(value) <= LONGEST
-        assert_valid_object(manifest)
+        assert_valid_object(obj)
 
 
 def test_object_names_of_two_specs_with_the_same_name_differ() -> None:
     job = make({"prefetch": True}, "a" * 40)
     other = with_spec(job, lambda spec: spec.update(seed=1))
-    names = [manifest["metadata"]["name"] for one in (job, other) for manifest in objects(one)]
+    names = [obj["metadata"]["name"] for one in (job, other) for obj in objects(one)]
     # The ConfigMap and the training Job have the same name.
     assert len(names) == 6
     assert len(set(names)) == 4
@@ -93,8 +93,8 @@ def test_render_is_pure() -> None:
     before = copy.deepcopy(job)
     first = render(job, RenderOptions())
     expected = copy.deepcopy(first.objects)
-    for manifest in first.objects:
-        manifest["metadata"]["labels"]["mine"] = "yes"
+    for obj in first.objects:
+        obj["metadata"]["labels"]["mine"] = "yes"
     for part in (pod(first.training), pod(first.prefetch or {})):
         part["tolerations"][0]["key"] = "mine"
         part.setdefault("affinity", {}).setdefault("nodeAffinity", {})["mine"] = 1
@@ -126,8 +126,8 @@ def test_default_image_is_the_one_that_make_image_builds(gpus: int, flavour: str
 
 @pytest.mark.parametrize("image", IMAGES)
 def test_given_image_is_used_for_every_container(image: str) -> None:
-    for manifest in objects(make({"prefetch": True}), image=image)[1:]:
-        for container in pod(manifest).get("initContainers", []) + pod(manifest)["containers"]:
+    for obj in objects(make({"prefetch": True}), image=image)[1:]:
+        for container in pod(obj).get("initContainers", []) + pod(obj)["containers"]:
             assert container["image"] == image
 
 
@@ -153,26 +153,26 @@ def test_invalid_namespace_is_rejected(namespace: str) -> None:
 
 def test_namespace_is_set_on_every_object_or_on_none() -> None:
     job = make({"prefetch": True})
-    assert [manifest["metadata"]["namespace"] for manifest in objects(job, namespace="team-a")] == ["team-a"] * 3
-    assert not any("namespace" in manifest["metadata"] for manifest in objects(job))
+    assert [obj["metadata"]["namespace"] for obj in objects(job, namespace="team-a")] == ["team-a"] * 3
+    assert not any("namespace" in obj["metadata"] for obj in objects(job))
 
 
 def test_user_labels_are_on_every_object_and_never_override_those_of_topwork() -> None:
     job = make({"prefetch": True}, labels={"team": "vision", "topwork.dev/run": "mine", "topwork.dev/role": "mine"})
-    for manifest in objects(job):
-        assert manifest["metadata"]["labels"]["team"] == "vision"
-        assert manifest["metadata"]["labels"]["topwork.dev/run"] == job.run
-    for manifest, role in zip(objects(job)[1:], ("prefetch", "training"), strict=True):
-        assert manifest["metadata"]["labels"]["topwork.dev/role"] == role
-        assert manifest["spec"]["template"]["metadata"]["labels"] == manifest["metadata"]["labels"]
+    for obj in objects(job):
+        assert obj["metadata"]["labels"]["team"] == "vision"
+        assert obj["metadata"]["labels"]["topwork.dev/run"] == job.run
+    for obj, role in zip(objects(job)[1:], ("prefetch", "training"), strict=True):
+        assert obj["metadata"]["labels"]["topwork.dev/role"] == role
+        assert obj["spec"]["template"]["metadata"]["labels"] == obj["metadata"]["labels"]
 
 
 def test_queue_label_is_only_on_jobs() -> None:
     config_map, prefetch, training = objects(make({"queue": "team-a", "prefetch": True}))
     assert "kueue.x-k8s.io/queue-name" not in config_map["metadata"]["labels"]
-    for manifest in (prefetch, training):
-        assert manifest["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "team-a"
-        assert "kueue.x-k8s.io/queue-name" not in manifest["spec"]["template"]["metadata"]["labels"]
+    for obj in (prefetch, training):
+        assert obj["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "team-a"
+        assert "kueue.x-k8s.io/queue-name" not in obj["spec"]["template"]["metadata"]["labels"]
 
 
 def test_prefetch_pod_requests_no_more_than_the_job() -> None:
@@ -265,7 +265,7 @@ def test_pod_security_check_finds_violations(change: Callable[[Any], Any], messa
 
 
 def test_schema_check_finds_an_unknown_key() -> None:
-    manifest = render(make(), RenderOptions()).training
-    pod(manifest)["nodeSelektor"] = {}
+    obj = render(make(), RenderOptions()).training
+    pod(obj)["nodeSelektor"] = {}
     with pytest.raises(Exception, match="nodeSelektor"):
-        assert_valid_object(manifest)
+        assert_valid_object(obj)

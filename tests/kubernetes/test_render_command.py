@@ -122,8 +122,8 @@ def test_examples_are_valid_in_the_oldest_and_newest_kubernetes_version(example:
     # test_kustomize validates the same objects against every version.
     result = topwork("render", example)
     assert result.returncode == 0, result.stderr
-    for manifest in YAML(typ="safe").load_all(result.stdout):
-        assert_valid_object(manifest, (VERSIONS[0], VERSIONS[-1]))
+    for obj in YAML(typ="safe").load_all(result.stdout):
+        assert_valid_object(obj, (VERSIONS[0], VERSIONS[-1]))
 
 
 def test_render_imports_no_heavy_modules() -> None:
@@ -146,9 +146,9 @@ def parse_with_kubectl(text: bytes) -> list[dict[str, Any]]:
     result = subprocess.run([KUBECTL, *PARSE_COMMAND], input=text, capture_output=True, check=True)
     found, decoder, rest = [], json.JSONDecoder(), result.stdout.decode().strip()
     while rest:
-        manifest, end = decoder.raw_decode(rest)
+        obj, end = decoder.raw_decode(rest)
         rest = rest[end:].strip()
-        manifests = manifest["items"] if manifest["kind"] == "List" else [manifest]
+        manifests = obj["items"] if obj["kind"] == "List" else [obj]
         for one in manifests:
             del one["metadata"]["annotations"]["read-by"]
         found += manifests
@@ -172,10 +172,10 @@ def test_kubectl_parses_every_object_as_rendered(case: str, output: str) -> None
     (job,) = read_jobs(GOLDEN / case / "job.yaml")
     result = topwork("render", GOLDEN / case / "job.yaml", "--output", output)
     found = normalize(parse_with_kubectl(result.stdout))
-    for manifest in found:
-        manifest.pop("status", None)
+    for obj in found:
+        obj.pop("status", None)
         # Set by the API server; a client writes that they are null.
-        for metadata in (manifest["metadata"], manifest.get("spec", {}).get("template", {}).get("metadata", {})):
+        for metadata in (obj["metadata"], obj.get("spec", {}).get("template", {}).get("metadata", {})):
             metadata.pop("creationTimestamp", None)
     assert found == normalize(render(job, RenderOptions()).objects)
 

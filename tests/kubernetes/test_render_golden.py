@@ -1,4 +1,4 @@
-"""Golden files: complete rendered_yaml objects. `make goldens` rewrites them; review the diff before you commit it."""
+"""Golden files: complete rendered objects. `make goldens` rewrites them; review the diff before you commit it."""
 
 import os
 from pathlib import Path
@@ -30,7 +30,7 @@ def rendered_yaml(case: str) -> str:
 
 
 def test_every_golden_directory_is_tested() -> None:
-    assert {folder.name for folder in GOLDEN.iterdir()} == OPTIONS.keys()
+    assert {directory.name for directory in GOLDEN.iterdir()} == OPTIONS.keys()
 
 
 @pytest.mark.parametrize("case", OPTIONS)
@@ -43,8 +43,8 @@ def test_objects_match_the_golden_file(case: str) -> None:
 
 @pytest.mark.parametrize("case", OPTIONS)
 def test_golden_objects_are_valid_in_every_kubernetes_version(case: str) -> None:
-    for manifest in YAML(typ="safe").load_all(GOLDEN / case / "objects.yaml"):
-        assert_valid_object(manifest)
+    for obj in YAML(typ="safe").load_all(GOLDEN / case / "objects.yaml"):
+        assert_valid_object(obj)
 
 
 @pytest.mark.parametrize("case", OPTIONS)

@@ -135,8 +135,8 @@ def test_objects_are_valid_and_restricted_and_survive_a_yaml_round_trip(
 ) -> None:
     job = make(compute, labels)
     objects = render(job, RenderOptions()).objects
-    for manifest in objects:
-        assert_valid_object(manifest, (VERSIONS[0], VERSIONS[-1]))
+    for obj in objects:
+        assert_valid_object(obj, (VERSIONS[0], VERSIONS[-1]))
     assert read_text(objects[0]["data"]["job.yaml"], "job.yaml") == [job]
     text = dump_yaml(objects)
     # YAML 1.1 as kubectl reads it, and 1.2.

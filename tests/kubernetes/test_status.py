@@ -34,14 +34,12 @@ def simulated(api_server: ApiServer) -> SimulatedCluster:
     return SimulatedCluster(api_server)
 
 
-def put(
-    server: ApiServer, manifest: dict[str, Any], seconds: float = HOURS, namespace: str = "team-a"
-) -> dict[str, Any]:
+def put(server: ApiServer, obj: dict[str, Any], seconds: float = HOURS, namespace: str = "team-a") -> dict[str, Any]:
     """Store an object that was created this many seconds ago."""
-    manifest = copy.deepcopy(manifest)
+    obj = copy.deepcopy(obj)
     then = datetime.now(UTC) - timedelta(seconds=seconds)
-    manifest["metadata"] |= {"creationTimestamp": then.strftime("%Y-%m-%dT%H:%M:%SZ"), "namespace": namespace}
-    return server.put(manifest)
+    obj["metadata"] |= {"creationTimestamp": then.strftime("%Y-%m-%dT%H:%M:%SZ"), "namespace": namespace}
+    return server.put(obj)
 
 
 def seconds_ago(seconds: float) -> str:

@@ -218,8 +218,8 @@ def test_config_map_of_a_deleted_job_is_recreated(submission, api_server):
 
 
 def test_job_applied_by_kubectl_is_the_same_run(submission, api_server):
-    for manifest in rendered().objects:
-        api_server.put(copy.deepcopy(manifest), manager="kubectl-client-side-apply")
+    for obj in rendered().objects:
+        api_server.put(copy.deepcopy(obj), manager="kubectl-client-side-apply")
     assert submission().submit() == "running"
 
 
@@ -256,8 +256,8 @@ def test_concurrent_submission_with_different_settings_is_rejected(submission, a
             if kind == "Job":
                 ClusterWithConcurrentRun.looks += 1
             if kind == "ConfigMap" and ClusterWithConcurrentRun.looks == 1:
-                for manifest in theirs.objects:
-                    api_server.put(copy.deepcopy(manifest), manager="topwork")
+                for obj in theirs.objects:
+                    api_server.put(copy.deepcopy(obj), manager="topwork")
             return found
 
     cluster = ClusterWithConcurrentRun(ours.cluster._client)

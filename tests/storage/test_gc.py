@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from topwork.artifacts import write_artifact
 from topwork.cli import app
 from topwork.cli.runtime.shutdown import to_topwork_error
-from topwork.registry.garbage_collection import find_leftovers, delete_leftovers
+from topwork.registry.garbage_collection import delete_leftovers, find_leftovers
 from topwork.registry.versions import Version, claim_version
 
 AT_ONCE = timedelta(0)

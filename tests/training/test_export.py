@@ -56,7 +56,8 @@ def test_every_format_predicts_like_the_model_and_tampering_is_detected(classes,
         assert set(found.largest_difference) == {*FORMATS, "encoded"}
         assert set(found.accuracy.values()) == {1.0}
     else:
-        assert max(module.compare_predictions(version, tmp_path / "questions", FORMATS).largest_difference.values()) < 1e-5
+        differences = module.compare_predictions(version, tmp_path / "questions", FORMATS).largest_difference
+        assert max(differences.values()) < 1e-5
         _tamper(model)
         model.save(version / "model.keras")
         found = module.compare_predictions(version, tmp_path / "questions", FORMATS)
@@ -127,7 +128,7 @@ def test_operation_unsupported_by_onnx_is_reported(tmp_path):
     image = keras.Input((32, 32, 3), name="image")
     features = keras.layers.Activation("gelu")(keras.layers.GlobalAveragePooling2D()(image))
     model = add_probabilities(keras.Model(image, keras.layers.Dense(3)(features)), 3)
-    with pytest.raises(SpecError, match=r"contains onnx, but .* ONNX does not support Erfc\)\. Remove onnx from the list\."):
+    with pytest.raises(SpecError, match=r"contains onnx, but .* ONNX does not support Erfc\)\. Remove onnx"):
         export_model(model, ("a", "b", "c"), ("onnx",), resize, tmp_path)
 
 

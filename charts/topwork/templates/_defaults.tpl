@@ -1,6 +1,6 @@
 {{/*
-What jobs of the namespace take where their spec says nothing, as JSON: image, and spec with storage, compute and
-metrics. The values come first, then what other parts of the chart provide.
+Defaults for jobs in the namespace, as JSON: image, and spec with storage, compute and metrics. `defaults` in the values
+takes precedence over settings of other parts of the chart.
 */}}
 {{- define "topwork.defaults" -}}
 {{- $spec := deepCopy .Values.defaults.spec -}}
@@ -18,10 +18,10 @@ metrics. The values come first, then what other parts of the chart provide.
 {{- dict "image" .Values.defaults.image "spec" $spec | toJson -}}
 {{- end }}
 
-{{/* Whether the chart makes the Secret of the storage: "true" or nothing. */}}
+{{/* Whether the chart creates the Secret for object storage: "true" or empty. */}}
 {{- define "topwork.makesSecret" -}}
 {{- if and .Values.seaweedfs.enabled (ne .Values.s3.credentials "existing") -}}
-  {{- fail (printf "s3.credentials is %s, and seaweedfs.enabled is true, which brings credentials of its own. Leave s3.credentials at existing, or turn seaweedfs off." .Values.s3.credentials) -}}
+  {{- fail (printf "s3.credentials is %s, but seaweedfs.enabled is true, and the embedded server has its own credentials. Set s3.credentials to existing, or seaweedfs.enabled to false." .Values.s3.credentials) -}}
 {{- end -}}
 {{- if or .Values.seaweedfs.enabled (eq .Values.s3.credentials "create") -}}
 true
@@ -30,12 +30,12 @@ true
 {{- end -}}
 {{- end }}
 
-{{/* Image of topwork for the tests of the release. */}}
+{{/* Image of the pods that `helm test` runs. */}}
 {{- define "topwork.tests.image" -}}
 {{- .Values.tests.image | default .Values.defaults.image | default (printf "topwork:%s-cpu" .Chart.AppVersion) -}}
 {{- end }}
 
-{{/* What a pod needs to be admitted where the restricted Pod Security Standard is enforced. */}}
+{{/* Security contexts of pods and containers that meet the restricted Pod Security Standard. */}}
 {{- define "topwork.podSecurity" -}}
 runAsNonRoot: true
 runAsUser: 65532

@@ -1,17 +1,17 @@
-{{/* Name of an object of the release. Takes: root, part. */}}
+{{/* Name of an object of the release. Arguments: root, part. */}}
 {{- define "topwork.name" -}}
 {{- $release := .root.Release.Name -}}
 {{- if not (contains "topwork" $release) -}}{{- $release = printf "%s-topwork" $release -}}{{- end -}}
 {{- printf "%s-%s" ($release | trunc 40 | trimSuffix "-") .part -}}
 {{- end }}
 
-{{/* Names that jobs and the commands of topwork look for, whatever the release is called. */}}
+{{/* Fixed names that jobs and the topwork commands rely on, independent of the release name. */}}
 {{- define "topwork.name.secret" -}}topwork-s3{{- end }}
 {{- define "topwork.name.account" -}}topwork-job{{- end }}
 {{- define "topwork.name.defaults" -}}topwork-defaults{{- end }}
 {{- define "topwork.name.submitter" -}}topwork-submitter{{- end }}
 
-{{/* Labels of an object of the release. Takes: root; name, if it is no part of topwork itself. */}}
+{{/* Labels of an object of the release. Arguments: root; name, if the application is not topwork. */}}
 {{- define "topwork.labels" -}}
 app.kubernetes.io/name: {{ .name | default "topwork" }}
 app.kubernetes.io/instance: {{ .root.Release.Name }}
@@ -21,13 +21,13 @@ app.kubernetes.io/managed-by: {{ .root.Release.Service }}
 helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace "+" "_" | trunc 63 | trimSuffix "-" }}
 {{- end }}
 
-{{/* Labels by which the embedded server is found. */}}
+{{/* Selector labels of the embedded S3 server. */}}
 {{- define "topwork.seaweedfs.selector" -}}
 app.kubernetes.io/name: seaweedfs
 app.kubernetes.io/instance: {{ .Release.Name }}
 {{- end }}
 
-{{/* Labels of the objects of a run. Takes: run (its facts, see topwork.run), role. */}}
+{{/* Labels of the objects of a run. Arguments: run (output of topwork.run), role. */}}
 {{- define "topwork.run.labels" -}}
 {{- $labels := deepCopy .run.job.metadata.labels -}}
 {{- range $key, $value := dict
@@ -51,7 +51,7 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 {{- toYaml $labels -}}
 {{- end }}
 
-{{/* Labels of a Job: with the queue's, which Kueue reads there. */}}
+{{/* Labels of a Job, including the queue name for Kueue. */}}
 {{- define "topwork.job.labels" -}}
 {{- $labels := include "topwork.pod.labels" . | fromYaml -}}
 {{- with .run.job.spec.compute.queue -}}{{- $_ := set $labels "kueue.x-k8s.io/queue-name" . -}}{{- end -}}

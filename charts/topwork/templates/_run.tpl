@@ -1,10 +1,10 @@
 {{/*
-What a job of .Values.jobs comes to. Takes: root, name. Gives JSON:
-  name     of the run, <name>-<8 hex digits>, as `topwork render` has it
-  job      the whole spec, with all defaults
-  content  the same as JSON text, by which the Job is signed
-  image    of all containers
-  version  of topwork
+The run of a job in .Values.jobs. Arguments: root, name. Returns JSON:
+  name     name of the run, <name>-<8 hex digits>, as in `topwork render`
+  job      complete job spec, including defaults
+  content  the same job spec as JSON text, from which the digest of the Job is computed
+  image    image of all containers
+  version  version of topwork
 */}}
 {{- define "topwork.run" -}}
 {{- $shapes := .root.Files.Get "files/spec.json" | fromJson -}}
@@ -23,7 +23,7 @@ What a job of .Values.jobs comes to. Takes: root, name. Gives JSON:
   {{- end -}}
 {{- end -}}
 {{- if not $spec.storage -}}
-  {{- fail (printf "jobs.%s.spec.storage is missing. Name it there, such as s3://bucket/prefix, or for all jobs in defaults.spec.storage." .name) -}}
+  {{- fail (printf "jobs.%s.spec.storage is missing. Set it, for example to s3://bucket/prefix, or set defaults.spec.storage for all jobs." .name) -}}
 {{- end -}}
 {{- include "topwork.run.reach" (dict "name" .name "spec" $spec) -}}
 {{- $metadata := dict "name" .name "labels" ($job.labels | default dict) -}}
@@ -42,7 +42,7 @@ What a job of .Values.jobs comes to. Takes: root, name. Gives JSON:
   "version" $version) -}}
 {{- end }}
 
-{{/* Refuses what only the machine of whoever wrote a spec can read, as `topwork render` does. */}}
+{{/* Rejects local paths, which pods cannot read, as `topwork render` does. */}}
 {{- define "topwork.run.reach" -}}
 {{- $spec := .spec -}}
 {{- $addresses := dict -}}
@@ -56,18 +56,18 @@ What a job of .Values.jobs comes to. Takes: root, name. Gives JSON:
 {{- $name := .name -}}
 {{- range $path, $address := $addresses -}}
   {{- if not (regexMatch "^[A-Za-z][A-Za-z0-9+.-]*:/" $address) -}}
-    {{- fail (printf "jobs.%s.spec.%s: %q is a path on this machine: a pod can't read it. Put it into object storage: s3://…" $name $path $address) -}}
+    {{- fail (printf "jobs.%s.spec.%s: %q is a local path, which pods cannot read. Upload it to object storage and use its s3:// URI." $name $path $address) -}}
   {{- end -}}
 {{- end -}}
 {{- end }}
 
-{{/* The spec as the pods read it. Takes the facts of a run, and root. */}}
+{{/* Content of job.yaml in the ConfigMap. Arguments: root, run. */}}
 {{- define "topwork.run.text" -}}
 {{- $shapes := .root.Files.Get "files/spec.json" | fromJson -}}
 {{- include "topwork.spec.lines" (dict "value" .run.job "part" $shapes.root "parts" $shapes.parts) -}}
 {{- end }}
 
-{{/* A Job of a run without its signature. Takes: run, role (training or prefetch). */}}
+{{/* A Job of a run without the digest annotation. Arguments: run, role (training or prefetch). */}}
 {{- define "topwork.run.job" -}}
 {{- $compute := .run.job.spec.compute -}}
 apiVersion: batch/v1
@@ -82,7 +82,7 @@ spec:
   backoffLimit: {{ int64 $compute.retries }}
   activeDeadlineSeconds: {{ int64 $compute.deadlineSeconds }}
   ttlSecondsAfterFinished: {{ int64 $compute.ttlSecondsAfterFinished }}
-  # Two pods must never share a run: the next begins when the last one has ended.
+  # Two pods must never work on the same run: the next pod is created after the last one has ended.
   podReplacementPolicy: Failed
   podFailurePolicy:
     rules:
@@ -104,7 +104,7 @@ spec:
       {{- include "topwork.run.pod" . | nindent 6 }}
 {{- end }}
 
-{{/* The spec of the pod of a Job. Takes: run, role. */}}
+{{/* Pod spec of a Job. Arguments: run, role. */}}
 {{- define "topwork.run.pod" -}}
 {{- $compute := .run.job.spec.compute -}}
 {{- $training := eq .role "training" -}}
@@ -162,13 +162,13 @@ volumes:
     emptyDir: {medium: Memory, sizeLimit: {{ $compute.sharedMemory }}}
   {{- end }}
   {{- with $compute.extraCA }}
-  # One that is missing must not keep the pod waiting, with its GPUs: the process ends with 2 and names it.
+  # Optional: if it is missing, the process exits with code 2 and a clear message, and the pod does not wait with its GPUs.
   - name: ca
     configMap: {name: {{ quote .configMap }}, optional: true}
   {{- end }}
 {{- end }}
 
-{{/* The container of a stage, as an item of a list. Takes: run, role, stage, port. */}}
+{{/* Container of a stage, as a list item. Arguments: run, role, stage, port. */}}
 {{- define "topwork.run.container" -}}
 {{- $compute := .run.job.spec.compute -}}
 - name: {{ .stage }}
@@ -180,12 +180,12 @@ volumes:
     - {name: KERAS_HOME, value: /scratch/keras}
     - {name: TFDS_DATA_DIR, value: /scratch/tfds}
     - {name: TOPWORK_GRACE_SECONDS, value: {{ int64 $compute.terminationGracePeriodSeconds | quote }}}
-    # TensorFlow counts the cores of the node and not those of the container.
+    # TensorFlow counts the cores of the node, not of the container.
     - {name: TF_NUM_INTRAOP_THREADS, valueFrom: {resourceFieldRef: {resource: limits.cpu}}}
     {{- with $compute.extraCA }}
     - {name: TOPWORK_EXTRA_CA, value: {{ printf "/etc/topwork-ca/%s" .key | quote }}}
     {{- end }}
-  # A Secret that is missing must not keep the pod from starting: the process ends with 2 and says what it lacks.
+  # Optional: if it is missing, the pod starts, and the process exits with code 2 and a clear message.
   envFrom:
     - secretRef: {name: topwork-s3, optional: true}
   ports:
@@ -211,7 +211,7 @@ volumes:
   terminationMessagePolicy: FallbackToLogsOnError
 {{- end }}
 
-{{/* What a container asks for, and is limited to. A pod that only pulls takes 4 cores and 8Gi at most. */}}
+{{/* Resource requests and limits of a container. A prefetch pod gets at most 4 CPUs and 8Gi. Arguments: run, role, stage. */}}
 {{- define "topwork.run.amounts" -}}
 {{- $compute := .run.job.spec.compute -}}
 {{- $millicores := include "topwork.millicores" $compute.cpu | int64 -}}
@@ -227,7 +227,7 @@ nvidia.com/gpu: {{ int $compute.gpus }}
 {{- end }}
 {{- end }}
 
-{{/* Thousandths of a core, of which there is at least one. Takes spec.compute.cpu. */}}
+{{/* Millicores, at least one. Argument: spec.compute.cpu. */}}
 {{- define "topwork.millicores" -}}
 {{- $cpu := toString . -}}
 {{- if hasSuffix "m" $cpu -}}
@@ -237,14 +237,14 @@ nvidia.com/gpu: {{ int $compute.gpus }}
 {{- end -}}
 {{- end }}
 
-{{/* Bytes of a quantity with its unit, such as 16Gi. */}}
+{{/* Bytes of a quantity with a unit, such as 16Gi. */}}
 {{- define "topwork.bytes" -}}
 {{- $number := regexFind "^[0-9.]+" . -}}
 {{- $powers := dict "k" 1000 "M" 1000000 "G" 1000000000 "T" 1000000000000 "Ki" 1024 "Mi" 1048576 "Gi" 1073741824 "Ti" 1099511627776 -}}
 {{- printf "%.3f" (mulf (float64 $number) (get $powers (trimPrefix $number .))) -}}
 {{- end }}
 
-{{/* A Job of a run, signed, as `topwork render` has it. Takes: root, run, role. */}}
+{{/* A Job of a run with its digest annotation, as in `topwork render`. Arguments: root, run, role. */}}
 {{- define "topwork.run.manifest" -}}
 {{- $job := include "topwork.run.job" . | fromYaml -}}
 {{- $digest := printf "[%s,%s]" (toRawJson $job) .run.content | include "topwork.ascii" | sha256sum -}}
@@ -254,8 +254,8 @@ nvidia.com/gpu: {{ int $compute.gpus }}
 {{- end }}
 
 {{/*
-The Job of that name in the cluster where it was made with other settings (compute, image, version of topwork), else
-nothing. A Job can't be changed: it stays as it is, and an upgrade goes through. Takes: root, job, its manifest.
+The Job in the cluster if it has the same name but other settings (compute, image, version of topwork), otherwise empty.
+Jobs are immutable: rendering the existing Job lets an upgrade succeed without changing it. Arguments: root, job (manifest).
 */}}
 {{- define "topwork.run.kept" -}}
 {{- $there := lookup "batch/v1" "Job" .job.metadata.namespace .job.metadata.name -}}
@@ -268,7 +268,7 @@ nothing. A Job can't be changed: it stays as it is, and an upgrade goes through.
 {{- end -}}
 {{- end }}
 
-{{/* A Job of a run as it is applied. Takes: root, run, role. */}}
+{{/* The Job to apply: the existing Job if its settings differ, otherwise the new one. Arguments: root, run, role. */}}
 {{- define "topwork.run.applied" -}}
 {{- $manifest := include "topwork.run.manifest" . -}}
 {{- include "topwork.run.kept" (dict "root" .root "job" (fromYaml $manifest)) | default $manifest -}}

@@ -1,14 +1,14 @@
 {{/*
-The job spec: its defaults filled in, in the spelling of the program, so that a run gets the same name from both.
+Writes the job spec with defaults exactly as topwork does, so that runs have the same names.
 
-files/spec.json, which is generated, says of each key what a text, a number, a list or a mapping means there.
+files/spec.json, which is generated, describes the type and the default of each key.
 */}}
 
 {{/*
-A value of the spec. Takes: value; shape, as files/spec.json has it; parts, all of that file; style:
-  digest   JSON with null where nothing is given, sorted, of what changes a result: what a run is named by
-  content  JSON without that
-  text     YAML, on one line
+A value of the spec. Arguments: value; shape, from files/spec.json; parts, all models in that file; style:
+  digest   sorted JSON with null for missing values, without keys that do not affect results; input of the digest in run names
+  content  JSON without null values
+  text     YAML on one line
 */}}
 {{- define "topwork.spec.value" -}}
 {{- $found := . -}}
@@ -32,7 +32,7 @@ A value of the spec. Takes: value; shape, as files/spec.json has it; parts, all 
   {{- end -}}
   {{- printf "[%s]" (join "," $items) -}}
 {{- else if kindIs "bool" $value -}}
-  {{- /* YAML as Helm reads it takes on and off for true and false. */ -}}
+  {{- /* Helm parses YAML 1.1, in which on and off are booleans. */ -}}
   {{- if .shape.switch -}}{{- ternary "on" "off" $value | quote -}}{{- else -}}{{- $value -}}{{- end -}}
 {{- else if typeIs "string" $value -}}
   {{- include "topwork.spec.string" . -}}
@@ -41,7 +41,7 @@ A value of the spec. Takes: value; shape, as files/spec.json has it; parts, all 
 {{- end -}}
 {{- end }}
 
-{{/* A text. Words that no reader of YAML takes for anything else stand without quotes. */}}
+{{/* A string. Quoted unless all YAML parsers read it as a string. */}}
 {{- define "topwork.spec.string" -}}
 {{- if ne .style "text" -}}
   {{- toRawJson .value -}}
@@ -52,7 +52,7 @@ A value of the spec. Takes: value; shape, as files/spec.json has it; parts, all 
 {{- end -}}
 {{- end }}
 
-{{/* A number, as Python writes it. Through its text, since Helm hands numbers in as several types. */}}
+{{/* A number as Python writes it. Converted from text because Helm passes numbers as different types. */}}
 {{- define "topwork.spec.number" -}}
 {{- $number := float64 (toString .value) -}}
 {{- $text := printf "%v" $number -}}
@@ -65,18 +65,18 @@ A value of the spec. Takes: value; shape, as files/spec.json has it; parts, all 
 {{- else if not (regexMatch "[.e]" $text) -}}
   {{- printf "%s.0" $text -}}
 {{- else if and (eq .style "text") (not (contains "." $text)) -}}
-  {{- /* Readers of YAML 1.1 take a number for one only with its dot. */ -}}
+  {{- /* YAML 1.1 requires a decimal point in floats with an exponent. */ -}}
   {{- replace "e" ".0e" $text -}}
 {{- else -}}
   {{- $text -}}
 {{- end -}}
 {{- end }}
 
-{{/* A mapping of the spec on one line. Takes: value, part, parts and style, as above. */}}
+{{/* A mapping of the spec on one line. Arguments: value, part, parts and style, see above. */}}
 {{- define "topwork.spec.part" -}}
 {{- $found := . -}}
 {{- $items := list -}}
-{{- /* range goes through a mapping in the order of its keys. */ -}}
+{{- /* range iterates over mappings in sorted order. */ -}}
 {{- range $key, $shape := (get .parts .part).fields -}}
   {{- $value := get $found.value $key -}}
   {{- if not (hasKey $found.value $key) -}}{{- $value = $shape.default -}}{{- end -}}
@@ -92,7 +92,7 @@ A value of the spec. Takes: value; shape, as files/spec.json has it; parts, all 
 {{- printf "{%s}" (join "," $items) -}}
 {{- end }}
 
-{{/* A mapping of the spec as people write it: a line a key, in the order of the reference. Takes: value, part, parts. */}}
+{{/* A mapping of the spec as block YAML, with keys in the order of the reference. Arguments: value, part, parts. */}}
 {{- define "topwork.spec.lines" -}}
 {{- $found := . -}}
 {{- $lines := list -}}
@@ -118,7 +118,7 @@ A value of the spec. Takes: value; shape, as files/spec.json has it; parts, all 
 {{- join "\n" $lines -}}
 {{- end }}
 
-{{/* JSON in ASCII, as Python writes it; above U+FFFF a character is two surrogates. */}}
+{{/* JSON in ASCII as Python writes it, with surrogate pairs for characters above U+FFFF. */}}
 {{- define "topwork.ascii" -}}
 {{- $text := . -}}
 {{- range regexFindAll "[^ -~]" . -1 | uniq -}}
@@ -134,7 +134,7 @@ A value of the spec. Takes: value; shape, as files/spec.json has it; parts, all 
 {{- $text -}}
 {{- end }}
 
-{{/* JSON in which all that no YAML may hold as it stands is escaped. */}}
+{{/* JSON with all characters escaped that YAML does not allow unescaped. */}}
 {{- define "topwork.printable" -}}
 {{- $text := . -}}
 {{- range regexFindAll "[\\x7f-\\x{84}\\x{86}-\\x{9f}\\x{feff}\\x{fffe}\\x{ffff}]" . -1 | uniq -}}
@@ -143,7 +143,16 @@ A value of the spec. Takes: value; shape, as files/spec.json has it; parts, all 
 {{- $text -}}
 {{- end }}
 
-{{/* A value as YAML. toYaml gives nothing where a text holds a control character. */}}
+{{/*
+A value as YAML. As JSON if toYaml returns nothing, as it does for control characters, or if a string is "=", which
+toYaml does not quote and YAML 1.1 parsers such as PyYAML do not read as a string.
+*/}}
 {{- define "topwork.yaml" -}}
-{{- toYaml . | default (include "topwork.printable" (toRawJson .)) -}}
+{{- $json := toRawJson . -}}
+{{- $yaml := toYaml . -}}
+{{- if or (not $yaml) (contains "\"=\"" $json) -}}
+  {{- include "topwork.printable" $json -}}
+{{- else -}}
+  {{- $yaml -}}
+{{- end -}}
 {{- end }}

@@ -1,4 +1,4 @@
-{{/* The pod of a test. Takes: root; args of topwork; runs whose specs are read, as its last arguments. */}}
+{{/* Pod spec of a test. Arguments: root; args of topwork; runs whose job specs are appended to args. */}}
 {{- define "topwork.tests.pod" -}}
 restartPolicy: Never
 automountServiceAccountToken: false

@@ -22,9 +22,9 @@ Result = TypeVar("Result")
 MAX_CONCURRENT_READS = 12
 LOOKBACK_SECONDS = 300
 """The lookback period after which Prometheus itself considers a value stale."""
-PAGE_TIMEOUT_SECONDS = 4.5
+PAGE_STALE_SECONDS = 4.5
 """Age of the last reading after which a process is shown as gone."""
-SCRAPE_TIMEOUT_SECONDS = 45.0
+SCRAPE_STALE_SECONDS = 45.0
 """The same for processes that Prometheus scrapes; at least MISSED_SCRAPES times the scrape interval."""
 MISSED_SCRAPES = 2.5
 MAX_LISTED_RUNS = 8
@@ -90,7 +90,7 @@ class MetricsPageSource:
 
     def _snapshot(self, url: str, now: float) -> RunSnapshot:
         snapshot = compute_snapshot(self._histories[url].readings, now, ProcessLocation(without_credentials(url)))
-        return snapshot if snapshot.read_seconds_ago < PAGE_TIMEOUT_SECONDS else _mark_unanswered(snapshot)
+        return snapshot if snapshot.read_seconds_ago < PAGE_STALE_SECONDS else _mark_unanswered(snapshot)
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,7 @@ class PrometheusSource:
     def _snapshot(self, location: ProcessLocation, readings: list[Reading], now: float) -> RunSnapshot:
         snapshot = compute_snapshot(readings, now, location)
         interval = readings[-1].at - readings[-2].at if len(readings) > 1 else 0.0
-        timeout = max(SCRAPE_TIMEOUT_SECONDS, MISSED_SCRAPES * interval)
+        timeout = max(SCRAPE_STALE_SECONDS, MISSED_SCRAPES * interval)
         return snapshot if snapshot.read_seconds_ago < timeout else _mark_unanswered(snapshot)
 
 

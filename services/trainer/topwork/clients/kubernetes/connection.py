@@ -18,6 +18,8 @@ from topwork.clients.kubernetes.kubeconfig import resolve_context
 from topwork.errors import SettingError
 
 DEFAULT_KUBECONFIG = "~/.kube/config"
+# At least the number of threads that share a client: urllib3 warns when it closes a connection beyond this number.
+MAX_IDLE_CONNECTIONS = 32
 POD_IDENTITY = "the pod's service account"
 
 
@@ -146,6 +148,7 @@ def _default_configuration() -> Configuration:
     # RestClient retries: retries in urllib3 would multiply its attempts and ignore the error type.
     configuration = Configuration(retries=False)
     configuration.keep_alive = True
+    configuration.connection_pool_maxsize = MAX_IDLE_CONNECTIONS
     return configuration
 
 

@@ -1,4 +1,4 @@
-"""What both dashboards are made of: queries, variables and kinds of panels, all with title, unit and description."""
+"""Building blocks of the dashboards: variables, queries and panels with title, description, unit and thresholds."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -9,37 +9,37 @@ from grafana_foundation_sdk.models import common as options
 from grafana_foundation_sdk.models import dashboard as models
 
 SOURCE = models.DataSourceRef("prometheus", "${datasource}")
-# Of Grafana's palette, told apart by people who see no red or green by their order in each panel, too.
-GREEN, YELLOW, ORANGE, RED, BLUE, GREY = "green", "yellow", "orange", "red", "blue", "text"
+# Names in Grafana's palette. Panels never distinguish states by color alone: some people cannot tell red from green.
+GREEN, YELLOW, ORANGE, RED, BLUE, GRAY = "green", "yellow", "orange", "red", "blue", "text"
 ALL = ".*"
-"""Matches series without the label, too, such as those of a laptop, which have no namespace."""
+"""Also matches series without the label, such as series from outside Kubernetes, which have no namespace."""
 
 Panels = list[Builder[models.Panel]]
 Steps = Sequence[tuple[float | None, str]]
-"""Thresholds: from which value on which colour; the first has no value."""
-CALM: Steps = [(None, GREEN)]
-PLAIN: Steps = [(None, BLUE)]
+"""Thresholds as pairs of lower bound and color; the first has no lower bound."""
+GREEN_ONLY: Steps = [(None, GREEN)]
+BLUE_ONLY: Steps = [(None, BLUE)]
 
 STATES: Mapping[str, tuple[str, str]] = {
-    "0": ("ended, outcome not seen", GREY),
-    "1": ("waiting", YELLOW),
+    "0": ("ended, outcome unknown", GRAY),
+    "1": ("pending", YELLOW),
     "2": ("running", BLUE),
-    "3": ("done", GREEN),
+    "3": ("succeeded", GREEN),
     "4": ("failed", RED),
     "5": ("stopped", ORANGE),
 }
-"""What `topwork:run_state` says, and how it looks."""
+"""Text and color of each value of `topwork:run_state`."""
 
 
 class Query(NamedTuple):
-    """One query of a panel: PromQL, and how its series are called, with labels in double braces."""
+    """A PromQL query of a panel, and the legend of its series, with labels in double braces."""
 
     expr: str
     legend: str
 
 
-def start(title: str, uid: str, description: str) -> dashboard.Dashboard:
-    """Begin a dashboard: its address, time range and the links to the other one."""
+def create_dashboard(title: str, uid: str, description: str) -> dashboard.Dashboard:
+    """Create an empty dashboard with a data source variable and a link to the other dashboard."""
     return (
         dashboard.Dashboard(title)
         .uid(uid)
@@ -60,48 +60,48 @@ def start(title: str, uid: str, description: str) -> dashboard.Dashboard:
         .with_variable(
             dashboard.DatasourceVariable("datasource")
             .label("Data source")
-            .description("Prometheus that scrapes the jobs.")
+            .description("Prometheus server that scrapes the jobs.")
             .type("prometheus")
         )
     )
 
 
-def chosen(label: str, title: str, within: str, *, several: bool) -> dashboard.QueryVariable:
-    """Let a value of a label of all runs be chosen.
+def label_variable(label: str, title: str, matchers: str, *, multiple: bool) -> dashboard.QueryVariable:
+    """Create a variable to select values of a label.
 
     Args:
-        label: The label, which also names the variable.
-        title: What a reader sees.
-        within: Matchers of the variables before it, such as `namespace=~"$namespace"`.
-        several: Whether several, and all, may be chosen.
+        label: Name of the label, and of the variable.
+        title: Displayed name.
+        matchers: Label matchers that use preceding variables, such as `namespace=~"$namespace"`.
+        multiple: Whether users can select several values, or all.
     """
-    matchers = f"{{{within}}}" if within else ""
+    selector = f"{{{matchers}}}" if matchers else ""
     variable = (
         dashboard.QueryVariable(label)
         .label(title)
         .datasource(SOURCE)
-        .query(f"label_values(topwork_stage_info{matchers}, {label})")
+        .query(f"label_values(topwork_stage_info{selector}, {label})")
         .refresh(models.VariableRefresh.ON_TIME_RANGE_CHANGED)
         .sort(models.VariableSort.ALPHABETICAL_ASC)
-        .multi(several)
-        .include_all(several)
+        .multi(multiple)
+        .include_all(multiple)
     )
-    if not several:
+    if not multiple:
         return variable
     return variable.all_value(ALL).current(models.VariableOption(text="All", value="$__all", selected=True))
 
 
-def lines(
+def time_series(
     title: str,
     description: str,
     *queries: Query,
     unit: str,
     span: int = 8,
-    least: float | None = 0,
-    most: float | None = None,
-    steps: Steps = CALM,
+    minimum: float | None = 0,
+    maximum: float | None = None,
+    steps: Steps = GREEN_ONLY,
 ) -> timeseries.Panel:
-    """Values over time; thresholds beyond the first are drawn as dashed lines."""
+    """Create a time series panel; thresholds except the first are drawn as dashed lines."""
     panel = (
         timeseries.Panel()
         .title(title)
@@ -124,17 +124,17 @@ def lines(
     )
     if len(steps) > 1:
         panel.thresholds_style(common.GraphThresholdsStyleConfig().mode(options.GraphTresholdsStyleMode.DASHED))
-    if least is not None:
-        panel.min(least)
-    if most is not None:
-        panel.max(most)
-    return panel.targets([over_time(query, letter) for letter, query in lettered(queries)])
+    if minimum is not None:
+        panel.min(minimum)
+    if maximum is not None:
+        panel.max(maximum)
+    return panel.targets([range_query(query, ref_id) for ref_id, query in with_ref_ids(queries)])
 
 
-def numbers(
-    title: str, description: str, *queries: Query, unit: str, span: int = 3, steps: Steps = PLAIN, decimals: int = 0
+def stat_panel(
+    title: str, description: str, *queries: Query, unit: str, span: int = 3, steps: Steps = BLUE_ONLY, decimals: int = 0
 ) -> stat.Panel:
-    """The value of now of each query, large."""
+    """Create a panel with the current value of each query."""
     return (
         stat.Panel()
         .title(title)
@@ -149,21 +149,21 @@ def numbers(
         .text_mode(options.BigValueTextMode.AUTO)
         .reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"]))
         .thresholds(thresholds(steps))
-        .targets([at_once(query, letter) for letter, query in lettered(queries)])
+        .targets([instant_query(query, ref_id) for ref_id, query in with_ref_ids(queries)])
     )
 
 
-def bars(
+def bar_gauge(
     title: str,
     description: str,
     query: Query,
     *,
     unit: str,
     span: int = 8,
-    steps: Steps = PLAIN,
-    most: float | None = None,
+    steps: Steps = BLUE_ONLY,
+    maximum: float | None = None,
 ) -> bargauge.Panel:
-    """The value of now of each series of a query, as a bar."""
+    """Create a panel with the current value of each series of a query, as bars."""
     panel = (
         bargauge.Panel()
         .title(title)
@@ -177,15 +177,15 @@ def bars(
         .display_mode(options.BarGaugeDisplayMode.BASIC)
         .reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"]))
         .thresholds(thresholds(steps))
-        .targets([at_once(query, "A")])
+        .targets([instant_query(query, "A")])
     )
-    return panel if most is None else panel.max(most)
+    return panel if maximum is None else panel.max(maximum)
 
 
-def timeline(
+def state_timeline(
     title: str, description: str, query: Query, *, states: Mapping[str, tuple[str, str]], span: int, height: int = 8
 ) -> statetimeline.Panel:
-    """What state each series of a query was in, when."""
+    """Create a panel with the state of each series of a query over time."""
     return (
         statetimeline.Panel()
         .title(title)
@@ -198,14 +198,14 @@ def timeline(
         .show_value(options.VisibilityMode.AUTO)
         .row_height(0.8)
         .fill_opacity(80)
-        .mappings([mapping(states)])
-        .thresholds(thresholds(CALM))
-        .targets([over_time(query, "A")])
+        .mappings([value_mapping(states)])
+        .thresholds(thresholds(GREEN_ONLY))
+        .targets([range_query(query, "A")])
     )
 
 
-def with_rows(board: dashboard.Dashboard, rows: Mapping[str, Panels]) -> dashboard.Dashboard:
-    """Add rows of panels below one another, each with its heading."""
+def add_rows(board: dashboard.Dashboard, rows: Mapping[str, Panels]) -> dashboard.Dashboard:
+    """Add rows of panels, by row title."""
     for title, panels in rows.items():
         board = board.with_row(dashboard.Row(title).collapsed(False))
         for panel in panels:
@@ -213,43 +213,43 @@ def with_rows(board: dashboard.Dashboard, rows: Mapping[str, Panels]) -> dashboa
     return board
 
 
-def seen_last(series: str, by: str, matchers: str) -> str:
-    """What a series said last within the range, over all processes of a run: later ones repeat the earlier."""
+def last_value(series: str, by: str, matchers: str) -> str:
+    """Return PromQL for the last value of a series in the time range, over all processes of a run."""
     return f"max by ({by}) (last_over_time({series}{{{matchers}}}[$__range]))"
 
 
 def thresholds(steps: Steps) -> dashboard.ThresholdsConfig:
-    """From which value on which colour."""
+    """Create absolute thresholds."""
     return (
         dashboard.ThresholdsConfig()
         .mode(models.ThresholdsMode.ABSOLUTE)
-        .steps([models.Threshold(value, colour) for value, colour in steps])
+        .steps([models.Threshold(value, color) for value, color in steps])
     )
 
 
-def mapping(states: Mapping[str, tuple[str, str]]) -> models.ValueMap:
-    """Words and colours for numbers."""
+def value_mapping(states: Mapping[str, tuple[str, str]]) -> models.ValueMap:
+    """Map numbers to texts and colors."""
     results = {
-        value: models.ValueMappingResult(text=text, color=colour, index=index)
-        for index, (value, (text, colour)) in enumerate(states.items())
+        value: models.ValueMappingResult(text=text, color=color, index=index)
+        for index, (value, (text, color)) in enumerate(states.items())
     }
     return models.ValueMap(results)
 
 
-def lettered(queries: Sequence[Query]) -> list[tuple[str, Query]]:
-    """Number queries as Grafana does: A, B, C."""
+def with_ref_ids(queries: Sequence[Query]) -> list[tuple[str, Query]]:
+    """Assign reference IDs as Grafana does: A, B, C."""
     return [(chr(ord("A") + index), query) for index, query in enumerate(queries)]
 
 
-def over_time(query: Query, letter: str) -> prometheus.Dataquery:
-    """Ask for the whole range that the dashboard shows."""
-    return _asked(query, letter).range()
+def range_query(query: Query, ref_id: str) -> prometheus.Dataquery:
+    """Create a query over the selected time range."""
+    return _query(query, ref_id).range()
 
 
-def at_once(query: Query, letter: str) -> prometheus.Dataquery:
-    """Ask for the end of the range that the dashboard shows."""
-    return _asked(query, letter).instant()
+def instant_query(query: Query, ref_id: str) -> prometheus.Dataquery:
+    """Create a query at the end of the selected time range."""
+    return _query(query, ref_id).instant()
 
 
-def _asked(query: Query, letter: str) -> prometheus.Dataquery:
-    return prometheus.Dataquery().expr(query.expr).legend_format(query.legend).ref_id(letter).datasource(SOURCE)
+def _query(query: Query, ref_id: str) -> prometheus.Dataquery:
+    return prometheus.Dataquery().expr(query.expr).legend_format(query.legend).ref_id(ref_id).datasource(SOURCE)

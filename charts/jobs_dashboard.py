@@ -1,8 +1,11 @@
-"""The dashboard *Jobs*: all runs, what they do, how they ended and what they cost."""
+"""The *Jobs* dashboard: state, results and GPU usage of all runs."""
 
 from typing import Any, NamedTuple
 
-from dashboards_parts import (
+from grafana_foundation_sdk.builders import dashboard, prometheus, table
+from grafana_foundation_sdk.models import dashboard as models
+from grafana_foundation_sdk.models.prometheus import PromQueryFormat
+from panels import (
     GREEN,
     ORANGE,
     RED,
@@ -11,24 +14,21 @@ from dashboards_parts import (
     YELLOW,
     Panels,
     Query,
-    at_once,
-    bars,
-    chosen,
-    lines,
-    mapping,
-    numbers,
-    start,
+    add_rows,
+    bar_gauge,
+    create_dashboard,
+    instant_query,
+    label_variable,
+    stat_panel,
     thresholds,
-    with_rows,
+    time_series,
+    value_mapping,
 )
-from grafana_foundation_sdk.builders import dashboard, prometheus, table
-from grafana_foundation_sdk.models import dashboard as models
-from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 
-IN = 'namespace=~"$namespace", team=~"$team"'
-RUNS = f'{IN}, transferjob=~"$transferjob", run=~"$run"'
+MATCHERS = 'namespace=~"$namespace", team=~"$team"'
+RUNS = f'{MATCHERS}, transferjob=~"$transferjob", run=~"$run"'
 LAST = f"last_over_time(topwork:run_state{{{RUNS}}}[$__range])"
-# One point a minute is enough for hours, and bounded for a month.
+# One sample per minute is precise enough for hours and cheap enough for a month.
 GPU_HOURS = f"sum_over_time(topwork:run_gpus{{{RUNS}}}[$__range:1m]) / 60"
 
 STATE = (
@@ -48,7 +48,7 @@ WAIT = f"max by (namespace, run) (last_over_time(topwork:run_input_wait:ratio_ra
 
 
 class Column(NamedTuple):
-    """A query of the table: its PromQL and how its values are called and shown."""
+    """A column of the table: its PromQL, title, unit and decimals."""
 
     expr: str
     title: str
@@ -58,7 +58,7 @@ class Column(NamedTuple):
 
 COLUMNS = (
     Column(STATE, "State", "none"),
-    Column(TEAM, "Team known", "none"),
+    Column(TEAM, "Team query", "none"),
     Column(ELAPSED, "Time in stages", "s"),
     Column(EPOCHS, "Epochs", "none"),
     Column(BEST, "Best", "none", 4),
@@ -69,22 +69,28 @@ LABELS = {"namespace": "Namespace", "team": "Team", "transferjob": "Job", "run":
 ORDER = ["Namespace", "Team", "Job", "Run", "State", "Time in stages", "Epochs", "Metric", "Best", "Input wait"]
 
 
-def jobs_dashboard() -> dashboard.Dashboard:
-    """All runs."""
-    board = start("topwork / Jobs", "topwork-jobs", "All runs: what they do, how they ended, what they cost.")
+def build_jobs_dashboard() -> dashboard.Dashboard:
+    """Build the dashboard of all runs."""
+    board = create_dashboard("topwork / Jobs", "topwork-jobs", "All runs: state, results and GPU usage.")
     board = (
-        board.with_variable(chosen("namespace", "Namespace", "", several=True))
-        .with_variable(chosen("team", "Team", 'namespace=~"$namespace"', several=True))
-        .with_variable(chosen("transferjob", "Job", IN, several=True))
-        .with_variable(chosen("run", "Run", f'{IN}, transferjob=~"$transferjob"', several=True))
+        board.with_variable(label_variable("namespace", "Namespace", "", multiple=True))
+        .with_variable(label_variable("team", "Team", 'namespace=~"$namespace"', multiple=True))
+        .with_variable(label_variable("transferjob", "Job", MATCHERS, multiple=True))
+        .with_variable(label_variable("run", "Run", f'{MATCHERS}, transferjob=~"$transferjob"', multiple=True))
     )
-    return with_rows(
-        board, {"Now": _counts(), "Runs": [_table()], "Over time": _history(), "Usage in the time shown": _usage()}
+    return add_rows(
+        board,
+        {
+            "Now": _count_panels(),
+            "Runs": [_run_table()],
+            "Over time": _history_panels(),
+            "Usage in the selected time range": _usage_panels(),
+        },
     )
 
 
-def _counts() -> Panels:
-    """How many there are of each kind now."""
+def _count_panels() -> Panels:
+    """Numbers of runs by state, GPUs and alerts."""
 
     def now(state: int) -> str:
         return f"count(topwork:run_state{{{RUNS}}} == {state}) or vector(0)"
@@ -95,41 +101,42 @@ def _counts() -> Panels:
     firing = f'count(ALERTS{{alertname=~"Topwork.+", alertstate="firing", {RUNS}}}) or vector(0)'
 
     return [
-        numbers("Running", "Runs of which a stage runs now.", Query(now(2), "running"), unit="none"),
-        numbers(
-            "Waiting",
-            "Runs whose pod waits for a node, its image or its volumes. A Job that a queue holds back has no pod, "
-            "and is not seen here.",
-            Query(now(1), "waiting"),
+        stat_panel("Running", "Runs with a running stage.", Query(now(2), "running"), unit="none"),
+        stat_panel(
+            "Pending",
+            "Runs whose pod waits for a node, its image or its volumes, or whose Job is suspended by a queue.",
+            Query(now(1), "pending"),
             unit="none",
             steps=[(None, GREEN), (1, YELLOW)],
         ),
-        numbers(
+        stat_panel(
             "Failed",
-            "Runs that failed within the time shown.",
+            "Runs that failed in the selected time range.",
             Query(ended(4), "failed"),
             unit="none",
             steps=[(None, GREEN), (1, RED)],
         ),
-        numbers("Done", "Runs that ended well within the time shown.", Query(ended(3), "done"), unit="none"),
-        numbers(
+        stat_panel(
+            "Succeeded", "Runs that succeeded in the selected time range.", Query(ended(3), "succeeded"), unit="none"
+        ),
+        stat_panel(
             "GPUs held",
-            "GPUs that the pods of these runs hold now, idle or not.",
+            "GPUs allocated to the pods of these runs, whether or not they are in use.",
             Query(f"sum(topwork:run_gpus{{{RUNS}}}) or vector(0)", "GPUs"),
             unit="none",
             span=4,
         ),
-        numbers(
+        stat_panel(
             "GPU-hours",
-            "GPUs held, times the hours they were held within the time shown.",
+            "GPUs held, multiplied by the hours for which they were held in the selected time range.",
             Query(f"sum({GPU_HOURS})", "GPU-hours"),
             unit="none",
             span=4,
             decimals=1,
         ),
-        numbers(
+        stat_panel(
             "Alerts",
-            "Alerts on these runs that fire now.",
+            "Alerts that are firing for these runs.",
             Query(firing, "alerts"),
             unit="none",
             span=4,
@@ -138,25 +145,25 @@ def _counts() -> Panels:
     ]
 
 
-def _table() -> table.Panel:
-    """All runs, one a line."""
+def _run_table() -> table.Panel:
+    """Create a table with one row per run."""
     panel = (
         table.Panel()
         .title("Runs")
         .description(
-            "All runs seen within the time shown. The name of a run leads to its dashboard. Input wait is the share of "
-            "training time spent waiting for data, best the metric of the weights that are kept."
+            "All runs in the selected time range. The name of a run links to its dashboard. Input wait is the share of "
+            "training time spent waiting for data. Best is the metric of the best epoch."
         )
         .datasource(SOURCE)
         .unit("none")
         .span(24)
         .height(10)
         .thresholds(thresholds([(None, "text")]))
-        .targets([_rows(column, chr(ord("A") + index)) for index, column in enumerate(COLUMNS)])
+        .targets([_table_query(column, chr(ord("A") + index)) for index, column in enumerate(COLUMNS)])
         .with_transformation(models.DataTransformerConfig("merge", options={}))
-        .with_transformation(models.DataTransformerConfig("organize", options=_organized()))
+        .with_transformation(models.DataTransformerConfig("organize", options=_organize_options()))
         .override_by_name("Run", [models.DynamicConfigValue("links", [_link()])])
-        .override_by_name("State", [models.DynamicConfigValue("mappings", [mapping(STATES)]), _coloured()])
+        .override_by_name("State", [models.DynamicConfigValue("mappings", [value_mapping(STATES)]), _colored_text()])
     )
     for column in COLUMNS:
         values = [
@@ -167,16 +174,16 @@ def _table() -> table.Panel:
     return panel
 
 
-def _rows(column: Column, letter: str) -> prometheus.Dataquery:
-    return at_once(Query(column.expr, ""), letter).format(PromQueryFormat.TABLE)
+def _table_query(column: Column, ref_id: str) -> prometheus.Dataquery:
+    return instant_query(Query(column.expr, ""), ref_id).format(PromQueryFormat.TABLE)
 
 
-def _organized() -> dict[str, Any]:
-    """Name, order and hide the columns of the merged table; the team is a label, its query has no value of use."""
+def _organize_options() -> dict[str, Any]:
+    """Rename, order and hide columns of the merged table. The team is a label; the value of its query is not shown."""
     values = {f"Value #{chr(ord('A') + index)}": column.title for index, column in enumerate(COLUMNS)}
     renamed = LABELS | values
-    shown = [name for title in [*ORDER, "GPU-hours"] for name, given in renamed.items() if given == title]
-    hidden = ["Time", *(name for name in values if renamed[name] == "Team known")]
+    shown = [name for title in [*ORDER, "GPU-hours"] for name, new in renamed.items() if new == title]
+    hidden = ["Time", *(name for name in values if renamed[name] == "Team query")]
     return {
         "excludeByName": dict.fromkeys(hidden, True),
         "indexByName": {name: index for index, name in enumerate(shown)},
@@ -185,59 +192,59 @@ def _organized() -> dict[str, Any]:
 
 
 def _link() -> dict[str, Any]:
-    address = "/d/topwork-job?var-datasource=${datasource}&var-run=${__value.text}&${__url_time_range}"
-    return {"title": "Show this run", "url": address, "targetBlank": False}
+    url = "/d/topwork-job?var-datasource=${datasource}&var-run=${__value.text}&${__url_time_range}"
+    return {"title": "Show this run", "url": url, "targetBlank": False}
 
 
-def _coloured() -> models.DynamicConfigValue:
+def _colored_text() -> models.DynamicConfigValue:
     return models.DynamicConfigValue("custom.cellOptions", {"type": "color-text"})
 
 
-def _history() -> Panels:
-    """How that came."""
+def _history_panels() -> Panels:
+    """Runs, GPUs and results over time."""
     busy = (
         f"sum(topwork:run_gpus{{{RUNS}}} * on (namespace, run) group_left () "
         f"max by (namespace, run) (topwork:run_gpu_utilization:ratio{{{RUNS}}}))"
     )
 
     return [
-        lines(
+        time_series(
             "Runs",
-            "Runs that waited and ran.",
+            "Pending and running runs.",
             Query(f"count(topwork:run_state{{{RUNS}}} == 2) or vector(0)", "running"),
-            Query(f"count(topwork:run_state{{{RUNS}}} == 1) or vector(0)", "waiting"),
+            Query(f"count(topwork:run_state{{{RUNS}}} == 1) or vector(0)", "pending"),
             unit="none",
         ),
-        lines(
+        time_series(
             "GPUs",
-            "GPUs held, and how many of them were busy: utilisation from DCGM, and else from NVML.",
+            "GPUs held, and how many of them were busy: utilization from DCGM, or from NVML if DCGM is missing.",
             Query(f"sum(topwork:run_gpus{{{RUNS}}})", "held"),
             Query(busy, "busy"),
             unit="none",
         ),
-        lines(
+        time_series(
             "Best metric",
-            "Metric of the weights that are kept, by job: how a job gets better or worse from run to run.",
+            "Metric of the best epoch, by job: how the results of a job change from run to run.",
             Query(
                 f"max by (transferjob, name) (topwork:run_best_metric{{{RUNS}}})",
                 "{{transferjob}}, {{name}}",
             ),
             unit="none",
-            least=None,
+            minimum=None,
         ),
     ]
 
 
-def _usage() -> Panels:
-    """What they took."""
+def _usage_panels() -> Panels:
+    """GPU-hours and run durations."""
     durations = (
         "avg by (transferjob) (sum by (namespace, transferjob, run) (max by (namespace, transferjob, run, stage) "
         f"(last_over_time(topwork_stage_duration_seconds{{{RUNS}}}[$__range]))))"
     )
     hours: Panels = [
-        bars(
+        bar_gauge(
             f"GPU-hours by {title}",
-            f"GPUs held, times the hours they were held, by {title}.",
+            f"GPUs held, multiplied by the hours for which they were held, by {title}.",
             Query(f"sum by ({label}) ({GPU_HOURS})", f"{{{{{label}}}}}"),
             unit="none",
             span=6,
@@ -246,9 +253,9 @@ def _usage() -> Panels:
     ]
     return [
         *hours,
-        bars(
-            "Time of a run, by job",
-            "Wall time of the stages that have ended, summed for a run; the mean over the runs of a job.",
+        bar_gauge(
+            "Run duration by job",
+            "Total wall time of the completed stages of a run, averaged over the runs of a job.",
             Query(durations, "{{transferjob}}"),
             unit="s",
             span=6,
