@@ -1,12 +1,12 @@
-# The image of topwork, for GPUs, or with ACCELERATOR=cpu for processors.
+# Image of topwork for GPUs or, with ACCELERATOR=cpu, for CPUs.
 #
 #     make image [ACCELERATOR=cpu]        or        docker build --build-arg ACCELERATOR=cpu .
 #
-# A network of your own changes nothing here: BASE may name the Python image in another registry, and build secrets, all
-# optional, leave no trace in the image: ca (bundle of certificates that are trusted), pip (a pip.conf) and uv (a uv.toml).
+# To build in a restricted network, set BASE to the Python image in another registry, and use build secrets, which are
+# optional and not part of the image: ca (bundle of trusted CA certificates), pip (pip.conf) and uv (uv.toml).
 ARG BASE=docker.io/library/python:3.11-slim-bookworm
 
-# What is installed, without the settings of the linters, at whose every change all would be installed anew.
+# Requirements without tool settings, so that changes of these settings do not invalidate the layer with all packages.
 FROM ${BASE} AS requirements
 WORKDIR /source
 COPY pyproject.toml requirements.lock ./
@@ -15,18 +15,18 @@ RUN sed --in-place '/^\[tool\./,$d' pyproject.toml
 FROM ${BASE} AS dependencies
 ARG ACCELERATOR=gpu
 ENV PATH=/opt/topwork/bin:/opt/uv/bin:$PATH \
-    # The system's bundle of certificates for both, so that the secret can take its place.
+    # Both tools use the CA bundle of the system, which the ca secret can replace.
     PIP_CERT=/etc/ssl/certs/ca-certificates.crt \
     SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt \
     UV_LINK_MODE=copy \
     UV_PYTHON_DOWNLOADS=never \
     VIRTUAL_ENV=/opt/topwork \
-    # A read-only root can't cache byte code, so all of it is compiled here; it needs no check against its sources, which
-    # come along unchanged.
+    # Compile all bytecode here, because it cannot be cached in a read-only root file system. The sources never change, so
+    # Python does not need to check them.
     PYC_INVALIDATION_MODE=UNCHECKED_HASH
 WORKDIR /source
 COPY --from=requirements /source ./
-# uv in the version and with the hashes of the lock.
+# Install uv with the version and the hashes in requirements.lock.
 RUN --mount=type=secret,id=ca,target=/etc/ssl/certs/ca-certificates.crt \
     --mount=type=secret,id=pip,target=/etc/pip.conf \
     sed -n '/^uv==/,/[^\\]$/p' requirements.lock > /tmp/uv.txt \
@@ -38,7 +38,7 @@ RUN --mount=type=secret,id=ca,target=/etc/ssl/certs/ca-certificates.crt \
     python3 -m venv --without-pip "$VIRTUAL_ENV" \
     && uv pip install --require-hashes --constraint requirements.lock --compile-bytecode \
         --requirement pyproject.toml --extra "$ACCELERATOR" \
-    # Headers to compile operations of one's own with: 290 MB, and no compiler is near.
+    # Headers for compiling custom ops: 290 MB, and the image has no compiler.
     && rm -rf "$VIRTUAL_ENV"/lib/python3*/site-packages/tensorflow/include
 
 FROM dependencies AS package
@@ -51,7 +51,7 @@ RUN --mount=type=secret,id=ca,target=/etc/ssl/certs/ca-certificates.crt \
     && uv pip install --no-deps --no-index --compile-bytecode --prefix /package dist/*.whl
 
 FROM ${BASE}
-# Debian serves only the newest version of a package: one that is named here is gone after the next security update.
+# Debian serves only the latest version of a package: a pinned version disappears with the next security update.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends tini \
@@ -59,12 +59,12 @@ RUN apt-get update \
     && groupadd --gid 65532 topwork \
     && useradd --uid 65532 --gid 65532 --no-log-init --home-dir /home/topwork --shell /usr/sbin/nologin topwork \
     && install --directory --owner 65532 --group 65532 /home/topwork \
-    # Images of Python come without the byte code of its standard library.
+    # Python images do not contain the bytecode of the standard library.
     && python3 -m compileall -qq -x /site-packages/ "$(python3 -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')"
-# A layer of its own for what is large and seldom changes: nodes pull it once for many versions of topwork.
+# Large dependencies that rarely change have their own layer, which nodes pull once for many versions of topwork.
 COPY --from=dependencies /opt/topwork /opt/topwork
 COPY --from=package /package /opt/topwork
-# NVIDIA_DRIVER_CAPABILITIES: what NVIDIA's runtime hands to a container that is given a GPU, CUDA and NVML.
+# NVIDIA_DRIVER_CAPABILITIES: driver libraries that the NVIDIA runtime mounts into GPU containers: CUDA and NVML.
 ENV PATH=/opt/topwork/bin:$PATH \
     HOME=/home/topwork \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility \

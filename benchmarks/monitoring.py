@@ -59,7 +59,7 @@ def trained(folder: Path, port: int, prometheus: Prometheus) -> Iterator[tuple[s
     """Run the examples, one after another, and say which run was scraped from when to when."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "TOPWORK_"))}
     environment = kept | {"TOPWORK_STATE": str(folder / "state")}
-    subprocess.run([sys.executable, ROOT / "examples/solar/pictures.py"], env=environment, check=True)
+    subprocess.run([sys.executable, ROOT / "examples/solar/upload_images.py"], env=environment, check=True)
     for name, overrides in RUNS:
         start = time.time()
         values = [*overrides, f"spec.metrics.lingerSeconds={LINGER_SECONDS}"]

@@ -211,8 +211,8 @@ class Values(Section):
     defaults: Defaults = Field(default=Defaults(), description=Defaults.__doc__)
     jobs: dict[DnsLabel, ChartJob] = Field(
         default={},
-        description="Jobs to run, as NAME: {labels: {…}, spec: {…}}. The name of a run contains a digest of its spec: if "
-        "you change the spec, an upgrade deletes the old Job and creates a new one. Existing Jobs are never changed.",
+        description="Jobs to run, as NAME: {labels: {…}, spec: {…}}. The name of a run contains a digest of its spec: "
+        "if you change the spec, an upgrade replaces the old Job with a new one. Jobs are never updated in place.",
     )
     s3: S3 = Field(default=S3(), description=S3.__doc__)
     service_account: ServiceAccount = Field(default=ServiceAccount(), description=ServiceAccount.__doc__)

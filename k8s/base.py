@@ -1,90 +1,94 @@
-"""k8s/base: what a namespace needs before its first job, and templates of what has to be filled in."""
+"""k8s/base: namespace, service account and role for jobs, and templates for the Secret and a quota."""
 
 from collections.abc import Iterator
 
-from manifests import LABELS, NAMESPACE, TEMPLATE, Manifest, kustomization, metadata, text
+from objects import LABELS, NAMESPACE, TEMPLATE_SUFFIX, kustomization, metadata, to_yaml
 
+from topwork.clients.kubernetes import KubernetesObject
 from topwork.cluster.names import GPU_RESOURCE, STORAGE_SECRET
 
-SUBMITTER, SUBMITTERS, ACCOUNT = "topwork-submitter", "topwork-submitters", "topwork-job"
-RBAC = "rbac.authorization.k8s.io"
-SECRET_FILE, QUOTA_FILE = f"secret{TEMPLATE}", f"quota{TEMPLATE}"
+SUBMITTER_ROLE, SUBMITTER_GROUP, SERVICE_ACCOUNT = "topwork-submitter", "topwork-submitters", "topwork-job"
+RBAC_GROUP = "rbac.authorization.k8s.io"
+SECRET_FILE, QUOTA_FILE = f"secret{TEMPLATE_SUFFIX}", f"quota{TEMPLATE_SUFFIX}"
 
-KUSTOMIZATION_WORDS = f"""
-What the jobs of a namespace need, once:
+KUSTOMIZATION_COMMENT = f"""
+Objects that a namespace needs once:
 
   kubectl apply -k k8s/base
 
-Then the Secret {STORAGE_SECRET}, see {SECRET_FILE}, and the first job:
+Then create the Secret {STORAGE_SECRET} (see {SECRET_FILE}), and run a job:
 
   kubectl apply -f k8s/examples/NAME.yaml
 
-{SECRET_FILE} and {QUOTA_FILE} have to be filled in, so that nothing applies them by itself.
+{SECRET_FILE} and {QUOTA_FILE} are templates to complete. They are not applied with this directory.
 """
-NAMESPACE_WORDS = "The namespace of the jobs. Only restricted pods run in it; those of topwork are."
-ACCOUNT_WORDS = f"""
-The account of jobs that reach their storage by workload identity instead of the Secret {STORAGE_SECRET}. Annotate it as
-your cloud wants it, such as with eks.amazonaws.com/role-arn, and name it in the spec:
+NAMESPACE_COMMENT = (
+    "The namespace of the jobs. It enforces the restricted Pod Security Standard, which the pods of topwork meet."
+)
+SERVICE_ACCOUNT_COMMENT = f"""
+The service account of jobs that access storage with workload identity instead of the Secret {STORAGE_SECRET}. Add the
+annotations that your cloud provider requires, such as eks.amazonaws.com/role-arn, and set it in the job spec:
 
-  compute: {{serviceAccountName: {ACCOUNT}}}
+  compute: {{serviceAccountName: {SERVICE_ACCOUNT}}}
 
-No pod of topwork gets a token of the Kubernetes API.
+Pods of topwork never mount a Kubernetes API token.
 """
-SUBMITTER_WORDS = f"""
-Who may submit: what topwork submit, status, list, logs, top and cancel need in this namespace, for the
-group {SUBMITTERS}. To give it to a person or a service account:
+SUBMITTER_COMMENT = f"""
+Permissions that topwork submit, status, list, logs, top and cancel need in this namespace, granted to the group
+{SUBMITTER_GROUP}. To grant them to a user:
 
-  kubectl --namespace {NAMESPACE} create rolebinding NAME --role={SUBMITTER} --user=NAME
+  kubectl --namespace {NAMESPACE} create rolebinding NAME --role={SUBMITTER_ROLE} --user=NAME
 """
-SECRET_WORDS = f"""
-Address and keys of the storage, in the names that AWS gave them. A template without values, which nothing applies by
-itself. Either write NAME=value lines to a file outside of this repository, and
+SECRET_COMMENT = f"""
+Endpoint and credentials of object storage, as AWS environment variables. This is a template without values, which is
+not applied with this directory. Write NAME=value lines to a file outside this repository and run
 
   kubectl --namespace {NAMESPACE} create secret generic {STORAGE_SECRET} --from-env-file=FILE
 
-or fill in a copy of this one there, and kubectl apply -f COPY. On Amazon S3, leave AWS_ENDPOINT_URL out. With workload
-identity there is no Secret: see service-account.yaml.
+or complete a copy of this file and run kubectl apply -f COPY. For Amazon S3, omit AWS_ENDPOINT_URL. With workload
+identity, no Secret is required: see service-account.yaml.
 """
-QUOTA_WORDS = f"""
-What all jobs of the namespace may have at once. An example, which nothing applies by itself. Change the amounts, and
+QUOTA_COMMENT = f"""
+Total resources of all jobs in the namespace. This is an example, which is not applied with this directory. Change the
+quantities and run
 
   kubectl apply -f k8s/base/{QUOTA_FILE}
 
-The pod of a Job for which too little is left is not made, and the Job tries again; topwork status says so.
+If the quota is exhausted, Kubernetes creates the pods of a Job later, and topwork status explains why they are missing.
 """
 
 
 def files() -> Iterator[tuple[str, str]]:
-    """Give each file with its text."""
+    """Yield the name and the content of each file."""
     resources = {
-        "namespace.yaml": text(NAMESPACE_WORDS, namespace()),
-        "service-account.yaml": text(ACCOUNT_WORDS, service_account()),
-        "submitter.yaml": text(SUBMITTER_WORDS, role(), role_binding()),
+        "namespace.yaml": to_yaml(NAMESPACE_COMMENT, namespace()),
+        "service-account.yaml": to_yaml(SERVICE_ACCOUNT_COMMENT, service_account()),
+        "submitter.yaml": to_yaml(SUBMITTER_COMMENT, role(), role_binding()),
     }
     yield from resources.items()
-    yield "kustomization.yaml", text(KUSTOMIZATION_WORDS, kustomization(*resources))
-    yield SECRET_FILE, text(SECRET_WORDS, secret())
-    yield QUOTA_FILE, text(QUOTA_WORDS, quota())
+    yield "kustomization.yaml", to_yaml(KUSTOMIZATION_COMMENT, kustomization(*resources))
+    yield SECRET_FILE, to_yaml(SECRET_COMMENT, secret())
+    yield QUOTA_FILE, to_yaml(QUOTA_COMMENT, quota())
 
 
-def namespace() -> Manifest:
+def namespace() -> KubernetesObject:
     """Build the namespace."""
     levels = {f"pod-security.kubernetes.io/{mode}": "restricted" for mode in ("enforce", "audit", "warn")}
     return {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE, "labels": LABELS | levels}}
 
 
-def service_account() -> Manifest:
-    """Build the account of jobs."""
+def service_account() -> KubernetesObject:
+    """Build the service account of jobs."""
     return {
         "apiVersion": "v1",
         "kind": "ServiceAccount",
-        "metadata": metadata(ACCOUNT),
+        "metadata": metadata(SERVICE_ACCOUNT),
         "automountServiceAccountToken": False,
     }
 
 
-def role() -> Manifest:
-    """Build the role of whoever submits: what the commands ask of the API server, and no more."""
+def role() -> KubernetesObject:
+    """Build the role of submitters, with exactly the permissions that the commands need."""
     rules = {
         ("batch", "jobs"): "get list watch create patch delete",
         ("", "configmaps"): "get list create patch delete",
@@ -95,9 +99,9 @@ def role() -> Manifest:
         ("", "resourcequotas"): "get list",
     }
     return {
-        "apiVersion": f"{RBAC}/v1",
+        "apiVersion": f"{RBAC_GROUP}/v1",
         "kind": "Role",
-        "metadata": metadata(SUBMITTER),
+        "metadata": metadata(SUBMITTER_ROLE),
         "rules": [
             {"apiGroups": [group], "resources": [resource], "verbs": verbs.split()}
             for (group, resource), verbs in rules.items()
@@ -105,19 +109,19 @@ def role() -> Manifest:
     }
 
 
-def role_binding() -> Manifest:
-    """Give the role to a group."""
+def role_binding() -> KubernetesObject:
+    """Build the binding of the role to the group of submitters."""
     return {
-        "apiVersion": f"{RBAC}/v1",
+        "apiVersion": f"{RBAC_GROUP}/v1",
         "kind": "RoleBinding",
-        "metadata": metadata(SUBMITTER),
-        "roleRef": {"apiGroup": RBAC, "kind": "Role", "name": SUBMITTER},
-        "subjects": [{"apiGroup": RBAC, "kind": "Group", "name": SUBMITTERS}],
+        "metadata": metadata(SUBMITTER_ROLE),
+        "roleRef": {"apiGroup": RBAC_GROUP, "kind": "Role", "name": SUBMITTER_ROLE},
+        "subjects": [{"apiGroup": RBAC_GROUP, "kind": "Group", "name": SUBMITTER_GROUP}],
     }
 
 
-def secret() -> Manifest:
-    """Build the Secret of the storage, without values."""
+def secret() -> KubernetesObject:
+    """Build the Secret for object storage, without values."""
     names = ("AWS_ENDPOINT_URL", "AWS_REGION", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
     return {
         "apiVersion": "v1",
@@ -128,8 +132,8 @@ def secret() -> Manifest:
     }
 
 
-def quota() -> Manifest:
-    """Build an example of a quota."""
+def quota() -> KubernetesObject:
+    """Build an example quota."""
     hard = {
         "requests.cpu": 32,
         "requests.memory": "128Gi",

@@ -1,4 +1,4 @@
-"""`make generate`: write everything below k8s/ that kubectl reads; `make verify` proves it up to date."""
+"""`make generate`: writes the YAML files in k8s/; `make verify` checks that they are up to date."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,11 +8,11 @@ import examples
 import overlays
 
 HERE = Path(__file__).parent
-PARTS = {"base": base, "examples": examples, "overlays": overlays}
+DIRECTORIES = {"base": base, "examples": examples, "overlays": overlays}
 
 
 def main() -> None:
-    """Write all files, and remove those that are generated no more."""
+    """Write all files, and delete files that are no longer generated."""
     texts = dict(files())
     for path in HERE.rglob("*.yaml*"):
         if path not in texts:
@@ -23,10 +23,10 @@ def main() -> None:
 
 
 def files() -> Iterator[tuple[Path, str]]:
-    """Give every file with its text."""
-    for folder, part in PARTS.items():
-        for name, text in part.files():
-            yield HERE / folder / name, text
+    """Yield the path and the content of each file."""
+    for directory, module in DIRECTORIES.items():
+        for name, text in module.files():
+            yield HERE / directory / name, text
 
 
 if __name__ == "__main__":

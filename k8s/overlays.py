@@ -1,75 +1,78 @@
-"""k8s/overlays: the examples as other clusters want them."""
+"""k8s/overlays: the examples without GPUs, with two GPUs, or in a Kueue queue."""
 
 from collections.abc import Iterator
 
-from manifests import LABELS, NAMESPACE, TEMPLATE, Manifest, kustomization, metadata, text
+from objects import LABELS, NAMESPACE, TEMPLATE_SUFFIX, kustomization, metadata, to_yaml
 
 from topwork import __version__
+from topwork.clients.kubernetes import KubernetesObject
 from topwork.cluster.names import GPU_RESOURCE, QUEUE_LABEL, ROLE_LABEL
 from topwork.spec.yaml_output import dump_yaml
 
 EXAMPLES = "../../examples"
 QUEUE = "topwork"
-QUEUES_FILE = f"queues{TEMPLATE}"
+QUEUES_FILE = f"queues{TEMPLATE_SUFFIX}"
 KUEUE = "kueue.x-k8s.io/v1beta2"
 
-COUNTED_WORDS = """
-job.yaml in the ConfigMap keeps its spec.compute.gpus: the stages count the GPUs that they have. The other way is to
-change the spec to gpus: {gpus} and to render that, which also checks that the rest of the spec goes with it.
+GPUS_COMMENT = """
+spec.compute.gpus in job.yaml of the ConfigMap does not change: stages use the GPUs that they find. Alternatively, set
+gpus: {gpus} in the spec and render it again, which also validates the rest of the spec against this number.
 
-The patch names pull, which it doesn't change, for its place: kustomize moves the containers of a patch to the front.
+The patch lists the unchanged container pull to keep the order: kustomize moves patched containers to the front.
 """
-CPU_WORDS = f"""
-The examples without GPUs: they train on the processor, from the image for that.
-{COUNTED_WORDS.format(gpus=0)}"""
-TWO_GPUS_WORDS = f"""
-The examples with two GPUs each, between which the global batch is divided.
-{COUNTED_WORDS.format(gpus=2)}"""
-KUEUE_WORDS = f"""
-The examples in the queue {QUEUE} of Kueue, which holds each Job back until there is quota for it. It suspends Jobs and
-lets them go by itself: they only name their queue. {QUEUES_FILE} shows how to make it.
+CPU_COMMENT = f"""
+The examples without GPUs: they train on CPUs, with the CPU image.
+{GPUS_COMMENT.format(gpus=0)}"""
+TWO_GPUS_COMMENT = f"""
+The examples with two GPUs each, which share the global batch.
+{GPUS_COMMENT.format(gpus=2)}"""
+KUEUE_COMMENT = f"""
+The examples in the Kueue queue {QUEUE}. Kueue suspends each Job until enough quota is available. Jobs only need the
+label with the name of the queue. {QUEUES_FILE} shows how to create the queue.
 
-The other way is to change the spec to queue: {QUEUE} and to render that.
+Alternatively, set compute.queue: {QUEUE} in the spec and render it again.
 """
-USE_WORDS = """
-All of them, or one:
+USAGE_COMMENT = """
+To apply all examples, or only one:
 
   kubectl apply -k k8s/overlays/{name}
   kubectl kustomize k8s/overlays/{name} | kubectl apply -l topwork.dev/job=NAME -f -
 """
-QUEUES_WORDS = f"""
-A queue for the namespace {NAMESPACE}, from whoever runs the cluster. An example, which nothing applies by itself.
-Change the amounts, which must cover every resource that the pods ask for, and
+QUEUES_COMMENT = f"""
+A queue for the namespace {NAMESPACE}, to be created by a cluster administrator. This is an example, which is not
+applied with this directory. Change the quotas, which must cover every resource that the pods request, and run
 
   kubectl apply -f k8s/overlays/kueue/{QUEUES_FILE}
 
-This is for Kueue 0.15 and later; before that, the API was v1beta1.
+Requires Kueue 0.15 or later. Earlier versions use the API version v1beta1.
 """
 
 
 def files() -> Iterator[tuple[str, str]]:
-    """Give each file with its text."""
-    changes = {
-        "cpu": (CPU_WORDS, images("cpu") | {"patches": [gpus(None)]}),
-        "two-gpus": (TWO_GPUS_WORDS, images("gpu") | {"patches": [gpus(2)]}),
-        "kueue": (KUEUE_WORDS, {"patches": [queue()]}),
+    """Yield the name and the content of each file."""
+    overlays = {
+        "cpu": (CPU_COMMENT, image_tag("cpu") | {"patches": [gpu_patch(None)]}),
+        "two-gpus": (TWO_GPUS_COMMENT, image_tag("gpu") | {"patches": [gpu_patch(2)]}),
+        "kueue": (KUEUE_COMMENT, {"patches": [queue_patch()]}),
     }
-    for name, (words, change) in changes.items():
-        comment = words + USE_WORDS.format(name=name)
-        yield f"{name}/kustomization.yaml", text(comment, kustomization(EXAMPLES, **change))
-    yield f"kueue/{QUEUES_FILE}", text(QUEUES_WORDS, *queues())
+    for name, (comment, fields) in overlays.items():
+        yield (
+            f"{name}/kustomization.yaml",
+            to_yaml(comment + USAGE_COMMENT.format(name=name), kustomization(EXAMPLES, **fields)),
+        )
+    yield f"kueue/{QUEUES_FILE}", to_yaml(QUEUES_COMMENT, *queues())
 
 
-def images(accelerator: str) -> Manifest:
-    """Have all containers run the image for an accelerator."""
+def image_tag(accelerator: str) -> KubernetesObject:
+    """Build the field that selects the image for an accelerator."""
     return {"images": [{"name": "topwork", "newTag": f"{__version__}-{accelerator}"}]}
 
 
-def gpus(count: int | None) -> Manifest:
-    """Set the GPUs of the containers that train; None takes away what there is."""
+def gpu_patch(count: int | None) -> KubernetesObject:
+    """Build a patch that sets the GPUs of the training containers; None removes them."""
     resources = {"requests": {GPU_RESOURCE: count}, "limits": {GPU_RESOURCE: count}}
     pod = {
-        # Without pull, transfer would come before it (kubernetes-sigs/kustomize#3912, #5904).
+        # Without pull, kustomize would move transfer before it (kubernetes-sigs/kustomize#3912, #5904).
         "initContainers": [{"name": "pull"}, {"name": "transfer", "resources": resources}],
         "containers": [{"name": "fine-tune", "resources": resources}],
     }
@@ -77,27 +80,27 @@ def gpus(count: int | None) -> Manifest:
     return {"target": target, "patch": dump_yaml([job_patch({}, spec={"template": {"spec": pod}})])}
 
 
-def queue() -> Manifest:
-    """Name the queue on every Job."""
+def queue_patch() -> KubernetesObject:
+    """Build a patch that adds the queue label to all Jobs."""
     return {"target": {"kind": "Job"}, "patch": dump_yaml([job_patch({"labels": {QUEUE_LABEL: QUEUE}})])}
 
 
-def job_patch(metadata: Manifest, **more: Manifest) -> Manifest:
-    """Build a strategic merge patch of Jobs; kustomize wants a name in it, and goes by the target."""
-    return {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "any", **metadata}, **more}
+def job_patch(metadata: KubernetesObject, **fields: KubernetesObject) -> KubernetesObject:
+    """Build a strategic merge patch for Jobs; kustomize requires a name, but uses the target to select them."""
+    return {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "any", **metadata}, **fields}
 
 
-def queues() -> list[Manifest]:
-    """Build what Kueue needs: a flavour of nodes, its quota, and the way to it from the namespace."""
-    amounts = {"cpu": 32, "memory": "128Gi", GPU_RESOURCE: 4}
-    quotas = [{"name": resource, "nominalQuota": amount} for resource, amount in amounts.items()]
-    everywhere = {"name": QUEUE, "labels": dict(LABELS)}
+def queues() -> list[KubernetesObject]:
+    """Build the objects of a queue: a resource flavor, a cluster queue with quotas, and a local queue."""
+    quantities = {"cpu": 32, "memory": "128Gi", GPU_RESOURCE: 4}
+    quotas = [{"name": resource, "nominalQuota": quantity} for resource, quantity in quantities.items()]
+    cluster_metadata = {"name": QUEUE, "labels": dict(LABELS)}
     spec = {
         "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": NAMESPACE}},
-        "resourceGroups": [{"coveredResources": list(amounts), "flavors": [{"name": QUEUE, "resources": quotas}]}],
+        "resourceGroups": [{"coveredResources": list(quantities), "flavors": [{"name": QUEUE, "resources": quotas}]}],
     }
     return [
-        {"apiVersion": KUEUE, "kind": "ResourceFlavor", "metadata": everywhere},
-        {"apiVersion": KUEUE, "kind": "ClusterQueue", "metadata": everywhere, "spec": spec},
+        {"apiVersion": KUEUE, "kind": "ResourceFlavor", "metadata": cluster_metadata},
+        {"apiVersion": KUEUE, "kind": "ClusterQueue", "metadata": cluster_metadata, "spec": spec},
         {"apiVersion": KUEUE, "kind": "LocalQueue", "metadata": metadata(QUEUE), "spec": {"clusterQueue": QUEUE}},
     ]

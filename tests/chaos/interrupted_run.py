@@ -36,7 +36,7 @@ MILESTONES = {
     "fine-tune": ("", TRAINING_STARTED, EPOCH_ENDED, EPOCH_ENDED),
 }
 # A resumed stage has fewer epochs left: interrupt it in this fraction of its epochs, so that more interruptions fit.
-EPOCHS_FRACTION = 3
+EPOCHS_FRACTION = 1 / 3
 TIME_FIELDS = {"seconds", "stepSeconds", "images_per_second", "input_wait_seconds", "started", "finished"}
 
 # Uses everything that has state in checkpoints: dropout, augmentation, schedule, EMA, early stopping, steps.
@@ -74,10 +74,10 @@ def write_images(directory: Path) -> Path:
     return directory
 
 
-def make_job(photos: Path, uri: str, **overrides: Any) -> TransferJob:
+def make_job(images: Path, uri: str, **overrides: Any) -> TransferJob:
     """Build the job. Keyword arguments replace whole keys of `spec`."""
     dataset = {
-        "source": {"folder": {"uri": str(photos)}},
+        "source": {"folder": {"uri": str(images)}},
         "splits": {"train": "train[:60%]", "validation": "train[60%:80%]", "test": "train[80%:]"},
         "imageSize": [32, 32],
     }
@@ -158,9 +158,9 @@ class StageProcess:
         epochs = sum(line["message"] == "epoch" for line in self.lines)
         return epochs * STEPS_PER_EPOCH - sum(line["step"] for line in self.lines if line["message"] == "resumed")
 
-    def interrupt(self, number: int, whole_group: bool) -> int:
+    def interrupt(self, number: int, to_group: bool) -> int:
         """Send a signal to the process, or to its whole process group like a node, and return the exit code."""
-        if whole_group:
+        if to_group:
             os.killpg(self.process.pid, number)
         else:
             self.process.send_signal(number)
@@ -210,7 +210,7 @@ class JobRun:
         self.counts.steps += process.count_steps()
         return process
 
-    def interrupt(self, stage: str, number: int, milestone: str, seconds: float, whole_group: bool) -> bool:
+    def interrupt(self, stage: str, number: int, milestone: str, seconds: float, to_group: bool) -> bool:
         """Start a stage and send it a signal; False if it completes before."""
         process = self.start(stage)
         if not process.wait_for(milestone, seconds):
@@ -218,7 +218,7 @@ class JobRun:
             self.counts.steps += process.count_steps()
             return False
         steps = process.scrape_steps()
-        code = process.interrupt(number, whole_group)
+        code = process.interrupt(number, to_group)
         if code == 0:  # the stage was already complete
             self.counts.steps += process.count_steps()
             return False
@@ -261,18 +261,18 @@ class JobRun:
     def object_versions(self, prefix: str) -> dict[str, list[str]]:
         """List the version IDs of all objects by key, including deleted objects."""
         base = self.job.spec.storage.removeprefix(f"s3://{BUCKET}/")
-        found: dict[str, list[str]] = {}
+        ids: dict[str, list[str]] = {}
         pages = self._client.get_paginator("list_object_versions")
         for page in pages.paginate(Bucket=BUCKET, Prefix=f"{base}/{prefix}"):
             for version in page.get("Versions", ()):
-                found.setdefault(version["Key"].removeprefix(f"{base}/"), []).append(version["VersionId"])
-        return found
+                ids.setdefault(version["Key"].removeprefix(f"{base}/"), []).append(version["VersionId"])
+        return ids
 
     def read_checkpoints(self) -> dict[str, dict[str, np.ndarray]]:
         """Read all complete checkpoints, including deleted ones, by stage and name."""
         prefix = f"runs/{self.job.run}/"
         versions = self.object_versions(prefix)
-        found = {}
+        checkpoints = {}
         for key, ids in versions.items():
             checkpoint = key.rpartition("/")[0]
             if key.endswith("/state.npz") and f"{checkpoint}/manifest.json" in versions:
@@ -280,10 +280,10 @@ class JobRun:
                 for number, version in enumerate(ids):
                     data = self._client.get_object(**location, VersionId=version)["Body"].read()
                     with np.load(io.BytesIO(data)) as arrays:
-                        found[f"{checkpoint.removeprefix(prefix)}#{number}"] = {
+                        checkpoints[f"{checkpoint.removeprefix(prefix)}#{number}"] = {
                             name: arrays[name] for name in arrays.files
                         }
-        return found
+        return checkpoints
 
     def orphans(self) -> list[int]:
         """List the processes of the stages that are still running."""
@@ -320,7 +320,7 @@ def interruption_windows(stage: str, reached: dict[str, float], end: float) -> d
         "": reached[TRAINING_STARTED] - reached[""],
         # Most of the time before the first epoch ends is spent tracing the graph of a step.
         TRAINING_STARTED: reached[EPOCH_ENDED] - reached[TRAINING_STARTED],
-        EPOCH_ENDED: (trained - reached[EPOCH_ENDED]) / EPOCHS_FRACTION,
+        EPOCH_ENDED: (trained - reached[EPOCH_ENDED]) * EPOCHS_FRACTION,
     }
     if EVALUATED in reached:
         windows[EVALUATED] = end - reached[EVALUATED]

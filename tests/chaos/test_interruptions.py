@@ -83,7 +83,7 @@ def run_interrupted(
             trained = stage == "fine-tune" and run.storage.size(f"runs/{run.job.run}/fine-tune/done.json") is not None
             milestones = ("", EVALUATED, EVALUATED) if trained else MILESTONES[stage]
             milestone, seconds = choose_moment(milestones, windows[stage], generator)
-            if run.interrupt(stage, signals[-1], milestone, seconds, whole_group=generator.random() < 0.5):
+            if run.interrupt(stage, signals[-1], milestone, seconds, to_group=generator.random() < 0.5):
                 signals.pop()
         run.complete(stage)
         assert run.is_done(stage)

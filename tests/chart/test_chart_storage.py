@@ -61,7 +61,7 @@ def server(rendered: Render, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     (script,) = container["args"]
     script = script.replace("-s3.port=8333", " ".join(flags))
     environment = variables | {"PATH": f"{WEED}:{os.environ['PATH']}", "HOME": str(folder)}
-    environment |= {"RUN_DIRECTORY": str(folder), "DATA_DIRECTORY": str(folder / "data"), "S3_ADDRESS": "127.0.0.1"}
+    environment |= {"RUN_FOLDER": str(folder), "DATA_FOLDER": str(folder / "data"), "S3_ADDRESS": "127.0.0.1"}
     after = container["lifecycle"]["postStart"]["exec"]["command"][-1]
     master = f"{own['master']}.{numbers[len(PORTS)]}"
     with (folder / "log").open("wb") as log:

@@ -1,4 +1,4 @@
-"""examples/cats-vs-dogs.yaml: Xception with a new head; transfer trains the head, fine-tuning the whole model."""
+"""examples/cats-vs-dogs.yaml: Xception; transfer trains a new head, and fine-tuning trains the whole model."""
 
 import numpy as np
 import pytest

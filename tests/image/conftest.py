@@ -1,4 +1,4 @@
-"""The image, built once; pods of rendered Jobs, with a real S3 server; and the examples with their pictures."""
+"""Fixtures of the image tests: the built image, pods of rendered Jobs, a real S3 server, and the solar examples."""
 
 import os
 import subprocess
@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.image.engine import LIMITS, MISSING, is_missing, podman
 from tests.image.pod import Namespace, Pod
+from tests.image.podman import LIMITS, MISSING, is_podman_missing, run_podman
 
 from topwork.clients.s3.storage import Storage, StorageSettings, create_bucket
 from topwork.cluster.manifests.render import RenderedObjects, RenderOptions, render
@@ -17,31 +17,31 @@ from topwork.cluster.names import STORAGE_SECRET
 from topwork.spec import TransferJob
 from topwork.spec.loading.loader import read_jobs
 
-# Docker's registry, debootstrap, TensorFlow's download and 2 GB to write: on a slow machine all of that takes a while.
+# Pulling or building the base image, installing TensorFlow and writing 2 GB can take long on a slow machine.
 BUILD_SECONDS = 1500
-# The bundle of certificates that this machine trusts, for networks with an authority of their own.
-AUTHORITIES = Path("/etc/ssl/certs/ca-certificates.crt")
+# The CA certificates of this machine, for networks with their own certificate authority.
+CA_BUNDLE = Path("/etc/ssl/certs/ca-certificates.crt")
 
 
 @pytest.fixture(scope="session")
 def image() -> str:
-    """Name of the image for processors, built from this tree; what the engine has built before is taken from there."""
-    if is_missing():
+    """Name of the CPU image, built from this source tree with podman's build cache."""
+    if is_podman_missing():
         if os.environ.get("CI") == "true":
             pytest.fail(MISSING)
         pytest.skip(MISSING)
-    job = example("solar-transfer")
+    job = read_example("solar-transfer")
     name = str(render(job, RenderOptions()).training["spec"]["template"]["spec"]["containers"][0]["image"])
     base = next(line for line in Path("Dockerfile").read_text().splitlines() if line.startswith("ARG BASE="))
-    built("tests/image/base.sh", base.removeprefix("ARG BASE="))
-    authorities = [f"CA={AUTHORITIES}"] if AUTHORITIES.exists() else []
-    built("make", "image", "BUILDER=podman", "ACCELERATOR=cpu", f"IMAGE={name}", *authorities)
+    run_build("tests/image/base_image.sh", base.removeprefix("ARG BASE="))
+    ca_options = [f"CA={CA_BUNDLE}"] if CA_BUNDLE.exists() else []
+    run_build("make", "image", "BUILDER=podman", "ACCELERATOR=cpu", f"IMAGE={name}", *ca_options)
     return name
 
 
-def built(*command: str) -> None:
-    """Run a command of the build. `chroot` needs no right to start containers for the steps of a build."""
-    ended = subprocess.run(
+def run_build(*command: str) -> None:
+    """Run a build command. With `chroot` isolation, build steps need no permission to start containers."""
+    completed = subprocess.run(
         command,
         env=os.environ | {"BUILDAH_ISOLATION": "chroot"},
         stdout=subprocess.PIPE,
@@ -50,10 +50,10 @@ def built(*command: str) -> None:
         timeout=BUILD_SECONDS,
         check=False,
     )
-    assert ended.returncode == 0, ended.stdout
+    assert completed.returncode == 0, completed.stdout
 
 
-def example(name: str, **spec: Any) -> TransferJob:
+def read_example(name: str, **spec: Any) -> TransferJob:
     """Read an example; keyword arguments replace whole keys of its spec."""
     (job,) = read_jobs(Path("examples") / f"{name}.yaml")
     content = job.model_dump(mode="json", by_alias=True, exclude_unset=True)
@@ -62,7 +62,7 @@ def example(name: str, **spec: Any) -> TransferJob:
 
 @pytest.fixture(scope="session")
 def secret(s3_settings: StorageSettings) -> dict[str, str]:
-    """What the Secret of the storage holds."""
+    """Data of the storage Secret."""
     return {
         "AWS_ENDPOINT_URL": s3_settings.endpoint_url or "",
         "AWS_ACCESS_KEY_ID": s3_settings.access_key or "",
@@ -73,23 +73,23 @@ def secret(s3_settings: StorageSettings) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def solar(s3_settings: StorageSettings, secret: dict[str, str]) -> Storage:
-    """Storage of the solar examples, with their pictures."""
-    address = example("solar-transfer").spec.storage
-    create_bucket(s3_settings, address.removeprefix("s3://").split("/")[0])
-    subprocess.run([sys.executable, "examples/solar/pictures.py", address], env=os.environ | secret, check=True)
-    return Storage(address, s3_settings)
+    """Storage of the solar examples, with their images."""
+    uri = read_example("solar-transfer").spec.storage
+    create_bucket(s3_settings, uri.removeprefix("s3://").split("/")[0])
+    subprocess.run([sys.executable, "examples/solar/upload_images.py", uri], env=os.environ | secret, check=True)
+    return Storage(uri, s3_settings)
 
 
-class Namespaced:
-    """Pods of rendered Jobs in one namespace; all that they started is taken away at the end."""
+class PodFactory:
+    """Creates the pods of rendered Jobs like the Job controller, and removes their containers at the end."""
 
-    def __init__(self, folder: Path, secret: dict[str, str]) -> None:
-        self._folder = folder
+    def __init__(self, directory: Path, secret: dict[str, str]) -> None:
+        self._directory = directory
         self._secret = secret
         self._pods: list[Pod] = []
 
     def __call__(self, job: TransferJob, secret: dict[str, str] | None = None) -> Pod:
-        """Make the pod of a job; `secret` replaces what the storage's Secret holds, and an empty one takes it away."""
+        """Create the pod of a job; `secret` replaces the data of the storage Secret, and an empty one removes it."""
         rendered: RenderedObjects = render(job, RenderOptions())
         config_map = rendered.config_map
         secret = self._secret if secret is None else secret
@@ -97,19 +97,19 @@ class Namespaced:
             config_maps={config_map["metadata"]["name"]: config_map["data"]},
             secrets={STORAGE_SECRET: secret} if secret else {},
         )
-        self._pods.append(Pod(rendered.training["spec"]["template"], namespace, self._folder))
+        self._pods.append(Pod(rendered.training["spec"]["template"], namespace, self._directory))
         return self._pods[-1]
 
     def remove(self) -> None:
-        """Take away every container that is still there."""
+        """Remove all containers."""
         for pod in self._pods:
             pod.remove()
 
 
 @pytest.fixture
 def make_pod(image: str, secret: dict[str, str], tmp_path: Path) -> Iterator[Callable[..., Pod]]:
-    """Make pods of jobs, as the Job controller would."""
-    pods = Namespaced(tmp_path, secret)
+    """Create pods of jobs."""
+    pods = PodFactory(tmp_path, secret)
     yield pods
     pods.remove()
 
@@ -118,23 +118,25 @@ def make_pod(image: str, secret: dict[str, str], tmp_path: Path) -> Iterator[Cal
 def solar_base(
     image: str, secret: dict[str, str], solar: Storage, tmp_path_factory: pytest.TempPathFactory
 ) -> TransferJob:
-    """The job whose model the transfer example starts from: run from the image to its end."""
-    job = example("solar-base")
-    pods = Namespaced(tmp_path_factory.mktemp("solar-base"), secret)
+    """The job that trains the base of the transfer example, completed in the image."""
+    job = read_example("solar-base")
+    pods = PodFactory(tmp_path_factory.mktemp("solar-base"), secret)
     pod = pods(job)
     for name in pod.containers:
-        ended = pod.start(name).wait()
-        assert ended.exit_code == 0, ended.log
+        terminated = pod.start(name).wait()
+        assert terminated.exit_code == 0, terminated.log
     pods.remove()
     return job
 
 
 @pytest.fixture
 def in_image(image: str) -> Callable[..., "subprocess.CompletedProcess[str]"]:
-    """Run a program in the image, as `docker run` would; without one the image's own."""
+    """Run a program in the image; the default is its entry point."""
 
-    def call(*arguments: str, program: str | None = None) -> "subprocess.CompletedProcess[str]":
-        entry = ["--entrypoint", program] if program else []
-        return podman("run", "--rm", *LIMITS, "--read-only", "--read-only-tmpfs=false", *entry, image, *arguments)
+    def run(*arguments: str, program: str | None = None) -> "subprocess.CompletedProcess[str]":
+        entrypoint = ["--entrypoint", program] if program else []
+        return run_podman(
+            "run", "--rm", *LIMITS, "--read-only", "--read-only-tmpfs=false", *entrypoint, image, *arguments
+        )
 
-    return call
+    return run

@@ -1,4 +1,4 @@
-"""A container under podman: followed while it runs, stopped as the kubelet would, and told how it ended."""
+"""A container under podman: its log, metrics and processes, and how it terminated."""
 
 import json
 import subprocess
@@ -10,25 +10,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.image.engine import podman
+from tests.image.podman import run_podman
 
 from topwork.cluster.termination_message import TerminationMessage, parse_termination_message
 
-# Kubernetes takes as much of the log where a process left no message.
-LAST_BYTES = 2048
-# Made by podman in every container; Kubernetes lays its own over them.
-PODMANS = {"/etc/hosts", "/etc/hostname", "/etc/resolv.conf", "/etc/mtab", "/run/.containerenv", "/run/secrets"}
+# Size of the end of the log that Kubernetes uses with FallbackToLogsOnError.
+LOG_TAIL_BYTES = 2048
+# podman creates these in every container; Kubernetes mounts its own.
+PODMAN_FILES = {"/etc/hosts", "/etc/hostname", "/etc/resolv.conf", "/etc/mtab", "/run/.containerenv", "/run/secrets"}
 
 
 @dataclass(frozen=True)
-class Ended:
-    """How a container ended.
+class TerminatedContainer:
+    """The state of a terminated container.
 
     Attributes:
         exit_code: Exit code of its process.
-        message: Its termination message as Kubernetes would keep it.
-        log: All that it wrote.
-        written: Files that it changed or made outside of its mounts.
+        message: Its termination message, like in the container status of Kubernetes.
+        log: Its complete log.
+        written: Files outside of its mounts that it created or changed.
     """
 
     exit_code: int
@@ -37,18 +37,18 @@ class Ended:
     written: list[str]
 
     @property
-    def ending(self) -> TerminationMessage | None:
-        """The termination message, if topwork wrote it."""
+    def termination_message(self) -> TerminationMessage | None:
+        """The parsed termination message; None if topwork did not write it."""
         return parse_termination_message(self.message)
 
-    def lines(self, message: str, **facts: Any) -> list[dict[str, Any]]:
-        """Find the lines of the log with a message and some facts."""
-        found = [json.loads(line) for line in self.log.splitlines() if line.startswith("{")]
-        return [line for line in found if line.items() >= {"message": message, **facts}.items()]
+    def lines(self, message: str, **fields: Any) -> list[dict[str, Any]]:
+        """Find the log lines with a message and fields."""
+        lines = [json.loads(line) for line in self.log.splitlines() if line.startswith("{")]
+        return [line for line in lines if line.items() >= {"message": message, **fields}.items()]
 
 
 class Container:
-    """A container that was started."""
+    """A started container."""
 
     def __init__(
         self,
@@ -56,41 +56,41 @@ class Container:
         name: str,
         command: list[str],
         variables: dict[str, str],
-        message: Path,
-        falls_back_to_log: bool,
+        termination_log: Path,
+        fallback_to_logs: bool,
         mounts: list[str],
         port: int,
     ) -> None:
         self.port = port
         self._name = name
-        self._message = message
-        self._falls_back_to_log = falls_back_to_log
+        self._termination_log = termination_log
+        self._fallback_to_logs = fallback_to_logs
         self._mounts = mounts
-        podman("run", "--detach", "--name", name, *command, **variables)
+        run_podman("run", "--detach", "--name", name, *command, **variables)
 
     @property
     def log(self) -> str:
-        """All that it has written until now."""
-        ended = subprocess.run(
+        """The log so far."""
+        logs = subprocess.run(
             ["podman", "logs", self._name], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True
         )
-        return ended.stdout
+        return logs.stdout
 
     @property
     def is_running(self) -> bool:
-        """Whether its process is there."""
+        """Whether its process is running."""
         return self._inspect("{{.State.Running}}") == "true"
 
-    def until(self, holds: Callable[[str], bool], seconds: float = 600) -> None:
-        """Wait until its log is as it should be."""
+    def wait_for_log(self, condition: Callable[[str], bool], seconds: float = 600) -> None:
+        """Wait until a condition holds for the log."""
         deadline = time.monotonic() + seconds
-        while not holds(log := self.log):
+        while not condition(log := self.log):
             assert self.is_running, log
             assert time.monotonic() < deadline, log
             time.sleep(0.2)
 
-    def until_metrics(self, series: str, at_least: float = 1, seconds: float = 600) -> None:
-        """Scrape the port that the pod declares until a series has a value."""
+    def wait_for_metric(self, series: str, at_least: float = 1, seconds: float = 600) -> None:
+        """Scrape the declared metrics port until a series reaches a value."""
         deadline = time.monotonic() + seconds
         while self._value(series) < at_least:
             assert self.is_running, self.log
@@ -99,49 +99,51 @@ class Container:
 
     def _value(self, series: str) -> float:
         name, _, labels = series.rstrip("}").partition("{")
-        with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=10) as answer:
-            for line in answer.read().decode().splitlines():
-                # Beside those of the job, which every series carries.
+        with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=10) as response:
+            for line in response.read().decode().splitlines():
+                # Every series also has the labels of the job.
                 if line.startswith(f"{name}{{") and labels in line:
                     return float(line.rpartition(" ")[2])
         return 0
 
-    def process(self, number: int) -> list[str]:
-        """Command line of a process, by its number in the container."""
-        command = podman("exec", self._name, "cat", f"/proc/{number}/cmdline").stdout
+    def command_line(self, pid: int) -> list[str]:
+        """Return the command line of a process."""
+        command = run_podman("exec", self._name, "cat", f"/proc/{pid}/cmdline").stdout
         return command.rstrip("\0").split("\0")
 
-    def owners(self) -> set[str]:
-        """Users of all its processes."""
-        listed = podman("exec", self._name, "sh", "-c", "stat --format %u /proc/[0-9]* 2>/dev/null || true")
-        return set(listed.stdout.split())
+    def user_ids(self) -> set[str]:
+        """Return the user IDs of all processes."""
+        owners = run_podman("exec", self._name, "sh", "-c", "stat --format %u /proc/[0-9]* 2>/dev/null || true")
+        return set(owners.stdout.split())
 
-    def stop(self) -> Ended:
-        """Send SIGTERM, and SIGKILL when the grace period is over."""
-        podman("stop", self._name, seconds=900)
+    def stop(self) -> TerminatedContainer:
+        """Send SIGTERM, and SIGKILL after the grace period, like the kubelet."""
+        run_podman("stop", self._name, seconds=900)
         return self.wait()
 
-    def wait(self, seconds: float = 900) -> Ended:
-        """Wait for its end."""
-        code = int(podman("wait", self._name, seconds=seconds).stdout)
+    def wait(self, seconds: float = 900) -> TerminatedContainer:
+        """Wait until it terminates, and remove it."""
+        code = int(run_podman("wait", self._name, seconds=seconds).stdout)
         log = self.log
-        message = self._message.read_text()
-        if not message and self._falls_back_to_log and code:
-            message = log[-LAST_BYTES:]
-        ended = Ended(code, message, log, self._written())
+        message = self._termination_log.read_text()
+        if not message and self._fallback_to_logs and code:
+            message = log[-LOG_TAIL_BYTES:]
+        terminated = TerminatedContainer(code, message, log, self._written())
         self.remove()
-        return ended
+        return terminated
 
     def remove(self) -> None:
-        """Take it away, whether or not it still runs."""
-        podman("rm", "--force", "--time", "0", "--ignore", self._name)
+        """Remove it, even if it is still running."""
+        run_podman("rm", "--force", "--time", "0", "--ignore", self._name)
 
     def _written(self) -> list[str]:
-        changes = json.loads(podman("diff", "--format", "json", self._name).stdout)
+        changes = json.loads(run_podman("diff", "--format", "json", self._name).stdout)
         paths = [path for paths in changes.values() for path in paths or ()]
-        # A mount point is made in the container's own layer, and so are the folders on the way to it.
-        made = {str(parent) for mount in (*self._mounts, *PODMANS) for parent in (Path(mount), *Path(mount).parents)}
-        return sorted(set(paths) - made)
+        # podman creates mount points and their parent directories in the layer of the container.
+        created = {
+            str(parent) for mount in (*self._mounts, *PODMAN_FILES) for parent in (Path(mount), *Path(mount).parents)
+        }
+        return sorted(set(paths) - created)
 
     def _inspect(self, template: str) -> str:
-        return podman("container", "inspect", "--format", template, self._name).stdout.strip()
+        return run_podman("container", "inspect", "--format", template, self._name).stdout.strip()

@@ -1,38 +1,38 @@
-"""What the image is made of."""
+"""Content and metadata of the image."""
 
 import json
 import tomllib
 from pathlib import Path
 
 import pytest
-from tests.image.engine import podman
+from tests.image.podman import run_podman
 
 import topwork
 
 pytestmark = [pytest.mark.image, pytest.mark.timeout(1800)]
 
-MOST_BYTES = 2.6e9
+MAX_BYTES = 2.6e9
 BUILD_TOOLS = ("gcc", "cc", "g++", "clang", "ld", "make", "uv", "git")
-# Prints every module that Python had to compile anew at every start, since it can't keep the result.
-UNCOMPILED = """
+# Prints all modules without byte code, which Python would compile at each start: the file system is read-only.
+PRINT_UNCOMPILED = """
 import importlib.util, pathlib, site, sysconfig
 library = pathlib.Path(sysconfig.get_path("stdlib"))
-own = [path for path in library.rglob("*.py") if "site-packages" not in path.parts]
-for path in [*own, *(path for root in site.getsitepackages() for path in pathlib.Path(root).rglob("*.py"))]:
+standard = [path for path in library.rglob("*.py") if "site-packages" not in path.parts]
+for path in [*standard, *(path for root in site.getsitepackages() for path in pathlib.Path(root).rglob("*.py"))]:
     if not pathlib.Path(importlib.util.cache_from_source(path)).exists():
         print(path)
 """
 
 
 @pytest.fixture(scope="module")
-def facts(image):
-    (found,) = json.loads(podman("image", "inspect", image).stdout)
-    return found
+def inspected(image):
+    (inspected,) = json.loads(run_podman("image", "inspect", image).stdout)
+    return inspected
 
 
-def test_the_image_says_what_it_is(facts):
+def test_image_has_opencontainers_labels(inspected):
     project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
-    labels = {name.rpartition(".")[2]: text for name, text in facts["Labels"].items() if "opencontainers" in name}
+    labels = {name.rpartition(".")[2]: text for name, text in inspected["Labels"].items() if "opencontainers" in name}
     assert len(labels.pop("revision").removesuffix("-dirty")) == 40
     assert labels == {
         "title": project["name"],
@@ -41,11 +41,11 @@ def test_the_image_says_what_it_is(facts):
         "licenses": project["license"],
         "source": "",
     }
-    assert facts["Labels"]["dev.topwork.accelerator"] == "cpu"
+    assert inspected["Labels"]["dev.topwork.accelerator"] == "cpu"
 
 
-def test_the_image_runs_topwork_below_tini_as_a_user_that_is_a_number(facts):
-    config = facts["Config"]
+def test_image_runs_topwork_under_tini_as_a_numeric_user(inspected):
+    config = inspected["Config"]
     assert (config["User"], config["Entrypoint"], config["Cmd"]) == (
         "65532:65532",
         ["tini", "--", "topwork"],
@@ -53,26 +53,26 @@ def test_the_image_runs_topwork_below_tini_as_a_user_that_is_a_number(facts):
     )
 
 
-def test_the_image_is_not_larger_than_it_was(facts, capsys):
+def test_image_size_is_below_its_limit(inspected, capsys):
     with capsys.disabled():
-        print(f" {facts['Size'] / 1e9:.2f} GB", end=" ")
-    assert facts["Size"] < MOST_BYTES
+        print(f" {inspected['Size'] / 1e9:.2f} GB", end=" ")
+    assert inspected["Size"] < MAX_BYTES
 
 
-def test_topwork_runs_on_a_read_only_root_without_any_mount(in_image):
+def test_topwork_runs_on_a_read_only_root_without_mounts(in_image):
     assert in_image("--version").stdout == f"topwork {topwork.__version__}\n"
 
 
-def test_the_image_has_no_build_tools(in_image):
-    found = in_image("-c", f"for tool in {' '.join(BUILD_TOOLS)}; do command -v $tool || true; done", program="sh")
-    assert found.stdout == ""
+def test_image_has_no_build_tools(in_image):
+    listed = in_image("-c", f"for tool in {' '.join(BUILD_TOOLS)}; do command -v $tool || true; done", program="sh")
+    assert listed.stdout == ""
 
 
-def test_the_image_has_no_caches_and_no_lists_of_packages(in_image):
-    folders = "/root/.cache /home/topwork /var/lib/apt/lists /var/cache/apt /tmp /var/tmp /source /package"
-    found = in_image("-c", f"find {folders} -type f 2>/dev/null || true", program="sh")
-    assert found.stdout == ""
+def test_image_has_no_caches_or_package_lists(in_image):
+    directories = "/root/.cache /home/topwork /var/lib/apt/lists /var/cache/apt /tmp /var/tmp /source /package"
+    listed = in_image("-c", f"find {directories} -type f 2>/dev/null || true", program="sh")
+    assert listed.stdout == ""
 
 
-def test_the_byte_code_of_every_module_is_there(in_image):
-    assert in_image("-c", UNCOMPILED, program="python3").stdout == ""
+def test_image_has_byte_code_of_all_modules(in_image):
+    assert in_image("-c", PRINT_UNCOMPILED, program="python3").stdout == ""

@@ -162,7 +162,7 @@ def run_topwork(directory: Path, *arguments: str, with_images: bool = False) -> 
     """Run `topwork`, after storing the images of the demo if requested."""
     commands = [[sys.executable, "-m", "topwork", *arguments]]
     if with_images:
-        commands.insert(0, [sys.executable, str(ROOT / "examples/solar/pictures.py")])
+        commands.insert(0, [sys.executable, str(ROOT / "examples/solar/upload_images.py")])
     for command in commands:
         subprocess.run(command, env=environment(directory), cwd=directory, check=True, capture_output=True, timeout=900)
 

@@ -101,7 +101,7 @@ def test_a_run_is_counted_while_running_and_when_done(observed_run: ObservedRun)
     assert {value for _, value in running[0]["values"]} == {"0", "1"}
     assert observed_run.prometheus.value(counts["GPUs held"], observed_run.end) == 2
     observed_run.prometheus.wait_for(f'topwork:run_state{{run="{observed_run.run}"}} == 3', seconds=120)
-    assert observed_run.prometheus.value(counts["Done"]) == 1
+    assert observed_run.prometheus.value(counts["Succeeded"]) == 1
     assert observed_run.prometheus.value(counts["Failed"]) == 0
 
 

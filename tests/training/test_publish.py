@@ -110,11 +110,11 @@ def test_published_version_is_complete_and_loads_with_standard_libraries(
         ("transfer", "1", "0.69"),
         ("fine-tune", "1", ""),
     ]
-    told = json.loads(storage.read("models/tiny/1/metrics.json"))
-    assert told["version"] == 1
-    assert told["recheck"]["images"] == told["evaluation"]["images"] == 8
-    assert set(told["recheck"]["largestDifference"]) == {"keras", "savedModel", "encoded"}
-    assert max(told["recheck"]["largestDifference"].values()) <= told["recheck"]["tolerance"] == 1e-4
+    content = json.loads(storage.read("models/tiny/1/metrics.json"))
+    assert content["version"] == 1
+    assert content["recheck"]["images"] == content["evaluation"]["images"] == 8
+    assert set(content["recheck"]["largestDifference"]) == {"keras", "savedModel", "encoded"}
+    assert max(content["recheck"]["largestDifference"].values()) <= content["recheck"]["tolerance"] == 1e-4
     assert published.uri in storage.read("models/tiny/1/card.md").decode()
     assert b"data:image/jpeg;base64," in storage.read("models/tiny/1/report.html")
 

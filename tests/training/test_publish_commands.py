@@ -74,8 +74,8 @@ def test_models_list_shows_each_model_with_its_latest_version(command, published
         ["model", "latest", "versions", "metric", "published"],
         ["colours", "2", "2", "auc", "0.9200", "2030-01-02T03:04:05Z"],
     ]
-    (told,) = json.loads(command("models", "list", published.uri, "--json").output)
-    assert (told["name"], told["versions"], told["latest"]["version"]) == ("colours", [1, 2], 2)
+    (model,) = json.loads(command("models", "list", published.uri, "--json").output)
+    assert (model["name"], model["versions"], model["latest"]["version"]) == ("colours", [1, 2], 2)
 
 
 def test_models_list_reports_an_empty_storage(command, storage):
@@ -163,8 +163,8 @@ def test_predict_reads_images_from_storage(command, published, tmp_path):
     assert command("predict", model, published.uri_of("new/a-red.jpg")).output == (
         f"{published.uri_of('new/a-red.jpg')}: red 100.0 %\n"
     )
-    told = command("predict", model, published.uri_of("new/"), "--json").output.splitlines()
-    assert [json.loads(line)["classes"][0]["class"] for line in told] == ["red", "blue"]
+    lines = command("predict", model, published.uri_of("new/"), "--json").output.splitlines()
+    assert [json.loads(line)["classes"][0]["class"] for line in lines] == ["red", "blue"]
 
 
 def test_predict_works_without_a_keras_file(command, exported, tmp_path):

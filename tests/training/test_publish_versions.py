@@ -59,8 +59,8 @@ def test_list_models_includes_only_published_versions(storage):
     finish(storage, 10)
     finish(storage, 2)
     finish(storage, 1, "another")
-    versions.claim_version(storage, "tiny", "tiny-begun")
-    versions.claim_version(storage, "begun", "begun")
+    versions.claim_version(storage, "tiny", "tiny-1")
+    versions.claim_version(storage, "incomplete", "incomplete-1")
     assert versions.list_models(storage) == {"another": [1], "tiny": [1, 2, 10]}
 
 

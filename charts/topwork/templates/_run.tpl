@@ -255,7 +255,7 @@ nvidia.com/gpu: {{ int $compute.gpus }}
 
 {{/*
 The Job in the cluster if it has the same name but other settings (compute, image, version of topwork), otherwise empty.
-Jobs are immutable: rendering the existing Job lets an upgrade succeed without changing it. Arguments: root, job (manifest).
+The spec of a Job is immutable: rendering the existing Job lets an upgrade succeed without changing it. Arguments: root, job (manifest).
 */}}
 {{- define "topwork.run.kept" -}}
 {{- $there := lookup "batch/v1" "Job" .job.metadata.namespace .job.metadata.name -}}

@@ -46,7 +46,7 @@ class Workspace:
 
 
 class _MeteredTracker:
-    """Also records each step in the metrics, so that a slow operation can be told from a hanging one."""
+    """Also records each step in the metrics, to distinguish a slow operation from a hanging one."""
 
     def __init__(self, tracker: Tracker, metrics: Metrics) -> None:
         self._tracker, self._metrics = tracker, metrics

@@ -70,7 +70,7 @@ class ApiRequest:
 
     @property
     def action(self) -> str:
-        """The request in words, such as `apply Job cats in team-a`."""
+        """Description of the request, such as `apply Job cats in team-a`."""
         part = f"the {self.subresource.rpartition('/')[2]} of " if self.subresource else ""
         namespace = f" in {self.namespace}" if self.kind.namespaced and self.namespace else ""
         target = f"{part}{self.kind.name} {self.name}" if self.name else self.kind.plural

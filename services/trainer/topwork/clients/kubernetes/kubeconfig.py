@@ -75,7 +75,7 @@ class Kubeconfig:
         Args:
             kind: clusters, contexts or users.
             name: Name of the entry.
-            description: The entry in words, for the error message.
+            description: Description of the entry, for the error message.
 
         Raises:
             SettingError: If there is no such entry.

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Gets the image that the Dockerfile builds on: pulls it, or, where no registry can be reached, makes a stand-in of the
-# same Debian release with debootstrap and gives it the same name. Debian's own Python takes the place of Docker's.
+# Pulls the base image of the Dockerfile. If no registry can be reached, builds a substitute of the same Debian release
+# with debootstrap, under the same name. It has Debian's Python instead of the official image's.
 set -euo pipefail
 
 name=$1
@@ -13,10 +13,10 @@ if timeout "$pull_seconds" podman pull --quiet "$name"; then
     exit
 fi
 
-echo "$name can't be pulled: making a stand-in with debootstrap"
+echo "$name cannot be pulled: building a substitute with debootstrap"
 release=bookworm
 packages=ca-certificates,netbase,python3,python3-venv,tzdata
-# The mirror that this machine itself uses; debootstrap knows Debian's own.
+# The mirror in this machine's apt sources; without one, debootstrap uses Debian's.
 mirror=$(apt-get indextargets --format '$(CODENAME) $(REPO_URI)' | awk -v release=$release '$1 == release && !found++ { print $2 }')
 
 root=$(mktemp --directory)
