@@ -1,4 +1,4 @@
-"""Scanned digits (UCI, as scikit-learn has them): 1,797 pictures of 8x8 pixels, which a base learns in minutes."""
+"""Images of handwritten digits for benchmarks: 1,797 images of 8x8 pixels from UCI, included in scikit-learn."""
 
 from pathlib import Path
 
@@ -8,21 +8,21 @@ from sklearn.datasets import load_digits  # type: ignore[import-untyped]
 SIDE = 64
 
 
-def digits(folder: Path, classes: dict[str, tuple[int, ...]]) -> Path:
-    """Write digits into class folders.
+def write_digits(directory: Path, classes: dict[str, tuple[int, ...]]) -> Path:
+    """Write images of digits to one directory per class.
 
     Args:
-        folder: Where they go.
-        classes: Which digits each class holds.
+        directory: Parent of the class directories.
+        classes: Digits in each class.
 
     Returns:
-        The folder.
+        `directory`.
     """
-    found = load_digits()
-    for name, members in classes.items():
-        (folder / name).mkdir(parents=True, exist_ok=True)
-        for number, (pixels, digit) in enumerate(zip(found.images, found.target, strict=True)):
-            if digit in members:
-                grey = Image.fromarray((pixels * 15.9).astype("uint8"))
-                grey.resize((SIDE, SIDE), Image.Resampling.BICUBIC).save(folder / name / f"{number:04}.png")
-    return folder
+    dataset = load_digits()
+    for name, class_digits in classes.items():
+        (directory / name).mkdir(parents=True, exist_ok=True)
+        for number, (pixels, digit) in enumerate(zip(dataset.images, dataset.target, strict=True)):
+            if digit in class_digits:
+                image = Image.fromarray((pixels * 15.9).astype("uint8"))
+                image.resize((SIDE, SIDE), Image.Resampling.BICUBIC).save(directory / name / f"{number:04}.png")
+    return directory

@@ -1,8 +1,9 @@
-"""`make bench`, its part on metrics: what a training step records and what a scrape costs, beside the steps themselves.
+"""Part of `make bench`: the overhead of recording metrics per training step, and the cost of a scrape.
 
-What is around a step (`TrainStep`: clocks, counters, histogram, progress, the look at the loss) is timed
-with a step that computes nothing, less the same loop without it. That is set against two real steps: the fastest that
-topwork runs, a head on kept features, and one of a small base. Ends with one JSON line.
+The overhead of `TrainStep` (timers, counters, histogram, progress, loss check) is the duration of a step that computes
+nothing, minus that of the same loop without `TrainStep`. It is compared with the duration of two real steps: training
+a head on cached features, the fastest step that topwork runs, and training a small base. The last line of the output
+is JSON.
 """
 
 import json
@@ -28,7 +29,7 @@ BATCH, FEATURES, SIDE = 32, 1280, 96
 
 
 class EndlessEpoch:
-    """Stands in for a Trainer whose epoch never ends."""
+    """Replaces a Trainer, with an epoch that never ends."""
 
     steps_per_epoch = 10**9
     batch_size = BATCH
@@ -41,8 +42,8 @@ class EndlessEpoch:
         return False
 
 
-def described() -> Metrics:
-    """Metrics as a training stage has them."""
+def create_metrics() -> Metrics:
+    """Create the metrics of a training stage."""
     metrics = Metrics()
     metrics.start_job(job="bench", run="bench-12345678", stage="transfer", version="0")
     metrics.set_evaluation("train", {"accuracy": 0.5, "loss": 0.5})
@@ -53,7 +54,7 @@ def described() -> Metrics:
 
 
 def recording_seconds(metrics: Metrics, loss: Any) -> float:
-    """Seconds that a step takes more with all that is recorded around it, the least of some rounds."""
+    """Return the recording overhead per step in seconds, the minimum of several rounds."""
 
     def train(batches: Iterator[Any]) -> dict[str, Any]:
         next(batches)
@@ -61,22 +62,24 @@ def recording_seconds(metrics: Metrics, loss: Any) -> float:
 
     workspace = Workspace(None, metrics, NoProgress(), Path())  # type: ignore[arg-type] # nothing is stored
     with workspace.track("bench", None) as tracker:
-        recorded = TrainStep(train, EndlessEpoch(workspace), tracker)  # type: ignore[arg-type] # all that a step uses
-        pairs = [(each(recorded), each(lambda batches: train(iter((next(batches),))))) for _ in range(ROUNDS)]
-    return min(with_it for with_it, _ in pairs) - min(without for _, without in pairs)
+        step = TrainStep(train, EndlessEpoch(workspace), tracker)  # type: ignore[arg-type] # has all attributes that TrainStep uses
+        pairs = [
+            (mean_seconds(step), mean_seconds(lambda batches: train(iter((next(batches),))))) for _ in range(ROUNDS)
+        ]
+    return min(recorded for recorded, _ in pairs) - min(plain for _, plain in pairs)
 
 
-def each(step: Callable[[Iterator[Any]], Any]) -> float:
-    """Seconds of a step, in the mean."""
+def mean_seconds(step: Callable[[Iterator[Any]], Any]) -> float:
+    """Return the mean duration of a step in seconds."""
     batches = repeat(None)
-    began = time.perf_counter()
+    start = time.perf_counter()
     for _ in range(STEPS):
         step(batches)
-    return (time.perf_counter() - began) / STEPS
+    return (time.perf_counter() - start) / STEPS
 
 
 def step_seconds(model: Any, shape: tuple[int, ...], steps: int) -> float:
-    """Seconds of a real training step on random input, the median after the first ones."""
+    """Return the median duration of a training step on random input in seconds, without the first steps."""
     import numpy as np
     import tensorflow as tf
 
@@ -86,27 +89,27 @@ def step_seconds(model: Any, shape: tuple[int, ...], steps: int) -> float:
     images = random.random((BATCH, *shape), dtype=np.float32)
     labels = random.integers(0, 2, BATCH)
     batches = iter(tf.data.Dataset.from_tensors((images, labels)).repeat())
-    measured = []
+    durations = []
     for _ in range(steps):
-        began = time.perf_counter()
+        start = time.perf_counter()
         float(model.train_function(batches)["loss"])
-        measured.append(time.perf_counter() - began)
-    return sorted(measured[3:])[(steps - 3) // 2]
+        durations.append(time.perf_counter() - start)
+    return sorted(durations[3:])[(steps - 3) // 2]
 
 
-def scrape(metrics: Metrics) -> tuple[float, int]:
-    """Processor seconds of a scrape, in the mean, and bytes of the page."""
-    began = time.process_time()
+def measure_scrape(metrics: Metrics) -> tuple[float, int]:
+    """Return the mean CPU seconds of a scrape, and the size of the page in bytes."""
+    start = time.process_time()
     for _ in range(SCRAPES):
         page = generate_latest(metrics.labeled_registry)
-    return (time.process_time() - began) / SCRAPES, len(page)
+    return (time.process_time() - start) / SCRAPES, len(page)
 
 
-def kept_bytes() -> int:
-    """Memory of all series."""
+def measure_memory() -> int:
+    """Return the memory of all series in bytes."""
     tracemalloc.start()
     before = tracemalloc.get_traced_memory()[0]
-    metrics = described()
+    metrics = create_metrics()
     used = tracemalloc.get_traced_memory()[0] - before
     tracemalloc.stop()
     del metrics
@@ -114,26 +117,26 @@ def kept_bytes() -> int:
 
 
 def main() -> None:
-    """Measure, and print the table."""
+    """Measure and print the results."""
     with quiet_tensorflow_import():
         import keras
         import tensorflow as tf
-    metrics = described()
+    metrics = create_metrics()
     recording = recording_seconds(metrics, tf.constant(0.5))
-    scraping, size = scrape(metrics)
+    scraping, size = measure_scrape(metrics)
     head = keras.Sequential([keras.layers.Input((FEATURES,)), keras.layers.Dense(2, activation="softmax")])
     base = keras.applications.MobileNetV2(input_shape=(SIDE, SIDE, 3), weights=None, classes=2)
     steps = {
-        "head on kept features": step_seconds(head, (FEATURES,), 300),
+        "head on cached features": step_seconds(head, (FEATURES,), 300),
         f"MobileNetV2 {SIDE}x{SIDE}": step_seconds(base, (SIDE, SIDE, 3), 15),
     }
-    print(f"a step records in {recording * 1e6:.1f} us")
+    print(f"recording takes {recording * 1e6:.1f} us per step")
     for name, seconds in steps.items():
         print(
-            f"  {name}, batch {BATCH}: a step takes {seconds * 1e3:.2f} ms, recording {recording / seconds:.3%} of it"
+            f"  {name}, batch {BATCH}: {seconds * 1e3:.2f} ms per step, of which recording is {recording / seconds:.3%}"
         )
     print(f"a scrape takes {scraping * 1e3:.2f} ms for {size} bytes: {scraping / SCRAPE_SECONDS:.4%} of a core")
-    print(f"all series together take {kept_bytes() / 1024:.0f} KiB")
+    print(f"all series use {measure_memory() / 1024:.0f} KiB")
     shares = {name: recording / seconds for name, seconds in steps.items()}
     print(json.dumps({"recording": recording, "shares": shares, "scrape": scraping, "bytes": size}))
 

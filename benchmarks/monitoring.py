@@ -1,10 +1,10 @@
-"""Draw docs/images/monitoring-*.png: the dashboards' panels with a real Prometheus' answers during a real run.
+"""Draws docs/images/monitoring-*.png: dashboard panels with the responses of a real Prometheus server to a real run.
 
-    python benchmarks/monitoring.py        about five minutes on two cores; needs make prometheus
+    python benchmarks/monitoring.py        about five minutes on two CPU cores; requires make prometheus
 
-Runs examples/solar-base.yaml and examples/solar-transfer.yaml on two replicas, as `topwork run` does on a laptop,
-scrapes them with the chart's rules, asks the queries of the panels and draws the answers. Panels that need GPUs or a
-cluster are left out.
+Runs examples/solar-base.yaml and examples/solar-transfer.yaml with two replicas, while Prometheus scrapes them and
+evaluates the rules of the chart. Then sends the queries of the panels and draws the responses, except for panels that
+require GPUs or a cluster.
 """
 
 import os
@@ -23,156 +23,166 @@ from matplotlib.axes import Axes
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tests.monitoring.dashboards import panels, substitute_variables  # noqa: E402 - the tests' own, found by the line above
+from tests.monitoring.dashboards import panels, substitute_variables  # noqa: E402 - requires the path above
 from tests.monitoring.prometheus_server import Prometheus, free_port  # noqa: E402
 
 IMAGES = ROOT / "docs/images"
 RUNS = (("solar-base", ["spec.transfer.epochs=10"]), ("solar-transfer", []))
 LINGER_SECONDS = 15
 COLUMNS = 3
-NOT_HERE = ("GPU", "Pods", "Waited", "Waiting")
-"""How the titles of panels begin that need GPUs or a cluster."""
+EXCLUDED_TITLES = ("GPU", "Pods", "Startup time", "Pending")
+"""Prefixes of the titles of panels that require GPUs or a cluster."""
 STAGES = ("pull", "transfer", "fine-tune", "publish")
-Answers = list[tuple[str, list[dict[str, Any]]]]
-"""Legend and series of each query of a panel; times in seconds since the run began."""
+Responses = list[tuple[str, list[dict[str, Any]]]]
+"""Legend and series of each query of a panel, with times in seconds since the start of the run."""
 
 
 def main() -> None:
-    """Run, scrape, ask and draw."""
+    """Run the examples, then query Prometheus and draw the dashboards."""
     mpl.use("Agg")
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as directory:
         port = free_port()
         targets = [{"targets": [f"127.0.0.1:{port}"]}]
-        prometheus = Prometheus(Path(folder) / "prometheus", [{"job_name": "topwork", "static_configs": targets}])
+        prometheus = Prometheus(Path(directory) / "prometheus", [{"job_name": "topwork", "static_configs": targets}])
         try:
             start = time.time()
-            runs = list(trained(Path(folder), port, prometheus))
-            run, begun, ended = runs[-1]
-            everything = {"namespace": ".*", "team": ".*", "transferjob": ".*", "run": ".*"}
-            draw("jobs", prometheus, start, ended, everything)
-            draw("job", prometheus, begun, ended, everything | {"run": run})
+            runs = list(run_examples(Path(directory), port, prometheus))
+            run, run_start, end = runs[-1]
+            all_runs = {"namespace": ".*", "team": ".*", "transferjob": ".*", "run": ".*"}
+            draw("jobs", prometheus, start, end, all_runs)
+            draw("job", prometheus, run_start, end, all_runs | {"run": run})
         finally:
             prometheus.stop()
 
 
-def trained(folder: Path, port: int, prometheus: Prometheus) -> Iterator[tuple[str, float, float]]:
-    """Run the examples, one after another, and say which run was scraped from when to when."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "TOPWORK_"))}
-    environment = kept | {"TOPWORK_STATE": str(folder / "state")}
+def run_examples(directory: Path, port: int, prometheus: Prometheus) -> Iterator[tuple[str, float, float]]:
+    """Run the examples one after another; yields the name, start time and end time of each run."""
+    variables = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "TOPWORK_"))}
+    environment = variables | {"TOPWORK_STATE": str(directory / "state")}
     subprocess.run([sys.executable, ROOT / "examples/solar/upload_images.py"], env=environment, check=True)
     for name, overrides in RUNS:
         start = time.time()
         values = [*overrides, f"spec.metrics.lingerSeconds={LINGER_SECONDS}"]
         settings = [argument for value in values for argument in ("--set", value)]
         command = [sys.executable, "-m", "topwork", "run", ROOT / f"examples/{name}.yaml", "--replicas", "2"]
-        running = subprocess.Popen([*command, "--metrics-port", str(port), *settings], env=environment)
-        ended = f'topwork_stage_duration_seconds{{transferjob="{name}", stage="publish"}}'
-        prometheus.wait_for(ended, running, seconds=600)
+        process = subprocess.Popen([*command, "--metrics-port", str(port), *settings], env=environment)
+        query = f'topwork_stage_duration_seconds{{transferjob="{name}", stage="publish"}}'
+        prometheus.wait_for(query, process, seconds=600)
         time.sleep(5)
-        found, end = prometheus.query(ended), time.time()
-        if running.wait(timeout=120):
-            sys.exit(f"topwork run ended with {running.returncode}.")
-        yield found[0]["metric"]["run"], start, end
+        series, end = prometheus.query(query), time.time()
+        if process.wait(timeout=120):
+            sys.exit(f"topwork run failed with exit code {process.returncode}.")
+        yield series[0]["metric"]["run"], start, end
 
 
 def draw(name: str, prometheus: Prometheus, start: float, end: float, values: dict[str, str]) -> None:
-    """Draw the panels of a dashboard: numbers above, lines and bars below; the table of runs is for a browser."""
+    """Draw the panels of a dashboard, stat panels above the others, without the table of runs."""
     values |= {"__range": f"{int(end - start)}s", "__rate_interval": "15s"}
-    shown = [panel for panel in panels(f"{name}.json") if not panel["title"].startswith(NOT_HERE)]
-    drawn = [(panel, asked(panel, prometheus, start, end, values)) for panel in shown]
-    numbers = [each for each in drawn if each[0]["type"] == "stat"]
-    charts = [each for each in drawn if each[0]["type"] in DRAWN and any(found for _, found in each[1])]
+    shown = [panel for panel in panels(f"{name}.json") if not panel["title"].startswith(EXCLUDED_TITLES)]
+    results = [(panel, query_panel(panel, prometheus, start, end, values)) for panel in shown]
+    stats = [result for result in results if result[0]["type"] == "stat"]
+    charts = [result for result in results if result[0]["type"] in DRAW and any(series for _, series in result[1])]
     plt.rcParams.update({"font.size": 7, "axes.spines.top": False, "axes.spines.right": False})
     rows = -(-len(charts) // COLUMNS)
     figure = plt.figure(figsize=(12, 2.2 * rows + 0.8), layout="constrained")
     top, below = figure.subfigures(2, 1, height_ratios=[0.8, 2.2 * rows])
-    for axis, (panel, answers) in zip(top.subplots(1, len(numbers)).flat, numbers, strict=True):
-        draw_number(axis, panel, answers)
+    for axis, (panel, responses) in zip(top.subplots(1, len(stats)).flat, stats, strict=True):
+        draw_stat(axis, panel, responses)
     axes = below.subplots(rows, COLUMNS, squeeze=False).flat
-    for axis, (panel, answers) in zip(axes, charts, strict=False):
+    for axis, (panel, responses) in zip(axes, charts, strict=False):
         unit = UNITS.get(panel["fieldConfig"]["defaults"]["unit"])
         title = f"{panel['title']}, {unit}" if unit else panel["title"]
         axis.set_title(title, loc="left", fontsize=8, fontweight="bold")
-        DRAWN[panel["type"]](axis, answers)
+        DRAW[panel["type"]](axis, responses)
     for axis in list(below.axes)[len(charts) :]:
         axis.set_axis_off()
     figure.savefig(IMAGES / f"monitoring-{name}.png", dpi=100)
     plt.close(figure)
 
 
-def draw_number(axis: Axes, panel: dict[str, Any], answers: Answers) -> None:
-    """The values of a panel as words, as Grafana shows them."""
+def draw_stat(axis: Axes, panel: dict[str, Any], responses: Responses) -> None:
+    """Draw the values of a stat panel as text, as Grafana does."""
     defaults = panel["fieldConfig"]["defaults"]
-    words = {value: result["text"] for one in defaults.get("mappings", []) for value, result in one["options"].items()}
-    told = []
-    for legend, found in answers:
+    texts = {
+        value: result["text"]
+        for mapping in defaults.get("mappings", [])
+        for value, result in mapping["options"].items()
+    }
+    lines = []
+    for legend, found in responses:
         for series in found:
             value = series["value"][1]
             number = f"{float(value):,.{int(defaults['decimals'])}f}"
             unit = " s" if defaults["unit"] == "s" else ""
-            name = f"{called(legend, series['metric'])} " if len(answers) > 1 else ""
-            told.append(name + words.get(value, number + unit))
+            name = f"{format_legend(legend, series['metric'])} " if len(responses) > 1 else ""
+            lines.append(name + texts.get(value, number + unit))
     axis.set_axis_off()
     axis.set_title(panel["title"], loc="left", fontsize=8, fontweight="bold")
-    axis.text(0, 0.5, "\n".join(told), fontsize=10 if len(told) == 1 else 8, va="center", color="C0", wrap=True)
+    axis.text(0, 0.5, "\n".join(lines), fontsize=10 if len(lines) == 1 else 8, va="center", color="C0", wrap=True)
 
 
-def asked(panel: dict[str, Any], prometheus: Prometheus, start: float, end: float, values: dict[str, str]) -> Answers:
-    """Ask the queries of a panel as Grafana does; each answer with its legend."""
-    answers = []
+def query_panel(
+    panel: dict[str, Any], prometheus: Prometheus, start: float, end: float, values: dict[str, str]
+) -> Responses:
+    """Send the queries of a panel as Grafana does; returns each response with its legend."""
+    responses = []
     for target in panel["targets"]:
         query = substitute_variables(target["expr"], values)
         found = prometheus.query(query, end) if target.get("instant") else prometheus.query_range(query, start, end)
         for series in found:
             series["values"] = [(moment - start, value) for moment, value in series.get("values", [])]
-        answers.append((target["legendFormat"], found))
-    return answers
+        responses.append((target["legendFormat"], found))
+    return responses
 
 
-def called(legend: str, labels: dict[str, str]) -> str:
-    """Fill the labels into a legend."""
+def format_legend(legend: str, labels: dict[str, str]) -> str:
+    """Replace the labels in a legend by their values."""
     for label, value in labels.items():
         legend = legend.replace(f"{{{{{label}}}}}", value)
     return legend
 
 
-def draw_lines(axis: Axes, answers: Answers) -> None:
-    """Lines over the seconds since the start."""
-    for legend, found in answers:
+def draw_lines(axis: Axes, responses: Responses) -> None:
+    """Draw series over time, in seconds since the start."""
+    for legend, found in responses:
         for series in found:
             times, values = zip(*series["values"], strict=True)
-            axis.plot(times, [float(value) for value in values], linewidth=1.2, label=called(legend, series["metric"]))
+            axis.plot(
+                times, [float(value) for value in values], linewidth=1.2, label=format_legend(legend, series["metric"])
+            )
     axis.set_xlabel("seconds")
     axis.legend(frameon=False, fontsize=5, loc="upper left", bbox_to_anchor=(1, 1))
 
 
-def draw_bars(axis: Axes, answers: Answers) -> None:
-    """A bar for each series."""
-    bars = {called(legend, one["metric"]): float(one["value"][1]) for legend, found in answers for one in found}
-    names = sorted(bars, key=in_order, reverse=True)
+def draw_bars(axis: Axes, responses: Responses) -> None:
+    """Draw one bar per series."""
+    bars = {
+        format_legend(legend, one["metric"]): float(one["value"][1]) for legend, found in responses for one in found
+    }
+    names = sorted(bars, key=stage_order, reverse=True)
     axis.barh(names, [bars[name] for name in names], height=0.6)
     axis.set_xlim(left=0, right=None if any(bars.values()) else 1)
 
 
-def draw_states(axis: Axes, answers: Answers) -> None:
-    """When each stage ran: a bar of a second for each time at which its series was 1."""
+def draw_states(axis: Axes, responses: Responses) -> None:
+    """Draw when each stage ran: one second wide for each sample of its series that is 1."""
     times = {
-        called(legend, one["metric"]): [moment for moment, value in one["values"] if value == "1"]
-        for legend, found in answers
+        format_legend(legend, one["metric"]): [moment for moment, value in one["values"] if value == "1"]
+        for legend, found in responses
         for one in found
     }
-    for name in sorted(times, key=in_order, reverse=True):
+    for name in sorted(times, key=stage_order, reverse=True):
         axis.barh([name] * len(times[name]), 1, left=times[name], height=0.6, color="C0")
     axis.set_xlabel("seconds")
 
 
-def in_order(name: str) -> int:
-    """Place a stage where it comes in the flow."""
+def stage_order(name: str) -> int:
+    """Return the position of a stage in the pipeline."""
     return STAGES.index(name) if name in STAGES else -1
 
 
-UNITS = {"s": "in seconds", "percentunit": "as a share", "Bps": "bytes a second"}
-DRAWN = {"timeseries": draw_lines, "bargauge": draw_bars, "state-timeline": draw_states}
+UNITS = {"s": "in seconds", "percentunit": "as a share", "Bps": "bytes per second"}
+DRAW = {"timeseries": draw_lines, "bargauge": draw_bars, "state-timeline": draw_states}
 
 
 if __name__ == "__main__":

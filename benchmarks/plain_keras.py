@@ -1,7 +1,7 @@
-"""What a user would write instead: the transfer-learning guide of Keras as a plain script, on folders of images.
+"""Baseline: the transfer learning guide of Keras as a plain script.
 
-Prints one JSON line: by phase the seconds of the whole `fit` and those of the training steps of each epoch, and the
-accuracy on the test images. tf.data's autotuner can be turned off, since it changes much.
+Prints one JSON line: for each phase, the duration of `fit` and of the training steps of each epoch in seconds, and the
+test accuracy. `--no-autotune` disables autotuning in tf.data, which affects the results considerably.
 """
 
 import argparse
@@ -29,14 +29,14 @@ class EpochSeconds(keras.callbacks.Callback):
         self.seconds.append(time.monotonic() - self._started)
 
 
-def datasets(folder: Path, side: int, batch: int, autotune: bool) -> list[tf.data.Dataset]:
-    """Training, validation and test batches as the guide makes them: read, resize, cache, batch, prefetch."""
+def create_datasets(directory: Path, side: int, batch: int, autotune: bool) -> list[tf.data.Dataset]:
+    """Create training, validation and test batches as in the guide: read, resize, cache, batch, prefetch."""
     options = tf.data.Options()
     options.autotune.enabled = autotune
     splits = []
     for name in ("train", "validation", "test"):
         images = keras.utils.image_dataset_from_directory(
-            folder / name, image_size=(side, side), batch_size=None, shuffle=False, verbose=False
+            directory / name, image_size=(side, side), batch_size=None, shuffle=False, verbose=False
         ).cache()
         if name == "train":
             images = images.shuffle(1000)
@@ -44,8 +44,8 @@ def datasets(folder: Path, side: int, batch: int, autotune: bool) -> list[tf.dat
     return splits
 
 
-def classifier(base: keras.Model, side: int, flip: bool, rotation: float) -> keras.Model:
-    """The model of the guide: augmentation, scaling, a base without its top, average pooling, dropout, one logit."""
+def create_model(base: keras.Model, side: int, flip: bool, rotation: float) -> keras.Model:
+    """Create the model of the guide: augmentation, scaling, base without top, average pooling, dropout, one logit."""
     image = keras.Input((side, side, 3))
     x = keras.layers.RandomFlip("horizontal")(image) if flip else image
     x = keras.layers.RandomRotation(rotation)(x) if rotation else x
@@ -56,10 +56,10 @@ def classifier(base: keras.Model, side: int, flip: bool, rotation: float) -> ker
     return keras.Model(image, keras.layers.Dense(1)(x))
 
 
-def parsed() -> argparse.Namespace:
-    """Read the command line."""
+def parse_arguments() -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("folder", type=Path, help="holds train, validation and test, each with class folders")
+    parser.add_argument("directory", type=Path, help="contains train, validation and test with one directory per class")
     parser.add_argument("--base", default="MobileNetV2")
     parser.add_argument("--weights", type=Path, help="weights of the base [default: random]")
     parser.add_argument("--side", type=int, default=96)
@@ -73,24 +73,26 @@ def parsed() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Train phase after phase and print what it took."""
-    options = parsed()
+    """Train all phases and print their durations."""
+    options = parse_arguments()
     keras.utils.set_random_seed(1)
-    training, validation, test = datasets(options.folder, options.side, options.batch, not options.no_autotune)
+    training, validation, test = create_datasets(
+        options.directory, options.side, options.batch, not options.no_autotune
+    )
     shape = (options.side, options.side, 3)
     base = getattr(keras.applications, options.base)(include_top=False, weights=None, input_shape=shape)
     if options.weights:
         base.load_weights(options.weights)
-    model = classifier(base, options.side, not options.no_flip, options.rotation)
+    model = create_model(base, options.side, not options.no_flip, options.rotation)
     seconds, epochs = {}, {}
     for phase in options.phases:
         base.trainable = phase != "transfer"
         loss = keras.losses.BinaryCrossentropy(from_logits=True)
         metrics = [keras.metrics.BinaryAccuracy(threshold=0.0, name="accuracy")]
         model.compile(keras.optimizers.Adam(RATES[phase]), loss, metrics=metrics)
-        clock, began = EpochSeconds(), time.monotonic()
-        model.fit(training, validation_data=validation, epochs=options.epochs, callbacks=[clock], verbose=0)
-        seconds[phase], epochs[phase] = time.monotonic() - began, clock.seconds
+        timer, start = EpochSeconds(), time.monotonic()
+        model.fit(training, validation_data=validation, epochs=options.epochs, callbacks=[timer], verbose=0)
+        seconds[phase], epochs[phase] = time.monotonic() - start, timer.seconds
     accuracy = model.evaluate(test, verbose=0, return_dict=True)["accuracy"]
     print(json.dumps({"seconds": seconds, "epochs": epochs, "accuracy": accuracy}))
 

@@ -1,7 +1,7 @@
-"""`make bench`: topwork beside the plain Keras script that a user would write instead, on the same machine and images.
+"""`make bench`: compares topwork with a plain Keras script on the same images.
 
-Reported are the seconds of an epoch's training steps, without validation and without the first epoch of each phase,
-which traces. Each contender runs in a process of its own, one after the other. Images: the solar cells of the demo.
+Reports the duration of the training steps of an epoch, without validation and without the first epoch of each phase,
+which includes tracing. Each program runs in its own process, one after the other. The images are those of the demo.
 """
 
 import json
@@ -15,40 +15,47 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
-from solar import JOB, last_line, pictures, split_folders
+from solar import JOB_TEMPLATE, copy_images, link_splits, run_json
 
 SIDE, EPOCHS, BASE = 96, 4, "MobileNetV2"
 
 
 def main() -> None:
-    """Run all contenders and print the table."""
+    """Run all programs and print the results."""
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        ours = topwork_seconds(folder)
-        split = split_folders(folder / "pictures", folder / "lists.json", folder / "split")
-        on, off = plain_seconds(split), plain_seconds(split, "--no-autotune")
-    table = Table(title=f"{BASE} {SIDE}x{SIDE}, batch 32: seconds an epoch after the first, median")
-    for column in ("phase", "topwork", "plain, autotuner on", "plain, autotuner off", "ratio on", "ratio off"):
+        directory = Path(temporary)
+        topwork = topwork_seconds(directory)
+        split = link_splits(directory / "images", directory / "splits.json", directory / "split")
+        on, off = keras_seconds(split), keras_seconds(split, "--no-autotune")
+    table = Table(title=f"{BASE} {SIDE}x{SIDE}, batch 32: median seconds per epoch, without the first")
+    for column in (
+        "phase",
+        "topwork",
+        "plain Keras, autotune",
+        "plain Keras, no autotune",
+        "ratio",
+        "ratio, no autotune",
+    ):
         table.add_column(column, justify="right")
-    for phase, seconds in ours.items():
-        mine, *theirs = (statistics.median(each[1:]) for each in (seconds, on[phase], off[phase]))
-        table.add_row(phase, *(f"{value:.2f}" for value in (mine, *theirs, *(other / mine for other in theirs))))
+    for phase, seconds in topwork.items():
+        own, *others = (statistics.median(each[1:]) for each in (seconds, on[phase], off[phase]))
+        table.add_row(phase, *(f"{value:.2f}" for value in (own, *others, *(other / own for other in others))))
     console = Console()
     console.print(table)
     console.print(f"topwork validate: {validate_seconds():.2f} s of CPU")
-    metrics = last_line([sys.executable, "benchmarks/metrics.py"])
+    metrics = run_json([sys.executable, "benchmarks/metrics.py"])
     for name, share in metrics["shares"].items():
-        console.print(f"metrics: {metrics['recording'] * 1e6:.0f} us a step, {share:.2%} of one of {name}")
-    console.print(f"metrics: {metrics['scrape'] * 1e3:.1f} ms and {metrics['bytes']} bytes a scrape")
+        console.print(f"metrics: {metrics['recording'] * 1e6:.0f} us per step, {share:.2%} of a step of {name}")
+    console.print(f"metrics: {metrics['scrape'] * 1e3:.1f} ms and {metrics['bytes']} bytes per scrape")
 
 
-def topwork_seconds(folder: Path) -> dict[str, list[float]]:
-    """Seconds of each epoch by stage; the pictures and the lists of what each split holds stay in the folder."""
-    job = folder / "job.yaml"
+def topwork_seconds(directory: Path) -> dict[str, list[float]]:
+    """Return the seconds of each epoch by stage; leaves the images and splits.json in the directory."""
+    job = directory / "job.yaml"
     transfer = json.dumps({"epochs": EPOCHS, "batchSize": 32, "featureCache": "off"})
-    text = JOB.format(
+    text = JOB_TEMPLATE.format(
         name="bench",
-        folder=pictures(folder / "pictures"),
+        directory=copy_images(directory / "images"),
         application=BASE,
         weights="none",
         augmentation='{"flip": "horizontal"}',
@@ -56,21 +63,23 @@ def topwork_seconds(folder: Path) -> dict[str, list[float]]:
         side=SIDE,
     )
     job.write_text(f"{text}  fineTune: {{epochs: {EPOCHS}, optimizer: {{learningRate: 1.0e-5}}}}\n")
-    ended = last_line([sys.executable, "benchmarks/stages.py", job, folder / "state", "--lists", folder / "lists.json"])
+    result = run_json(
+        [sys.executable, "benchmarks/stages.py", job, directory / "state", "--splits", directory / "splits.json"]
+    )
     seconds: dict[str, list[float]] = {}
-    for row in ended["epochs"]:
+    for row in result["epochs"]:
         seconds.setdefault(row["stage"], []).append(row["seconds"])
     return seconds
 
 
-def plain_seconds(split: Path, *options: str) -> dict[str, list[float]]:
-    """Seconds of each epoch of the plain script, by phase."""
+def keras_seconds(split: Path, *options: str) -> dict[str, list[float]]:
+    """Return the seconds of each epoch of the plain Keras script, by phase."""
     command = [sys.executable, "benchmarks/plain_keras.py", split, "--base", BASE, "--side", SIDE, "--epochs", EPOCHS]
-    return last_line([*command, *options])["epochs"]
+    return run_json([*command, *options])["epochs"]
 
 
 def validate_seconds() -> float:
-    """CPU seconds of one `topwork validate`, the best of five."""
+    """Return the CPU seconds of `topwork validate`, the minimum of five runs."""
     measured = []
     for _ in range(5):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)

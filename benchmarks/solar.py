@@ -1,4 +1,4 @@
-"""What the benchmarks share: pictures of solar cells, and processes that end with a JSON line."""
+"""Shared parts of the benchmarks: a job spec, images of solar cells, and reading JSON output of subprocesses."""
 
 import json
 import shutil
@@ -7,14 +7,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-JOB = """
+JOB_TEMPLATE = """
 apiVersion: topwork.dev/v1alpha1
 kind: TransferJob
 metadata: {{name: {name}}}
 spec:
   storage: s3://bench/topwork
   dataset:
-    source: {{folder: {{uri: {folder}}}}}
+    source: {{folder: {{uri: {directory}}}}}
     splits: {{train: "train[:65%]", validation: "train[65%:75%]", test: "train[75%:]"}}
     imageSize: [{side}, {side}]
   model: {{base: {{application: {application}, weights: {weights}}}, head: {{dropout: 0.2}}}}
@@ -26,49 +26,49 @@ spec:
 """
 
 
-def pictures(folder: Path, kinds: tuple[str, ...] = ("mono", "poly")) -> Path:
-    """Copy the solar cells that experts were sure of into class folders.
+def copy_images(directory: Path, cell_types: tuple[str, ...] = ("mono", "poly")) -> Path:
+    """Copy images of solar cells to one directory per class.
 
     Args:
-        folder: Where they go.
-        kinds: Kinds of cells: mono, poly.
+        directory: Parent of the class directories.
+        cell_types: Types of cells: mono, poly.
 
     Returns:
-        The folder.
+        `directory`.
     """
     sys.path.insert(0, "examples/solar")
-    from pictures import DATA, labelled
+    from upload_images import DATA, read_labels
 
-    rows = labelled()
-    for picture, condition in (row for kind in kinds for row in rows[kind]):
-        target = folder / condition
+    labels = read_labels()
+    for image, condition in (label for cell_type in cell_types for label in labels[cell_type]):
+        target = directory / condition
         target.mkdir(parents=True, exist_ok=True)
-        shutil.copy(DATA / picture, target)
-    return folder
+        shutil.copy(DATA / image, target)
+    return directory
 
 
-def last_line(command: list[Any], **options: Any) -> Any:
-    """Run a process to its end and read the JSON in the last line of its output."""
-    ended = subprocess.run(list(map(str, command)), check=False, capture_output=True, text=True, **options)
-    if ended.returncode:
-        raise SystemExit(f"{' '.join(map(str, command))}\n{ended.stderr[-3000:]}")
-    return json.loads(ended.stdout.splitlines()[-1])
+def run_json(command: list[Any], **options: Any) -> Any:
+    """Run a command and parse the last line of its output as JSON."""
+    completed = subprocess.run(list(map(str, command)), check=False, capture_output=True, text=True, **options)
+    if completed.returncode:
+        raise SystemExit(f"{' '.join(map(str, command))}\n{completed.stderr[-3000:]}")
+    return json.loads(completed.stdout.splitlines()[-1])
 
 
-def split_folders(pictures: Path, lists: Path, target: Path) -> Path:
-    """Lay out class folders below train, validation and test, with the images that topwork has chosen for each.
+def link_splits(images: Path, splits: Path, target: Path) -> Path:
+    """Create the directories train, validation and test with links to the images that topwork uses for each split.
 
     Args:
-        pictures: Class folders.
-        lists: What `stages.py --lists` wrote.
-        target: Where links to the pictures go.
+        images: Parent of the class directories.
+        splits: File written by `stages.py --splits`.
+        target: Parent of the directories to create.
 
     Returns:
-        The target.
+        `target`.
     """
-    for split, names in json.loads(lists.read_text()).items():
+    for split, names in json.loads(splits.read_text()).items():
         for name in names:
             link = target / split / name
             link.parent.mkdir(parents=True, exist_ok=True)
-            link.symlink_to(pictures / name)
+            link.symlink_to(images / name)
     return target

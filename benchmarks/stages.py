@@ -1,10 +1,10 @@
-"""The stages of a job in this process, timed: prints one JSON line.
+"""Runs the stages of a job in this process and prints their durations as one JSON line.
 
-    python benchmarks/stages.py job.yaml STATE [--lists lists.json]
+    python benchmarks/stages.py job.yaml STATE [--splits splits.json] [--base-weights base.weights.h5]
 
-Seconds are those of transfer and of fine-tune from the stored dataset to the stored model: fetching, building, tracing,
-features, all epochs with their validation, checkpoints and uploads; without the start of Python and TensorFlow. With
-`--lists` the images of each split are written, for contenders that are to see the same; with `--base-weights` the
+The durations of transfer and fine-tune include downloading the dataset, building and tracing the model, feature
+computation, training, validation, checkpoints and uploads, but not the start of Python and TensorFlow. `--splits`
+writes the image names of each split, so that other programs can train on the same images. `--base-weights` writes the
 weights of the trained base.
 """
 
@@ -29,19 +29,19 @@ from topwork.workspace import Workspace
 
 
 def record_facts(facts: dict[str, Any]) -> None:
-    """Log to standard error, and keep what is logged about the feature cache and the precision."""
+    """Log to standard error, and collect the fields of events about the feature cache and precision."""
 
-    def keep(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    def collect(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
         if "feature" in event["event"] or "precision" in event["event"]:
             facts.update({name: value for name, value in event.items() if name != "event"})
         return event
 
     configure_logging()
-    structlog.configure(processors=[keep, *structlog.get_config()["processors"]])
+    structlog.configure(processors=[collect, *structlog.get_config()["processors"]])
 
 
 def save_base(storage: Storage, key: str, scratch: Path, target: Path) -> None:
-    """Save the weights of a stored classifier's base."""
+    """Save the weights of the base of a stored classifier."""
     import keras
 
     storage.download(key, scratch / "trained.keras")
@@ -49,11 +49,11 @@ def save_base(storage: Storage, key: str, scratch: Path, target: Path) -> None:
 
 
 def main() -> None:
-    """Run the stages."""
+    """Run the stages and print their durations."""
     parser = argparse.ArgumentParser()
     parser.add_argument("job", type=Path)
     parser.add_argument("state", type=Path)
-    parser.add_argument("--lists", type=Path)
+    parser.add_argument("--splits", type=Path)
     parser.add_argument("--base-weights", type=Path)
     options = parser.parse_args()
     (job,) = read_jobs(options.job)
@@ -67,19 +67,19 @@ def main() -> None:
 
         workspace = Workspace(storage, Metrics(), NoProgress(), scratch)
         dataset = pipeline.run_pull(job, workspace)
-        if options.lists:
-            local = fetch_dataset(dataset, job, replace(workspace, scratch=options.state / "lists"))
+        if options.splits:
+            local = fetch_dataset(dataset, job, replace(workspace, scratch=options.state / "splits"))
             names = {name: getattr(local, name).names for name in ("train", "validation", "test")}
-            options.lists.write_text(json.dumps(names))
+            options.splits.write_text(json.dumps(names))
         pipeline.prepare_training(job, workspace)
         seconds, classifier = {}, None
-        began = time.monotonic()
+        start = time.monotonic()
         classifier = pipeline.transfer(job, dataset, workspace)
-        seconds["transfer"] = time.monotonic() - began
+        seconds["transfer"] = time.monotonic() - start
         if job.spec.fine_tune:
-            began = time.monotonic()
+            start = time.monotonic()
             classifier = pipeline.fine_tune(job, classifier, dataset, workspace)
-            seconds["fine-tune"] = time.monotonic() - began
+            seconds["fine-tune"] = time.monotonic() - start
         published = pipeline.publish(job, classifier, dataset, workspace)
         if options.base_weights:
             save_base(storage, classifier.key, scratch, options.base_weights)

@@ -1,8 +1,9 @@
-"""`make bench-train`: epochs with all layers trained, beside a plain Keras script and a plain PyTorch script with timm.
+"""`make bench-train`: compares training of all layers with a plain Keras script, and a PyTorch script with timm.
 
-topwork trains with `precision: auto`, the Keras script in float32 as the guide has it, the PyTorch script in bfloat16.
-All see the same images, flipped at random, in batches of 32, from random weights; each runs in a process of its own,
-one after the other. Seconds are those of the training steps of the second epoch: the first one traces and compiles.
+topwork uses `precision: auto`, the Keras script float32 as in the guide, and the PyTorch script bfloat16. All programs
+train on the same images with random flips, in batches of 32, from random weights. Each runs in its own process, one
+after the other. Reports the duration of the training steps of the second epoch, because the first one includes tracing
+and compilation.
 """
 
 import argparse
@@ -14,57 +15,59 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from solar import JOB, last_line, pictures, split_folders
+from solar import JOB_TEMPLATE, copy_images, link_splits, run_json
 
-TORCH = Path(".venv-torch/bin/python")
-# Model of keras.applications, side of the images in pixels, the same model in timm.
+TORCH_PYTHON = Path(".venv-torch/bin/python")
+# Model in keras.applications, height and width of the images in pixels, the same model in timm.
 MODELS = (("Xception", 150, "legacy_xception"), ("ResNet50", 224, "resnet50"))
 EPOCHS = 2
 
 
 def main() -> None:
-    """Run all contenders on each model and print the table."""
+    """Run all programs with each model and print the results."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--torch", type=Path, default=TORCH, help="Python with torch, torchvision and timm")
+    parser.add_argument(
+        "--torch", type=Path, default=TORCH_PYTHON, help="Python interpreter with torch, torchvision and timm"
+    )
     parser.add_argument("--models", nargs="+", default=[name for name, *_ in MODELS])
     options = parser.parse_args()
-    table = Table(title="One epoch, all layers trained, after the first")
-    for column in ("model", "contender", "seconds", "images a second", "times faster"):
-        table.add_column(column, justify="left" if column in {"model", "contender"} else "right")
-    for model in (one for one in MODELS if one[0] in options.models):
+    table = Table(title="Second epoch, all layers trainable")
+    for column in ("model", "program", "seconds", "images per second", "speedup"):
+        table.add_column(column, justify="left" if column in {"model", "program"} else "right")
+    for model in (model for model in MODELS if model[0] in options.models):
         with tempfile.TemporaryDirectory() as temporary:
-            images, seconds = measured(Path(temporary), *model, options.torch)
-        for contender, taken in seconds.items():
-            row = f"{taken:.1f}", f"{images / taken:.1f}", f"{seconds['plain Keras, float32'] / taken:.2f}"
-            table.add_row(f"{model[0]} {model[1]}x{model[1]}", contender, *row)
+            images, seconds = measure(Path(temporary), *model, options.torch)
+        for program, duration in seconds.items():
+            row = f"{duration:.1f}", f"{images / duration:.1f}", f"{seconds['plain Keras, float32'] / duration:.2f}"
+            table.add_row(f"{model[0]} {model[1]}x{model[1]}", program, *row)
     Console().print(table)
 
 
-def measured(folder: Path, name: str, side: int, timm: str, torch: Path) -> tuple[int, dict[str, float]]:
-    """Run the contenders one after the other.
+def measure(directory: Path, name: str, side: int, timm: str, torch: Path) -> tuple[int, dict[str, float]]:
+    """Run all programs with one model.
 
     Returns:
-        Images an epoch, and the seconds of the second epoch of each.
+        Images per epoch, and the seconds of the second epoch by program.
     """
-    shown = pictures(folder / "pictures", ("poly",))
+    images = copy_images(directory / "images", ("poly",))
     transfer = {"train": "all", "epochs": EPOCHS, "batchSize": 32}
-    words = {"transfer": json.dumps(transfer), "augmentation": '{"flip": "horizontal"}', "side": side}
-    job = folder / "job.yaml"
-    job.write_text(JOB.format(name="train", folder=shown, application=name, weights="none", **words))
-    lists = folder / "lists.json"
-    own = last_line([sys.executable, "benchmarks/stages.py", job, folder / "state", "--lists", lists])
-    split = split_folders(shown, lists, folder / "split")
-    sizes: list[Any] = ["--base", name, "--side", side, "--epochs", EPOCHS, "--phases", "all", "--no-autotune"]
-    plain = last_line([sys.executable, "benchmarks/plain_keras.py", split, *sizes])
+    fields = {"transfer": json.dumps(transfer), "augmentation": '{"flip": "horizontal"}', "side": side}
+    job = directory / "job.yaml"
+    job.write_text(JOB_TEMPLATE.format(name="train", directory=images, application=name, weights="none", **fields))
+    splits = directory / "splits.json"
+    own = run_json([sys.executable, "benchmarks/stages.py", job, directory / "state", "--splits", splits])
+    split = link_splits(images, splits, directory / "split")
+    options: list[Any] = ["--base", name, "--side", side, "--epochs", EPOCHS, "--phases", "all", "--no-autotune"]
+    plain = run_json([sys.executable, "benchmarks/plain_keras.py", split, *options])
     seconds = {
         "topwork, precision: auto": own["epochs"][-1]["seconds"],
         "plain Keras, float32": plain["epochs"]["all"][-1],
     }
     if torch.exists():
         script = [torch, "benchmarks/timm_torch.py", split, "--base", timm, "--side", side, "--epochs", EPOCHS]
-        seconds["PyTorch and timm, bfloat16"] = last_line(script)["epochs"]["all"][-1]
-    images = len(json.loads(lists.read_text())["train"])
-    return images - images % 32, seconds
+        seconds["PyTorch and timm, bfloat16"] = run_json(script)["epochs"]["all"][-1]
+    count = len(json.loads(splits.read_text())["train"])
+    return count - count % 32, seconds
 
 
 if __name__ == "__main__":

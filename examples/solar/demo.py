@@ -1,8 +1,8 @@
-"""`make demo`: three jobs on real pictures of solar cells, then the two that can be compared, side by side.
+"""`make demo`: trains on real images of solar cells, and compares results with and without transfer learning.
 
-1. solar-base learns to tell sound from defective monocrystalline cells, from scratch.
-2. solar-transfer moves it to polycrystalline cells, with 10 pictures a class.
-3. solar-scratch is the second without transfer.
+1. solar-base trains a CNN from scratch to classify monocrystalline cells as sound or defective.
+2. solar-transfer transfers it to polycrystalline cells, with 10 images per class.
+3. solar-scratch trains on the same images without transfer.
 """
 
 import json
@@ -11,49 +11,51 @@ import subprocess
 import sys
 from pathlib import Path
 
-from pictures import STORAGE, write_pictures
 from rich.console import Console
 from rich.table import Table
+from upload_images import STORAGE, upload_images
 
 from topwork.cli.runtime.storage import open_storage
 
-FOLDER = Path("build/solar")
-COMPARED = {"solar-scratch": "without transfer", "solar-transfer": "with transfer"}
+OUTPUT_DIRECTORY = Path("build/solar")
+COMPARED_JOBS = {"solar-scratch": "without transfer", "solar-transfer": "with transfer"}
 
 
 def main() -> None:
-    """Run the jobs, fetch what they published and print how good it is."""
+    """Run the jobs, fetch their models and print a table of the results."""
     with open_storage(STORAGE) as storage:
-        counts = write_pictures(storage)
-    print("Pictures:", ", ".join(f"{count} {kind}crystalline cells" for kind, count in counts.items()))
-    for name in ("solar-base", *COMPARED):
+        counts = upload_images(storage)
+    print("Images:", ", ".join(f"{count} {kind}crystalline cells" for kind, count in counts.items()))
+    for name in ("solar-base", *COMPARED_JOBS):
         topwork("run", f"examples/{name}.yaml")
-    folders = {name: fetched(name) for name in COMPARED}
-    metrics = {name: json.loads((folder / "metrics.json").read_text())["metrics"] for name, folder in folders.items()}
-    table = Table("on the test pictures", title="Polycrystalline cells: 10 pictures a class to train, 500 to test")
-    for title in COMPARED.values():
+    directories = {name: fetch_model(name) for name in COMPARED_JOBS}
+    metrics = {
+        name: json.loads((directory / "metrics.json").read_text())["metrics"] for name, directory in directories.items()
+    }
+    table = Table("metric on test split", title="Polycrystalline cells, 10 training images per class")
+    for title in COMPARED_JOBS.values():
         table.add_column(title, justify="right")
     for metric in ("accuracy", "f1", "auc", "loss"):
-        table.add_row(metric, *(f"{metrics[name][metric]:.3f}" for name in COMPARED))
+        table.add_row(metric, *(f"{metrics[name][metric]:.3f}" for name in COMPARED_JOBS))
     Console().print(table)
-    for name, folder in folders.items():
-        print(f"{COMPARED[name]:>16}: model {folder}/model.keras, report {folder}/report.html")
+    for name, directory in directories.items():
+        print(f"{COMPARED_JOBS[name]:>16}: model {directory}/model.keras, report {directory}/report.html")
 
 
-def fetched(name: str) -> Path:
-    """Fetch the latest published version of a model to a folder of its own."""
-    target = FOLDER / name
+def fetch_model(name: str) -> Path:
+    """Fetch the latest version of a model and return its directory."""
+    target = OUTPUT_DIRECTORY / name
     shutil.rmtree(target, ignore_errors=True)
     topwork("models", "fetch", STORAGE, name, str(target))
     return target
 
 
 def topwork(*arguments: str) -> None:
-    """Call `topwork` as a user would, and end where it fails."""
+    """Run a `topwork` command, and exit if it fails."""
     print("\n$ topwork", *arguments, flush=True)
-    ended = subprocess.run([sys.executable, "-m", "topwork", *arguments], check=False)
-    if ended.returncode:
-        sys.exit(ended.returncode)
+    completed = subprocess.run([sys.executable, "-m", "topwork", *arguments], check=False)
+    if completed.returncode:
+        sys.exit(completed.returncode)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""Put the pictures of the solar examples into object storage, with the tables that say which cell is sound.
+"""Upload the images and label tables of the solar examples to object storage.
 
-    python examples/solar/pictures.py                         to s3://topwork/solar, where the examples look for them
-    python examples/solar/pictures.py s3://my-bucket/solar    for examples whose storage was changed to that
+    python examples/solar/upload_images.py                         to s3://topwork/solar, which the examples read
+    python examples/solar/upload_images.py s3://my-bucket/solar    for examples with changed storage
 
-Storage is found as `topwork run` finds it: the AWS variables say where, and the bucket exists; without them it is the
-embedded server. What is there already is not sent again.
+Storage is configured as for `topwork run`: the AWS environment variables set the endpoint and credentials, and the
+bucket must exist. Without these variables, the embedded server is used. Existing tables and their images are skipped.
 
-The pictures are those of the elpv-dataset package (Buerhop-Lutz et al. 2018, CC BY-NC-SA 4.0): 2,624
-electroluminescence images of solar cells, each labelled by experts with the probability that it is defective. The
-examples take those that the experts were sure of, one table for each kind of cell.
+The images come from the elpv-dataset package (Buerhop-Lutz et al. 2018, CC BY-NC-SA 4.0): 2,624 electroluminescence
+images of solar cells, each labeled by experts with the probability that the cell is defective. The examples use only
+images that the experts were certain about, with one table per type of cell.
 """
 
 import csv
@@ -24,63 +24,63 @@ from topwork.clients.s3.storage import Storage
 STORAGE = "s3://topwork/solar"
 DATA = Path(str(resources.files("elpv_dataset"))) / "data"
 CONDITIONS = {0.0: "sound", 1.0: "defective"}
-PARALLEL = 16
+PARALLEL_UPLOADS = 16
 
 
-def labelled() -> dict[str, list[tuple[str, str]]]:
-    """Read which pictures the experts were sure of.
+def read_labels() -> dict[str, list[tuple[str, str]]]:
+    """Read the labels that the experts were certain about.
 
     Returns:
-        Pairs of a picture, relative to `DATA`, and its condition, for the kinds of cell mono and poly.
+        For each type of cell, mono and poly, pairs of image path, relative to `DATA`, and condition.
     """
     rows: dict[str, list[tuple[str, str]]] = {"mono": [], "poly": []}
     for line in (DATA / "labels.csv").read_text().splitlines():
-        picture, probability, kind = line.split()
+        image, probability, cell_type = line.split()
         if condition := CONDITIONS.get(float(probability)):
-            rows[kind].append((picture, condition))
+            rows[cell_type].append((image, condition))
     return rows
 
 
-def write_pictures(storage: Storage) -> dict[str, int]:
-    """Write `pictures/mono.csv` and `pictures/poly.csv` with the columns path and condition, beside the pictures.
+def upload_images(storage: Storage) -> dict[str, int]:
+    """Upload images, and the tables `pictures/mono.csv` and `pictures/poly.csv` with the columns path and condition.
 
     Args:
         storage: Storage of the examples.
 
     Returns:
-        How many pictures each table names.
+        The number of images in each table.
     """
-    rows = labelled()
-    for kind, named in rows.items():
-        table, key = table_of(named), f"pictures/{kind}.csv"
+    rows = read_labels()
+    for cell_type, labels in rows.items():
+        table, key = to_csv(labels), f"pictures/{cell_type}.csv"
         if storage.read(key) == table:
             continue
-        with ThreadPoolExecutor(PARALLEL) as pool:
-            for _ in pool.map(lambda row: send(storage, row[0]), named):
+        with ThreadPoolExecutor(PARALLEL_UPLOADS) as pool:
+            for _ in pool.map(lambda label: upload_image(storage, label[0]), labels):
                 pass
-        # Last: a table that is there names pictures that are there.
+        # The table is written last, so that an existing table lists only existing images.
         storage.write(key, table, content_type="text/csv")
-    return {kind: len(named) for kind, named in rows.items()}
+    return {cell_type: len(labels) for cell_type, labels in rows.items()}
 
 
-def table_of(named: list[tuple[str, str]]) -> bytes:
-    """Write the rows as CSV."""
+def to_csv(labels: list[tuple[str, str]]) -> bytes:
+    """Write labels as CSV."""
     text = io.StringIO()
-    csv.writer(text).writerows([("path", "condition"), *named])
+    csv.writer(text).writerows([("path", "condition"), *labels])
     return text.getvalue().encode()
 
 
-def send(storage: Storage, picture: str) -> None:
-    """Store one picture."""
-    storage.write(f"pictures/{picture}", (DATA / picture).read_bytes(), content_type="image/png")
+def upload_image(storage: Storage, image: str) -> None:
+    """Upload one image."""
+    storage.write(f"pictures/{image}", (DATA / image).read_bytes(), content_type="image/png")
 
 
 def main() -> None:
-    """Write to the storage that the command line names."""
+    """Upload to the storage in the command line."""
     uri = sys.argv[1] if len(sys.argv) > 1 else STORAGE
     with open_storage(uri) as storage:
-        for kind, count in write_pictures(storage).items():
-            print(f"{uri}/pictures/{kind}.csv: {count} pictures")
+        for cell_type, count in upload_images(storage).items():
+            print(f"{uri}/pictures/{cell_type}.csv: {count} images")
 
 
 if __name__ == "__main__":

@@ -190,5 +190,5 @@ def test_notes_name_what_is_missing_and_the_next_command(chart: helm_python.Char
     assert "kubectl create secret generic topwork-s3 -n ml" in notes({})
     assert "topwork submit job.yaml -n ml --follow" in notes({})
     job = {"seaweedfs": {"enabled": True}, "jobs": {"cats": {"spec": spec()}}}
-    assert "Still missing" not in notes(job)
+    assert "Action required" not in notes(job)
     assert "topwork status cats -n ml --follow" in notes(job)

@@ -72,7 +72,7 @@ def test_step_time_of_both_jobs_is_published(both):
         seconds = run.metrics["stepSeconds"]["transfer"]
         # The faster of two epochs: the first includes the tracing of the graph.
         assert seconds == pytest.approx(min(40 / row["images_per_second"] for row in run.history("transfer")))
-        assert f"  a step  transfer {seconds:.3g} s" in run.summary
+        assert f"  step    transfer {seconds:.3g} s" in run.summary
 
 
 def test_comparison_shows_both_step_times(frozen, unfrozen):

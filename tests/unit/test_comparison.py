@@ -53,7 +53,7 @@ def test_comparison_of_a_single_model_is_empty():
 
 def test_summary_contains_seconds_per_step():
     one = published("one", 0.9, transfer=cost(10, 0.51234), fine_tune=cost(99, 3.0))
-    assert one.summary()[-1] == "  a step  transfer 0.512 s, fine-tune 3 s"
+    assert one.summary()[-1] == "  step    transfer 0.512 s, fine-tune 3 s"
     assert len(published("two", 0.9).summary()) == 3
 
 

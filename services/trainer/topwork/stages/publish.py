@@ -104,7 +104,7 @@ class Published(BaseModel):
             f"Published {self.name} version {self.version}: {shown} on {self.images} images of the {self.split} split",
             f"  model   {self.uri}",
             f"  report  {self.report_uri}",
-            *([f"  a step  {', '.join(steps)}"] if steps else []),
+            *([f"  step    {', '.join(steps)}"] if steps else []),
             *([f"  input   {', '.join(waits)}"] if waits else []),
         ]
 
