@@ -1,7 +1,7 @@
 """`make bench-cache`: compares training with and without the feature cache with a plain Keras script.
 
-A base is first trained to classify the digits 0 to 4. Then topwork and the Keras script freeze this base and train a new
-head that classifies the digits 5 to 9 as odd or even, on the same images. Each program runs in its own process, one
+A base is first trained to classify the digits 0 to 4. Then topwork and the Keras script freeze this base and train a
+new head that classifies the digits 5 to 9 as odd or even, on the same images. Each program runs in its own process, one
 after the other. Reports the duration of the complete stage (topwork) or of `fit` (script), including tracing and
 validation, but not the start of Python and TensorFlow. Cached augmented views have their own row, because other rows
 with augmentation use new views in each epoch.

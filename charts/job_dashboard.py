@@ -71,7 +71,7 @@ def _result_panels() -> Panels:
         state.mappings([value_mapping(STATES)]),
         stat_panel(
             "Best metric",
-            "Metric of the restored epoch, which is the best epoch of the last training stage.",
+            "Metric of the best epoch of the last training stage.",
             Query(
                 f"max by (name, split) (last_over_time(topwork:run_best_metric{{{RUN}}}[$__range]))",
                 "{{name}}, {{split}}",

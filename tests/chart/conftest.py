@@ -1,4 +1,4 @@
-"""The chart as Helm renders it."""
+"""Fixtures that render the Helm chart."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,20 +19,20 @@ def chart() -> Iterator[helm_python.Chart]:
 
 
 @pytest.fixture(scope="session")
-def rendered(chart: helm_python.Chart) -> Callable[..., dict[tuple[str, str], dict[str, Any]]]:
-    """Render values, as the release topwork in the namespace ml; gives the objects by kind and name."""
+def render_chart(chart: helm_python.Chart) -> Callable[..., dict[tuple[str, str], dict[str, Any]]]:
+    """Render values as the release topwork in the namespace ml; returns objects by kind and name."""
 
     def render(values: dict[str, Any], **options: Any) -> dict[tuple[str, str], dict[str, Any]]:
-        texts = chart.render(values, **({"name": "topwork", "namespace": NAMESPACE} | options))
-        found = [
+        templates = chart.render(values, **({"name": "topwork", "namespace": NAMESPACE} | options))
+        manifests = [
             manifest
-            for path, text in texts.items()
+            for path, text in templates.items()
             if not path.endswith("NOTES.txt")
             for manifest in yaml.safe_load_all(text)
             if manifest
         ]
-        objects = {(manifest["kind"], manifest["metadata"]["name"]): manifest for manifest in found}
-        assert len(objects) == len(found), "two objects of one name"
+        objects = {(manifest["kind"], manifest["metadata"]["name"]): manifest for manifest in manifests}
+        assert len(objects) == len(manifests), "two objects have the same kind and name"
         return objects
 
     return render

@@ -1,4 +1,4 @@
-"""Jobs of the chart are those of `topwork render`: name, Job, prefetch Job, signature, and the spec that pods read."""
+"""Jobs in the chart equal the output of `topwork render`: names, Jobs, digests and job specs."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -25,8 +25,10 @@ SPECS = [
 Render = Callable[..., dict[tuple[str, str], dict[str, Any]]]
 
 
-def check_same(rendered: Render, documents: list[dict[str, Any]], jobs: list[TransferJob], image: str = "") -> None:
-    """Fail unless the chart makes of documents, as Helm reads them, what `topwork render` makes of the jobs."""
+def assert_same_objects(
+    render_chart: Render, documents: list[dict[str, Any]], jobs: list[TransferJob], image: str = ""
+) -> None:
+    """Assert that the chart renders the documents to the same objects as `topwork render` renders the jobs."""
     entries = {
         document["metadata"]["name"]: {
             "labels": document["metadata"].get("labels", {}),
@@ -34,34 +36,34 @@ def check_same(rendered: Render, documents: list[dict[str, Any]], jobs: list[Tra
         }
         for document in documents
     }
-    got = rendered({"jobs": entries, "defaults": {"image": image}})
+    rendered = render_chart({"jobs": entries, "defaults": {"image": image}})
     placement = RenderOptions(image or None, namespace="ml")
-    wanted = {
+    expected = {
         (manifest["kind"], manifest["metadata"]["name"]): manifest
         for job in jobs
         for manifest in render(job, placement).objects
     }
-    found = {key: got[key] for key in got if key in wanted or key[0] == "Job"}
+    actual = {key: rendered[key] for key in rendered if key in expected or key[0] == "Job"}
     for job in jobs:
-        ours, theirs = wanted["ConfigMap", job.run]["data"], found["ConfigMap", job.run]["data"]
-        assert ours.keys() == theirs.keys()
-        # Another style, the same document: for the program, and for every reader of YAML.
-        assert read_text(theirs["job.yaml"], "job.yaml") == [job]
-        assert yaml.safe_load(theirs["job.yaml"]) == yaml.safe_load(ours["job.yaml"])
-        found["ConfigMap", job.run] = found["ConfigMap", job.run] | {"data": ours}
-    assert found == wanted
+        expected_data, data = expected["ConfigMap", job.run]["data"], actual["ConfigMap", job.run]["data"]
+        assert data.keys() == expected_data.keys()
+        # The style differs, but topwork and other YAML parsers read the same document.
+        assert read_text(data["job.yaml"], "job.yaml") == [job]
+        assert yaml.safe_load(data["job.yaml"]) == yaml.safe_load(expected_data["job.yaml"])
+        actual["ConfigMap", job.run] = actual["ConfigMap", job.run] | {"data": expected_data}
+    assert actual == expected
 
 
 @pytest.mark.parametrize("path", SPECS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_a_job_of_the_chart_is_that_of_render(path: Path, rendered: Render) -> None:
+def test_chart_renders_the_same_job_as_topwork_render(path: Path, render_chart: Render) -> None:
     documents = [helm_python.values_from_yaml(text) for text in path.read_text(encoding="utf-8").split("\n---\n")]
-    check_same(rendered, [document for document in documents if document], read_jobs(path))
+    assert_same_objects(render_chart, [document for document in documents if document], read_jobs(path))
 
 
-def test_a_job_of_the_chart_runs_the_image_of_the_defaults(rendered: Render) -> None:
+def test_job_uses_the_default_image(render_chart: Render) -> None:
     path = SPECS[0]
-    check_same(
-        rendered, [helm_python.values_from_yaml(path.read_text())], read_jobs(path), "registry.example/topwork:1"
+    assert_same_objects(
+        render_chart, [helm_python.values_from_yaml(path.read_text())], read_jobs(path), "registry.example/topwork:1"
     )
 
 
@@ -69,7 +71,7 @@ SHARE = st.floats(0, 1, exclude_max=True)
 RATE = st.floats(0, 10, exclude_min=True)
 COUNT = st.integers(1, 10000)
 POSITIVE = st.floats(0, 1e6, exclude_min=True) | st.sampled_from([1, 1e6, 1e-7, 123456.75, 5e-324])
-WORD = st.text(min_size=1, max_size=20)
+NAME = st.text(min_size=1, max_size=20)
 
 
 def mapping(**optional: Any) -> st.SearchStrategy[dict[str, Any]]:
@@ -89,7 +91,7 @@ OPTIMIZER = mapping(
 ).map(lambda given: {"name": "rmsprop", "learningRate": 0.01} | given)
 STOPPING = mapping(patience=st.integers(1, 1000), minDelta=st.floats(0, 1000))
 CACHE = st.sampled_from(["auto", "off"]) | mapping(use=st.sampled_from(["auto", "on"]), views=st.just(1))
-UNFREEZE = st.just("all") | st.fixed_dictionaries({"layers": COUNT}) | st.fixed_dictionaries({"from": WORD})
+UNFREEZE = st.just("all") | st.fixed_dictionaries({"layers": COUNT}) | st.fixed_dictionaries({"from": NAME})
 STEPS = st.fixed_dictionaries({"layers": COUNT, "epochs": COUNT, "learningRate": RATE}).map(lambda step: [step])
 FINE_TUNE = st.fixed_dictionaries(
     {"epochs": st.integers(2, 10000)},
@@ -97,14 +99,16 @@ FINE_TUNE = st.fixed_dictionaries(
 ) | STEPS.map(lambda steps: {"unfreeze": {"steps": steps}})
 SOURCE = (
     st.just({"tfds": "cats_vs_dogs"})
-    | WORD.map(lambda word: {"archive": {"uri": f"https://host/{word}.zip", "root": word}})
-    | st.tuples(WORD, WORD).map(lambda two: {"table": {"uri": "s3://bucket/a.csv", "image": two[0], "label": two[1]}})
+    | NAME.map(lambda name: {"archive": {"uri": f"https://host/{name}.zip", "root": name}})
+    | st.tuples(NAME, NAME).map(
+        lambda names: {"table": {"uri": "s3://bucket/a.csv", "image": names[0], "label": names[1]}}
+    )
 )
 BASE = (
     st.fixed_dictionaries({"application": st.just("VGG16")}, optional={"weights": st.just("none")})
     | st.fixed_dictionaries({"cnn": st.fixed_dictionaries({"filters": st.lists(COUNT, min_size=1, max_size=3)})})
     | st.fixed_dictionaries({"saved": st.just({"uri": "s3://bucket/ä.keras"})}).map(lambda base: base)
-    | (WORD | st.integers(-10000, 10000)).map(lambda cut: {"saved": {"uri": "s3://bucket/m.keras", "cutAt": cut}})
+    | (NAME | st.integers(-10000, 10000)).map(lambda cut: {"saved": {"uri": "s3://bucket/m.keras", "cutAt": cut}})
 )
 SPEC = st.fixed_dictionaries(
     {
@@ -140,7 +144,7 @@ SPEC = st.fixed_dictionaries(
 )
 
 
-# No shrinking: a render takes a tenth of a second and more.
+# No shrinking: rendering takes at least 0.1 seconds.
 PHASES = (Phase.explicit, Phase.generate)
 
 
@@ -156,13 +160,13 @@ PHASES = (Phase.explicit, Phase.generate)
         },
         "model": {"base": {"saved": {"uri": "s3://bucket/m.keras", "cutAt": "yes\b\f\n\x00"}}},
     },
-    {"annotations": {"a": "0o7", "b": "12:30", "c": "ä\x7f\u2028"}, "cpu": 0.0001, "prefetch": True},
+    {"annotations": {"a": "0o7", "b": "12:30", "c": "ä\x7f\u2028", "d": "="}, "cpu": 0.0001, "prefetch": True},
     {"odd": "017"},
-).via("texts that YAML or JSON writes in more than one way")
-def test_any_job_of_the_chart_is_that_of_render(
-    rendered: Render, spec: dict[str, Any], compute: dict[str, Any], labels: dict[str, str]
+).via("strings that have several representations in YAML or JSON")
+def test_chart_renders_any_valid_job_like_topwork_render(
+    render_chart: Render, spec: dict[str, Any], compute: dict[str, Any], labels: dict[str, str]
 ) -> None:
-    # Helm reads 4.0 as 4.
+    # Helm parses 4.0 as 4.
     if isinstance(cores := compute.get("cpu"), float) and cores.is_integer():
         compute = compute | {"cpu": int(cores)}
     document = {
@@ -175,4 +179,4 @@ def test_any_job_of_the_chart_is_that_of_render(
         job = TransferJob.model_validate(document)
     except ValidationError:
         assume(False)
-    check_same(rendered, [document], [job])
+    assert_same_objects(render_chart, [document], [job])

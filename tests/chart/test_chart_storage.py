@@ -1,4 +1,4 @@
-"""The embedded S3 server of the chart, started as its pod starts it, and the test of a release that checks it."""
+"""The embedded S3 server and the `helm test` pods of the chart, run as local processes."""
 
 import base64
 import os
@@ -20,9 +20,9 @@ from topwork.cli import main
 Render = Callable[..., dict[tuple[str, str], dict[str, Any]]]
 RunPod = Callable[..., tuple[int, str, str]]
 STORAGE_POD = ("Pod", "topwork-test-storage")
-WEED = Path(sys.executable).parent
-PORTS = ("master", "volume", "filer", "s3")
-PATIENCE_SECONDS = 60.0
+BIN_DIRECTORY = Path(sys.executable).parent
+SERVICES = ("master", "volume", "filer", "s3")
+TIMEOUT_SECONDS = 60.0
 
 
 def free_ports(count: int) -> list[int]:
@@ -33,7 +33,8 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def answer(url: str) -> int:
+def http_status(url: str) -> int:
+    """Return the status code of a response, or 0 without a response."""
     try:
         with urllib.request.urlopen(url, timeout=2) as response:
             return response.status
@@ -44,79 +45,81 @@ def answer(url: str) -> int:
 
 
 @pytest.fixture(scope="module")
-def server(rendered: Render, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict[str, str]]]:
-    """The container of the StatefulSet as a process here, on free ports; gives its URL and the Secret's variables."""
-    objects = rendered({"seaweedfs": {"enabled": True}})
+def server(render_chart: Render, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict[str, str]]]:
+    """Run the container of the StatefulSet as a local process; yields its URL and the variables in the Secret."""
+    objects = render_chart({"seaweedfs": {"enabled": True}})
     pod = objects["StatefulSet", "topwork-seaweedfs"]["spec"]["template"]["spec"]
     (container,) = pod["containers"]
     secret = objects["Secret", "topwork-s3"]["data"]
     variables = {name: base64.b64decode(value).decode() for name, value in secret.items()}
-    folder = tmp_path_factory.mktemp("seaweedfs")
-    (folder / "data").mkdir()
-    # On one machine several tests run at once: other ports than those of the pod, and its folders elsewhere.
-    numbers = free_ports(2 * len(PORTS))
-    own = dict(zip(PORTS, numbers[: len(PORTS)], strict=True))
-    flags = [f"-{name}.port={port}" for name, port in own.items()]
-    flags += [f"-{name}.port.grpc={port}" for name, port in zip(PORTS, numbers[len(PORTS) :], strict=True)]
+    directory = tmp_path_factory.mktemp("seaweedfs")
+    (directory / "data").mkdir()
+    # Tests may run in parallel on one machine: use free ports and a temporary directory.
+    ports = free_ports(2 * len(SERVICES))
+    http_ports = dict(zip(SERVICES, ports[: len(SERVICES)], strict=True))
+    flags = [f"-{name}.port={port}" for name, port in http_ports.items()]
+    flags += [f"-{name}.port.grpc={port}" for name, port in zip(SERVICES, ports[len(SERVICES) :], strict=True)]
     (script,) = container["args"]
     script = script.replace("-s3.port=8333", " ".join(flags))
-    environment = variables | {"PATH": f"{WEED}:{os.environ['PATH']}", "HOME": str(folder)}
-    environment |= {"RUN_FOLDER": str(folder), "DATA_FOLDER": str(folder / "data"), "S3_ADDRESS": "127.0.0.1"}
-    after = container["lifecycle"]["postStart"]["exec"]["command"][-1]
-    master = f"{own['master']}.{numbers[len(PORTS)]}"
-    with (folder / "log").open("wb") as log:
+    environment = variables | {"PATH": f"{BIN_DIRECTORY}:{os.environ['PATH']}", "HOME": str(directory)}
+    environment |= {"RUN_FOLDER": str(directory), "DATA_FOLDER": str(directory / "data"), "S3_ADDRESS": "127.0.0.1"}
+    post_start = container["lifecycle"]["postStart"]["exec"]["command"][-1]
+    master = f"{http_ports['master']}.{ports[len(SERVICES)]}"
+    with (directory / "log").open("wb") as log:
         process = subprocess.Popen([*container["command"], script], env=environment, stdout=log, stderr=log)
         try:
             subprocess.run(
-                ["sh", "-c", after.replace("127.0.0.1:9333", f"127.0.0.1:{master}")],
+                ["sh", "-c", post_start.replace("127.0.0.1:9333", f"127.0.0.1:{master}")],
                 env=environment,
                 stdout=log,
                 stderr=log,
                 check=True,
-                timeout=PATIENCE_SECONDS,
+                timeout=TIMEOUT_SECONDS,
             )
-            url = f"http://127.0.0.1:{own['s3']}"
+            url = f"http://127.0.0.1:{http_ports['s3']}"
             path = container["readinessProbe"]["httpGet"]["path"]
-            until = time.monotonic() + PATIENCE_SECONDS
-            while answer(f"{url}{path}") != 200:
-                assert time.monotonic() < until, (folder / "log").read_text()[-2000:]
+            deadline = time.monotonic() + TIMEOUT_SECONDS
+            while http_status(f"{url}{path}") != 200:
+                assert time.monotonic() < deadline, (directory / "log").read_text()[-2000:]
                 time.sleep(0.1)
             yield url, variables
         finally:
             process.kill()
             process.wait()
-            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(directory, ignore_errors=True)
 
 
 @pytest.fixture
 def run_test_pod(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[int, str, str]]:
-    """Run the container of a test of the release here; gives its exit code and what it wrote."""
+    """Run the container of a `helm test` pod in this process; returns its exit code, stdout and stderr."""
 
-    def run(pod: dict[str, Any], environment: dict[str, str], replaced: str = "") -> tuple[int, str, str]:
+    def run(pod: dict[str, Any], environment: dict[str, str], spec_directory: str = "") -> tuple[int, str, str]:
         for name in [name for name in os.environ if name.startswith("AWS_")]:
             monkeypatch.delenv(name)
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
-        words = [word.replace("/etc/topwork", replaced) for word in pod["spec"]["containers"][0]["args"]]
-        monkeypatch.setattr("sys.argv", ["topwork", *words])
+        arguments = [
+            argument.replace("/etc/topwork", spec_directory) for argument in pod["spec"]["containers"][0]["args"]
+        ]
+        monkeypatch.setattr("sys.argv", ["topwork", *arguments])
         code: object = 0
         try:
             main()
-        except SystemExit as ended:
-            code = ended.code or 0
+        except SystemExit as error:
+            code = error.code or 0
         return int(str(code)), *capsys.readouterr()
 
     return run
 
 
-def test_helm_test_stores_reads_and_deletes_in_the_bucket_that_the_server_made(
-    server: tuple[str, dict[str, str]], rendered: Render, run_test_pod: RunPod
+def test_storage_test_writes_reads_and_deletes_an_object_in_the_embedded_server(
+    server: tuple[str, dict[str, str]], render_chart: Render, run_test_pod: RunPod
 ) -> None:
     url, variables = server
     assert variables["AWS_ENDPOINT_URL"] == "http://topwork-seaweedfs.ml.svc:8333"
-    pod = rendered({"seaweedfs": {"enabled": True}})[STORAGE_POD]
+    pod = render_chart({"seaweedfs": {"enabled": True}})[STORAGE_POD]
     code, out, err = run_test_pod(pod, variables | {"AWS_ENDPOINT_URL": url})
     assert code == 0, err
     assert [line.split(" (")[0].split(" s3://")[0].strip() for line in out.splitlines()] == [
@@ -128,39 +131,41 @@ def test_helm_test_stores_reads_and_deletes_in_the_bucket_that_the_server_made(
     ]
 
 
-def test_the_server_lets_nobody_in_without_its_keys(
-    server: tuple[str, dict[str, str]], rendered: Render, run_test_pod: RunPod
+def test_embedded_server_rejects_requests_without_valid_credentials(
+    server: tuple[str, dict[str, str]], render_chart: Render, run_test_pod: RunPod
 ) -> None:
     url, variables = server
-    assert answer(f"{url}/topwork") == 403
-    wrong = variables | {"AWS_ENDPOINT_URL": url, "AWS_SECRET_ACCESS_KEY": "x" * 40}
-    code, _, err = run_test_pod(rendered({"seaweedfs": {"enabled": True}})[STORAGE_POD], wrong)
+    assert http_status(f"{url}/topwork") == 403
+    wrong_variables = variables | {"AWS_ENDPOINT_URL": url, "AWS_SECRET_ACCESS_KEY": "x" * 40}
+    code, _, err = run_test_pod(render_chart({"seaweedfs": {"enabled": True}})[STORAGE_POD], wrong_variables)
     assert (code, err.startswith("topwork: ")) == (2, True)
 
 
-def test_helm_test_names_a_bucket_that_is_missing(
-    server: tuple[str, dict[str, str]], rendered: Render, run_test_pod: RunPod
+def test_storage_test_reports_a_missing_bucket(
+    server: tuple[str, dict[str, str]], render_chart: Render, run_test_pod: RunPod
 ) -> None:
     url, variables = server
-    objects = rendered({"tests": {"storage": "s3://no-such-bucket/prefix"}})
+    objects = render_chart({"tests": {"storage": "s3://no-such-bucket/prefix"}})
     code, _, err = run_test_pod(objects[STORAGE_POD], variables | {"AWS_ENDPOINT_URL": url})
     assert (code, "no-such-bucket" in err) == (2, True)
 
 
-def test_helm_test_in_a_pod_without_the_secret_says_what_it_lacks(rendered: Render, run_test_pod: RunPod) -> None:
+def test_storage_test_reports_missing_credentials(render_chart: Render, run_test_pod: RunPod) -> None:
     environment = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "AWS_EC2_METADATA_DISABLED": "true", "HOME": "/nonexistent"}
-    pod = rendered({"defaults": {"spec": {"storage": "s3://bucket"}}})[STORAGE_POD]
+    pod = render_chart({"defaults": {"spec": {"storage": "s3://bucket"}}})[STORAGE_POD]
     code, _, err = run_test_pod(pod, environment)
-    assert (code, "into the Secret topwork-s3 of the pod's namespace" in err) == (2, True)
+    assert (code, "to the Secret topwork-s3 in the pod's namespace" in err) == (2, True)
 
 
-def test_helm_test_checks_the_specs_that_the_pods_read(rendered: Render, run_test_pod: RunPod, tmp_path: Path) -> None:
+def test_job_test_validates_the_specs_in_config_maps(
+    render_chart: Render, run_test_pod: RunPod, tmp_path: Path
+) -> None:
     spec = {
         "storage": "s3://bucket",
         "dataset": {"source": {"tfds": "mnist"}, "splits": {"train": "train[:9%]"}, "imageSize": [32, 32]},
         "model": {"base": {"application": "VGG16"}},
     }
-    objects = rendered({"jobs": {"cats": {"spec": spec}}})
+    objects = render_chart({"jobs": {"cats": {"spec": spec}}})
     pod = objects["Pod", "topwork-test-jobs"]
     for volume in pod["spec"]["volumes"]:
         for source in volume.get("projected", {}).get("sources", ()):
@@ -168,6 +173,6 @@ def test_helm_test_checks_the_specs_that_the_pods_read(rendered: Render, run_tes
             data = objects["ConfigMap", source["configMap"]["name"]]["data"]
             (tmp_path / item["path"]).write_text(data[item["key"]])
     code, _, err = run_test_pod(pod, {}, str(tmp_path))
-    # A rule across keys, which no schema holds.
+    # A rule that involves several keys, which the JSON Schema cannot express.
     assert code == 2
     assert "spec.dataset.splits.test: is required if there is no validation split" in err

@@ -1,4 +1,4 @@
-"""Install and upgrade by Helm itself, on a server that behaves like the API: what is never changed, what is kept."""
+"""Installing and upgrading the chart with Helm against the test API server."""
 
 import base64
 from collections.abc import Callable, Iterator
@@ -32,46 +32,47 @@ Apply = Callable[..., str]
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[ApiServer]:
     for kind in (Kind("Service", "services"), Kind("StatefulSet", "statefulsets", "apps")):
         monkeypatch.setitem(KINDS, kind.name, kind)
-    # client-go sends no token over plain HTTP.
-    with ApiServer(token=None) as started:
-        yield started
+    # client-go does not send tokens over plain HTTP.
+    with ApiServer(token=None) as api_server:
+        yield api_server
 
 
 SERVER_SIDE, THREE_WAY = "server-side apply", "three-way merge"
-# Helm 3 merges on its own side, and so does Helm 4 for releases of it; the server of the tests takes no such patch.
-both_ways = pytest.mark.parametrize("apply", [SERVER_SIDE, THREE_WAY], indirect=True)
+# Helm 3 uses three-way merges, and so does Helm 4 for releases created by Helm 3.
+# The test API server rejects merge patches, so these tests also check that Helm does not send any.
+both_merge_strategies = pytest.mark.parametrize("apply", [SERVER_SIDE, THREE_WAY], indirect=True)
 
 
 @pytest.fixture
 def apply(
     request: pytest.FixtureRequest, server: ApiServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Apply]:
-    """Install, and from the second call on upgrade, the release topwork; gives its notes."""
-    options = helm_python.config._opts
+    """Install the release topwork or, from the second call, upgrade it; returns the notes."""
+    create_options = helm_python.config._opts
 
-    def with_more(**pairs: Any) -> str | None:
-        own = getattr(request, "param", SERVER_SIDE) == SERVER_SIDE
+    def patched_options(**pairs: Any) -> str | None:
+        server_side = getattr(request, "param", SERVER_SIDE) == SERVER_SIDE
         if "reset_values" in pairs:
-            # The server has no OpenAPI.
-            pairs |= {"disable_openapi_validation": True, "server_side_apply": str(own).lower()}
+            # The test API server has no OpenAPI endpoint.
+            pairs |= {"disable_openapi_validation": True, "server_side_apply": str(server_side).lower()}
         elif "create_namespace" in pairs:
-            pairs |= {"disable_openapi_validation": True, "server_side_apply": own}
-        return options(**pairs)
+            pairs |= {"disable_openapi_validation": True, "server_side_apply": server_side}
+        return create_options(**pairs)
 
-    monkeypatch.setattr(helm_python.config, "_opts", with_more)
+    monkeypatch.setattr(helm_python.config, "_opts", patched_options)
     kubeconfig = server.kubeconfig(tmp_path / "kubeconfig")
     settings = {"namespace": NAMESPACE, "storage_driver": "memory", "qps": 1000.0, "burst_limit": 1000}
     with helm_python.Config(kubeconfig_path=kubeconfig, **settings) as config:
-        done: list[str] = []
+        notes: list[str] = []
 
-        def act(**values: Any) -> str:
-            # The server knows no roles.
+        def install_or_upgrade(**values: Any) -> str:
+            # The test API server has no roles.
             values = {"submitters": {"create": False}} | values
-            release = (config.upgrade if done else config.install)(CHART, "topwork", values)
-            done.append(release["notes"])
-            return done[-1]
+            release = (config.upgrade if notes else config.install)(CHART, "topwork", values)
+            notes.append(release["notes"])
+            return notes[-1]
 
-        yield act
+        yield install_or_upgrade
 
 
 def jobs(**changes: Any) -> dict[str, Any]:
@@ -79,14 +80,14 @@ def jobs(**changes: Any) -> dict[str, Any]:
 
 
 def job(server: ApiServer) -> dict[str, Any]:
-    (found,) = server.list("Job")
-    return found
+    (only_job,) = server.list("Job")
+    return only_job
 
 
-@both_ways
-def test_a_job_that_is_there_is_never_changed(apply: Apply, server: ApiServer) -> None:
+@both_merge_strategies
+def test_upgrade_does_not_change_an_existing_job(apply: Apply, server: ApiServer) -> None:
     apply(jobs=jobs())
-    # What the API server adds to every Job.
+    # Fields that the API server adds to every Job.
     name = job(server)["metadata"]["name"]
     server.patch("Job", name, {"spec": {"selector": {"matchLabels": {"controller-uid": "1"}}, "suspend": False}})
     before, config_map = job(server)["spec"], server.get("ConfigMap", name)["data"]
@@ -95,16 +96,16 @@ def test_a_job_that_is_there_is_never_changed(apply: Apply, server: ApiServer) -
     assert f"topwork cancel {name} -n {NAMESPACE}" in notes
 
 
-@both_ways
-def test_the_same_values_again_leave_the_job_as_it_is(apply: Apply, server: ApiServer) -> None:
+@both_merge_strategies
+def test_upgrade_with_the_same_values_keeps_the_job(apply: Apply, server: ApiServer) -> None:
     apply(jobs=jobs())
     before = job(server)
-    assert "with other settings" not in apply(jobs=jobs())
+    assert "with different settings" not in apply(jobs=jobs())
     assert (job(server)["spec"], job(server)["metadata"]["uid"]) == (before["spec"], before["metadata"]["uid"])
 
 
-@both_ways
-def test_another_spec_is_another_job(apply: Apply, server: ApiServer) -> None:
+@both_merge_strategies
+def test_upgrade_with_another_spec_replaces_the_job(apply: Apply, server: ApiServer) -> None:
     apply(jobs=jobs())
     before = job(server)["metadata"]["name"]
     apply(jobs=jobs(seed=1))
@@ -112,14 +113,14 @@ def test_another_spec_is_another_job(apply: Apply, server: ApiServer) -> None:
     assert server.get("ConfigMap", before) is None
 
 
-def test_a_job_goes_on_with_its_image_when_the_default_changes(apply: Apply, server: ApiServer) -> None:
+def test_upgrade_with_another_default_image_keeps_the_job(apply: Apply, server: ApiServer) -> None:
     apply(jobs=jobs())
     before = job(server)["spec"]
     apply(jobs=jobs(), defaults={"image": "another:1"})
     assert job(server)["spec"] == before
 
 
-def test_a_job_that_was_deleted_comes_back_with_the_new_settings(apply: Apply, server: ApiServer) -> None:
+def test_upgrade_recreates_a_deleted_job_with_the_new_settings(apply: Apply, server: ApiServer) -> None:
     apply(jobs=jobs())
     server.remove("Job", job(server)["metadata"]["name"])
     apply(jobs=jobs(compute={"memory": "64Gi"}))
@@ -127,16 +128,16 @@ def test_a_job_that_was_deleted_comes_back_with_the_new_settings(apply: Apply, s
     assert container["resources"]["limits"]["memory"] == "64Gi"
 
 
-def test_the_commands_know_the_jobs_of_the_chart(apply: Apply, server: ApiServer, tmp_path: Path) -> None:
+def test_topwork_commands_find_jobs_of_the_chart(apply: Apply, server: ApiServer, tmp_path: Path) -> None:
     apply(jobs=jobs())
-    found = job(server)
-    assert found["metadata"]["labels"]["app.kubernetes.io/managed-by"] == "Helm"
-    assert is_managed_by_topwork(found)
+    chart_job = job(server)
+    assert chart_job["metadata"]["labels"]["app.kubernetes.io/managed-by"] == "Helm"
+    assert is_managed_by_topwork(chart_job)
     cluster = connect(ClusterSettings(kubeconfig=str(tmp_path / "kubeconfig")))
-    assert len(read_run_objects(cluster, found["metadata"]["name"]).jobs) == 1
+    assert len(read_run_objects(cluster, chart_job["metadata"]["name"]).jobs) == 1
 
 
-def test_keys_of_the_embedded_server_are_drawn_once(apply: Apply, server: ApiServer) -> None:
+def test_upgrade_keeps_the_generated_keys_of_the_embedded_server(apply: Apply, server: ApiServer) -> None:
     apply(seaweedfs={"enabled": True})
     before = server.get("Secret", "topwork-s3")["data"]
     apply(seaweedfs={"enabled": True, "size": "20Gi"}, jobs=jobs())

@@ -1,4 +1,4 @@
-"""The chart with many sets of values: linted, taken by every version of Kubernetes, restricted; wrong ones refused."""
+"""The chart with many sets of values: lint, validity in every Kubernetes version, pod security and error messages."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,18 +16,18 @@ Render = Callable[..., dict[tuple[str, str], dict[str, Any]]]
 
 
 def spec(example: str = "cats-vs-dogs", **changes: Any) -> dict[str, Any]:
-    found = helm_python.values_from_yaml((EXAMPLES / f"{example}.yaml").read_text(encoding="utf-8"))["spec"]
-    return {key: value for key, value in (found | changes).items() if value is not None}
+    example_spec = helm_python.values_from_yaml((EXAMPLES / f"{example}.yaml").read_text(encoding="utf-8"))["spec"]
+    return {key: value for key, value in (example_spec | changes).items() if value is not None}
 
 
 GATEWAY = "http://pushgateway.monitoring:9091"
 MONITORING = {"podMonitor": {"enabled": True, "labels": {"release": "kps"}}, "prometheusRule": {"enabled": True}}
-SETS: dict[str, dict[str, Any]] = {
-    "nothing set": {},
+VALUE_SETS: dict[str, dict[str, Any]] = {
+    "defaults": {},
     "storage and queue": {"defaults": {"spec": {"storage": "s3://a-b/c", "compute": {"queue": "team-a", "cpu": 2.5}}}},
-    "an image": {"defaults": {"image": "registry.example.com:5000/topwork:1.0-gpu"}},
-    "keys": {"s3": {"credentials": "create", "accessKeyId": "id", "secretAccessKey": "key"}},
-    "keys and a server": {
+    "default image": {"defaults": {"image": "registry.example.com:5000/topwork:1.0-gpu"}},
+    "access keys": {"s3": {"credentials": "create", "accessKeyId": "id", "secretAccessKey": "key"}},
+    "access keys and endpoint": {
         "s3": {"credentials": "create", "endpoint": "https://s3", "accessKeyId": "i", "secretAccessKey": "k"}
     },
     "workload identity": {
@@ -35,11 +35,11 @@ SETS: dict[str, dict[str, Any]] = {
         "serviceAccount": {"annotations": {"eks.amazonaws.com/role-arn": "arn:aws:iam::1:role/topwork"}},
         "jobs": {"cats": {"spec": spec()}},
     },
-    "no accounts": {"serviceAccount": {"create": False}, "submitters": {"create": False}},
+    "no service account or role": {"serviceAccount": {"create": False}, "submitters": {"create": False}},
     "other submitters": {"submitters": {"groups": [], "users": ["ann"], "serviceAccounts": ["ci"]}},
-    "nobody submits": {"submitters": {"groups": []}},
+    "no submitters": {"submitters": {"groups": []}},
     "monitoring": {"monitoring": MONITORING | {"dashboards": {"enabled": True}, "pushgateway": GATEWAY}},
-    "dashboards elsewhere": {
+    "dashboards in another namespace": {
         "monitoring": {
             "podMonitor": {"enabled": True, "podTargetLabels": [], "interval": "1m"},
             "dashboards": {
@@ -50,14 +50,14 @@ SETS: dict[str, dict[str, Any]] = {
         }
     },
     "embedded server": {"seaweedfs": {"enabled": True}, "jobs": {"cats": {"spec": spec(storage=None)}}},
-    "embedded server, closed network": {
+    "embedded server and network policies": {
         "seaweedfs": {"enabled": True, "storageClass": "fast", "bucket": "a.b-c", "size": "1Gi"},
         "networkPolicies": {"enabled": True, "egress": [{"to": [{"ipBlock": {"cidr": "0.0.0.0/0"}}]}]},
     },
     "network policy": {
         "networkPolicies": {"enabled": True, "scrapers": [{"podSelector": {"matchLabels": {"app": "prometheus"}}}]}
     },
-    "nobody scrapes": {"networkPolicies": {"enabled": True, "scrapers": []}},
+    "no scrapers": {"networkPolicies": {"enabled": True, "scrapers": []}},
     "several jobs": {
         "jobs": {
             "cats": {"labels": {"team": "vision"}, "spec": spec()},
@@ -73,14 +73,14 @@ SETS: dict[str, dict[str, Any]] = {
         "jobs": {"cats": {"spec": spec(storage=None, compute={"tolerations": [{"operator": "Exists"}]})}},
     },
 }
-# Custom resources, by the keys that their definitions have (prometheus-operator, api/monitoring/v1).
-CUSTOM = {
+# Keys in the specs of custom resources, as defined in prometheus-operator, api/monitoring/v1.
+CUSTOM_RESOURCE_KEYS = {
     "PodMonitor": {"selector", "podTargetLabels", "podMetricsEndpoints"},
     "PrometheusRule": {"groups"},
 }
-ENDPOINT = {"port", "interval", "relabelings"}
-# What several sets have alike is validated once: strict schemas of seven versions take their time.
-VALIDATED: list[dict[str, Any]] = []
+ENDPOINT_KEYS = {"port", "interval", "relabelings"}
+# Objects that several sets share are validated only once: strict validation against seven schemas is slow.
+VALIDATED_OBJECTS: list[dict[str, Any]] = []
 
 
 def pods(manifest: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -90,31 +90,31 @@ def pods(manifest: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield manifest["spec"]["template"]["spec"]
 
 
-@pytest.mark.parametrize("name", SETS)
-def test_every_version_of_kubernetes_takes_what_is_rendered(name: str, rendered: Render) -> None:
-    objects = rendered(SETS[name])
+@pytest.mark.parametrize("name", VALUE_SETS)
+def test_objects_are_valid_in_every_kubernetes_version(name: str, render_chart: Render) -> None:
+    objects = render_chart(VALUE_SETS[name])
     for manifest in objects.values():
-        if manifest["kind"] in CUSTOM:
-            assert manifest["spec"].keys() <= CUSTOM[manifest["kind"]]
-            assert all(endpoint.keys() == ENDPOINT for endpoint in manifest["spec"].get("podMetricsEndpoints", []))
-        elif manifest not in VALIDATED:
+        if manifest["kind"] in CUSTOM_RESOURCE_KEYS:
+            assert manifest["spec"].keys() <= CUSTOM_RESOURCE_KEYS[manifest["kind"]]
+            assert all(endpoint.keys() == ENDPOINT_KEYS for endpoint in manifest["spec"].get("podMetricsEndpoints", []))
+        elif manifest not in VALIDATED_OBJECTS:
             assert_valid_object(manifest, VERSIONS)
-            VALIDATED.append(manifest)
+            VALIDATED_OBJECTS.append(manifest)
         for pod in pods(manifest):
             assert list(pod_security_violations(pod)) == []
             assert pod["automountServiceAccountToken"] is False
         assert manifest["metadata"]["namespace"] in {"ml", "grafana"}
 
 
-@pytest.mark.parametrize("name", SETS)
-def test_helm_finds_no_fault(name: str) -> None:
-    found = helm_python.lint(CHART, SETS[name], strict=True)
-    assert [message for message in found["messages"] if message["severity"] > 1] == []
-    assert found["errors"] == []
+@pytest.mark.parametrize("name", VALUE_SETS)
+def test_helm_lint_passes(name: str) -> None:
+    result = helm_python.lint(CHART, VALUE_SETS[name], strict=True)
+    assert [message for message in result["messages"] if message["severity"] > 1] == []
+    assert result["errors"] == []
 
 
 @pytest.mark.parametrize(
-    ("values", "told"),
+    ("values", "message"),
     [
         ({"job": {}}, "at '': additional properties 'job' not allowed"),
         ({"seaweedfs": {"enabled": "yes"}}, "at '/seaweedfs/enabled': got string, want boolean"),
@@ -141,48 +141,55 @@ def test_helm_finds_no_fault(name: str) -> None:
             {"jobs": {"cats": {"labels": {"team": True}, "spec": spec()}}},
             "at '/jobs/cats/labels/team': got boolean, want string",
         ),
-        ({"jobs": {"cats": {"spec": spec(storage=None)}}}, "jobs.cats.spec.storage is missing. Name it there, such as"),
+        (
+            {"jobs": {"cats": {"spec": spec(storage=None)}}},
+            "jobs.cats.spec.storage is missing. Set it, for example to s3://bucket/prefix, or set defaults",
+        ),
         (
             {"jobs": {"cats": {"spec": spec(model={"base": {"saved": {"uri": "old.keras"}}})}}},
-            'jobs.cats.spec.model.base.saved.uri: "old.keras" is a path on this machine: a pod can\'t read it.',
+            'jobs.cats.spec.model.base.saved.uri: "old.keras" is a local path, which pods cannot read.',
         ),
-        ({"s3": {"credentials": "create"}}, "s3.credentials is create: set s3.accessKeyId and s3.secretAccessKey too"),
+        ({"s3": {"credentials": "create"}}, "s3.credentials is create: also set s3.accessKeyId and s3.secretAccessKey"),
         (
             {"seaweedfs": {"enabled": True}, "s3": {"credentials": "workloadIdentity"}},
-            "s3.credentials is workloadIdentity, and seaweedfs.enabled is true, which brings credentials of its own",
+            "s3.credentials is workloadIdentity, but seaweedfs.enabled is true, and the embedded server has its own",
         ),
     ],
     ids=str,
 )
-def test_wrong_values_are_refused_with_their_path(values: dict[str, Any], told: str, rendered: Render) -> None:
-    with pytest.raises(helm_python.HelmError) as refused:
-        rendered(values)
-    assert told in str(refused.value)
+def test_invalid_values_are_rejected_with_their_path(
+    values: dict[str, Any], message: str, render_chart: Render
+) -> None:
+    with pytest.raises(helm_python.HelmError) as error:
+        render_chart(values)
+    assert message in str(error.value)
 
 
-def test_on_and_off_are_words_of_a_spec(rendered: Render) -> None:
-    # Helm hands both over as true and false.
+def test_unquoted_on_and_off_are_accepted(render_chart: Render) -> None:
+    # Helm parses both as booleans.
     values = helm_python.values_from_yaml("transfer: {featureCache: off}\nfineTune: {epochs: 1, featureCache: off}")
     assert values["transfer"] == {"featureCache": False}
-    objects = rendered({"jobs": {"cats": {"spec": spec(**values)}}})
-    (text,) = (found["data"]["job.yaml"] for found in objects.values() if "job.yaml" in found.get("data", {}))
+    objects = render_chart({"jobs": {"cats": {"spec": spec(**values)}}})
+    (text,) = (item["data"]["job.yaml"] for item in objects.values() if "job.yaml" in item.get("data", {}))
     assert text.count('featureCache: "off"') == 2
 
 
-def test_jobs_take_the_defaults_of_the_namespace(rendered: Render) -> None:
+def test_jobs_use_the_defaults_of_the_namespace(render_chart: Render) -> None:
     defaults = {"compute": {"queue": "team-a", "memory": "32Gi"}, "metrics": {"lingerSeconds": 5}}
-    objects = rendered({"defaults": {"spec": defaults}, "jobs": {"cats": {"spec": spec(compute={"memory": "64Gi"})}}})
-    (job,) = (found for (kind, _), found in objects.items() if kind == "Job")
+    objects = render_chart(
+        {"defaults": {"spec": defaults}, "jobs": {"cats": {"spec": spec(compute={"memory": "64Gi"})}}}
+    )
+    (job,) = (item for (kind, _), item in objects.items() if kind == "Job")
     assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "team-a"
     (container,) = job["spec"]["template"]["spec"]["containers"]
     assert container["resources"]["limits"]["memory"] == "64Gi"
 
 
-def test_the_version_of_the_chart_is_that_of_topwork(chart: helm_python.Chart) -> None:
+def test_chart_version_equals_topwork_version(chart: helm_python.Chart) -> None:
     assert (chart.metadata["version"], chart.metadata["appVersion"]) == (__version__, __version__)
 
 
-def test_notes_name_what_is_missing_and_the_next_command(chart: helm_python.Chart) -> None:
+def test_notes_contain_missing_settings_and_the_next_command(chart: helm_python.Chart) -> None:
     def notes(values: dict[str, Any]) -> str:
         return chart.render(values, name="r", namespace="ml")["topwork/templates/NOTES.txt"]
 
