@@ -7,7 +7,7 @@ from topwork.training.input_stalls import InputStalls, input_bound_advice, input
 
 
 def measure(steps: list[tuple[float, float]], last: float) -> tuple[float, float]:
-    """Measure steps, each with the times of its batch request and its start; the device finishes the last one at `last`."""
+    """Measure steps, given the times of their batch request and start; the device finishes the last one at `last`."""
     stalls = InputStalls()
     for asked, start in steps:
         stalls.add_step(asked, start)
