@@ -166,9 +166,7 @@ def test_unmet_gate_publishes_nothing_and_gives_the_same_error_again(make_job, c
     assert [gate["met"] for gate in kept["gates"]] == [True, False, False]
 
 
-def test_attempt_killed_before_its_manifest_is_continued(
-    make_job, classifier_of, workspace, recheck_here, monkeypatch
-):
+def test_attempt_killed_before_its_manifest_is_continued(make_job, classifier_of, workspace, recheck_here, monkeypatch):
     job = make_job(publish={"formats": ["keras"]})
     dataset, classifier = pull(job, workspace), classifier_of(job)
 
