@@ -216,7 +216,7 @@ def _pod_panels() -> Panels:
             span=4,
         ),
         stat_panel(
-            "GPUs held",
+            "Allocated GPUs",
             "GPUs allocated to the pods of the run, whether or not they are in use.",
             Query(f"max(last_over_time(topwork:run_gpus{{{RUN}}}[$__range]))", "GPUs"),
             unit="none",

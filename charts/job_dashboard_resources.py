@@ -29,7 +29,7 @@ def throughput_panels() -> Panels:
         time_series(
             "Input wait",
             "Share of training time spent waiting for the next batch, over five minutes. Above a third, training is "
-            "input-bound, and an alert fires if the run holds GPUs.",
+            "input-bound, and an alert fires if GPUs are allocated to the run.",
             Query(f"max(topwork:run_input_wait:ratio_rate5m{{{RUN}}})", "waiting"),
             unit="percentunit",
             maximum=1,

@@ -120,7 +120,7 @@ def _count_panels() -> Panels:
             "Succeeded", "Runs that succeeded in the selected time range.", Query(ended(3), "succeeded"), unit="none"
         ),
         stat_panel(
-            "GPUs held",
+            "Allocated GPUs",
             "GPUs allocated to the pods of these runs, whether or not they are in use.",
             Query(f"sum(topwork:run_gpus{{{RUNS}}}) or vector(0)", "GPUs"),
             unit="none",
@@ -128,7 +128,7 @@ def _count_panels() -> Panels:
         ),
         stat_panel(
             "GPU-hours",
-            "GPUs held, multiplied by the hours for which they were held in the selected time range.",
+            "GPU-hours in the selected time range: allocated GPUs multiplied by hours.",
             Query(f"sum({GPU_HOURS})", "GPU-hours"),
             unit="none",
             span=4,
@@ -217,8 +217,8 @@ def _history_panels() -> Panels:
         ),
         time_series(
             "GPUs",
-            "GPUs held, and how many of them were busy: utilization from DCGM, or from NVML if DCGM is missing.",
-            Query(f"sum(topwork:run_gpus{{{RUNS}}})", "held"),
+            "Allocated GPUs, and how many of them were busy: utilization from DCGM, or from NVML if DCGM is missing.",
+            Query(f"sum(topwork:run_gpus{{{RUNS}}})", "allocated"),
             Query(busy, "busy"),
             unit="none",
         ),
@@ -244,7 +244,7 @@ def _usage_panels() -> Panels:
     hours: Panels = [
         bar_gauge(
             f"GPU-hours by {title}",
-            f"GPUs held, multiplied by the hours for which they were held, by {title}.",
+            f"GPU-hours by {title}: allocated GPUs multiplied by hours.",
             Query(f"sum by ({label}) ({GPU_HOURS})", f"{{{{{label}}}}}"),
             unit="none",
             span=6,

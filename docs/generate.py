@@ -12,7 +12,7 @@ from topwork.cli import app
 from topwork.cli.commands.backbones import COLUMNS
 from topwork.cli.commands.backbones import rows as backbone_rows
 from topwork.clients.prometheus.gpus import GPU_METRICS, GpuCollector
-from topwork.clients.prometheus.series import MAX_SERIES, OUTCOME_FAMILIES, Series
+from topwork.clients.prometheus.series import MAX_SERIES, OUTCOME_FAMILIES, MetricFamilies
 from topwork.spec.schema.json_schema import schema_text
 from topwork.spec.schema.reference import reference_text
 
@@ -110,7 +110,7 @@ def backbones_text() -> str:
 
 def list_families() -> list[tuple[Metric, Sequence[str]]]:
     """Return all metric families of a process with their labels."""
-    values = [getattr(value, "gauge", value) for value in vars(Series()).values()]
+    values = [getattr(value, "gauge", value) for value in vars(MetricFamilies()).values()]
     collectors = [value for value in values if hasattr(value, "_labelnames")]
     families = [(family, collector._labelnames) for collector in collectors for family in collector.collect()]
     return families + [(family, family._labelnames) for family in GpuCollector(None).describe()]

@@ -260,7 +260,7 @@ def storage_after(baseline, s3_settings, proxy, tmp_path) -> Callable[[str], Run
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.fault.name)
 @pytest.mark.parametrize("stage", list(STAGES))
-def test_a_stage_with_faults_reports_them_and_leaves_storage_consistent(
+def test_stage_with_faults_reports_them_and_leaves_storage_consistent(
     stage, case, baseline, storage_after, faulty_stage_of
 ):
     before = {"pull": "", "transfer": "pull", "fine-tune": "transfer"}[stage]
@@ -289,7 +289,7 @@ def test_a_stage_with_faults_reports_them_and_leaves_storage_consistent(
         ("fine-tune", ("/publish/done.json",)),
     ],
 )
-def test_a_concurrent_second_process_changes_nothing(stage, hidden, small_job, storage_after, proxy):
+def test_concurrent_second_process_changes_nothing(stage, hidden, small_job, storage_after, proxy):
     run_storage = storage_after(stage)
     before = {stored.key: stored.etag for stored in run_storage.direct.list()}
     # Each done.json is missing when it is first read, and exists when the stage repeats the work.

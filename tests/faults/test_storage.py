@@ -67,7 +67,7 @@ def faulty_storage(storage: Storage, s3_settings: StorageSettings, proxy: Proxy)
 @pytest.mark.parametrize(
     "operation", list(OPERATIONS) if LONG else ["read", "read missing object", "upload", "download"]
 )
-def test_a_single_fault_is_retried_and_a_permanent_one_fails_in_time(
+def test_single_fault_is_retried_and_a_permanent_one_fails_in_time(
     operation, fault, storage, faulty_storage, entry, proxy, tmp_path
 ):
     expected = OPERATIONS[operation](storage, tmp_path, entry)
@@ -99,7 +99,7 @@ def test_errors_of_head_requests_are_reported_with_their_cause(faulty_storage, e
 
 
 @pytest.mark.parametrize(("code", "kind"), [("InsufficientStorage", UnavailableError), ("QuotaExceeded", SettingError)])
-def test_a_full_server_is_reported_with_the_fix(faulty_storage, proxy, code, kind):
+def test_full_server_is_reported_with_the_fix(faulty_storage, proxy, code, kind):
     full = faulty_storage(Fault("full", faults.error(507 if kind is UnavailableError else 403, code, "No space.")))
     with pytest.raises(TopworkError) as caught:
         full.write("new", DATA)
@@ -110,7 +110,7 @@ def test_a_full_server_is_reported_with_the_fix(faulty_storage, proxy, code, kin
     )
 
 
-def test_a_slow_but_steady_response_is_not_aborted(storage, faulty_storage, proxy):
+def test_slow_but_steady_response_is_not_aborted(storage, faulty_storage, proxy):
     storage.write("slow", bytes(8 * (1 << 18)))
 
     def respond_slowly(exchange: faults.Exchange) -> None:

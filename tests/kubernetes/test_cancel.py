@@ -201,7 +201,7 @@ def test_pod_that_is_not_deleted_is_reported_after_the_timeout(simulated: Simula
     )
 
 
-def test_cancel_does_not_wait_for_a_run_submitted_meanwhile(
+def test_cancel_does_not_wait_for_a_run_submitted_during_cancellation(
     simulated: SimulatedCluster, cluster: Cluster, api_server: ApiServer
 ):
     """Only the objects that existed before are waited for, by their UIDs."""

@@ -113,10 +113,12 @@ def test_unmet_gate_exits_with_3(submitted: Command, simulated: SimulatedCluster
 
 
 def test_wrong_spec_exits_with_2(submitted: Command, simulated: SimulatedCluster):
-    simulated.put_pod({"pull": failed("pull", 2, "s3://photos/flowers/ holds no image.")}, phase="Failed")
+    simulated.put_pod(
+        {"pull": failed("pull", 2, "s3://photos/flowers/ contains no image in a class directory.")}, phase="Failed"
+    )
     simulated.patch_job_status(failed_by_policy("pull", 2), failed=1)
     assert submitted.wait() == 2
-    assert submitted.lines[-1] == "failed with exit code 2: s3://photos/flowers/ holds no image"
+    assert submitted.lines[-1] == "failed with exit code 2: s3://photos/flowers/ contains no image in a class directory"
 
 
 def test_retry_after_exit_code_75_is_reported_with_its_cause(submitted: Command, simulated: SimulatedCluster):

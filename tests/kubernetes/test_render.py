@@ -17,7 +17,7 @@ from topwork.spec import TransferJob
 
 LABEL_VALUE = re.compile(r"([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?")
 DNS_LABEL = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
-# The Job controller appends a dash and five characters to name a pod.
+# The Job controller appends a hyphen and five characters to name a pod.
 POD_SUFFIX = len("-xxxxx")
 LONGEST = 63
 IMAGES = ["a", "topwork:1", "localhost/topwork:1", "host:5000/a/b__c/d-e:V_1.2-x", f"a.b/c@sha256:{'0' * 64}"]

@@ -144,9 +144,11 @@ def test_unschedulable_pod_has_a_reason():
 
 
 def test_spec_error_fails_the_run_with_2_and_the_error_of_the_stage():
-    pods = [pod({"pull": failed("pull", 2, "s3://photos/flowers/ holds no image.")}, phase="Failed")]
+    pods = [
+        pod({"pull": failed("pull", 2, "s3://photos/flowers/ contains no image in a class directory.")}, phase="Failed")
+    ]
     state = read_status(failed_job(failed_by_policy("pull", 2)), pods)
-    assert summary(state) == ("failed", "pull", None, 2, "s3://photos/flowers/ holds no image")
+    assert summary(state) == ("failed", "pull", None, 2, "s3://photos/flowers/ contains no image in a class directory")
     assert state.attempts[0] == Attempt(
         pod=f"{RUN}-abcde",
         node=NODE,
@@ -154,7 +156,7 @@ def test_spec_error_fails_the_run_with_2_and_the_error_of_the_stage():
         state="failed",
         containers=state.attempts[0].containers,
         exit_code=2,
-        error="s3://photos/flowers/ holds no image",
+        error="s3://photos/flowers/ contains no image in a class directory",
         counted=True,
     )
 

@@ -83,12 +83,14 @@ def test_status_shows_model_and_next_command_of_a_finished_run(topwork, simulate
 
 
 def test_status_shows_exit_code_and_error_of_a_failed_run_and_exits_with_0(topwork, simulated):
-    simulated.put_pod({"pull": failed("pull", 2, "s3://photos/flowers/ holds no image.")}, phase="Failed")
+    simulated.put_pod(
+        {"pull": failed("pull", 2, "s3://photos/flowers/ contains no image in a class directory.")}, phase="Failed"
+    )
     simulated.patch_job_status(sample_objects.failed_by_policy("pull", 2), failed=1)
     code, lines = topwork("status", "flowers")
     assert code == 0
     assert lines[0] == f"{RUN} in namespace team-a: failed with exit code 2"
-    assert "  error     s3://photos/flowers/ holds no image" in lines
+    assert "  error     s3://photos/flowers/ contains no image in a class directory" in lines
     assert lines[-1] == f"logs    topwork logs {RUN} -n team-a"
 
 

@@ -34,7 +34,7 @@ def start_metrics(stage: str = "transfer") -> Metrics:
     return metrics
 
 
-def test_the_running_container_is_read_through_the_api_server(simulated: SimulatedCluster, topwork: Topwork):
+def test_running_container_is_read_through_the_api_server(simulated: SimulatedCluster, topwork: Topwork):
     simulated.put_pod(PULLED | {"transfer": running(100)})
     metrics = start_metrics()
     simulated.server.pod_ports[POD, 9102] = metrics.serve(0, "127.0.0.1")
@@ -48,7 +48,7 @@ def test_the_running_container_is_read_through_the_api_server(simulated: Simulat
     assert paths == {f"/api/v1/namespaces/team-a/pods/{POD}%3A9102/proxy/metrics"}
 
 
-def test_a_pending_run_is_shown_with_its_reason(simulated: SimulatedCluster, topwork: Topwork):
+def test_pending_run_is_shown_with_its_reason(simulated: SimulatedCluster, topwork: Topwork):
     simulated.put_pending_pod(NO_GPUS)
     code, lines = topwork("top", *FAST)
     assert code == 0, lines
@@ -56,14 +56,14 @@ def test_a_pending_run_is_shown_with_its_reason(simulated: SimulatedCluster, top
     assert "nvidia.com/gpu" in lines[1]
 
 
-def test_a_finished_run_is_shown_only_by_name(simulated: SimulatedCluster, topwork: Topwork):
+def test_finished_run_is_shown_only_by_name(simulated: SimulatedCluster, topwork: Topwork):
     simulated.finish_run()
     assert topwork("top", *FAST) == (0, ["No runs in progress in namespace team-a."])
     code, lines = topwork("top", RUN, *FAST)
     assert (code, lines[0]) == (0, f"{RUN} in namespace team-a: succeeded, fine-tune")
 
 
-def test_a_container_that_does_not_answer_is_shown_with_its_status_in_the_cluster(
+def test_container_that_does_not_answer_is_shown_with_its_status_in_the_cluster(
     simulated: SimulatedCluster, topwork: Topwork
 ):
     simulated.put_pod(TRANSFERRED | {"fine-tune": running(200)})
@@ -73,7 +73,7 @@ def test_a_container_that_does_not_answer_is_shown_with_its_status_in_the_cluste
     assert f"read the metrics of Pod {POD}:9103 in team-a (503: error trying to reach service" in run["reason"]
 
 
-def test_a_stopping_run_is_shown_while_its_process_still_answers(simulated: SimulatedCluster, topwork: Topwork):
+def test_stopping_run_is_shown_while_its_process_still_answers(simulated: SimulatedCluster, topwork: Topwork):
     simulated.put_pod(PULLED | {"transfer": running(100)}, deleted=120)
     metrics = start_metrics()
     simulated.server.pod_ports[POD, 9102] = metrics.serve(0, "127.0.0.1")
@@ -82,7 +82,7 @@ def test_a_stopping_run_is_shown_while_its_process_still_answers(simulated: Simu
     assert lines[0].startswith(f"{RUN} in namespace team-a: stopping, transfer")
 
 
-def test_a_missing_permission_for_pods_is_reported(simulated: SimulatedCluster, topwork: Topwork):
+def test_missing_permission_for_pods_is_reported(simulated: SimulatedCluster, topwork: Topwork):
     simulated.put_pod(PULLED | {"transfer": running(100)})
     refusal = api_statuses.rbac_denied("get", "pods/proxy", "team-a", f"{POD}:9102")
     simulated.server.inject(Fault(refusal, path="/proxy"))
@@ -95,12 +95,12 @@ def test_a_missing_permission_for_pods_is_reported(simulated: SimulatedCluster, 
     )
 
 
-def test_an_unknown_run_is_reported_with_the_existing_runs(simulated: SimulatedCluster, topwork: Topwork):
+def test_unknown_run_is_reported_with_the_existing_runs(simulated: SimulatedCluster, topwork: Topwork):
     code, lines = topwork("top", "dogs", *FAST)
     assert (code, lines) == (2, [f"topwork: no job or run dogs in namespace team-a. Existing runs: {RUN}."])
 
 
-def test_a_truncated_page_is_reported_and_read_again(simulated: SimulatedCluster, make_cluster: Callable[..., Any]):
+def test_truncated_page_is_reported_and_read_again(simulated: SimulatedCluster, make_cluster: Callable[..., Any]):
     from topwork.cli.top.sources import ClusterSource
 
     simulated.put_pod(PULLED | {"transfer": running(100)})

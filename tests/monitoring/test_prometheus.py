@@ -78,7 +78,7 @@ def test_evaluation_series_match_metrics_json(observed_run: ObservedRun):
     assert {series["metric"]["name"]: float(series["value"][1]) for series in result} == expected
 
 
-def test_the_last_stage_exposes_the_results_of_all_stages(observed_run: ObservedRun):
+def test_last_stage_exposes_the_results_of_all_stages(observed_run: ObservedRun):
     values = {
         f'topwork_epoch{{stage="{stage}"}}': sum(row["stage"] == stage for row in observed_run.history)
         for stage in ("transfer", "fine-tune")
@@ -90,7 +90,7 @@ def test_the_last_stage_exposes_the_results_of_all_stages(observed_run: Observed
     assert sorted(series["metric"]["stage"] for series in stages) == ["fine-tune", "publish", "pull", "transfer"]
 
 
-def test_a_run_is_counted_while_running_and_when_done(observed_run: ObservedRun):
+def test_run_is_counted_while_running_and_when_done(observed_run: ObservedRun):
     """These panels show 0 without matching series, so the presence of data is not sufficient."""
     counts = {
         query.panel: substitute_variables(query.expr, observed_run.values)
@@ -99,7 +99,7 @@ def test_a_run_is_counted_while_running_and_when_done(observed_run: ObservedRun)
     }
     running = observed_run.prometheus.query_range(counts["Running"], observed_run.start, observed_run.end)
     assert {value for _, value in running[0]["values"]} == {"0", "1"}
-    assert observed_run.prometheus.value(counts["GPUs held"], observed_run.end) == 2
+    assert observed_run.prometheus.value(counts["Allocated GPUs"], observed_run.end) == 2
     observed_run.prometheus.wait_for(f'topwork:run_state{{run="{observed_run.run}"}} == 3', seconds=120)
     assert observed_run.prometheus.value(counts["Succeeded"]) == 1
     assert observed_run.prometheus.value(counts["Failed"]) == 0
@@ -120,7 +120,7 @@ def test_dcgm_series_have_the_run_of_their_pod(observed_run: ObservedRun):
     assert {float(series["value"][1]) for series in result} == {30000 * 2**20}
 
 
-def test_the_metrics_page_passes_promtool(observed_run: ObservedRun):
+def test_metrics_page_passes_promtool(observed_run: ObservedRun):
     checked = subprocess.run(
         [require_command("promtool"), "check", "metrics"],
         input=observed_run.page,

@@ -59,7 +59,7 @@ def test_each_runbook_belongs_to_an_alert():
 
 
 @pytest.mark.parametrize("name", DASHBOARDS)
-def test_the_committed_dashboard_is_up_to_date(name):
+def test_committed_dashboard_is_up_to_date(name):
     """`make verify` checks this too, but does not name the dashboard."""
     spec = importlib.util.spec_from_file_location("dashboards", ROOT / "charts/dashboards.py")
     with pytest.MonkeyPatch.context() as patch:

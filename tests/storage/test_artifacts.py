@@ -51,7 +51,7 @@ def test_write_and_download_round_trip_a_directory(storage: Storage, directory: 
     assert read_files(tmp_path / "copy") == CONTENT
 
 
-def test_an_artifact_without_a_manifest_does_not_exist(storage: Storage, directory: Path, tmp_path: Path) -> None:
+def test_artifact_without_a_manifest_does_not_exist(storage: Storage, directory: Path, tmp_path: Path) -> None:
     storage.upload(directory / "a.txt", "set/a.txt")
     assert read_manifest(storage, "set") is None
     with pytest.raises(DataError) as caught:
@@ -139,7 +139,7 @@ def test_download_rejects_a_manifest_with_paths_outside_its_directory(
     assert list(read_files(tmp_path)) == ["source"]
 
 
-def test_a_manifest_with_a_newer_format_requires_a_newer_topwork(storage: Storage) -> None:
+def test_manifest_with_a_newer_format_requires_a_newer_topwork(storage: Storage) -> None:
     put_manifest(storage, {}, format=2)
     with pytest.raises(DataError) as caught:
         read_manifest(storage, "set")

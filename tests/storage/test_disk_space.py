@@ -35,7 +35,7 @@ def fill_disk(disk: Path, free: int) -> None:
         os.posix_fallocate(file.fileno(), 0, DISK_BYTES - free)
 
 
-def test_a_full_disk_is_reported_as_unavailable_with_its_location(small_disk):
+def test_full_disk_is_reported_as_unavailable_with_its_location(small_disk):
     fill_disk(small_disk, free=1 << 20)
     with pytest.raises(UnavailableError) as caught, report_full_disk(small_disk):
         (small_disk / "file").write_bytes(bytes(2 << 20))
@@ -106,7 +106,7 @@ def test_pull_larger_than_the_free_disk_space_does_not_start(make_job, workspace
         (OSError("Can't write data (file write failed: errno = 28, error message = 'No space left on device')"), 75),
     ],
 )
-def test_a_full_disk_and_an_exhausted_quota_have_different_exit_codes(error, code):
+def test_full_disk_and_an_exhausted_quota_have_different_exit_codes(error, code):
     known = to_topwork_error(error)
     assert known is not None
     assert known.exit_code == code

@@ -122,7 +122,7 @@ def test_processes_share_one_server_until_the_last_one_ends(state: Path) -> None
     wait_for(lambda: find_processes(state) == {})
 
 
-def test_the_server_is_not_interrupted_by_ctrl_c(running_server: tuple[Path, StorageSettings]) -> None:
+def test_server_is_not_interrupted_by_ctrl_c(running_server: tuple[Path, StorageSettings]) -> None:
     processes = find_processes(running_server[0])
     assert sorted(processes) == ["server", "supervisor"]
     for process in processes.values():
@@ -150,12 +150,12 @@ def test_components_behind_s3_reject_requests_without_a_token(running_server: tu
         assert (response.status, b"secret" in response.read()) == (401, False)
 
 
-def test_a_write_does_not_create_a_bucket(running_server: tuple[Path, StorageSettings]) -> None:
+def test_write_does_not_create_a_bucket(running_server: tuple[Path, StorageSettings]) -> None:
     with pytest.raises(SettingError, match="The bucket topwork-missing does not exist"):
         Storage("s3://topwork-missing", running_server[1]).write("key", b"x")
 
 
-def test_a_failed_start_reports_the_last_log_lines(state: Path) -> None:
+def test_failed_start_reports_the_last_log_lines(state: Path) -> None:
     (state / "data").mkdir(parents=True)
     (state / "data" / "filerldb2").write_text("a file where the server needs a directory")
     with pytest.raises(SettingError) as caught, embedded_storage(state):
@@ -166,7 +166,7 @@ def test_a_failed_start_reports_the_last_log_lines(state: Path) -> None:
     wait_for(lambda: find_processes(state) == {})
 
 
-def test_an_unusable_state_directory_is_reported(tmp_path: Path) -> None:
+def test_unusable_state_directory_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a directory")
     with pytest.raises(SettingError) as caught, embedded_storage(tmp_path / "file" / "state"):
         pass
@@ -175,7 +175,7 @@ def test_an_unusable_state_directory_is_reported(tmp_path: Path) -> None:
     )
 
 
-def test_a_missing_server_program_is_reported_with_the_install_command(
+def test_missing_server_program_is_reported_with_the_install_command(
     state: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))

@@ -16,7 +16,7 @@ AT_ONCE = timedelta(0)
 PART_BYTES = 5 << 20
 
 
-def whole(storage, prefix, folder, facts=None):
+def write_complete_artifact(storage, prefix, folder, facts=None):
     folder.mkdir(exist_ok=True)
     (folder / "file").write_bytes(b"1234")
     write_artifact(storage, prefix, folder, facts or {})
@@ -35,19 +35,19 @@ NAMED = "runs/cats-2/transfer/model-0000000000000000.keras"
 @pytest.fixture
 def used(storage, tmp_path):
     """Storage with one of everything that must be kept; returns the keys."""
-    whole(storage, "datasets/cats/aaaa0000", tmp_path / "made")
-    whole(storage, "datasets/dogs/bbbb0000", tmp_path / "made")
-    whole(storage, "datasets/birds/cccc0000", tmp_path / "made")
+    write_complete_artifact(storage, "datasets/cats/aaaa0000", tmp_path / "made")
+    write_complete_artifact(storage, "datasets/dogs/bbbb0000", tmp_path / "made")
+    write_complete_artifact(storage, "datasets/birds/cccc0000", tmp_path / "made")
     # The run is unfinished: it still needs its checkpoint and features.
     storage.write("runs/cats-1/pull/done.json", json.dumps({"dataset": "datasets/cats/aaaa0000"}).encode())
-    whole(storage, "runs/cats-1/transfer/checkpoints/00001", tmp_path / "made")
+    write_complete_artifact(storage, "runs/cats-1/transfer/checkpoints/00001", tmp_path / "made")
     storage.write("runs/cats-1/transfer/features/train-0000000000.npy", b"features")
     # The runs of these models were deleted; one model names its dataset only in its card, as older versions did.
-    whole(storage, "models/cats/1", tmp_path / "made", version(1, "datasets/dogs/bbbb0000"))
+    write_complete_artifact(storage, "models/cats/1", tmp_path / "made", version(1, "datasets/dogs/bbbb0000"))
     storage.write("models/cats/latest.json", json.dumps(version(1, "datasets/dogs/bbbb0000")).encode())
     (tmp_path / "made" / "card.md").write_text(f"| Dataset | {storage.uri}/datasets/birds/cccc0000 |")
-    whole(storage, "models/cats/2", tmp_path / "made", version(2, ""))
-    whole(storage, "mirror/tfds/mnist/3.0.1", tmp_path / "made")
+    write_complete_artifact(storage, "models/cats/2", tmp_path / "made", version(2, ""))
+    write_complete_artifact(storage, "mirror/tfds/mnist/3.0.1", tmp_path / "made")
     storage.write("weights/imagenet/VGG16.weights.h5", b"weights")
     storage.write("notes.txt", b"somebody's own")
     return {stored.key for stored in storage.list()}
@@ -57,7 +57,7 @@ def used(storage, tmp_path):
 def littered(used, storage, tmp_path):
     """The same with one of everything that can be deleted; returns what is kept, and what is deleted by kind."""
     storage.write("datasets/cats/dddd0000/stored_images-train.tfrecord-00000-of-00001", b"half")
-    whole(storage, "datasets/cats/eeee0000", tmp_path / "made")
+    write_complete_artifact(storage, "datasets/cats/eeee0000", tmp_path / "made")
     claim_version(storage, "cats", "cats-9")
     storage.write("models/cats/3/model.keras", b"half")
     storage.write("runs/cats-1/fine-tune/checkpoints/00001/state.npz", b"half")
@@ -65,7 +65,7 @@ def littered(used, storage, tmp_path):
     storage.write("runs/cats-2/transfer/done.json", json.dumps({"key": NAMED}).encode())
     storage.write(NAMED, b"model")
     storage.write("runs/cats-2/transfer/model-fedcba9876543210.keras", b"another process was faster")
-    whole(storage, "runs/cats-2/transfer/checkpoints/00002", tmp_path / "made")
+    write_complete_artifact(storage, "runs/cats-2/transfer/checkpoints/00002", tmp_path / "made")
     storage.write("runs/cats-2/transfer/features/train-0000000000.npy", b"features")
     upload = storage._client.create_multipart_upload(
         Bucket=storage._bucket, Key=f"{storage._key_prefix}runs/cats-3/big"
@@ -115,7 +115,7 @@ def test_gc_keeps_what_is_referenced_before_it_is_deleted(littered, storage, tmp
     found = find_leftovers(storage, AT_ONCE)
     storage.write("runs/new-1/pull/done.json", json.dumps({"dataset": "datasets/cats/eeee0000"}).encode())
     (tmp_path / "made" / "stored_images-train.tfrecord-00000-of-00001").write_bytes(b"whole")
-    whole(storage, "datasets/cats/dddd0000", tmp_path / "made")
+    write_complete_artifact(storage, "datasets/cats/dddd0000", tmp_path / "made")
     gone = {leftover.prefix for leftover in delete_leftovers(storage, found)}
     assert gone == set(GOES) - {"datasets/cats/dddd0000", "datasets/cats/eeee0000"}
     assert storage.size("datasets/cats/eeee0000/file") == storage.size("datasets/cats/dddd0000/file") == 4

@@ -117,7 +117,7 @@ def test_upload_and_download_round_trip_a_file_of_any_size(
     source = write_random_file(tmp_path / "source", size)
     entry = multipart_storage.upload(source, "file")
     assert entry == FileEntry(size=size, sha256=hashlib.sha256(source.read_bytes()).hexdigest())
-    # The ETag of a multipart upload contains a dash.
+    # The ETag of a multipart upload contains a hyphen.
     assert ["-" in item.etag for item in multipart_storage.list()] == [size >= 5 * MEBIBYTE]
     assert multipart_storage.download("file", tmp_path / "deep" / "er" / "copy", entry) == entry
     assert describe_file(tmp_path / "deep" / "er" / "copy") == entry

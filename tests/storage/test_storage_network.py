@@ -120,7 +120,7 @@ def test_requests_to_a_busy_server_are_retried_and_counted(
     assert retries(metrics) == 2
 
 
-def test_a_server_that_stays_busy_is_reported_as_unavailable(
+def test_server_that_stays_busy_is_reported_as_unavailable(
     storage: Storage, s3_settings: StorageSettings, faulty_proxy: Callable[..., FaultyProxy]
 ) -> None:
     endpoint = faulty_proxy([BUSY] * 4).endpoint
@@ -183,7 +183,7 @@ def test_conditional_write_recognizes_its_own_object_after_a_lost_response(
     assert storage.read("claim") == b"mine"
 
 
-def test_a_missing_bucket_is_reported_with_its_endpoint(s3_settings: StorageSettings, tmp_path: Path) -> None:
+def test_missing_bucket_is_reported_with_its_endpoint(s3_settings: StorageSettings, tmp_path: Path) -> None:
     missing = Storage("s3://no-such-bucket/prefix", s3_settings)
     endpoint = s3_settings.endpoint_url
     message = (
@@ -208,7 +208,7 @@ def test_check_accepts_an_existing_bucket(storage: Storage) -> None:
     storage.check()
 
 
-def test_a_wrong_secret_key_is_reported_with_its_variable(storage: Storage, s3_settings: StorageSettings) -> None:
+def test_wrong_secret_key_is_reported_with_its_variable(storage: Storage, s3_settings: StorageSettings) -> None:
     wrong = Storage(storage.uri, replace(s3_settings, secret_key="wrong-secret"))
     with pytest.raises(SettingError) as caught:
         wrong.check()
@@ -217,7 +217,7 @@ def test_a_wrong_secret_key_is_reported_with_its_variable(storage: Storage, s3_s
     )
 
 
-def test_an_unknown_access_key_is_reported_with_its_variable(storage: Storage, s3_settings: StorageSettings) -> None:
+def test_unknown_access_key_is_reported_with_its_variable(storage: Storage, s3_settings: StorageSettings) -> None:
     wrong = Storage(storage.uri, replace(s3_settings, access_key="NOBODY"))
     with pytest.raises(SettingError) as caught:
         wrong.check()
@@ -247,13 +247,13 @@ def test_incomplete_credentials_are_reported_with_the_missing_variable(
         Storage("s3://topwork-test", StorageSettings(endpoint_url=s3_settings.endpoint_url))
 
 
-def test_a_missing_profile_is_reported(no_aws_configuration: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_profile_is_reported(no_aws_configuration: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_PROFILE", "nowhere")
     with pytest.raises(SettingError, match=r"^AWS_PROFILE names a profile that does not exist: .*\(nowhere\)"):
         Storage("s3://topwork-test")
 
 
-def test_an_unreachable_credential_service_is_reported_as_unavailable(
+def test_unreachable_credential_service_is_reported_as_unavailable(
     no_aws_configuration: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_CONTAINER_CREDENTIALS_FULL_URI", "http://127.0.0.1:9/role")
@@ -263,18 +263,18 @@ def test_an_unreachable_credential_service_is_reported_as_unavailable(
         Storage("s3://topwork-test")
 
 
-def test_a_web_identity_without_a_role_is_reported(no_aws_configuration: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_web_identity_without_a_role_is_reported(no_aws_configuration: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", __file__)
     with pytest.raises(SettingError, match=r"^The AWS variables or files for storage are invalid: .*AWS_ROLE_ARN"):
         Storage("s3://topwork-test")
 
 
-def test_an_endpoint_that_is_not_a_url_is_reported(no_aws_configuration: Path) -> None:
+def test_endpoint_that_is_not_a_url_is_reported(no_aws_configuration: Path) -> None:
     with pytest.raises(SettingError, match=r"^The storage endpoint is not a URL: .*minio.*AWS_ENDPOINT_URL\.$"):
         Storage("s3://topwork-test", StorageSettings(endpoint_url="minio:9000"))
 
 
-def test_a_closed_port_is_reported_as_unavailable(s3_settings: StorageSettings) -> None:
+def test_closed_port_is_reported_as_unavailable(s3_settings: StorageSettings) -> None:
     with socket.create_server(("127.0.0.1", 0)) as closed:
         endpoint = f"http://127.0.0.1:{closed.getsockname()[1]}"
     metrics = Metrics()
@@ -286,7 +286,7 @@ def test_a_closed_port_is_reported_as_unavailable(s3_settings: StorageSettings) 
     assert retries(metrics) == 1
 
 
-def test_a_server_that_never_responds_is_reported_as_unavailable(s3_settings: StorageSettings) -> None:
+def test_server_that_never_responds_is_reported_as_unavailable(s3_settings: StorageSettings) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
         settings = replace(s3_settings, endpoint_url=endpoint, attempts=1, read_timeout_seconds=0.3)
@@ -353,16 +353,14 @@ def test_path_style_is_used_except_for_amazon(
     assert signed.split("?")[0] == f"{url}k"
 
 
-def test_an_endpoint_from_a_variable_uses_path_style(
-    no_aws_configuration: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_endpoint_from_a_variable_uses_path_style(no_aws_configuration: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "https://minio.example.com")
     client = Storage("s3://photos", StorageSettings(access_key="a", secret_key="b"))._client
     signed = client.generate_presigned_url("get_object", Params={"Bucket": "photos", "Key": "k"})
     assert signed.split("?")[0] == "https://minio.example.com/photos/k"
 
 
-def test_the_addressing_style_of_aws_files_has_priority(
+def test_addressing_style_of_aws_files_has_priority(
     no_aws_configuration: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     no_aws_configuration.write_text(
@@ -388,7 +386,7 @@ def test_checksums_can_be_disabled_with_a_variable(
 
 
 @pytest.mark.skipif(not shutil.which("openssl"), reason="needs openssl: apt-get install openssl")
-def test_a_private_certificate_authority_is_trusted_if_configured(
+def test_private_certificate_authority_is_trusted_if_configured(
     storage: Storage,
     s3_settings: StorageSettings,
     faulty_proxy: Callable[..., FaultyProxy],

@@ -30,37 +30,37 @@ def logits_model(classes, policy="float32"):
     return keras.Model(image, keras.layers.Dense(units, name="logits", dtype="float32")(vector))
 
 
-def ask(model, folder):
-    """Inputs for the export check: 12 random images, half of them also as PNG files."""
+def check_inputs(model, directory):
+    """Write inputs for the export check: 12 random images, half of them also as PNG files."""
     random = np.random.default_rng(3)
     images = random.integers(0, 256, (12, 32, 32, 3), dtype=np.uint8)
     probabilities = model(images.astype(np.float32), training=False).numpy()
     encoded = [(place, tf.io.encode_png(images[place]).numpy()) for place in range(0, 12, 2)]
-    write_check_inputs(folder, images, probabilities, probabilities.argmax(axis=1), encoded)
+    write_check_inputs(directory, images, probabilities, probabilities.argmax(axis=1), encoded)
     return probabilities
 
 
 @pytest.mark.parametrize("classes", [2, 3])
 def test_every_format_predicts_like_the_model_and_tampering_is_detected(classes, tmp_path, capfd):
     model = add_probabilities(logits_model(classes), classes)
-    probabilities = ask(model, tmp_path / "questions")
+    probabilities = check_inputs(model, tmp_path / "inputs")
     np.testing.assert_allclose(probabilities.sum(axis=1), 1.0, atol=1e-6)
     version = tmp_path / "version"
     version.mkdir()
     files = export_model(model, ("a", "b", "ünïcode")[:classes], FORMATS, resize, version)
     assert capfd.readouterr().out == ""
     assert files == ("model.keras", "saved_model.pb", "model.tflite", "model.onnx")
-    if classes == 2:  # one process is enough to prove the process
-        found = check_export(version, tmp_path / "questions", FORMATS)
+    if classes == 2:  # starting one process is enough to test the process
+        found = check_export(version, tmp_path / "inputs", FORMATS)
         assert (found.images, found.encoded_images) == (12, 6)
         assert set(found.largest_difference) == {*FORMATS, "encoded"}
         assert set(found.accuracy.values()) == {1.0}
     else:
-        differences = module.compare_predictions(version, tmp_path / "questions", FORMATS).largest_difference
+        differences = module.compare_predictions(version, tmp_path / "inputs", FORMATS).largest_difference
         assert max(differences.values()) < 1e-5
         _tamper(model)
         model.save(version / "model.keras")
-        found = module.compare_predictions(version, tmp_path / "questions", FORMATS)
+        found = module.compare_predictions(version, tmp_path / "inputs", FORMATS)
         assert found.largest_difference["keras"] > module.TOLERANCE
         assert found.largest_difference["savedModel"] < 1e-5
 
@@ -74,16 +74,16 @@ def test_saved_model_accepts_images_and_files_of_any_size(tmp_path):
     export_model(model, ("a", "b", "ünïcode"), ("savedModel",), resize, tmp_path)
     signatures = tf.saved_model.load(str(tmp_path)).signatures
     sizes = [(50, 41), (32, 32), (20, 90)]
-    pictures = [tf.random.stateless_uniform((*size, 3), (0, 1), 0, 256, tf.int32) for size in sizes]
-    wanted = np.concatenate([model(resize(picture, (32, 32))[tf.newaxis]).numpy() for picture in pictures])
-    files = [tf.io.encode_png(tf.cast(picture, tf.uint8)) for picture in pictures]
+    images = [tf.random.stateless_uniform((*size, 3), (0, 1), 0, 256, tf.int32) for size in sizes]
+    wanted = np.concatenate([model(resize(image, (32, 32))[tf.newaxis]).numpy() for image in images])
+    files = [tf.io.encode_png(tf.cast(image, tf.uint8)) for image in images]
     answer = {name: value.numpy() for name, value in signatures["encoded"](bytes=tf.stack(files)).items()}
     np.testing.assert_allclose(answer["probabilities"], wanted, atol=1e-6)
     np.testing.assert_allclose(answer["probability"], wanted.max(axis=1), atol=1e-6)
     names = np.array(["a", "b", "ünïcode"])
     assert [name.decode() for name in answer["class"]] == names[wanted.argmax(axis=1)].tolist()
     assert [[name.decode() for name in row] for row in answer["classes"]] == [names.tolist()] * 3
-    image = tf.cast(pictures[0], tf.float32)[tf.newaxis]
+    image = tf.cast(images[0], tf.float32)[tf.newaxis]
     by_image = signatures["serving_default"](image=image)["probabilities"].numpy()
     np.testing.assert_allclose(by_image, wanted[:1], atol=1e-6)
 
@@ -112,10 +112,10 @@ def test_mixed_precision_model_is_exported_in_float32(tmp_path):
 def test_unsupported_format_is_reported(tmp_path, monkeypatch):
     model = add_probabilities(logits_model(2), 2)
 
-    def refuse(*arguments, **named):
+    def raise_export_error(*arguments, **named):
         raise ValueError("no converter for Frobnicate\nand pages more")
 
-    monkeypatch.setattr(model, "export", refuse)
+    monkeypatch.setattr(model, "export", raise_export_error)
     with pytest.raises(SpecError) as raised:
         export_model(model, ("a", "b"), ("onnx",), resize, tmp_path)
     assert str(raised.value) == (
@@ -134,10 +134,10 @@ def test_operation_unsupported_by_onnx_is_reported(tmp_path):
 
 def test_export_check_fails_if_a_file_does_not_load(tmp_path):
     model = add_probabilities(logits_model(2), 2)
-    ask(model, tmp_path / "questions")
+    check_inputs(model, tmp_path / "inputs")
     (tmp_path / "model.keras").write_bytes(b"not a model")
     with pytest.raises(RuntimeError, match="What was exported does not load in a fresh process"):
-        check_export(tmp_path, tmp_path / "questions", ("keras",))
+        check_export(tmp_path, tmp_path / "inputs", ("keras",))
 
 
 def test_sampled_indices_are_spread_over_the_split():

@@ -56,7 +56,7 @@ FAMILIES = {
 }
 
 
-# Every step of the others runs through the whole model, as building the graph of a step of these takes minutes.
+# These models train on cached features, because building the graph of a complete training step takes minutes.
 WITH_FEATURE_CACHE = {
     "ConvNeXtTiny",
     "DenseNet121",
@@ -178,11 +178,11 @@ def test_frozen_layers_are_bit_identical_and_the_rest_learns(name, environment):
     second = fine_tune(job, first, dataset, workspace)
 
     given, transferred, tuned = by_layer(file), stored(first, workspace), stored(second, workspace)
-    # Two arrays of the head were trained: its bias began at nought.
+    # Two arrays of the head were trained: its bias was initialized to zeros.
     assert (transferred["logits"]["1"] != 0).all()
     assert changed(given, transferred) == set()
     expected, moved = unfrozen(model, what), changed(given, tuned)
     assert moved <= expected
-    # A layer of random weights may have nothing to learn from, where no signal comes through.
+    # A layer with random weights may not change if no signal reaches it.
     assert len(moved) > len(expected) / 2
     assert changed(transferred, tuned) == moved | {"logits"}

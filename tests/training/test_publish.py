@@ -28,10 +28,10 @@ MISSED = r"auc is [01]\.\d+, but the gate requires at most 0; f1 is 0\.\d+, but 
 PLAIN = """
 import json, sys
 import keras, numpy as np, tensorflow as tf
-folder, picture, images = sys.argv[1:]
+folder, image, images = sys.argv[1:]
 images = np.load(images)
 served = tf.saved_model.load(folder)
-encoded = served.signatures["encoded"](bytes=tf.constant([open(picture, "rb").read()]))
+encoded = served.signatures["encoded"](bytes=tf.constant([open(image, "rb").read()]))
 print(json.dumps({
     "keras": keras.models.load_model(folder + "/model.keras").predict(images, verbose=0).tolist(),
     "image": served.signatures["serving_default"](image=tf.constant(images))["probabilities"].numpy().tolist(),
@@ -50,7 +50,7 @@ def untrained():
 
 
 @pytest.fixture
-def recheck_here(monkeypatch):
+def export_check_in_process(monkeypatch):
     """Run the export check in this process: starting a new one takes seconds and is tested elsewhere."""
     monkeypatch.setattr(export_check, "check_export", export_check.compare_predictions)
 
@@ -130,7 +130,7 @@ def test_published_version_is_complete_and_loads_with_standard_libraries(
     assert keys_below(storage, "") == before
 
 
-def _same_probabilities_in_another_process(storage, classifier, picture, tmp_path):
+def _same_probabilities_in_another_process(storage, classifier, image, tmp_path):
     from topwork.artifacts import download_artifact
 
     download_artifact(storage, "models/tiny/1", tmp_path / "model")
@@ -140,7 +140,7 @@ def _same_probabilities_in_another_process(storage, classifier, picture, tmp_pat
     logits = keras.models.load_model(tmp_path / "logits.keras")(images).numpy()[:, 0]
     red = 1 / (1 + np.exp(-logits))
     wanted = np.stack([1 - red, red], axis=1)
-    command = [sys.executable, "-c", PLAIN, tmp_path / "model", picture, tmp_path / "images.npy"]
+    command = [sys.executable, "-c", PLAIN, tmp_path / "model", image, tmp_path / "images.npy"]
     plain = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     np.testing.assert_allclose(plain["keras"], wanted, atol=1e-6)
     np.testing.assert_allclose(plain["image"], wanted, atol=1e-6)
@@ -166,7 +166,9 @@ def test_unmet_gate_publishes_nothing_and_gives_the_same_error_again(make_job, c
     assert [gate["met"] for gate in kept["gates"]] == [True, False, False]
 
 
-def test_attempt_killed_before_its_manifest_is_continued(make_job, classifier_of, workspace, recheck_here, monkeypatch):
+def test_attempt_killed_before_its_manifest_is_continued(
+    make_job, classifier_of, workspace, export_check_in_process, monkeypatch
+):
     job = make_job(publish={"formats": ["keras"]})
     dataset, classifier = pull(job, workspace), classifier_of(job)
 

@@ -165,9 +165,9 @@ def test_nothing_changes_without_an_extra_ca(tmp_path):
     ("content", "reason"),
     [
         (None, "No such file or directory"),
-        ("", "it holds no valid certificate"),
-        ("words", "it holds no valid certificate"),
-        ("-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n", "it holds no valid certificate"),
+        ("", "it contains no valid certificate"),
+        ("words", "it contains no valid certificate"),
+        ("-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n", "it contains no valid certificate"),
     ],
 )
 def test_invalid_extra_ca_error_names_its_spec_key(content, reason, tmp_path):

@@ -40,7 +40,7 @@ def test_all_gpus_are_reported_in_base_units():
     assert registry.get_sample_value("topwork_gpu_temperature_celsius", {"gpu": "0"}) == 61
 
 
-def test_a_metric_that_a_gpu_does_not_support_is_omitted():
+def test_metric_that_a_gpu_does_not_support_is_omitted():
     registry = CollectorRegistry()
     registry.register(GpuCollector(TWO_GPUS))
     assert registry.get_sample_value("topwork_gpu_power_watts", {"gpu": "1"}) is None

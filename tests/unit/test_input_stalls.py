@@ -11,7 +11,7 @@ def measure(steps: list[tuple[float, float]], last: float) -> tuple[float, float
     stalls = InputStalls()
     for asked, start in steps:
         stalls.add_step(asked, start)
-    return stalls.settle(last)
+    return stalls.take_totals(last)
 
 
 def test_every_wait_counts_on_a_cpu():
@@ -41,9 +41,9 @@ def test_time_without_waiting_counts_as_computing():
 def test_each_step_is_counted_once():
     stalls = InputStalls()
     stalls.add_step(0, 1)
-    assert stalls.settle(2) == (1, 1)
+    assert stalls.take_totals(2) == (1, 1)
     stalls.add_step(10, 10)
-    assert stalls.settle(11) == (0, 1)
+    assert stalls.take_totals(11) == (0, 1)
 
 
 @pytest.mark.parametrize(

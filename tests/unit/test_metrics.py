@@ -37,7 +37,7 @@ def test_record_step_counts_images_and_durations():
     assert value(metrics, "topwork_step_compute_seconds_total") == pytest.approx(0.55)
 
 
-def test_a_stage_is_running_until_it_ends_or_fails():
+def test_stage_is_running_until_it_ends_or_fails():
     metrics = Metrics()
     with pytest.raises(RuntimeError), metrics.track_stage("transfer"):
         assert value(metrics, "topwork_stage_running", stage="transfer") == 1
@@ -114,7 +114,7 @@ def test_openmetrics_is_served_with_units_on_request():
     assert "_created" not in text
 
 
-def test_the_number_of_series_of_a_process_is_limited():
+def test_number_of_series_of_a_process_is_limited():
     """docs/metrics.md documents this limit."""
     metrics = Metrics(gpus=False)
     metrics.start_job(job="cats", run="cats-12345678", stage="run", version="0.1.0")
@@ -140,7 +140,7 @@ def test_the_number_of_series_of_a_process_is_limited():
     assert len(lines) == MAX_SERIES
 
 
-def test_the_port_serves_all_series_with_help_and_type():
+def test_port_serves_all_series_with_help_and_type():
     metrics = Metrics()
     metrics.start_job(job="cats", run="cats-12345678", stage="transfer", version="0.1.0")
     metrics.set_parameters(trainable=10, frozen=90)

@@ -50,7 +50,7 @@ def test_table_matches_the_built_model(name):
 @pytest.mark.parametrize("name", APPLICATIONS)
 def test_sizes_and_accuracies_are_plausible(name):
     known = APPLICATIONS[name]
-    # Files of weights hold four bytes a parameter, and those of EfficientNet some more.
+    # Weight files contain four bytes per parameter; those of EfficientNet contain slightly more.
     assert known.parameters * 4 / 2**20 <= known.size_mb * 1.05 <= known.parameters * 4 / 2**20 * 1.6
     assert 0.65 < known.top1 < (known.top5 or 1) < 0.98 or known.top5 is None
 

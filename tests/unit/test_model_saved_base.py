@@ -78,7 +78,7 @@ def nested_three_deep():
     )
     model = keras.Model(image, top(vector), name="outer")
     random = np.random.default_rng(1)
-    # Statistics that the base would not have if it were made anew.
+    # Statistics that a newly built base would not have.
     model.set_weights([np.abs(random.normal(0.5, 0.3, weight.shape)) for weight in model.get_weights()])
     return model
 
@@ -175,7 +175,7 @@ def test_cut_below_flatten_accepts_another_size(tmp_path):
         ("middle", "middle"),
         (-2, "average"),
         ("hidden", "hidden"),
-        # Without a name: all below the last layer with weights, which lies in a nested model here.
+        # Without a name: everything before the last layer with weights, which is in a nested model here.
         (None, "hidden"),
     ],
 )
@@ -211,7 +211,7 @@ def test_shared_layer_stays_shared(tmp_path):
     nested_three_deep().save(tmp_path / "a.keras")
     base = load_saved_base(tmp_path / "a.keras", "both", (16, 16))
     assert sum(weight.path.endswith("shared/kernel") for weight in base.weights) == 1
-    # A layer that is called twice gives what its last call gives.
+    # A layer that is called twice returns the output of its last call.
     at_shared = load_saved_base(tmp_path / "a.keras", "shared", (16, 16))
     assert at_shared.output_shape == (None, 16, 16, 4)
 
@@ -354,7 +354,7 @@ def test_custom_layer_is_rejected_and_never_constructed(tmp_path, suffix, monkey
     assert not (tmp_path / "made").exists()
 
 
-def test_registered_custom_layer_is_rejected_whatever_module_the_file_claims(tmp_path, monkeypatch):
+def test_registered_custom_layer_is_rejected_regardless_of_its_module_in_the_file(tmp_path, monkeypatch):
     image = keras.Input((16, 16, 3))
     keras.Model(image, keras.layers.Conv2D(2, 1)(Writes()(image))).save(tmp_path / "a.keras")
     with zipfile.ZipFile(tmp_path / "a.keras") as given, zipfile.ZipFile(tmp_path / "b.keras", "w") as changed:

@@ -53,17 +53,17 @@ def run_steps(metrics: Metrics, count: int, seconds: float, wait: float = 0.0) -
 # ── Calculation ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_new_process_is_starting():
+def test_new_process_is_starting():
     snapshot = observe(read(start_metrics(), 0))
     assert (snapshot.run, snapshot.job, snapshot.state, snapshot.stage) == ("cats-1a2b3c4d", "cats", "starting", None)
     assert (snapshot.epoch, snapshot.speed, snapshot.learning_rate, snapshot.images) == (None, None, None, None)
 
 
-def test_a_new_container_has_its_stage():
+def test_new_container_has_its_stage():
     assert observe(read(start_metrics(stage="transfer"), 0)).stage == "transfer"
 
 
-def test_the_running_stage_has_its_elapsed_time_and_finished_stages_their_durations():
+def test_running_stage_has_its_elapsed_time_and_finished_stages_their_durations():
     metrics = start_metrics()
     metrics.restore_stage("pull", datetime.fromtimestamp(START_TIME, UTC), datetime.fromtimestamp(START_TIME + 40, UTC))
     with run_stage(metrics, "transfer", 50):
@@ -130,7 +130,7 @@ def test_another_run_at_the_same_address_starts_a_new_history():
     assert (snapshot.run, snapshot.speed) == ("cats-22222222", TrainingSpeed(128.0, 0.5, 0.0, lately=False))
 
 
-def test_a_restarted_process_has_no_negative_rates():
+def test_restarted_process_has_no_negative_rates():
     before, after = start_metrics(), start_metrics()
     run_steps(before, 100, 1.0)
     before.count_storage_bytes("upload", 1000)
@@ -152,7 +152,7 @@ def test_traffic_has_a_total_and_a_rate():
     ("code", "state"),
     [(0, "done"), (2, "refused"), (3, "gate not met"), (75, "storage failed"), (143, "stopped"), (1, "failed")],
 )
-def test_a_finished_process_has_the_state_of_its_exit_code(code: int, state: str):
+def test_finished_process_has_the_state_of_its_exit_code(code: int, state: str):
     metrics = start_metrics()
     with run_stage(metrics, "publish"):
         pass
@@ -239,7 +239,7 @@ def test_gpus_are_shown_individually_and_as_a_mean():
     assert "75% of 2" in list(format_runs([snapshot]))[1]
 
 
-def test_a_run_without_progress_is_reported():
+def test_run_without_progress_is_reported():
     metrics = start_metrics()
     with run_stage(metrics, "transfer"):
         reading = read(metrics, 0)

@@ -99,7 +99,7 @@ def closed_port() -> int:
 # ── Metrics pages ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_single_run_is_shown_in_detail(top: Callable[..., CommandResult], cats: TrainingProcess):
+def test_single_run_is_shown_in_detail(top: Callable[..., CommandResult], cats: TrainingProcess):
     result = top("--port", cats.port, *FAST)
     assert result.code == 0, result.err
     assert re.match(r"cats-1a2b3c4d: running, transfer for \d+s\n  epoch          5/20  ━{6}╌", result.out)
@@ -167,18 +167,18 @@ def test_another_exporter_at_the_url_is_reported(top: Callable[..., CommandResul
         (404, b"", "answers with HTTP 404: the path of a metrics page is usually /metrics."),
     ],
 )
-def test_a_web_page_at_the_url_is_reported(top: Callable[..., CommandResult], code: int, body: bytes, message: str):
+def test_web_page_at_the_url_is_reported(top: Callable[..., CommandResult], code: int, body: bytes, message: str):
     with http_server(code, body) as url:
         assert f"{url}/ {message}" in top("--url", f"{url}/").err
 
 
-def test_an_unknown_run_is_reported_with_the_existing_runs(top: Callable[..., CommandResult], cats: TrainingProcess):
+def test_unknown_run_is_reported_with_the_existing_runs(top: Callable[..., CommandResult], cats: TrainingProcess):
     assert top("dogs", "--port", cats.port, *FAST) == CommandResult(
         2, "", "topwork: Job or run dogs not found. Existing runs: cats-1a2b3c4d.\n"
     )
 
 
-def test_a_process_that_stops_answering_is_shown_with_its_last_values():
+def test_process_that_stops_answering_is_shown_with_its_last_values():
     from topwork.cli.top.sources import MetricsPageSource
 
     body = b'topwork_stage_running{run="cats-1a2b3c4d",stage="transfer",transferjob="cats"} 1\n'
@@ -231,7 +231,7 @@ def test_unusable_prometheus_responses_are_reported(
         assert f"{url} {message}" in result.err
 
 
-def test_a_password_in_the_url_is_used_but_not_shown(top: Callable[..., CommandResult]):
+def test_password_in_the_url_is_used_but_not_shown(top: Callable[..., CommandResult]):
     with http_server(200, NO_SERIES, credentials=b"alice:open sesame") as url:
         assert "denies access" in top("--prometheus", url).err
         result = top("--prometheus", url.replace("://", "://alice:open%20sesame@") + "/")

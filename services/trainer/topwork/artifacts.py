@@ -83,7 +83,7 @@ def read_manifest(storage: Storage, prefix: str) -> Manifest | None:
     """Read the manifest of an artifact.
 
     Args:
-        storage: Storage that holds the artifact.
+        storage: Storage that contains the artifact.
         prefix: Key of the artifact.
 
     Returns:
@@ -135,7 +135,7 @@ def download_artifact(
     """Download an artifact concurrently, and verify every file against the manifest.
 
     Args:
-        storage: Storage that holds the artifact.
+        storage: Storage that contains the artifact.
         prefix: Key of the artifact.
         directory: Local directory. Files that already match the manifest are not downloaded again.
         select: Selects files by their path in the manifest; None selects all.

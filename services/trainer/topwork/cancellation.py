@@ -19,8 +19,8 @@ class StopInterrupt(BaseException):
 class StopRequest:
     """A request to stop, usually from SIGTERM.
 
-    A request interrupts the main thread at once with `StopInterrupt`, because most stages can be stopped at any moment.
-    Training defers it until the current step has finished and its checkpoint is written.
+    A request interrupts the main thread immediately with `StopInterrupt`, because most stages can be stopped at any
+    moment. Training defers it until the current step has finished and its checkpoint is written.
 
     Example:
         with stop.deferred():

@@ -44,7 +44,7 @@ STORAGE_SECRET = "topwork-s3"  # noqa: S105 - the name of a Secret, not a secret
 
 
 def object_name(job: TransferJob) -> str:
-    """Return the name of the training Job and the ConfigMap: the run, so that a run never trains twice at once."""
+    """Return the name of the training Job and the ConfigMap: the run. A run is never trained twice concurrently."""
     return job.run
 
 

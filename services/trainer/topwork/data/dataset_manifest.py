@@ -91,7 +91,7 @@ def read_dataset_metadata(storage: Storage, prefix: str) -> DatasetMetadata | No
     """Read the metadata of a stored dataset.
 
     Args:
-        storage: Storage that holds the dataset.
+        storage: Storage that contains the dataset.
         prefix: Key prefix of the dataset.
 
     Returns:

@@ -115,7 +115,7 @@ class DecodePool:
             return self._run_isolated(pool, data, keep_encoding=keep_encoding)
 
     def _run_isolated(self, broken: ProcessPoolExecutor, data: bytes, *, keep_encoding: bool) -> ValidatedImage:
-        """Validate an image in its own process. Finds the culprit among all images of a broken pool."""
+        """Validate an image in its own process. Identifies which image of a broken pool crashed its worker."""
         with self._lock:
             if self._pool is broken:
                 self._pool = self._start(self._workers)
@@ -192,7 +192,7 @@ def _initialize_worker() -> None:
 
 
 def _exit_with_parent() -> None:
-    """Exit when the parent process is gone: no one else stops a worker whose parent was killed."""
+    """Exit when the parent process is gone: nothing else stops a worker whose parent was killed."""
     parent = multiprocessing.parent_process()
     if parent:
         parent.join()

@@ -241,7 +241,7 @@ def _log_splits_once(marker: Path, splits: dict[str, Split], class_names: tuple[
     for one, other in combinations(splits, 2):
         common = int(np.isin(splits[other].digests, splits[one].digests).sum())
         if common:
-            log.warning("duplicates across splits", images=common, of=other, also_in=one)
+            log.warning("duplicates across splits", images=common, split=other, other_split=one)
     for name, split in splits.items():
         if missing := format_missing_classes(split.labels, class_names):
             log.warning("classes without images", split=name, classes=missing)

@@ -48,7 +48,7 @@ def inspect_keras_file(path: Path) -> tuple[Any, int]:
 
     Raises:
         UnsafeFileError: If it contains other parts than a model, or exceeds a limit.
-        Exception: Whatever the libraries raise for a corrupt file.
+        Exception: Any exception that the libraries raise for a corrupt file.
     """
     with zipfile.ZipFile(path) as archive:
         entries = {info.filename: info for info in archive.infolist()}
@@ -80,7 +80,7 @@ def inspect_h5_model(path: Path) -> tuple[Any, int]:
 
     Raises:
         UnsafeFileError: If it contains something that no model has, or exceeds a limit.
-        Exception: Whatever the libraries raise for a corrupt file.
+        Exception: Any exception that the libraries raise for a corrupt file.
     """
     import h5py  # type: ignore[import-untyped]
 
@@ -104,7 +104,7 @@ def inspect_h5(file: Path | IO[bytes], name: str) -> int:
 
     Raises:
         UnsafeFileError: If an array is stored in another file, or exceeds a limit.
-        Exception: Whatever HDF5 raises for a corrupt file.
+        Exception: Any exception that HDF5 raises for a corrupt file.
     """
     import h5py
 

@@ -9,7 +9,7 @@ import keras
 from topwork.errors import DataError
 from topwork.model.file_inspection import UnsafeFileError, inspect_h5_model, inspect_keras_file
 
-# Layers and objects that hold code: Python code, or a wrapped model of another library.
+# Layers and objects that contain code: Python code, or a wrapped model of another library.
 _CODE = frozenset({"Lambda", "__lambda__", "function", "TFSMLayer", "TorchModuleWrapper", "JaxLayer", "FlaxLayer"})
 # Layers that read a vocabulary from a path given in the architecture.
 _READERS = frozenset({"StringLookup", "IntegerLookup", "TextVectorization"})
@@ -73,7 +73,7 @@ def load_model_safely(path: Path) -> keras.Model:
 def _architecture(path: Path) -> tuple[dict[str, Any], int]:
     """Read the architecture without building anything, and count the values in the arrays."""
     try:
-        # Chosen by file name, as in Keras: a file can be valid zip and HDF5 at once, with a different model in each.
+        # Chosen by file name, as in Keras: a file can be both valid ZIP and valid HDF5, with a different model in each.
         config, values = inspect_keras_file(path) if path.name.endswith(".keras") else inspect_h5_model(path)
         # The compile config is ignored: a model with a custom loss may still consist of built-in layers.
         return {key: value for key, value in config.items() if key != "compile_config"}, values

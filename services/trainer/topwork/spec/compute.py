@@ -55,7 +55,7 @@ class Compute(SpecModel):
         default="2Gi", description="Size of the memory-backed volume at /dev/shm. Counts toward the memory of the pod."
     )
     scratch: ByteQuantity = Field(
-        default="50Gi", description="Size of the scratch volume, which holds the local copy of the dataset and caches."
+        default="50Gi", description="Size of the scratch volume for the local copy of the dataset and caches."
     )
     precision: Literal["auto", "float32", "mixed_float16", "mixed_bfloat16"] = Field(
         default="auto",

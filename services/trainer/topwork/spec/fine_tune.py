@@ -1,4 +1,4 @@
-"""`spec.fineTune`: training of part or all of the base, at once or step by step."""
+"""`spec.fineTune`: training of part or all of the base, in one phase or gradually."""
 
 from collections.abc import Iterator
 from itertools import pairwise

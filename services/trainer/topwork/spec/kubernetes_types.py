@@ -16,31 +16,31 @@ DnsLabel = Annotated[
     str,
     StringConstraints(pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", max_length=40),
     ValueDescription(
-        "a DNS-1123 label: a-z, 0-9 and dash, starting and ending with a letter or digit, at most 40 characters"
+        "a DNS-1123 label: a-z, 0-9 and hyphen, starting and ending with a letter or digit, at most 40 characters"
     ),
 ]
-# RFC 1123 subdomain as Kubernetes validates it: no label between two dots is empty or starts or ends with a dash.
+# RFC 1123 subdomain as Kubernetes validates it: no label between two dots is empty or starts or ends with a hyphen.
 SUBDOMAIN = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*"
 DnsName = Annotated[
     str,
     StringConstraints(pattern=f"^{SUBDOMAIN}$", max_length=63),
-    ValueDescription("a Kubernetes name: a-z, 0-9, dash and dot, at most 63 characters"),
+    ValueDescription("a Kubernetes name: a-z, 0-9, hyphen and dot, at most 63 characters"),
 ]
 ObjectName = Annotated[
     str,
     StringConstraints(pattern=f"^{SUBDOMAIN}$", max_length=253),
-    ValueDescription("the name of a Kubernetes object: a-z, 0-9, dash and dot, at most 253 characters"),
+    ValueDescription("the name of a Kubernetes object: a-z, 0-9, hyphen and dot, at most 253 characters"),
 ]
 QUALIFIED_NAME = StringConstraints(
     pattern=rf"^({SUBDOMAIN}/)?[A-Za-z0-9]([-A-Za-z0-9_.]{{0,61}}[A-Za-z0-9])?$", max_length=253 + 1 + 63
 )
-QUALIFIED_NAME_FORMAT = "[prefix/]name, where name has at most 63 letters, digits, dashes, underscores and dots"
+QUALIFIED_NAME_FORMAT = "[prefix/]name, where name has at most 63 letters, digits, hyphens, underscores and dots"
 LabelKey = Annotated[str, QUALIFIED_NAME, ValueDescription(f"a Kubernetes label key: {QUALIFIED_NAME_FORMAT}")]
 LabelValue = Annotated[
     str,
     StringConstraints(pattern=r"^([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?$"),
     ValueDescription(
-        "a Kubernetes label value: at most 63 letters, digits, dashes, underscores and dots; quote numbers"
+        "a Kubernetes label value: at most 63 letters, digits, hyphens, underscores and dots; quote numbers"
     ),
 ]
 AnnotationKey = Annotated[
@@ -50,7 +50,7 @@ AnnotationValue = Annotated[str, ValueDescription("a string; quote numbers, true
 ConfigMapKey = Annotated[
     str,
     StringConstraints(pattern=r"^\.?[-_A-Za-z0-9][-._A-Za-z0-9]*$", max_length=253),
-    ValueDescription("a ConfigMap key: letters, digits, dash, underscore and dot, at most 253 characters"),
+    ValueDescription("a ConfigMap key: letters, digits, hyphen, underscore and dot, at most 253 characters"),
 ]
 ByteQuantity = Annotated[
     str,

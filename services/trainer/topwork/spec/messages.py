@@ -50,7 +50,7 @@ def nearest_word(word: str, known: Iterable[str]) -> str | None:
         known: The allowed words.
 
     Returns:
-        The most similar known word, ignoring case, dashes and underscores; None if none is similar.
+        The most similar known word, ignoring case, hyphens and underscores; None if none is similar.
     """
     normalized = {_normalize(candidate): candidate for candidate in known}
     matches = difflib.get_close_matches(_normalize(word[:MAX_LENGTH]), normalized, n=1, cutoff=0.6)

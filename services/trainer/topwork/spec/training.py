@@ -136,7 +136,7 @@ def gamma_requires_focal_loss(loss: Loss) -> Iterator[Violation]:
 
 @rule(FeatureCache)
 def views_require_a_cache(cache: FeatureCache) -> Iterator[Violation]:
-    """Without a cache, each step augments images anew."""
+    """Without a cache, every step applies new random augmentation, so there are no views."""
     if cache.use == "off" and cache.views is not None:
         yield Violation("views", f"{cache.views} requires a cache, but use is off. Remove it, or set use: auto.")
 

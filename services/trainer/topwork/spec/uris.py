@@ -12,7 +12,7 @@ from topwork.redaction import SECRET_PARAMETER
 from topwork.spec.messages import did_you_mean, format_value
 from topwork.spec.spec_model import ValueDescription
 
-# Bucket names of Amazon S3: 3 to 63 characters of a-z, 0-9, dot and dash.
+# Bucket names of Amazon S3: 3 to 63 characters of a-z, 0-9, dot and hyphen.
 BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/")
 SECRET = re.compile(SECRET_PARAMETER, re.IGNORECASE)
@@ -92,7 +92,7 @@ def _validate_s3(value: str, prefix: bool) -> None:
     bucket, _, key = value.removeprefix("s3://").partition("/")
     if not BUCKET.fullmatch(bucket):
         raise invalid_value(
-            f"{format_value(bucket)} is not a bucket name. Use 3 to 63 characters of a-z, 0-9, dot and dash"
+            f"{format_value(bucket)} is not a bucket name. Use 3 to 63 characters of a-z, 0-9, dot and hyphen"
         )
     if "?" in key or "#" in key:
         raise invalid_value(f"{format_value(value)} has ? or # in its key, which topwork does not support")

@@ -1,4 +1,4 @@
-"""The fine-tune stage: unfreezes part or all of the base, at once or step by step, at a low learning rate."""
+"""The fine-tune stage: unfreezes part or all of the base, in one phase or gradually, at a low learning rate."""
 
 import keras
 

@@ -56,8 +56,8 @@ class InputStalls:
         self.starts.append(start)
         self.wait_seconds += start - requested
 
-    def settle(self, end: float) -> tuple[float, float]:
-        """Divide the time since the last call into waiting and computing, and start over.
+    def take_totals(self, end: float) -> tuple[float, float]:
+        """Return the time since the last call, divided into waiting and computing, and start over.
 
         Args:
             end: Time at which the device had completed all steps, on the same clock.

@@ -49,8 +49,8 @@ class TrainState(BaseModel):
         self.epoch, self.step, self.epoch_seconds, self.epoch_wait_seconds = self.epoch + 1, 0, 0.0, 0.0
         return durations
 
-    def update_best(self, validation: dict[str, float] | None, early_stopping: EarlyStopping | None) -> bool:
-        """Compare the epoch that just completed with the best one, and apply early stopping.
+    def record_validation(self, validation: dict[str, float] | None, early_stopping: EarlyStopping | None) -> bool:
+        """Record the metrics of the epoch that just completed: compare it with the best one, and apply early stopping.
 
         Args:
             validation: Metrics on the validation split. Without a validation split, None: the last epoch is the best.

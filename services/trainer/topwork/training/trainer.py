@@ -156,7 +156,7 @@ class Trainer:
         last_epoch = self._plan.last_epoch(state.phase)
         with self._compiled(self._plan.phases[state.phase]), self._checkpoint_on_stop():
             while state.epoch < last_epoch and not state.ended:
-                # An epoch that was interrupted gets a `fit` of its own: it has fewer steps left than the others.
+                # An epoch that was interrupted runs in a separate `fit` call: it has fewer steps left than the others.
                 until = state.epoch + 1 if state.step else last_epoch
                 total = (until - state.epoch) * self.steps_per_epoch - state.step
                 with self.workspace.track(stage, total) as tracker:
@@ -192,7 +192,7 @@ class Trainer:
                 metrics=[accuracy],
                 jit_compile=jit_compile(replicas),
             )
-            self._variables.compiled(accuracy)
+            self._variables.attach_accuracy(accuracy)
         frozen_hash = hash_variables(frozen_variables(self._model))
         report_parameters(self._model, self._context)
         try:
@@ -264,7 +264,7 @@ class Trainer:
         for variable, average in averages:
             variable.assign(average)
         validation = self._validation.evaluate(self._fit_model, self._loss) if self._validation else None
-        if self.state.update_best(validation, self._plan.early_stopping):
+        if self.state.record_validation(validation, self._plan.early_stopping):
             self._variables.save_best()
         if averages:
             self._variables.load_latest()
@@ -292,10 +292,12 @@ class Trainer:
         if not all_finite(checkpoint.values["model"]):
             state = self.state
             epoch, step = (state.epoch + 1, state.step) if state.step else (state.epoch, self.steps_per_epoch)
-            raise self.diverged(f"Weights became NaN or infinite in epoch {epoch} after step {step}", epoch, step)
+            raise self.divergence_error(
+                f"Weights became NaN or infinite in epoch {epoch} after step {step}", epoch, step
+            )
         return checkpoint
 
-    def diverged(self, observation: str, epoch: int, step: int) -> DataError:
+    def divergence_error(self, observation: str, epoch: int, step: int) -> DataError:
         """Report diverged training, and return the error to raise. Epoch and step count from 1."""
         number = (epoch - 1) * self.steps_per_epoch + step - 1
         images = batch_image_names(self._inputs.data.train, number, self.batch_size, self._plan.seed)
@@ -369,9 +371,9 @@ class TrainStep:
         index, value = bad
         epoch = self._trainer.state.epoch + 1
         step = self._trainer.state.step - len(losses) + index + 1
-        raise self._trainer.diverged(f"The loss is {value} in epoch {epoch} at step {step}", epoch, step)
+        raise self._trainer.divergence_error(f"The loss is {value} in epoch {epoch} at step {step}", epoch, step)
 
     def _record_stalls(self) -> None:
-        waited, computed = self._stalls.settle(time.perf_counter())
+        waited, computed = self._stalls.take_totals(time.perf_counter())
         self._trainer.state.epoch_wait_seconds += waited
         self._trainer.workspace.metrics.record_step_time(waited, computed)

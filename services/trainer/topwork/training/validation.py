@@ -18,7 +18,7 @@ class Validation:
     """Evaluates a model on the validation split.
 
     The logits of all batches are collected and evaluated together, without the padding of the last batch: every image
-    counts exactly once, whatever the batch size and the number of replicas.
+    counts exactly once, regardless of the batch size and the number of replicas.
     """
 
     def __init__(self, split: Split, *, classes: int, batch_size: int, auc: bool) -> None:

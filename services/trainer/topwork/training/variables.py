@@ -51,8 +51,10 @@ class StageVariables:
         self._best = checkpoint.values.get("best", [])
         self._restored = checkpoint
 
-    def compiled(self, accuracy: keras.metrics.Metric) -> None:
-        """Create the variables of the optimizer after `compile`, and restore them if a checkpoint was read.
+    def attach_accuracy(self, accuracy: keras.metrics.Metric) -> None:
+        """Attach the accuracy metric and create the optimizer variables after `compile`.
+
+        The optimizer variables are restored if a checkpoint was read.
 
         Args:
             accuracy: The metric that the model was compiled with.

@@ -41,7 +41,7 @@ def cancel(
         print(f"\nThe cancellation continues in the cluster. Check it with: {command}", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None
     print(f"{run} is canceled: all its objects are deleted")
-    for line in _describe_after(status, now):
+    for line in _describe_consequences(status, now):
         print(line)
 
 
@@ -64,7 +64,7 @@ def _describe_before(status: "RunStatus | None") -> str:
     return f", which was {status.phase}" + (f" ({status.stage})" if status.stage else "")
 
 
-def _describe_after(status: "RunStatus | None", now: bool) -> list[str]:
+def _describe_consequences(status: "RunStatus | None", now: bool) -> list[str]:
     """Return what is kept, what is lost, and how to resume."""
     if status is None:
         return []

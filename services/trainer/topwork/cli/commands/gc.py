@@ -1,4 +1,4 @@
-"""`topwork gc`: delete unneeded objects from a storage."""
+"""`topwork gc`: delete unneeded objects from object storage."""
 
 import json
 import re

@@ -58,7 +58,7 @@ def list_models(
 @app.command()
 def show(
     where: Annotated[str, typer.Argument(help=WHERE)],
-    name: Annotated[str | None, typer.Argument(help="Name of the model, if WHERE is a storage.")] = None,
+    name: Annotated[str | None, typer.Argument(help="Name of the model, if WHERE is a storage URI.")] = None,
     version: Number = None,
     as_json: Json = False,
     state: State = None,
@@ -87,7 +87,9 @@ def fetch(
     where: Annotated[str, typer.Argument(help=WHERE)],
     words: Annotated[
         list[str],
-        typer.Argument(metavar="[NAME] TARGET", help="Name of the model, if WHERE is a storage, and target directory."),
+        typer.Argument(
+            metavar="[NAME] TARGET", help="Name of the model, if WHERE is a storage URI, and target directory."
+        ),
     ],
     version: Number = None,
     state: State = None,

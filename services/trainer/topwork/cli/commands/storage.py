@@ -16,14 +16,14 @@ from topwork.errors import SettingError
 if TYPE_CHECKING:
     from topwork.clients.s3.storage import Storage
 
-app = typer.Typer(help="Check an object storage.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(help="Check access to object storage.", no_args_is_help=True, rich_markup_mode=None)
 
 PREFIX = ".topwork-check"
 
 
 @app.callback()
 def _group() -> None:
-    """Check an object storage."""
+    """Check access to object storage."""
 
 
 @app.command()

@@ -154,7 +154,7 @@ def _format_earlier_attempt(attempt: Attempt) -> str:
 
 
 def status_to_json(status: RunStatus) -> dict[str, Any]:
-    """Convert a status to the object that `--json` prints; keys are only ever added."""
+    """Convert a status to the object that `--json` prints; keys are never removed or renamed."""
     epoch = status.epoch
     return {
         "job": status.job,

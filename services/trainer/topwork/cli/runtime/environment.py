@@ -14,7 +14,7 @@ from topwork.redaction import register_secrets
 GRACE_VARIABLE = "TOPWORK_GRACE_SECONDS"
 EXTRA_CA_VARIABLE = "TOPWORK_EXTRA_CA"
 
-# Any of these means that the user has configured an object storage.
+# Any of these means that the user has configured object storage.
 STORAGE_VARIABLES = (
     "AWS_ENDPOINT_URL",
     "AWS_ENDPOINT_URL_S3",
@@ -124,7 +124,7 @@ def register_environment_secrets(environment: Mapping[str, str] = os.environ) ->
 
 
 def has_storage_configuration(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether AWS variables or files configure an object storage."""
+    """Whether AWS variables or files configure object storage."""
     files = (Path.home() / ".aws" / "credentials", Path.home() / ".aws" / "config")
     return any(environment.get(name) for name in STORAGE_VARIABLES) or any(file.exists() for file in files)
 
@@ -165,7 +165,7 @@ def trust_extra_ca(directory: Path, environment: MutableMapping[str, str] = os.e
         environment: `TOPWORK_EXTRA_CA` names the PEM file; the variables of the TLS clients are set to the bundle.
 
     Raises:
-        SettingError: If the file is missing or holds no PEM certificates.
+        SettingError: If the file is missing or contains no PEM certificates.
     """
     if not (extra_ca := environment.get(EXTRA_CA_VARIABLE)):
         return
@@ -186,7 +186,7 @@ def _read_certificates(path: str) -> str:
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=text)
     except (ssl.SSLError, ValueError) as error:
         raise SettingError(
-            f"Cannot load certificates from {path}: it holds no valid certificate. {expected}"
+            f"Cannot load certificates from {path}: it contains no valid certificate. {expected}"
         ) from error
     except OSError as error:
         raise SettingError(f"Cannot load certificates from {path}: {error.strerror}. {expected}") from error

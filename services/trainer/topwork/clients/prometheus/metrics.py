@@ -9,7 +9,7 @@ from typing import NamedTuple
 from prometheus_client import CollectorRegistry, start_http_server
 
 from topwork.clients.prometheus.gpus import open_gpu_collector
-from topwork.clients.prometheus.series import OUTCOME_FAMILIES, LabeledRegistry, Series, samples_of
+from topwork.clients.prometheus.series import OUTCOME_FAMILIES, LabeledRegistry, MetricFamilies, samples_of
 
 
 class StageProgress(NamedTuple):
@@ -41,18 +41,18 @@ class Metrics:
             visible_devices: GPUs to report, in the format of CUDA_VISIBLE_DEVICES; None reports all.
         """
         self._gpus = open_gpu_collector(visible_devices) if gpus else None
-        self._series = Series(self._gpus)
+        self._families = MetricFamilies(self._gpus)
         self._labels: dict[str, str] = {}
         self._restored_stages: set[str] = set()
-        self.labeled_registry = LabeledRegistry(lambda: self._series.registry, lambda: self._labels)
+        self.labeled_registry = LabeledRegistry(lambda: self._families.registry, lambda: self._labels)
         """The series that the metrics port serves."""
-        self.outcome_registry = LabeledRegistry(lambda: self._series.registry, lambda: self._labels, OUTCOME_FAMILIES)
+        self.outcome_registry = LabeledRegistry(lambda: self._families.registry, lambda: self._labels, OUTCOME_FAMILIES)
         """The series that are pushed to a Pushgateway."""
 
     @property
     def registry(self) -> CollectorRegistry:
         """The series without the labels of the job."""
-        return self._series.registry
+        return self._families.registry
 
     @property
     def labels(self) -> dict[str, str]:
@@ -84,10 +84,10 @@ class Metrics:
             stage: Stage that the process runs; `run` for all stages.
             version: Version of topwork.
         """
-        series = Series(self._gpus)
-        series.info.info({"stage": stage, "version": version, "gpus": str(self._gpus.count if self._gpus else 0)})
+        families = MetricFamilies(self._gpus)
+        families.info.info({"stage": stage, "version": version, "gpus": str(self._gpus.count if self._gpus else 0)})
         self._labels = {"transferjob": job, "run": run}
-        self._series, self._restored_stages = series, set()
+        self._families, self._restored_stages = families, set()
         self.record_progress()
 
     # ── Stages ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -95,42 +95,42 @@ class Metrics:
     @contextmanager
     def track_stage(self, name: str) -> Iterator[None]:
         """Report a stage as running, and its duration at the end unless `restore_stage` has set it."""
-        series = self._series
-        series.stage_start.labels(name).set_to_current_time()
-        series.running.labels(name).set(1)
+        families = self._families
+        families.stage_start.labels(name).set_to_current_time()
+        families.running.labels(name).set(1)
         self.record_progress()
         try:
             yield
         finally:
-            series.running.labels(name).set(0)
+            families.running.labels(name).set(0)
             self.record_progress()
             if name not in self._restored_stages:
                 elapsed = datetime.now(UTC) - self.stage_start_time(name)
-                series.stage_seconds.labels(name).set(elapsed.total_seconds())
+                families.stage_seconds.labels(name).set(elapsed.total_seconds())
 
     def stage_start_time(self, name: str) -> datetime:
         """Return when a stage was first started; the current time if it was not."""
-        for sample in samples_of(self._series.stage_start):
+        for sample in samples_of(self._families.stage_start):
             if sample.labels["stage"] == name:
                 return datetime.fromtimestamp(sample.value, UTC)
         return datetime.now(UTC)
 
     def set_stage_start(self, stage: str, started: datetime) -> None:
         """Set the start time of a stage that an earlier process started and this one resumes."""
-        self._series.stage_start.labels(stage).set(started.timestamp())
+        self._families.stage_start.labels(stage).set(started.timestamp())
 
     def restore_stage(self, name: str, started: datetime, finished: datetime) -> None:
         """Set the start time and duration of a stage that an earlier process finished."""
         self._restored_stages.add(name)
-        self._series.stage_start.labels(name).set(started.timestamp())
-        self._series.stage_seconds.labels(name).set((finished - started).total_seconds())
+        self._families.stage_start.labels(name).set(started.timestamp())
+        self._families.stage_seconds.labels(name).set((finished - started).total_seconds())
 
     def stage_progress(self, stage: str) -> StageProgress:
         """Return the progress of a stage, as reported to this object."""
         epochs = next(
-            (int(sample.value) for sample in samples_of(self._series.epoch) if sample.labels["stage"] == stage), None
+            (int(sample.value) for sample in samples_of(self._families.epoch) if sample.labels["stage"] == stage), None
         )
-        for sample in samples_of(self._series.best):
+        for sample in samples_of(self._families.best):
             if sample.labels["stage"] == stage:
                 split, name = sample.labels["split"], sample.labels["name"]
                 return StageProgress(epochs, name if split == "train" else f"{split}_{name}", sample.value)
@@ -138,67 +138,67 @@ class Metrics:
 
     def set_exit_code(self, stage: str, code: int) -> None:
         """Set the exit code of the process."""
-        self._series.exit_code.labels(stage).set(code)
+        self._families.exit_code.labels(stage).set(code)
 
     def record_progress(self) -> None:
         """Record that the process made progress at this moment."""
-        self._series.last_progress.set(time.time())
+        self._families.last_progress.set(time.time())
 
     # ── Training ────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def set_planned_epochs(self, stage: str, epochs: int) -> None:
         """Set the maximum number of epochs of a stage."""
-        self._series.epochs_planned.labels(stage).set(epochs)
+        self._families.epochs_planned.labels(stage).set(epochs)
 
     def set_epoch(self, stage: str, epoch: int) -> None:
         """Set the number of completed epochs of a stage."""
-        self._series.epoch.labels(stage).set(epoch)
+        self._families.epoch.labels(stage).set(epoch)
 
     def record_step(self, images: int, seconds: float) -> None:
         """Record a training step: its number of images, and its duration including the wait for input."""
-        series = self._series
-        series.steps.inc()
-        series.images.inc(images)
-        series.step_seconds.observe(seconds)
+        families = self._families
+        families.steps.inc()
+        families.images.inc(images)
+        families.step_seconds.observe(seconds)
 
     def record_step_time(self, input_wait_seconds: float, compute_seconds: float) -> None:
         """Add the time that one or more steps spent waiting for input, and the time spent computing."""
-        self._series.input_wait.inc(input_wait_seconds)
-        self._series.step_compute.inc(compute_seconds)
+        self._families.input_wait.inc(input_wait_seconds)
+        self._families.step_compute.inc(compute_seconds)
 
     def count_non_finite_loss(self) -> None:
         """Count a loss or weight that became NaN or infinite."""
-        self._series.loss_not_finite.inc()
+        self._families.loss_not_finite.inc()
 
     def set_learning_rate(self, value: float) -> None:
         """Set the learning rate of the last step."""
-        self._series.learning_rate.set(value)
+        self._families.learning_rate.set(value)
 
     def set_parameters(self, trainable: int, frozen: int) -> None:
         """Set the number of trainable and frozen model parameters."""
-        self._series.parameters.labels("true").set(trainable)
-        self._series.parameters.labels("false").set(frozen)
+        self._families.parameters.labels("true").set(trainable)
+        self._families.parameters.labels("false").set(frozen)
 
     def set_replicas(self, count: int) -> None:
         """Set the number of model replicas."""
-        self._series.replicas.set(count)
+        self._families.replicas.set(count)
 
     def record_checkpoint(self, seconds: float) -> None:
         """Record that a checkpoint is now complete in storage, and how long writing it took."""
-        self._series.checkpoint.set(time.time())
-        self._series.checkpoint_seconds.set(seconds)
-        self._series.checkpoints.inc()
+        self._families.checkpoint.set(time.time())
+        self._families.checkpoint_seconds.set(seconds)
+        self._families.checkpoints.inc()
         self.record_progress()
 
     # ── Results ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def set_loss(self, split: str, value: float) -> None:
         """Set the loss of the last epoch or evaluation on a split."""
-        self._series.loss.labels(split).set(value)
+        self._families.loss.labels(split).set(value)
 
     def set_metric(self, name: str, split: str, value: float) -> None:
         """Set a metric of the last epoch or evaluation on a split."""
-        self._series.metric.labels(name, split).set(value)
+        self._families.metric.labels(name, split).set(value)
 
     def set_evaluation(self, split: str, values: Mapping[str, float]) -> None:
         """Set all results of an evaluation on a split, including the loss."""
@@ -210,35 +210,35 @@ class Metrics:
 
     def set_best_metric(self, stage: str, name: str, split: str, value: float) -> None:
         """Set a metric of the best epoch of a stage, whose weights are kept."""
-        self._series.best.labels(stage, name, split).set(value)
+        self._families.best.labels(stage, name, split).set(value)
 
     def set_failed_gates(self, count: int) -> None:
         """Set the number of gates that the evaluation did not meet."""
-        self._series.gates_failed.set(count)
+        self._families.gates_failed.set(count)
 
     # ── Dataset and storage ─────────────────────────────────────────────────────────────────────────────────────────
 
     def set_dataset_images(self, images: int) -> None:
         """Set the number of images in the stored dataset."""
-        self._series.dataset_images.set(images)
+        self._families.dataset_images.set(images)
 
     def init_rejection_reasons(self, reasons: Iterable[str]) -> None:
         """Expose a counter at 0 for every reason for which an image can be rejected."""
         for reason in reasons:
-            self._series.rejected.labels(reason)
+            self._families.rejected.labels(reason)
 
     def count_rejected_images(self, reason: str, count: int = 1) -> None:
         """Count rejected images by a reason from a fixed list."""
-        self._series.rejected.labels(reason).inc(count)
+        self._families.rejected.labels(reason).inc(count)
 
     def count_storage_bytes(self, direction: str, count: int) -> None:
         """Count transferred bytes; `direction` is upload or download."""
-        self._series.storage_bytes.labels(direction).inc(count)
+        self._families.storage_bytes.labels(direction).inc(count)
         self.record_progress()
 
     def count_storage_retry(self) -> None:
         """Count one retried request to storage."""
-        self._series.storage_retries.inc()
+        self._families.storage_retries.inc()
 
 
 def serve_empty_page(port: int, address: str = "0.0.0.0") -> int:  # noqa: S104 - Prometheus scrapes from outside

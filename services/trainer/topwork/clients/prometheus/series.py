@@ -69,7 +69,7 @@ class DeferredGauge:
                     self._is_registered = True
 
 
-class Series:
+class MetricFamilies:
     """All Prometheus series of one job. Each job gets its own, so that no value of the previous job remains visible."""
 
     def __init__(self, gpus: Collector | None = None) -> None:

@@ -167,7 +167,7 @@ def _redact_credentials(credentials: Any) -> None:
 
 
 def _retry_damaged_requests(client: Any, settings: StorageSettings, counter: TransferCounter) -> None:
-    """Retry requests that were damaged in transit, which botocore does not do by itself, and count all retries."""
+    """Retry requests that were damaged in transit, which botocore does not retry, and count all retries."""
 
     def on_attempt(attempts: int, response: Any, **_: object) -> float | None:
         # Called after each attempt: the second and later ones were retries.

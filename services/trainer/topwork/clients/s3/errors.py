@@ -124,7 +124,7 @@ def error_from_response(error: boto.ClientError, endpoint: str, bucket: str, tar
     """Create the error for a response with an S3 error code.
 
     Args:
-        error: The botocore exception that holds the response.
+        error: The botocore exception that contains the response.
         endpoint: URL of the server.
         bucket: Bucket of the request.
         target: Subject of the request, usually an s3:// URI, for the error message.

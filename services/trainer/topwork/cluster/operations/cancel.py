@@ -76,7 +76,7 @@ class Cancellation:
         self._wait(uids, job_uids={obj["metadata"]["uid"] for obj in objects if obj["kind"] == "Job"})
 
     def _wait(self, uids: set[str], job_uids: set[str]) -> None:
-        """Wait for these objects only: the same run may be submitted again meanwhile."""
+        """Wait for these objects only: the same run may be submitted again in the meantime."""
         reported, pause, deadline = "", MIN_PAUSE_SECONDS, 0.0
         while remaining := [*self._remaining_pods(job_uids), *self._remaining_objects(uids)]:
             deadline = deadline or time.monotonic() + _grace_seconds(remaining) + self.timeout_seconds

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from topwork.clients.kubernetes.cluster import Cluster
 
 WAIT_SECONDS = 5.0
-"""The end of a Job is noticed within this time; changes of its pods are noticed at once."""
+"""The end of a Job is noticed within this time; changes of its pods are noticed immediately."""
 
 
 class ContainerHeading(NamedTuple):

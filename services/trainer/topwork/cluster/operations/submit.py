@@ -38,7 +38,7 @@ class Submission:
     Attributes:
         cluster: The cluster.
         rendered: The objects of the run.
-        report: Receives a line about whatever takes time or is worth knowing.
+        report: Callback for progress messages, one line each.
         timeout_seconds: How long deletion may take in addition to the grace period.
     """
 

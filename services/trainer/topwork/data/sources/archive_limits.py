@@ -1,4 +1,4 @@
-"""Limits on the content of archives: decompression bombs are rejected before they fill memory, disk or hours."""
+"""Limits on the content of archives, to reject decompression bombs before they exhaust memory, disk space or time."""
 
 import io
 import lzma
@@ -24,7 +24,7 @@ MAX_RATIO = 200
 Deflate can reach 1,032, xz 7,000 and bzip2 a million."""
 
 MIN_LIMIT_BYTES = 256 * 2**20
-"""Uncompressed bytes that every archive may have, whatever its ratio: they take seconds."""
+"""Uncompressed bytes that every archive may have, regardless of its ratio: they take seconds."""
 
 MAX_HEADER_BYTES = 2**20
 """Size of a tar header that precedes a file (long name, pax), which is read into memory."""
@@ -149,7 +149,7 @@ class LimitedStream(io.RawIOBase):
 
 
 class LimitedXzFile(io.RawIOBase):
-    """An xz file that is decompressed with limited memory; `lzma.open` allocates whatever the file requests."""
+    """An xz file that is decompressed with limited memory; `lzma.open` allocates as much as the file requests."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("rb")

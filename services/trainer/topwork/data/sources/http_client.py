@@ -2,8 +2,8 @@
 
 Three parts are custom because urllib3 has no equivalent:
 
-- Redirects. urllib3 reads the body of every redirect into memory, whatever its size, and has no hook that checks the
-  next address.
+- Redirects. urllib3 reads the body of every redirect into memory, regardless of its size, and has no hook that checks
+  the next address.
 - The check of the peer address. It runs on the connected socket, before any data is sent, so that a name cannot resolve
   to one address for the check and to another for the connection (DNS rebinding).
 - The deadline for response headers. Every byte that arrives restarts the read timeout of urllib3, so a server that

@@ -212,7 +212,7 @@ class TfdsSource:
 
 @contextlib.contextmanager
 def record_directory_growth(directory: Path, metrics: Metrics, seconds: float = GROWTH_CHECK_SECONDS) -> Iterator[None]:
-    """Record progress whenever a directory changes its size: TFDS does not report hours of downloads.
+    """Record progress whenever a directory changes its size: TFDS reports no progress during long downloads.
 
     Args:
         directory: Directory to which the block writes.

@@ -1,6 +1,7 @@
 """The reference of the job spec in `docs/spec.md`: every key with its type, default and description."""
 
 import json
+import re
 from collections.abc import Iterator
 
 from pydantic.fields import FieldInfo
@@ -20,6 +21,17 @@ rules between keys. Keys marked **required** must be set; keys with an empty def
 The name of a run contains a digest of its spec. Labels, `spec.compute`, `spec.metrics` and
 `spec.dataset.onMissingClass` do not affect the result and are not part of the digest.
 """
+
+# Spelling of the words of rule names that are not plain lower-case words in a title.
+SPELLINGS = {
+    "cnn": "CNN",
+    "cut mix": "CutMix",
+    "fine tune": "fine-tune",
+    "gpus": "GPUs",
+    "kubernetes api": "Kubernetes API",
+    "mix up": "MixUp",
+    "one hot": "one-hot",
+}
 
 
 def reference_text() -> str:
@@ -53,7 +65,10 @@ def _section(path: str, model: type[SpecModel]) -> Iterator[str]:
 
 
 def _rule_title(name: str) -> str:
-    return name.replace("_", " ").capitalize()
+    title = name.replace("_", " ")
+    for words, spelling in SPELLINGS.items():
+        title = re.sub(rf"\b{words}\b", spelling, title)
+    return title[0].upper() + title[1:]
 
 
 def _default(field: FieldInfo) -> str:

@@ -195,7 +195,7 @@ def compute_features(request: FeatureRequest) -> LocalDataset | None:
         views=plan.feature_cache.views,
         shape="x".join(map(str, feature_shape)),
         placement=placement,
-        mebibytes=size_bytes / 2**20,
+        size_mib=size_bytes / 2**20,
         seconds=time.monotonic() - start,
     )
     return LocalDataset(request.data.class_names, splits["train"], splits.get("validation"), None)
