@@ -136,7 +136,7 @@ def test_export_check_fails_if_a_file_does_not_load(tmp_path):
     model = add_probabilities(logits_model(2), 2)
     check_inputs(model, tmp_path / "inputs")
     (tmp_path / "model.keras").write_bytes(b"not a model")
-    with pytest.raises(RuntimeError, match="What was exported does not load in a fresh process"):
+    with pytest.raises(RuntimeError, match="The exported model cannot be loaded by a new process"):
         check_export(tmp_path, tmp_path / "inputs", ("keras",))
 
 
