@@ -1,4 +1,4 @@
-"""Draws docs/images/monitoring-*.png: dashboard panels with the responses of a real Prometheus server to a real run.
+"""Draws docs/images/monitoring-*.png: dashboard panels with data of a real run from a real Prometheus server.
 
     python benchmarks/monitoring.py        about five minutes on two CPU cores; requires make prometheus
 
@@ -109,8 +109,8 @@ def draw_stat(axis: Axes, panel: dict[str, Any], responses: Responses) -> None:
         for value, result in mapping["options"].items()
     }
     lines = []
-    for legend, found in responses:
-        for series in found:
+    for legend, results in responses:
+        for series in results:
             value = series["value"][1]
             number = f"{float(value):,.{int(defaults['decimals'])}f}"
             unit = " s" if defaults["unit"] == "s" else ""
@@ -128,15 +128,15 @@ def query_panel(
     responses = []
     for target in panel["targets"]:
         query = substitute_variables(target["expr"], values)
-        found = prometheus.query(query, end) if target.get("instant") else prometheus.query_range(query, start, end)
-        for series in found:
-            series["values"] = [(moment - start, value) for moment, value in series.get("values", [])]
-        responses.append((target["legendFormat"], found))
+        results = prometheus.query(query, end) if target.get("instant") else prometheus.query_range(query, start, end)
+        for series in results:
+            series["values"] = [(timestamp - start, value) for timestamp, value in series.get("values", [])]
+        responses.append((target["legendFormat"], results))
     return responses
 
 
 def format_legend(legend: str, labels: dict[str, str]) -> str:
-    """Replace the labels in a legend by their values."""
+    """Replace the labels in a legend with their values."""
     for label, value in labels.items():
         legend = legend.replace(f"{{{{{label}}}}}", value)
     return legend
@@ -144,8 +144,8 @@ def format_legend(legend: str, labels: dict[str, str]) -> str:
 
 def draw_lines(axis: Axes, responses: Responses) -> None:
     """Draw series over time, in seconds since the start."""
-    for legend, found in responses:
-        for series in found:
+    for legend, results in responses:
+        for series in results:
             times, values = zip(*series["values"], strict=True)
             axis.plot(
                 times, [float(value) for value in values], linewidth=1.2, label=format_legend(legend, series["metric"])
@@ -157,7 +157,9 @@ def draw_lines(axis: Axes, responses: Responses) -> None:
 def draw_bars(axis: Axes, responses: Responses) -> None:
     """Draw one bar per series."""
     bars = {
-        format_legend(legend, one["metric"]): float(one["value"][1]) for legend, found in responses for one in found
+        format_legend(legend, series["metric"]): float(series["value"][1])
+        for legend, results in responses
+        for series in results
     }
     names = sorted(bars, key=stage_order, reverse=True)
     axis.barh(names, [bars[name] for name in names], height=0.6)
@@ -165,11 +167,11 @@ def draw_bars(axis: Axes, responses: Responses) -> None:
 
 
 def draw_states(axis: Axes, responses: Responses) -> None:
-    """Draw when each stage ran: one second wide for each sample of its series that is 1."""
+    """Draw when each stage ran: a bar of one second for each sample with the value 1."""
     times = {
-        format_legend(legend, one["metric"]): [moment for moment, value in one["values"] if value == "1"]
-        for legend, found in responses
-        for one in found
+        format_legend(legend, series["metric"]): [timestamp for timestamp, value in series["values"] if value == "1"]
+        for legend, results in responses
+        for series in results
     }
     for name in sorted(times, key=stage_order, reverse=True):
         axis.barh([name] * len(times[name]), 1, left=times[name], height=0.6, color="C0")

@@ -1,12 +1,12 @@
-"""Read throughput of stored datasets: TFRecord with topwork's index beside TFDS's `array_record` format.
+"""Read throughput of stored datasets: TFRecord with topwork's index compared with TFDS's `array_record` format.
 
     python benchmarks/records.py [--images 3000] [--rounds 9]
 
 Both formats contain the same synthetic JPEG files of 20 to 50 KB, written by the same TFDS builder. Each reader returns
-the bytes of the image files, sequentially or in random order, with one process or with two that each read half of the
-images. The readers take turns within a round, and a ratio compares two readers of the same round, so other load on the
-machine affects both. The last rows add JPEG decoding, as training does. Files are in the page cache after the first,
-unreported round.
+the bytes of the image files, sequentially or in random order, with one process, or with two processes that each read
+half of the images. The readers take turns within a round, and a ratio compares two readers of the same round, so that
+other load on the machine affects both. The last rows add JPEG decoding, as in training. Files are in the page cache
+after the first round, which is not reported.
 """
 
 import argparse
@@ -90,7 +90,7 @@ def open_readers(tfrecord: Path, array_record: Path) -> dict[str, Read]:
 def run_worker(
     options: argparse.Namespace, directories: tuple[Path, Path], barrier: Any, number: int, results: Any
 ) -> None:
-    """Read in one process, in step with the other one, and report the seconds of each mode, round and reader."""
+    """Read in one process, synchronized with the other one, and report the seconds of each mode, round and reader."""
     readers = open_readers(*directories)
     for decode, (order, processes), round_number in product((False, True), MODES, range(options.rounds + 1)):
         positions = np.arange(options.images)
@@ -138,11 +138,11 @@ def measure(options: argparse.Namespace, directories: tuple[Path, Path]) -> dict
 def describe_cpu() -> str:
     """Describe the CPU: its model, cores and vector extensions."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
-    found = dict(line.split(":", 1) for line in reversed(lines) if ":" in line)
-    facts = {name.strip(): value.strip() for name, value in found.items()}
-    flags = facts.get("flags", "").split()
+    entries = dict(line.split(":", 1) for line in reversed(lines) if ":" in line)
+    fields = {name.strip(): value.strip() for name, value in entries.items()}
+    flags = fields.get("flags", "").split()
     vectors = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in flags]
-    return f"{facts.get('model name', 'unknown CPU')}, {multiprocessing.cpu_count()} cores, {', '.join(vectors)}"
+    return f"{fields.get('model name', 'unknown CPU')}, {multiprocessing.cpu_count()} cores, {', '.join(vectors)}"
 
 
 def main() -> None:
@@ -163,9 +163,9 @@ def main() -> None:
         table.add_column(column, justify="right")
     for decode in (False, True):
         for order, processes in MODES:
-            today, *others = (rates[decode, order, processes, name] for name in READERS)
-            ratios = [statistics.median(np.divide(other, today)) for other in others]
-            medians = (statistics.median(each) for each in (today, *others))
+            baseline, *others = (rates[decode, order, processes, name] for name in READERS)
+            ratios = [statistics.median(np.divide(other, baseline)) for other in others]
+            medians = (statistics.median(values) for values in (baseline, *others))
             row = ("read and decode" if decode else "read", order, str(processes))
             table.add_row(*row, *(f"{rate:,.0f}" for rate in medians), *(f"{ratio:.2f}" for ratio in ratios))
     Console(width=150).print(table)

@@ -38,7 +38,7 @@ def main() -> None:
     ):
         table.add_column(column, justify="right")
     for phase, seconds in topwork.items():
-        own, *others = (statistics.median(each[1:]) for each in (seconds, on[phase], off[phase]))
+        own, *others = (statistics.median(epochs[1:]) for epochs in (seconds, on[phase], off[phase]))
         table.add_row(phase, *(f"{value:.2f}" for value in (own, *others, *(other / own for other in others))))
     console = Console()
     console.print(table)

@@ -55,13 +55,13 @@ def measure(directory: Path, name: str, side: int, timm: str, torch: Path) -> tu
     job = directory / "job.yaml"
     job.write_text(JOB_TEMPLATE.format(name="train", directory=images, application=name, weights="none", **fields))
     splits = directory / "splits.json"
-    own = run_json([sys.executable, "benchmarks/stages.py", job, directory / "state", "--splits", splits])
+    topwork_result = run_json([sys.executable, "benchmarks/stages.py", job, directory / "state", "--splits", splits])
     split = link_splits(images, splits, directory / "split")
     options: list[Any] = ["--base", name, "--side", side, "--epochs", EPOCHS, "--phases", "all", "--no-autotune"]
-    plain = run_json([sys.executable, "benchmarks/plain_keras.py", split, *options])
+    keras_result = run_json([sys.executable, "benchmarks/plain_keras.py", split, *options])
     seconds = {
-        "topwork, precision: auto": own["epochs"][-1]["seconds"],
-        "plain Keras, float32": plain["epochs"]["all"][-1],
+        "topwork, precision: auto": topwork_result["epochs"][-1]["seconds"],
+        "plain Keras, float32": keras_result["epochs"]["all"][-1],
     }
     if torch.exists():
         script = [torch, "benchmarks/timm_torch.py", split, "--base", timm, "--side", side, "--epochs", EPOCHS]

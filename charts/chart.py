@@ -50,7 +50,7 @@ def _lines(section: Section, indent: str) -> Iterator[str]:
 
 
 def _value(section: Section, field: FieldInfo) -> Any:
-    return next(getattr(section, name) for name, one in type(section).model_fields.items() if one is field)
+    return next(getattr(section, name) for name, candidate in type(section).model_fields.items() if candidate is field)
 
 
 def schema_text() -> str:

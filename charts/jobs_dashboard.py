@@ -90,7 +90,7 @@ def build_jobs_dashboard() -> dashboard.Dashboard:
 
 
 def _count_panels() -> Panels:
-    """Numbers of runs by state, GPUs and alerts."""
+    """Run counts by state, GPUs and alerts."""
 
     def now(state: int) -> str:
         return f"count(topwork:run_state{{{RUNS}}} == {state}) or vector(0)"

@@ -47,7 +47,7 @@ def excluded_keys(part: type[SpecModel], excluded: Mapping[str, Any]) -> Iterato
         The name of a model and a key in it.
     """
     for key, field in fields_by_key(part).items():
-        nested = excluded.get(next(name for name, one in part.model_fields.items() if one is field))
+        nested = excluded.get(next(name for name, candidate in part.model_fields.items() if candidate is field))
         if nested is True:
             yield part.__name__, key
         elif nested:
@@ -70,11 +70,11 @@ def part_shape(part: type[SpecModel]) -> Shape:
 
 def field_shape(field: FieldInfo) -> Shape:
     """Describe a key: the shape of its value, and its default if it has one other than null."""
-    described = shape(expand_types(field.annotation, field.metadata))
+    result = shape(expand_types(field.annotation, field.metadata))
     default = to_json_value(field.default)
     if not field.is_required() and default is not None:
-        described["default"] = default
-    return described
+        result["default"] = default
+    return result
 
 
 def to_json_value(default: Any) -> Any:
@@ -93,22 +93,22 @@ def shape(allowed: Iterable[KeyType]) -> Shape:
     Returns:
         How to interpret a number, a boolean, a list and a mapping, for each of these that the key accepts.
     """
-    described: Shape = {}
+    result: Shape = {}
     for kind in allowed:
         if is_model(kind.python_type):
             discriminator = (
                 {"key": DISCRIMINATOR_KEYS[kind.python_type]} if kind.python_type in DISCRIMINATOR_KEYS else {}
             )
-            described.setdefault("parts", []).append(discriminator | {"part": kind.python_type.__name__})
+            result.setdefault("parts", []).append(discriminator | {"part": kind.python_type.__name__})
         elif is_list(kind.python_type):
-            described["list"] = shape(expand_types(get_args(kind.python_type)[0]))
+            result["list"] = shape(expand_types(get_args(kind.python_type)[0]))
         elif get_origin(kind.python_type) is dict:
-            described["map"] = True
+            result["map"] = True
         elif get_origin(kind.python_type) is Literal:
-            described["switch"] = bool(SWITCHES & set(get_args(kind.python_type)))
+            result["switch"] = bool(SWITCHES & set(get_args(kind.python_type)))
         elif kind.python_type is float:
             # If integers are accepted too, as for cpu, whole numbers are written as integers.
-            described["number"] = "any" if described.get("number") == "whole" else "real"
+            result["number"] = "any" if result.get("number") == "whole" else "real"
         elif kind.python_type is int:
-            described["number"] = "any" if described.get("number") == "real" else "whole"
-    return {key: value for key, value in described.items() if value is not False}
+            result["number"] = "any" if result.get("number") == "real" else "whole"
+    return {key: value for key, value in result.items() if value is not False}

@@ -28,7 +28,7 @@ BUCKET = "topwork-test"
 
 @pytest.fixture(autouse=True)
 def restore_process_settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Undo what a command sets for its whole process: logging and the hooks for unhandled exceptions."""
+    """Restore the process-wide settings that a command changes: logging and the hooks for unhandled exceptions."""
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
     monkeypatch.setattr(threading, "excepthook", threading.excepthook)
     monkeypatch.setattr(logging, "raiseExceptions", logging.raiseExceptions)
@@ -77,7 +77,7 @@ def two_class_folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def make_job(storage: Storage, two_class_folder: Path) -> Callable[..., TransferJob]:
-    """Build a tiny job that trains on `two_class_folder`; keyword arguments replace whole keys of `spec`."""
+    """Build a tiny job that trains on `two_class_folder`; keyword arguments replace top-level keys of `spec`."""
 
     def make(**overrides: Any) -> TransferJob:
         spec = {

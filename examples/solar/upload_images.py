@@ -76,7 +76,7 @@ def upload_image(storage: Storage, image: str) -> None:
 
 
 def main() -> None:
-    """Upload to the storage in the command line."""
+    """Upload to the storage given on the command line."""
     uri = sys.argv[1] if len(sys.argv) > 1 else STORAGE
     with open_storage(uri) as storage:
         for cell_type, count in upload_images(storage).items():

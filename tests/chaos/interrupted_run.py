@@ -35,11 +35,11 @@ MILESTONES = {
     "transfer": ("", TRAINING_STARTED, EPOCH_ENDED, EPOCH_ENDED),
     "fine-tune": ("", TRAINING_STARTED, EPOCH_ENDED, EPOCH_ENDED),
 }
-# A resumed stage has fewer epochs left: interrupt it in this fraction of its epochs, so that more interruptions fit.
+# A resumed stage has fewer epochs left. Interrupting it within this fraction of its epochs allows more interruptions.
 EPOCHS_FRACTION = 1 / 3
 TIME_FIELDS = {"seconds", "stepSeconds", "images_per_second", "input_wait_seconds", "started", "finished"}
 
-# Uses everything that has state in checkpoints: dropout, augmentation, schedule, EMA, early stopping, steps.
+# Uses all features with state in checkpoints: dropout, augmentation, schedule, EMA, early stopping, steps.
 SPEC: dict[str, Any] = {
     "augmentation": {"flip": "horizontal", "rotation": 0.1},
     "model": {"base": {"cnn": {"filters": [4, 6]}}, "head": {"hidden": [8], "dropout": 0.4}},
@@ -75,7 +75,7 @@ def write_images(directory: Path) -> Path:
 
 
 def make_job(images: Path, uri: str, **overrides: Any) -> TransferJob:
-    """Build the job. Keyword arguments replace whole keys of `spec`."""
+    """Build the job. Keyword arguments replace top-level keys of `spec`."""
     dataset = {
         "source": {"folder": {"uri": str(images)}},
         "splits": {"train": "train[:60%]", "validation": "train[60%:80%]", "test": "train[80%:]"},
@@ -134,7 +134,7 @@ class StageProcess:
         return lines
 
     def wait_for(self, milestone: str, seconds: float) -> bool:
-        """Wait for a log line and then for some seconds; False if the process exits before."""
+        """Wait for a log line, then for some seconds; returns False if the process exits first."""
         while milestone and milestone not in self.output:
             if self.process.poll() is not None:
                 return False
@@ -159,7 +159,7 @@ class StageProcess:
         return epochs * STEPS_PER_EPOCH - sum(line["step"] for line in self.lines if line["message"] == "resumed")
 
     def interrupt(self, number: int, to_group: bool) -> int:
-        """Send a signal to the process, or to its whole process group like a node, and return the exit code."""
+        """Send a signal to the process, or to its process group as a node does, and return the exit code."""
         if to_group:
             os.killpg(self.process.pid, number)
         else:
@@ -211,7 +211,7 @@ class JobRun:
         return process
 
     def interrupt(self, stage: str, number: int, milestone: str, seconds: float, to_group: bool) -> bool:
-        """Start a stage and send it a signal; False if it completes before."""
+        """Start a stage and send it a signal; returns False if it completes first."""
         process = self.start(stage)
         if not process.wait_for(milestone, seconds):
             assert process.process.wait() == 0, process.output
@@ -306,7 +306,7 @@ def remove_times(value: Any) -> Any:
 
 
 def interruption_windows(stage: str, reached: dict[str, float], end: float) -> dict[str, float]:
-    """Return for how many seconds after each milestone of a stage it can be interrupted.
+    """Return how long after each milestone a stage can be interrupted, in seconds.
 
     Args:
         stage: The stage.

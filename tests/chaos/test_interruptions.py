@@ -1,7 +1,7 @@
 """A job that is killed and stopped many times has the same results, bit for bit, as an uninterrupted one.
 
-The short form takes a few minutes. TOPWORK_LONG=1 interrupts ten times as often, and every second run trains on cached
-features. TOPWORK_CHAOS_SEED repeats the random choices of an earlier run; the timing of the machine still varies.
+The short version takes a few minutes. With TOPWORK_LONG=1, there are ten times as many interruptions, and every second
+run trains on cached features. TOPWORK_CHAOS_SEED repeats the random choices of an earlier run, but timing still varies.
 """
 
 import os
@@ -117,7 +117,9 @@ def assert_identical_results(run: JobRun, reference: JobRun) -> tuple[int, int]:
     published = "models/chaos/1/model.keras"
     weights += assert_equal_arrays(run.read_weights(published), reference.read_weights(published))
     for stage in ("transfer", "fine-tune"):
-        result, expected = (each.read_json(f"runs/{each.job.run}/{stage}/done.json") for each in (run, reference))
+        result, expected = (
+            job_run.read_json(f"runs/{job_run.job.run}/{stage}/done.json") for job_run in (run, reference)
+        )
         assert [result["history"], result["best_epoch"]] == [expected["history"], expected["best_epoch"]]
     assert run.read_json("models/chaos/1/metrics.json") == reference.read_json("models/chaos/1/metrics.json")
     reference_checkpoints = {name.partition("#")[0]: arrays for name, arrays in reference.read_checkpoints().items()}

@@ -1,4 +1,4 @@
-"""Jobs in the chart equal the output of `topwork render`: names, Jobs, digests and job specs."""
+"""The chart renders jobs to the same objects as `topwork render`: names, Jobs, digests and job specs."""
 
 from collections.abc import Callable
 from pathlib import Path

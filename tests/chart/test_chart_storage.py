@@ -27,14 +27,14 @@ TIMEOUT_SECONDS = 60.0
 
 def free_ports(count: int) -> list[int]:
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
+    ports = [free_socket.getsockname()[1] for free_socket in sockets]
+    for free_socket in sockets:
+        free_socket.close()
     return ports
 
 
 def http_status(url: str) -> int:
-    """Return the status code of a response, or 0 without a response."""
+    """Return the status code of the response, or 0 if the server does not respond."""
     try:
         with urllib.request.urlopen(url, timeout=2) as response:
             return response.status

@@ -47,7 +47,7 @@ both_merge_strategies = pytest.mark.parametrize("apply", [SERVER_SIDE, THREE_WAY
 def apply(
     request: pytest.FixtureRequest, server: ApiServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Apply]:
-    """Install the release topwork or, from the second call, upgrade it; returns the notes."""
+    """Function that installs the release topwork, and upgrades it from the second call on; returns the notes."""
     create_options = helm_python.config._opts
 
     def patched_options(**pairs: Any) -> str | None:

@@ -1,4 +1,4 @@
-"""The chart with many sets of values: lint, validity in every Kubernetes version, pod security and error messages."""
+"""The chart with different values: lint, validity in every Kubernetes version, Pod Security and error messages."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -79,7 +79,7 @@ CUSTOM_RESOURCE_KEYS = {
     "PrometheusRule": {"groups"},
 }
 ENDPOINT_KEYS = {"port", "interval", "relabelings"}
-# Objects that several sets share are validated only once: strict validation against seven schemas is slow.
+# Objects in several sets are validated only once, because strict validation against seven schemas is slow.
 VALIDATED_OBJECTS: list[dict[str, Any]] = []
 
 

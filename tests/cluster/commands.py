@@ -1,4 +1,4 @@
-"""The `topwork` command as a separate process, waited for or running in the background."""
+"""The `topwork` command as a separate process, run to completion or in the background."""
 
 import os
 import signal
@@ -48,11 +48,11 @@ class RunningCommand:
 
     @property
     def output(self) -> str:
-        """Its output so far."""
+        """Standard output and standard error so far."""
         return self._stdout.read_text() + self._stderr.read_text()
 
     def wait_for(self, *texts: str, seconds: float) -> None:
-        """Wait until its output contains all of these texts."""
+        """Wait until the output contains all of these texts."""
         deadline = time.monotonic() + seconds
         while missing := [text for text in texts if text not in self.output]:
             has_exited = self.process.poll() is not None
@@ -68,22 +68,22 @@ class RunningCommand:
             time.sleep(0.2)
 
     def wait(self, *, seconds: float) -> CommandResult:
-        """Wait until it exits."""
+        """Wait until the command exits."""
         try:
             code = self.process.wait(timeout=seconds)
         except subprocess.TimeoutExpired:
-            said = self.output[-LAST_CHARACTERS:]
+            output = self.output[-LAST_CHARACTERS:]
             self.kill()
-            pytest.fail(f"{self} still runs after {seconds:.0f} seconds. Output:\n{said}")
+            pytest.fail(f"{self} still runs after {seconds:.0f} seconds. Output:\n{output}")
         return CommandResult(code, self._stdout.read_text(), self._stderr.read_text())
 
     def interrupt(self, *, seconds: float = 60) -> CommandResult:
-        """Interrupt it, as Ctrl-C does."""
+        """Interrupt the command, as Ctrl-C does."""
         self.process.send_signal(signal.SIGINT)
         return self.wait(seconds=seconds)
 
     def kill(self) -> None:
-        """Kill it."""
+        """Kill the command."""
         self.process.kill()
         self.process.wait()
 
@@ -99,7 +99,7 @@ class Topwork:
         namespace: Namespace of the cluster.
         directory: Working directory, which also stores the output.
         variables: Additional environment variables.
-        started: Commands that were started and may still run.
+        started: Commands that were started, some of which may still be running.
     """
 
     namespace: str
@@ -109,8 +109,8 @@ class Topwork:
 
     def start(self, *arguments: str | Path, namespace: str | None = None, **variables: str) -> RunningCommand:
         """Start a command that uses the cluster, in the background."""
-        where = ["--namespace", namespace or self.namespace]
-        return self._start([*map(str, arguments), *where], variables)
+        options = ["--namespace", namespace or self.namespace]
+        return self._start([*map(str, arguments), *options], variables)
 
     def __call__(
         self, *arguments: str | Path, namespace: str | None = None, seconds: float = RUN_SECONDS, **variables: str
@@ -119,18 +119,18 @@ class Topwork:
         return self.start(*arguments, namespace=namespace, **variables).wait(seconds=seconds)
 
     def run_locally(self, *arguments: str | Path, seconds: float = RUN_SECONDS, **variables: str) -> CommandResult:
-        """Run a command that needs no cluster."""
+        """Run a command that requires no cluster."""
         return self._start([str(argument) for argument in arguments], variables).wait(seconds=seconds)
 
     def _start(self, arguments: list[str], variables: Mapping[str, str]) -> RunningCommand:
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "TOPWORK_"))}
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "TOPWORK_"))}
         # Wide enough to avoid line wrapping.
-        environment = kept | {"NO_COLOR": "1", "COLUMNS": "400"} | dict(self.variables) | dict(variables)
+        environment = inherited | {"NO_COLOR": "1", "COLUMNS": "400"} | dict(self.variables) | dict(variables)
         self.started.append(RunningCommand(arguments, environment, self.directory))
         return self.started[-1]
 
     def stop_all(self) -> None:
-        """Kill all commands that still run."""
-        for running in self.started:
-            if running.process.poll() is None:
-                running.kill()
+        """Kill all commands that are still running."""
+        for command in self.started:
+            if command.process.poll() is None:
+                command.kill()

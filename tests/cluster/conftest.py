@@ -22,7 +22,7 @@ from tests.cluster.storage import ClusterStorage, configured_storage, serve_stor
 from topwork.clients.kubernetes import KubernetesObject
 from topwork.spec import TransferJob
 
-Namespaces = pytest.StashKey[list[str]]()
+NAMESPACES_KEY = pytest.StashKey[list[str]]()
 
 
 @pytest.hookimpl(wrapper=True)
@@ -32,7 +32,7 @@ def pytest_runtest_makereport(
     """Add diagnostics of the cluster to the report of a failed test, before cleanup."""
     report = yield
     if report.failed and report.when != "teardown":
-        for namespace in item.config.stash.get(Namespaces, []):
+        for namespace in item.config.stash.get(NAMESPACES_KEY, []):
             if diagnostics := collect_diagnostics(namespace):
                 report.sections.append((f"namespace {namespace}", diagnostics))
     return report
@@ -43,7 +43,7 @@ def cluster(pytestconfig: pytest.Config) -> Iterator[Kubectl]:
     """kubectl for the cluster, in the default namespace."""
     if not environment.has_cluster():
         pytest.skip(environment.SKIP_REASON)
-    pytestconfig.stash[Namespaces] = []
+    pytestconfig.stash[NAMESPACES_KEY] = []
     with pytest.MonkeyPatch.context() as patch:
         if files := os.environ.get("KUBECONFIG"):
             # Commands run in other working directories.
@@ -67,15 +67,15 @@ def pod_storage(cluster: Kubectl, tmp_path_factory: pytest.TempPathFactory) -> I
 
 @pytest.fixture(scope="session")
 def make_namespace(cluster: Kubectl, pytestconfig: pytest.Config) -> Iterator[Callable[..., Kubectl]]:
-    """Create namespaces from k8s/base with unique names; all are deleted at the end of the session."""
+    """Function that creates namespaces from k8s/base with unique names; all are deleted after the last test."""
     created: list[str] = []
 
     def make(secret: ClusterStorage | None = None, **variables: str) -> Kubectl:
         kubectl = Kubectl(f"topwork-test-{uuid.uuid4().hex[:8]}")
         created.append(kubectl.namespace)
-        pytestconfig.stash[Namespaces].append(kubectl.namespace)
+        pytestconfig.stash[NAMESPACES_KEY].append(kubectl.namespace)
         user_provided = {"Secret", "ResourceQuota"}
-        kubectl.apply(*(each for each in base_objects(kubectl.namespace) if each["kind"] not in user_provided))
+        kubectl.apply(*(obj for obj in base_objects(kubectl.namespace) if obj["kind"] not in user_provided))
         # Pods are rejected until the controller has created their ServiceAccount.
         wait_for(lambda: kubectl.get("serviceaccount", "default"), "ServiceAccount default", seconds=60)
         if secret:
@@ -99,7 +99,7 @@ def namespace(make_namespace: Callable[..., Kubectl], pod_storage: ClusterStorag
     def finished_pod() -> KubernetesObject | None:
         pod = kubectl.get("pod", "probe")
         statuses = pod["status"].get("containerStatuses", []) if pod else []
-        reasons = [each["state"].get("waiting", {}).get("reason", "") for each in statuses]
+        reasons = [status["state"].get("waiting", {}).get("reason", "") for status in statuses]
         if failed := [reason for reason in reasons if "Image" in reason]:
             pytest.fail(
                 f"The nodes can't get the image {environment.image()} ({failed[0]}): load it (kind load "
@@ -151,17 +151,17 @@ MakeRun = Callable[..., Run]
 def _run_factory(
     kubectl: Kubectl, images_uri: str, storage: ClusterStorage, directory: Path, created: list[Run]
 ) -> MakeRun:
-    def make(name: str | None = None, where: Kubectl | None = None, compute: Any = None, **spec: Any) -> Run:
-        """Write the spec of a tiny job; keyword arguments replace keys of `spec` or, with `compute`, of it."""
-        # A separate storage prefix makes the run unique, and excludes datasets that other tests pulled.
+    def make(name: str | None = None, namespace: Kubectl | None = None, compute: Any = None, **spec: Any) -> Run:
+        """Write the spec of a tiny job; `compute` sets keys of `spec.compute`, other arguments set keys of `spec`."""
+        # A separate storage prefix makes the run unique, and prevents reuse of datasets that other tests pulled.
         address = storage.at(f"topwork-{uuid.uuid4().hex[:12]}").uri
         content = tiny_spec(name or f"t-{uuid.uuid4().hex[:8]}", address, images_uri)
         content["spec"] |= spec
         content["spec"]["compute"] |= compute or {}
         file = directory / f"{uuid.uuid4().hex[:8]}.yaml"
-        with file.open("w") as opened:
-            YAML().dump(content, opened)
-        created.append(Run(where or kubectl, TransferJob.model_validate(content), file))
+        with file.open("w") as stream:
+            YAML().dump(content, stream)
+        created.append(Run(namespace or kubectl, TransferJob.model_validate(content), file))
         return created[-1]
 
     return make
@@ -169,7 +169,7 @@ def _run_factory(
 
 @pytest.fixture
 def make_run(namespace: Kubectl, images_uri: str, pod_storage: ClusterStorage, tmp_path: Path) -> Iterator[MakeRun]:
-    """Create runs; their objects are deleted after the test."""
+    """Function that creates runs, whose objects are deleted after the test."""
     created: list[Run] = []
     yield _run_factory(namespace, images_uri, pod_storage, tmp_path, created)
     for run in created:
@@ -180,7 +180,7 @@ def make_run(namespace: Kubectl, images_uri: str, pod_storage: ClusterStorage, t
 def make_shared_run(
     namespace: Kubectl, images_uri: str, pod_storage: ClusterStorage, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[MakeRun]:
-    """Like `make_run`, for runs that the tests of a module share."""
+    """Like `make_run`, for runs that are shared by the tests of a module."""
     created: list[Run] = []
     yield _run_factory(namespace, images_uri, pod_storage, tmp_path_factory.mktemp("jobs"), created)
     for run in created:

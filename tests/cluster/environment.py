@@ -11,9 +11,9 @@ from urllib.parse import urlsplit
 
 from topwork import __version__
 
-# Start of a pod: its image is on the node, but importing TensorFlow takes long on a fraction of a core.
+# Pod startup: the image is already on the node, but importing TensorFlow is slow on a fraction of a core.
 START_SECONDS = 300.0
-# A tiny job, from submit to its published model.
+# A tiny job, from its submission to its published model.
 RUN_SECONDS = 900.0
 # Pods stop, upload their checkpoints, and are garbage-collected.
 DELETION_SECONDS = 240.0
@@ -25,7 +25,7 @@ SKIP_REASON = (
     "set KUBECONFIG to an administrator's kubeconfig, and load the image into the nodes "
     "(CONTRIBUTING.md lists all variables)"
 )
-# No packet is sent there: a documentation address (RFC 5737) that makes the kernel choose the outgoing interface.
+# A documentation address (RFC 5737) that makes the kernel choose the outgoing interface. No packet is sent to it.
 DOCUMENTATION_ADDRESS = "192.0.2.1"
 
 
@@ -41,7 +41,7 @@ def image(environment: Mapping[str, str] = os.environ) -> str:
 
 
 def compute_settings(environment: Mapping[str, str] = os.environ) -> dict[str, object]:
-    """Return `spec.compute` of the jobs: by default, small enough for a cluster with one small node."""
+    """Return `spec.compute` of the jobs. The defaults fit a cluster with one small node."""
     return {
         "gpus": 0,
         "cpu": environment.get("TOPWORK_TEST_CPU") or "1",
@@ -59,9 +59,9 @@ def executable(name: str) -> str:
 
 
 def reachable_address(server: str, environment: Mapping[str, str] = os.environ) -> str:
-    """Return an address of this machine that pods can reach: that of the interface toward the API server.
+    """Return an address of this machine that pods can reach: the address of the interface to the API server.
 
-    A cluster on this machine (kind, k3s) has its API server on a loopback address; then, that of the default interface.
+    If the API server has a loopback address (kind, k3s), this is the address of the default interface instead.
     """
     if configured := environment.get("TOPWORK_TEST_HOST"):
         return configured
@@ -71,9 +71,9 @@ def reachable_address(server: str, environment: Mapping[str, str] = os.environ) 
             family, kind, _, _, address = socket.getaddrinfo(target, 9, type=socket.SOCK_DGRAM)[0]
             with socket.socket(family, kind) as connection:
                 connection.connect(address)
-                found = str(connection.getsockname()[0])
-            if not found.startswith("127.") and found != "::1":
-                return found
+                local_address = str(connection.getsockname()[0])
+            if not local_address.startswith("127.") and local_address != "::1":
+                return local_address
     raise OSError("This machine has no address that pods can reach. Set TOPWORK_TEST_HOST to one.")
 
 

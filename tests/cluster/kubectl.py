@@ -12,17 +12,17 @@ from tests.cluster.environment import executable, in_cluster_config
 
 from topwork.clients.kubernetes import KubernetesObject
 
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 
 
-def wait_for(find: Callable[[], Found | None], description: str, *, seconds: float) -> Found:
-    """Call `find` once per second until it returns something, and return that."""
+def wait_for(find: Callable[[], Result | None], description: str, *, seconds: float) -> Result:
+    """Call `find` once per second until its result is true, and return the result."""
     deadline = time.monotonic() + seconds
-    while not (found := find()):
+    while not (result := find()):
         if time.monotonic() > deadline:
             pytest.fail(f"{description}: not found within {seconds:.0f} seconds")
         time.sleep(1)
-    return found
+    return result
 
 
 class KubectlError(Exception):
@@ -51,7 +51,7 @@ class Kubectl:
 
     def apply(self, *objects: KubernetesObject, options: tuple[str, ...] = ()) -> str:
         """Apply objects; return the output of kubectl, one line per object."""
-        documents = "\n---\n".join(json.dumps(each) for each in objects)  # JSON is YAML
+        documents = "\n---\n".join(json.dumps(obj) for obj in objects)  # JSON is YAML
         return self("apply", "--filename", "-", *options, stdin=documents)
 
     def get(self, kind: str, name: str) -> KubernetesObject | None:
@@ -62,14 +62,14 @@ class Kubectl:
     def items(self, kind: str, labels: str = "", fields: str = "") -> list[KubernetesObject]:
         """Return all objects of a kind with these labels and fields, oldest first."""
         selectors = [f"--selector={labels}"] * bool(labels) + [f"--field-selector={fields}"] * bool(fields)
-        found = json.loads(self("get", kind, *selectors, "--output", "json"))["items"]
-        return sorted(found, key=lambda item: str(item["metadata"]["creationTimestamp"]))
+        items = json.loads(self("get", kind, *selectors, "--output", "json"))["items"]
+        return sorted(items, key=lambda item: str(item["metadata"]["creationTimestamp"]))
 
     def config(self) -> KubernetesObject:
-        """Return the kubeconfig in use, with only its current context, including credentials."""
+        """Return the kubeconfig in use, reduced to its current context, including credentials."""
         text = self("config", "view", "--raw", "--flatten", "--minify", "--output", "json", check=False)
-        found: KubernetesObject = json.loads(text or "{}")
-        return found if found.get("clusters") else in_cluster_config()
+        config: KubernetesObject = json.loads(text or "{}")
+        return config if config.get("clusters") else in_cluster_config()
 
     def evict(self, pod: str) -> None:
         """Evict a pod through the Eviction API, as a drain or an autoscaler does."""

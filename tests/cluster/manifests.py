@@ -29,16 +29,18 @@ def base_objects(namespace: str) -> list[KubernetesObject]:
     return with_namespace(Kubectl()("kustomize", str(BASE)), namespace)
 
 
-def with_namespace(text: str, namespace: str) -> list[KubernetesObject]:
+def with_namespace(yaml_text: str, namespace: str) -> list[KubernetesObject]:
     """Parse objects from YAML and set their namespace."""
     # The JSON round trip removes anchors and types of the YAML parser.
-    objects: list[KubernetesObject] = json.loads(json.dumps([each for each in YAML(typ="safe").load_all(text) if each]))
-    for each in objects:
-        if each["kind"] == "Namespace":
-            each["metadata"]["name"] = namespace
+    objects: list[KubernetesObject] = json.loads(
+        json.dumps([obj for obj in YAML(typ="safe").load_all(yaml_text) if obj])
+    )
+    for obj in objects:
+        if obj["kind"] == "Namespace":
+            obj["metadata"]["name"] = namespace
         else:
-            each["metadata"]["namespace"] = namespace
-        for subject in each.get("subjects", []):
+            obj["metadata"]["namespace"] = namespace
+        for subject in obj.get("subjects", []):
             if "namespace" in subject:
                 subject["namespace"] = namespace
     return objects

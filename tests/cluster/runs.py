@@ -14,11 +14,11 @@ from topwork.cluster.names import JOB_LABEL, ROLE_LABEL, RUN_LABEL
 from topwork.cluster.termination_message import TerminationMessage, parse_termination_message
 from topwork.spec import TransferJob
 
-# The stage is the child of tini; processes of kubectl exec have no parent in the container.
+# The stage process is the child of tini (PID 1). Processes of kubectl exec have no parent in the container.
 SIGNAL_SCRIPT = """
 import contextlib, os, pathlib, signal, sys
 for stat in pathlib.Path('/proc').glob('[0-9]*/stat'):
-    with contextlib.suppress(OSError):  # a process may end meanwhile
+    with contextlib.suppress(OSError):  # the process may have exited
         parent = stat.read_text().rpartition(')')[2].split()[1]
         if parent == '1':
             os.kill(int(stat.parent.name), getattr(signal, sys.argv[1]))
@@ -49,14 +49,14 @@ class Run:
 
     def status(self) -> dict[str, Any]:
         """Return the status of its Job."""
-        found = self.kubernetes_job()
-        assert found, f"Job {self.object_name} does not exist"
-        return dict(found.get("status", {}))
+        job = self.kubernetes_job()
+        assert job, f"Job {self.object_name} does not exist"
+        return dict(job.get("status", {}))
 
     def condition(self, kind: str) -> dict[str, Any] | None:
-        """Return a condition of its Job with the status True."""
+        """Return a condition of its Job if its status is True."""
         conditions = self.status().get("conditions", [])
-        return next((each for each in conditions if each["type"] == kind and each["status"] == "True"), None)
+        return next((item for item in conditions if item["type"] == kind and item["status"] == "True"), None)
 
     def pods(self, role: str = "training") -> list[KubernetesObject]:
         """Return its pods, oldest first."""
@@ -66,29 +66,29 @@ class Run:
         """Wait for a pod that is not being deleted, and return its name."""
 
         def find() -> str | None:
-            staying = [pod for pod in self.pods() if "deletionTimestamp" not in pod["metadata"]]
-            names = [pod["metadata"]["name"] for pod in staying if pod["status"].get("phase") != "Failed"]
+            remaining = [pod for pod in self.pods() if "deletionTimestamp" not in pod["metadata"]]
+            names = [pod["metadata"]["name"] for pod in remaining if pod["status"].get("phase") != "Failed"]
             return next((name for name in reversed(names) if name != other_than), None)
 
-        what = f"a pod of {self.object_name}" + (f" other than {other_than}" if other_than else "")
-        return wait_for(find, what, seconds=START_SECONDS)
+        description = f"a pod of {self.object_name}" + (f" other than {other_than}" if other_than else "")
+        return wait_for(find, description, seconds=START_SECONDS)
 
     def log(self, pod: str, container: str) -> str:
         """Return the log of a container so far; empty if it has not started."""
         return self.kubectl("logs", pod, "--container", container, check=False)
 
     def epochs(self, pod: str, container: str = "transfer") -> list[int]:
-        """Return the numbers of the epochs that a container has trained."""
-        found = []
+        """Return the numbers of the epochs that a container has completed."""
+        epochs = []
         for line in self.log(pod, container).splitlines():
             if line.startswith("{"):
                 entry = json.loads(line)
                 if entry.get("message") == "epoch":
-                    found.append(int(entry["epoch"]))
-        return found
+                    epochs.append(int(entry["epoch"]))
+        return epochs
 
     def wait_for_epochs(self, pod: str, count: int = 1, container: str = "transfer") -> list[int]:
-        """Wait until a container has trained this many epochs, and return their numbers."""
+        """Wait until a container has completed this many epochs, and return their numbers."""
 
         def find() -> list[int] | None:
             epochs = self.epochs(pod, container)
@@ -99,7 +99,7 @@ class Run:
     def termination_messages(self, pod: KubernetesObject) -> dict[str, TerminationMessage | None]:
         """Return the termination messages of the containers of a pod."""
         statuses = pod["status"].get("initContainerStatuses", []) + pod["status"].get("containerStatuses", [])
-        terminated = {each["name"]: each["state"].get("terminated") for each in statuses}
+        terminated = {status["name"]: status["state"].get("terminated") for status in statuses}
         return {
             name: parse_termination_message(state.get("message", "")) for name, state in terminated.items() if state
         }
@@ -110,7 +110,7 @@ class Run:
         self.kubectl.python(pod, container, SIGNAL_SCRIPT, signal_name, check=False)
 
     def wait_until_deleted(self) -> None:
-        """Wait until Job, pods and ConfigMap are deleted."""
+        """Wait until its Job, pods and ConfigMap are deleted."""
 
         def find() -> bool:
             return not self.kubectl.items("job,pod,configmap", f"{RUN_LABEL}={self.object_name}")
@@ -118,10 +118,10 @@ class Run:
         wait_for(find, f"deletion of all objects of {self.object_name}", seconds=DELETION_SECONDS)
 
     def delete(self) -> None:
-        """Delete everything that is left of it, so that the next test can use the whole node."""
-        everything = ("--selector", f"{JOB_LABEL}={self.name}", "--ignore-not-found")
+        """Delete all remaining objects of the run, so that the next test can use all resources of the node."""
+        selector = ("--selector", f"{JOB_LABEL}={self.name}", "--ignore-not-found")
         try:
-            self.kubectl("delete", "job,configmap", *everything, "--cascade=foreground", "--timeout=90s", seconds=120)
-            self.kubectl("delete", "pod", *everything, "--timeout=90s", seconds=120)
+            self.kubectl("delete", "job,configmap", *selector, "--cascade=foreground", "--timeout=90s", seconds=120)
+            self.kubectl("delete", "pod", *selector, "--timeout=90s", seconds=120)
         except (KubectlError, subprocess.TimeoutExpired):
-            self.kubectl("delete", "pod", *everything, "--grace-period=0", "--force", "--wait=false", check=False)
+            self.kubectl("delete", "pod", *selector, "--grace-period=0", "--force", "--wait=false", check=False)

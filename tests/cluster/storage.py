@@ -14,7 +14,7 @@ import pytest
 from topwork.clients.s3.storage import Storage, StorageSettings, create_bucket
 from topwork.local.server import embedded_storage
 
-# Variables passed to the pods; AWS_CA_BUNDLE is a path on this machine and is not.
+# Variables passed to the pods. AWS_CA_BUNDLE is not one of them, because it is a path on this machine.
 POD_VARIABLES = (
     "AWS_ENDPOINT_URL",
     "AWS_ENDPOINT_URL_S3",
@@ -52,8 +52,8 @@ class ClusterStorage:
     @property
     def local_variables(self) -> dict[str, str]:
         """Environment variables for commands on this machine."""
-        trusted = {name: os.environ[name] for name in ("AWS_CA_BUNDLE",) if name in os.environ}
-        return {**trusted, **self.variables}
+        ca_bundle = {name: os.environ[name] for name in ("AWS_CA_BUNDLE",) if name in os.environ}
+        return {**ca_bundle, **self.variables}
 
     @property
     def address(self) -> tuple[str, int]:
@@ -74,18 +74,18 @@ def configured_storage(bucket: str, environment: Mapping[str, str] = os.environ)
 
 @contextmanager
 def serve_storage(state: Path, host: str) -> Iterator[ClusterStorage]:
-    """Start the embedded S3 server with random credentials, reachable at an address of this machine."""
-    with embedded_storage(state) as inner, forward_port(host, urlsplit(inner.endpoint_url or "").port or 0) as port:
+    """Run the embedded S3 server with random credentials, reachable at an address of this machine."""
+    with embedded_storage(state) as local, forward_port(host, urlsplit(local.endpoint_url or "").port or 0) as port:
         endpoint = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         settings = StorageSettings(
-            endpoint_url=endpoint, access_key=inner.access_key, secret_key=inner.secret_key, region=inner.region
+            endpoint_url=endpoint, access_key=local.access_key, secret_key=local.secret_key, region=local.region
         )
         create_bucket(settings, BUCKET)
         variables = {
             "AWS_ENDPOINT_URL": endpoint,
-            "AWS_ACCESS_KEY_ID": inner.access_key or "",
-            "AWS_SECRET_ACCESS_KEY": inner.secret_key or "",
-            "AWS_REGION": inner.region or "",
+            "AWS_ACCESS_KEY_ID": local.access_key or "",
+            "AWS_SECRET_ACCESS_KEY": local.secret_key or "",
+            "AWS_REGION": local.region or "",
         }
         yield ClusterStorage(BUCKET, settings, variables)
 
@@ -94,7 +94,7 @@ def serve_storage(state: Path, host: str) -> Iterator[ClusterStorage]:
 def forward_port(host: str, target: int) -> Iterator[int]:
     """Forward connections from a free port of an address to a port of the loopback interface.
 
-    The S3 server itself listens only on loopback, with all its internal ports.
+    The S3 server itself, including its internal ports, listens only on the loopback interface.
     """
     with _listen(host) as listener:
         threading.Thread(target=_accept, args=(listener, target), daemon=True).start()
@@ -115,18 +115,18 @@ def _listen(host: str) -> socket.socket:
 def _accept(listener: socket.socket, target: int) -> None:
     while True:
         try:
-            caller, _ = listener.accept()
+            client, _ = listener.accept()
         except OSError:
             return
-        threading.Thread(target=_forward, args=(caller, target), daemon=True).start()
+        threading.Thread(target=_forward, args=(client, target), daemon=True).start()
 
 
-def _forward(caller: socket.socket, target: int) -> None:
-    with caller, suppress(OSError), socket.create_connection(("127.0.0.1", target)) as server:
-        there = threading.Thread(target=_copy, args=(caller, server), daemon=True)
-        there.start()
-        _copy(server, caller)
-        there.join()
+def _forward(client: socket.socket, target: int) -> None:
+    with client, suppress(OSError), socket.create_connection(("127.0.0.1", target)) as server:
+        upload = threading.Thread(target=_copy, args=(client, server), daemon=True)
+        upload.start()
+        _copy(server, client)
+        upload.join()
 
 
 def _copy(source: socket.socket, sink: socket.socket) -> None:

@@ -23,7 +23,7 @@ def binding(name, namespace):
 
 @pytest.fixture
 def account(namespace: Kubectl, tmp_path):
-    """Create a service account, with or without the role, and return its kubeconfig."""
+    """Function that creates a service account, with or without the role, and returns its kubeconfig."""
     created = []
 
     def make(name: str, *, bound: bool):
@@ -49,21 +49,26 @@ def test_role_is_sufficient_to_submit_follow_and_cancel(account, make_run, topwo
     submitted = topwork("submit", run.file, "--kubeconfig", kubeconfig)
     assert submitted.exit_code == 0, submitted.output
     run.wait_for_epochs(run.wait_for_pod())
-    looks = (["status", run.name], ["list"], ["logs", run.name, "--stage", "transfer"], ["top", run.name, "--once"])
-    for command in looks:
+    read_commands = (
+        ["status", run.name],
+        ["list"],
+        ["logs", run.name, "--stage", "transfer"],
+        ["top", run.name, "--once"],
+    )
+    for command in read_commands:
         result = topwork(*command, "--kubeconfig", kubeconfig)
         assert result.exit_code == 0, result.output
         assert "transfer" in result.output
     followed = topwork.start("status", run.name, "--follow", "--kubeconfig", kubeconfig)
     followed.wait_for("transfer", seconds=60)
-    cancelled = topwork("cancel", run.name, "--kubeconfig", kubeconfig, seconds=DELETION_SECONDS)
-    assert cancelled.exit_code == 0, cancelled.output
+    canceled = topwork("cancel", run.name, "--kubeconfig", kubeconfig, seconds=DELETION_SECONDS)
+    assert canceled.exit_code == 0, canceled.output
     assert followed.wait(seconds=DELETION_SECONDS).exit_code == 143
     run.wait_until_deleted()
 
 
 def test_error_without_the_role_names_the_role(account, make_run, topwork):
-    kubeconfig = account("stranger", bound=False)
+    kubeconfig = account("unprivileged", bound=False)
     run = make_run()
     rejected = topwork("submit", run.file, "--kubeconfig", kubeconfig)
     assert rejected.exit_code == 2, rejected.output

@@ -10,28 +10,28 @@ from tests.cluster.runs import Run
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(2 * RUN_SECONDS)]
 
 LONG_TRAINING = {"train": "all", "epochs": 10_000, "batchSize": 8, "featureCache": "off"}
-# Nothing listens there inside a pod.
-CLOSED = "http://127.0.0.1:9"
+# No process in the pod listens on this port.
+CLOSED_ENDPOINT = "http://127.0.0.1:9"
 
 
 def assert_failed_without_retry(run: Run, code: int) -> None:
-    """The Job failed by its FailJob rule after a single pod."""
+    """Assert that the FailJob rule of the Job failed it after a single pod."""
     failed = run.condition("Failed")
     assert failed["reason"] == "PodFailurePolicy"
     assert f"exit code {code}" in failed["message"]
     assert len(run.pods()) == 1
 
 
-def cancel(run: Run, topwork, **where: str) -> None:
+def cancel(run: Run, topwork, **options: str) -> None:
     """Cancel a run that can never start."""
-    cancelled = topwork("cancel", run.name, "--now", seconds=DELETION_SECONDS, **where)
-    assert cancelled.exit_code == 0, cancelled.output
+    canceled = topwork("cancel", run.name, "--now", seconds=DELETION_SECONDS, **options)
+    assert canceled.exit_code == 0, canceled.output
 
 
 def test_missing_secret_fails_without_retry_and_is_named(make_run, make_namespace, topwork):
-    bare = make_namespace()
-    run = make_run(where=bare)
-    result = topwork("submit", run.file, "--follow", namespace=bare.namespace)
+    empty = make_namespace()
+    run = make_run(namespace=empty)
+    result = topwork("submit", run.file, "--follow", namespace=empty.namespace)
     assert result.exit_code == 2, result.output
     assert "topwork-s3" in result.output
     assert "Traceback" not in result.output
@@ -39,21 +39,21 @@ def test_missing_secret_fails_without_retry_and_is_named(make_run, make_namespac
 
 
 def test_wrong_credentials_fail_without_retry_and_are_not_printed(make_run, make_namespace, topwork, pod_storage):
-    other = make_namespace(pod_storage, AWS_SECRET_ACCESS_KEY="not-the-secret-of-anybody")
-    run = make_run(where=other)
+    other = make_namespace(pod_storage, AWS_SECRET_ACCESS_KEY="not-the-secret-key")
+    run = make_run(namespace=other)
     result = topwork("submit", run.file, "--follow", namespace=other.namespace)
     assert result.exit_code == 2, result.output
-    assert "not-the-secret-of-anybody" not in result.output
+    assert "not-the-secret-key" not in result.output
     assert_failed_without_retry(run, 2)
 
 
 def test_unreachable_endpoint_is_retried_up_to_the_backoff_limit(make_run, make_namespace, topwork, pod_storage):
-    elsewhere = {"AWS_ENDPOINT_URL": CLOSED, "AWS_ENDPOINT_URL_S3": CLOSED}
-    other = make_namespace(pod_storage, **elsewhere)
-    run = make_run(where=other, compute={"retries": 1})
+    variables = {"AWS_ENDPOINT_URL": CLOSED_ENDPOINT, "AWS_ENDPOINT_URL_S3": CLOSED_ENDPOINT}
+    other = make_namespace(pod_storage, **variables)
+    run = make_run(namespace=other, compute={"retries": 1})
     result = topwork("submit", run.file, "--follow", namespace=other.namespace)
     assert result.exit_code == 75, result.output
-    assert CLOSED in result.output
+    assert CLOSED_ENDPOINT in result.output
     assert run.condition("Failed")["reason"] == "BackoffLimitExceeded"
     assert len(run.pods()) == 2
 
@@ -74,20 +74,20 @@ def quota(hard: dict[str, str]) -> dict[str, object]:
 
 
 def wait_for_quota(kubectl: Kubectl) -> None:
-    """Wait until the quota controller has computed the usage: before that, admission is undefined."""
+    """Wait until the quota controller has computed the usage. Until then, the result of admission is undefined."""
 
-    def counted() -> object:
-        found = kubectl.get("resourcequota", "tight")
-        return found and found.get("status", {}).get("used")
+    def used() -> object:
+        stored = kubectl.get("resourcequota", "tight")
+        return stored and stored.get("status", {}).get("used")
 
-    wait_for(counted, "usage of the quota", seconds=60)
+    wait_for(used, "usage of the quota", seconds=60)
 
 
 def test_quota_exceeded_by_the_pod_is_explained(make_run, make_namespace, topwork, pod_storage):
     other = make_namespace(pod_storage)
     other.apply(quota({"requests.cpu": "10m"}))
     wait_for_quota(other)
-    run = make_run(where=other)
+    run = make_run(namespace=other)
     followed = topwork.start("submit", run.file, "--follow", namespace=other.namespace)
     followed.wait_for("quota tight", "requests.cpu", seconds=EVENT_SECONDS)
     cancel(run, topwork, namespace=other.namespace)
@@ -98,7 +98,7 @@ def test_quota_exceeded_by_the_job_rejects_the_submission(make_run, make_namespa
     other = make_namespace(pod_storage)
     other.apply(quota({"count/jobs.batch": "0"}))
     wait_for_quota(other)
-    run = make_run(where=other)
+    run = make_run(namespace=other)
     rejected = topwork("submit", run.file, namespace=other.namespace)
     assert rejected.exit_code == 2, rejected.output
     assert "quota" in rejected.output
@@ -111,7 +111,7 @@ def test_pod_security_violation_is_explained(make_run, topwork, namespace):
     rendered = topwork("render", run.file, "-o", "json")
     assert rendered.exit_code == 0, rendered.output
     objects = json.loads(rendered.stdout)["items"]
-    job = next(each for each in objects if each["kind"] == "Job")
+    job = next(obj for obj in objects if obj["kind"] == "Job")
     # The renderer never sets this; a webhook or a user may.
     job["spec"]["template"]["spec"]["containers"][0]["securityContext"]["allowPrivilegeEscalation"] = True
     namespace.apply(*objects)
@@ -123,7 +123,7 @@ def test_pod_security_violation_is_explained(make_run, topwork, namespace):
 
 def test_failed_image_pull_is_explained(make_run, topwork):
     run = make_run()
-    # .invalid is reserved (RFC 2606): no registry is ever there.
+    # The domain .invalid is reserved (RFC 2606), so this registry can never exist.
     image = "registry.invalid/topwork:none"
     followed = topwork.start("submit", run.file, "--follow", "--image", image)
     followed.wait_for(f"the image {image} can't be pulled", seconds=START_SECONDS)
@@ -150,9 +150,9 @@ def test_insufficient_gpus_are_explained_until_the_deadline(make_run, topwork):
 
 def test_missing_namespace_is_reported_with_the_command_to_create_it(make_run, topwork):
     run = make_run()
-    rejected = topwork("submit", run.file, namespace="topwork-test-nowhere")
+    rejected = topwork("submit", run.file, namespace="topwork-test-missing")
     assert rejected.exit_code == 2, rejected.output
-    assert "kubectl create namespace topwork-test-nowhere" in rejected.output
+    assert "kubectl create namespace topwork-test-missing" in rejected.output
     assert "Traceback" not in rejected.output
 
 

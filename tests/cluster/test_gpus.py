@@ -1,4 +1,4 @@
-"""Two simulated GPUs of a node: scheduling, resource requests, and two replicas of the CPU build."""
+"""A node with two simulated GPUs: scheduling, resource requests, and two replicas of the CPU build."""
 
 import json
 
@@ -15,7 +15,7 @@ def gpus(node: dict[str, object]) -> int:
     return int(node["status"].get("allocatable", {}).get(GPU_RESOURCE, 0))
 
 
-def claim(kubectl: Kubectl, node: str, count: str | None) -> None:
+def set_gpus(kubectl: Kubectl, node: str, count: str | None) -> None:
     """Set the GPU capacity of a node, or remove it with None; the kubelet keeps unknown resources."""
     status = {"status": {"capacity": {GPU_RESOURCE: count}, "allocatable": {GPU_RESOURCE: count}}}
     kubectl("patch", "node", node, "--subresource=status", "--type=merge", "--patch", json.dumps(status))
@@ -23,22 +23,22 @@ def claim(kubectl: Kubectl, node: str, count: str | None) -> None:
 
 @pytest.fixture
 def two_gpus(cluster):
-    """A node with two GPUs, simulated unless a node has real ones."""
+    """A node with two GPUs, which are simulated unless a node has real ones."""
     nodes = cluster.items("node")
     if any(gpus(node) for node in nodes):
         if max(map(gpus, nodes)) < 2:
             pytest.skip("no node has two GPUs; GPUs are not simulated on nodes that have some")
         yield
         return
-    free = [node for node in nodes if not node["spec"].get("unschedulable") and not node["spec"].get("taints")]
-    assert free, "every node is cordoned or tainted"
-    name = free[0]["metadata"]["name"]
-    claim(cluster, name, "2")
+    schedulable = [node for node in nodes if not node["spec"].get("unschedulable") and not node["spec"].get("taints")]
+    assert schedulable, "every node is cordoned or tainted"
+    name = schedulable[0]["metadata"]["name"]
+    set_gpus(cluster, name, "2")
     try:
         wait_for(lambda: gpus(cluster.get("node", name)) == 2, f"two GPUs on {name}", seconds=EVENT_SECONDS)
         yield
     finally:
-        claim(cluster, name, None)
+        set_gpus(cluster, name, None)
 
 
 def test_two_gpus_train_two_replicas(make_run, topwork, two_gpus):
@@ -47,8 +47,8 @@ def test_two_gpus_train_two_replicas(make_run, topwork, two_gpus):
     assert result.exit_code == 0, result.output
     pod = run.pods()[-1]
     requested = {
-        each["name"]: {kind: amounts.get(GPU_RESOURCE) for kind, amounts in each["resources"].items()}
-        for each in pod["spec"]["initContainers"] + pod["spec"]["containers"]
+        container["name"]: {kind: amounts.get(GPU_RESOURCE) for kind, amounts in container["resources"].items()}
+        for container in pod["spec"]["initContainers"] + pod["spec"]["containers"]
     }
     none, two = {"requests": None, "limits": None}, {"requests": "2", "limits": "2"}
     assert requested == {"pull": none, "transfer": two, "fine-tune": two}

@@ -1,4 +1,4 @@
-"""Tests of the helpers in this directory that need no cluster; they run with all other tests."""
+"""Tests of the helpers in this directory, which require no cluster and run with all other tests."""
 
 import subprocess
 
@@ -26,7 +26,7 @@ KUBERNETES = "1.36"
 
 
 def test_storage_is_served_at_another_address_with_credentials(tmp_path):
-    # Represents a network address: the server itself listens only on 127.0.0.1.
+    # Stands for a network address, because the server itself listens only on 127.0.0.1.
     with serve_storage(tmp_path, "127.0.0.2") as storage:
         stored = storage.at("topwork/images")
         stored.write("red/1.png", b"x" * 3_000_000)
@@ -38,19 +38,19 @@ def test_storage_is_served_at_another_address_with_credentials(tmp_path):
             "AWS_SECRET_ACCESS_KEY",
             "AWS_REGION",
         }
-        stranger = StorageSettings(storage.settings.endpoint_url, "nobody", "knows", "us-east-1", attempts=1)
+        wrong_keys = StorageSettings(storage.settings.endpoint_url, "wrong-id", "wrong-key", "us-east-1", attempts=1)
         with pytest.raises(SettingError):
-            Storage(stored.uri, stranger).read("red/1.png")
+            Storage(stored.uri, wrong_keys).read("red/1.png")
 
 
 def test_reachable_address_is_configured_or_not_loopback():
     assert reachable_address("https://127.0.0.1:6443", {"TOPWORK_TEST_HOST": "10.0.0.7"}) == "10.0.0.7"
     try:
-        found = reachable_address("https://127.0.0.1:6443", {})
+        address = reachable_address("https://127.0.0.1:6443", {})
     except OSError as error:
         assert str(error) == "This machine has no address that pods can reach. Set TOPWORK_TEST_HOST to one."
     else:
-        assert not found.startswith("127.")
+        assert not address.startswith("127.")
 
 
 def test_no_cluster_is_used_implicitly():
@@ -79,13 +79,13 @@ def test_applied_objects_are_valid(obj):
 @pytest.mark.skipif(not BASE.is_dir(), reason="make generate writes k8s/base")
 def test_base_objects_can_use_another_namespace():
     objects = base_objects("elsewhere")
-    for each in objects:
-        kubernetes_validate.validate(each, KUBERNETES, strict=True)
-    namespaces = [each for each in objects if each["kind"] == "Namespace"]
-    assert [each["metadata"]["name"] for each in namespaces] == ["elsewhere"]
+    for obj in objects:
+        kubernetes_validate.validate(obj, KUBERNETES, strict=True)
+    namespaces = [obj for obj in objects if obj["kind"] == "Namespace"]
+    assert [obj["metadata"]["name"] for obj in namespaces] == ["elsewhere"]
     assert namespaces[0]["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "restricted"
-    assert {each["metadata"]["namespace"] for each in objects if each["kind"] != "Namespace"} == {"elsewhere"}
-    assert "topwork-submitter" in {each["metadata"]["name"] for each in objects if each["kind"] == "Role"}
+    assert {obj["metadata"]["namespace"] for obj in objects if obj["kind"] != "Namespace"} == {"elsewhere"}
+    assert "topwork-submitter" in {obj["metadata"]["name"] for obj in objects if obj["kind"] == "Role"}
 
 
 def test_kubeconfig_with_a_token_is_valid(tmp_path, monkeypatch):
@@ -96,10 +96,10 @@ def test_kubeconfig_with_a_token_is_valid(tmp_path, monkeypatch):
     path = tmp_path / "account.json"
     path.write_text(kubeconfig_with_token(in_cluster_config(), "the-token"))
     monkeypatch.setenv("KUBECONFIG", str(path))
-    shown = Kubectl().config()
-    assert shown["users"] == [{"name": "account", "user": {"token": "the-token"}}]
-    assert shown["clusters"][0]["cluster"]["server"] == "https://[fd00::1]:443"
-    assert shown["current-context"] == "account"
+    config = Kubectl().config()
+    assert config["users"] == [{"name": "account", "user": {"token": "the-token"}}]
+    assert config["clusters"][0]["cluster"]["server"] == "https://[fd00::1]:443"
+    assert config["current-context"] == "account"
 
 
 def test_executables_exist():

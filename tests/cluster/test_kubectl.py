@@ -62,8 +62,8 @@ def test_longest_job_name_creates_pods(make_run, topwork):
     assert submitted.exit_code == 0, submitted.output
     pod = run.wait_for_pod()
     assert len(run.name) == 40
-    found = run.kubectl.get("pod", pod)
-    assert found["metadata"]["labels"][RUN_LABEL] == run.object_name
+    labels = run.kubectl.get("pod", pod)["metadata"]["labels"]
+    assert labels[RUN_LABEL] == run.object_name
     assert topwork("status", run.name).exit_code == 0
 
 

@@ -11,9 +11,9 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(2 * RUN_SECONDS)]
 
 
 def prefetch_job(run: Run) -> KubernetesObject:
-    found = run.kubectl.get("job", prefetch_job_name(run.job))
-    assert found
-    return found
+    job = run.kubectl.get("job", prefetch_job_name(run.job))
+    assert job
+    return job
 
 
 def test_wait_for_data_submits_the_training_job_after_the_pull(make_run, topwork):
@@ -25,7 +25,7 @@ def test_wait_for_data_submits_the_training_job_after_the_pull(make_run, topwork
     assert pulled["status"]["succeeded"] == 1
     # Kubernetes timestamps sort as text.
     assert pulled["status"]["completionTime"] <= trained["metadata"]["creationTimestamp"]
-    containers = [each["name"] for pod in run.pods("prefetch") for each in pod["spec"]["containers"]]
+    containers = [container["name"] for pod in run.pods("prefetch") for container in pod["spec"]["containers"]]
     assert containers == ["pull"]
     assert [pod["spec"].get("initContainers", []) for pod in run.pods("prefetch")] == [[]]
 
@@ -35,7 +35,7 @@ def test_concurrent_prefetch_and_training_jobs_store_one_dataset(make_run, topwo
     result = topwork("submit", run.file, "--follow")
     assert result.exit_code == 0, result.output
     manifests = [
-        found.key for found in pod_storage.open(run.job.spec.storage).list("datasets/") if "manifest" in found.key
+        stored.key for stored in pod_storage.open(run.job.spec.storage).list("datasets/") if "manifest" in stored.key
     ]
     assert len(manifests) == 1, manifests
 
@@ -44,6 +44,6 @@ def test_cancel_deletes_the_prefetch_job(make_run, topwork):
     run = make_run(compute={"prefetch": True})
     submitted = topwork("submit", run.file)
     assert submitted.exit_code == 0, submitted.output
-    cancelled = topwork("cancel", run.name)
-    assert cancelled.exit_code == 0, cancelled.output
+    canceled = topwork("cancel", run.name)
+    assert canceled.exit_code == 0, canceled.output
     run.wait_until_deleted()

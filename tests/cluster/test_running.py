@@ -13,14 +13,14 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(2 * RUN_SECONDS)]
 # Far more epochs than the job can train during these tests.
 LONG_TRAINING = {"train": "all", "epochs": 10_000, "batchSize": 8, "featureCache": "off"}
 
-# Not over loopback: Prometheus scrapes the pod IP.
+# Uses the pod IP instead of a loopback address, as Prometheus does.
 SCRAPE = """
 import sys, urllib.request
 host = f"[{sys.argv[1]}]" if ":" in sys.argv[1] else sys.argv[1]
 print(urllib.request.urlopen(f"http://{host}:{sys.argv[2]}/metrics", timeout=20).read().decode())
 """
 
-TOKEN = "import os; print(os.path.exists('/var/run/secrets/kubernetes.io'))"
+TOKEN_EXISTS = "import os; print(os.path.exists('/var/run/secrets/kubernetes.io'))"
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +51,8 @@ def test_changed_compute_is_rejected_while_the_job_runs(training, topwork, tmp_p
     content = YAML(typ="safe").load(training.file.read_text())
     content["spec"]["compute"]["sharedMemory"] = "96Mi"
     changed = tmp_path / "changed.yaml"
-    with changed.open("w") as opened:
-        YAML().dump(content, opened)
+    with changed.open("w") as stream:
+        YAML().dump(content, stream)
     rejected = topwork("submit", changed)
     assert rejected.exit_code == 2, rejected.output
     assert "compute.sharedMemory" in rejected.output
@@ -93,9 +93,9 @@ def test_logs_of_a_finished_and_of_a_running_stage(training, topwork):
 def test_followed_logs_grow(training, topwork):
     followed = topwork.start("logs", training.name, "--stage", "transfer", "-f")
     followed.wait_for('"epoch"', seconds=EVENT_SECONDS)
-    seen = len(followed.output)
+    previous_length = len(followed.output)
     time.sleep(10)
-    assert len(followed.output) > seen
+    assert len(followed.output) > previous_length
     assert followed.process.poll() is None
     followed.interrupt()
 
@@ -124,11 +124,11 @@ def test_metrics_are_served_at_the_pod_ip(training, namespace):
     pod = last_pod(training)
     name, address = pod["metadata"]["name"], pod["status"]["podIP"]
     text = namespace.python(name, "transfer", SCRAPE, address, "9102")
-    labels = rf'run="{training.name}",stage="transfer",transferjob="[^"]+"'
+    labels = rf'run="{training.object_name}",stage="transfer",transferjob="{training.name}"'
     assert re.search(rf"^topwork_stage_running{{{labels}}} 1\.0$", text, re.MULTILINE)
     assert re.search(rf"^topwork_epochs_planned{{{labels}}} 10000\.0$", text, re.MULTILINE)
 
 
 def test_container_has_no_service_account_token(training, namespace):
     name = last_pod(training)["metadata"]["name"]
-    assert namespace.python(name, "transfer", TOKEN).strip() == "False"
+    assert namespace.python(name, "transfer", TOKEN_EXISTS).strip() == "False"

@@ -18,7 +18,7 @@ MEDIUM_TRAINING = LONG_TRAINING | {"epochs": 500}
 
 @pytest.fixture
 def train(make_run, topwork):
-    """Submit a run and wait until it has trained some epochs; return the run, its pod and the epoch numbers."""
+    """Function that submits a run and waits for some epochs; returns the run, its pod and the epoch numbers."""
 
     def start(**spec):
         run = make_run(**{"transfer": LONG_TRAINING, **spec})
@@ -31,8 +31,8 @@ def train(make_run, topwork):
 
 
 def checkpoints(run: Run, storage) -> list[str]:
-    below = storage.open(run.job.spec.storage)
-    return [found.key for found in below.list(f"runs/{run.object_name}/transfer/checkpoints/")]
+    run_storage = storage.open(run.job.spec.storage)
+    return [stored.key for stored in run_storage.list(f"runs/{run.object_name}/transfer/checkpoints/")]
 
 
 def failures(run: Run) -> int:
@@ -41,8 +41,8 @@ def failures(run: Run) -> int:
 
 def test_cancel_keeps_the_checkpoint_and_submit_resumes(train, topwork, pod_storage):
     run, _, epochs = train()
-    cancelled = topwork("cancel", run.name, seconds=DELETION_SECONDS)
-    assert cancelled.exit_code == 0, cancelled.output
+    canceled = topwork("cancel", run.name, seconds=DELETION_SECONDS)
+    assert canceled.exit_code == 0, canceled.output
     run.wait_until_deleted()
     assert checkpoints(run, pod_storage)
 
@@ -54,16 +54,16 @@ def test_cancel_keeps_the_checkpoint_and_submit_resumes(train, topwork, pod_stor
 
 def test_cancel_now_does_not_wait_for_the_pod(train, topwork):
     run, _, _ = train()
-    cancelled = topwork("cancel", run.name, "--now", seconds=DELETION_SECONDS)
-    assert cancelled.exit_code == 0, cancelled.output
+    canceled = topwork("cancel", run.name, "--now", seconds=DELETION_SECONDS)
+    assert canceled.exit_code == 0, canceled.output
     run.wait_until_deleted()
 
 
 def test_cancel_of_an_unknown_run_is_rejected(topwork):
-    cancelled = topwork("cancel", "never-submitted")
-    assert cancelled.exit_code == 2, cancelled.output
-    assert "never-submitted" in cancelled.output
-    assert "Traceback" not in cancelled.output
+    canceled = topwork("cancel", "never-submitted")
+    assert canceled.exit_code == 2, canceled.output
+    assert "never-submitted" in canceled.output
+    assert "Traceback" not in canceled.output
 
 
 def test_follow_of_a_canceled_run_exits_with_143(train, topwork):
@@ -86,7 +86,7 @@ def test_killed_process_is_counted_and_the_second_attempt_publishes(train, topwo
     result = followed.wait(seconds=RUN_SECONDS)
     assert result.exit_code == 0, result.output
     assert f"{run.job.spec.storage}/models/{run.name}/1" in result.output
-    # A failed pod is kept with its log: both attempts are shown.
+    # Failed pods keep their logs, so both attempts are shown.
     logs = topwork("logs", run.name, "--stage", "transfer")
     assert logs.exit_code == 0, logs.output
     assert '"epoch": 1,' in logs.stdout
@@ -126,10 +126,10 @@ def test_pod_of_a_drained_node_is_replaced_and_resumes(train, namespace):
     run, pod, epochs = train(compute={"retries": 0})
     node = namespace.get("pod", pod)["spec"]["nodeName"]
     cordoned = namespace.get("node", node)["spec"].get("unschedulable", False)
-    only_ours = f"--pod-selector={RUN_LABEL}={run.object_name}"
+    selector = f"--pod-selector={RUN_LABEL}={run.object_name}"
     try:
-        drained = ("--delete-emptydir-data", "--ignore-daemonsets", f"--timeout={DELETION_SECONDS:.0f}s")
-        namespace("drain", node, only_ours, *drained, seconds=DELETION_SECONDS + 30)
+        options = ("--delete-emptydir-data", "--ignore-daemonsets", f"--timeout={DELETION_SECONDS:.0f}s")
+        namespace("drain", node, selector, *options, seconds=DELETION_SECONDS + 30)
     finally:
         if not cordoned:
             namespace("uncordon", node)
@@ -140,12 +140,12 @@ def test_pod_of_a_drained_node_is_replaced_and_resumes(train, namespace):
 
 def test_termination_message_of_a_stopped_container_is_stopped(train, namespace):
     run, pod, _ = train()
-    # Signal only the process: a deleted pod could not be inspected afterward.
+    # Signal only the process, because a deleted pod can no longer be inspected.
     run.kill_process(pod, "transfer", "SIGTERM")
 
     def find_message():
-        found = namespace.get("pod", pod)
-        return run.termination_messages(found).get("transfer") if found else None
+        stored = namespace.get("pod", pod)
+        return run.termination_messages(stored).get("transfer") if stored else None
 
     message = wait_for(find_message, "the termination message of transfer", seconds=START_SECONDS)
     assert (message.stage, message.outcome, message.exit_code) == ("transfer", "stopped", 143)
@@ -190,8 +190,8 @@ def test_failed_run_is_replaced_and_resumes(train, topwork):
 
 def test_concurrent_submissions_create_one_job(make_run, topwork):
     run = make_run(transfer=LONG_TRAINING)
-    both = [topwork.start("submit", run.file), topwork.start("submit", run.file)]
-    results = [each.wait(seconds=EVENT_SECONDS) for each in both]
-    assert [each.exit_code for each in results] == [0, 0], [each.output for each in results]
+    commands = [topwork.start("submit", run.file), topwork.start("submit", run.file)]
+    results = [command.wait(seconds=EVENT_SECONDS) for command in commands]
+    assert [result.exit_code for result in results] == [0, 0], [result.output for result in results]
     run.wait_for_pod()
     assert len(run.pods()) == 1

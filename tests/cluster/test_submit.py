@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(2 * RUN_SECONDS)]
 
 FINE_TUNE = {"epochs": 1, "unfreeze": "all", "optimizer": {"name": "adam", "learningRate": 0.0001}}
 
-# Without topwork, as the README promises.
+# The README promises that models load without topwork.
 PLAIN_KERAS = """
 import json, sys
 import keras, numpy as np
@@ -26,7 +26,7 @@ print(json.dumps(model.predict(np.full((1, 32, 32, 3), 128.0, "float32"), verbos
 
 @pytest.fixture(scope="module")
 def published(make_shared_run, topwork) -> tuple[Run, CommandResult]:
-    """A run that was submitted and followed to its end, and the result of the command."""
+    """A run that was submitted and followed until it finished, and the result of the command."""
     run = make_shared_run(fineTune=FINE_TUNE, publish={"formats": ["keras", "savedModel"]})
     result = topwork("submit", run.file, "--follow")
     assert result.exit_code == 0, result.output
@@ -48,8 +48,8 @@ def test_follow_reports_every_stage_and_the_model(published):
 
 def test_model_can_be_fetched_and_loaded_with_keras_only(published, topwork, pod_storage, tmp_path):
     run, _ = published
-    where = f"{run.job.spec.storage}/models/{run.name}/1"
-    fetched = topwork.run_locally("models", "fetch", where, tmp_path / "model", **pod_storage.local_variables)
+    uri = f"{run.job.spec.storage}/models/{run.name}/1"
+    fetched = topwork.run_locally("models", "fetch", uri, tmp_path / "model", **pod_storage.local_variables)
     assert fetched.exit_code == 0, fetched.output
     loaded = subprocess.run(
         [sys.executable, "-c", PLAIN_KERAS, tmp_path / "model" / "model.keras"],
@@ -66,11 +66,11 @@ def test_model_can_be_fetched_and_loaded_with_keras_only(published, topwork, pod
 def test_every_container_has_a_termination_message(published):
     run, _ = published
     termination_messages = run.termination_messages(only_pod(run))
-    found = {
+    summaries = {
         name: message and (message.stage, message.outcome, message.exit_code, message.run)
         for name, message in termination_messages.items()
     }
-    assert found == {stage: (stage, "done", 0, run.object_name) for stage in STAGES}
+    assert summaries == {stage: (stage, "done", 0, run.object_name) for stage in STAGES}
     assert (termination_messages["transfer"].epochs, termination_messages["fine-tune"].epochs) == (2, 1)
     assert termination_messages["fine-tune"].model == f"{run.job.spec.storage}/models/{run.name}/1"
 
@@ -87,7 +87,8 @@ def test_pod_has_no_service_account_token(published):
     pod = only_pod(run)["spec"]
     assert pod["automountServiceAccountToken"] is False
     volumes = [volume for volume in pod["volumes"] if "projected" in volume or "secret" in volume]
-    mounts = [mount for each in pod["initContainers"] + pod["containers"] for mount in each["volumeMounts"]]
+    containers = pod["initContainers"] + pod["containers"]
+    mounts = [mount for container in containers for mount in container["volumeMounts"]]
     assert volumes == []
     assert [mount for mount in mounts if "serviceaccount" in mount["mountPath"]] == []
 

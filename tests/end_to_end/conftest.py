@@ -71,7 +71,7 @@ class BackgroundProcess:
         return self._log.read_text()
 
     def wait_for(self, condition: Callable[[], bool], seconds: float = 600) -> None:
-        """Wait until a condition holds; fail if the process exits before."""
+        """Wait until a condition holds; fail if the process exits first."""
         deadline = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < deadline, self.output

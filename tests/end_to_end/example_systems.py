@@ -1,6 +1,6 @@
 """Runs the specs in `examples/` like a user would, against a real S3 server, and reads their results.
 
-`--set` overrides make the examples small. The mirror holds weights and datasets under their real names, stored by
+`--set` overrides make the examples small. The mirror contains weights and datasets under their real names, stored by
 `topwork mirror`: weights of untrained models, and a few small generated images.
 """
 

@@ -80,7 +80,7 @@ def test_comparison_shows_both_step_times(frozen, unfrozen):
     header, *rows = table.splitlines()
     assert header.split("   ")[0] == "MODEL"
     seconds = [run.metrics["stepSeconds"]["transfer"] for run in (frozen, unfrozen)]
-    expected = [[f"{each:.3g}", f"{each / min(seconds):.2f}"] for each in seconds]
+    expected = [[f"{value:.3g}", f"{value / min(seconds):.2f}"] for value in seconds]
     columns = {row.split()[0]: row.split()[-5:] for row in rows}
     assert columns == {
         "lab-3-resnet50-frozen/1": ["transfer", "10,245", "40", *expected[0]],

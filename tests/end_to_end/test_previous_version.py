@@ -1,4 +1,4 @@
-"""Runs that an older topwork started are finished by this one.
+"""The current version of topwork completes runs that an older version started.
 
 `tests/fixtures/v0.1-layout.tar.xz` is a storage location as version 0.1.0 left it: a dataset, a run that published a
 model, a run that was stopped in transfer (on cached features) and one that was stopped in fine-tuning.
@@ -35,7 +35,7 @@ def old_storage(s3_settings) -> Storage:
 
 @pytest.fixture
 def run_again(old_storage, s3_settings, topwork, tmp_path) -> Callable[[str], str]:
-    """Run the spec of an old run again, with `topwork run`, and give what it printed."""
+    """Run the spec of an old run again with `topwork run` and return the log."""
 
     def call(run: str) -> str:
         spec = tmp_path / "job.yaml"
@@ -46,9 +46,9 @@ def run_again(old_storage, s3_settings, topwork, tmp_path) -> Callable[[str], st
             "AWS_ACCESS_KEY_ID": s3_settings.access_key,
             "AWS_SECRET_ACCESS_KEY": s3_settings.secret_key,
         }
-        done = topwork("run", spec, "--log-format", "json", **variables)
-        assert done.returncode == 0, done.stderr
-        return done.stderr
+        completed = topwork("run", spec, "--log-format", "json", **variables)
+        assert completed.returncode == 0, completed.stderr
+        return completed.stderr
 
     return call
 
@@ -82,7 +82,7 @@ def test_run_stopped_in_fine_tuning_by_the_previous_version_resumes_at_its_check
     resumed = next(event for event in events(log) if event["message"] == "resumed")
     assert (resumed["stage"], resumed["epoch"], resumed["step"]) == ("fine-tune", 3, 0)
     assert trained_epochs(log) == [("fine-tune", epoch) for epoch in range(4, 13)]
-    # Rows of the epochs before the stop are those that version 0.1.0 wrote.
+    # Version 0.1.0 wrote the rows of the epochs before the stop.
     rows = history(old_storage, STOPPED_IN_FINE_TUNE)
     assert [round(float(row[rows[0].index("loss")]), 4) for row in rows[3:6]] == [0.6614, 0.6596, 0.6586]
     assert old_storage.read("models/stopped-in-fine-tune/latest.json") is not None

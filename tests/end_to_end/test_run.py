@@ -50,14 +50,14 @@ def test_run_publishes_a_model_that_keras_and_tensorflow_load(topwork, write_loc
         text=True,
         check=True,
     )
-    by_keras, by_image, by_bytes, by_name = json.loads(plain.stdout)
+    by_keras, by_image, by_bytes, class_name = json.loads(plain.stdout)
     assert by_image == pytest.approx(by_keras, abs=1e-5)
     assert by_bytes == pytest.approx(by_keras, abs=1e-5)
-    assert by_name in {"blue", "red"}
+    assert class_name in {"blue", "red"}
 
     predicted = topwork("predict", "s3://photos/topwork/models/tiny/latest", image, "--json")
     assert predicted.returncode == 0, predicted.stderr
-    assert by_name in predicted.stdout
+    assert class_name in predicted.stdout
 
     again = topwork("run", tmp_path / "job.yaml")
     assert again.returncode == 0, again.stderr

@@ -113,7 +113,7 @@ def test_completed_pull_and_transfer_do_not_import_tensorflow(pod, write_job, wi
         assert (code, repeated_message) == (0, message), repeated.output
 
 
-def test_fine_tune_container_alone_publishes_a_job_without_fine_tuning(pod, write_job, storage):
+def test_single_fine_tune_container_publishes_a_job_without_fine_tuning(pod, write_job, storage):
     code, message, container = pod.run("fine-tune", write_job())
     assert code == 0, container.output
     assert (message.outcome, message.epochs, message.model) == ("done", None, storage.uri_of("models/tiny/1"))

@@ -1,4 +1,4 @@
-"""Containers with failing storage or full scratch: exit code, termination message and log line."""
+"""Containers with failing storage or a full scratch volume: exit code, termination message and log line."""
 
 import subprocess
 

@@ -93,7 +93,7 @@ def test_pod_without_aws_variables_lists_the_keys_for_the_secret(pod, write_job,
 
 
 def test_credentials_from_the_container_role_are_used(pod, write_job, s3_settings):
-    """Credentials that boto3 finds on its own work, too; here, those of a container credentials endpoint."""
+    """Credentials can also come from another provider of boto3; here, from a container credentials endpoint."""
     keys = {"AccessKeyId": s3_settings.access_key, "SecretAccessKey": s3_settings.secret_key}
     response = json.dumps({**keys, "Token": "", "Expiration": "2099-01-01T00:00:00Z"}).encode()
     with json_server(response) as port:

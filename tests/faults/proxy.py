@@ -18,7 +18,7 @@ FOREVER = 1 << 30
 # Time for which the port stays closed when a single request is refused.
 CLOSED_SECONDS = 0.6
 ACCEPT_SECONDS = 0.05
-# Client timeouts for silent faults, and for all others: responses can be late on a busy machine.
+# Client timeouts for silent faults, and for all others, because responses can be slow on a busy machine.
 SILENT_TIMEOUT_SECONDS = 1.0
 TIMEOUT_SECONDS = 60.0
 # Maximum number of attempts of a client during a permanent fault, so that it fails quickly.
@@ -177,11 +177,11 @@ class Exchange(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     server: Proxy
-    # Buffered, so that a small response is sent at once.
+    # Buffered, so that a small response is sent in one write.
     wbufsize = 1 << 16
 
     def log_message(self, *_: Any) -> None:
-        """Log nothing."""
+        """Write no access log."""
 
     def handle_expect_100(self) -> bool:
         """Flush the response 100 Continue, for which the client waits before it sends the body."""
@@ -254,14 +254,14 @@ def stall(exchange: Exchange) -> None:
 
 
 def stalled_body(exchange: Exchange) -> None:
-    """Send half of the response body, and nothing after it."""
+    """Send half of the response body, then stall."""
     response = exchange.server.forward(exchange.request_received)
     exchange.respond(response, body=response.body[: len(response.body) // 2])
     stall(exchange)
 
 
-def trickle(exchange: Exchange) -> None:
-    """Send the response body slowly, byte by byte, so that no wait for the next byte is long."""
+def slow_body(exchange: Exchange) -> None:
+    """Send the response body slowly, byte by byte. The time between two bytes is below every read timeout."""
     response = exchange.server.forward(exchange.request_received)
     exchange.respond(response, body=b"")
     for byte in response.body:
@@ -309,7 +309,7 @@ def run_proxy(endpoint: str) -> Iterator[Proxy]:
 
 
 def refuse(exchange: Exchange) -> None:
-    """Close the connection and the port: for a moment if the fault occurs once, otherwise until it ends."""
+    """Close the connection and the port: briefly if the fault occurs once, otherwise until the fault is removed."""
     server, fault = exchange.server, exchange.server.fault
     exchange.disconnect(reset=True)
     if fault and fault.times == 1:

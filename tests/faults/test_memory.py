@@ -18,11 +18,12 @@ from tests.conftest import BUCKET
 
 COUNTS = (1000, 4000, 16000)
 STAGES = ("pull", "transfer", "fine-tune", "publish")
-# Memory per image for lists of offsets, labels and names; and the difference between two identical processes.
+# Memory per image for lists of offsets, labels and names.
 BYTES_PER_IMAGE = 1000
+# Memory by which two identical processes can differ.
 NOISE_BYTES = 24 << 20
 
-# TFDS sorts in 2 MB of memory instead of 1 GB.
+# TFDS sorts with a buffer of 2 MB instead of 1 GB.
 SCRIPT = """
 import json, sys, threading
 from pathlib import Path
@@ -68,7 +69,7 @@ if __name__ == "__main__":
 
 
 def write_images(directory: Path, count: int) -> Path:
-    """Write different images of 16 by 16 pixels in two classes that differ in brightness."""
+    """Write random images of 16 by 16 pixels in two classes that differ in brightness."""
     random = np.random.default_rng(0)
     for index in range(count):
         path = directory / "ab"[index % 2] / f"{index:05}.png"

@@ -1,4 +1,4 @@
-"""Every storage fault in every stage: exit code, message, and consistent storage afterwards.
+"""Every storage fault in every stage: exit code, message, and consistent storage afterward.
 
 Each row of the printed table is a run of a stage with a fault that starts at one of its requests and occurs once or
 permanently. A run without faults follows. With TOPWORK_LONG=1, each fault starts at several requests of a stage.
@@ -74,25 +74,28 @@ class Case:
     is_retried: bool = True
 
 
-S3 = faults.error
+s3_error = faults.error
 CASES = [
     Case(Fault("connection refused", faults.refuse), 75, "can't be reached"),
     Case(Fault("connection reset", faults.reset), 75, "can't be reached"),
     Case(Fault("response lost", faults.lost_response), 75, "can't be reached"),
-    Case(Fault("500 InternalError", S3(500, "InternalError", "Try again.")), 75, "failed for"),
-    Case(Fault("503 SlowDown", S3(503, "SlowDown", "Please reduce your request rate.")), 75, "failed for"),
+    Case(Fault("500 InternalError", s3_error(500, "InternalError", "Try again.")), 75, "failed for"),
+    Case(Fault("503 SlowDown", s3_error(503, "SlowDown", "Please reduce your request rate.")), 75, "failed for"),
     Case(
-        Fault("403 AccessDenied", S3(403, "AccessDenied", "Access Denied.")), 2, "AWS_ACCESS_KEY_ID", is_retried=False
+        Fault("403 AccessDenied", s3_error(403, "AccessDenied", "Access Denied.")),
+        2,
+        "AWS_ACCESS_KEY_ID",
+        is_retried=False,
     ),
-    Case(Fault("404 NoSuchKey", S3(404, "NoSuchKey", "No such key."), reads_file), 2, "", is_retried=False),
+    Case(Fault("404 NoSuchKey", s3_error(404, "NoSuchKey", "No such key."), reads_file), 2, "", is_retried=False),
     Case(
-        Fault("clock skew", S3(403, "RequestTimeTooSkewed", "The difference is too large.")),
+        Fault("clock skew", s3_error(403, "RequestTimeTooSkewed", "The difference is too large.")),
         2,
         "clock",
         is_retried=False,
     ),
     Case(
-        Fault("expired credentials", S3(400, "ExpiredToken", "The token has expired.")),
+        Fault("expired credentials", s3_error(400, "ExpiredToken", "The token has expired.")),
         2,
         "AWS_SESSION_TOKEN",
         is_retried=False,
@@ -102,10 +105,10 @@ CASES = [
     Case(Fault("corrupted upload", faults.corrupt_request, is_write), 75, "failed for"),
     Case(Fault("stall", faults.stall, is_silent=True), 75, "can't be reached"),
     Case(Fault("stalled body", faults.stalled_body, is_get, is_silent=True), 75, "can't be reached"),
-    Case(Fault("slow body", faults.trickle, is_get, is_silent=True), 75, "can't be reached"),
-    Case(Fault("bucket gone", S3(404, "NoSuchBucket", "Gone.")), 2, "does not exist", is_retried=False),
+    Case(Fault("slow body", faults.slow_body, is_get, is_silent=True), 75, "can't be reached"),
+    Case(Fault("bucket gone", s3_error(404, "NoSuchBucket", "Gone.")), 2, "does not exist", is_retried=False),
     Case(
-        Fault("server's disk full", S3(507, "InsufficientStorage", "No space."), is_write),
+        Fault("server's disk full", s3_error(507, "InsufficientStorage", "No space."), is_write),
         75,
         "no space left",
         is_retried=False,
@@ -211,7 +214,7 @@ def assert_matches_baseline(storage: Storage, expected: dict[str, bytes]) -> Non
 
 @pytest.fixture
 def print_row(capsys: pytest.CaptureFixture[str]) -> Callable[..., None]:
-    """Return a function that prints a row of the table, despite output capturing."""
+    """Function that prints a row of the table even while pytest captures output."""
 
     def print_row(stage: str, fault: str, requests: str, code: int, seconds: float, message: str) -> None:
         with capsys.disabled():
@@ -253,7 +256,7 @@ def faulty_stage_of(small_job, proxy, print_row) -> Callable[[str], FaultyStage]
 
 @pytest.fixture
 def storage_after(baseline, s3_settings, proxy, tmp_path) -> Callable[[str], RunStorage]:
-    """Return a function that creates storage in which all stages up to the given one are complete."""
+    """Function that creates storage in which all stages up to the given one are complete."""
     return lambda stage: RunStorage(baseline.objects[stage], s3_settings, proxy, tmp_path)
 
 
@@ -268,7 +271,7 @@ def test_stage_with_faults_reports_them_and_leaves_storage_consistent(
     generator = random.Random(f"{SEED} {stage} {case.fault.name}")
     for first in sorted({0, count // 2, count - 1}) if LONG else [generator.randrange(count)]:
         run_storage = storage_after(before)
-        # Requests that only save work, such as a checkpoint upload, may fail without failing the stage.
+        # Optional requests, such as a checkpoint upload, may fail without failing the stage.
         faulty_stage.run(run_storage, case, case.fault.always(first), f"{first + 1}- of {count}")
         if case.is_retried:
             assert faulty_stage.run(run_storage, case, case.fault.once(), f"1 of {count}") == 0
@@ -281,7 +284,7 @@ def test_stage_with_faults_reports_them_and_leaves_storage_consistent(
     ("stage", "hidden"),
     [
         ("pull", ("/pull/done.json", "/manifest.json")),
-        # The stage checks before it deletes leftovers, before training, and before it stores the result.
+        # The stage reads done.json before it deletes leftovers, before training, and before it stores the result.
         ("transfer", ("/transfer/done.json",) * 2),
         ("transfer", ("/transfer/done.json",) * 3),
         ("fine-tune", ("/fine-tune/done.json",) * 2),
@@ -294,7 +297,7 @@ def test_concurrent_second_process_changes_nothing(stage, hidden, small_job, sto
     before = {stored.key: stored.etag for stored in run_storage.direct.list()}
     # Each done.json is missing when it is first read, and exists when the stage repeats the work.
     missing = Fault(
-        "not yet complete", S3(404, "NoSuchKey", "No such key."), lambda request: request.path.endswith(hidden)
+        "not yet complete", s3_error(404, "NoSuchKey", "No such key."), lambda request: request.path.endswith(hidden)
     )
     proxy.set_fault(replace(missing, times=len(hidden)))
     assert run_storage.run(stage, small_job) == (0, "")

@@ -23,12 +23,14 @@ DOWNLOAD_ATTEMPTS = 5
 Operation = Callable[[Storage, Path, FileEntry], object]
 OPERATIONS: dict[str, Operation] = {
     "list": lambda storage, directory, entry: [item.key for item in storage.list()],
-    "size": lambda storage, directory, entry: storage.size("there"),
-    "read": lambda storage, directory, entry: storage.read("there") == DATA,
+    "size": lambda storage, directory, entry: storage.size("existing"),
+    "read": lambda storage, directory, entry: storage.read("existing") == DATA,
     "read missing object": lambda storage, directory, entry: storage.read("missing"),
     "write": lambda storage, directory, entry: storage.write("new", DATA),
     "upload": lambda storage, directory, entry: storage.upload(directory / "file", "new") == entry,
-    "download": lambda storage, directory, entry: storage.download("there", directory / "downloaded", entry) == entry,
+    "download": lambda storage, directory, entry: (
+        storage.download("existing", directory / "downloaded", entry) == entry
+    ),
     "delete": lambda storage, directory, entry: storage.delete(["missing"]),
 }
 FAULTS = [
@@ -37,7 +39,7 @@ FAULTS = [
     Fault("lost response", faults.lost_response),
     Fault("stall", faults.stall, is_silent=True),
     Fault("stalled body", faults.stalled_body, is_silent=True),
-    Fault("trickle", faults.trickle, is_silent=True),
+    Fault("slow body", faults.slow_body, is_silent=True),
     Fault("truncate", faults.truncate),
     Fault("corrupt request", faults.corrupt_request),
     Fault("busy", faults.error(503, "SlowDown", "Please reduce your request rate.")),
@@ -47,12 +49,12 @@ FAULTS = [
 @pytest.fixture
 def entry(storage: Storage, tmp_path: Path) -> FileEntry:
     (tmp_path / "file").write_bytes(DATA)
-    return storage.upload(tmp_path / "file", "there")
+    return storage.upload(tmp_path / "file", "existing")
 
 
 @pytest.fixture
 def faulty_storage(storage: Storage, s3_settings: StorageSettings, proxy: Proxy) -> Callable[[Fault], Storage]:
-    """Return a function that starts a fault and returns storage behind the proxy."""
+    """Function that starts a fault and returns storage behind the proxy."""
 
     def start(fault: Fault) -> Storage:
         proxy.set_fault(fault)
@@ -61,7 +63,7 @@ def faulty_storage(storage: Storage, s3_settings: StorageSettings, proxy: Proxy)
     return start
 
 
-# s3transfer leaves closing a failed connection to the garbage collector.
+# s3transfer does not close a failed connection, which the garbage collector then reports.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
 @pytest.mark.parametrize(
@@ -75,7 +77,7 @@ def test_single_fault_is_retried_and_a_permanent_one_fails_in_time(
     assert proxy.fault_count == 1
     faulty, started = faulty_storage(fault), time.monotonic()
     try:
-        # Faults of the body do not affect responses without a body.
+        # Faults in the body do not affect responses without a body.
         assert OPERATIONS[operation](faulty, tmp_path, entry) == expected
     except UnavailableError as error:
         assert "s3://" in str(error)

@@ -1,4 +1,4 @@
-"""Hostile archives: each is rejected, or loses its bad members, without filling memory or disk."""
+"""Hostile archives: the archive or its hostile members are rejected, without filling memory or disk."""
 
 import gzip
 import io

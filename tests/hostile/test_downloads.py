@@ -102,7 +102,7 @@ FORBIDDEN = [
 
 
 @pytest.mark.parametrize("url", FORBIDDEN)
-def test_download_rejects_link_local_and_metadata_hosts_also_after_a_redirect(serve, tmp_path, url):
+def test_download_rejects_link_local_and_metadata_hosts_directly_and_after_a_redirect(serve, tmp_path, url):
     with pytest.raises(DataError, match="a link-local address or a cloud metadata service"):
         RemoteFile(url).download(tmp_path / "a.zip")
     server = serve(redirect(url))
@@ -143,9 +143,9 @@ def test_download_checks_the_peer_address_before_the_tls_handshake(serve, tls, t
 def test_download_follows_redirects_and_never_shows_their_query(serve, tmp_path):
     target = serve(lambda handler: send(handler, CONTENT if "id=1" in handler.path else b"", status=200))
     assert fetch(serve(redirect(f"{target.url}?id=1")).url, tmp_path) == CONTENT
-    gone = serve(lambda handler: send(handler, b"", status=404))
+    missing = serve(lambda handler: send(handler, b"", status=404))
     with pytest.raises(DataError) as error:
-        fetch(serve(redirect(f"{gone.url}?X-Amz-Signature=hidden")).url, tmp_path)
+        fetch(serve(redirect(f"{missing.url}?X-Amz-Signature=hidden")).url, tmp_path)
     assert "hidden" not in str(error.value)
     malformed = serve(redirect("http://[::1/?X-Amz-Signature=hidden"))
     with pytest.raises(DataError) as error:
@@ -265,11 +265,11 @@ def test_download_rejects_a_proxy_with_an_unsupported_scheme(tmp_path, monkeypat
         fetch("https://example.com/a.zip", tmp_path)
 
 
-# Connections that break, trickle or stall
+# Broken, slow and stalled connections
 
 
-def in_pieces(handler: Any, changed: bool = False, tag: str = '"one"') -> None:
-    """Break off after each 100,000 bytes, and resume at the requested byte. A changed file is sent completely."""
+def send_in_pieces(handler: Any, changed: bool = False, tag: str = '"one"') -> None:
+    """Close the connection after 100,000 bytes, and resume at the requested byte. A changed file is sent completely."""
     start = int((handler.headers.get("Range") or "bytes=0-")[6:-1])
     is_known = handler.headers.get("If-Range") in (None, tag)
     content = CONTENT[::-1] if changed else CONTENT
@@ -280,7 +280,7 @@ def in_pieces(handler: Any, changed: bool = False, tag: str = '"one"') -> None:
 
 
 def test_download_resumes_where_the_connection_broke(serve, tmp_path):
-    server = serve(in_pieces)
+    server = serve(send_in_pieces)
     assert fetch(server.url, tmp_path) == CONTENT
     assert [range_header for _, range_header in server.requests] == [None, "bytes=100000-", "bytes=200000-"]
 
@@ -290,7 +290,7 @@ def test_download_restarts_when_the_file_has_changed(serve, tmp_path):
 
     def respond(handler: Any) -> None:
         changed = next(numbers) > 0
-        in_pieces(handler, changed, '"two"' if changed else '"one"')
+        send_in_pieces(handler, changed, '"two"' if changed else '"one"')
 
     assert fetch(serve(respond).url, tmp_path) == CONTENT[::-1]
 
@@ -298,7 +298,7 @@ def test_download_restarts_when_the_file_has_changed(serve, tmp_path):
 def test_download_restarts_when_the_file_has_become_shorter(serve, tmp_path):
     def respond(handler: Any) -> None:
         if len(handler.server.requests) == 1:
-            in_pieces(handler)
+            send_in_pieces(handler)
         elif handler.headers.get("Range"):
             send(handler, b"", status=416)
         else:
@@ -314,7 +314,7 @@ def test_download_rejects_a_server_that_resumes_at_another_byte(serve, tmp_path)
         if handler.headers.get("Range"):
             send(handler, b"x" * 10, status=206, Content_Range="bytes 7-16/300000", ETag='"one"')
         else:
-            in_pieces(handler)
+            send_in_pieces(handler)
 
     with pytest.raises(UnavailableError, match="was asked to resume at byte 100000 but resumed at byte 7"):
         fetch(serve(respond).url, tmp_path)
@@ -325,7 +325,7 @@ def test_download_reports_how_much_arrived_before_the_connection_closed(serve, t
         fetch(serve(lambda handler: send(handler, b"four", 10)).url, tmp_path)
 
 
-def trickle(handler: Any) -> None:
+def send_slowly(handler: Any) -> None:
     handler.send_response(200)
     handler.send_header("Content-Length", "1000000")
     handler.end_headers()
@@ -337,7 +337,7 @@ def trickle(handler: Any) -> None:
         pass
 
 
-def trickle_headers(handler: Any) -> None:
+def send_headers_slowly(handler: Any) -> None:
     handler.wfile.write(b"HTTP/1.1 200 OK\r\n")
     try:
         for number in itertools.count():
@@ -350,12 +350,12 @@ def trickle_headers(handler: Any) -> None:
 def test_download_fails_when_the_server_is_too_slow(serve, tmp_path, monkeypatch):
     monkeypatch.setattr(download, "STALL_SECONDS", 0.1)
     with pytest.raises(UnavailableError, match=r"in 5 attempts: received only \d+ bytes in \d+ seconds"):
-        fetch(serve(trickle).url, tmp_path)
+        fetch(serve(send_slowly).url, tmp_path)
 
 
 def test_download_is_not_retried_after_the_total_time_limit(serve, tmp_path, monkeypatch):
     monkeypatch.setattr(download, "MAX_SECONDS", 0.3)
-    server = serve(trickle)
+    server = serve(send_slowly)
     with pytest.raises(UnavailableError, match="was not downloaded within"):
         fetch(server.url, tmp_path)
     assert len(server.requests) == 1
@@ -369,7 +369,7 @@ def test_download_fails_when_the_response_headers_never_end(
     monkeypatch.setattr(http_client, "HEADERS_TIMEOUT_SECONDS", 0.3)
     start = time.monotonic()
     with pytest.raises(UnavailableError, match=r"5 attempts: the response headers did not arrive within 0\.3 s"):
-        fetch(serve(trickle_headers, tls if is_encrypted else None).url, tmp_path)
+        fetch(serve(send_headers_slowly, tls if is_encrypted else None).url, tmp_path)
     assert time.monotonic() - start < 10
 
 
@@ -476,7 +476,7 @@ def test_check_plain_http_rejects_public_hosts(host):
     check_plain_http(f"https://{host}/a", "It")
 
 
-def test_check_plain_http_allows_hosts_that_the_user_named():
+def test_check_plain_http_allows_hosts_that_the_user_allowed():
     allow_plain_http(["Example.com", ""])
     try:
         check_plain_http("http://example.com./a", "It")

@@ -62,11 +62,11 @@ def test_validate_image_rejects_a_malicious_image_with_a_reason(name):
     data, reason = MALICIOUS[name]
     try:
         validate_image(data)
-        found = "valid"
+        outcome = "valid"
     except Rejection as rejection:
-        found = rejection.reason
-        assert found in image_validation.REASONS
-    assert reason in (found, None)
+        outcome = rejection.reason
+        assert outcome in image_validation.REASONS
+    assert reason in (outcome, None)
 
 
 def _hang_on_request(data: bytes, *, keep_encoding: bool) -> ValidatedImage:
@@ -79,9 +79,9 @@ def _hang_on_request(data: bytes, *, keep_encoding: bool) -> ValidatedImage:
 
 def test_decode_pool_rejects_an_image_that_hangs_its_worker_and_validates_the_others(monkeypatch):
     monkeypatch.setattr(decode_pool, "IMAGE_TIMEOUT_SECONDS", 6.0)
-    good = encode("PNG")
+    valid = encode("PNG")
     with DecodePool(_hang_on_request, workers=1) as pool:
-        results = [result for _, result in pool.validate_all([good, b"hang", good], lambda data: data)]
+        results = [result for _, result in pool.validate_all([valid, b"hang", valid], lambda data: data)]
     assert [getattr(result, "reason", "valid") for result in results] == ["valid", "decoder hung", "valid"]
 
 

@@ -24,15 +24,15 @@ MIB = 2**20
 
 
 @pytest.fixture(scope="module")
-def good(tmp_path_factory) -> Path:
+def valid_models(tmp_path_factory) -> Path:
     """A directory with a small model as `a.keras` and as `a.h5`."""
-    folder = tmp_path_factory.mktemp("good")
+    directory = tmp_path_factory.mktemp("models")
     image = keras.Input((8, 8, 3))
     maps = keras.layers.Conv2D(2, 3, name="low")(keras.layers.RandomFlip()(image))
     model = keras.Model(image, keras.layers.Dense(2, name="classes")(keras.layers.Flatten()(maps)))
-    model.save(folder / "a.keras")
-    model.save(folder / "a.h5")
-    return folder
+    model.save(directory / "a.keras")
+    model.save(directory / "a.h5")
+    return directory
 
 
 def parts_of(file: Path) -> dict[str, Any]:
@@ -40,46 +40,46 @@ def parts_of(file: Path) -> dict[str, Any]:
         return {name: archive.read(name) for name in archive.namelist()}
 
 
-def packed(path: Path, parts: dict[str, bytes], method: int = zipfile.ZIP_STORED) -> Path:
+def write_zip(path: Path, parts: dict[str, bytes], method: int = zipfile.ZIP_STORED) -> Path:
     with zipfile.ZipFile(path, "w", method) as archive:
         for name, data in parts.items():
             archive.writestr(name, data)
     return path
 
 
-def with_config(good: Path, path: Path, change: Callable[[dict[str, Any]], None]) -> Path:
+def with_config(valid_models: Path, path: Path, change: Callable[[dict[str, Any]], None]) -> Path:
     """The valid model as `.keras` with a modified architecture."""
-    parts = parts_of(good / "a.keras")
+    parts = parts_of(valid_models / "a.keras")
     config = json.loads(parts["config.json"])
     change(config)
-    return packed(path, parts | {"config.json": json.dumps(config).encode()})
+    return write_zip(path, parts | {"config.json": json.dumps(config).encode()})
 
 
-def with_weights(good: Path, path: Path, change: Callable[[h5py.File], None]) -> Path:
+def with_weights(valid_models: Path, path: Path, change: Callable[[h5py.File], None]) -> Path:
     """The valid model as `.keras` with modified weights."""
-    parts = parts_of(good / "a.keras")
+    parts = parts_of(valid_models / "a.keras")
     file = io.BytesIO(parts["model.weights.h5"])
     with h5py.File(file, "r+") as weights:
         change(weights)
-    return packed(path, parts | {"model.weights.h5": file.getvalue()})
+    return write_zip(path, parts | {"model.weights.h5": file.getvalue()})
 
 
 def layer(config: dict[str, Any], name: str) -> dict[str, Any]:
-    return next(found for found in config["config"]["layers"] if found["config"]["name"] == name)
+    return next(layer_config for layer_config in config["config"]["layers"] if layer_config["config"]["name"] == name)
 
 
 def load_error(path: Path) -> str:
-    with pytest.raises(DataError) as refused:
+    with pytest.raises(DataError) as raised:
         load_model_safely(path)
-    return str(refused.value)
+    return str(raised.value)
 
 
 # Architectures
 
 
 def without_shapes(config):
-    for found in config["config"]["layers"]:
-        found.pop("build_config", None)
+    for layer_config in config["config"]["layers"]:
+        layer_config.pop("build_config", None)
 
 
 def huge_dense(config):
@@ -121,7 +121,7 @@ def unsafe_lambda_in_a_wrapper(config):
     config["config"]["layers"][1] |= {"class_name": "TimeDistributed", "config": {"name": "outer", "layer": inner}}
 
 
-def endless_nesting(config):
+def deep_nesting(config):
     inner: dict[str, Any] = {"class_name": "Dense"}
     for _ in range(70):
         inner = {"class_name": "Sequential", "config": {"layers": [inner]}}
@@ -141,18 +141,18 @@ ARCHITECTURES = [
     (runs_a_builtin, "contains builtins.eval"),
     (reads_a_file, "contains a StringLookup ("),
     (unsafe_lambda_in_a_wrapper, "contains a Lambda (spy)"),
-    (endless_nesting, "contains more than 200 levels of layers"),
+    (deep_nesting, "contains more than 200 levels of layers"),
     (no_layers, "cannot be loaded as a Keras model"),
 ]
 
 
 @pytest.mark.parametrize(("change", "message"), ARCHITECTURES, ids=[change.__name__ for change, _ in ARCHITECTURES])
-def test_hostile_architecture_is_rejected(good, tmp_path, change, message):
-    assert message in load_error(with_config(good, tmp_path / "b.keras", change))
+def test_hostile_architecture_is_rejected(valid_models, tmp_path, change, message):
+    assert message in load_error(with_config(valid_models, tmp_path / "b.keras", change))
 
 
-def test_oversized_architecture_is_rejected_in_h5(good, tmp_path):
-    shutil.copy(good / "a.h5", tmp_path / "b.h5")
+def test_oversized_architecture_is_rejected_in_h5(valid_models, tmp_path):
+    shutil.copy(valid_models / "a.h5", tmp_path / "b.h5")
     with h5py.File(tmp_path / "b.h5", "r+") as file:
         config = json.loads(file.attrs["model_config"])
         huge_dense(config)
@@ -160,38 +160,38 @@ def test_oversized_architecture_is_rejected_in_h5(good, tmp_path):
     assert "describes layers with 73000000000058 parameters" in load_error(tmp_path / "b.h5")
 
 
-def test_size_check_does_not_affect_loaded_weights(good):
+def test_size_check_does_not_affect_loaded_weights(valid_models):
     for name in ("a.keras", "a.h5"):
-        model = load_model_safely(good / name)
+        model = load_model_safely(valid_models / name)
         assert all(np.isfinite(weight).all() for weight in model.get_weights())
         assert np.abs(model.get_layer("low").get_weights()[0]).sum() > 0
-    np.testing.assert_array_equal(model.get_weights()[0], load_model_safely(good / "a.keras").get_weights()[0])
+    np.testing.assert_array_equal(model.get_weights()[0], load_model_safely(valid_models / "a.keras").get_weights()[0])
     assert keras.Sequential([keras.Input((2,)), keras.layers.Dense(3)]).count_params() == 9
 
 
 # Containers
 
 
-def bomb_of_weights(good, path):
-    packed(path, parts_of(good / "a.keras") | {"model.weights.h5": bytes(24 * MIB)}, zipfile.ZIP_DEFLATED)
+def weights_bomb(valid_models, path):
+    write_zip(path, parts_of(valid_models / "a.keras") | {"model.weights.h5": bytes(24 * MIB)}, zipfile.ZIP_DEFLATED)
 
 
-def bomb_of_an_architecture(good, path):
-    packed(path, parts_of(good / "a.keras") | {"config.json": b" " * 17 * MIB}, zipfile.ZIP_DEFLATED)
+def architecture_bomb(valid_models, path):
+    write_zip(path, parts_of(valid_models / "a.keras") | {"config.json": b" " * 17 * MIB}, zipfile.ZIP_DEFLATED)
 
 
-def deep_json(good, path):
-    packed(path, parts_of(good / "a.keras") | {"config.json": b"[" * 200_000})
+def deep_json(valid_models, path):
+    write_zip(path, parts_of(valid_models / "a.keras") | {"config.json": b"[" * 200_000})
 
 
-def further_files(good, path):
-    packed(path, parts_of(good / "a.keras") | {"assets/../../evil": b"x"})
+def additional_files(valid_models, path):
+    write_zip(path, parts_of(valid_models / "a.keras") | {"assets/../../evil": b"x"})
 
 
-def two_architectures(good, path):
-    packed(path, parts_of(good / "a.keras"))
+def two_architectures(valid_models, path):
+    write_zip(path, parts_of(valid_models / "a.keras"))
     with pytest.warns(UserWarning, match="Duplicate"), zipfile.ZipFile(path, "a") as archive:
-        archive.writestr("config.json", parts_of(good / "a.keras")["config.json"])
+        archive.writestr("config.json", parts_of(valid_models / "a.keras")["config.json"])
 
 
 class Trace:
@@ -204,27 +204,27 @@ class Trace:
         return Path.touch, (self.path,)
 
 
-def pickle_in_npz(good, path):
-    parts = parts_of(good / "a.keras")
+def pickle_in_npz(valid_models, path):
+    parts = parts_of(valid_models / "a.keras")
     del parts["model.weights.h5"]
     file = io.BytesIO()
     np.savez(file, low=np.array([Trace(path.parent / "ran")], dtype=object))
-    packed(path, parts | {"model.weights.npz": file.getvalue()})
+    write_zip(path, parts | {"model.weights.npz": file.getvalue()})
 
 
-def bare_pickle(good, path):
+def bare_pickle(valid_models, path):
     path.write_bytes(pickle.dumps(Trace(path.parent / "ran")))
 
 
-def legacy_zip(good, path):
-    packed(path, {"saved_model.pb": b"x", "variables/variables.index": b"x"})
+def legacy_zip(valid_models, path):
+    write_zip(path, {"saved_model.pb": b"x", "variables/variables.index": b"x"})
 
 
 CONTAINERS = [
-    (bomb_of_weights, "is rejected: it contains model.weights.h5 with 25165824 bytes, compressed to"),
-    (bomb_of_an_architecture, "is rejected: it contains config.json with 17825792 bytes, compressed to"),
+    (weights_bomb, "is rejected: it contains model.weights.h5 with 25165824 bytes, compressed to"),
+    (architecture_bomb, "is rejected: it contains config.json with 17825792 bytes, compressed to"),
     (deep_json, "is not a Keras model"),
-    (further_files, "Other files are never read."),
+    (additional_files, "Other files are never read."),
     (two_architectures, "each once"),
     (pickle_in_npz, "contains config.json, metadata.json, model.weights.npz, but a .keras file contains"),
     (bare_pickle, "is not a Keras model"),
@@ -233,20 +233,20 @@ CONTAINERS = [
 
 
 @pytest.mark.parametrize(("write", "message"), CONTAINERS, ids=[write.__name__ for write, _ in CONTAINERS])
-def test_hostile_container_is_rejected(good, tmp_path, write, message):
-    write(good, tmp_path / "b.keras")
+def test_hostile_container_is_rejected(valid_models, tmp_path, write, message):
+    write(valid_models, tmp_path / "b.keras")
     assert message in load_error(tmp_path / "b.keras")
     assert [path.name for path in tmp_path.iterdir()] == ["b.keras"]
 
 
-def test_polyglot_file_is_checked_as_the_model_that_is_loaded(good, tmp_path):
-    """HDF5 with a Lambda, followed by a zip without one: Keras decides by file name, and so must the inspection."""
+def test_polyglot_file_is_checked_as_the_model_that_is_loaded(valid_models, tmp_path):
+    """HDF5 with a Lambda, followed by a zip without one: Keras and the check choose the format by file name."""
     image = keras.Input((8, 8, 3))
     spy = keras.layers.Lambda(lambda x, path=str(tmp_path / "ran"): (Path(path).touch(), x)[1], name="spy")
     model = keras.Model(image, keras.layers.Conv2D(2, 1)(spy(image)))
     (tmp_path / "ran").unlink(missing_ok=True)
     model.save(tmp_path / "b.h5")
-    packed(tmp_path / "c.keras", parts_of(good / "a.keras"))
+    write_zip(tmp_path / "c.keras", parts_of(valid_models / "a.keras"))
     (tmp_path / "b.h5").write_bytes((tmp_path / "b.h5").read_bytes() + (tmp_path / "c.keras").read_bytes())
     assert zipfile.is_zipfile(tmp_path / "b.h5")
     assert "contains a Lambda (spy)" in load_error(tmp_path / "b.h5")
@@ -256,15 +256,15 @@ def test_polyglot_file_is_checked_as_the_model_that_is_loaded(good, tmp_path):
 # Arrays
 
 
-def first(file: h5py.File) -> tuple[h5py.Group, str]:
+def find_array(file: h5py.File) -> tuple[h5py.Group, str]:
     """Return the group and name of an array."""
-    found: list[str] = []
-    file.visititems(lambda name, item: found.append(name) if isinstance(item, h5py.Dataset) else None)
-    return file[found[-1]].parent, found[-1].rsplit("/", 1)[-1]
+    array_names: list[str] = []
+    file.visititems(lambda name, item: array_names.append(name) if isinstance(item, h5py.Dataset) else None)
+    return file[array_names[-1]].parent, array_names[-1].rsplit("/", 1)[-1]
 
 
-def replaced(file: h5py.File, make: Callable[[h5py.Group, str], object]) -> None:
-    group, name = first(file)
+def replace_array(file: h5py.File, make: Callable[[h5py.Group, str], object]) -> None:
+    group, name = find_array(file)
     del group[name]
     make(group, name)
 
@@ -281,7 +281,7 @@ def external_storage(group, name):
     group.create_dataset(name, (100,), "u1", external=[("/etc/passwd", 0, 100)])
 
 
-def virtual(group, name):
+def virtual_dataset(group, name):
     layout = h5py.VirtualLayout((2,), "f4")
     layout[0] = h5py.VirtualSource("/etc/passwd", "x", (1,))[0]
     group.create_virtual_dataset(name, layout)
@@ -295,7 +295,7 @@ def packed_zeros(group, name):
     group.create_dataset(name, data=np.zeros(10_000_000, "f4"), compression="gzip", compression_opts=9)
 
 
-def texts(group, name):
+def strings(group, name):
     group.create_dataset(name, data=["text"], dtype=h5py.string_dtype())
 
 
@@ -311,7 +311,7 @@ def unknown_filter(group, name):
     h5py.h5d.create(group.id, name.encode(), h5py.h5t.NATIVE_FLOAT, space, properties)
 
 
-def own_type(group, name):
+def named_type(group, name):
     group[name] = np.dtype("f4")
 
 
@@ -319,71 +319,71 @@ ARRAYS = [
     (external_link, "contains a link"),
     (soft_link, "contains a link"),
     (external_storage, "contains values stored in another file"),
-    (virtual, "contains values stored in another file"),
+    (virtual_dataset, "contains values stored in another file"),
     (huge_shape, "with 1000000x1000000 values in 0 bytes"),
     (packed_zeros, "with 10000000 values in"),
-    (texts, "contains values of type object"),
+    (strings, "contains values of type object"),
     (references, "contains values of type object"),
     (unknown_filter, "contains values compressed with an unknown filter (32015)"),
-    (own_type, "contains a named data type"),
+    (named_type, "contains a named data type"),
 ]
 
 
 @pytest.mark.parametrize(("make", "message"), ARRAYS, ids=[make.__name__ for make, _ in ARRAYS])
-def test_hostile_arrays_are_rejected_in_models_and_weights(good, tmp_path, make, message):
-    path = with_weights(good, tmp_path / "b.keras", lambda file: replaced(file, make))
+def test_hostile_arrays_are_rejected_in_models_and_weights(valid_models, tmp_path, make, message):
+    path = with_weights(valid_models, tmp_path / "b.keras", lambda file: replace_array(file, make))
     assert message in load_error(path)
-    shutil.copy(good / "a.h5", tmp_path / "b.h5")
+    shutil.copy(valid_models / "a.h5", tmp_path / "b.h5")
     with h5py.File(tmp_path / "b.h5", "r+") as file:
-        replaced(file, make)
+        replace_array(file, make)
     assert message in load_error(tmp_path / "b.h5")
     (tmp_path / "c.weights.h5").write_bytes(parts_of(path)["model.weights.h5"])
-    with pytest.raises(DataError) as refused:
+    with pytest.raises(DataError) as raised:
         load_weights(keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)]), tmp_path / "c.weights.h5", "Any")
-    assert message in str(refused.value)
+    assert message in str(raised.value)
 
 
-def test_circular_groups_terminate(good, tmp_path):
+def test_circular_groups_terminate(valid_models, tmp_path):
     def circle(file):
         file["circle"] = file["/"]
 
-    path = with_weights(good, tmp_path / "b.keras", circle)
-    assert load_model_safely(path).count_params() == load_model_safely(good / "a.keras").count_params()
+    path = with_weights(valid_models, tmp_path / "b.keras", circle)
+    assert load_model_safely(path).count_params() == load_model_safely(valid_models / "a.keras").count_params()
 
 
 @pytest.mark.parametrize("name", ["a.keras", "a.h5"])
-def test_any_corruption_gives_a_clear_error(good, tmp_path, name):
+def test_any_corruption_gives_a_clear_error(valid_models, tmp_path, name):
     """Corrupts the container and the architecture; the structure of HDF5 is corrupted in another test."""
-    chance = random.Random(3)
-    whole = (good / name).read_bytes()
-    begins = whole.find(b'{"')
+    rng = random.Random(3)
+    content = (valid_models / name).read_bytes()
+    json_start = content.find(b'{"')
     for _ in range(12):
-        data = bytearray(whole)
-        for _ in range(chance.randint(1, 4)):
-            data[chance.choice([chance.randrange(len(data)), begins + chance.randrange(2000)])] = chance.randrange(256)
-        (tmp_path / name).write_bytes(data[: chance.choice([len(data), len(data), chance.randrange(len(data))])])
+        data = bytearray(content)
+        for _ in range(rng.randint(1, 4)):
+            data[rng.choice([rng.randrange(len(data)), json_start + rng.randrange(2000)])] = rng.randrange(256)
+        (tmp_path / name).write_bytes(data[: rng.choice([len(data), len(data), rng.randrange(len(data))])])
         try:
             load_model_safely(tmp_path / name)
         except DataError as error:
             assert str(error).startswith(name)
 
 
-def test_any_mutated_architecture_gives_a_clear_error(good, tmp_path):
-    """Replaces values of the architecture: any error a layer raises is caused by the file."""
-    chance = random.Random(4)
-    parts = parts_of(good / "a.keras")
+def test_any_mutated_architecture_gives_a_clear_error(valid_models, tmp_path):
+    """Replaces values of the architecture: any error that a layer raises is reported as an error in the file."""
+    rng = random.Random(4)
+    parts = parts_of(valid_models / "a.keras")
     config = json.loads(parts["config.json"])
     for _ in range(25):
         changed = copy.deepcopy(config)
-        place: Any = changed["config"]["layers"]
-        while isinstance(place, dict | list) and place:
-            keys = list(place) if isinstance(place, dict) else list(range(len(place)))
-            key, above = chance.choice(keys), place
-            place = place[key]
-            if chance.random() < 0.3:
+        node: Any = changed["config"]["layers"]
+        while isinstance(node, dict | list) and node:
+            keys = list(node) if isinstance(node, dict) else list(range(len(node)))
+            key, parent = rng.choice(keys), node
+            node = node[key]
+            if rng.random() < 0.3:
                 break
-        above[key] = chance.choice([None, -1, 10**30, 1e308, "", "x" * 50, [], {}, [[]], {"a": []}, True])
-        packed(tmp_path / "b.keras", parts | {"config.json": json.dumps(changed).encode()})
+        parent[key] = rng.choice([None, -1, 10**30, 1e308, "", "x" * 50, [], {}, [[]], {"a": []}, True])
+        write_zip(tmp_path / "b.keras", parts | {"config.json": json.dumps(changed).encode()})
         try:
             load_model_safely(tmp_path / "b.keras")
         except DataError as error:

@@ -98,15 +98,15 @@ def test_values_of_secret_variables_are_redacted_in_every_spelling(environment_s
 
 
 def test_log_lines_names_and_reasons_are_redacted(environment_secrets, tmp_path):
-    logged = io.StringIO()
+    log_output = io.StringIO()
     for log_format in LogFormat:
-        configure_logging(log_format, logged)
+        configure_logging(log_format, log_output)
         structlog.get_logger("topwork").info(
             f"fetched with {KEY}", uri=f"https://a:{KEY}@b/c", path=Path(KEY), names=[KEY], token="x FwoGZXIvYXdzEJr"
         )
         structlog.get_logger("topwork").error("failed", exc_info=KeyError(KEY))
-    assert logged.getvalue().count("***") == 12
-    assert not any(secret in logged.getvalue() for secret in (KEY, "FwoGZXIvYXdzEJr"))
+    assert log_output.getvalue().count("***") == 12
+    assert not any(secret in log_output.getvalue() for secret in (KEY, "FwoGZXIvYXdzEJr"))
     assert str(Rejection("missing", f"{KEY} is not there")) == "('missing', '*** is not there')"
     (tmp_path / "cat").mkdir()
     (tmp_path / "cat" / f"{SIGNATURE} sig={SIGNATURE}.jpg").write_bytes(b"one")
@@ -189,7 +189,7 @@ def test_tracebacks_are_json_in_a_container():
     ],
 )
 def test_spec_with_a_secret_is_rejected_without_showing_it(uri):
-    """It would be stored next to the model, and become part of the run's name."""
+    """The URI would be stored next to the model and would affect the name of the run."""
     text = f"apiVersion: topwork.dev/v1alpha1\nspec:\n  dataset:\n    source:\n      archive:\n        uri: {uri}\n"
     with pytest.raises(InvalidSpecError, match="but specs are stored and shared") as raised:
         read_text(text, "job.yaml")

@@ -33,11 +33,11 @@ VALUES: list[Any] = [
 
 
 def known_keys() -> list[str]:
-    found: set[str] = set()
+    keys: set[str] = set()
 
     def collect(value: Any) -> None:
         if isinstance(value, dict):
-            found.update(map(str, value))
+            keys.update(map(str, value))
             for inner in value.values():
                 collect(inner)
         elif isinstance(value, list):
@@ -47,7 +47,7 @@ def known_keys() -> list[str]:
     for text in TEXTS:
         for document in YAML(typ="safe", pure=True).load_all(text):
             collect(document)
-    return sorted(found)
+    return sorted(keys)
 
 
 def problems_of(text: str) -> tuple[str, ...]:
@@ -129,7 +129,7 @@ def mutate_lines(rng: random.Random) -> str:
 
 def test_generated_specs_result_in_jobs_or_problems():
     rng, keys = random.Random(1), known_keys()
-    documents = [found for text in TEXTS for found in YAML(typ="safe", pure=True).load_all(text) if found]
+    documents = [document for text in TEXTS for document in YAML(typ="safe", pure=True).load_all(text) if document]
     rejected = sum(bool(problems_of(generate_spec(rng, keys, documents))) for _ in range(GENERATED))
     print(f"{GENERATED} generated specs: {rejected} rejected, {GENERATED - rejected} accepted")
     assert rejected > GENERATED // 2

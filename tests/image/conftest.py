@@ -17,7 +17,7 @@ from topwork.cluster.names import STORAGE_SECRET
 from topwork.spec import TransferJob
 from topwork.spec.loading.loader import read_jobs
 
-# Pulling or building the base image, installing TensorFlow and writing 2 GB can take long on a slow machine.
+# Pulling or building the base image, installing TensorFlow and writing 2 GB can take a long time on a slow machine.
 BUILD_SECONDS = 1500
 # The CA certificates of this machine, for networks with their own certificate authority.
 CA_BUNDLE = Path("/etc/ssl/certs/ca-certificates.crt")
@@ -40,7 +40,7 @@ def image() -> str:
 
 
 def run_build(*command: str) -> None:
-    """Run a build command. With `chroot` isolation, build steps need no permission to start containers."""
+    """Run a build command. With `chroot` isolation, build steps require no permission to start containers."""
     completed = subprocess.run(
         command,
         env=os.environ | {"BUILDAH_ISOLATION": "chroot"},
@@ -54,7 +54,7 @@ def run_build(*command: str) -> None:
 
 
 def read_example(name: str, **spec: Any) -> TransferJob:
-    """Read an example; keyword arguments replace whole keys of its spec."""
+    """Read an example; keyword arguments replace top-level keys of its spec."""
     (job,) = read_jobs(Path("examples") / f"{name}.yaml")
     content = job.model_dump(mode="json", by_alias=True, exclude_unset=True)
     return TransferJob.model_validate(content | {"spec": content["spec"] | spec})
@@ -81,7 +81,7 @@ def solar(s3_settings: StorageSettings, secret: dict[str, str]) -> Storage:
 
 
 class PodFactory:
-    """Creates the pods of rendered Jobs like the Job controller, and removes their containers at the end."""
+    """Creates the pods of rendered Jobs as the Job controller does, and removes their containers after the test."""
 
     def __init__(self, directory: Path, secret: dict[str, str]) -> None:
         self._directory = directory
@@ -108,7 +108,7 @@ class PodFactory:
 
 @pytest.fixture
 def make_pod(image: str, secret: dict[str, str], tmp_path: Path) -> Iterator[Callable[..., Pod]]:
-    """Create pods of jobs."""
+    """Function that creates the pod of a job."""
     pods = PodFactory(tmp_path, secret)
     yield pods
     pods.remove()
@@ -118,7 +118,7 @@ def make_pod(image: str, secret: dict[str, str], tmp_path: Path) -> Iterator[Cal
 def solar_base(
     image: str, secret: dict[str, str], solar: Storage, tmp_path_factory: pytest.TempPathFactory
 ) -> TransferJob:
-    """The job that trains the base of the transfer example, completed in the image."""
+    """The job that trains the base of the transfer example. It has already completed in the image."""
     job = read_example("solar-base")
     pods = PodFactory(tmp_path_factory.mktemp("solar-base"), secret)
     pod = pods(job)
@@ -131,7 +131,7 @@ def solar_base(
 
 @pytest.fixture
 def in_image(image: str) -> Callable[..., "subprocess.CompletedProcess[str]"]:
-    """Run a program in the image; the default is its entry point."""
+    """Function that runs a program in the image, by default its entry point."""
 
     def run(*arguments: str, program: str | None = None) -> "subprocess.CompletedProcess[str]":
         entrypoint = ["--entrypoint", program] if program else []

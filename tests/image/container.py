@@ -14,7 +14,7 @@ from tests.image.podman import run_podman
 
 from topwork.cluster.termination_message import TerminationMessage, parse_termination_message
 
-# Size of the end of the log that Kubernetes uses with FallbackToLogsOnError.
+# Kubernetes uses this much of the end of the log with FallbackToLogsOnError.
 LOG_TAIL_BYTES = 2048
 # podman creates these in every container; Kubernetes mounts its own.
 PODMAN_FILES = {"/etc/hosts", "/etc/hostname", "/etc/resolv.conf", "/etc/mtab", "/run/.containerenv", "/run/secrets"}
@@ -26,15 +26,15 @@ class TerminatedContainer:
 
     Attributes:
         exit_code: Exit code of its process.
-        message: Its termination message, like in the container status of Kubernetes.
+        message: Its termination message, as in the container status of Kubernetes.
         log: Its complete log.
-        written: Files outside of its mounts that it created or changed.
+        changed_files: Files outside its mounts that it created or changed.
     """
 
     exit_code: int
     message: str
     log: str
-    written: list[str]
+    changed_files: list[str]
 
     @property
     def termination_message(self) -> TerminationMessage | None:
@@ -78,11 +78,11 @@ class Container:
 
     @property
     def is_running(self) -> bool:
-        """Whether its process is running."""
+        """Whether the container is running."""
         return self._inspect("{{.State.Running}}") == "true"
 
     def wait_for_log(self, condition: Callable[[str], bool], seconds: float = 600) -> None:
-        """Wait until a condition holds for the log."""
+        """Wait until the log meets a condition."""
         deadline = time.monotonic() + seconds
         while not condition(log := self.log):
             assert self.is_running, log
@@ -117,26 +117,26 @@ class Container:
         return set(owners.stdout.split())
 
     def stop(self) -> TerminatedContainer:
-        """Send SIGTERM, and SIGKILL after the grace period, like the kubelet."""
+        """Send SIGTERM, and SIGKILL after the grace period, as the kubelet does."""
         run_podman("stop", self._name, seconds=900)
         return self.wait()
 
     def wait(self, seconds: float = 900) -> TerminatedContainer:
-        """Wait until it terminates, and remove it."""
+        """Wait until the container terminates, and remove it."""
         code = int(run_podman("wait", self._name, seconds=seconds).stdout)
         log = self.log
         message = self._termination_log.read_text()
         if not message and self._fallback_to_logs and code:
             message = log[-LOG_TAIL_BYTES:]
-        terminated = TerminatedContainer(code, message, log, self._written())
+        terminated = TerminatedContainer(code, message, log, self._changed_files())
         self.remove()
         return terminated
 
     def remove(self) -> None:
-        """Remove it, even if it is still running."""
+        """Remove the container, even if it is still running."""
         run_podman("rm", "--force", "--time", "0", "--ignore", self._name)
 
-    def _written(self) -> list[str]:
+    def _changed_files(self) -> list[str]:
         changes = json.loads(run_podman("diff", "--format", "json", self._name).stdout)
         paths = [path for paths in changes.values() for path in paths or ()]
         # podman creates mount points and their parent directories in the layer of the container.

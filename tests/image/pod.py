@@ -1,7 +1,7 @@
-"""Runs the containers of a rendered pod with podman, according to the pod template, like the kubelet.
+"""Runs the containers of a rendered pod with podman according to the pod template, as the kubelet does.
 
 Each key of the template is either implemented here or listed in `IGNORED_KEYS`; any other key fails the test. The
-tests thus cover the complete pod, without repeating its settings.
+tests therefore cover the complete pod without repeating its settings.
 """
 
 import math
@@ -50,7 +50,7 @@ class Pod:
             *("terminationGracePeriodSeconds", "automountServiceAccountToken", "enableServiceLinks"),
         )
         assert spec["restartPolicy"] == "Never"
-        # Both would add data from the cluster to the containers.
+        # Both would add cluster data to the containers.
         assert spec["automountServiceAccountToken"] is spec["enableServiceLinks"] is False
         self._namespace = namespace
         self._directory = directory / f"pod-{uuid.uuid4().hex[:8]}"
@@ -72,7 +72,7 @@ class Pod:
         termination_log.touch()
         termination_log.chmod(0o666)
         mount_path = container.get("terminationMessagePath", TERMINATION_LOG)
-        # Values with credentials are not on the command line, because all users of the machine can read it.
+        # Credentials must not be on the command line, because all users of the machine can read it.
         variables = self._environment(container)
         options = [
             *LIMITS,
@@ -108,7 +108,7 @@ class Pod:
         return [name for name, limit in limits.items() if disk_usage(self.volumes[name]) > limit]
 
     def _volumes(self) -> Iterator[tuple[str, Path]]:
-        """Create the directories of the volumes: ConfigMaps with their files, emptyDirs writable for the group."""
+        """Create the directories of the volumes: ConfigMaps with their files, and writable emptyDirs."""
         for volume in self._spec["volumes"]:
             require_known_keys(volume, "name", "configMap", "emptyDir")
             directory = self._directory / volume["name"]
@@ -186,7 +186,7 @@ def resource_options(resources: KubernetesObject) -> list[str]:
 
 
 def resource_value(variable: KubernetesObject, container: KubernetesObject) -> str:
-    """Return the value of a variable with a `resourceFieldRef`. Like Kubernetes, it rounds fractions of a core up."""
+    """Return the value of a variable with a `resourceFieldRef`. Like Kubernetes, this rounds up fractions of a core."""
     reference = require_known_keys(
         require_known_keys(variable["valueFrom"], "resourceFieldRef")["resourceFieldRef"], "resource"
     )["resource"]

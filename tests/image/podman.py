@@ -9,9 +9,8 @@ MISSING = "podman is not installed, and the image tests need it. Install it with
 
 # In many sandboxes, not even root may raise limits, and podman's default limits fail (setrlimit: Operation not
 # permitted). These are lower, but sufficient for TensorFlow's threads.
-#
-# crun 1.8 (Debian bookworm) does not start on hosts that mount both versions of cgroups; runc does.
 LIMITS = ("--ulimit", "nofile=16384:16384", "--ulimit", "nproc=16384:16384")
+# crun 1.8 (Debian bookworm) does not start on hosts that mount both versions of cgroups; runc does.
 RUNTIME = ("--runtime", "runc")
 
 

@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.image, pytest.mark.timeout(1800)]
 
 MAX_BYTES = 2.6e9
 BUILD_TOOLS = ("gcc", "cc", "g++", "clang", "ld", "make", "uv", "git")
-# Prints all modules without byte code, which Python would compile at each start: the file system is read-only.
+# Prints all modules without bytecode. On a read-only file system, Python would compile them again at each start.
 PRINT_UNCOMPILED = """
 import importlib.util, pathlib, site, sysconfig
 library = pathlib.Path(sysconfig.get_path("stdlib"))
@@ -25,14 +25,14 @@ for path in [*standard, *(path for root in site.getsitepackages() for path in pa
 
 
 @pytest.fixture(scope="module")
-def inspected(image):
-    (inspected,) = json.loads(run_podman("image", "inspect", image).stdout)
-    return inspected
+def metadata(image):
+    (metadata,) = json.loads(run_podman("image", "inspect", image).stdout)
+    return metadata
 
 
-def test_image_has_opencontainers_labels(inspected):
+def test_image_has_opencontainers_labels(metadata):
     project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
-    labels = {name.rpartition(".")[2]: text for name, text in inspected["Labels"].items() if "opencontainers" in name}
+    labels = {name.rpartition(".")[2]: text for name, text in metadata["Labels"].items() if "opencontainers" in name}
     assert len(labels.pop("revision").removesuffix("-dirty")) == 40
     assert labels == {
         "title": project["name"],
@@ -41,11 +41,11 @@ def test_image_has_opencontainers_labels(inspected):
         "licenses": project["license"],
         "source": "",
     }
-    assert inspected["Labels"]["dev.topwork.accelerator"] == "cpu"
+    assert metadata["Labels"]["dev.topwork.accelerator"] == "cpu"
 
 
-def test_image_runs_topwork_under_tini_as_a_numeric_user(inspected):
-    config = inspected["Config"]
+def test_image_runs_topwork_under_tini_as_a_numeric_user(metadata):
+    config = metadata["Config"]
     assert (config["User"], config["Entrypoint"], config["Cmd"]) == (
         "65532:65532",
         ["tini", "--", "topwork"],
@@ -53,10 +53,10 @@ def test_image_runs_topwork_under_tini_as_a_numeric_user(inspected):
     )
 
 
-def test_image_size_is_below_its_limit(inspected, capsys):
+def test_image_size_is_below_its_limit(metadata, capsys):
     with capsys.disabled():
-        print(f" {inspected['Size'] / 1e9:.2f} GB", end=" ")
-    assert inspected["Size"] < MAX_BYTES
+        print(f" {metadata['Size'] / 1e9:.2f} GB", end=" ")
+    assert metadata["Size"] < MAX_BYTES
 
 
 def test_topwork_runs_on_a_read_only_root_without_mounts(in_image):
@@ -64,15 +64,15 @@ def test_topwork_runs_on_a_read_only_root_without_mounts(in_image):
 
 
 def test_image_has_no_build_tools(in_image):
-    listed = in_image("-c", f"for tool in {' '.join(BUILD_TOOLS)}; do command -v $tool || true; done", program="sh")
-    assert listed.stdout == ""
+    result = in_image("-c", f"for tool in {' '.join(BUILD_TOOLS)}; do command -v $tool || true; done", program="sh")
+    assert result.stdout == ""
 
 
 def test_image_has_no_caches_or_package_lists(in_image):
     directories = "/root/.cache /home/topwork /var/lib/apt/lists /var/cache/apt /tmp /var/tmp /source /package"
-    listed = in_image("-c", f"find {directories} -type f 2>/dev/null || true", program="sh")
-    assert listed.stdout == ""
+    result = in_image("-c", f"find {directories} -type f 2>/dev/null || true", program="sh")
+    assert result.stdout == ""
 
 
-def test_image_has_byte_code_of_all_modules(in_image):
+def test_image_has_bytecode_of_all_modules(in_image):
     assert in_image("-c", PRINT_UNCOMPILED, program="python3").stdout == ""

@@ -37,7 +37,7 @@ def test_rendered_job_publishes_a_model_that_plain_keras_loads(transfer_pod, sol
         container = pod.start(stage)
         container.wait_for_metric(f'topwork_stage_running{{stage="{stage}"}}')
         assert container.port == METRICS_PORTS[stage]
-        # Prometheus still scrapes the terminated containers; they must not appear as targets that are down.
+        # Prometheus still scrapes terminated containers, which must not appear as targets that are down.
         for earlier in STAGES[: STAGES.index(stage)]:
             with urllib.request.urlopen(f"http://127.0.0.1:{METRICS_PORTS[earlier]}/metrics", timeout=60) as response:
                 assert response.read() == b""
@@ -45,7 +45,7 @@ def test_rendered_job_publishes_a_model_that_plain_keras_loads(transfer_pod, sol
         assert container.user_ids() == {"65532"}
         terminated[stage] = container.wait()
         assert terminated[stage].exit_code == 0, terminated[stage].log
-        assert terminated[stage].written == []
+        assert terminated[stage].changed_files == []
     assert pod.volumes_over_limit() == []
 
     latest = json.loads(solar.read(f"models/{job.model_name}/latest.json"))
@@ -68,10 +68,10 @@ def test_rendered_job_publishes_a_model_that_plain_keras_loads(transfer_pod, sol
     image = tmp_path / "cell.png"
     rows = solar.read("pictures/poly.csv").decode().splitlines()
     image.write_bytes(solar.read(f"pictures/{rows[1].split(',')[0]}"))
-    plain = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-c", PREDICT_WITH_KERAS, tmp_path / "model.keras", image],
         capture_output=True,
         text=True,
         check=True,
     )
-    assert sum(json.loads(plain.stdout)) == pytest.approx(1, abs=1e-5)
+    assert sum(json.loads(completed.stdout)) == pytest.approx(1, abs=1e-5)

@@ -10,7 +10,7 @@ from topwork.cluster.termination_message import TerminationMessage
 
 pytestmark = [pytest.mark.image, pytest.mark.timeout(1800)]
 
-# Epochs take milliseconds: with so many, the stage is still running when the signal arrives.
+# Epochs take milliseconds. With this many, the stage is still running when the signal arrives.
 TRANSFER = {"train": "head", "epochs": 150, "batchSize": 10}
 STEPS = [{"layers": 1, "epochs": 100, "learningRate": 1e-4}, {"layers": 2, "epochs": 50, "learningRate": 1e-5}]
 DOWNLOADED_BYTES = 'topwork_storage_bytes_total{direction="download"}'
@@ -34,8 +34,8 @@ def job(solar, solar_base):
 
 
 @pytest.fixture
-def next_pod(make_pod, job):
-    """Create the pod of the next attempt and start a stage; the earlier stages are already complete."""
+def start_in_next_pod(make_pod, job):
+    """Function that creates the pod of the next attempt and starts a stage, after the completed earlier stages."""
 
     def start(stage):
         pod = make_pod(job)
@@ -55,7 +55,7 @@ def trained_epochs(terminated):
 
 
 def stop(container, stage, run):
-    """Stop a container like the kubelet, check its exit code, message and files, and return it."""
+    """Stop a container as the kubelet does, and check its exit code, message and files; returns its final state."""
     terminated = container.stop()
     assert terminated.exit_code == 143, terminated.log
     assert terminated.termination_message.model_copy(
@@ -63,7 +63,7 @@ def stop(container, stage, run):
     ) == TerminationMessage(stage=stage, outcome="stopped", exit_code=143, run=run)
     assert "Start the same job again to resume" in terminated.termination_message.error
     assert "Traceback" not in terminated.log
-    assert terminated.written == []
+    assert terminated.changed_files == []
     return terminated
 
 
@@ -78,19 +78,19 @@ def wait_until_done(container, stage, run):
     return terminated
 
 
-def test_run_stopped_in_every_stage_trains_each_epoch_once(next_pod, job, solar):
-    container = next_pod("pull")
+def test_run_stopped_in_every_stage_trains_each_epoch_once(start_in_next_pod, job, solar):
+    container = start_in_next_pod("pull")
     container.wait_for_metric(DOWNLOADED_BYTES, at_least=1e6)
     stop(container, "pull", job.run)
-    wait_until_done(next_pod("pull"), "pull", job.run)
+    wait_until_done(start_in_next_pod("pull"), "pull", job.run)
 
     trained = []
     for stage, planned in (("transfer", 150), ("fine-tune", 150)):
-        container = next_pod(stage)
+        container = start_in_next_pod(stage)
         container.wait_for_log(lambda log: '"epoch": 5,' in log)
         first = stop(container, stage, job.run)
         assert first.termination_message.epochs == len(trained_epochs(first))
-        second = wait_until_done(next_pod(stage), stage, job.run)
+        second = wait_until_done(start_in_next_pod(stage), stage, job.run)
         assert trained_epochs(first) + trained_epochs(second) == list(range(1, planned + 1))
         assert second.termination_message.epochs == planned
         trained += [(stage, epoch) for epoch in range(1, planned + 1)]

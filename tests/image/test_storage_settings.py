@@ -12,7 +12,7 @@ UNREACHABLE = "http://127.0.0.1:9"
 
 @pytest.fixture
 def pull(make_pod, solar):
-    """Run the pull container of the transfer example with a different Secret, and return the job and the container."""
+    """Function that runs the pull container of the transfer example with a Secret; returns the job and final state."""
 
     def run(secret):
         job = read_example("solar-transfer")

@@ -24,8 +24,8 @@ def merge_applied(
         old: The stored object; None if it does not exist.
         body: The applied object.
         owned: Fields by the manager that owns them.
-        manager: The manager that applies.
-        force: Whether to take fields from other managers.
+        manager: The manager that applies the object.
+        force: Whether to take ownership of fields from other managers.
 
     Returns:
         The merged object, and its fields by manager.
@@ -36,12 +36,12 @@ def merge_applied(
     new = copy.deepcopy(old or {"apiVersion": body["apiVersion"], "kind": body["kind"], "metadata": {}})
     others = set().union(*(paths for name, paths in owned.items() if name != manager))
     for path in owned.get(manager, set()) - applied.keys() - others:
-        _drop(new, path)
+        _remove_field(new, path)
     for path, value in applied.items():
-        _put(new, path, value)
-    now = owned | {manager: set(applied)}
-    new["metadata"]["managedFields"] = _managed_fields(body["apiVersion"], now, old)
-    return new, now
+        _set_field(new, path, value)
+    new_owned = owned | {manager: set(applied)}
+    new["metadata"]["managedFields"] = _managed_fields(body["apiVersion"], new_owned, old)
+    return new, new_owned
 
 
 def leaves(obj: Object) -> dict[Path, Any]:
@@ -49,11 +49,11 @@ def leaves(obj: Object) -> dict[Path, Any]:
 
     def walk(value: Any, path: Path) -> Iterator[tuple[Path, Any]]:
         if isinstance(value, dict) and value:
-            for key, each in value.items():
-                yield from walk(each, (*path, key))
+            for key, child in value.items():
+                yield from walk(child, (*path, key))
         elif path == ("metadata", "ownerReferences"):
-            for each in value:
-                yield (*path, each["uid"]), each
+            for owner in value:
+                yield (*path, owner["uid"]), owner
         else:
             yield path, value
 
@@ -61,37 +61,38 @@ def leaves(obj: Object) -> dict[Path, Any]:
     return {path: value for path, value in walk(obj, ()) if path not in skipped}
 
 
-def value_at(found: Any, path: Path) -> Any:
+def value_at(value: Any, path: Path) -> Any:
     """Return the value of a field, or None."""
     for name in path:
-        if isinstance(found, list):
-            found = next((each for each in found if each.get("uid") == name), None)
+        if isinstance(value, list):
+            value = next((item for item in value if item.get("uid") == name), None)
         else:
-            found = (found or {}).get(name)
-    return found
+            value = (value or {}).get(name)
+    return value
 
 
-def _put(found: Object, path: Path, value: Any) -> None:
+def _set_field(obj: Object, path: Path, value: Any) -> None:
     if path[:2] == ("metadata", "ownerReferences"):
-        owners = [each for each in found["metadata"].get("ownerReferences", []) if each["uid"] != path[2]]
-        found["metadata"]["ownerReferences"] = [*owners, value]
+        owners = [owner for owner in obj["metadata"].get("ownerReferences", []) if owner["uid"] != path[2]]
+        obj["metadata"]["ownerReferences"] = [*owners, value]
         return
+    parent = obj
     for name in path[:-1]:
-        below = found.get(name)
-        found[name] = below if isinstance(below, dict) else {}
-        found = found[name]
-    if not (value == {} and isinstance(found.get(path[-1]), dict)):  # an empty mapping adds nothing to a full one
-        found[path[-1]] = copy.deepcopy(value)
+        child = parent.get(name)
+        parent[name] = child if isinstance(child, dict) else {}
+        parent = parent[name]
+    if not (value == {} and isinstance(parent.get(path[-1]), dict)):  # an empty mapping must not replace another one
+        parent[path[-1]] = copy.deepcopy(value)
 
 
-def _drop(found: Object, path: Path) -> None:
+def _remove_field(obj: Object, path: Path) -> None:
     if path[:2] == ("metadata", "ownerReferences"):
-        owners = [each for each in found["metadata"].get("ownerReferences", []) if each["uid"] != path[2]]
-        found["metadata"]["ownerReferences"] = owners
+        owners = [owner for owner in obj["metadata"].get("ownerReferences", []) if owner["uid"] != path[2]]
+        obj["metadata"]["ownerReferences"] = owners
         return
-    above = value_at(found, path[:-1])
-    if isinstance(above, dict):
-        above.pop(path[-1], None)
+    parent = value_at(obj, path[:-1])
+    if isinstance(parent, dict):
+        parent.pop(path[-1], None)
 
 
 def _reject_conflicts(
@@ -106,16 +107,16 @@ def _reject_conflicts(
 
 
 def _managed_fields(version: str, owned: dict[str, set[Path]], old: Object | None) -> list[Object]:
-    times = {each["manager"]: each for each in (old or {}).get("metadata", {}).get("managedFields", [])}
+    old_entries = {entry["manager"]: entry for entry in (old or {}).get("metadata", {}).get("managedFields", [])}
     entries = []
     for manager, paths in owned.items():
         fields: Object = {}
         for path in sorted(paths):
-            below = fields
+            child = fields
             for name in path:
-                below = below.setdefault(f"f:{name}", {})
+                child = child.setdefault(f"f:{name}", {})
         entry = {"manager": manager, "operation": "Apply", "apiVersion": version, "time": timestamp()}
         entry |= {"fieldsType": "FieldsV1", "fieldsV1": fields}
-        same = times.get(manager, {}).get("fieldsV1") == fields
-        entries.append(times[manager] if same else entry)
+        is_unchanged = old_entries.get(manager, {}).get("fieldsV1") == fields
+        entries.append(old_entries[manager] if is_unchanged else entry)
     return entries

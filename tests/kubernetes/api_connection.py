@@ -23,7 +23,7 @@ class ConnectionHandler(BaseHTTPRequestHandler):
 
     Attributes:
         fault: Fault of the current request.
-        record: The current request, as tests see it.
+        record: The current request, as recorded for tests.
         sent: Bytes of the stream sent so far.
     """
 
@@ -35,7 +35,7 @@ class ConnectionHandler(BaseHTTPRequestHandler):
 
     def setup(self) -> None:
         if hasattr(self.request, "do_handshake"):
-            self.request.do_handshake()  # in the thread of the connection, so that a slow client blocks no other
+            self.request.do_handshake()  # in the thread of the connection, so that a slow client does not block others
         super().setup()
 
     def handle(self) -> None:

@@ -11,16 +11,16 @@ FOREGROUND = "foregroundDeletion"
 
 
 class Deletion:
-    """Deletes objects like the API server, the garbage collector and the kubelet together.
+    """Deletes objects as the API server, the garbage collector and the kubelet do.
 
     Attributes:
         seconds: Duration of pod shutdown, and of foreground deletion.
-        held: Whether deleted objects stay, with a deletionTimestamp, until `finish`.
+        is_on_hold: Whether deleted objects keep existing, with a deletionTimestamp, until `finish`.
     """
 
     def __init__(self, objects: Objects) -> None:
         self.seconds = 0.0
-        self.held = False
+        self.is_on_hold = False
         self._objects = objects
         self._pending: list[tuple[Object, str]] = []
 
@@ -48,15 +48,15 @@ class Deletion:
             return self._start(key, obj, propagation, options.get("gracePeriodSeconds"))
 
     def finish(self) -> None:
-        """Finish all deletions."""
-        self.held = False
+        """Finish all pending deletions."""
+        self.is_on_hold = False
         with self._objects.changed:
             while self._pending:
                 self._remove(*self._pending.pop(0))
 
     def _is_immediate(self, obj: Object, propagation: str, grace: int | None) -> bool:
         if obj["kind"] == "Pod":
-            return grace == 0 or _is_finished(obj) or (not self.held and self.seconds == 0)
+            return grace == 0 or _is_finished(obj) or (not self.is_on_hold and self.seconds == 0)
         return propagation != "Foreground" and not obj["metadata"].get("finalizers")
 
     def _start(self, key: Key, obj: Object, propagation: str, grace: int | None) -> Object:
@@ -67,11 +67,11 @@ class Deletion:
             metadata["finalizers"] = sorted({*metadata.get("finalizers", []), FOREGROUND})
             for dependent in self._dependents(metadata["uid"]):
                 self._delete_dependent(dependent)
-        when = datetime.now(UTC) + timedelta(seconds=grace or 0)
-        metadata.setdefault("deletionTimestamp", when.strftime("%Y-%m-%dT%H:%M:%SZ"))
+        deletion_time = datetime.now(UTC) + timedelta(seconds=grace or 0)
+        metadata.setdefault("deletionTimestamp", deletion_time.strftime("%Y-%m-%dT%H:%M:%SZ"))
         metadata["deletionGracePeriodSeconds"] = grace or 0
         stored = self._objects.store(key, obj)
-        if self.held:
+        if self.is_on_hold:
             self._pending.append((stored, propagation))
         elif self.seconds == 0:
             self._remove(stored, propagation)
@@ -88,8 +88,8 @@ class Deletion:
                 # The owner is removed last, whichever timer fires first.
                 for dependent in self._dependents(uid):
                     self._remove(dependent, "Background")
-            present = self._objects.get(_key(obj))
-            if present is None or present["metadata"]["uid"] != uid:
+            stored = self._objects.get(_key(obj))
+            if stored is None or stored["metadata"]["uid"] != uid:
                 return
             self._objects.remove(_key(obj))
             if propagation != "Orphan":
@@ -104,14 +104,14 @@ class Deletion:
         """Return the objects whose only remaining owner is this one."""
         dependents = []
         for kind in KINDS:
-            for each in self._objects.list_objects(kind):
-                owners = [owner["uid"] for owner in each["metadata"].get("ownerReferences", [])]
+            for obj in self._objects.list_objects(kind):
+                owners = [owner["uid"] for owner in obj["metadata"].get("ownerReferences", [])]
                 others = [owner for owner in owners if owner != uid and self._exists(owner)]
-                dependents += [each] if uid in owners and not others else []
+                dependents += [obj] if uid in owners and not others else []
         return dependents
 
     def _exists(self, uid: str) -> bool:
-        return any(each["metadata"]["uid"] == uid for kind in KINDS for each in self._objects.list_objects(kind))
+        return any(obj["metadata"]["uid"] == uid for kind in KINDS for obj in self._objects.list_objects(kind))
 
 
 def _key(obj: Object) -> Key:

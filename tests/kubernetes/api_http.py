@@ -137,7 +137,7 @@ class Handler(ConnectionHandler):
         self._send_json(200, self.api.deletion.delete(target.key, options))
 
     def _proxy(self, target: Target) -> None:
-        """Forward a request to a pod port, if a test has set its local port."""
+        """Forward a request to a pod port if a test has set its local port."""
         name, _, port = unquote(target.name).partition(":")
         if self.api.objects.get(target.key._replace(name=name)) is None:
             raise ApiError(api_statuses.not_found("pods", name))
@@ -165,7 +165,7 @@ class Handler(ConnectionHandler):
         with objects.changed:
             version = objects.version
             selected = [
-                each for each in objects.list_objects(target.kind.name, target.namespace) if self._is_selected(each)
+                obj for obj in objects.list_objects(target.kind.name, target.namespace) if self._is_selected(obj)
             ]
         start = 0
         if token := self.query.get("continue"):
@@ -180,8 +180,8 @@ class Handler(ConnectionHandler):
             metadata["continue"] = base64.b64encode(json.dumps([version, end]).encode()).decode()
             metadata["remainingItemCount"] = len(selected) - end
         items = [
-            {key: value for key, value in each.items() if key not in {"apiVersion", "kind"}}
-            for each in selected[start:end]
+            {key: value for key, value in obj.items() if key not in {"apiVersion", "kind"}}
+            for obj in selected[start:end]
         ]
         kind = target.kind
         self._send_json(
@@ -202,13 +202,13 @@ class Handler(ConnectionHandler):
         return self._end_stream()
 
     def _send_initial_events(self, target: Target) -> int:
-        """Send the existing objects as ADDED, and return their version."""
+        """Send the existing objects as ADDED, and return their resource version."""
         with self.api.objects.changed:
             objects = self.api.objects.list_objects(target.kind.name, target.namespace)
             version = self.api.objects.version
-        for each in objects:
-            if self._is_selected(each):
-                self._send_event("ADDED", each)
+        for obj in objects:
+            if self._is_selected(obj):
+                self._send_event("ADDED", obj)
         if self.query.get("sendInitialEvents") == "true":
             self._send_bookmark(target, version, {"k8s.io/initial-events-end": "true"})
         return version
@@ -225,8 +225,8 @@ class Handler(ConnectionHandler):
                     objects.changed.wait(min(0.1, max(0.0, deadline - time.monotonic())))
                     continue
                 version = objects.version
-            for each in changes:
-                self._send_change(target, each)
+            for change in changes:
+                self._send_change(target, change)
             if bookmarks != bookmarks_sent:
                 bookmarks_sent = bookmarks
                 self._send_bookmark(target, version)
@@ -296,5 +296,5 @@ class Handler(ConnectionHandler):
 
     def _send_lines(self, lines: list[tuple[str, str]]) -> None:
         with_timestamps = self.query.get("timestamps") in TRUE
-        for at, line in lines:
-            self._send_chunk((f"{at} {line}" if with_timestamps else line).encode() + b"\n")
+        for timestamp, line in lines:
+            self._send_chunk((f"{timestamp} {line}" if with_timestamps else line).encode() + b"\n")

@@ -7,7 +7,7 @@ from api_objects import Object
 
 
 class Log:
-    """Lines of a container with their timestamps (RFC 3339, nanoseconds); `ended` once the container has ended."""
+    """Lines of a container log with timestamps (RFC 3339, nanoseconds); `ended` if the container has terminated."""
 
     def __init__(self) -> None:
         self.lines: list[tuple[str, str]] = []
@@ -41,7 +41,7 @@ def now() -> str:
 
 
 def select_lines(log: Log, query: dict[str, str]) -> list[tuple[str, str]]:
-    """Apply `sinceTime` (in whole seconds, like the kubelet), `sinceSeconds` and `tailLines`."""
+    """Apply `sinceTime` (in full seconds, like the kubelet), `sinceSeconds` and `tailLines`."""
     lines = log.lines
     since = query.get("sinceTime", "")[:19]
     if seconds := query.get("sinceSeconds"):
@@ -56,12 +56,12 @@ def select_lines(log: Log, query: dict[str, str]) -> list[tuple[str, str]]:
 def container_state(pod: Object, container: str) -> dict[str, Object] | None:
     """Return the state of a container from the status of its pod, such as {"running": {...}}, or None."""
     status = pod.get("status", {})
-    for each in status.get("initContainerStatuses", []) + status.get("containerStatuses", []):
-        if each["name"] == container:
-            return each.get("state", {})
+    for container_status in status.get("initContainerStatuses", []) + status.get("containerStatuses", []):
+        if container_status["name"] == container:
+            return container_status.get("state", {})
     return None
 
 
 def has_container(pod: Object, container: str) -> bool:
     spec = pod.get("spec", {})
-    return any(each["name"] == container for each in spec.get("initContainers", []) + spec.get("containers", []))
+    return any(item["name"] == container for item in spec.get("initContainers", []) + spec.get("containers", []))

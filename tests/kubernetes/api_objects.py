@@ -27,7 +27,7 @@ class Kind:
 
     @property
     def full(self) -> str:
-        """Plural with its group, as in error messages: jobs.batch."""
+        """Plural and group, as in error messages: jobs.batch."""
         return f"{self.plural}.{self.group}" if self.group else self.plural
 
 
@@ -79,10 +79,10 @@ class Objects:
             return copy.deepcopy(self._objects.get(key))
 
     def list_objects(self, kind: str, namespace: str = "") -> list[Object]:
-        """Return the objects of a kind, sorted by namespace and name; of all namespaces if none is given."""
+        """Return the objects of a kind in a namespace (default: in all), sorted by namespace and name."""
         with self.changed:
-            found = [key for key in sorted(self._objects) if key.kind == kind and namespace in {"", key.namespace}]
-            return [copy.deepcopy(self._objects[key]) for key in found]
+            keys = [key for key in sorted(self._objects) if key.kind == kind and namespace in {"", key.namespace}]
+            return [copy.deepcopy(self._objects[key]) for key in keys]
 
     def store(self, key: Key, new: Object) -> Object:
         """Store an object and notify watches; an unchanged object keeps its resourceVersion."""
@@ -100,8 +100,8 @@ class Objects:
             old = self._objects.pop(key, None)
             self._owned.pop(key, None)
             if old is not None:
-                gone = copy.deepcopy(old)
-                self._record("DELETED", key, gone, old)
+                deleted = copy.deepcopy(old)
+                self._record("DELETED", key, deleted, old)
             return old
 
     def apply(self, key: Key, body: Object, manager: str, *, force: bool = False, dry_run: bool = False) -> Object:
@@ -123,14 +123,14 @@ class Objects:
             self._owned.setdefault(key, {})[manager] = set(leaves(obj))
 
     def compact(self) -> None:
-        """Drop the history: a watch from an older version gets 410."""
+        """Discard the history: a watch from an older version fails with 410."""
         with self.changed:
             self.oldest = self.version
             self.changed.notify_all()
 
     def changes_since(self, version: int) -> list[ObjectChange]:
         with self.changed:
-            return [each for each in self.history if each.version > version]
+            return [change for change in self.history if change.version > version]
 
     def _record(self, type_: str, key: Key, new: Object, old: Object | None) -> None:
         self.version += 1

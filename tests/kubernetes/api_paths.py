@@ -43,7 +43,7 @@ def parse_path(path: str) -> Target:
 
 
 def validate_metadata(target: Target, body: Object) -> None:
-    """Reject an invalid name, and a namespace other than that of the path."""
+    """Reject an invalid name, and a namespace that differs from that in the path."""
     if not NAME.fullmatch(target.name) or len(target.name) > 63:
         reason = f'Invalid value: "{target.name}": {RFC_1123}'
         raise ApiError(api_statuses.invalid(target.kind.name, target.name, "metadata.name", reason, target.kind.group))

@@ -17,21 +17,21 @@ def matches_selectors(obj: Object, labels: str, fields: str) -> bool:
 
 def _split_selector(selector: str) -> list[str]:
     parts, depth = [""], 0
-    for letter in selector:
-        depth += {"(": 1, ")": -1}.get(letter, 0)
-        if letter == "," and not depth:
+    for character in selector:
+        depth += {"(": 1, ")": -1}.get(character, 0)
+        if character == "," and not depth:
             parts.append("")
         else:
-            parts[-1] += letter
+            parts[-1] += character
     return [part.strip() for part in parts if part.strip()]
 
 
 def _matches_label(labels: dict[str, str], part: str) -> bool:
     if " notin " in part or " in " in part:
-        word = " notin " if " notin " in part else " in "
-        name, _, values = part.partition(word)
-        among = labels.get(name.strip()) in {each.strip() for each in values.strip(" ()").split(",")}
-        return among != (word == " notin ")
+        operator = " notin " if " notin " in part else " in "
+        name, _, values = part.partition(operator)
+        is_in = labels.get(name.strip()) in {value.strip() for value in values.strip(" ()").split(",")}
+        return is_in != (operator == " notin ")
     if "!=" in part:
         name, _, value = part.partition("!=")
         return labels.get(name) != value
@@ -42,6 +42,6 @@ def _matches_label(labels: dict[str, str], part: str) -> bool:
 
 
 def _matches_field(obj: Object, part: str) -> bool:
-    equal = "!=" not in part
+    expect_equal = "!=" not in part
     name, _, value = part.replace("!=", "=").replace("==", "=").partition("=")
-    return (str(value_at(obj, tuple(name.split("."))) or "") == value) == equal
+    return (str(value_at(obj, tuple(name.split("."))) or "") == value) == expect_equal

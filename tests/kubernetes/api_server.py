@@ -9,21 +9,21 @@ LIST (selectors, `continue`), WATCH, DELETE (propagation, grace period, precondi
     def test_something(api_server, cluster):          # fixtures of conftest.py; `cluster` is a connected Cluster
         api_server.put({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "p"}, "spec": {...}})   # ADDED
         api_server.patch("Pod", "p", {"status": {"phase": "Running"}})     # JSON merge patch, status too: MODIFIED
-        api_server.append_log("p", "pull", "first line", "second line")   # sent to following clients immediately
+        api_server.append_log("p", "pull", "first line", "second line")   # sent immediately to clients that follow
         api_server.end_log("p", "pull")
         api_server.remove("Pod", "p")                                      # DELETED, immediately
 
         api_server.inject(Fault(api_statuses.too_many_requests(), headers={"Retry-After": "0"}))   # for one request
         api_server.inject(Fault(cut_after_bytes=100, path="/log"), times=2)    # for the next two that match
-        assert [f"{each.method} {each.path}" for each in api_server.requests] == [...]
+        assert [f"{request.method} {request.path}" for request in api_server.requests] == [...]
 
     Without the fixture: `with ApiServer() as server: server.kubeconfig(tmp_path / "config")`; the path is for
-    KUBECONFIG or --kubeconfig. The namespaces `default` and `team-a` exist; requests need the server's token.
+    KUBECONFIG or --kubeconfig. The namespaces `default` and `team-a` exist. Requests must send the server's token.
 
 Deletions: `deletion_seconds` is the duration of pod shutdown and of foreground deletion (0.0: immediate).
 `hold_deletions = True` keeps deleted objects, with a deletionTimestamp, until `finish_deletions()`. Dependents
-(ownerReferences) are deleted with their owner unless they are orphaned. Pods of a Job need an ownerReference, as in a
-real cluster: `owner_references(job)` returns it.
+(ownerReferences) are deleted with their owner unless they are orphaned. Pods of a Job need ownerReferences, as in a
+real cluster: `owner_references(job)` returns them.
 """
 
 import json
@@ -84,11 +84,11 @@ class _HttpServer(ThreadingHTTPServer):
 
 
 class ApiServer:
-    """The server; see the module.
+    """A fake API server, described in the docstring of this module.
 
     Args:
-        token: Token that requests need; None accepts all requests.
-        tls: TLS context of the server, for https.
+        token: Token that requests must send; None accepts all requests.
+        tls: TLS context of the server; None serves plain HTTP.
     """
 
     def __init__(self, *, token: str | None = TOKEN, tls: ssl.SSLContext | None = None) -> None:
@@ -124,7 +124,7 @@ class ApiServer:
     # ── Objects and logs ──────────────────────────────────────────────────────────────────────────────────────────────
 
     def put(self, obj: Object, *, manager: str = "") -> Object:
-        """Create or replace an object, including its status. `manager` owns its fields from now on."""
+        """Create or replace an object, including its status. If set, `manager` owns its fields from then on."""
         key = self.key(obj["kind"], obj["metadata"]["name"], obj["metadata"].get("namespace"))
         with self.objects.changed:
             stored = self.objects.store(key, obj)
@@ -163,7 +163,7 @@ class ApiServer:
             self.objects.changed.notify_all()
 
     def compact(self) -> None:
-        """Drop the history: a watch from an older version ends with ERROR 410 Expired."""
+        """Discard the history: a watch from an older version ends with ERROR 410 Expired."""
         self.objects.compact()
 
     @property
@@ -176,20 +176,20 @@ class ApiServer:
 
     @property
     def hold_deletions(self) -> bool:
-        return self.deletion.held
+        return self.deletion.is_on_hold
 
     @hold_deletions.setter
-    def hold_deletions(self, held: bool) -> None:
-        self.deletion.held = held
+    def hold_deletions(self, value: bool) -> None:
+        self.deletion.is_on_hold = value
 
     def finish_deletions(self) -> None:
-        """Finish the deletions that `hold_deletions` held."""
+        """Finish all pending deletions, and stop holding deletions."""
         self.deletion.finish()
 
     # ── Faults ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def inject(self, *faults: Fault, times: int = 1) -> None:
-        """Inject faults into the next matching requests, in this order, each `times` times."""
+        """Inject faults into the next matching requests in this order, each for `times` requests."""
         self._faults += [InjectedFault(fault, times) for fault in faults]
 
     def send_warnings(self, *texts: str) -> None:
@@ -214,8 +214,8 @@ class ApiServer:
 
         Args:
             path: The file.
-            namespace: Namespace of the context; None leaves it out.
-            user: The user; None for the server's token.
+            namespace: Namespace of the context; None omits it.
+            user: The user; None for a user with the server's token.
         """
         context: Object = {"cluster": "tests", "user": "alice"} | ({"namespace": namespace} if namespace else {})
         content = {
@@ -236,7 +236,7 @@ class ApiServer:
 
 
 def owner_references(owner: Object) -> list[Object]:
-    """Return metadata.ownerReferences of an object that a controller creates for `owner`."""
+    """Return the metadata.ownerReferences of an object that a controller creates for `owner`."""
     return [
         {
             "apiVersion": owner["apiVersion"],

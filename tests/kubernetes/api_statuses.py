@@ -78,13 +78,13 @@ def webhook_denied(name: str, message: str, code: int = 400) -> dict[str, Any]:
 
 
 def field_conflict(manager: str, version: str, *fields: str) -> dict[str, Any]:
-    """Report a server-side apply whose `fields` another manager owns."""
+    """Report a server-side apply of `fields` that another manager owns."""
     owner = f'"{manager}" using {version}'
-    conflicts = f"conflicts with {owner}:\n" + "\n".join(f"- {each}" for each in fields)
+    conflicts = f"conflicts with {owner}:\n" + "\n".join(f"- {name}" for name in fields)
     message = f"Apply failed with {len(fields)} conflicts: {conflicts}"
     if len(fields) == 1:
         message = f"Apply failed with 1 conflict: conflict with {owner}: {fields[0]}"
-    causes = [{"reason": "FieldManagerConflict", "message": f"conflict with {owner}", "field": each} for each in fields]
+    causes = [{"reason": "FieldManagerConflict", "message": f"conflict with {owner}", "field": name} for name in fields]
     return status(409, "Conflict", message, {"causes": causes})
 
 

@@ -35,7 +35,7 @@ def kubeconfig(api_server: ApiServer, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def make_cluster(kubeconfig: Path) -> Callable[..., Cluster]:
-    """Function that connects to `api_server`. Its arguments are those of ClusterSettings; delays are short."""
+    """Function that connects to `api_server`. It accepts the arguments of ClusterSettings; delays are short."""
 
     def make(**settings: object) -> Cluster:
         defaults: dict[str, Any] = {"kubeconfig": str(kubeconfig), "timeout_seconds": 5.0, "backoff_seconds": 0.01}

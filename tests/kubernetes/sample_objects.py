@@ -1,6 +1,6 @@
-"""Sample Jobs, pods and events of a run, as a real cluster returns them from its first second to its last.
+"""Sample Jobs, pods and events of a run, as a real cluster returns them at any time in the life of the run.
 
-The specs are rendered by topwork. The statuses use the fields, reasons and messages of Kubernetes 1.31 to 1.37: of the
+The specs are rendered by topwork. The statuses use the fields, reasons and messages of Kubernetes 1.31 to 1.37, the
 kubelet, the scheduler, the cluster autoscaler and Kueue.
 """
 
@@ -42,7 +42,7 @@ SPEC = {
 
 
 def spec(**compute: Any) -> Object:
-    """Spec of the job `flowers`, with other values of `spec.compute`."""
+    """Return the spec of the job `flowers` with changed values of `spec.compute`."""
     content = copy.deepcopy(SPEC)
     content["spec"]["compute"] |= compute
     return content
@@ -128,7 +128,7 @@ def failed_job(*conditions: Object, failures: int = 1, role: str = "training", *
     return job(*conditions, role=role, status={"failed": failures, "ready": 0}, **compute)
 
 
-def suspended_job(queue: str | None = "team-a", **compute: Any) -> Object:
+def suspended_job(queue: str | None = "team-a") -> Object:
     obj = job(job_condition("Suspended", "JobSuspended", "Job suspended"), **({"queue": queue} if queue else {}))
     obj["spec"]["suspend"] = True
     del obj["status"]["startTime"]
@@ -162,20 +162,20 @@ def terminated(
     }
 
 
-def done(stage: str, since: float = 10, **facts: Any) -> Object:
-    return terminated(0, TerminationMessage(stage=stage, outcome="done", exit_code=0, run=RUN, **facts), since=since)
+def done(stage: str, since: float = 10, **fields: Any) -> Object:
+    return terminated(0, TerminationMessage(stage=stage, outcome="done", exit_code=0, run=RUN, **fields), since=since)
 
 
-def stopped(stage: str, since: float = 10, **facts: Any) -> Object:
-    ending = TerminationMessage(
-        stage=stage, outcome="stopped", exit_code=143, run=RUN, error="stopped at epoch 3", **facts
+def stopped(stage: str, since: float = 10, **fields: Any) -> Object:
+    message = TerminationMessage(
+        stage=stage, outcome="stopped", exit_code=143, run=RUN, error="stopped at epoch 3", **fields
     )
-    return terminated(143, ending, since=since)
+    return terminated(143, message, since=since)
 
 
-def failed(stage: str, code: int, error: str, since: float = 10, **facts: Any) -> Object:
-    ending = TerminationMessage(stage=stage, outcome="failed", exit_code=code, run=RUN, error=error, **facts)
-    return terminated(code, ending, since=since)
+def failed(stage: str, code: int, error: str, since: float = 10, **fields: Any) -> Object:
+    message = TerminationMessage(stage=stage, outcome="failed", exit_code=code, run=RUN, error=error, **fields)
+    return terminated(code, message, since=since)
 
 
 def pod(
@@ -190,7 +190,7 @@ def pod(
     deleted: float | None = None,
     **status: Any,
 ) -> Object:
-    """Return a pod of a Job with the states of its containers; containers not named are waiting."""
+    """Return a pod of a Job with the states of its containers; all other containers are waiting."""
     owner = of or job()
     template = copy.deepcopy(owner["spec"]["template"])
     name = f"{owner['metadata']['name']}-{suffix}"
@@ -222,17 +222,21 @@ def pod(
     pod_status["conditions"] = [_scheduled(), *conditions] if node else list(conditions)
     for specs, statuses in (("initContainers", "initContainerStatuses"), ("containers", "containerStatuses")):
         if node and specs in template["spec"]:
-            pod_status[statuses] = [_container_status(each, states[each["name"]]) for each in template["spec"][specs]]
+            pod_status[statuses] = [
+                _container_status(container, states[container["name"]]) for container in template["spec"][specs]
+            ]
     return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": template["spec"], "status": pod_status}
 
 
 def _phase(pod_spec: Object, states: dict[str, Object]) -> str:
-    """Return the phase: Pending until the last init container has ended."""
+    """Return the phase: Pending until the main container has started."""
     return "Running" if "waiting" not in states[pod_spec["containers"][0]["name"]] else "Pending"
 
 
 def _default_states(pod_spec: Object) -> dict[str, Object]:
-    return {each["name"]: waiting() for key in ("initContainers", "containers") for each in pod_spec.get(key, ())}
+    return {
+        container["name"]: waiting() for key in ("initContainers", "containers") for container in pod_spec.get(key, ())
+    }
 
 
 def _container_status(container: Object, state: Object) -> Object:
@@ -265,7 +269,7 @@ def not_scheduled(message: str, reason: str = "Unschedulable") -> Object:
 
 
 def pending_pod(message: str, **more: Any) -> Object:
-    """Return a pod that fits on no node."""
+    """Return a pod that the scheduler cannot place on any node."""
     return pod(node=None, phase="Pending", conditions=(not_scheduled(message),), **more)
 
 
@@ -306,8 +310,10 @@ def finished_pod(**more: Any) -> Object:
 # Events
 
 
-def event(about: Object, reason: str, message: str, seconds: float = 30, kind: str = "Warning", **more: Any) -> Object:
-    name = about["metadata"]["name"]
+def event(
+    involved: Object, reason: str, message: str, seconds: float = 30, kind: str = "Warning", **more: Any
+) -> Object:
+    name = involved["metadata"]["name"]
     return {
         "apiVersion": "v1",
         "kind": "Event",
@@ -317,10 +323,10 @@ def event(about: Object, reason: str, message: str, seconds: float = 30, kind: s
             "creationTimestamp": at(seconds),
         },
         "involvedObject": {
-            "kind": about["kind"],
+            "kind": involved["kind"],
             "name": name,
             "namespace": NAMESPACE,
-            "uid": about["metadata"]["uid"],
+            "uid": involved["metadata"]["uid"],
         },
         "type": kind,
         "reason": reason,

@@ -20,7 +20,7 @@ Object = dict[str, Any]
 
 
 def wait_for(find: Callable[[], Any], description: str) -> Any:
-    """Call a function until its result is true, and return the result."""
+    """Call a function repeatedly until its result is true, and return the result."""
     deadline = time.monotonic() + TIMEOUT_SECONDS
     while not (result := find()):
         assert time.monotonic() < deadline, f"no {description} after {TIMEOUT_SECONDS} s"
@@ -65,13 +65,13 @@ class Command:
         """Wait for a line with this prefix."""
         while True:
             line = self._queue.get(timeout=TIMEOUT_SECONDS)
-            assert line is not None, f"the command ended without {prefix!r}: {self.lines}"
+            assert line is not None, f"the command exited without printing {prefix!r}: {self.lines}"
             self.lines.append(line)
             if line.startswith(prefix):
                 return line
 
     def wait(self) -> int:
-        """Wait for the command to end, and return its exit code."""
+        """Wait until the command exits, and return its exit code."""
         while (line := self._queue.get(timeout=TIMEOUT_SECONDS)) is not None:
             self.lines.append(line)
         return self.process.wait(TIMEOUT_SECONDS)
@@ -82,20 +82,20 @@ class Command:
 
 
 class SimulatedCluster:
-    """Plays the controllers, the scheduler and the kubelet, as far as they create or change objects."""
+    """Creates and changes objects in place of the controllers, the scheduler and the kubelet."""
 
     def __init__(self, server: ApiServer) -> None:
         self.server = server
 
     def wait_for_job(self, name: str = sample_objects.RUN) -> Object:
-        """Wait until the Job is applied, and return it."""
+        """Wait until the Job exists, and return it."""
         return wait_for(lambda: self.server.get("Job", name), f"Job {name}")
 
     def put_pod(
-        self, containers: dict[str, Object] | None = None, *, job: str = sample_objects.RUN, **facts: Any
+        self, containers: dict[str, Object] | None = None, *, job: str = sample_objects.RUN, **options: Any
     ) -> Object:
         """Create or replace a pod of a Job."""
-        return self._put(sample_objects.pod(containers, of=self.wait_for_job(job), **facts))
+        return self._put(sample_objects.pod(containers, of=self.wait_for_job(job), **options))
 
     def _put(self, pod: Object) -> Object:
         for statuses in (pod["status"].get(key, ()) for key in ("initContainerStatuses", "containerStatuses")):
@@ -104,11 +104,11 @@ class SimulatedCluster:
                     self.server.end_log(pod["metadata"]["name"], container["name"])
         return self.server.put(pod)
 
-    def put_pending_pod(self, message: str, **facts: Any) -> Object:
-        return self.server.put(sample_objects.pending_pod(message, of=self.wait_for_job(), **facts))
+    def put_pending_pod(self, message: str, **options: Any) -> Object:
+        return self.server.put(sample_objects.pending_pod(message, of=self.wait_for_job(), **options))
 
-    def put_event(self, about: Object, reason: str, message: str, **facts: Any) -> None:
-        self.server.put(sample_objects.event(about, reason, message, **facts))
+    def put_event(self, involved: Object, reason: str, message: str, **options: Any) -> None:
+        self.server.put(sample_objects.event(involved, reason, message, **options))
 
     def patch_job_status(self, *conditions: Object, job: str = sample_objects.RUN, **status: Any) -> None:
         """Change the status of a Job."""
@@ -119,13 +119,13 @@ class SimulatedCluster:
         conditions = (sample_objects.success_criteria_met(), sample_objects.complete())
         self.patch_job_status(*conditions, job=job, succeeded=1, completionTime=sample_objects.at(600))
 
-    def finish_run(self, **facts: Any) -> None:
-        """Let the pod publish the model, and the Job complete."""
-        self._put(sample_objects.finished_pod(of=self.wait_for_job(), **facts))
+    def finish_run(self, **options: Any) -> None:
+        """Complete the pod with a published model, and then the Job."""
+        self._put(sample_objects.finished_pod(of=self.wait_for_job(), **options))
         self.complete_job()
 
 
 def write_spec(path: Path, **compute: Any) -> Path:
-    """Write the sample job spec to a file, with other values of `spec.compute`."""
+    """Write the sample job spec with changed values of `spec.compute` to a file."""
     path.write_text(json.dumps(sample_objects.spec(**compute)))  # JSON is YAML
     return path

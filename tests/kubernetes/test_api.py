@@ -113,24 +113,24 @@ def test_list_selects_by_labels_and_fields(api_server: ApiServer, cluster: Clust
     for name, job in (("a", "cats"), ("b", "cats"), ("c", "dogs")):
         api_server.put(pod(name, labels={"topwork.dev/job": job}))
     api_server.patch("Pod", "b", {"status": {"phase": "Failed"}})
-    found = cluster.list("Pod", labels="topwork.dev/job in (cats, birds),topwork.dev/job", fields="status.phase=Failed")
-    assert found == [api_server.get("Pod", "b")]
-    assert {"kind": "Pod", "apiVersion": "v1"}.items() <= found[0].items()
+    pods = cluster.list("Pod", labels="topwork.dev/job in (cats, birds),topwork.dev/job", fields="status.phase=Failed")
+    assert pods == [api_server.get("Pod", "b")]
+    assert {"kind": "Pod", "apiVersion": "v1"}.items() <= pods[0].items()
 
 
 def test_list_selects_events_by_involved_object(api_server: ApiServer, cluster: Cluster):
     for name, uid in (("a", "1"), ("b", "2")):
         event = {"apiVersion": "v1", "kind": "Event", "metadata": {"name": name}, "involvedObject": {"uid": uid}}
         api_server.put(event)
-    assert [each["metadata"]["name"] for each in cluster.list("Event", fields="involvedObject.uid=2")] == ["b"]
+    assert [obj["metadata"]["name"] for obj in cluster.list("Event", fields="involvedObject.uid=2")] == ["b"]
 
 
 def test_list_reads_all_pages(api_server: ApiServer, cluster: Cluster):
     for number in range(7):
         api_server.put(pod(f"p{number}"))
     api_server.settings.page_size = 3
-    assert [each["metadata"]["name"] for each in cluster.list("Pod")] == [f"p{number}" for number in range(7)]
-    assert [bool(each.query.get("continue")) for each in api_server.requests] == [False, True, True]
+    assert [obj["metadata"]["name"] for obj in cluster.list("Pod")] == [f"p{number}" for number in range(7)]
+    assert [bool(request.query.get("continue")) for request in api_server.requests] == [False, True, True]
 
 
 def test_list_restarts_when_its_version_expires(api_server: ApiServer, cluster: Cluster):
@@ -139,14 +139,14 @@ def test_list_restarts_when_its_version_expires(api_server: ApiServer, cluster: 
     api_server.settings.page_size = 3
     api_server.inject(Fault(), Fault(api_statuses.expired()))
     assert len(cluster.list("Pod")) == 4
-    assert [each.code for each in api_server.requests] == [200, 410, 200, 200]
+    assert [request.code for request in api_server.requests] == [200, 410, 200, 200]
 
 
 def test_list_covers_one_namespace_or_all(api_server: ApiServer, cluster: Cluster):
     api_server.put(pod("here"))
     api_server.put(pod("there", namespace="default"))
-    assert [each["metadata"]["name"] for each in cluster.list("Pod")] == ["here"]
-    assert [each["metadata"]["name"] for each in cluster.list("Pod", all_namespaces=True)] == ["there", "here"]
+    assert [obj["metadata"]["name"] for obj in cluster.list("Pod")] == ["here"]
+    assert [obj["metadata"]["name"] for obj in cluster.list("Pod", all_namespaces=True)] == ["there", "here"]
     assert api_server.requests[-1].path == "/api/v1/pods"
 
 
@@ -190,9 +190,9 @@ def test_foreground_deletion_keeps_the_job_until_its_pods_are_deleted(api_server
     api_server.hold_deletions = True
     api_server.put(pod("p", ownerReferences=owner_references(cluster.apply(JOB))))
     assert cluster.delete("Job", "run", propagation="Foreground") is True
-    waiting = cluster.get("Job", "run")
-    assert waiting is not None
-    assert waiting["metadata"]["finalizers"] == ["foregroundDeletion"]
+    deleting = cluster.get("Job", "run")
+    assert deleting is not None
+    assert deleting["metadata"]["finalizers"] == ["foregroundDeletion"]
     assert "deletionTimestamp" in cluster.list("Pod")[0]["metadata"]
     api_server.finish_deletions()
     assert [api_server.list(kind) for kind in ("Job", "Pod")] == [[], []]
@@ -202,7 +202,7 @@ def test_delete_returns_true_when_its_response_was_lost(api_server: ApiServer, c
     cluster.apply(CONFIG)
     api_server.inject(Fault(cut_after_bytes=10, method="DELETE"))
     assert cluster.delete("ConfigMap", "run") is True
-    assert [(each.method, each.code) for each in api_server.requests[1:]] == [("DELETE", 200), ("DELETE", 404)]
+    assert [(request.method, request.code) for request in api_server.requests[1:]] == [("DELETE", 200), ("DELETE", 404)]
 
 
 # ── Rejected requests ─────────────────────────────────────────────────────────────────────────────────────────────────

@@ -66,15 +66,15 @@ def kubectl_view(*arguments: str) -> dict[str, Any]:
 @pytest.mark.parametrize("context", [None, "a", "b", "shared"])
 def test_several_files_are_merged_like_kubectl(context: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     shared = entry("context", "shared", cluster="b", user="b", namespace="first")
-    one = {"clusters": [entry("cluster", "a", server="http://a:1")], "contexts": [shared], "users": []}
-    one["contexts"] += [entry("context", "a", cluster="a", user="b", namespace="one")]
-    two: dict[str, Any] = {"clusters": [entry("cluster", "a", server="http://other:9")]}
-    two["clusters"] += [entry("cluster", "b", server="http://b:2")]
-    two["contexts"] = [entry("context", "shared", cluster="a", user="b", namespace="second")]
-    two["contexts"] += [entry("context", "b", cluster="b", user="b")]
+    first = {"clusters": [entry("cluster", "a", server="http://a:1")], "contexts": [shared], "users": []}
+    first["contexts"] += [entry("context", "a", cluster="a", user="b", namespace="one")]
+    second: dict[str, Any] = {"clusters": [entry("cluster", "a", server="http://other:9")]}
+    second["clusters"] += [entry("cluster", "b", server="http://b:2")]
+    second["contexts"] = [entry("context", "shared", cluster="a", user="b", namespace="second")]
+    second["contexts"] += [entry("context", "b", cluster="b", user="b")]
     files = [
-        write_kubeconfig(tmp_path / "no-current", **one),
-        write_kubeconfig(tmp_path / "two", **two, **{"current-context": "b"}),
+        write_kubeconfig(tmp_path / "no-current", **first),
+        write_kubeconfig(tmp_path / "second", **second, **{"current-context": "b"}),
         write_kubeconfig(tmp_path / "three", users=[entry("user", "b", token="t")], **{"current-context": "a"}),
     ]
     monkeypatch.setenv("KUBECONFIG", os.pathsep.join(["", str(tmp_path / "missing"), *map(str, files)]))
@@ -206,9 +206,9 @@ def test_token_file_is_relative_to_its_kubeconfig_and_may_end_with_a_newline(api
     users = write_kubeconfig(tmp_path / "users" / "config", users=content.pop("users"))
     (tmp_path / "users" / "secret").mkdir()
     (tmp_path / "users" / "secret" / "token").write_text(TOKEN + "\n")
-    rest = write_kubeconfig(tmp_path / "rest" / "config", **content)
+    without_users = write_kubeconfig(tmp_path / "rest" / "config", **content)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("KUBECONFIG", f"{rest}{os.pathsep}{users}")
+        patch.setenv("KUBECONFIG", f"{without_users}{os.pathsep}{users}")
         assert open_cluster().list("Job") == []
 
 
@@ -276,7 +276,7 @@ def plugin(api_server: ApiServer, tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
-def calls(file: Path) -> int:
+def plugin_calls(file: Path) -> int:
     return (file.parent / "log").read_text().count("run")
 
 
@@ -285,7 +285,7 @@ def test_plugin_next_to_the_file_runs_once(plugin: Callable[..., Path]):
     cluster = open_cluster(kubeconfig=str(file))
     assert cluster.list("Job") == []
     assert cluster.list("Pod") == []
-    assert calls(file) == 1
+    assert plugin_calls(file) == 1
 
 
 def test_credential_that_expires_soon_is_renewed_by_its_plugin(api_server: ApiServer, plugin: Callable[..., Path]):
@@ -296,7 +296,7 @@ def test_credential_that_expires_soon_is_renewed_by_its_plugin(api_server: ApiSe
     cluster = open_cluster(kubeconfig=str(file))
     (file.parent / "token").write_text(TOKEN)
     assert cluster.list("Job") == []
-    assert [each.code for each in api_server.requests] == [200]
+    assert [request.code for request in api_server.requests] == [200]
 
 
 def test_rejected_credential_is_renewed_once(api_server: ApiServer, plugin: Callable[..., Path]):
@@ -305,8 +305,8 @@ def test_rejected_credential_is_renewed_once(api_server: ApiServer, plugin: Call
     cluster = open_cluster(kubeconfig=str(file))
     (file.parent / "token").write_text(TOKEN)
     assert cluster.list("Job") == []
-    assert [each.code for each in api_server.requests] == [401, 200]
-    assert calls(file) == 2
+    assert [request.code for request in api_server.requests] == [401, 200]
+    assert plugin_calls(file) == 2
 
 
 def test_credential_that_is_rejected_after_renewal_raises_an_error(api_server: ApiServer, plugin: Callable[..., Path]):
@@ -316,7 +316,7 @@ def test_credential_that_is_rejected_after_renewal_raises_an_error(api_server: A
         f"{api_server.url} rejected the credentials of context a (401: Unauthorized). "
         "Log in again as you do for kubectl, or choose another context with --context."
     )
-    assert [each.code for each in api_server.requests] == [401]
+    assert [request.code for request in api_server.requests] == [401]
 
 
 def test_failed_plugin_reports_its_stderr(plugin: Callable[..., Path], capfd: pytest.CaptureFixture[str]):
@@ -329,9 +329,9 @@ def test_failed_plugin_reports_its_stderr(plugin: Callable[..., Path], capfd: py
 
 
 def test_missing_plugin_reports_its_install_hint(plugin: Callable[..., Path]):
-    file = plugin(command="cloud-login-of-nobody", installHint="Install it\nfrom the cloud.")
+    file = plugin(command="missing-cloud-login", installHint="Install it\nfrom the cloud.")
     assert list_error(kubeconfig=str(file)) == (
-        f"{file}: login of context a failed: [Errno 2] No such file or directory: 'cloud-login-of-nobody'. "
+        f"{file}: login of context a failed: [Errno 2] No such file or directory: 'missing-cloud-login'. "
         "Install it from the cloud."
     )
 

@@ -1,4 +1,4 @@
-"""The fake API server used by kubectl, which shows that it behaves like a real server."""
+"""kubectl with the fake API server, which shows that the server behaves like a real one."""
 
 import json
 import subprocess
@@ -16,7 +16,7 @@ Kubectl = Callable[..., "subprocess.CompletedProcess[str]"]
 
 @pytest.fixture
 def open_server() -> Iterator[ApiServer]:
-    """A server that needs no token, because kubectl sends none without TLS."""
+    """A server that requires no token, because kubectl sends none without TLS."""
     with ApiServer(token=None) as server:
         yield server
 

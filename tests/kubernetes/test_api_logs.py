@@ -28,7 +28,7 @@ def pod(api_server: ApiServer) -> str:
 
 
 def terminate(api_server: ApiServer, container: str = "pull") -> None:
-    """End the container in the status of its pod."""
+    """Set the container to terminated in the status of its pod."""
     state = {"name": container, "state": {"terminated": {"exitCode": 0}}}
     api_server.patch("Pod", "p", {"status": {"initContainerStatuses": [state]}})
 
@@ -114,7 +114,7 @@ def test_following_ends_with_the_pod(api_server: ApiServer, cluster: Cluster, po
 
 
 def write_lines(api_server: ApiServer, pod: str) -> list[str]:
-    """Write lines within three seconds, some with the same text and timestamp, and return them."""
+    """Write lines in three different seconds, some with equal text and timestamp, and return them."""
     lines = []
     for second in (5, 6, 7):
         for number in range(4):
@@ -126,7 +126,7 @@ def write_lines(api_server: ApiServer, pod: str) -> list[str]:
 
 @pytest.mark.parametrize("cut", [0, 10, 33, 34, 35, 150, 300, 400])
 @pytest.mark.parametrize("follow", [True, False])
-def test_log_cut_at_any_byte_is_resumed_there(
+def test_log_cut_at_any_byte_is_resumed_without_loss(
     api_server: ApiServer, cluster: Cluster, pod: str, cut: int, follow: bool
 ):
     lines = write_lines(api_server, pod)
@@ -150,7 +150,7 @@ def test_lines_before_the_tail_stay_excluded_after_resuming(api_server: ApiServe
     api_server.inject(Fault(cut_after_bytes=60, path="/log"))
     terminate(api_server)
     assert list(cluster.logs(pod, "pull", follow=True, tail=2)) == ["line 2", "line 3"]
-    tails = [each.query.get("tailLines") for each in api_server.requests if each.path.endswith("/log")]
+    tails = [request.query.get("tailLines") for request in api_server.requests if request.path.endswith("/log")]
     assert tails[:2] == ["2", None]
 
 

@@ -32,8 +32,8 @@ def run_openssl(directory: Path, command: str) -> None:
 def create_certificate(directory: Path, name: str, extension: str) -> None:
     (directory / "extension").write_text(extension)
     run_openssl(directory, f"req {EC} -keyout {name}.key -out {name}.csr -subj /CN={name}")
-    signed = f"-CA ca.crt -CAkey ca.key -CAcreateserial -days 2 -extfile extension -out {name}.crt"
-    run_openssl(directory, f"x509 -req -in {name}.csr {signed}")
+    options = f"-CA ca.crt -CAkey ca.key -CAcreateserial -days 2 -extfile extension -out {name}.crt"
+    run_openssl(directory, f"x509 -req -in {name}.csr {options}")
 
 
 @pytest.fixture(scope="module")
@@ -89,12 +89,12 @@ def open_cluster(path: Path, cluster: dict[str, Any], user: dict[str, Any] | Non
 
 
 def test_authority_of_the_kubeconfig_is_trusted(tls_server: ApiServer, certificates: Path, tmp_path: Path):
-    """Including one without key identifiers, which Python 3.13 rejects by default."""
+    """Some clusters have an authority without key identifiers, which Python 3.13 rejects by default."""
     cluster = {"server": tls_server.url, "certificate-authority-data": base64_of(certificates / "ca.crt")}
     assert open_cluster(tmp_path / "config", cluster).list("Job") == []
 
 
-def test_server_of_another_authority_is_not_trusted(tls_server: ApiServer, tmp_path: Path):
+def test_certificate_of_another_authority_is_not_trusted(tls_server: ApiServer, tmp_path: Path):
     with pytest.raises(SettingError) as caught:
         open_cluster(tmp_path / "config", {"server": tls_server.url}).list("Job")
     message = str(caught.value)
@@ -180,13 +180,13 @@ def test_interrupted_handshake_is_retried(certificates: Path, tmp_path: Path):
     listener = socket.create_server(("127.0.0.1", 0))
     received = []
 
-    def hang_up() -> None:
+    def close_connections() -> None:
         for _ in range(2):
             connection, _address = listener.accept()
             received.append(connection.recv(10))
             connection.close()
 
-    threading.Thread(target=hang_up, daemon=True).start()
+    threading.Thread(target=close_connections, daemon=True).start()
     url = f"https://127.0.0.1:{listener.getsockname()[1]}"
     with listener, pytest.raises(UnavailableError) as caught:
         open_cluster(tmp_path / "config", {"server": url}).list("Job")
@@ -244,7 +244,7 @@ def test_rotated_token_is_read_again(tls_server: ApiServer, account: Path):
     tls_server.settings.token = "rotated"
     (account / "token").write_text("rotated")
     assert cluster.list("Job") == []
-    assert [each.code for each in tls_server.requests] == [401, 200]
+    assert [request.code for request in tls_server.requests] == [401, 200]
 
 
 def test_pod_without_a_token_raises_setting_error(account: Path):

@@ -70,9 +70,9 @@ def test_ended_stream_is_resumed_from_its_version(api_server: ApiServer, make_cl
     assert next_events(events) == ["ADDED a Pending"]
     threading.Timer(1.5, api_server.patch, ("Pod", "a", {"status": {"phase": "Running"}})).start()
     assert next_events(events) == ["MODIFIED a Running"]
-    queries = [(each.query.get("watch"), each.query.get("timeoutSeconds")) for each in api_server.requests]
+    queries = [(request.query.get("watch"), request.query.get("timeoutSeconds")) for request in api_server.requests]
     assert queries == [(None, None), ("true", "1"), ("true", "1")]
-    assert len({each.query.get("resourceVersion") for each in api_server.requests[1:]}) == 1
+    assert len({request.query.get("resourceVersion") for request in api_server.requests[1:]}) == 1
 
 
 @pytest.mark.parametrize("cut", [0, 1, 150, 400])
@@ -103,7 +103,7 @@ def test_status_410_lists_again(api_server: ApiServer, cluster: Cluster):
     api_server.inject(Fault(), Fault(api_statuses.expired()))
     events = cluster.watch("Pod", seconds=TIMEOUT_SECONDS)
     assert next_events(events, 2) == ["ADDED a Pending", "ADDED a Pending"]
-    assert [each.code for each in api_server.requests] == [200, 410, 200]
+    assert [request.code for request in api_server.requests] == [200, 410, 200]
 
 
 def test_bookmark_advances_the_version(api_server: ApiServer, make_cluster: Callable[..., Cluster]):
@@ -113,7 +113,7 @@ def test_bookmark_advances_the_version(api_server: ApiServer, make_cluster: Call
     threading.Timer(0.6, api_server.compact).start()
     threading.Timer(2.5, api_server.put, (pod("a"),)).start()
     assert next_events(events) == ["ADDED a Pending"]
-    queries = [each.query.get("watch") for each in api_server.requests]
+    queries = [request.query.get("watch") for request in api_server.requests]
     assert queries[0] is None
     assert set(queries[1:]) == {"true"}
 

@@ -35,21 +35,21 @@ def simulated(api_server: ApiServer) -> SimulatedCluster:
 
 @pytest.fixture
 def cancel(kubeconfig: Path) -> Callable[..., Command]:
-    def start(*words: str) -> Command:
-        return Command("cancel", *words, kubeconfig=kubeconfig)
+    def start(*arguments: str) -> Command:
+        return Command("cancel", *arguments, kubeconfig=kubeconfig)
 
     return start
 
 
 def remaining_objects(server: ApiServer) -> list[str]:
-    return [f"{kind} {each['metadata']['name']}" for kind in ("Job", "Pod", "ConfigMap") for each in server.list(kind)]
+    return [f"{kind} {obj['metadata']['name']}" for kind in ("Job", "Pod", "ConfigMap") for obj in server.list(kind)]
 
 
 def deletions(server: ApiServer) -> Iterator[tuple[str, object, object]]:
-    for each in server.requests:
-        if each.method == "DELETE":
-            kind = each.path.split("/")[-2]
-            yield kind, each.body.get("propagationPolicy"), each.body.get("gracePeriodSeconds")
+    for request in server.requests:
+        if request.method == "DELETE":
+            kind = request.path.split("/")[-2]
+            yield kind, request.body.get("propagationPolicy"), request.body.get("gracePeriodSeconds")
 
 
 def test_cancel_waits_for_the_checkpoint_and_deletes_everything(
@@ -79,7 +79,7 @@ def test_cancel_now_kills_pods_immediately(simulated: SimulatedCluster, cancel: 
     simulated.server.hold_deletions = True
     with cancel(RUN, "--now") as command:
         command.expect("waiting for job.batch/")
-        assert [each["metadata"]["name"] for each in simulated.server.list("Pod")] == []
+        assert [pod["metadata"]["name"] for pod in simulated.server.list("Pod")] == []
         simulated.server.finish_deletions()
         assert command.wait() == 0
     assert command.lines == [
@@ -204,17 +204,17 @@ def test_pod_that_is_not_deleted_is_reported_after_the_timeout(simulated: Simula
 def test_cancel_does_not_wait_for_a_run_submitted_during_cancellation(
     simulated: SimulatedCluster, cluster: Cluster, api_server: ApiServer
 ):
-    """Only the objects that existed before are waited for, by their UIDs."""
-    again = sample_objects.job()
-    again["metadata"]["uid"] = "another"
+    """The command waits only for the objects that existed when it started, which it identifies by UID."""
+    resubmitted = sample_objects.job()
+    resubmitted["metadata"]["uid"] = "another"
 
     def submit_again(_: str) -> None:
         api_server.finish_deletions()
-        api_server.put(again)
+        api_server.put(resubmitted)
 
     api_server.hold_deletions = True
     Cancellation(cluster, RUN, False, submit_again).cancel()
-    assert [each["metadata"]["uid"] for each in api_server.list("Job")] == ["another"]
+    assert [job["metadata"]["uid"] for job in api_server.list("Job")] == ["another"]
 
 
 def test_cancel_survives_transient_api_server_errors(simulated: SimulatedCluster, cluster: Cluster):

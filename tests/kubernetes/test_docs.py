@@ -24,8 +24,8 @@ def console_lines(text: str) -> list[str]:
     """Return the commands in console blocks: continuation lines joined, comments removed, pipelines split."""
     blocks = re.findall(r"```console\n(.*?)```", text, flags=re.DOTALL)
     joined = [re.sub(r"\\\n\s*", "", block) for block in blocks]
-    typed = [line.removeprefix("$ ") for block in joined for line in block.splitlines() if line.startswith("$ ")]
-    return [part.strip() for line in typed for part in re.split(r"\s\|\s|\s&&\s", line.partition(" #")[0])]
+    commands = [line.removeprefix("$ ") for block in joined for line in block.splitlines() if line.startswith("$ ")]
+    return [part.strip() for line in commands for part in re.split(r"\s\|\s|\s&&\s", line.partition(" #")[0])]
 
 
 def topwork_lines() -> list[str]:
@@ -41,11 +41,11 @@ def parse_command_line(line: str) -> None:
     words, path = shlex.split(line)[1:], "topwork"
     context = command.make_context(path, [], resilient_parsing=True)
     while hasattr(command, "list_commands") and words and not words[0].startswith("-"):
-        found = command.get_command(context, words[0])
-        assert found, f"{line}: no command {words[0]}"
-        command, path, words = found, f"{path} {words[0]}", words[1:]
+        subcommand = command.get_command(context, words[0])
+        assert subcommand, f"{line}: no command {words[0]}"
+        command, path, words = subcommand, f"{path} {words[0]}", words[1:]
         context = command.make_context(path, [], resilient_parsing=True)
-    # Commands mentioned in a sentence have no arguments.
+    # Commands that are only mentioned in a sentence have no arguments.
     if words and words != ["--version"]:
         command.make_context(path, words)
 
@@ -87,11 +87,11 @@ def test_every_mentioned_make_target_exists():
 
 def test_every_mentioned_key_of_compute_exists():
     known = {field.alias for field in Compute.model_fields.values()} | set(Compute.model_fields)
-    written = re.findall(r"`(?:spec\.)?compute\.(\w+)", PAGE)
+    mentioned = re.findall(r"`(?:spec\.)?compute\.(\w+)", PAGE)
     for snippet in re.findall(r"(compute: \{.*\})", PAGE):
-        written += YAML(typ="safe").load(snippet)["compute"]
-    assert written
-    assert sorted(set(written) - known) == []
+        mentioned += YAML(typ="safe").load(snippet)["compute"]
+    assert mentioned
+    assert sorted(set(mentioned) - known) == []
 
 
 def test_compute_snippets_are_valid():

@@ -192,7 +192,7 @@ def test_failed_pod_creation_is_reported_once(submitted: Command, simulated: Sim
     submitted.expect("pull started")
     simulated.finish_run()
     assert submitted.wait() == 0
-    assert len([lines for lines in submitted.lines if lines.startswith(line)]) == 1
+    assert sum(output_line.startswith(line) for output_line in submitted.lines) == 1
 
 
 def test_failed_image_pull_is_reported_once_while_its_state_alternates(submitted: Command, simulated: SimulatedCluster):
@@ -280,7 +280,7 @@ def test_status_follow_starts_in_the_middle_of_a_run(kubeconfig: Path, simulated
     ]
 
 
-# RunFollower, with short intervals.
+# RunFollower with short intervals
 
 TIMINGS = FollowTimings(
     list_seconds=0.1,
@@ -294,7 +294,7 @@ TIMINGS = FollowTimings(
 
 @pytest.fixture
 def job(cluster: Cluster, simulated: SimulatedCluster) -> None:
-    """The Job of the run, applied."""
+    """Apply the Job of the run."""
     from sample_objects import transfer_job
 
     from topwork.cluster.manifests.render import RenderOptions, render
@@ -306,13 +306,13 @@ def job(cluster: Cluster, simulated: SimulatedCluster) -> None:
 def test_job_that_ends_before_its_pod_is_reported_has_the_error_of_the_pod(
     job: None, make_cluster: Callable[..., Cluster], simulated: SimulatedCluster
 ):
-    class WithoutPodChanges(Cluster):
+    class ClusterWithoutPodEvents(Cluster):
         """A cluster that reports no changes of pods."""
 
         def watch(self, kind, **selection):
             return iter(()) if kind == "Pod" else super().watch(kind, **selection)
 
-    cluster = WithoutPodChanges(make_cluster()._client)
+    cluster = ClusterWithoutPodEvents(make_cluster()._client)
     statuses = RunFollower(cluster, RUN, timings=FollowTimings(list_seconds=60.0)).statuses()
     assert next(statuses).phase == "pending"
     simulated.put_pod({"pull": failed("pull", 2, "no such bucket")}, phase="Failed")
@@ -324,26 +324,26 @@ def test_job_that_ends_before_its_pod_is_reported_has_the_error_of_the_pod(
 def test_log_read_again_after_a_disconnect_repeats_no_epoch(
     job: None, make_cluster: Callable[..., Cluster], simulated: SimulatedCluster
 ):
-    class Broken(Cluster):
-        """A cluster whose node loses the log once, beyond the retries of the client."""
+    class ClusterWithLogFailure(Cluster):
+        """A cluster in which reading a log fails once, after all retries of the client."""
 
         reads = 0
 
         def logs(self, *_, **options):
-            Broken.reads += 1
+            ClusterWithLogFailure.reads += 1
             yield from (epoch_line("transfer", epoch, 3, 0.8) for epoch in (1, 2))
-            if Broken.reads == 1:
+            if ClusterWithLogFailure.reads == 1:
                 raise UnavailableError("the node does not answer")
             yield epoch_line("transfer", 3, 3, 0.9)
 
-    statuses = RunFollower(Broken(make_cluster()._client), RUN, timings=TIMINGS).statuses()
+    statuses = RunFollower(ClusterWithLogFailure(make_cluster()._client), RUN, timings=TIMINGS).statuses()
     simulated.put_pod(PULLED | {"transfer": running(100)})
     epochs = []
     while len(epochs) < 3:
         state = next(statuses)
         if state.epoch and state.epoch.epoch not in epochs[-1:]:
             epochs.append(state.epoch.epoch)
-    assert (epochs, Broken.reads) == ([1, 2, 3], 2)
+    assert (epochs, ClusterWithLogFailure.reads) == ([1, 2, 3], 2)
 
 
 def test_epochs_of_an_earlier_attempt_are_not_reported_for_the_next(
@@ -361,7 +361,7 @@ def test_epochs_of_an_earlier_attempt_are_not_reported_for_the_next(
     assert state.epoch is None
 
 
-def test_reason_that_returns_is_not_reported_again():
+def test_repeated_reason_is_reported_once():
     reporter = ProgressReporter()
     statuses = [
         RunStatus("flowers", RUN, "team-a", "pending", reason=reason) for reason in ("one", "other", "one", "other")
@@ -376,10 +376,12 @@ def test_outage_of_the_api_server_is_reported_at_its_start_and_end(
     statuses = RunFollower(make_cluster(attempts=1), RUN, timings=TIMINGS).statuses()
     assert next(statuses).phase == "pending"
     api_server.inject(Fault(api_statuses.service_unavailable()), times=12)
-    connection_statuses = [each for each in (next(statuses), next(statuses)) if isinstance(each, ConnectionStatus)]
+    connection_statuses = [
+        status for status in (next(statuses), next(statuses)) if isinstance(status, ConnectionStatus)
+    ]
     simulated.finish_run()
     *rest, last = statuses
-    assert not any(isinstance(each, ConnectionStatus) for each in rest)
+    assert not any(isinstance(status, ConnectionStatus) for status in rest)
     assert (len(connection_statuses), bool(connection_statuses[0].error), connection_statuses[1]) == (
         2,
         True,
@@ -406,7 +408,7 @@ def test_rejected_credentials_raise_an_error(job: None, make_cluster: Callable[.
         list(statuses)
 
 
-def test_unknown_run_can_not_be_followed(cluster: Cluster):
+def test_unknown_run_cannot_be_followed(cluster: Cluster):
     with pytest.raises(SettingError) as raised:
         list(RunFollower(cluster, "nothing-00000000", timings=TIMINGS).statuses())
     assert str(raised.value) == ("nothing-00000000 has no Job in namespace team-a: it does not exist or was deleted.")
@@ -417,10 +419,10 @@ def test_new_job_with_the_same_name_is_another_submission(
 ):
     statuses = RunFollower(cluster, RUN, timings=TIMINGS).statuses()
     next(statuses)
-    again = dict(simulated.wait_for_job())
+    new_job = dict(simulated.wait_for_job())
     api_server.remove("Job", RUN)
-    again["metadata"] = {key: value for key, value in again["metadata"].items() if key != "uid"}
-    api_server.put(again)
+    new_job["metadata"] = {key: value for key, value in new_job["metadata"].items() if key != "uid"}
+    api_server.put(new_job)
     last = list(statuses)[-1]
     assert isinstance(last, RunStatus)
     assert (last.exit_code, last.error) == (143, "the Job was deleted")
@@ -436,7 +438,7 @@ def test_follow_works_without_permission_to_read_events(
     assert list(statuses)[-1].phase == "succeeded"
 
 
-def test_prefetch_job_is_followed_to_its_own_end(
+def test_prefetch_job_is_followed_until_it_ends(
     make_cluster: Callable[..., Cluster], api_server: ApiServer, simulated: SimulatedCluster
 ):
     from sample_objects import job as sample_job

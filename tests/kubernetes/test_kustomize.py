@@ -32,9 +32,9 @@ print(json.dumps({str(path.relative_to(generate.HERE)): text for path, text in g
 
 
 def kustomize(directory: str) -> list[KubernetesObject]:
-    ended = subprocess.run([KUBECTL, "kustomize", K8S / directory], capture_output=True, text=True, check=False)
-    assert ended.returncode == 0, ended.stderr
-    return list(YAML(typ="safe").load_all(ended.stdout))
+    completed = subprocess.run([KUBECTL, "kustomize", K8S / directory], capture_output=True, text=True, check=False)
+    assert completed.returncode == 0, completed.stderr
+    return list(YAML(typ="safe").load_all(completed.stdout))
 
 
 @cache
@@ -47,7 +47,7 @@ def read(path: Path) -> list[KubernetesObject]:
 
 
 def by_name(objects: list[KubernetesObject]) -> dict[tuple[str, str], KubernetesObject]:
-    return {(one["kind"], one["metadata"]["name"]): one for one in objects}
+    return {(obj["kind"], obj["metadata"]["name"]): obj for obj in objects}
 
 
 def containers(job: KubernetesObject) -> list[KubernetesObject]:
@@ -69,17 +69,19 @@ def set_image(job: KubernetesObject, accelerator: str) -> None:
 
 
 def example_objects() -> dict[tuple[str, str], KubernetesObject]:
-    return by_name([one for path in EXAMPLES for one in read(K8S / "examples" / path.name)])
+    return by_name([obj for path in EXAMPLES for obj in read(K8S / "examples" / path.name)])
 
 
 def jobs(objects: dict[tuple[str, str], KubernetesObject]) -> list[KubernetesObject]:
-    return [one for one in objects.values() if one["kind"] == "Job"]
+    return [obj for obj in objects.values() if obj["kind"] == "Job"]
 
 
 def test_files_match_the_generator() -> None:
-    ended = subprocess.run([sys.executable, "-c", GENERATE], cwd=REPOSITORY, capture_output=True, text=True, check=True)
-    there = {str(path.relative_to(K8S)): path.read_text(encoding="utf-8") for path in K8S.rglob("*.yaml*")}
-    assert there == json.loads(ended.stdout)
+    completed = subprocess.run(
+        [sys.executable, "-c", GENERATE], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
+    files = {str(path.relative_to(K8S)): path.read_text(encoding="utf-8") for path in K8S.rglob("*.yaml*")}
+    assert files == json.loads(completed.stdout)
 
 
 def test_every_file_has_a_generated_header() -> None:
@@ -157,7 +159,7 @@ def test_secret_template_has_no_values() -> None:
 def test_examples_are_complete_and_in_the_namespace_of_the_base() -> None:
     names = {job.run for path in EXAMPLES for job in read_jobs(path)}
     objects = kustomize("examples")
-    assert {one["metadata"]["namespace"] for one in objects} == {"topwork"}
+    assert {obj["metadata"]["namespace"] for obj in objects} == {"topwork"}
     assert {name for kind, name in by_name(objects) if kind == "ConfigMap"} == names
     assert by_name(objects) == example_objects()
 
@@ -184,9 +186,9 @@ def test_two_gpus_overlay_only_sets_gpus_of_training_containers() -> None:
 def test_batch_size_of_every_example_is_divisible_by_two_gpus() -> None:
     for path in EXAMPLES:
         for job in read_jobs(path):
-            two = job.model_dump(mode="json", by_alias=True, exclude_none=True)
-            two["spec"]["compute"]["gpus"] = 2
-            type(job).model_validate(two)
+            data = job.model_dump(mode="json", by_alias=True, exclude_none=True)
+            data["spec"]["compute"]["gpus"] = 2
+            type(job).model_validate(data)
 
 
 def test_kueue_overlay_only_labels_jobs_with_the_queue() -> None:

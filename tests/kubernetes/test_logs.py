@@ -38,27 +38,27 @@ def simulated(api_server: ApiServer) -> SimulatedCluster:
 
 def format_entries(entries: Iterable[ContainerHeading | str | Note]) -> list[str]:
     """Return headings as `# pod stage`, notes as `! text`, and log lines unchanged."""
-    written = []
+    lines = []
     for entry in entries:
         if isinstance(entry, ContainerHeading):
-            written.append(f"# {entry.pod} {entry.stage}")
+            lines.append(f"# {entry.pod} {entry.stage}")
         else:
-            written.append(f"! {entry.text}" if isinstance(entry, Note) else entry)
-    return written
+            lines.append(f"! {entry.text}" if isinstance(entry, Note) else entry)
+    return lines
 
 
 def run_later(*steps: Callable[[], object], pause: float = 0.2) -> None:
-    def play() -> None:
+    def run() -> None:
         for step in steps:
             time.sleep(pause)
             step()
 
-    threading.Thread(target=play, daemon=True).start()
+    threading.Thread(target=run, daemon=True).start()
 
 
-def logs(kubeconfig: Path, *words: str) -> "subprocess.CompletedProcess[str]":
+def logs(kubeconfig: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
     environment = {**os.environ, "KUBECONFIG": str(kubeconfig), "PYTHONWARNINGS": "error"}
-    command = [sys.executable, "-m", "topwork", "logs", *words]
+    command = [sys.executable, "-m", "topwork", "logs", *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
 
@@ -130,11 +130,11 @@ def test_unreachable_node_does_not_hide_logs_of_other_pods(
     for suffix, since in (("aaaaa", 1), ("bbbbb", 100)):
         simulated.put_pod({"pull": terminated(1)}, suffix=suffix, created=since, phase="Failed")
         simulated.server.append_log(f"{RUN}-{suffix}", "pull", suffix)
-    why = 'Get "https://10.0.0.9:10250/containerLogs/team-a/p/pull": dial tcp 10.0.0.9:10250: i/o timeout'
-    api_server.inject(Fault(api_statuses.status(500, "", why), path="aaaaa/log"), times=2)
+    message = 'Get "https://10.0.0.9:10250/containerLogs/team-a/p/pull": dial tcp 10.0.0.9:10250: i/o timeout'
+    api_server.inject(Fault(api_statuses.status(500, "", message), path="aaaaa/log"), times=2)
     assert format_entries(RunLog(make_cluster(attempts=2), RUN).read()) == [
         f"# {RUN}-aaaaa pull",
-        f"! {api_server.url} could not read the log of Pod {RUN}-aaaaa in team-a (500: {why}). Try again later.",
+        f"! {api_server.url} could not read the log of Pod {RUN}-aaaaa in team-a (500: {message}). Try again later.",
         f"# {RUN}-bbbbb pull",
         "bbbbb",
     ]
@@ -217,7 +217,7 @@ def test_follow_of_a_stage_ends_when_the_stage_is_done(simulated: SimulatedClust
 def test_follow_survives_an_outage_of_the_api_server(
     simulated: SimulatedCluster, api_server: ApiServer, make_cluster: Callable[..., Cluster]
 ):
-    """Longer than other requests are retried: an API server may be down for minutes while it is upgraded."""
+    """Logs are retried for longer than other requests: API servers may be down for minutes during an upgrade."""
     simulated.put_pod({"pull": running()})
     simulated.server.append_log(POD, "pull", "one")
     api_server.inject(Fault(cut_after_bytes=45, path="/log"))
@@ -251,30 +251,30 @@ def test_only_log_lines_go_to_standard_output(simulated: SimulatedCluster, kubec
         simulated.server.append_log(
             POD, stage, json.dumps({"stage": stage, "name": "Chrysanthème"}, ensure_ascii=False)
         )
-    ended = logs(kubeconfig, "flowers")
-    assert ended.returncode == 0, ended.stderr
-    assert [json.loads(line)["stage"] for line in ended.stdout.splitlines()] == ["pull", "transfer", "fine-tune"]
-    assert ended.stderr == "".join(f"── {POD} {stage} ──\n" for stage in ("pull", "transfer", "fine-tune"))
+    completed = logs(kubeconfig, "flowers")
+    assert completed.returncode == 0, completed.stderr
+    assert [json.loads(line)["stage"] for line in completed.stdout.splitlines()] == ["pull", "transfer", "fine-tune"]
+    assert completed.stderr == "".join(f"── {POD} {stage} ──\n" for stage in ("pull", "transfer", "fine-tune"))
 
 
 def test_unknown_name_lists_the_existing_runs(simulated: SimulatedCluster, kubeconfig: Path):
-    ended = logs(kubeconfig, "roses")
-    assert (ended.returncode, ended.stdout) == (2, "")
-    assert ended.stderr == f"topwork: no job or run roses in namespace team-a. Existing runs: {RUN}.\n"
+    completed = logs(kubeconfig, "roses")
+    assert (completed.returncode, completed.stdout) == (2, "")
+    assert completed.stderr == f"topwork: no job or run roses in namespace team-a. Existing runs: {RUN}.\n"
 
 
 def test_unknown_stage_is_a_usage_error(simulated: SimulatedCluster, kubeconfig: Path):
-    ended = logs(kubeconfig, "flowers", "--stage", "train")
-    assert ended.returncode == 2
-    assert "'train' is not one of 'pull', 'transfer', 'fine-tune'" in ended.stderr
+    completed = logs(kubeconfig, "flowers", "--stage", "train")
+    assert completed.returncode == 2
+    assert "'train' is not one of 'pull', 'transfer', 'fine-tune'" in completed.stderr
 
 
 def test_failed_follow_prints_how_to_follow_again(simulated: SimulatedCluster, kubeconfig: Path):
     simulated.put_pod({"pull": running()})
     simulated.server.inject(Fault(api_statuses.rbac_denied("get", "pods/log", "team-a", POD), path="/log"))
-    ended = logs(kubeconfig, "flowers", "-f")
-    assert ended.returncode == 2
-    lines = ended.stderr.splitlines()
+    completed = logs(kubeconfig, "flowers", "-f")
+    assert completed.returncode == 2
+    lines = completed.stderr.splitlines()
     assert lines[1].startswith("topwork: alice is not allowed to get pods/log in namespace team-a. ")
     assert lines[2] == "The job continues. Follow it again with: topwork logs flowers -n team-a -f"
 
@@ -299,6 +299,6 @@ def test_closed_pipe_ends_the_command_without_an_error(simulated: SimulatedClust
     simulated.put_pod(PULLED | {"transfer": running(100)})
     simulated.server.append_log(POD, "pull", *("x" * 1000 for _ in range(500)))
     command = f"{sys.executable} -m topwork logs flowers --kubeconfig {kubeconfig} | head -n 1"
-    ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
-    assert ended.stdout == "x" * 1000 + "\n"
-    assert ended.stderr == f"── {POD} pull ──\n"
+    completed = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert completed.stdout == "x" * 1000 + "\n"
+    assert completed.stderr == f"── {POD} pull ──\n"

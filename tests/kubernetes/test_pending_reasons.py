@@ -73,7 +73,7 @@ def test_unschedulable_pod_explains_what_is_insufficient_and_what_to_do(message,
 
 
 @pytest.mark.parametrize(
-    ("scaling", "message", "reason"),
+    ("event_reason", "message", "reason"),
     [
         (
             "TriggeredScaleUp",
@@ -97,14 +97,14 @@ def test_unschedulable_pod_explains_what_is_insufficient_and_what_to_do(message,
         ),
     ],
 )
-def test_autoscaler_events_are_explained(scaling, message, reason):
-    waits = pending_pod(NO_GPUS)
+def test_autoscaler_events_are_explained(event_reason, message, reason):
+    pending = pending_pod(NO_GPUS)
     events = [
-        event(waits, "FailedScheduling", NO_GPUS, 3),
-        event(waits, "NotTriggerScaleUp", "pod didn't trigger scale-up: something earlier", 4),
-        event(waits, scaling, message, 30, kind="Normal"),
+        event(pending, "FailedScheduling", NO_GPUS, 3),
+        event(pending, "NotTriggerScaleUp", "pod didn't trigger scale-up: something earlier", 4),
+        event(pending, event_reason, message, 30, kind="Normal"),
     ]
-    assert reason_of(job(), [waits], events) == reason
+    assert reason_of(job(), [pending], events) == reason
 
 
 NOT_FOUND = (
@@ -166,7 +166,7 @@ def test_waiting_container_is_explained(state, reason):
 
 
 @pytest.mark.parametrize(
-    ("kind", "message", "reason"),
+    ("event_reason", "message", "reason"),
     [
         (
             "FailedMount",
@@ -196,18 +196,19 @@ def test_waiting_container_is_explained(state, reason):
         ),
     ],
 )
-def test_startup_events_of_the_node_are_explained(kind, message, reason):
-    new = pod({"pull": waiting("ContainerCreating")}, phase="Pending")
-    assert reason_of(job(), [new], [event(new, "Pulled", "before", 3), event(new, kind, message)]) == reason
+def test_startup_events_of_the_node_are_explained(event_reason, message, reason):
+    starting = pod({"pull": waiting("ContainerCreating")}, phase="Pending")
+    events = [event(starting, "Pulled", "before", 3), event(starting, event_reason, message)]
+    assert reason_of(job(), [starting], events) == reason
 
 
 def test_failed_mount_that_succeeded_later_is_ignored():
-    new = pod({"pull": waiting("ContainerCreating")}, phase="Pending")
+    starting = pod({"pull": waiting("ContainerCreating")}, phase="Pending")
     events = [
-        event(new, "FailedMount", 'MountVolume.SetUp failed for volume "job" : configmap "x" not found', 3),
-        event(new, "Pulled", "Container image already present on machine", 9, kind="Normal"),
+        event(starting, "FailedMount", 'MountVolume.SetUp failed for volume "job" : configmap "x" not found', 3),
+        event(starting, "Pulled", "Container image already present on machine", 9, kind="Normal"),
     ]
-    assert reason_of(job(), [new], events) is None
+    assert reason_of(job(), [starting], events) is None
 
 
 @pytest.mark.parametrize(
@@ -277,13 +278,15 @@ def test_kueue_workload_event_is_the_reason():
     suspended = suspended_job("team-a")
     workload = {"kind": "Workload", "metadata": {"name": f"job-{RUN}-1f2e3", "uid": "w"}}
     other = {"kind": "Workload", "metadata": {"name": "job-other-1f2e3", "uid": "v"}}
-    lacking = "couldn't assign flavors to pod set main: insufficient unused quota for nvidia.com/gpu in flavor h100, 2 "
+    quota_message = (
+        "couldn't assign flavors to pod set main: insufficient unused quota for nvidia.com/gpu in flavor h100, 2 "
+    )
     events = [
         event(workload, "Pending", "something earlier", 3),
-        event(workload, "Pending", f"{lacking}more needed", 30),
+        event(workload, "Pending", f"{quota_message}more needed", 30),
         event(other, "Pending", "of another job", 60),
     ]
-    assert reason_of(suspended, events=events) == f"waiting for quota in the queue team-a: {lacking}more needed"
+    assert reason_of(suspended, events=events) == f"waiting for quota in the queue team-a: {quota_message}more needed"
 
 
 def test_suspended_job_without_queue_explains_how_to_resume_it():

@@ -19,7 +19,7 @@ LABEL_VALUE = re.compile(r"([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?")
 DNS_LABEL = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
 # The Job controller appends a hyphen and five characters to name a pod.
 POD_SUFFIX = len("-xxxxx")
-LONGEST = 63
+MAX_LENGTH = 63
 IMAGES = ["a", "topwork:1", "localhost/topwork:1", "host:5000/a/b__c/d-e:V_1.2-x", f"a.b/c@sha256:{'0' * 64}"]
 
 
@@ -49,8 +49,8 @@ def with_spec(job: TransferJob, change: Callable[[dict[str, Any]], Any]) -> Tran
     return TransferJob.model_validate(data)
 
 
-def objects(job: TransferJob, **placement: str) -> list[KubernetesObject]:
-    return render(job, RenderOptions(**placement)).objects
+def objects(job: TransferJob, **options: str) -> list[KubernetesObject]:
+    return render(job, RenderOptions(**options)).objects
 
 
 def pod(job: KubernetesObject) -> dict[str, Any]:
@@ -65,19 +65,19 @@ def digest(job: KubernetesObject | None) -> str:
 @pytest.mark.parametrize("name", ["a", "a" * 40, f"a{'-' * 38}a"])
 def test_names_and_labels_are_valid_for_any_job_name(name: str) -> None:
     for obj in objects(make({"prefetch": True}, name)):
-        own = obj["metadata"]["name"]
-        assert DNS_LABEL.fullmatch(own)
-        assert len(own) + POD_SUFFIX <= LONGEST
+        object_name = obj["metadata"]["name"]
+        assert DNS_LABEL.fullmatch(object_name)
+        assert len(object_name) + POD_SUFFIX <= MAX_LENGTH
         for value in obj["metadata"]["labels"].values():
             assert LABEL_VALUE.fullmatch(value)
-            assert len(value) <= LONGEST
+            assert len(value) <= MAX_LENGTH
         assert_valid_object(obj)
 
 
 def test_object_names_of_two_specs_with_the_same_name_differ() -> None:
     job = make({"prefetch": True}, "a" * 40)
     other = with_spec(job, lambda spec: spec.update(seed=1))
-    names = [obj["metadata"]["name"] for one in (job, other) for obj in objects(one)]
+    names = [obj["metadata"]["name"] for run in (job, other) for obj in objects(run)]
     # The ConfigMap and the training Job have the same name.
     assert len(names) == 6
     assert len(set(names)) == 4
@@ -109,23 +109,23 @@ def test_rendered_objects_share_no_parts() -> None:
     def walk(value: Any) -> None:
         if isinstance(value, dict | list):
             seen.append(id(value))
-            for inner in value.values() if isinstance(value, dict) else value:
-                walk(inner)
+            for child in value.values() if isinstance(value, dict) else value:
+                walk(child)
 
     rendered = objects(make({"gpus": 2, "prefetch": True, "extraCA": {"configMap": "ca"}}))
     walk(rendered)
     assert len(seen) == len(set(seen))
 
 
-@pytest.mark.parametrize(("gpus", "flavour"), [(0, "cpu"), (1, "gpu"), (8, "gpu")])
-def test_default_image_is_the_one_that_make_image_builds(gpus: int, flavour: str) -> None:
+@pytest.mark.parametrize(("gpus", "accelerator"), [(0, "cpu"), (1, "gpu"), (8, "gpu")])
+def test_default_image_is_built_by_make_image(gpus: int, accelerator: str) -> None:
     training = render(make({"gpus": gpus}), RenderOptions()).training
     containers = pod(training)["initContainers"] + pod(training)["containers"]
-    assert {container["image"] for container in containers} == {f"topwork:{__version__}-{flavour}"}
+    assert {container["image"] for container in containers} == {f"topwork:{__version__}-{accelerator}"}
 
 
 @pytest.mark.parametrize("image", IMAGES)
-def test_given_image_is_used_for_every_container(image: str) -> None:
+def test_image_option_is_used_for_every_container(image: str) -> None:
     for obj in objects(make({"prefetch": True}), image=image)[1:]:
         for container in pod(obj).get("initContainers", []) + pod(obj)["containers"]:
             assert container["image"] == image
@@ -176,9 +176,9 @@ def test_queue_label_is_only_on_jobs() -> None:
 
 
 def test_prefetch_pod_requests_no_more_than_the_job() -> None:
-    small = render(make({"cpu": 0.5, "memory": "6Gi", "prefetch": True}), RenderOptions()).prefetch
-    assert small
-    assert pod(small)["containers"][0]["resources"]["limits"] == {"cpu": "500m", "memory": "6Gi"}
+    prefetch = render(make({"cpu": 0.5, "memory": "6Gi", "prefetch": True}), RenderOptions()).prefetch
+    assert prefetch
+    assert pod(prefetch)["containers"][0]["resources"]["limits"] == {"cpu": "500m", "memory": "6Gi"}
 
 
 def digests(**changes: Any) -> tuple[str, str]:

@@ -59,9 +59,9 @@ def test_render_prints_json_as_one_list() -> None:
 
 
 def test_image_option_takes_precedence_over_the_environment_variable() -> None:
-    least = GOLDEN / "least-cpu" / "job.yaml"
-    assert b"image: registry.example.com/topwork:1\n" in topwork("render", least, TOPWORK_IMAGE=IMAGE).stdout
-    assert b"image: other:2\n" in topwork("render", least, "--image", "other:2", TOPWORK_IMAGE=IMAGE).stdout
+    file = GOLDEN / "least-cpu" / "job.yaml"
+    assert b"image: registry.example.com/topwork:1\n" in topwork("render", file, TOPWORK_IMAGE=IMAGE).stdout
+    assert b"image: other:2\n" in topwork("render", file, "--image", "other:2", TOPWORK_IMAGE=IMAGE).stdout
 
 
 def test_render_reads_several_jobs_from_standard_input() -> None:
@@ -138,32 +138,34 @@ def test_render_imports_no_heavy_modules() -> None:
     assert not HEAVY_MODULES & modules
 
 
-# The only kubectl command that parses objects like the API server without a connection to one.
+# The only kubectl command that parses objects as the API server does, but requires no API server.
 PARSE_COMMAND = ("annotate", "--local", "--filename=-", "--output=json", "read-by=kubectl")
 
 
 def parse_with_kubectl(text: bytes) -> list[dict[str, Any]]:
     result = subprocess.run([KUBECTL, *PARSE_COMMAND], input=text, capture_output=True, check=True)
-    found, decoder, rest = [], json.JSONDecoder(), result.stdout.decode().strip()
+    objects, decoder, rest = [], json.JSONDecoder(), result.stdout.decode().strip()
     while rest:
         obj, end = decoder.raw_decode(rest)
         rest = rest[end:].strip()
         manifests = obj["items"] if obj["kind"] == "List" else [obj]
-        for one in manifests:
-            del one["metadata"]["annotations"]["read-by"]
-        found += manifests
-    return found
+        for manifest in manifests:
+            del manifest["metadata"]["annotations"]["read-by"]
+        objects += manifests
+    return objects
 
 
-def normalize(value: Any, *, amount: bool = False) -> Any:
-    """Convert as kubectl does: quantities to strings, and no empty mappings."""
+def normalize(value: Any, *, is_quantity: bool = False) -> Any:
+    """Convert values as kubectl does: quantities become strings, and empty mappings are removed."""
     if isinstance(value, dict):
-        amounts = value.keys() & {"requests", "limits"}
-        found = {key: normalize(inner, amount=amount or key in amounts) for key, inner in value.items()}
-        return {key: inner for key, inner in found.items() if inner != {}}
+        quantity_keys = value.keys() & {"requests", "limits"}
+        normalized = {
+            key: normalize(child, is_quantity=is_quantity or key in quantity_keys) for key, child in value.items()
+        }
+        return {key: child for key, child in normalized.items() if child != {}}
     if isinstance(value, list):
-        return [normalize(inner) for inner in value]
-    return str(value) if amount else value
+        return [normalize(child) for child in value]
+    return str(value) if is_quantity else value
 
 
 @pytest.mark.parametrize("output", ["yaml", "json"])
@@ -171,23 +173,23 @@ def normalize(value: Any, *, amount: bool = False) -> Any:
 def test_kubectl_parses_every_object_as_rendered(case: str, output: str) -> None:
     (job,) = read_jobs(GOLDEN / case / "job.yaml")
     result = topwork("render", GOLDEN / case / "job.yaml", "--output", output)
-    found = normalize(parse_with_kubectl(result.stdout))
-    for obj in found:
+    objects = normalize(parse_with_kubectl(result.stdout))
+    for obj in objects:
         obj.pop("status", None)
-        # Set by the API server; a client writes that they are null.
+        # The API server sets this field; kubectl writes null.
         for metadata in (obj["metadata"], obj.get("spec", {}).get("template", {}).get("metadata", {})):
             metadata.pop("creationTimestamp", None)
-    assert found == normalize(render(job, RenderOptions()).objects)
+    assert objects == normalize(render(job, RenderOptions()).objects)
 
 
 def test_kubectl_parses_tricky_annotations_as_written(tmp_path: Path) -> None:
-    spec = tmp_path / "odd.yaml"
-    odd = {f"k{index}": text for index, text in enumerate(TRICKY_STRINGS)}
+    file = tmp_path / "annotations.yaml"
+    annotations = {f"k{index}": text for index, text in enumerate(TRICKY_STRINGS)}
     # JSON is valid YAML, except for escaped surrogate pairs.
-    compute = json.dumps({"annotations": odd}, ensure_ascii=False).replace("\u2028", "\\u2028")
-    spec.write_text((GOLDEN / "least-cpu" / "job.yaml").read_text().replace("{gpus: 0}", compute))
+    compute = json.dumps({"annotations": annotations}, ensure_ascii=False).replace("\u2028", "\\u2028")
+    file.write_text((GOLDEN / "least-cpu" / "job.yaml").read_text().replace("{gpus: 0}", compute))
     for output in ("yaml", "json"):
-        result = topwork("render", spec, "-o", output)
+        result = topwork("render", file, "-o", output)
         assert result.returncode == 0, result.stderr
         job = parse_with_kubectl(result.stdout)[1]
-        assert job["spec"]["template"]["metadata"]["annotations"] == odd
+        assert job["spec"]["template"]["metadata"]["annotations"] == annotations

@@ -100,7 +100,7 @@ COMPUTE = st.fixed_dictionaries(
         "terminationGracePeriodSeconds": st.integers(30, 3600),
     },
 )
-often = settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+property_settings = settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 
 
 def make(compute: dict[str, Any], labels: dict[str, str]) -> TransferJob:
@@ -127,7 +127,7 @@ def make(compute: dict[str, Any], labels: dict[str, str]) -> TransferJob:
         raise
 
 
-@often
+@property_settings
 @given(COMPUTE, st.dictionaries(KEY, VALUE, max_size=3))
 @example({"annotations": {str(index): text for index, text in enumerate(TRICKY_STRINGS)}}, {"odd": "yes"})
 def test_objects_are_valid_and_restricted_and_survive_a_yaml_round_trip(
@@ -139,6 +139,6 @@ def test_objects_are_valid_and_restricted_and_survive_a_yaml_round_trip(
         assert_valid_object(obj, (VERSIONS[0], VERSIONS[-1]))
     assert read_text(objects[0]["data"]["job.yaml"], "job.yaml") == [job]
     text = dump_yaml(objects)
-    # YAML 1.1 as kubectl reads it, and 1.2.
+    # As YAML 1.1, which kubectl reads, and as YAML 1.2.
     assert list(yaml.safe_load_all(text)) == objects
     assert list(YAML(typ="safe", pure=True).load_all(io.StringIO(text))) == objects

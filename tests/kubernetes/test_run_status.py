@@ -47,7 +47,7 @@ def read_status(jobs, pods=(), events=(), epoch=None, deleted=()):
 
 
 def summary(state):
-    """The fields that most tests compare: phase, stage, reason, exit code and error."""
+    """Return the fields that most tests compare: phase, stage, reason, exit code and error."""
     return state.phase, state.stage, state.reason, state.exit_code, state.error
 
 
@@ -73,20 +73,20 @@ def test_status_of_a_finished_run_has_model_metric_and_stages():
         node=NODE,
     )
     assert state.is_finished
-    at = [
+    times = [
         datetime(2026, 3, 1, 12, minute, second, tzinfo=UTC)
         for minute, second in ((0, 10), (1, 40), (1, 40), (3, 10), (3, 20), (4, 50))
     ]
     assert containers == (
-        ContainerStatus("pull", "done", at[0], at[1], 0),
-        ContainerStatus("transfer", "done", at[2], at[3], 0),
-        ContainerStatus("fine-tune", "done", at[4], at[5], 0),
+        ContainerStatus("pull", "done", times[0], times[1], 0),
+        ContainerStatus("transfer", "done", times[2], times[3], 0),
+        ContainerStatus("fine-tune", "done", times[4], times[5], 0),
     )
 
 
 def test_success_criteria_met_means_succeeded_before_the_job_is_complete():
-    decided = job(success_criteria_met())
-    assert summary(read_status(decided, [finished_pod()])) == ("succeeded", "fine-tune", None, 0, None)
+    succeeding = job(success_criteria_met())
+    assert summary(read_status(succeeding, [finished_pod()])) == ("succeeded", "fine-tune", None, 0, None)
 
 
 def test_job_without_a_pod_is_pending():
@@ -125,7 +125,7 @@ def test_epoch_of_another_stage_is_ignored():
     assert (state.epoch, state.stage) == (None, "fine-tune")
 
 
-def test_running_container_is_the_one_that_runs():
+def test_running_container_is_set_only_while_a_stage_runs():
     assert read_status(job(), [pod(PULLED | {"transfer": running()})]).running_container == (f"{RUN}-abcde", "transfer")
     assert read_status(completed_job(), [finished_pod()]).running_container is None
 
@@ -216,13 +216,13 @@ def test_exceeded_deadline_fails_the_run_with_75():
 
 
 def test_unknown_failure_reason_keeps_the_message_of_kubernetes():
-    odd = job_condition("Failed", "SomethingNew", "A sentence\nof a later Kubernetes.")
-    assert summary(read_status(failed_job(odd)))[3:] == (1, "A sentence of a later Kubernetes")
+    condition = job_condition("Failed", "SomethingNew", "A sentence\nof a later Kubernetes.")
+    assert summary(read_status(failed_job(condition)))[3:] == (1, "A sentence of a later Kubernetes")
 
 
 def test_preempted_pod_is_stopping_then_replaced_and_not_counted():
-    leaving = pod(PULLED | {"transfer": running()}, conditions=(preemption(),), deleted=120)
-    state = read_status(job(), [leaving])
+    terminating = pod(PULLED | {"transfer": running()}, conditions=(preemption(),), deleted=120)
+    state = read_status(job(), [terminating])
     assert summary(state) == (
         "stopping",
         "transfer",
@@ -231,8 +231,10 @@ def test_preempted_pod_is_stopping_then_replaced_and_not_counted():
         None,
     )
 
-    gone = pod(PULLED | {"transfer": stopped("transfer", 100)}, conditions=(preemption(),), deleted=120, phase="Failed")
-    state = read_status(job(), [gone])
+    terminated = pod(
+        PULLED | {"transfer": stopped("transfer", 100)}, conditions=(preemption(),), deleted=120, phase="Failed"
+    )
+    state = read_status(job(), [terminated])
     assert summary(state) == (
         "pending",
         "transfer",
@@ -244,14 +246,14 @@ def test_preempted_pod_is_stopping_then_replaced_and_not_counted():
         ("stopped", 143, False)
     ]
 
-    state = read_status(job(), [gone, pod({"pull": running(300)}, suffix="later", created=200)])
+    state = read_status(job(), [terminated, pod({"pull": running(300)}, suffix="later", created=200)])
     assert summary(state) == ("running", "pull", None, None, None)
     assert [attempt.state for attempt in state.attempts] == ["stopped", "running"]
 
 
 def test_pod_stopped_by_its_deletion_is_not_counted():
-    gone = pod(PULLED | {"transfer": stopped("transfer", 100)}, deleted=120, phase="Failed")
-    (attempt,) = read_status(job(), [gone]).attempts
+    terminated = pod(PULLED | {"transfer": stopped("transfer", 100)}, deleted=120, phase="Failed")
+    (attempt,) = read_status(job(), [terminated]).attempts
     assert (attempt.state, attempt.exit_code, attempt.counted, attempt.error) == (
         "stopped",
         143,
@@ -275,15 +277,15 @@ def test_retried_failure_is_counted():
 
 
 def test_deleted_pod_is_stopped():
-    vanished = pod(PULLED | {"transfer": running(100)})
-    state = read_status(job(), [vanished], deleted=[vanished["metadata"]["uid"]])
+    deleted_pod = pod(PULLED | {"transfer": running(100)})
+    state = read_status(job(), [deleted_pod], deleted=[deleted_pod["metadata"]["uid"]])
     assert [(attempt.state, attempt.error) for attempt in state.attempts] == [("stopped", "the pod was deleted")]
 
 
 def test_job_being_deleted_is_stopping():
-    leaving = job()
-    leaving["metadata"]["deletionTimestamp"] = leaving["metadata"]["creationTimestamp"]
-    assert summary(read_status(leaving, [pod({"pull": running()}, deleted=10)])) == (
+    deleting = job()
+    deleting["metadata"]["deletionTimestamp"] = deleting["metadata"]["creationTimestamp"]
+    assert summary(read_status(deleting, [pod({"pull": running()}, deleted=10)])) == (
         "stopping",
         "pull",
         "the Job is being deleted",
@@ -293,17 +295,18 @@ def test_job_being_deleted_is_stopping():
 
 
 def test_deleted_job_fails_the_run_with_143():
-    gone = job()
-    state = read_status(gone, [pod({"pull": running()})], deleted=[gone["metadata"]["uid"]])
+    deleted_job = job()
+    state = read_status(deleted_job, [pod({"pull": running()})], deleted=[deleted_job["metadata"]["uid"]])
     assert summary(state) == ("failed", "pull", None, 143, "the Job was deleted")
 
 
 def test_job_deleted_after_its_end_has_the_outcome_of_its_pod():
-    gone = job()
-    deleted = [gone["metadata"]["uid"]]
-    assert summary(read_status(gone, [finished_pod()], deleted=deleted)) == ("succeeded", "fine-tune", None, 0, None)
+    deleted_job = job()
+    deleted = [deleted_job["metadata"]["uid"]]
+    state = read_status(deleted_job, [finished_pod()], deleted=deleted)
+    assert summary(state) == ("succeeded", "fine-tune", None, 0, None)
     pods = [pod({"pull": failed("pull", 2, "no such bucket")}, phase="Failed")]
-    assert summary(read_status(gone, pods, deleted=deleted)) == ("failed", "pull", None, 2, "no such bucket")
+    assert summary(read_status(deleted_job, pods, deleted=deleted)) == ("failed", "pull", None, 2, "no such bucket")
 
 
 def test_suspended_job_waits_for_its_queue():
@@ -317,9 +320,9 @@ def test_suspended_job_waits_for_its_queue():
 
 
 def test_run_is_pulling_ahead_while_the_prefetch_job_runs():
-    ahead = job(role="prefetch")
-    pulling = pod({"pull": running()}, of=ahead, node="cpu-1")
-    state = read_status([job(prefetch=True), ahead], [pulling, pending_pod(NO_GPUS, of=job(prefetch=True))])
+    prefetch_job = job(role="prefetch")
+    pulling = pod({"pull": running()}, of=prefetch_job, node="cpu-1")
+    state = read_status([job(prefetch=True), prefetch_job], [pulling, pending_pod(NO_GPUS, of=job(prefetch=True))])
     assert (state.phase, state.stage, state.node, state.reason.split(" (")[0]) == (
         "pulling ahead",
         "pull",
@@ -329,8 +332,8 @@ def test_run_is_pulling_ahead_while_the_prefetch_job_runs():
 
 
 def test_running_training_pod_takes_precedence_over_the_prefetch_job():
-    ahead = failed_job(failed_by_policy("pull", 2, role="prefetch"), role="prefetch")
-    assert summary(read_status([job(prefetch=True), ahead], [pod({"pull": running()})])) == (
+    prefetch_job = failed_job(failed_by_policy("pull", 2, role="prefetch"), role="prefetch")
+    assert summary(read_status([job(prefetch=True), prefetch_job], [pod({"pull": running()})])) == (
         "running",
         "pull",
         None,
@@ -340,9 +343,9 @@ def test_running_training_pod_takes_precedence_over_the_prefetch_job():
 
 
 def test_prefetched_dataset_without_training_job_is_pending():
-    ahead = job(success_criteria_met(), role="prefetch")
-    pulled = pod({"pull": done("pull")}, of=ahead, phase="Succeeded")
-    assert summary(read_status(ahead, [pulled])) == (
+    prefetch_job = job(success_criteria_met(), role="prefetch")
+    pulled = pod({"pull": done("pull")}, of=prefetch_job, phase="Succeeded")
+    assert summary(read_status(prefetch_job, [pulled])) == (
         "pending",
         "pull",
         "the dataset is pulled; submit the job again to train",
@@ -354,18 +357,18 @@ def test_prefetched_dataset_without_training_job_is_pending():
 def test_events_of_an_earlier_job_with_the_same_name_are_ignored():
     other = job()
     other["metadata"] = other["metadata"] | {"uid": "of an earlier one"}
-    refused = event(other, "FailedCreate", "Error creating: something old")
-    assert read_status(job(), events=[refused]).reason is None
+    failed_create = event(other, "FailedCreate", "Error creating: something old")
+    assert read_status(job(), events=[failed_create]).reason is None
 
 
 def test_pod_whose_containers_are_being_created_is_pending():
-    new = pod({"pull": waiting("ContainerCreating")}, phase="Pending")
-    assert summary(read_status(job(), [new])) == ("pending", None, None, None, None)
+    creating = pod({"pull": waiting("ContainerCreating")}, phase="Pending")
+    assert summary(read_status(job(), [creating])) == ("pending", None, None, None, None)
 
 
 def test_injected_containers_are_not_stages():
-    meshed = pod({"pull": running()})
-    meshed["spec"]["containers"].append({"name": "istio-proxy", "image": "istio"})
-    meshed["status"]["containerStatuses"].append({"name": "istio-proxy", "state": waiting()})
-    (attempt,) = read_status(job(), [meshed]).attempts
+    pod_with_sidecar = pod({"pull": running()})
+    pod_with_sidecar["spec"]["containers"].append({"name": "istio-proxy", "image": "istio"})
+    pod_with_sidecar["status"]["containerStatuses"].append({"name": "istio-proxy", "state": waiting()})
+    (attempt,) = read_status(job(), [pod_with_sidecar]).attempts
     assert [container.stage for container in attempt.containers] == ["pull", "transfer", "fine-tune"]

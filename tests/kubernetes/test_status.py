@@ -17,8 +17,8 @@ from topwork.cli.output.status_printer import format_duration
 
 pytestmark = pytest.mark.timeout(600)
 POD = f"{RUN}-abcde"
-# A few seconds more than three hours: shown as 3h for almost a minute.
-HOURS = 3 * 3600 + 5
+# A few seconds more than three hours, so that the age stays 3h during a test.
+THREE_HOURS = 3 * 3600 + 5
 NEXT_COMMANDS = [
     "",
     f"logs    topwork logs {RUN} -n team-a -f",
@@ -34,11 +34,13 @@ def simulated(api_server: ApiServer) -> SimulatedCluster:
     return SimulatedCluster(api_server)
 
 
-def put(server: ApiServer, obj: dict[str, Any], seconds: float = HOURS, namespace: str = "team-a") -> dict[str, Any]:
+def put(
+    server: ApiServer, obj: dict[str, Any], seconds: float = THREE_HOURS, namespace: str = "team-a"
+) -> dict[str, Any]:
     """Store an object that was created this many seconds ago."""
     obj = copy.deepcopy(obj)
-    then = datetime.now(UTC) - timedelta(seconds=seconds)
-    obj["metadata"] |= {"creationTimestamp": then.strftime("%Y-%m-%dT%H:%M:%SZ"), "namespace": namespace}
+    created = datetime.now(UTC) - timedelta(seconds=seconds)
+    obj["metadata"] |= {"creationTimestamp": created.strftime("%Y-%m-%dT%H:%M:%SZ"), "namespace": namespace}
     return server.put(obj)
 
 
@@ -124,7 +126,7 @@ def test_status_shows_the_newest_run_of_a_job_and_counts_the_others(topwork, sim
     older = sample_objects.job(retries=1)
     older["metadata"] |= {"name": "flowers-00000000", "uid": "older"}
     older["metadata"]["labels"]["topwork.dev/run"] = "flowers-00000000"
-    put(simulated.server, older, 2 * HOURS)
+    put(simulated.server, older, 2 * THREE_HOURS)
     _, lines = topwork("status", "flowers")
     assert lines[0] == f"{RUN} in namespace team-a: pending"
     assert lines[1] == "  job       flowers, the newest of 2 runs (topwork list)"
@@ -252,9 +254,9 @@ def test_list_of_200_runs_sends_3_list_requests_and_reads_48_logs(topwork, api_s
         api_server.put(pod)
         api_server.append_log(pod["metadata"]["name"], "transfer", epoch_line("transfer", 1, 5, 0.9))
     api_server.requests.clear()
-    began = time.monotonic()
+    start = time.monotonic()
     code, lines = topwork("list")
-    assert (code, len(lines), time.monotonic() - began < 30) == (0, 201, True)
+    assert (code, len(lines), time.monotonic() - start < 30) == (0, 201, True)
     logs = [request for request in api_server.requests if request.path.endswith("/log")]
     assert (len(logs), len(api_server.requests) - len(logs)) == (48, 3)
     assert [line.split()[1] for line in lines[1:3]] == ["flowers-00000000", "flowers-00000001"]
@@ -280,17 +282,17 @@ def test_status_of_a_prefetch_job_is_pulling_ahead(topwork, api_server):
 
 def test_status_and_list_as_separate_processes(kubeconfig, simulated):
     simulated.finish_run()
-    for words in (("status", "flowers"), ("list",)):
-        with Command(*words, kubeconfig=kubeconfig) as command:
+    for arguments in (("status", "flowers"), ("list",)):
+        with Command(*arguments, kubeconfig=kubeconfig) as command:
             assert command.wait() == 0
         assert RUN in command.output
         assert "accuracy 0.9700" in command.output
 
 
 @pytest.mark.parametrize(
-    ("seconds", "written"),
+    ("seconds", "expected"),
     [(0, "0s"), (-5, "0s"), (59, "59s"), (119, "119s"), (120, "2m"), (310, "5m10s"), (660, "11m"), (3600, "60m"),
      (7260, "121m"), (10800, "3h"), (14460, "4h1m"), (36000, "10h"), (90000, "25h"), (180000, "2d2h"), (864000, "10d")],
 )  # fmt: skip
-def test_durations_are_formatted_as_in_kubectl(seconds, written):
-    assert format_duration(seconds) == written
+def test_durations_are_formatted_as_in_kubectl(seconds, expected):
+    assert format_duration(seconds) == expected

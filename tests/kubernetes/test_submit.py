@@ -41,12 +41,12 @@ def submission(cluster: Cluster, reports: list[str]) -> Callable[..., Submission
 
 
 def rendered(image: str = IMAGE, **compute: Any) -> RenderedObjects:
-    # A grace period that a test can wait for; a spec may not set it this low.
-    made = render(transfer_job(**compute), RenderOptions(image))
-    for job in (made.training, made.prefetch):
+    # The grace period is short enough for tests; a spec cannot set it this low.
+    objects = render(transfer_job(**compute), RenderOptions(image))
+    for job in (objects.training, objects.prefetch):
         if job:
             job["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] = 1
-    return made
+    return objects
 
 
 def fail(simulated: SimulatedCluster, code: int = 75) -> None:
@@ -72,7 +72,7 @@ def test_new_run_is_applied_in_order_and_owns_its_config_map(submission, api_ser
 def test_config_map_is_deleted_with_its_job(submission, api_server):
     submission().submit()
     assert submission().cluster.delete("Job", RUN)
-    wait_for(lambda: api_server.get("ConfigMap", RUN) is None, "end of the ConfigMap")
+    wait_for(lambda: api_server.get("ConfigMap", RUN) is None, "deletion of the ConfigMap")
 
 
 def test_submitting_the_same_run_twice_changes_nothing(submission, api_server):
@@ -224,54 +224,54 @@ def test_job_applied_by_kubectl_is_the_same_run(submission, api_server):
 
 
 def test_concurrent_submissions_create_one_job(submission, api_server):
-    answers: list[object] = []
+    results: list[object] = []
 
     def submit() -> None:
-        answers.append(submission().submit())
+        results.append(submission().submit())
 
     threads = [threading.Thread(target=submit) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert set(answers) <= {"submitted", "running"}
-    assert "submitted" in answers
+    assert set(results) <= {"submitted", "running"}
+    assert "submitted" in results
     assert len(api_server.list("Job")) == 1
     assert api_server.get("ConfigMap", RUN)["metadata"]["ownerReferences"][0]["name"] == RUN
 
 
 def test_concurrent_submission_with_different_settings_is_rejected(submission, api_server):
     """Another user submits between the check and the apply."""
-    theirs = rendered(gpus=1)
-    ours = submission()
-    look = ours.cluster.get
+    other_objects = rendered(gpus=1)
+    own_submission = submission()
+    get_object = own_submission.cluster.get
 
-    class ClusterWithConcurrentRun(type(ours.cluster)):
-        """A cluster in which another run is applied after the first check."""
+    class ClusterWithConcurrentRun(type(own_submission.cluster)):
+        """A cluster in which another user applies the run after the first check."""
 
-        looks = 0
+        job_reads = 0
 
         def get(self, kind: str, name: str) -> Any:
-            found = look(kind, name)
+            obj = get_object(kind, name)
             if kind == "Job":
-                ClusterWithConcurrentRun.looks += 1
-            if kind == "ConfigMap" and ClusterWithConcurrentRun.looks == 1:
-                for obj in theirs.objects:
-                    api_server.put(copy.deepcopy(obj), manager="topwork")
-            return found
+                ClusterWithConcurrentRun.job_reads += 1
+            if kind == "ConfigMap" and ClusterWithConcurrentRun.job_reads == 1:
+                for other in other_objects.objects:
+                    api_server.put(copy.deepcopy(other), manager="topwork")
+            return obj
 
-    cluster = ClusterWithConcurrentRun(ours.cluster._client)
+    cluster = ClusterWithConcurrentRun(own_submission.cluster._client)
     with pytest.raises(SettingError) as raised:
-        Submission(cluster, ours.rendered, print).submit()
+        Submission(cluster, own_submission.rendered, print).submit()
     assert "is not finished and has different settings" in str(raised.value)
     assert str(IMAGE) in str(api_server.get("Job", RUN))
 
 
 def test_rejection_by_the_api_server_keeps_its_message(submission, api_server):
-    refusal = api_statuses.quota_exceeded(
+    quota_exceeded = api_statuses.quota_exceeded(
         "jobs.batch", RUN, "count/jobs.batch=1", "count/jobs.batch=5", "count/jobs.batch=5"
     )
-    api_server.inject(Fault(refusal, method="PATCH", path="/jobs/"), times=10)
+    api_server.inject(Fault(quota_exceeded, method="PATCH", path="/jobs/"), times=10)
     with pytest.raises(SettingError) as raised:
         submission().submit()
     assert "quota" in str(raised.value)
@@ -289,7 +289,7 @@ def test_existing_prefetch_job_is_kept_and_a_failed_one_is_replaced(submission, 
     assert len(api_server.get("ConfigMap", RUN)["metadata"]["ownerReferences"]) == 2
 
 
-# The command.
+# The command
 
 
 def test_submit_prints_the_job_and_the_next_commands(topwork, tmp_path, api_server):
@@ -324,10 +324,10 @@ def test_submit_again_reports_the_existing_run_or_its_model(topwork, tmp_path, s
 
 
 def test_error_in_the_second_file_applies_nothing(topwork, tmp_path, api_server):
-    good, wrong = write_spec(tmp_path / "good.yaml"), write_spec(tmp_path / "wrong.yaml", gpus=-1)
-    code, lines = topwork("submit", good, wrong)
+    valid, invalid = write_spec(tmp_path / "valid.yaml"), write_spec(tmp_path / "invalid.yaml", gpus=-1)
+    code, lines = topwork("submit", valid, invalid)
     assert (code, write_requests(api_server)) == (2, [])
-    assert lines[0].startswith(f"{wrong}:1:")
+    assert lines[0].startswith(f"{invalid}:1:")
 
 
 def test_local_path_is_reported_with_its_file(topwork, tmp_path, api_server):
@@ -357,7 +357,7 @@ def test_wait_for_data_requires_prefetch(topwork, tmp_path, api_server):
     )
 
 
-def test_dry_run_can_not_be_combined_with_follow(topwork, tmp_path, api_server):
+def test_dry_run_cannot_be_combined_with_follow(topwork, tmp_path, api_server):
     file = write_spec(tmp_path / "flowers.yaml")
     assert topwork("submit", file, "--dry-run=client", "--follow") == (
         2,

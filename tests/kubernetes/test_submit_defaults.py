@@ -61,9 +61,10 @@ def test_submit_fills_in_defaults_of_the_namespace(topwork: Topwork, api_server:
         "from configmap/topwork-defaults: image registry.example.com/topwork:1, "
         'spec.storage "s3://artifacts/topwork", spec.compute.queue "team-a", spec.compute.gpus 2'
     )
-    found, container = applied(api_server)
-    assert found["storage"] == "s3://artifacts/topwork"
-    assert (found["compute"]["queue"], found["compute"]["memory"], found["compute"]["gpus"]) == ("team-a", "64Gi", 2)
+    applied_spec, container = applied(api_server)
+    assert applied_spec["storage"] == "s3://artifacts/topwork"
+    compute = applied_spec["compute"]
+    assert (compute["queue"], compute["memory"], compute["gpus"]) == ("team-a", "64Gi", 2)
     assert container["image"] == "registry.example.com/topwork:1"
 
 
@@ -73,8 +74,8 @@ def test_command_line_takes_precedence_over_defaults(topwork: Topwork, api_serve
         "submit", spec, "--image", "own:1", "--set", "spec.compute.queue=b", "--set", "spec.compute.gpus=null"
     )
     assert code == 0
-    found, container = applied(api_server)
-    assert (found["compute"]["queue"], found["compute"]["gpus"], container["image"]) == ("b", 1, "own:1")
+    applied_spec, container = applied(api_server)
+    assert (applied_spec["compute"]["queue"], applied_spec["compute"]["gpus"], container["image"]) == ("b", 1, "own:1")
     assert "image" not in lines[0]
 
 

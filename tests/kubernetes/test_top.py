@@ -84,8 +84,8 @@ def test_stopping_run_is_shown_while_its_process_still_answers(simulated: Simula
 
 def test_missing_permission_for_pods_is_reported(simulated: SimulatedCluster, topwork: Topwork):
     simulated.put_pod(PULLED | {"transfer": running(100)})
-    refusal = api_statuses.rbac_denied("get", "pods/proxy", "team-a", f"{POD}:9102")
-    simulated.server.inject(Fault(refusal, path="/proxy"))
+    denied = api_statuses.rbac_denied("get", "pods/proxy", "team-a", f"{POD}:9102")
+    simulated.server.inject(Fault(denied, path="/proxy"))
     assert topwork("top", *FAST) == (
         2,
         [

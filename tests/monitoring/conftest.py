@@ -1,4 +1,4 @@
-"""A real run of the demo job on two replicas, scraped by a real Prometheus with the rules of the chart."""
+"""A real run of the demo job on two replicas, scraped by a real Prometheus server with the rules of the chart."""
 
 import csv
 import json
@@ -91,7 +91,7 @@ def observed_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObservedR
     }
     start = time.time()
     prometheus = Prometheus(directory / "prometheus", scrape_configs(exporter.address, port, pod))
-    # GPU-hours have a point every full minute, of which one must be within the run of at least half a minute.
+    # GPU-hours are sampled at each full minute. Start 15 seconds before one, because the run takes at least 30 seconds.
     time.sleep((45 - time.time()) % 60)
     process = start_topwork(
         directory, "run", str(file), "--replicas", "2", "--metrics-port", str(port), *set_options(TRANSFER)
@@ -116,7 +116,7 @@ def observed_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObservedR
 
 
 def scrape_configs(exporter: str, port: int, pod: str) -> list[dict[str, Any]]:
-    """Return scrape configurations: the run with the labels of a PodMonitor, the exporters as the usual charts do."""
+    """Return scrape configurations: the run with the labels of a PodMonitor, the exporters as in common charts."""
     run_labels = {"namespace": NAMESPACE, "pod": pod, "container": "fine-tune", "team": TEAM}
     dcgm_labels = {"namespace": "gpu-operator", "pod": "dcgm-exporter-1", "container": "exporter"}
     return [

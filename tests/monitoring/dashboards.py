@@ -51,5 +51,5 @@ def variables() -> Iterator[tuple[str, str, str]]:
 
 
 def substitute_variables(text: str, values: Mapping[str, str]) -> str:
-    """Replace variables by their values, as Grafana does before it sends a query."""
+    """Replace variables with their values, as Grafana does before it sends a query."""
     return re.sub(r"\$(\w+)", lambda match: values[match[1]], text)

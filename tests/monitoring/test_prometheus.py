@@ -1,4 +1,4 @@
-"""A real Prometheus with a real run: every dashboard query has data, and the series match the files of the run."""
+"""A real Prometheus server with a real run: dashboard queries have data, and series match the files of the run."""
 
 import re
 import subprocess
@@ -91,7 +91,7 @@ def test_last_stage_exposes_the_results_of_all_stages(observed_run: ObservedRun)
 
 
 def test_run_is_counted_while_running_and_when_done(observed_run: ObservedRun):
-    """These panels show 0 without matching series, so the presence of data is not sufficient."""
+    """These panels show 0 if no series match, so checking that they have data is not sufficient."""
     counts = {
         query.panel: substitute_variables(query.expr, observed_run.values)
         for query in queries()
@@ -121,14 +121,14 @@ def test_dcgm_series_have_the_run_of_their_pod(observed_run: ObservedRun):
 
 
 def test_metrics_page_passes_promtool(observed_run: ObservedRun):
-    checked = subprocess.run(
+    completed = subprocess.run(
         [require_command("promtool"), "check", "metrics"],
         input=observed_run.page,
         capture_output=True,
         text=True,
         check=False,
     )
-    assert (checked.returncode, checked.stdout, checked.stderr) == (0, "", "")
+    assert (completed.returncode, completed.stdout, completed.stderr) == (0, "", "")
 
 
 def test_series_end_when_the_process_has_ended(observed_run: ObservedRun):

@@ -24,14 +24,14 @@ RUN = "cats-12345678"
 def gateway():
     if SERVER is None:
         pytest.skip("prometheus-pushgateway is not installed; install it with: make prometheus")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
     server = subprocess.Popen([SERVER, f"--web.listen-address=127.0.0.1:{port}"], stderr=subprocess.DEVNULL)
     try:
         for _ in range(100):
-            with socket.socket() as ready:
-                if ready.connect_ex(("127.0.0.1", port)) == 0:
+            with socket.socket() as connection:
+                if connection.connect_ex(("127.0.0.1", port)) == 0:
                     break
             time.sleep(0.05)
         yield f"http://127.0.0.1:{port}"
@@ -81,8 +81,8 @@ def test_pushed_series_pass_promtool(gateway):
         families = response.read().decode().split("# HELP ")
     page = "".join(f"# HELP {family}" for family in families if family.startswith("topwork_")).encode()
     assert page.count(b"# HELP") > 5
-    checked = subprocess.run(["promtool", "check", "metrics"], input=page, capture_output=True, check=False)
-    assert (checked.returncode, checked.stdout + checked.stderr) == (0, b"")
+    completed = subprocess.run(["promtool", "check", "metrics"], input=page, capture_output=True, check=False)
+    assert (completed.returncode, completed.stdout + completed.stderr) == (0, b"")
 
 
 def test_delete_reads_run_and_pushgateway_from_a_job_spec(gateway):

@@ -1,4 +1,4 @@
-"""Rule and dashboard files: promtool accepts them, every alert has a runbook, every panel has a description."""
+"""Rule and dashboard files: promtool accepts the rules, every alert has a runbook, every panel has a description."""
 
 import importlib.util
 import re
@@ -16,13 +16,13 @@ RUNBOOKS = "https://github.com/topwork/topwork/blob/main/docs/runbooks.md"
 
 
 def test_promtool_accepts_the_rules():
-    checked = subprocess.run(
+    completed = subprocess.run(
         [require_command("promtool"), "check", "rules", *RULES.glob("*.yaml")],
         capture_output=True,
         text=True,
         check=False,
     )
-    assert (checked.returncode, checked.stderr) == (0, ""), checked.stdout
+    assert (completed.returncode, completed.stderr) == (0, ""), completed.stdout
 
 
 def test_promtool_rule_tests_pass():
@@ -75,17 +75,17 @@ def test_prometheus_configurations_in_the_docs_are_valid(tmp_path):
     assert len(configs) == 3
     for config in configs:
         # Prometheus from Debian is built without Kubernetes service discovery.
-        supported = config.replace(
+        static_config = config.replace(
             "kubernetes_sd_configs: [{role: pod}]", "static_configs: [{targets: [localhost:9101]}]"
         )
-        (tmp_path / "prometheus.yml").write_text(supported)
-        checked = subprocess.run(
+        (tmp_path / "prometheus.yml").write_text(static_config)
+        completed = subprocess.run(
             [require_command("promtool"), "check", "config", tmp_path / "prometheus.yml"],
             capture_output=True,
             text=True,
             check=False,
         )
-        assert checked.returncode == 0, checked.stdout + checked.stderr
+        assert completed.returncode == 0, completed.stdout + completed.stderr
 
 
 @pytest.mark.parametrize("name", DASHBOARDS)

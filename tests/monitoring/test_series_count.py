@@ -16,7 +16,7 @@ RECORDED_SERIES = 15
 
 @pytest.fixture
 def ten_runs(observed_run: ObservedRun, tmp_path: Path) -> Iterator[Prometheus]:
-    """Prometheus that scrapes the last page of the real run under ten names, with the exporters of a cluster."""
+    """Prometheus server that scrapes the last page of the real run as ten runs, and the exporters of a cluster."""
     exporter, configs = Exporter(), []
     for number in range(RUNS):
         run = f"{observed_run.transferjob}-0000000{number}"
@@ -46,5 +46,5 @@ def test_each_of_ten_runs_has_the_documented_number_of_series(ten_runs: Promethe
     recorded = ten_runs.query('count by (run) ({__name__=~"topwork:.+"})')
     assert (len(scraped), len(recorded)) == (RUNS, RUNS)
     assert max(int(series["value"][1]) for series in scraped) <= MAX_SERIES
-    # A page that does not change has no input wait rate.
+    # The page never changes, so the input wait ratio has no value.
     assert {int(series["value"][1]) for series in recorded} == {RECORDED_SERIES - 1}

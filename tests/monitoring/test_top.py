@@ -1,4 +1,4 @@
-"""`topwork top --prometheus` with a real Prometheus that scrapes two processes."""
+"""`topwork top --prometheus` with a real Prometheus server that scrapes two processes."""
 
 import json
 import shutil
@@ -35,7 +35,7 @@ def pod_target(port: int, name: str) -> dict[str, Any]:
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[..., str]]:
-    """Start Prometheus, which scrapes the targets every second; returns its URL."""
+    """Function that starts Prometheus, which scrapes the targets once per second; returns its URL."""
     processes: list[subprocess.Popen[bytes]] = []
 
     def start_prometheus(*targets: dict[str, Any]) -> str:
@@ -62,9 +62,9 @@ def top(url: str, *arguments: str) -> list[dict[str, Any]]:
     return list(json.loads(completed.stdout)) if completed.returncode == 0 else []
 
 
-def wait_for(function: Callable[[], Any]) -> Any:
+def wait_for(find: Callable[[], Any]) -> Any:
     deadline = time.monotonic() + TIMEOUT_SECONDS
-    while not (result := function()):
+    while not (result := find()):
         assert time.monotonic() < deadline
         time.sleep(0.2)
     return result
@@ -86,9 +86,9 @@ def test_runs_are_read_with_rates_from_scrapes(start):
         start_metrics(RUN, "transfer"),
     )
     # Outcomes at a Pushgateway do not belong to a running process.
-    pushed, _ = start_http_server(0, "127.0.0.1", registry=outcome.outcome_registry)
+    pushgateway, _ = start_http_server(0, "127.0.0.1", registry=outcome.outcome_registry)
     ports = metrics.serve(0, "127.0.0.1"), other.serve(0, "127.0.0.1")
-    gateway = {"targets": [f"127.0.0.1:{pushed.server_port}"]}
+    gateway = {"targets": [f"127.0.0.1:{pushgateway.server_port}"]}
     with metrics.track_stage("transfer"), other.track_stage("pull"):
         metrics.set_planned_epochs("transfer", 20)
         metrics.set_epoch("transfer", 5)

@@ -1,4 +1,4 @@
-"""Free disk space: checks before large writes, and error messages of a full disk."""
+"""Free disk space: checks before large writes, and error messages for a full disk."""
 
 import errno
 import gc
@@ -20,7 +20,7 @@ DISK_BYTES = 80 << 20
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A real disk of 80 MiB."""
+    """A tmpfs file system of 80 MiB."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(disk)]
@@ -107,9 +107,9 @@ def test_pull_larger_than_the_free_disk_space_does_not_start(make_job, workspace
     ],
 )
 def test_full_disk_and_an_exhausted_quota_have_different_exit_codes(error, code):
-    known = to_topwork_error(error)
-    assert known is not None
-    assert known.exit_code == code
+    reported = to_topwork_error(error)
+    assert reported is not None
+    assert reported.exit_code == code
 
 
 def test_disk_full_error_inspects_causes_and_ignores_other_errors():

@@ -1,4 +1,4 @@
-"""The embedded S3 server: shared by concurrent users, stopped after the last one, with persistent data."""
+"""The embedded S3 server: shared by concurrent processes, stopped when the last one exits, with persistent data."""
 
 import http.client
 import json
@@ -20,7 +20,7 @@ from topwork.errors import SettingError
 from topwork.local import server, supervisor
 from topwork.local.server import embedded_storage
 
-USER = """
+USER_SCRIPT = """
 import sys
 from pathlib import Path
 from topwork.local.server import embedded_storage
@@ -32,13 +32,13 @@ with embedded_storage(Path(sys.argv[1])) as settings:
 
 def start_user(state: Path) -> "subprocess.Popen[str]":
     return subprocess.Popen(
-        [sys.executable, "-c", USER, str(state)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", USER_SCRIPT, str(state)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
 
 
 def find_processes(state: Path) -> dict[str, int]:
     """Return the process IDs of supervisor and server of a state directory, by name."""
-    found = {}
+    process_ids = {}
     for process in Path("/proc").glob("[0-9]*"):
         try:
             arguments = (process / "cmdline").read_bytes().decode().split("\0")
@@ -46,10 +46,10 @@ def find_processes(state: Path) -> dict[str, int]:
         except OSError:
             continue
         if arguments[0].endswith("weed") and is_inside:
-            found["server"] = int(process.name)
+            process_ids["server"] = int(process.name)
         elif str(state) in arguments and any(item.endswith("supervisor.py") for item in arguments):
-            found["supervisor"] = int(process.name)
-    return found
+            process_ids["supervisor"] = int(process.name)
+    return process_ids
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 10.0) -> None:
@@ -76,7 +76,7 @@ def running_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[P
         yield state, settings
 
 
-def test_data_persists_however_the_server_ended(state: Path) -> None:
+def test_data_persists_however_the_server_stops(state: Path) -> None:
     with embedded_storage(state) as settings:
         create_bucket(settings, "topwork-kept")
         create_bucket(settings, "topwork-kept")
@@ -84,8 +84,8 @@ def test_data_persists_however_the_server_ended(state: Path) -> None:
         os.kill(find_processes(state)["server"], signal.SIGKILL)
         wait_for(lambda: find_processes(state) == {})
         # A second user starts the server again, at the same address, while this one is still active.
-        with embedded_storage(state) as again:
-            assert again == settings
+        with embedded_storage(state) as second_settings:
+            assert second_settings == settings
             assert open_storage(settings).read("first") == b"1" * 100_000
             open_storage(settings).write("second", b"2")
     wait_for(lambda: find_processes(state) == {})

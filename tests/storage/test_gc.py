@@ -1,4 +1,4 @@
-"""`topwork gc`: what is deleted and, above all, what is kept."""
+"""`topwork gc`: leftovers that it deletes, and objects that it keeps."""
 
 import json
 from datetime import timedelta
@@ -12,14 +12,14 @@ from topwork.cli.runtime.shutdown import to_topwork_error
 from topwork.registry.garbage_collection import delete_leftovers, find_leftovers
 from topwork.registry.versions import Version, claim_version
 
-AT_ONCE = timedelta(0)
+ANY_AGE = timedelta(0)
 PART_BYTES = 5 << 20
 
 
-def write_complete_artifact(storage, prefix, folder, facts=None):
-    folder.mkdir(exist_ok=True)
-    (folder / "file").write_bytes(b"1234")
-    write_artifact(storage, prefix, folder, facts or {})
+def write_complete_artifact(storage, prefix, directory, facts=None):
+    directory.mkdir(exist_ok=True)
+    (directory / "file").write_bytes(b"1234")
+    write_artifact(storage, prefix, directory, facts or {})
 
 
 def version(number, dataset):
@@ -29,12 +29,12 @@ def version(number, dataset):
     ).model_dump(mode="json")  # fmt: skip
 
 
-NAMED = "runs/cats-2/transfer/model-0000000000000000.keras"
+FINISHED_MODEL = "runs/cats-2/transfer/model-0000000000000000.keras"
 
 
 @pytest.fixture
-def used(storage, tmp_path):
-    """Storage with one of everything that must be kept; returns the keys."""
+def referenced(storage, tmp_path):
+    """Write an object of every kind that must be kept; returns all keys."""
     write_complete_artifact(storage, "datasets/cats/aaaa0000", tmp_path / "made")
     write_complete_artifact(storage, "datasets/dogs/bbbb0000", tmp_path / "made")
     write_complete_artifact(storage, "datasets/birds/cccc0000", tmp_path / "made")
@@ -54,16 +54,16 @@ def used(storage, tmp_path):
 
 
 @pytest.fixture
-def littered(used, storage, tmp_path):
-    """The same with one of everything that can be deleted; returns what is kept, and what is deleted by kind."""
+def with_leftovers(referenced, storage, tmp_path):
+    """Add a leftover of every kind; returns the keys that must be kept."""
     storage.write("datasets/cats/dddd0000/stored_images-train.tfrecord-00000-of-00001", b"half")
     write_complete_artifact(storage, "datasets/cats/eeee0000", tmp_path / "made")
     claim_version(storage, "cats", "cats-9")
     storage.write("models/cats/3/model.keras", b"half")
     storage.write("runs/cats-1/fine-tune/checkpoints/00001/state.npz", b"half")
     storage.write("runs/cats-1/fine-tune/model-0123456789abcdef.keras", b"not named yet")
-    storage.write("runs/cats-2/transfer/done.json", json.dumps({"key": NAMED}).encode())
-    storage.write(NAMED, b"model")
+    storage.write("runs/cats-2/transfer/done.json", json.dumps({"key": FINISHED_MODEL}).encode())
+    storage.write(FINISHED_MODEL, b"model")
     storage.write("runs/cats-2/transfer/model-fedcba9876543210.keras", b"another process was faster")
     write_complete_artifact(storage, "runs/cats-2/transfer/checkpoints/00002", tmp_path / "made")
     storage.write("runs/cats-2/transfer/features/train-0000000000.npy", b"features")
@@ -75,10 +75,10 @@ def littered(used, storage, tmp_path):
         Body=bytes(PART_BYTES),
     )  # fmt: skip
     storage._client.create_multipart_upload(Bucket=storage._bucket, Key=f"{storage._key_prefix}foreign/big")
-    return used | {"runs/cats-2/transfer/done.json", NAMED}
+    return referenced | {"runs/cats-2/transfer/done.json", FINISHED_MODEL}
 
 
-GOES = {
+LEFTOVERS = {
     "datasets/cats/dddd0000": "half-written",
     "datasets/cats/eeee0000": "unreferenced dataset",
     "models/cats/3": "half-written",
@@ -91,33 +91,33 @@ GOES = {
 }
 
 
-def test_gc_keeps_everything_referenced_or_needed(used, storage):
-    assert find_leftovers(storage, AT_ONCE) == []
+def test_gc_keeps_everything_referenced_or_needed(referenced, storage):
+    assert find_leftovers(storage, ANY_AGE) == []
 
 
-def test_gc_deletes_every_kind_of_leftover_and_nothing_else(littered, storage):
-    found = find_leftovers(storage, AT_ONCE)
-    assert {leftover.prefix: leftover.kind for leftover in found} == GOES
-    sizes = {leftover.prefix: leftover.size for leftover in found}
+def test_gc_deletes_every_kind_of_leftover_and_nothing_else(with_leftovers, storage):
+    leftovers = find_leftovers(storage, ANY_AGE)
+    assert {leftover.prefix: leftover.kind for leftover in leftovers} == LEFTOVERS
+    sizes = {leftover.prefix: leftover.size for leftover in leftovers}
     assert sizes["runs/cats-3/big"] == PART_BYTES
     assert sizes["runs/cats-1/fine-tune/checkpoints/00001"] == len(b"half")
-    assert [leftover.prefix for leftover in delete_leftovers(storage, found)] == sorted(GOES)
-    assert {stored.key for stored in storage.list()} == littered
+    assert [leftover.prefix for leftover in delete_leftovers(storage, leftovers)] == sorted(LEFTOVERS)
+    assert {stored.key for stored in storage.list()} == with_leftovers
     assert [upload.key for upload in storage.multipart_uploads.list_incomplete(older_than_seconds=0)] == ["foreign/big"]
-    assert find_leftovers(storage, AT_ONCE) == []
+    assert find_leftovers(storage, ANY_AGE) == []
 
 
-def test_gc_keeps_what_is_younger_than_the_limit(littered, storage):
+def test_gc_keeps_leftovers_younger_than_the_limit(with_leftovers, storage):
     assert find_leftovers(storage, timedelta(hours=1)) == []
 
 
-def test_gc_keeps_what_is_referenced_before_it_is_deleted(littered, storage, tmp_path):
-    found = find_leftovers(storage, AT_ONCE)
+def test_gc_keeps_leftovers_that_are_referenced_before_deletion(with_leftovers, storage, tmp_path):
+    leftovers = find_leftovers(storage, ANY_AGE)
     storage.write("runs/new-1/pull/done.json", json.dumps({"dataset": "datasets/cats/eeee0000"}).encode())
     (tmp_path / "made" / "stored_images-train.tfrecord-00000-of-00001").write_bytes(b"whole")
     write_complete_artifact(storage, "datasets/cats/dddd0000", tmp_path / "made")
-    gone = {leftover.prefix for leftover in delete_leftovers(storage, found)}
-    assert gone == set(GOES) - {"datasets/cats/dddd0000", "datasets/cats/eeee0000"}
+    deleted = {leftover.prefix for leftover in delete_leftovers(storage, leftovers)}
+    assert deleted == set(LEFTOVERS) - {"datasets/cats/dddd0000", "datasets/cats/eeee0000"}
     assert storage.size("datasets/cats/eeee0000/file") == storage.size("datasets/cats/dddd0000/file") == 4
 
 
@@ -133,17 +133,19 @@ def command(storage, s3_settings, monkeypatch, tmp_path):
     return lambda *options: CliRunner().invoke(app, ["gc", storage.uri, *options])
 
 
-def test_gc_dry_run_deletes_nothing_and_a_real_run_reports_freed_bytes(command, littered, storage):
+def test_gc_dry_run_deletes_nothing_and_a_real_run_reports_freed_bytes(command, with_leftovers, storage):
     before = {stored.key for stored in storage.list()}
-    shown = command("--dry-run", "--older-than", "0m")
-    assert shown.exit_code == 0, shown.output
-    for prefix, kind in GOES.items():
-        assert any(line.startswith(kind) and line.endswith(prefix) for line in shown.output.splitlines()), shown.output
-    assert f"Would free 5.0 MiB: {len(GOES)} leftovers in {storage.uri}." in shown.output
+    dry_run = command("--dry-run", "--older-than", "0m")
+    assert dry_run.exit_code == 0, dry_run.output
+    for prefix, kind in LEFTOVERS.items():
+        assert any(line.startswith(kind) and line.endswith(prefix) for line in dry_run.output.splitlines()), (
+            dry_run.output
+        )
+    assert f"Would free 5.0 MiB: {len(LEFTOVERS)} leftovers in {storage.uri}." in dry_run.output
     assert {stored.key for stored in storage.list()} == before
-    done = json.loads(command("--older-than", "0m", "--json").output)
-    assert (done["dryRun"], {one["key"]: one["kind"] for one in done["found"]}) == (False, GOES)
-    assert {stored.key for stored in storage.list()} == littered
+    report = json.loads(command("--older-than", "0m", "--json").output)
+    assert (report["dryRun"], {leftover["key"]: leftover["kind"] for leftover in report["found"]}) == (False, LEFTOVERS)
+    assert {stored.key for stored in storage.list()} == with_leftovers
     assert command().output == f"Nothing to delete in {storage.uri} that is older than 24h.\n"
 
 

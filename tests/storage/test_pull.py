@@ -29,9 +29,9 @@ def test_pull_stores_a_dataset_that_a_second_pull_reuses(make_job, workspace, tw
     assert stored.metadata.splits == {"train": {"blue": 20, "red": 20}}
     assert [(image.name, image.reason) for image in stored.metadata.rejected] == [("red/notes.txt", "unknown format")]
     assert stored.prefix == f"datasets/photos/{stored.metadata.fingerprint}"
-    before = {found.key: found.etag for found in workspace.storage.list()}
+    before = {item.key: item.etag for item in workspace.storage.list()}
     assert pull(make_job(), workspace) == stored
-    assert {found.key: found.etag for found in workspace.storage.list()} == before
+    assert {item.key: item.etag for item in workspace.storage.list()} == before
 
 
 def test_pull_keeps_the_dataset_of_a_run_when_its_source_changes(make_job, workspace, two_class_folder):
@@ -131,14 +131,14 @@ def test_pull_rejects_a_source_with_too_many_invalid_images_before_storing_anyth
 ):
     for index in range(30):
         (two_class_folder / "red" / f"broken-{index:02}.jpg").write_bytes(b"broken")
-    with pytest.raises(DataError) as failed:
+    with pytest.raises(DataError) as raised:
         pull(make_job(), workspace)
-    assert str(failed.value).startswith(
+    assert str(raised.value).startswith(
         f"42.9% of the images of {two_class_folder} are invalid, more than spec.dataset.maxRejectedRatio 0.2 allows. "
         "30 rejected: "
         "red/broken-00.jpg (unknown format); red/broken-01.jpg (unknown format); "
     )
-    assert str(failed.value).endswith("red/broken-19.jpg (unknown format); and 10 more.")
+    assert str(raised.value).endswith("red/broken-19.jpg (unknown format); and 10 more.")
     assert list(workspace.storage.list()) == []
     assert 'topwork_images_rejected_total{reason="unknown format"} 30.0' in _exposition(workspace)
 
@@ -175,18 +175,21 @@ def test_concurrent_pulls_store_one_dataset(make_job, workspace, tmp_path):
     one = dataclasses.replace(workspace, scratch=tmp_path / "one")
     other = dataclasses.replace(workspace, scratch=tmp_path / "other")
     with ThreadPoolExecutor(2) as pool:
-        stored = list(pool.map(lambda each: pull(make_job(), each), (one, other)))
+        stored = list(pool.map(lambda run_workspace: pull(make_job(), run_workspace), (one, other)))
     assert stored[0] == stored[1]
-    keys = [found.key for found in workspace.storage.list("datasets/")]
+    keys = [item.key for item in workspace.storage.list("datasets/")]
     assert len(keys) == 5  # one shard, three TFDS metadata files and the manifest
     assert fetch_dataset(stored[0], make_job(), one).train.size == 24
 
 
 def test_pull_writes_files_that_depend_only_on_the_source(make_job, workspace, tmp_path):
-    elsewhere = workspace.storage.at(f"{workspace.storage.uri}/elsewhere")
-    other = dataclasses.replace(workspace, storage=elsewhere, scratch=tmp_path / "other")
-    one, same = (read_manifest(each.storage, pull(make_job(), each).prefix) for each in (workspace, other))
-    assert one == same
+    other_storage = workspace.storage.at(f"{workspace.storage.uri}/elsewhere")
+    other = dataclasses.replace(workspace, storage=other_storage, scratch=tmp_path / "other")
+    first, second = (
+        read_manifest(run_workspace.storage, pull(make_job(), run_workspace).prefix)
+        for run_workspace in (workspace, other)
+    )
+    assert first == second
 
 
 def test_pull_repeats_an_interrupted_pull_and_overwrites_its_files(make_job, workspace):

@@ -40,9 +40,9 @@ def test_write_tfds_uses_constant_memory(tmp_path):
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(np.roll(noise, index, axis=0)).save(path)
     directories = [str(tmp_path / "100"), str(tmp_path / "500")]
-    done = subprocess.run([sys.executable, str(script), *directories], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    few, many = (tuple(map(int, line.split())) for line in done.stdout.splitlines())
+    completed = subprocess.run([sys.executable, str(script), *directories], capture_output=True, text=True, check=False)
+    assert completed.returncode == 0, completed.stderr
+    few, many = (tuple(map(int, line.split())) for line in completed.stdout.splitlines())
     assert (few[0], many[0]) == (100, 500)
     # The additional 400 images take 20 MB.
     assert many[1] - few[1] < 10, (few, many)

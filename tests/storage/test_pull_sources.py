@@ -138,12 +138,12 @@ def server(tmp_path):
                     Image.new("RGB", (20 + index, 20), color).save(encoded, "PNG")
                     archive.writestr(f"{split}/{color}-{index}.png", encoded.getvalue())
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path / "www"))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
-        TinyImages.url = f"http://127.0.0.1:{running.server_port}/images.zip"
-        thread = threading.Thread(target=running.serve_forever)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as http_server:
+        TinyImages.url = f"http://127.0.0.1:{http_server.server_port}/images.zip"
+        thread = threading.Thread(target=http_server.serve_forever)
         thread.start()
-        yield running
-        running.shutdown()
+        yield http_server
+        http_server.shutdown()
         thread.join()
 
 

@@ -53,7 +53,7 @@ def test_write_replaces_an_existing_object(storage: Storage) -> None:
 def test_write_if_absent_leaves_an_existing_object_unchanged(storage: Storage) -> None:
     assert storage.write("key", b"first", only_if_absent=True) is True
     assert storage.write("key", b"second", only_if_absent=True) is False
-    # Identical bytes too: without a retry, the object belongs to another writer.
+    # Also with identical bytes: without a retry, the object belongs to another writer.
     assert storage.write("key", b"first", only_if_absent=True) is False
     assert storage.read("key") == b"first"
 
@@ -134,14 +134,14 @@ def test_download_replaces_a_file_and_leaves_no_partial_file(storage: Storage, t
 def test_download_rejects_damaged_content_and_keeps_the_existing_file(storage: Storage, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"old")
     storage.write("key", b"damaged!")
-    good = FileEntry(size=8, sha256=hashlib.sha256(b"complete").hexdigest())
+    expected = FileEntry(size=8, sha256=hashlib.sha256(b"complete").hexdigest())
     with pytest.raises(UnavailableError) as caught:
-        storage.download("key", tmp_path / "file", good)
-    got = hashlib.sha256(b"damaged!").hexdigest()
+        storage.download("key", tmp_path / "file", expected)
+    actual = hashlib.sha256(b"damaged!").hexdigest()
     assert str(caught.value) == (
-        f"{storage.uri}/key does not match its manifest: expected 8 bytes with SHA-256 {good.sha256}, got 8 bytes "
-        f"with {got}. The object was damaged or replaced: try again, and if the error persists, delete the object and "
-        "its manifest."
+        f"{storage.uri}/key does not match its manifest: expected 8 bytes with SHA-256 {expected.sha256}, got 8 bytes "
+        f"with {actual}. The object was damaged or replaced: try again, and if the error persists, delete the object "
+        "and its manifest."
     )
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"file": b"old"}
 

@@ -58,15 +58,15 @@ class FaultyProxy:
                 threading.Thread(target=self._serve, args=(client, step), daemon=True).start()
 
     def _serve(self, client: socket.socket, step: int | bytes) -> None:
-        with contextlib.suppress(OSError), contextlib.ExitStack() as opened:
+        with contextlib.suppress(OSError), contextlib.ExitStack() as resources:
             if self._tls:
                 client = self._tls.wrap_socket(client, server_side=True)
-            opened.callback(client.close)
+            resources.callback(client.close)
             if isinstance(step, bytes):
                 client.recv(1 << 16)
                 client.sendall(step)
                 return
-            server = opened.enter_context(socket.create_connection(self._server))
+            server = resources.enter_context(socket.create_connection(self._server))
             threading.Thread(target=self._forward, args=(client, server, UNLIMITED), daemon=True).start()
             self._forward(server, client, step)
             client.shutdown(socket.SHUT_RDWR)
@@ -85,11 +85,11 @@ class FaultyProxy:
 
 @pytest.fixture
 def faulty_proxy(s3_settings: StorageSettings) -> Iterator[Callable[..., FaultyProxy]]:
-    with contextlib.ExitStack() as opened:
+    with contextlib.ExitStack() as resources:
 
         def make(plan: list[int | bytes], tls: ssl.SSLContext | None = None) -> FaultyProxy:
             proxy = FaultyProxy(str(s3_settings.endpoint_url), plan, tls)
-            opened.callback(proxy.close)
+            resources.callback(proxy.close)
             return proxy
 
         yield make
@@ -147,9 +147,9 @@ def test_read_retries_a_truncated_not_found_response(
 ) -> None:
     body = b"<Error><Code>NoSuchKey</Code></Error>"[:20]
     truncated = b"HTTP/1.1 404 Not Found\r\nContent-Length: %b\r\nConnection: close\r\n\r\n%b" % (length, body)
-    storage.write("there", b"value")
+    storage.write("existing", b"value")
     proxied = Storage(storage.uri, replace(s3_settings, endpoint_url=faulty_proxy([truncated, truncated]).endpoint))
-    assert proxied.read("there") == b"value"
+    assert proxied.read("existing") == b"value"
     proxied = Storage(storage.uri, replace(s3_settings, endpoint_url=faulty_proxy([truncated]).endpoint))
     assert proxied.read("missing") is None
 

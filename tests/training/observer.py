@@ -1,4 +1,4 @@
-"""Observation of a run: records its log events and completed steps, and interferes at a chosen step or epoch."""
+"""Observation of a run: records log events and completed steps, and runs an action at a chosen step or epoch."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -31,7 +31,7 @@ class RunObserver(NoProgress):
         self.on_step: Callable[[], object] = lambda: None
 
     def observe_log(self) -> None:
-        """Record log events from now on; the fixture of all tests restores the configuration."""
+        """Record log events from now on; the fixture `restore_process_settings` restores the configuration."""
         structlog.configure(processors=[self._record])
 
     def fields_of(self, event: str) -> list[dict[str, Any]]:

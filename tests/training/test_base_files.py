@@ -32,13 +32,13 @@ def weights(tmp_path):
     return tmp_path / "own.weights.h5", model.get_weights()
 
 
-def test_weights_are_mirrored_once_and_found(workspace, weights):
+def test_weights_are_mirrored_once_and_then_fetched(workspace, weights):
     file, values = weights
     assert mirror_weights("MobileNet", workspace, file) is False
     assert mirror_weights("MobileNet", workspace, file) is True
-    found = fetch_base_file(Base(application="MobileNet"), workspace)
-    assert found.name == "MobileNet.weights.h5"
-    model = find_backbone("MobileNet").build((64, 48), found)
+    path = fetch_base_file(Base(application="MobileNet"), workspace)
+    assert path.name == "MobileNet.weights.h5"
+    model = find_backbone("MobileNet").build((64, 48), path)
     for actual, expected in zip(model.get_weights(), values, strict=True):
         np.testing.assert_array_equal(actual, expected)
     assert fetch_base_file(Base(application="MobileNet", weights="none"), workspace) is None
@@ -47,10 +47,10 @@ def test_weights_are_mirrored_once_and_found(workspace, weights):
 def test_weights_in_the_spec_can_be_a_local_path_or_in_storage(workspace, weights):
     file, values = weights
     workspace.storage.upload(file, "bases/own.weights.h5")
-    for where in (str(file), f"{workspace.storage.uri}/bases/own.weights.h5"):
-        found = fetch_base_file(Base(application="MobileNet", weights=where), workspace)
+    for uri in (str(file), f"{workspace.storage.uri}/bases/own.weights.h5"):
+        path = fetch_base_file(Base(application="MobileNet", weights=uri), workspace)
         for actual, expected in zip(
-            find_backbone("MobileNet").build((32, 32), found).get_weights(), values, strict=True
+            find_backbone("MobileNet").build((32, 32), path).get_weights(), values, strict=True
         ):
             np.testing.assert_array_equal(actual, expected)
     with pytest.raises(DataError, match=r"^spec\.model\.base\.weights is /no/w\.h5, which does not exist"):
@@ -76,10 +76,10 @@ def test_weights_files_of_keras_are_accepted(workspace, tmp_path):
         np.testing.assert_array_equal(actual, expected)
 
 
-def use_empty_keras_home(monkeypatch, folder):
+def use_empty_keras_home(monkeypatch, directory):
     """Use an empty download cache. Keras reads KERAS_HOME only when it is imported."""
-    folder.mkdir(exist_ok=True)
-    monkeypatch.setattr(keras.src.backend.config, "_KERAS_DIR", str(folder))
+    directory.mkdir(exist_ok=True)
+    monkeypatch.setattr(keras.src.backend.config, "_KERAS_DIR", str(directory))
 
 
 def test_failed_download_is_an_error_that_names_the_mirror_command(workspace, monkeypatch, tmp_path):
@@ -120,19 +120,19 @@ def test_efficientnet_weights_from_a_file_predict_like_imagenet_weights_from_ker
     with h5py.File(tmp_path / "efficientnetb0_notop.h5", "w") as file:
         legacy_h5_format.save_weights_to_hdf5_group(file, model)
     monkeypatch.setattr(efficientnet.file_utils, "get_file", lambda name, *args, **kwargs: str(tmp_path / name))
-    by_keras = keras.applications.EfficientNetB0(weights="imagenet", include_top=False, input_shape=(32, 32, 3))
+    from_keras = keras.applications.EfficientNetB0(weights="imagenet", include_top=False, input_shape=(32, 32, 3))
     mirrored = find_backbone("EfficientNetB0").build(
         (32, 32), fetch_base_file(Base(application="EfficientNetB0"), workspace)
     )
-    of_file = find_backbone("EfficientNetB0").build((32, 32), tmp_path / "efficientnetb0_notop.h5")
+    from_file = find_backbone("EfficientNetB0").build((32, 32), tmp_path / "efficientnetb0_notop.h5")
     pixels = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3)).astype(np.float32)
-    expected = by_keras.predict_on_batch(pixels)
+    expected = from_keras.predict_on_batch(pixels)
     np.testing.assert_allclose(mirrored.predict_on_batch(pixels), expected, rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(of_file.predict_on_batch(pixels), expected, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(from_file.predict_on_batch(pixels), expected, rtol=1e-4, atol=1e-6)
     # In mixed precision the model is a copy. Its normalization must not be reset to mean 0 and variance 1.
     image = keras.Input((32, 32, 3), name="image")
     classifier = with_precision(keras.Model(image, mirrored(image)), "mixed_bfloat16")
-    norms = [x for x in classifier.layers[-1].layers if isinstance(x, keras.layers.Normalization)]
+    norms = [layer for layer in classifier.layers[-1].layers if isinstance(layer, keras.layers.Normalization)]
     np.testing.assert_allclose(np.asarray(norms[0].mean, np.float32).ravel(), [0.485, 0.456, 0.406], rtol=1e-2)
 
 
@@ -143,8 +143,8 @@ def test_input_scaling_does_not_depend_on_the_model_name():
         kinds = (keras.layers.Rescaling, keras.layers.Normalization)
         return [layer.get_config() | {"name": ""} for layer in model.layers if isinstance(layer, kinds)]
 
-    by_keras = keras.applications.EfficientNetV2S(weights=None, include_top=False, input_shape=(32, 32, 3))
-    assert scaling(find_backbone("EfficientNetV2S").build((32, 32), None)) == scaling(by_keras)
+    from_keras = keras.applications.EfficientNetV2S(weights=None, include_top=False, input_shape=(32, 32, 3))
+    assert scaling(find_backbone("EfficientNetV2S").build((32, 32), None)) == scaling(from_keras)
 
 
 def test_files_are_fetched_from_storage_or_disk(workspace, tmp_path):
@@ -168,7 +168,7 @@ def test_mirrored_backbone_keeps_its_statistics_through_both_stages(make_job, wo
     source = keras.applications.MobileNetV2(include_top=False, weights=None, input_shape=(32, 32, 3))
     for layer in leaf_layers(source):
         if isinstance(layer, keras.layers.BatchNormalization):
-            # They differ from those of the images: batch normalization in training mode would change them.
+            # These statistics differ from those of the images: batch normalization in training mode would change them.
             layer.moving_mean.assign(np.full(layer.moving_mean.shape, 0.1))
     source.save_weights(tmp_path / "source.weights.h5")
     mirror_weights("MobileNetV2", workspace, tmp_path / "source.weights.h5")

@@ -28,8 +28,8 @@ def overflowing_model(workspace):
     return {"base": {"saved": {"uri": str(path), "cutAt": -1}}, "head": {"dropout": 0.0, "pooling": "max"}}
 
 
-def write_uniform_image(folder, name, level):
-    Image.fromarray(np.full((40, 36, 3), level, np.uint8)).save(folder / name)
+def write_uniform_image(directory, name, level):
+    Image.fromarray(np.full((40, 36, 3), level, np.uint8)).save(directory / name)
 
 
 def with_splits(dataset, **slices):
@@ -59,12 +59,12 @@ def test_error_names_step_and_images_of_a_diverged_loss(
     epoch, step, names = int(match[1]), int(match[2]), match[3].split(", ")
     assert (epoch, step) > (1, 1)
     assert len(names) == 4
-    # The only image that can cause it.
+    # Only this image can cause the divergence.
     assert "red/white.png" in names
     keys = [stored.key for stored in workspace.storage.list(f"runs/{job.run}/transfer/checkpoints/")]
-    kept = [key.split("/")[-2] for key in keys if key.endswith("manifest.json")]
-    assert kept
-    assert max(kept) < f"{epoch - 1:05}-{step:07}"
+    checkpoints = [key.split("/")[-2] for key in keys if key.endswith("manifest.json")]
+    assert checkpoints
+    assert max(checkpoints) < f"{epoch - 1:05}-{step:07}"
 
 
 def test_error_names_validation_images_with_a_diverged_loss(make_job, workspace, two_class_folder, overflowing_model):
@@ -82,10 +82,10 @@ def test_error_names_validation_images_with_a_diverged_loss(make_job, workspace,
         transfer(job, pull(job, workspace), workspace)
 
 
-def test_no_checkpoint_is_stored_of_weights_that_became_nan_or_infinite(
+def test_weights_that_became_nan_or_infinite_are_not_stored_in_a_checkpoint(
     make_job, workspace, two_class_folder, overflowing_model
 ):
-    # The initial head misclassifies half of them: their gradient overflows a weight.
+    # The initial head misclassifies half of the gray images: their gradient overflows a weight.
     for index in range(8):
         write_uniform_image(two_class_folder / ("red", "blue")[index % 2], f"gray-{index}.png", GRAY)
     job = make_job(

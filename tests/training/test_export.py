@@ -8,7 +8,7 @@ import tensorflow as tf
 from topwork.data.decoding import resize
 from topwork.errors import SpecError
 from topwork.model.export import add_probabilities, export_model
-from topwork.report import export_check as module
+from topwork.report import export_check
 from topwork.report.export_check import check_export, spread_indices, write_check_inputs
 from topwork.report.exported_model import load_format
 
@@ -20,11 +20,11 @@ def logits_model(classes, policy="float32"):
     keras.utils.set_random_seed(classes)
     image = keras.Input((32, 32, 3), name="image")
     scaled = keras.layers.Rescaling(1 / 127.5, offset=-1.0, name="input_scaling")(image)
-    seen = keras.Input((32, 32, 3))
-    features = keras.layers.Conv2D(8, 3, strides=2, dtype=policy)(seen)
+    base_input = keras.Input((32, 32, 3))
+    features = keras.layers.Conv2D(8, 3, strides=2, dtype=policy)(base_input)
     features = keras.layers.BatchNormalization(dtype=policy)(features)
     features = keras.layers.DepthwiseConv2D(3, activation="relu", dtype=policy)(features)
-    base = keras.Model(seen, features, name="base")
+    base = keras.Model(base_input, features, name="base")
     vector = keras.layers.GlobalAveragePooling2D(dtype=policy)(base(scaled))
     units = 1 if classes == 2 else classes
     return keras.Model(image, keras.layers.Dense(units, name="logits", dtype="float32")(vector))
@@ -35,7 +35,7 @@ def check_inputs(model, directory):
     random = np.random.default_rng(3)
     images = random.integers(0, 256, (12, 32, 32, 3), dtype=np.uint8)
     probabilities = model(images.astype(np.float32), training=False).numpy()
-    encoded = [(place, tf.io.encode_png(images[place]).numpy()) for place in range(0, 12, 2)]
+    encoded = [(index, tf.io.encode_png(images[index]).numpy()) for index in range(0, 12, 2)]
     write_check_inputs(directory, images, probabilities, probabilities.argmax(axis=1), encoded)
     return probabilities
 
@@ -50,19 +50,19 @@ def test_every_format_predicts_like_the_model_and_tampering_is_detected(classes,
     files = export_model(model, ("a", "b", "ünïcode")[:classes], FORMATS, resize, version)
     assert capfd.readouterr().out == ""
     assert files == ("model.keras", "saved_model.pb", "model.tflite", "model.onnx")
-    if classes == 2:  # starting one process is enough to test the process
-        found = check_export(version, tmp_path / "inputs", FORMATS)
-        assert (found.images, found.encoded_images) == (12, 6)
-        assert set(found.largest_difference) == {*FORMATS, "encoded"}
-        assert set(found.accuracy.values()) == {1.0}
+    if classes == 2:  # one check in a new process is enough
+        result = check_export(version, tmp_path / "inputs", FORMATS)
+        assert (result.images, result.encoded_images) == (12, 6)
+        assert set(result.largest_difference) == {*FORMATS, "encoded"}
+        assert set(result.accuracy.values()) == {1.0}
     else:
-        differences = module.compare_predictions(version, tmp_path / "inputs", FORMATS).largest_difference
+        differences = export_check.compare_predictions(version, tmp_path / "inputs", FORMATS).largest_difference
         assert max(differences.values()) < 1e-5
         _tamper(model)
         model.save(version / "model.keras")
-        found = module.compare_predictions(version, tmp_path / "inputs", FORMATS)
-        assert found.largest_difference["keras"] > module.TOLERANCE
-        assert found.largest_difference["savedModel"] < 1e-5
+        result = export_check.compare_predictions(version, tmp_path / "inputs", FORMATS)
+        assert result.largest_difference["keras"] > export_check.TOLERANCE
+        assert result.largest_difference["savedModel"] < 1e-5
 
 
 def _tamper(model):
@@ -75,27 +75,27 @@ def test_saved_model_accepts_images_and_files_of_any_size(tmp_path):
     signatures = tf.saved_model.load(str(tmp_path)).signatures
     sizes = [(50, 41), (32, 32), (20, 90)]
     images = [tf.random.stateless_uniform((*size, 3), (0, 1), 0, 256, tf.int32) for size in sizes]
-    wanted = np.concatenate([model(resize(image, (32, 32))[tf.newaxis]).numpy() for image in images])
+    expected = np.concatenate([model(resize(image, (32, 32))[tf.newaxis]).numpy() for image in images])
     files = [tf.io.encode_png(tf.cast(image, tf.uint8)) for image in images]
-    answer = {name: value.numpy() for name, value in signatures["encoded"](bytes=tf.stack(files)).items()}
-    np.testing.assert_allclose(answer["probabilities"], wanted, atol=1e-6)
-    np.testing.assert_allclose(answer["probability"], wanted.max(axis=1), atol=1e-6)
+    outputs = {name: value.numpy() for name, value in signatures["encoded"](bytes=tf.stack(files)).items()}
+    np.testing.assert_allclose(outputs["probabilities"], expected, atol=1e-6)
+    np.testing.assert_allclose(outputs["probability"], expected.max(axis=1), atol=1e-6)
     names = np.array(["a", "b", "ünïcode"])
-    assert [name.decode() for name in answer["class"]] == names[wanted.argmax(axis=1)].tolist()
-    assert [[name.decode() for name in row] for row in answer["classes"]] == [names.tolist()] * 3
+    assert [name.decode() for name in outputs["class"]] == names[expected.argmax(axis=1)].tolist()
+    assert [[name.decode() for name in row] for row in outputs["classes"]] == [names.tolist()] * 3
     image = tf.cast(images[0], tf.float32)[tf.newaxis]
     by_image = signatures["serving_default"](image=image)["probabilities"].numpy()
-    np.testing.assert_allclose(by_image, wanted[:1], atol=1e-6)
+    np.testing.assert_allclose(by_image, expected[:1], atol=1e-6)
 
 
 def test_grayscale_file_is_predicted_like_an_rgb_one(tmp_path):
     model = add_probabilities(logits_model(2), 2)
     export_model(model, ("a", "b"), ("savedModel",), resize, tmp_path)
     encoded = tf.saved_model.load(str(tmp_path)).signatures["encoded"]
-    grey = tf.cast(tf.random.stateless_uniform((40, 40, 1), (0, 1), 0, 256, tf.int32), tf.uint8)
-    files = [tf.io.encode_png(grey), tf.io.encode_png(tf.repeat(grey, 3, axis=-1)), tf.io.encode_jpeg(grey)]
-    answers = encoded(bytes=tf.stack(files))["probabilities"].numpy()
-    np.testing.assert_array_equal(answers[0], answers[1])
+    gray = tf.cast(tf.random.stateless_uniform((40, 40, 1), (0, 1), 0, 256, tf.int32), tf.uint8)
+    files = [tf.io.encode_png(gray), tf.io.encode_png(tf.repeat(gray, 3, axis=-1)), tf.io.encode_jpeg(gray)]
+    probabilities = encoded(bytes=tf.stack(files))["probabilities"].numpy()
+    np.testing.assert_array_equal(probabilities[0], probabilities[1])
 
 
 def test_mixed_precision_model_is_exported_in_float32(tmp_path):

@@ -30,7 +30,7 @@ def numbered(word, first, last):
     return " ".join(f"{word}{number}" for number in range(first, last + 1))
 
 
-# The smallest model of each family, what is unfrozen, and its blocks from input to output.
+# The smallest model of each family, its `unfreeze` setting, and its layer groups from input to output.
 FAMILIES = {
     "ConvNeXtTiny": (
         {"layers": 3},
@@ -68,27 +68,27 @@ WITH_FEATURE_CACHE = {
 }
 
 
-# ConvNeXt normalizes layers instead of batches, EfficientNetV2 scales its input itself, MobileNetV2 does neither.
+# ConvNeXt uses layer instead of batch normalization, EfficientNetV2 scales its input itself, MobileNetV2 does neither.
 SHORT_FORM = {"ConvNeXtTiny", "EfficientNetV2B0", "MobileNetV2"}
 
 
 @pytest.fixture(scope="module")
 def environment(s3_settings, tmp_path_factory):
     """Storage, scratch and image directory shared by all families."""
-    folder = tmp_path_factory.mktemp("families")
+    directory = tmp_path_factory.mktemp("families")
     random = np.random.default_rng(0)
     for channel, name in ((2, "blue"), (0, "red")):
-        (folder / "photos" / name).mkdir(parents=True)
+        (directory / "photos" / name).mkdir(parents=True)
         for index in range(10):
             pixels = random.integers(0, 120, (40, 36, 3), dtype=np.uint8)
             pixels[..., channel] += 120
-            Image.fromarray(pixels).save(folder / "photos" / name / f"{index}.png")
+            Image.fromarray(pixels).save(directory / "photos" / name / f"{index}.png")
     storage = Storage(f"s3://topwork-test/{uuid.uuid4().hex[:12]}", s3_settings)
-    (folder / "scratch").mkdir()
-    return Workspace(storage, Metrics(), NoProgress(), folder / "scratch"), folder / "photos"
+    (directory / "scratch").mkdir()
+    return Workspace(storage, Metrics(), NoProgress(), directory / "scratch"), directory / "photos"
 
 
-def job_of(name, unfreeze, workspace, photos):
+def make_family_job(name, unfreeze, workspace, photos):
     cache = "on" if name in WITH_FEATURE_CACHE else "off"
     spec = {
         "storage": workspace.storage.uri,
@@ -107,7 +107,7 @@ def job_of(name, unfreeze, workspace, photos):
     )
 
 
-def upload_weights(name, workspace, folder):
+def upload_weights(name, workspace, directory):
     """Store weights like `topwork mirror weights`, with statistics that any training image would change."""
     model = find_backbone(name).build((MIN_SIDE[name], MIN_SIDE[name]), None)
     random = np.random.default_rng(0)
@@ -115,32 +115,32 @@ def upload_weights(name, workspace, folder):
         if isinstance(layer, keras.layers.BatchNormalization):
             layer.moving_mean.assign(random.normal(0, 0.05, layer.moving_mean.shape))
             layer.moving_variance.assign(random.uniform(0.8, 1.2, layer.moving_variance.shape))
-    path = folder / f"{name}.weights.h5"
+    path = directory / f"{name}.weights.h5"
     model.save_weights(path)
     workspace.storage.upload(path, mirrored_weights_key(name))
     return model, path
 
 
-def by_layer(file):
+def read_arrays_by_layer(file):
     """Read the arrays of each layer from a Keras weights file, without Keras."""
-    found = {}
+    arrays_by_layer = {}
 
     def visit(path, item):
         if isinstance(item, h5py.Dataset):
-            found.setdefault(item.parent.attrs["name"], {})[path.rsplit("/", 1)[1]] = item[()]
+            arrays_by_layer.setdefault(item.parent.attrs["name"], {})[path.rsplit("/", 1)[1]] = item[()]
 
     with h5py.File(file) as content:
         content.visititems(visit)
-    return found
+    return arrays_by_layer
 
 
-def stored(classifier, workspace):
+def read_stored_arrays(classifier, workspace):
     """Read the arrays of each layer of a classifier in storage."""
     with zipfile.ZipFile(io.BytesIO(workspace.storage.read(classifier.key))) as content:
-        return by_layer(io.BytesIO(content.read("model.weights.h5")))
+        return read_arrays_by_layer(io.BytesIO(content.read("model.weights.h5")))
 
 
-def changed(before, after):
+def changed_layers(before, after):
     """Return the names of the layers that differ in at least one bit."""
     return {
         name
@@ -149,12 +149,12 @@ def changed(before, after):
     }
 
 
-def unfrozen(model, what):
+def unfrozen_layers(model, unfreeze):
     """Return the names of the layers that `spec.fineTune.unfreeze` selects; BatchNormalization stays frozen."""
     layers = [layer for layer in leaf_layers(model) if layer.weights]
-    if what != "all":
+    if unfreeze != "all":
         names = [layer.name for layer in layers]
-        layers = layers[-what["layers"] :] if "layers" in what else layers[names.index(what["from"]) :]
+        layers = layers[-unfreeze["layers"] :] if "layers" in unfreeze else layers[names.index(unfreeze["from"]) :]
     return {layer.name for layer in layers if not isinstance(layer, keras.layers.BatchNormalization)}
 
 
@@ -168,21 +168,25 @@ def families():
 @pytest.mark.parametrize("name", list(families()))
 def test_frozen_layers_are_bit_identical_and_the_rest_learns(name, environment):
     workspace, photos = environment
-    what, names = FAMILIES[name]
+    unfreeze, names = FAMILIES[name]
     keras.utils.clear_session()
     model, file = upload_weights(name, workspace, photos.parent)
     assert list(dict.fromkeys(block for _, block in name_layer_groups(model))) == names.split()
-    job = job_of(name, what, workspace, photos)
+    job = make_family_job(name, unfreeze, workspace, photos)
     dataset = pull(job, workspace)
     first = transfer(job, dataset, workspace)
     second = fine_tune(job, first, dataset, workspace)
 
-    given, transferred, tuned = by_layer(file), stored(first, workspace), stored(second, workspace)
-    # Two arrays of the head were trained: its bias was initialized to zeros.
+    original, transferred, tuned = (
+        read_arrays_by_layer(file),
+        read_stored_arrays(first, workspace),
+        read_stored_arrays(second, workspace),
+    )
+    # The head was trained: its bias was initialized to zeros.
     assert (transferred["logits"]["1"] != 0).all()
-    assert changed(given, transferred) == set()
-    expected, moved = unfrozen(model, what), changed(given, tuned)
-    assert moved <= expected
+    assert changed_layers(original, transferred) == set()
+    expected, changed = unfrozen_layers(model, unfreeze), changed_layers(original, tuned)
+    assert changed <= expected
     # A layer with random weights may not change if no signal reaches it.
-    assert len(moved) > len(expected) / 2
-    assert changed(transferred, tuned) == moved | {"logits"}
+    assert len(changed) > len(expected) / 2
+    assert changed_layers(transferred, tuned) == changed | {"logits"}

@@ -14,10 +14,10 @@ def test_optimizer_takes_the_same_steps_as_in_keras(name):
     expected = getattr(keras.optimizers, OPTIMIZER_CLASSES[name])(learning_rate=0.1, weight_decay=0.01)
     assert type(optimizer) is type(expected)
     results = []
-    for each in (optimizer, expected):
+    for candidate in (optimizer, expected):
         variable = keras.Variable([1.0, -2.0])
         for gradient in ([0.5, 0.1], [-0.2, 0.3]):
-            each.apply([keras.ops.convert_to_tensor(gradient)], [variable])
+            candidate.apply([keras.ops.convert_to_tensor(gradient)], [variable])
         results.append(keras.ops.convert_to_numpy(variable))
     np.testing.assert_array_equal(*results)
     assert not np.array_equal(results[0], [1.0, -2.0])

@@ -1,4 +1,4 @@
-"""The pipeline: what a run cleans up and stores before its stages start."""
+"""The pipeline: cleanup, and the spec that is stored before the stages start."""
 
 import time
 
@@ -6,15 +6,15 @@ from topwork.pipeline import delete_leftovers, run_pull, store_spec
 from topwork.spec.loading.loader import read_text
 
 
-def test_run_aborts_its_own_incomplete_uploads_and_no_recent_ones_of_other_runs(make_job, workspace):
+def test_run_aborts_its_incomplete_uploads_but_not_recent_uploads_of_other_runs(make_job, workspace):
     job, storage = make_job(), workspace.storage
     base = storage.uri.removeprefix(f"s3://{storage._bucket}/")
     for key in (f"runs/{job.run}/transfer/model.keras", "runs/other-12345678/transfer/model.keras"):
         storage._client.create_multipart_upload(Bucket=storage._bucket, Key=f"{base}/{key}")
     time.sleep(1.1)  # the server reports whole seconds
     delete_leftovers(job, workspace)
-    left = storage._client.list_multipart_uploads(Bucket=storage._bucket, Prefix=base).get("Uploads", [])
-    assert [upload["Key"] for upload in left] == [f"{base}/runs/other-12345678/transfer/model.keras"]
+    remaining = storage._client.list_multipart_uploads(Bucket=storage._bucket, Prefix=base).get("Uploads", [])
+    assert [upload["Key"] for upload in remaining] == [f"{base}/runs/other-12345678/transfer/model.keras"]
 
 
 def test_stored_spec_belongs_to_the_same_run(make_job, workspace):
@@ -30,6 +30,6 @@ def test_pull_stores_the_spec_and_aborts_no_uploads(make_job, workspace):
     storage._client.create_multipart_upload(Bucket=storage._bucket, Key=key)
     time.sleep(1.1)  # the server reports whole seconds
     assert run_pull(job, workspace).metadata.images == 40
-    left = storage._client.list_multipart_uploads(Bucket=storage._bucket, Prefix=key).get("Uploads", [])
-    assert [upload["Key"] for upload in left] == [key]
+    remaining = storage._client.list_multipart_uploads(Bucket=storage._bucket, Prefix=key).get("Uploads", [])
+    assert [upload["Key"] for upload in remaining] == [key]
     assert storage.size(f"runs/{job.run}/spec.yaml") > 0

@@ -16,7 +16,7 @@ from topwork.errors import GateError
 from topwork.registry import versions
 from topwork.registry.stage_results import Classifier, ParameterCounts
 from topwork.report import export_check
-from topwork.stages import publish as stage
+from topwork.stages import publish as publish_stage
 from topwork.stages.publish import publish
 from topwork.stages.pull import pull
 
@@ -24,44 +24,44 @@ HISTORY = [
     {"stage": "transfer", "epoch": 1, "loss": 0.7, "accuracy": 0.5, "validation_loss": 0.69},
     {"stage": "fine-tune", "epoch": 1, "loss": 0.6, "accuracy": 0.75},
 ]
-MISSED = r"auc is [01]\.\d+, but the gate requires at most 0; f1 is 0\.\d+, but the gate requires at least 1\."
-PLAIN = """
+UNMET_GATES = r"auc is [01]\.\d+, but the gate requires at most 0; f1 is 0\.\d+, but the gate requires at least 1\."
+PREDICT_WITHOUT_TOPWORK = """
 import json, sys
 import keras, numpy as np, tensorflow as tf
-folder, image, images = sys.argv[1:]
+directory, image, images = sys.argv[1:]
 images = np.load(images)
-served = tf.saved_model.load(folder)
+served = tf.saved_model.load(directory)
 encoded = served.signatures["encoded"](bytes=tf.constant([open(image, "rb").read()]))
 print(json.dumps({
-    "keras": keras.models.load_model(folder + "/model.keras").predict(images, verbose=0).tolist(),
+    "keras": keras.models.load_model(directory + "/model.keras").predict(images, verbose=0).tolist(),
     "image": served.signatures["serving_default"](image=tf.constant(images))["probabilities"].numpy().tolist(),
     "encoded": {name: value.numpy().astype(str).tolist() for name, value in encoded.items()},
 }))
 """
 
 
-def untrained():
+def build_untrained_model():
     image = keras.Input((32, 32, 3), name="image")
     pixels = keras.layers.Rescaling(1 / 255)(image)
-    seen = keras.layers.Input((32, 32, 3))
-    base = keras.Model(seen, keras.layers.Conv2D(4, 3, activation="relu")(seen), name="base")
+    base_input = keras.layers.Input((32, 32, 3))
+    base = keras.Model(base_input, keras.layers.Conv2D(4, 3, activation="relu")(base_input), name="base")
     vector = keras.layers.GlobalAveragePooling2D()(base(pixels))
     return keras.Model(image, keras.layers.Dense(1, name="logits")(vector))
 
 
 @pytest.fixture
 def export_check_in_process(monkeypatch):
-    """Run the export check in this process: starting a new one takes seconds and is tested elsewhere."""
+    """Run the export check in this process: a new process takes seconds to start and is tested elsewhere."""
     monkeypatch.setattr(export_check, "check_export", export_check.compare_predictions)
 
 
 @pytest.fixture
-def classifier_of(workspace, tmp_path):
+def store_classifier(workspace, tmp_path):
     """Store a small model as the training result of a job."""
 
     def make(job):
         keras.utils.set_random_seed(1)
-        model = untrained()
+        model = build_untrained_model()
         path = tmp_path / "trained.keras"
         model.save(path)
         key = f"runs/{job.run}/transfer/model.keras"
@@ -87,11 +87,11 @@ def keys_below(storage, prefix):
 
 
 def test_published_version_is_complete_and_loads_with_standard_libraries(
-    make_job, classifier_of, workspace, two_class_folder, tmp_path
+    make_job, store_classifier, workspace, two_class_folder, tmp_path
 ):
     job = make_job()
     dataset = pull(job, workspace)
-    classifier = classifier_of(job)
+    classifier = store_classifier(job)
     published = publish(job, classifier, dataset, workspace)
     storage = workspace.storage
 
@@ -118,7 +118,7 @@ def test_published_version_is_complete_and_loads_with_standard_libraries(
     assert published.uri in storage.read("models/tiny/1/card.md").decode()
     assert b"data:image/jpeg;base64," in storage.read("models/tiny/1/report.html")
 
-    _same_probabilities_in_another_process(storage, classifier, two_class_folder / "red" / "01.png", tmp_path)
+    _assert_same_probabilities_in_another_process(storage, classifier, two_class_folder / "red" / "01.png", tmp_path)
 
     before = keys_below(storage, "")
     assert publish(job, classifier, dataset, workspace) == published
@@ -130,7 +130,7 @@ def test_published_version_is_complete_and_loads_with_standard_libraries(
     assert keys_below(storage, "") == before
 
 
-def _same_probabilities_in_another_process(storage, classifier, image, tmp_path):
+def _assert_same_probabilities_in_another_process(storage, classifier, image, tmp_path):
     from topwork.artifacts import download_artifact
 
     download_artifact(storage, "models/tiny/1", tmp_path / "model")
@@ -139,49 +139,49 @@ def _same_probabilities_in_another_process(storage, classifier, image, tmp_path)
     storage.download(classifier.key, tmp_path / "logits.keras")
     logits = keras.models.load_model(tmp_path / "logits.keras")(images).numpy()[:, 0]
     red = 1 / (1 + np.exp(-logits))
-    wanted = np.stack([1 - red, red], axis=1)
-    command = [sys.executable, "-c", PLAIN, tmp_path / "model", image, tmp_path / "images.npy"]
+    expected = np.stack([1 - red, red], axis=1)
+    command = [sys.executable, "-c", PREDICT_WITHOUT_TOPWORK, tmp_path / "model", image, tmp_path / "images.npy"]
     plain = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    np.testing.assert_allclose(plain["keras"], wanted, atol=1e-6)
-    np.testing.assert_allclose(plain["image"], wanted, atol=1e-6)
+    np.testing.assert_allclose(plain["keras"], expected, atol=1e-6)
+    np.testing.assert_allclose(plain["image"], expected, atol=1e-6)
     assert set(plain["encoded"]) == {"class", "probability", "classes", "probabilities"}
     assert plain["encoded"]["classes"] == [["blue", "red"]]
 
 
-def test_unmet_gate_publishes_nothing_and_gives_the_same_error_again(make_job, classifier_of, workspace):
+def test_unmet_gate_publishes_nothing_and_raises_the_same_error_again(make_job, store_classifier, workspace):
     gates = [{"metric": "accuracy", "atLeast": 0.0}, {"metric": "auc", "atMost": 0.0}, {"metric": "f1", "atLeast": 1.0}]
     job = make_job(evaluate={"metrics": ["accuracy", "auc", "f1"], "gates": gates})
-    dataset, classifier = pull(job, workspace), classifier_of(job)
-    said = []
+    dataset, classifier = pull(job, workspace), store_classifier(job)
+    messages = []
     for _ in range(2):
-        with pytest.raises(GateError, match=MISSED) as raised:
+        with pytest.raises(GateError, match=UNMET_GATES) as raised:
             publish(job, classifier, dataset, workspace)
-        said.append(str(raised.value))
-    assert said[0] == said[1]
+        messages.append(str(raised.value))
+    assert messages[0] == messages[1]
     assert keys_below(workspace.storage, "models/") == []
-    kept_files = {key.removeprefix(f"runs/{job.run}/") for key in keys_below(workspace.storage, f"runs/{job.run}/")}
-    assert kept_files >= {"history.csv", "metrics.json", "report.html"}
-    assert "publish/done.json" not in kept_files
-    kept = json.loads(workspace.storage.read(f"runs/{job.run}/metrics.json"))
-    assert [gate["met"] for gate in kept["gates"]] == [True, False, False]
+    run_files = {key.removeprefix(f"runs/{job.run}/") for key in keys_below(workspace.storage, f"runs/{job.run}/")}
+    assert run_files >= {"history.csv", "metrics.json", "report.html"}
+    assert "publish/done.json" not in run_files
+    metrics = json.loads(workspace.storage.read(f"runs/{job.run}/metrics.json"))
+    assert [gate["met"] for gate in metrics["gates"]] == [True, False, False]
 
 
-def test_attempt_killed_before_its_manifest_is_continued(
-    make_job, classifier_of, workspace, export_check_in_process, monkeypatch
+def test_attempt_killed_before_writing_its_manifest_is_completed(
+    make_job, store_classifier, workspace, export_check_in_process, monkeypatch
 ):
     job = make_job(publish={"formats": ["keras"]})
-    dataset, classifier = pull(job, workspace), classifier_of(job)
+    dataset, classifier = pull(job, workspace), store_classifier(job)
 
     class Killed(BaseException):
         pass
 
-    def upload_some(storage, prefix, folder, facts):
-        storage.upload(folder / "model.keras", f"{prefix}/model.keras")
+    def upload_some(storage, prefix, directory, facts):
+        storage.upload(directory / "model.keras", f"{prefix}/model.keras")
         storage.write(f"{prefix}/variables/leftover", b"of an earlier format")
         raise Killed
 
     with monkeypatch.context() as patched, pytest.raises(Killed):
-        patched.setattr(stage, "write_artifact", upload_some)
+        patched.setattr(publish_stage, "write_artifact", upload_some)
         publish(job, classifier, dataset, workspace)
     assert versions.list_versions(workspace.storage, "tiny") == {1: False}
     assert versions.read_latest(workspace.storage, "tiny") is None
@@ -191,11 +191,11 @@ def test_attempt_killed_before_its_manifest_is_continued(
     assert "models/tiny/1/variables/leftover" not in keys_below(workspace.storage, "models/tiny/1/")
 
 
-def test_export_with_different_predictions_is_not_published(make_job, classifier_of, workspace, monkeypatch):
+def test_export_with_different_predictions_is_not_published(make_job, store_classifier, workspace, monkeypatch):
     from topwork.model import export
 
     job = make_job(publish={"formats": ["keras"]})
-    dataset, classifier = pull(job, workspace), classifier_of(job)
+    dataset, classifier = pull(job, workspace), store_classifier(job)
     export_model = export.export_model
 
     def tampered(model, *others):

@@ -28,43 +28,43 @@ def command(s3_settings, monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", s3_settings.secret_key)
     monkeypatch.setenv("AWS_REGION", "us-east-1")
 
-    def run(*words):
-        ended = CliRunner().invoke(app, [str(word) for word in words])
-        if ended.exception and not isinstance(ended.exception, SystemExit):
-            raise ended.exception
-        return ended
+    def run(*arguments):
+        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+        if result.exception and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return result
 
     return run
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """Directory of a version whose untrained model separates red from blue by their mean."""
-    folder = tmp_path_factory.mktemp("version")
+    """Directory of a version whose untrained model distinguishes red from blue by the channel means."""
+    directory = tmp_path_factory.mktemp("version")
     image = keras.Input((32, 32, 3), name="image")
     means = keras.layers.GlobalAveragePooling2D()(image)
     dense = keras.layers.Dense(2)
     logits = dense(means)
     dense.set_weights([np.array([[-0.05, 0.05], [0, 0], [0.05, -0.05]]), np.zeros(2)])
     model = keras.Model(image, keras.layers.Softmax()(logits))
-    export_model(model, ("blue", "red"), ("keras", "savedModel"), resize, folder)
-    (folder / "labels.txt").write_text("blue\nred\n")
-    return folder
+    export_model(model, ("blue", "red"), ("keras", "savedModel"), resize, directory)
+    (directory / "labels.txt").write_text("blue\nred\n")
+    return directory
 
 
 @pytest.fixture
 def published(storage, exported):
-    """Versions 1 and 2 of `colours`; version 2 is the latest, and version 3 is incomplete."""
+    """Versions 1 and 2 of `colors`; version 2 is the latest, and version 3 is incomplete."""
     for number in (1, 2):
         metrics = {"auc": 0.9 + number / 100, "loss": 0.5}
         version = versions.Version(
-            name="colours", version=number, uri=storage.uri_of(f"models/colours/{number}"), run="colours-0123abcd",
+            name="colors", version=number, uri=storage.uri_of(f"models/colors/{number}"), run="colors-0123abcd",
             weights="0a", split="test", images=8,
             published="2030-01-02T03:04:05Z", main_metric="auc", metrics=metrics,
         )  # fmt: skip
-        write_artifact(storage, versions.version_prefix("colours", number), exported, version.model_dump(mode="json"))
-    versions.update_latest(storage, "colours")
-    assert versions.claim_version(storage, "colours", "another") == 3
+        write_artifact(storage, versions.version_prefix("colors", number), exported, version.model_dump(mode="json"))
+    versions.update_latest(storage, "colors")
+    assert versions.claim_version(storage, "colors", "another") == 3
     return storage
 
 
@@ -72,10 +72,10 @@ def test_models_list_shows_each_model_with_its_latest_version(command, published
     lines = command("models", "list", published.uri).output.splitlines()
     assert [line.split() for line in lines] == [
         ["model", "latest", "versions", "metric", "published"],
-        ["colours", "2", "2", "auc", "0.9200", "2030-01-02T03:04:05Z"],
+        ["colors", "2", "2", "auc", "0.9200", "2030-01-02T03:04:05Z"],
     ]
     (model,) = json.loads(command("models", "list", published.uri, "--json").output)
-    assert (model["name"], model["versions"], model["latest"]["version"]) == ("colours", [1, 2], 2)
+    assert (model["name"], model["versions"], model["latest"]["version"]) == ("colors", [1, 2], 2)
 
 
 def test_models_list_reports_an_empty_storage(command, storage):
@@ -83,39 +83,39 @@ def test_models_list_reports_an_empty_storage(command, storage):
 
 
 def test_models_show_accepts_storage_and_name_or_a_uri(command, published):
-    shown = command("models", "show", published.uri, "colours").output
-    assert shown.startswith(f"colours version 2\n  model      {published.uri}/models/colours/2\n")
-    assert "auc        0.9200" in shown
-    assert command("models", "show", f"{published.uri}/models/colours/latest").output == shown
-    first = json.loads(command("models", "show", f"{published.uri}/models/colours/1", "--json").output)
+    output = command("models", "show", published.uri, "colors").output
+    assert output.startswith(f"colors version 2\n  model      {published.uri}/models/colors/2\n")
+    assert "auc        0.9200" in output
+    assert command("models", "show", f"{published.uri}/models/colors/latest").output == output
+    first = json.loads(command("models", "show", f"{published.uri}/models/colors/1", "--json").output)
     assert (first["version"], first["files"]["labels.txt"]) == (1, 9)
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
-        (["colour"], "{uri} has no model colour. Published models: colours."),
-        (["colours", "--version", "3"], "{uri} has no version 3 of colours. Published: 1, 2."),
+        (["color"], "{uri} has no model color. Published models: colors."),
+        (["colors", "--version", "3"], "{uri} has no version 3 of colors. Published: 1, 2."),
         ([], "{uri} is not the URI of a published model. Use the storage and the name, such as"),
     ],
 )
-def test_models_show_lists_what_exists(command, published, words, message):
+def test_models_show_reports_the_existing_models_and_versions(command, published, arguments, message):
     with pytest.raises(SettingError) as raised:
-        command("models", "show", published.uri, *words)
+        command("models", "show", published.uri, *arguments)
     assert str(raised.value).startswith(message.format(uri=published.uri))
 
 
 def test_models_fetch_downloads_the_complete_version_or_nothing(command, published, exported, tmp_path):
     target = tmp_path / "fetched"
-    command("models", "fetch", published.uri, "colours", target, "--version", "1")
+    command("models", "fetch", published.uri, "colors", target, "--version", "1")
     files = {path.relative_to(exported) for path in exported.rglob("*") if path.is_file()}
     assert {path.relative_to(target) for path in target.rglob("*") if path.is_file()} == files
     with pytest.raises(SettingError, match="already exists"):
-        command("models", "fetch", f"{published.uri}/models/colours", target)
+        command("models", "fetch", f"{published.uri}/models/colors", target)
 
-    published.write("models/colours/2/labels.txt", b"red\nblue\n")
+    published.write("models/colors/2/labels.txt", b"red\nblue\n")
     with pytest.raises(Exception, match=r"labels\.txt does not match its manifest"):
-        command("models", "fetch", f"{published.uri}/models/colours", tmp_path / "damaged")
+        command("models", "fetch", f"{published.uri}/models/colors", tmp_path / "damaged")
     assert [path.name for path in tmp_path.iterdir()] == ["fetched"]
 
 
@@ -124,42 +124,42 @@ def test_model_uri_may_contain_models_in_its_prefix():
     assert parse_model_address("s3://b/models/cats/") == ModelAddress("s3://b", "cats")
 
 
-def pictures(folder):
-    """A red JPEG, a blue PNG, a file that is not an image, and one that is not predicted."""
-    folder.mkdir()
-    Image.new("RGB", (50, 40), (220, 20, 30)).save(folder / "a-red.jpg")
-    Image.new("RGB", (40, 60), (20, 20, 200)).save(folder / "b-blue.png")
-    (folder / "c-broken.jpg").write_bytes(b"\xff\xd8\xff not a picture")
-    (folder / "notes.txt").write_text("not asked about")
-    return folder
+def write_pictures(directory):
+    """Write a red JPEG, a blue PNG, a damaged JPEG, and a text file, which is ignored."""
+    directory.mkdir()
+    Image.new("RGB", (50, 40), (220, 20, 30)).save(directory / "a-red.jpg")
+    Image.new("RGB", (40, 60), (20, 20, 200)).save(directory / "b-blue.png")
+    (directory / "c-broken.jpg").write_bytes(b"\xff\xd8\xff not a picture")
+    (directory / "notes.txt").write_text("not asked about")
+    return directory
 
 
 def test_predict_predicts_readable_images_and_reports_the_rest(command, published, tmp_path):
-    folder = pictures(tmp_path / "pictures")
+    directory = write_pictures(tmp_path / "pictures")
     with pytest.raises(DataError, match=r"1 of 3 images could not be read\.") as raised:
-        command("predict", f"{published.uri}/models/colours/latest", folder)
+        command("predict", f"{published.uri}/models/colors/latest", directory)
     assert raised.value.exit_code == 2
 
 
 def test_predict_prints_classes_and_probabilities_as_text_json_and_csv(command, exported, tmp_path):
-    folder = pictures(tmp_path / "pictures")
-    (folder / "c-broken.jpg").unlink()
-    lines = command("predict", exported, folder).output.splitlines()
-    assert lines == [f"{folder}/a-red.jpg: red 100.0 %", f"{folder}/b-blue.png: blue 100.0 %"]
+    directory = write_pictures(tmp_path / "pictures")
+    (directory / "c-broken.jpg").unlink()
+    lines = command("predict", exported, directory).output.splitlines()
+    assert lines == [f"{directory}/a-red.jpg: red 100.0 %", f"{directory}/b-blue.png: blue 100.0 %"]
     red, blue = map(
-        json.loads, command("predict", exported / "model.keras", folder, "--json", "--top", 2).output.splitlines()
+        json.loads, command("predict", exported / "model.keras", directory, "--json", "--top", 2).output.splitlines()
     )
     assert [entry["class"] for entry in red["classes"]] == ["red", "blue"]
     assert sum(entry["probability"] for entry in blue["classes"]) == pytest.approx(1.0)
-    rows = list(csv.DictReader(io.StringIO(command("predict", exported, folder / "a-red.jpg", "--csv").output)))
+    rows = list(csv.DictReader(io.StringIO(command("predict", exported, directory / "a-red.jpg", "--csv").output)))
     assert [(row["rank"], row["class"]) for row in rows] == [("1", "red")]
 
 
 def test_predict_reads_images_from_storage(command, published, tmp_path):
-    folder = pictures(tmp_path / "pictures")
-    published.upload(folder / "a-red.jpg", "new/a-red.jpg")
-    published.upload(folder / "b-blue.png", "new/deep/b-blue.png")
-    model = f"{published.uri}/models/colours/1"
+    directory = write_pictures(tmp_path / "pictures")
+    published.upload(directory / "a-red.jpg", "new/a-red.jpg")
+    published.upload(directory / "b-blue.png", "new/deep/b-blue.png")
+    model = f"{published.uri}/models/colors/1"
     assert command("predict", model, published.uri_of("new/a-red.jpg")).output == (
         f"{published.uri_of('new/a-red.jpg')}: red 100.0 %\n"
     )
@@ -168,14 +168,16 @@ def test_predict_reads_images_from_storage(command, published, tmp_path):
 
 
 def test_predict_works_without_a_keras_file(command, exported, tmp_path):
-    folder = pictures(tmp_path / "pictures")
+    directory = write_pictures(tmp_path / "pictures")
     shutil.copytree(exported, tmp_path / "served")
     (tmp_path / "served" / "model.keras").unlink()
-    lines = command("predict", tmp_path / "served", folder / "b-blue.png", folder / "a-red.jpg").output.splitlines()
+    lines = command(
+        "predict", tmp_path / "served", directory / "b-blue.png", directory / "a-red.jpg"
+    ).output.splitlines()
     assert [line.split(": ")[1] for line in lines] == ["blue 100.0 %", "red 100.0 %"]
 
 
-def test_predict_rejects_what_is_not_a_model(command, tmp_path):
+def test_predict_rejects_a_path_without_a_model(command, tmp_path):
     with pytest.raises(SettingError, match=r"nowhere does not exist\. Expected an s3:// URI, a \.keras file"):
         command("predict", tmp_path / "nowhere", "image.jpg")
     with pytest.raises(SettingError, match=r"contains no model\. Expected one of model\.keras, saved_model\.pb"):

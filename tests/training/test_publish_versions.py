@@ -28,7 +28,7 @@ def test_run_reuses_only_its_own_claim(storage):
     storage.write("models/tiny/1/model.keras", b"half an upload")
     assert versions.claim_version(storage, "tiny", "tiny-bbbb") == 2
     assert versions.claim_version(storage, "tiny", "tiny-aaaa") == 1
-    assert [found.key for found in storage.list("models/tiny/1/")] == ["models/tiny/1/claim.json"]
+    assert [item.key for item in storage.list("models/tiny/1/")] == ["models/tiny/1/claim.json"]
 
 
 def test_published_version_is_never_claimed_again(storage):

@@ -77,10 +77,10 @@ def run_on_one_and_two_replicas(tmp_path_factory, s3_settings):
     return lambda job, cached_job: _run(job, cached_job, tmp_path_factory.mktemp("replicas"), s3_settings)
 
 
-def _run(job, cached_job, folder, settings):
+def _run(job, cached_job, directory, settings):
     runs = []
     for replicas in (1, 2):
-        scratch = folder / f"scratch-{replicas}"
+        scratch = directory / f"scratch-{replicas}"
         scratch.mkdir()
         env = {
             **os.environ,
@@ -90,17 +90,17 @@ def _run(job, cached_job, folder, settings):
             "URI": f"{job.spec.storage}/{replicas}",
             "SCRATCH": str(scratch),
         }
-        process = subprocess.run(
-            [sys.executable, "-c", RUN, str(replicas), str(folder)],
+        completed = subprocess.run(
+            [sys.executable, "-c", RUN, str(replicas), str(directory)],
             env=env,
             capture_output=True,
             text=True,
             check=False,
         )
-        assert process.returncode == 0, process.stderr[-3000:]
-        with np.load(folder / f"{replicas}.npz") as arrays:
+        assert completed.returncode == 0, completed.stderr[-3000:]
+        with np.load(directory / f"{replicas}.npz") as arrays:
             weights = [arrays[name] for name in arrays.files]
-        runs.append((json.loads((folder / f"{replicas}.json").read_text()), weights))
+        runs.append((json.loads((directory / f"{replicas}.json").read_text()), weights))
     return runs
 
 

@@ -26,7 +26,7 @@ from topwork.stages.fine_tune import fine_tune
 from topwork.stages.pull import pull
 from topwork.stages.transfer import transfer
 
-# Everything that has state: random views, dropout, a schedule, a moving average, early stopping, phases.
+# Every feature with state: augmentation, dropout, a schedule, a moving average, early stopping, phases.
 SPEC = {
     "augmentation": {"flip": "horizontal", "rotation": 0.1},
     "model": {"base": {"cnn": {"filters": [4, 6]}}, "head": {"hidden": [8], "dropout": 0.4}},
@@ -202,22 +202,22 @@ def test_damaged_checkpoint_is_skipped_in_favor_of_the_previous_one(make_job, wo
     with pytest.raises(Stopped):
         run(job, run_workspace)
     assert checkpoints(job, run_workspace, "transfer") == ["00001", "00002"]
-    folder = f"runs/{job.run}/transfer/checkpoints/00002"
+    prefix = f"runs/{job.run}/transfer/checkpoints/00002"
     if damage == "bytes":
-        corrupt(run_workspace.storage, f"{folder}/state.npz")
+        corrupt(run_workspace.storage, f"{prefix}/state.npz")
     elif damage == "missing":
-        run_workspace.storage.delete([f"{folder}/state.npz"])
+        run_workspace.storage.delete([f"{prefix}/state.npz"])
     elif damage == "short":
-        run_workspace.storage.write(f"{folder}/state.npz", b"")
+        run_workspace.storage.write(f"{prefix}/state.npz", b"")
     else:
-        run_workspace.storage.write(f"{folder}/manifest.json", b"{")
+        run_workspace.storage.write(f"{prefix}/manifest.json", b"{")
     again = RunObserver()
-    assert rows(train_head(job, next_process(run_workspace, again))) == reference_rows
+    assert rows(pull_and_transfer(job, next_process(run_workspace, again))) == reference_rows
     assert [fields["checkpoint"] for fields in again.fields_of("checkpoint is unreadable")] == ["00002"]
     assert ("resumed", {"stage": "transfer", "epoch": 1, "step": 0}) in again.events
 
 
-def train_head(job, workspace):
+def pull_and_transfer(job, workspace):
     return transfer(job, pull(job, workspace), workspace)
 
 
@@ -291,7 +291,7 @@ def test_checkpoints_are_stored_within_epochs_when_due(make_job, workspace, refe
     assert "-" in newest
     again = RunObserver()
     reference_rows = [row for row in rows(reference[0]) if row["stage"] == "transfer"]
-    assert rows(train_head(job, next_process(failing, again))) == reference_rows
+    assert rows(pull_and_transfer(job, next_process(failing, again))) == reference_rows
     epoch, step = map(int, newest.split("-"))
     assert ("resumed", {"stage": "transfer", "epoch": epoch, "step": step}) in again.events
 
@@ -302,18 +302,20 @@ def fail_after_a_second():
     raise ZeroDivisionError
 
 
-@pytest.mark.parametrize("found", [0, 2])
-def test_checkpoint_of_another_format_is_an_error_that_suggests_a_fix(make_job, workspace, found):
+@pytest.mark.parametrize("checkpoint_format", [0, 2])
+def test_checkpoint_of_another_format_is_an_error_that_suggests_a_fix(make_job, workspace, checkpoint_format):
     job = make_job(**SPEC)
-    run_workspace = make_workspace(workspace, f"format-{found}", RunObserver(at_epoch=("transfer", 1)))
+    run_workspace = make_workspace(workspace, f"format-{checkpoint_format}", RunObserver(at_epoch=("transfer", 1)))
     run_workspace.progress.action = run_workspace.stop.set
     with pytest.raises(Stopped):
         run(job, run_workspace)
     key = f"runs/{job.run}/transfer/checkpoints/00001/manifest.json"
     manifest = json.loads(run_workspace.storage.read(key))
-    manifest["facts"]["format"] = found
+    manifest["facts"]["format"] = checkpoint_format
     run_workspace.storage.write(key, json.dumps(manifest).encode())
-    with pytest.raises(FormatError, match=rf"00001 has format {found}, but this topwork reads format 1\. Resume with"):
+    with pytest.raises(
+        FormatError, match=rf"00001 has format {checkpoint_format}, but this topwork reads format 1\. Resume with"
+    ):
         run(job, next_process(run_workspace, RunObserver()))
     assert checkpoints(job, run_workspace, "transfer") == ["00001"]
 
@@ -362,22 +364,22 @@ def test_run_resumes_with_another_number_of_replicas(make_job, workspace, s3_set
     # Dropout draws for each replica separately. Without it, results differ only by rounding.
     model = {"base": SPEC["model"]["base"], "head": {"hidden": [8], "dropout": 0.0}}
     job = make_job(**{**SPEC, "model": model, "transfer": {**SPEC["transfer"], "batchSize": 6}})
-    uninterrupted = rows(train_head(job, make_workspace(workspace, "one", RunObserver())))
+    uninterrupted = rows(pull_and_transfer(job, make_workspace(workspace, "one", RunObserver())))
     run_workspace = make_workspace(workspace, "two-then-one", RunObserver())
     s3 = f"{s3_settings.endpoint_url} {s3_settings.access_key} {s3_settings.secret_key}"
     variables = {"URI": run_workspace.storage.uri, "S3": s3, "SCRATCH": str(run_workspace.scratch)}
     variables["JOB"] = job.model_dump_json(by_alias=True)
-    process = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-c", ON_TWO_REPLICAS],
         env={**os.environ, **variables},
         capture_output=True,
         text=True,
         check=False,
     )
-    assert process.stdout.startswith("Stopped in epoch 2 of transfer after step 2"), process.stderr[-3000:]
-    assert process.stdout.endswith(" 2.0\n")
+    assert completed.stdout.startswith("Stopped in epoch 2 of transfer after step 2"), completed.stderr[-3000:]
+    assert completed.stdout.endswith(" 2.0\n")
     again = RunObserver()
-    resumed = rows(train_head(job, next_process(run_workspace, again)))
+    resumed = rows(pull_and_transfer(job, next_process(run_workspace, again)))
     assert ("resumed", {"stage": "transfer", "epoch": 1, "step": 2}) in again.events
     assert again.steps["transfer"] == 3 * 4 - 6
     assert [row["epoch"] for row in resumed] == [row["epoch"] for row in uninterrupted]

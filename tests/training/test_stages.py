@@ -1,4 +1,4 @@
-"""Transfer and fine-tune on one device: which weights change, and what is stored."""
+"""Transfer and fine-tune on one device: changed weights, and stored results."""
 
 import keras
 import numpy as np
@@ -105,8 +105,8 @@ def test_each_stage_changes_its_trained_layers_and_no_bit_of_the_others(saved_jo
         "left": (3, 3, 3, 4), "right": (5, 5, 3, 4), "deep": (3, 3, 8, 6),
     }  # fmt: skip
     for name in ("left", "right", "norm", "deep"):
-        for kept, loaded in zip(source[name], after_transfer[name], strict=True):
-            np.testing.assert_array_equal(kept, loaded)
+        for expected, actual in zip(source[name], after_transfer[name], strict=True):
+            np.testing.assert_array_equal(actual, expected)
     assert first.parameters.model_dump() == {"trainable": 7, "frozen": 112 + 304 + 32 + 438}
 
     second = fine_tune(job, first, dataset, workspace)
@@ -139,8 +139,8 @@ def test_completed_stage_is_skipped_without_fetching_its_data(saved_job, workspa
     series, stage = workspace.metrics.registry.get_sample_value, {"stage": "transfer"}
     assert series("topwork_epoch", stage) == 1.0
     assert series("topwork_stage_start_timestamp_seconds", stage) == pytest.approx(first.started.timestamp())
-    lasted = (first.finished - first.started).total_seconds()
-    assert series("topwork_stage_duration_seconds", stage) == pytest.approx(lasted)
+    duration = (first.finished - first.started).total_seconds()
+    assert series("topwork_stage_duration_seconds", stage) == pytest.approx(duration)
 
 
 def test_input_bound_epoch_is_logged_with_advice(make_job, workspace, monkeypatch):

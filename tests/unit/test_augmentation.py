@@ -7,7 +7,7 @@ import tensorflow as tf
 from topwork.model.augmentation import build_augmentation
 from topwork.spec.model import Augmentation
 
-KINDS = {
+AUGMENTATIONS = {
     "flip": {"flip": "both"},
     "horizontal flip": {"flip": "horizontal"},
     "rotation": {"rotation": 0.2},
@@ -25,29 +25,29 @@ IMAGES = RANDOM.integers(0, 256, (16, 16, 16, 3)).astype(np.float32)
 LABELS = np.eye(4, dtype=np.float32)[np.arange(16) % 4]
 
 
-def views(settings, seeds, images=IMAGES):
+def augment_batch(settings, seeds, images=IMAGES):
     """Apply the augmentation in graph mode inside tf.data, as in training."""
-    change = build_augmentation(Augmentation.model_validate(settings))
+    augment = build_augmentation(Augmentation.model_validate(settings))
     dataset = tf.data.Dataset.from_tensor_slices(np.array(seeds, np.int32))
-    dataset = dataset.map(lambda seed: change(tf.constant(images), tf.constant(LABELS), seed), num_parallel_calls=2)
+    dataset = dataset.map(lambda seed: augment(tf.constant(images), tf.constant(LABELS), seed), num_parallel_calls=2)
     return [(image.numpy(), label.numpy()) for image, label in dataset]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", AUGMENTATIONS)
 def test_augmentation_depends_only_on_the_seed(kind):
-    first, again, other = views(KINDS[kind], [(1, 2), (1, 2), (1, 3)])
-    (elsewhere,) = views(KINDS[kind], [(1, 2)])
-    for one, two in zip(first, again, strict=True):
-        np.testing.assert_array_equal(one, two)
-    for one, two in zip(first, elsewhere, strict=True):
-        np.testing.assert_array_equal(one, two)
+    first, again, other = augment_batch(AUGMENTATIONS[kind], [(1, 2), (1, 2), (1, 3)])
+    (separate,) = augment_batch(AUGMENTATIONS[kind], [(1, 2)])
+    for actual, expected in zip(again, first, strict=True):
+        np.testing.assert_array_equal(actual, expected)
+    for actual, expected in zip(separate, first, strict=True):
+        np.testing.assert_array_equal(actual, expected)
     assert not np.array_equal(first[0], other[0])
     assert not np.array_equal(first[0], IMAGES)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", AUGMENTATIONS)
 def test_augmentation_keeps_shapes_and_value_ranges(kind):
-    for images, labels in views(KINDS[kind], [(n, n + 1) for n in range(4)]):
+    for images, labels in augment_batch(AUGMENTATIONS[kind], [(n, n + 1) for n in range(4)]):
         assert images.shape == IMAGES.shape
         assert images.dtype == np.float32
         assert images.min() >= 0.0
@@ -58,25 +58,25 @@ def test_augmentation_keeps_shapes_and_value_ranges(kind):
             np.testing.assert_array_equal(labels, LABELS)
 
 
-@pytest.mark.parametrize("kind", sorted(set(KINDS) - MIXED))
+@pytest.mark.parametrize("kind", sorted(set(AUGMENTATIONS) - MIXED))
 def test_each_image_is_augmented_differently(kind):
-    same = np.repeat(IMAGES[:1], 16, axis=0)
-    ((images, _),) = views(KINDS[kind], [(5, 6)], same)
+    copies = np.repeat(IMAGES[:1], 16, axis=0)
+    ((images, _),) = augment_batch(AUGMENTATIONS[kind], [(5, 6)], copies)
     assert len({image.tobytes() for image in images}) > 1
 
 
 def test_horizontal_flip_mirrors_the_image():
-    ((images, _),) = views({"flip": "horizontal"}, [(7, 8)])
+    ((images, _),) = augment_batch({"flip": "horizontal"}, [(7, 8)])
     flipped = [np.array_equal(image, original[:, ::-1]) for image, original in zip(images, IMAGES, strict=True)]
-    kept = [np.array_equal(image, original) for image, original in zip(images, IMAGES, strict=True)]
-    assert all(a != b for a, b in zip(flipped, kept, strict=True))
+    unchanged = [np.array_equal(image, original) for image, original in zip(images, IMAGES, strict=True)]
+    assert all(a != b for a, b in zip(flipped, unchanged, strict=True))
     assert 2 < sum(flipped) < 14
 
 
 def test_mix_up_mixes_labels_in_the_ratio_of_the_images():
     flat = np.zeros_like(IMAGES)
     flat[np.arange(16) % 4 == 1] = 200.0
-    ((images, labels),) = views({"mixUp": 1.0}, [(3, 4)], flat)
+    ((images, labels),) = augment_batch({"mixUp": 1.0}, [(3, 4)], flat)
     np.testing.assert_allclose(images.mean(axis=(1, 2, 3)), 200.0 * labels[:, 1], rtol=1e-4, atol=1e-2)
     assert len(np.unique(labels)) > 4
 
@@ -84,13 +84,13 @@ def test_mix_up_mixes_labels_in_the_ratio_of_the_images():
 def test_cut_mix_weights_labels_by_area():
     flat = np.zeros_like(IMAGES)
     flat[np.arange(16) % 4 == 1] = 200.0
-    ((images, labels),) = views({"cutMix": 2.0}, [(3, 4)], flat)
+    ((images, labels),) = augment_batch({"cutMix": 2.0}, [(3, 4)], flat)
     np.testing.assert_allclose(images.mean(axis=(1, 2, 3)), 200.0 * labels[:, 1], atol=20.0)  # Keras rounds the patch
     assert len(np.unique(labels)) > 4
 
 
-def test_augmentations_combine_and_none_gives_none():
+def test_augmentations_can_be_combined_and_are_optional():
     settings = {"flip": "both", "rotation": 0.1, "randAugment": {}, "mixUp": 0.2}
-    first, again = views(settings, [(1, 2), (1, 2)])
+    first, again = augment_batch(settings, [(1, 2), (1, 2)])
     np.testing.assert_array_equal(first[0], again[0])
     assert build_augmentation(Augmentation()) is None

@@ -1,4 +1,4 @@
-"""`topwork backbones` as a user calls it."""
+"""The `topwork backbones` command in a separate process."""
 
 import json
 import subprocess
@@ -7,16 +7,16 @@ import sys
 from topwork.spec.applications import APPLICATIONS
 
 
-def call(*arguments: str, before: str = "") -> str:
-    words = ["topwork", "backbones", *arguments]
-    script = f"import sys\n{before}\nsys.argv = {words}\nfrom topwork.cli import main\nmain()"
-    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert (ended.returncode, ended.stderr) == (0, "")
-    return ended.stdout
+def run_backbones(*arguments: str, setup: str = "") -> str:
+    command = ["topwork", "backbones", *arguments]
+    script = f"import sys\n{setup}\nsys.argv = {command}\nfrom topwork.cli import main\nmain()"
+    completed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (completed.returncode, completed.stderr) == (0, "")
+    return completed.stdout
 
 
 def test_backbones_prints_a_table_that_fits_a_terminal() -> None:
-    header, *rows = call().splitlines()
+    header, *rows = run_backbones().splitlines()
     assert header == "model             input min  parameters without top depth   MB top-1 top-5"
     assert [row.split()[0] for row in rows] == list(APPLICATIONS)
     by_name = {row.split()[0]: row.split()[1:] for row in rows}
@@ -25,10 +25,10 @@ def test_backbones_prints_a_table_that_fits_a_terminal() -> None:
     assert all(len(line) <= 80 for line in (header, *rows))
 
 
-def test_backbones_json_has_the_same_content() -> None:
-    found = {one["name"]: one for one in json.loads(call("--json"))}
-    assert list(found) == list(APPLICATIONS)
-    assert found["ConvNeXtXLarge"] == {
+def test_backbones_json_lists_the_same_models() -> None:
+    backbones = {backbone["name"]: backbone for backbone in json.loads(run_backbones("--json"))}
+    assert list(backbones) == list(APPLICATIONS)
+    assert backbones["ConvNeXtXLarge"] == {
         "name": "ConvNeXtXLarge",
         "defaultSide": 224,
         "leastSide": 32,
@@ -43,5 +43,5 @@ def test_backbones_json_has_the_same_content() -> None:
 
 
 def test_backbones_imports_no_training_library() -> None:
-    missing = "for name in ('numpy', 'tensorflow', 'keras'): sys.modules[name] = None"
-    assert len(call(before=missing).splitlines()) == 41
+    block_imports = "for name in ('numpy', 'tensorflow', 'keras'): sys.modules[name] = None"
+    assert len(run_backbones(setup=block_imports).splitlines()) == 41

@@ -1,4 +1,4 @@
-"""Batches: order, resumption, and the match of images and labels."""
+"""Batches: order, resuming, and labels that match their images."""
 
 from itertools import chain
 

@@ -64,8 +64,8 @@ def test_summary_contains_the_input_wait_share():
 
 
 def test_earlier_published_version_restores_its_metrics():
-    began, metrics = datetime(2026, 5, 1, tzinfo=UTC), Metrics()
-    earlier = published("one", 0.9).model_copy(update={"started": began, "finished": began + timedelta(minutes=2)})
+    started, metrics = datetime(2026, 5, 1, tzinfo=UTC), Metrics()
+    earlier = published("one", 0.9).model_copy(update={"started": started, "finished": started + timedelta(minutes=2)})
     with metrics.track_stage("publish"):
         earlier.restore_metrics(metrics)
     series = metrics.registry.get_sample_value

@@ -42,14 +42,14 @@ def run_container(termination_log: Path, monkeypatch: pytest.MonkeyPatch):
 
     def run(statements: str) -> tuple[int, list[dict[str, object]], TerminationMessage | None]:
         script = SCRIPT.format(statements=statements)
-        process = subprocess.run(
+        completed = subprocess.run(
             [sys.executable, "-c", script, termination_log], capture_output=True, text=True, check=False
         )
-        lines = [json.loads(line) for line in process.stderr.splitlines()]
+        lines = [json.loads(line) for line in completed.stderr.splitlines()]
         for line in lines:
             assert line.pop("time").endswith("Z")
-        assert process.stdout == ""
-        return process.returncode, lines, parse_termination_message(termination_log.read_text())
+        assert completed.stdout == ""
+        return completed.returncode, lines, parse_termination_message(termination_log.read_text())
 
     return run
 

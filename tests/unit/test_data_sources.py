@@ -1,4 +1,4 @@
-"""Images, classes and versions of directories, archives and tables, and what they reject."""
+"""Directories, archives and tables as data sources: images, classes, digests and rejected input."""
 
 import functools
 import hashlib
@@ -187,7 +187,7 @@ def test_wrong_sha256_is_rejected_and_the_local_file_is_kept(workspace, tmp_path
     assert (tmp_path / "pets.zip").exists()
 
 
-# Archives over http
+# Archives over HTTP
 
 
 class _Handler(http.server.SimpleHTTPRequestHandler):
@@ -217,14 +217,14 @@ def server(tmp_path, monkeypatch):
     (tmp_path / "scratch").mkdir()
     with http.server.ThreadingHTTPServer(
         ("127.0.0.1", 0), functools.partial(_Handler, directory=str(tmp_path))
-    ) as running:
-        running.failures = running.broken_connections = 0
-        running.requests = []
-        running.address = f"127.0.0.1:{running.server_port}"
-        thread = threading.Thread(target=running.serve_forever)
+    ) as http_server:
+        http_server.failures = http_server.broken_connections = 0
+        http_server.requests = []
+        http_server.address = f"127.0.0.1:{http_server.server_port}"
+        thread = threading.Thread(target=http_server.serve_forever)
         thread.start()
-        yield running
-        running.shutdown()
+        yield http_server
+        http_server.shutdown()
         thread.join()
 
 

@@ -1,4 +1,4 @@
-"""`topwork describe` matches what the stages train."""
+"""`topwork describe` shows the layers, parameters and steps that the stages train."""
 
 import json
 import subprocess
@@ -30,7 +30,7 @@ STEPS = {"unfreeze": {"steps": [{"layers": n, "epochs": 1, "learningRate": 10**-
 
 @pytest.fixture(autouse=True)
 def no_storage(monkeypatch, tmp_path):
-    """Neither storage credentials nor embedded storage of an earlier run on this machine."""
+    """Hide storage credentials and the embedded storage of earlier runs on this machine."""
     for name in ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_PROFILE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -46,7 +46,7 @@ def configured_storage(monkeypatch, s3_settings):
 
 
 @pytest.fixture
-def described(capsys):
+def describe_json(capsys):
     """Describe jobs with `--json`."""
 
     def call(*files, sets=(), **options):
@@ -70,8 +70,8 @@ def application(name, weights="none"):
     return {"base": {"application": name, "weights": weights}, "head": {"dropout": 0.0}}
 
 
-def trained(job, workspace):
-    """Train a job, and return the logged parameter counts per stage and the logged use of the feature cache."""
+def run_training(job, workspace):
+    """Train a job and return the logged parameter counts and feature cache decision of each stage."""
     with capture_logs() as lines:
         dataset = pull(job, workspace)
         fine_tune(job, transfer(job, dataset, workspace), dataset, workspace)
@@ -97,10 +97,10 @@ def trained(job, workspace):
     ],
     ids=["gradual unfreezing", "all of an untrained model", "cnn"],
 )
-def test_run_trains_what_describe_shows(settings, write_job, described, workspace, configured_storage):
+def test_run_trains_what_describe_shows(settings, write_job, describe_json, workspace, configured_storage):
     path = write_job(**settings)
-    before = described(path, images=40, classes=2)[0]
-    counts, caches = trained(read_files([path])[0][1], workspace)
+    before = describe_json(path, images=40, classes=2)[0]
+    counts, caches = run_training(read_files([path])[0][1], workspace)
     assert [
         (stage["stage"], group) for stage in before["stages"] for phase in stage["phases"] for group in phase["layers"]
     ] == counts
@@ -109,24 +109,24 @@ def test_run_trains_what_describe_shows(settings, write_job, described, workspac
     } == caches
     steps = workspace.metrics.registry.get_sample_value("topwork_steps_total")
     assert sum(stage["steps"] for stage in before["stages"]) == steps
-    # Once it is stored, the dataset gives the same description.
-    after = described(path)[0]
+    # The stored dataset results in the same description.
+    after = describe_json(path)[0]
     assert after["data"].pop("dataset").startswith(workspace.storage.uri)
     assert before["data"].pop("dataset") is None
     assert after == before
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_example_is_described(path, described):
-    for one in described(path, images=10_000):
-        assert one["stages"]
+def test_every_example_is_described(path, describe_json):
+    for description in describe_json(path, images=10_000):
+        assert description["stages"]
         # Models that another job must publish first are unavailable.
-        assert (one["base"]["parameters"] is None) == one["base"]["name"].startswith("s3://")
+        assert (description["base"]["parameters"] is None) == description["base"]["name"].startswith("s3://")
 
 
-def test_parameters_are_counted_for_each_step_of_gradual_unfreezing(described):
-    (found,) = described(EXAMPLES / "lab-4-vgg16-gradual.yaml", classes=5, images=3670)
-    first, second = found["stages"]
+def test_parameters_are_counted_for_each_step_of_gradual_unfreezing(describe_json):
+    (description,) = describe_json(EXAMPLES / "lab-4-vgg16-gradual.yaml", classes=5, images=3670)
+    first, second = description["stages"]
     assert [phase["trained"] for phase in (*first["phases"], *second["phases"])] == [
         "the head",
         "the head and the last 3 layers of the base",
@@ -147,21 +147,21 @@ def test_parameters_are_counted_for_each_step_of_gradual_unfreezing(described):
     assert (second["stepsPerEpoch"], second["epochs"], second["steps"]) == (2936 // 32, 14, 14 * (2936 // 32))
 
 
-def test_batch_norm_of_a_pretrained_base_stays_frozen(write_job, described):
+def test_batch_norm_of_a_pretrained_base_stays_frozen(write_job, describe_json):
     fine = {"epochs": 1, "unfreeze": "all", "optimizer": {"learningRate": 1e-5}}
     path = write_job(model=application("ResNet50", "imagenet"), transfer={"epochs": 1}, fineTune=fine)
-    (phase,) = described(path)[0]["stages"][1]["phases"]
+    (phase,) = describe_json(path)[0]["stages"][1]["phases"]
     # 26,560 normalized channels with four parameters each.
     assert phase["frozen"] == 4 * 26_560
 
 
-def test_learning_rate_schedule_is_described(described):
+def test_learning_rate_schedule_is_described(describe_json):
     sets = [
         "spec.transfer={epochs: 5, batchSize: 30, optimizer: {name: sgd, momentum: 0.9, learningRate: 0.2}}",
         "spec.transfer.optimizer.schedule={name: inverseTime, rate: 0.01}",
     ]
     path = EXAMPLES / "cats-vs-dogs.yaml"
-    phase = described(path, sets=[*sets, "spec.fineTune=null"], images=750)[0]["stages"][0]["phases"][0]
+    phase = describe_json(path, sets=[*sets, "spec.fineTune=null"], images=750)[0]["stages"][0]["phases"][0]
     assert phase["steps"] == 50
     assert phase["learningRate"] == {
         "peak": 0.2,
@@ -169,12 +169,12 @@ def test_learning_rate_schedule_is_described(described):
         "first": pytest.approx(0.2),
         "last": pytest.approx(0.2 / (1 + 0.01 * 49)),
     }
-    unknown = described(path, sets=[*sets, "spec.fineTune=null"])[0]["stages"][0]["phases"][0]
+    unknown = describe_json(path, sets=[*sets, "spec.fineTune=null"])[0]["stages"][0]["phases"][0]
     assert unknown["steps"] is None
     assert unknown["learningRate"] == {"peak": 0.2, "schedule": "inverseTime", "first": None, "last": None}
 
 
-def test_unknown_facts_are_noted(write_job, capsys):
+def test_unknown_values_are_noted(write_job, capsys):
     path = write_job(model={"base": {"cnn": {"filters": [4, 8]}}, "head": {"hidden": [3], "dropout": 0.0}})
     describe([path])
     run = read_files([path])[0][1].run
@@ -197,54 +197,54 @@ def test_unknown_facts_are_noted(write_job, capsys):
     )
 
 
-def test_splits_per_class_need_only_the_number_of_classes(write_job, described):
+def test_splits_per_class_need_only_the_number_of_classes(write_job, describe_json):
     splits = "spec.dataset.splits={perClass: {train: 100, test: 50}}"
-    found = described(write_job(), sets=[splits], classes=3)[0]
-    assert found["data"]["images"] == {"train": 300, "test": 150}
-    assert found["stages"][0]["steps"] == 2 * (300 // 8)
-    assert found["stages"][0]["loss"] == "categorical_crossentropy"
-    assert described(write_job(), sets=[splits])[0]["data"]["images"] == {"train": None, "test": None}
+    description = describe_json(write_job(), sets=[splits], classes=3)[0]
+    assert description["data"]["images"] == {"train": 300, "test": 150}
+    assert description["stages"][0]["steps"] == 2 * (300 // 8)
+    assert description["stages"][0]["loss"] == "categorical_crossentropy"
+    assert describe_json(write_job(), sets=[splits])[0]["data"]["images"] == {"train": None, "test": None}
 
 
-def test_images_option_counts_the_train_split(write_job, described):
+def test_images_option_counts_the_train_split(write_job, describe_json):
     path = write_job()
     sets = ["spec.dataset.source={tfds: cifar10}", "spec.dataset.splits={train: 'train[:40%]', test: test}"]
-    found = described(path, sets=sets, images=50_000, classes=10)[0]
-    assert found["data"]["images"] == {"train": 20_000, "test": None}
+    description = describe_json(path, sets=sets, images=50_000, classes=10)[0]
+    assert description["data"]["images"] == {"train": 20_000, "test": None}
 
 
-def test_fewer_images_than_a_batch_are_noted(write_job, described):
-    (found,) = described(write_job(), images=10, classes=2)
-    assert found["notes"] == ["transfer has fewer training images than its batchSize 8, so it will fail."]
+def test_fewer_images_than_a_batch_are_noted(write_job, describe_json):
+    (description,) = describe_json(write_job(), images=10, classes=2)
+    assert description["notes"] == ["transfer has fewer training images than its batchSize 8, so it will fail."]
 
 
-def test_missing_layer_is_rejected_before_training(write_job, described):
+def test_missing_layer_is_rejected_before_training(write_job, describe_json):
     fine = {"epochs": 1, "unfreeze": {"layers": 30}, "optimizer": {"learningRate": 1e-5}}
     with pytest.raises(DataError, match="requests the last 30 layers with weights, but the base has only 2"):
-        described(write_job(fineTune=fine))
+        describe_json(write_job(fineTune=fine))
 
 
 def test_dataset_of_another_job_with_the_same_source_is_found(
-    make_job, write_job, described, workspace, configured_storage
+    make_job, write_job, describe_json, workspace, configured_storage
 ):
-    # Next to a damaged one, and one not written by topwork.
+    # Storage also contains a damaged manifest and one that topwork did not write.
     workspace.storage.write("datasets/cats/0000000000000000/manifest.json", b"{")
     workspace.storage.write(
         "datasets/dogs/0000000000000000/manifest.json", b'{"format": 1, "files": {}, "facts": {"name": 1}}'
     )
     pull(make_job(), workspace)
-    (found,) = described(write_job(seed=7), classes=5)
-    assert found["data"]["classes"] == 2
-    assert found["data"]["images"] == {"train": 24, "validation": 8, "test": 8}
-    assert found["data"]["dataset"].startswith(f"{workspace.storage.uri}/datasets/photos/")
-    assert found["notes"] == ["--classes 5 is ignored: the stored dataset has 2."]
+    (description,) = describe_json(write_job(seed=7), classes=5)
+    assert description["data"]["classes"] == 2
+    assert description["data"]["images"] == {"train": 24, "validation": 8, "test": 8}
+    assert description["data"]["dataset"].startswith(f"{workspace.storage.uri}/datasets/photos/")
+    assert description["notes"] == ["--classes 5 is ignored: the stored dataset has 2."]
 
 
-def test_stored_tfds_dataset_is_found_by_name(write_job, described, workspace, configured_storage, tmp_path):
+def test_stored_tfds_dataset_is_found_by_name(write_job, describe_json, workspace, configured_storage, tmp_path):
     (tmp_path / "files").mkdir()
     (tmp_path / "files" / "features.json").write_text("{}")
     for config, classes in (("small", ("a", "b", "c")), ("large", ("a", "b", "c", "d"))):
-        facts = DatasetMetadata(
+        metadata = DatasetMetadata(
             name="plants",
             fingerprint=config,
             source={"tfds": f"plants/{config}/1.0.0"},
@@ -255,17 +255,17 @@ def test_stored_tfds_dataset_is_found_by_name(write_job, described, workspace, c
             duplicates=0,
         )
         write_artifact(
-            workspace.storage, f"datasets/plants/{config}", tmp_path / "files", facts.model_dump(mode="json")
+            workspace.storage, f"datasets/plants/{config}", tmp_path / "files", metadata.model_dump(mode="json")
         )
-    found = {
-        name: described(write_job(), sets=[f"spec.dataset.source={{tfds: {name}}}"])[0]["data"]
+    data_by_name = {
+        name: describe_json(write_job(), sets=[f"spec.dataset.source={{tfds: {name}}}"])[0]["data"]
         for name in ("plants/small", "plants/large:1.0.0", "plants/large:2.0.0", "plants")
     }
-    assert [data["classes"] for data in found.values()] == [3, 4, None, None]
-    assert found["plants/small"]["images"] == {"train": 180, "validation": 60, "test": 60}
+    assert [data["classes"] for data in data_by_name.values()] == [3, 4, None, None]
+    assert data_by_name["plants/small"]["images"] == {"train": 180, "validation": 60, "test": 60}
 
 
-def saved_model(path):
+def save_model(path):
     image = keras.Input((32, 32, 3))
     maps = keras.layers.Conv2D(4, 3, name="block_1")(image)
     model = keras.Model(image, keras.layers.Dense(3)(keras.layers.Flatten()(maps)))
@@ -273,49 +273,51 @@ def saved_model(path):
     return path
 
 
-def test_saved_base_is_read_from_a_file(write_job, described, tmp_path):
-    path = saved_model(tmp_path / "model.keras")
+def test_saved_base_is_read_from_a_file(write_job, describe_json, tmp_path):
+    path = save_model(tmp_path / "model.keras")
     before = path.read_bytes()
     sets = [f"spec.model.base={{saved: {{uri: {path}, cutAt: block_1}}}}", "spec.transfer={epochs: 1}"]
-    (found,) = described(write_job(), sets=sets, classes=2, images=1000)
-    assert found["stages"][0]["phases"][0]["layers"] == [
+    (description,) = describe_json(write_job(), sets=sets, classes=2, images=1000)
+    assert description["stages"][0]["phases"][0]["layers"] == [
         {"layers": "base/block_1", "trainable": 0, "frozen": 112},
         {"layers": "head", "trainable": 5, "frozen": 0},
     ]
-    assert found["notes"] == []
+    assert description["notes"] == []
     assert path.read_bytes() == before
 
 
-def test_saved_base_is_read_from_storage(write_job, described, workspace, configured_storage, tmp_path):
-    workspace.storage.upload(saved_model(tmp_path / "model.keras"), "bases/model.keras")
+def test_saved_base_is_read_from_storage(write_job, describe_json, workspace, configured_storage, tmp_path):
+    workspace.storage.upload(save_model(tmp_path / "model.keras"), "bases/model.keras")
     uri = workspace.storage.uri_of("bases/model.keras")
-    (found,) = described(write_job(), sets=[f"spec.model.base={{saved: {{uri: '{uri}', cutAt: block_1}}}}"])
-    assert found["base"]["parameters"] == 112
+    (description,) = describe_json(write_job(), sets=[f"spec.model.base={{saved: {{uri: '{uri}', cutAt: block_1}}}}"])
+    assert description["base"]["parameters"] == 112
 
 
-def test_missing_saved_base_does_not_prevent_a_description(write_job, described, workspace, configured_storage):
+def test_missing_saved_base_does_not_prevent_a_description(write_job, describe_json, workspace, configured_storage):
     uri = workspace.storage.uri_of("none.keras")
-    (found,) = described(write_job(), sets=[f"spec.model.base={{saved: {{uri: '{uri}'}}}}"], classes=2, images=100)
-    assert found["notes"] == [
+    (description,) = describe_json(
+        write_job(), sets=[f"spec.model.base={{saved: {{uri: '{uri}'}}}}"], classes=2, images=100
+    )
+    assert description["notes"] == [
         f"spec.model.base.saved.uri is {uri}, and storage has no such object. Without it, the layers of the "
         "base are unknown."
     ]
-    assert found["base"]["parameters"] is None
-    (stage,) = found["stages"]
+    assert description["base"]["parameters"] is None
+    (stage,) = description["stages"]
     assert (stage["stepsPerEpoch"], stage["featureCache"], stage["phases"][0]["layers"]) == (60 // 8, None, [])
 
 
-def test_unreachable_storage_is_noted(write_job, described, monkeypatch):
+def test_unreachable_storage_is_noted(write_job, describe_json, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
-    (found,) = described(write_job(), classes=2, images=100)
-    assert found["notes"][0].startswith("http://127.0.0.1:9 can't be reached for s3://")
-    assert found["stages"][0]["phases"][0]["trainable"]
+    (description,) = describe_json(write_job(), classes=2, images=100)
+    assert description["notes"][0].startswith("http://127.0.0.1:9 can't be reached for s3://")
+    assert description["stages"][0]["phases"][0]["trainable"]
 
 
-def test_embedded_storage_is_read_if_it_exists_and_never_created(write_job, described, tmp_path):
-    described(write_job())
+def test_embedded_storage_is_read_if_it_exists_and_never_created(write_job, describe_json, tmp_path):
+    describe_json(write_job())
     assert not (tmp_path / "state").exists()
     path = write_job()
     ((_, job),) = read_files([path])
@@ -323,10 +325,10 @@ def test_embedded_storage_is_read_if_it_exists_and_never_created(write_job, desc
         create_bucket(settings, "topwork-test")
         storage = Storage(job.spec.storage, settings)
         pull(job, Workspace(storage, Metrics(), NoProgress(), tmp_path))
-    assert described(path)[0]["data"]["classes"] == 2
+    assert describe_json(path)[0]["data"]["classes"] == 2
 
 
-MEASURED = """
+DESCRIBE_AND_PRINT_MEMORY = """
 import resource, sys
 from topwork.cli import main
 sys.argv = ["topwork", "describe", *sys.argv[1:]]
@@ -339,14 +341,14 @@ finally:
 
 def test_largest_model_is_described_without_allocating_its_weights(write_job):
     path = write_job(model=application("ConvNeXtXLarge", "imagenet"), transfer={"epochs": 3})
-    ended = subprocess.run(
-        [sys.executable, "-c", MEASURED, path, "--set", "spec.transfer.epochs=4", "--classes", "4"],
+    completed = subprocess.run(
+        [sys.executable, "-c", DESCRIBE_AND_PRINT_MEMORY, path, "--set", "spec.transfer.epochs=4", "--classes", "4"],
         capture_output=True,
         text=True,
         check=False,
     )
-    assert ended.returncode == 0
-    assert "transfer: 4 epochs of ? steps" in ended.stdout
-    assert "  data  4 classes; images: ? train" in ended.stdout
+    assert completed.returncode == 0
+    assert "transfer: 4 epochs of ? steps" in completed.stdout
+    assert "  data  4 classes; images: ? train" in completed.stdout
     # Standard error contains only the peak memory in MiB; with weights it would be 2,200.
-    assert int(ended.stderr) < 1500
+    assert int(completed.stderr) < 1500

@@ -86,7 +86,7 @@ def test_tensorflow_log_level_of_the_user_is_kept():
     limit_tensorflow_log(verbose, verbose=True)
     chosen = {"TF_CPP_MIN_LOG_LEVEL": "1"}
     limit_tensorflow_log(chosen)
-    assert [each["TF_CPP_MIN_LOG_LEVEL"] for each in (quiet, verbose, chosen)] == ["2", "0", "1"]
+    assert [environment["TF_CPP_MIN_LOG_LEVEL"] for environment in (quiet, verbose, chosen)] == ["2", "0", "1"]
 
 
 def test_warning_filters_of_the_user_are_kept():
@@ -146,10 +146,12 @@ def test_extra_ca_is_trusted_in_addition_to_the_default_bundle(extra_ca, tmp_pat
 
 @pytest.mark.parametrize("name", ["AWS_CA_BUNDLE", "SSL_CERT_FILE"])
 def test_extra_ca_is_trusted_in_addition_to_a_configured_bundle(name, extra_ca, tmp_path):
-    own = tmp_path / "own.pem"
-    request = f"req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=own -keyout {tmp_path}/key.pem -out {own}"
+    configured_bundle = tmp_path / "own.pem"
+    request = (
+        f"req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=own -keyout {tmp_path}/key.pem -out {configured_bundle}"
+    )
     subprocess.run(["openssl", *request.split()], check=True, capture_output=True)
-    environment = {EXTRA_CA_VARIABLE: str(extra_ca), name: str(own)}
+    environment = {EXTRA_CA_VARIABLE: str(extra_ca), name: str(configured_bundle)}
     trust_extra_ca(tmp_path, environment)
     assert count_authorities(environment["AWS_CA_BUNDLE"]) == 2
 

@@ -14,41 +14,41 @@ TWO_CLASSES = np.array([[0.9, 0.1], [0.4, 0.6], [0.45, 0.55], [0.2, 0.8]], np.fl
 
 
 def test_metrics_of_two_classes_match_values_computed_by_hand():
-    found = evaluate_predictions(TWO_CLASSES, LABELS, ("blue", "red"))
-    assert found.confusion == ((1, 1), (0, 2))
-    assert found.accuracy == 0.75
-    assert found.top5 == 1.0
-    assert [(c.name, c.images, c.precision, c.recall) for c in found.per_class] == [
+    evaluation = evaluate_predictions(TWO_CLASSES, LABELS, ("blue", "red"))
+    assert evaluation.confusion == ((1, 1), (0, 2))
+    assert evaluation.accuracy == 0.75
+    assert evaluation.top5 == 1.0
+    assert [(c.name, c.images, c.precision, c.recall) for c in evaluation.per_class] == [
         ("blue", 2, 1.0, 0.5),
         ("red", 2, pytest.approx(2 / 3), 1.0),
     ]
-    assert found.precision == pytest.approx((1 + 2 / 3) / 2)
-    assert found.recall == 0.75
-    assert found.f1 == pytest.approx((2 / 3 + 0.8) / 2)
-    assert found.auc == 0.75  # of four pairs of a blue and a red image, one is in the wrong order
-    assert found.loss == pytest.approx(-np.log([0.9, 0.4, 0.55, 0.8]).mean(), abs=1e-6)
+    assert evaluation.precision == pytest.approx((1 + 2 / 3) / 2)
+    assert evaluation.recall == 0.75
+    assert evaluation.f1 == pytest.approx((2 / 3 + 0.8) / 2)
+    assert evaluation.auc == 0.75  # of four pairs of a blue and a red image, one is in the wrong order
+    assert evaluation.loss == pytest.approx(-np.log([0.9, 0.4, 0.55, 0.8]).mean(), abs=1e-6)
     # Four images in four bins: |1 - .9|, |0 - .6|, |1 - .55| and |1 - .8|, each a quarter.
-    assert found.calibration_error == pytest.approx((0.1 + 0.6 + 0.45 + 0.2) / 4, abs=1e-6)
+    assert evaluation.calibration_error == pytest.approx((0.1 + 0.6 + 0.45 + 0.2) / 4, abs=1e-6)
 
 
 def test_top5_of_six_classes_excludes_only_the_least_probable():
     probabilities = np.tile(np.array([0.3, 0.25, 0.2, 0.15, 0.07, 0.03], np.float32), (6, 1))
-    found = evaluate_predictions(probabilities, np.arange(6), tuple("abcdef"))
-    assert found.top5 == pytest.approx(5 / 6)
-    assert found.accuracy == pytest.approx(1 / 6)
+    evaluation = evaluate_predictions(probabilities, np.arange(6), tuple("abcdef"))
+    assert evaluation.top5 == pytest.approx(5 / 6)
+    assert evaluation.accuracy == pytest.approx(1 / 6)
 
 
 def test_auc_of_many_classes_is_the_mean_over_occurring_classes():
     probabilities = np.array([[0.8, 0.1, 0.1], [0.3, 0.6, 0.1], [0.2, 0.7, 0.1], [0.5, 0.4, 0.1]], np.float32)
-    found = evaluate_predictions(probabilities, np.array([0, 1, 1, 1]), ("a", "b", "never"))
-    assert found.auc == 1.0
-    assert found.per_class[2].images == 0
+    evaluation = evaluate_predictions(probabilities, np.array([0, 1, 1, 1]), ("a", "b", "never"))
+    assert evaluation.auc == 1.0
+    assert evaluation.per_class[2].images == 0
 
 
 def test_auc_is_undefined_if_only_one_class_occurs():
-    found = evaluate_predictions(TWO_CLASSES[:2], LABELS[:2], ("blue", "red"))
-    assert found.auc is None
-    assert "auc" not in found.metrics
+    evaluation = evaluate_predictions(TWO_CLASSES[:2], LABELS[:2], ("blue", "red"))
+    assert evaluation.auc is None
+    assert "auc" not in evaluation.metrics
 
 
 def test_calibration_bins_include_their_upper_bound():
@@ -79,7 +79,7 @@ def gate_results(gates, values, latest=None):
 
 
 def test_every_condition_of_every_gate_is_checked_and_explained():
-    found = gate_results(
+    results = gate_results(
         [
             {"metric": "accuracy", "atLeast": 0.9},
             {"metric": "calibrationError", "atMost": 0.05},
@@ -89,14 +89,14 @@ def test_every_condition_of_every_gate_is_checked_and_explained():
         {"accuracy": 0.85, "calibrationError": 0.04, "f1": 0.7, "recall": 0.79},
         {"f1": 0.72, "recall": 0.8},
     )
-    assert [(gate.met, gate.sentence) for gate in found] == [
+    assert [(gate.met, gate.sentence) for gate in results] == [
         (False, "accuracy is 0.8500, but the gate requires at least 0.9"),
         (True, "calibrationError is 0.0400, and the gate requires at most 0.05"),
         (False, "f1 is 0.7000, but the gate requires at least 0.7100 (0.7200 of cats/3 minus 0.01)"),
         (True, "recall is 0.7900, and the gate requires at least 0.7800 (0.8000 of cats/3 minus 0.02)"),
     ]
     with pytest.raises(GateError) as raised:
-        require_gates(found, "s3://b/runs/cats-1/publish")
+        require_gates(results, "s3://b/runs/cats-1/publish")
     assert str(raised.value) == (
         "Not published: accuracy is 0.8500, but the gate requires at least 0.9; f1 is 0.7000, but the gate requires at "
         "least 0.7100 (0.7200 of cats/3 minus 0.01). The evaluation and the report are stored at "
@@ -105,14 +105,14 @@ def test_every_condition_of_every_gate_is_checked_and_explained():
 
 
 def test_gate_on_the_latest_version_is_met_by_the_first_version():
-    (found,) = gate_results([{"metric": "f1", "atLeastLatestMinus": 0.01}], {"f1": 0.1})
-    assert found.met
-    assert found.sentence == "f1 is 0.1000, and there is no published version to compare with"
+    (result,) = gate_results([{"metric": "f1", "atLeastLatestMinus": 0.01}], {"f1": 0.1})
+    assert result.met
+    assert result.sentence == "f1 is 0.1000, and there is no published version to compare with"
 
 
 def test_gate_on_an_undefined_metric_is_not_met():
-    (found,) = gate_results([{"metric": "auc", "atMost": 1.0}], {"f1": 0.1})
-    assert not found.met
-    assert found.sentence == (
+    (result,) = gate_results([{"metric": "auc", "atMost": 1.0}], {"f1": 0.1})
+    assert not result.met
+    assert result.sentence == (
         "auc is undefined on this split because fewer than two classes occur, so the gate is not met"
     )

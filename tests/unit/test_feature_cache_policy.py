@@ -37,7 +37,7 @@ def test_view_count_is_that_of_the_spec_or_one_per_epoch_up_to_four(
     assert (policy.views, policy.disabled_reason, policy.required) == (views, disabled_reason, False)
 
 
-def test_features_are_not_cached_if_everything_is_trained_or_little_is_saved(partition):
+def test_features_are_not_cached_if_all_layers_are_trained_or_the_speedup_is_small(partition):
     disabled = feature_cache_policy(FeatureCache(use="on"), 9, Augmentation(), all_trained=True)
     assert should_cache_features(disabled, 9, None) == (False, "all layers of the base are trained")
     automatic = feature_cache_policy(FeatureCache(), 9, Augmentation(), all_trained=False)

@@ -196,9 +196,9 @@ def _crash_on_request(data: bytes, *, keep_encoding: bool) -> ValidatedImage:
 
 
 def test_decode_pool_rejects_an_image_that_crashes_its_worker_and_validates_the_others():
-    good = _encode(_red_and_blue(), "PNG")
+    valid = _encode(_red_and_blue(), "PNG")
     with DecodePool(_crash_on_request, workers=2) as pool:
-        results = [result for _, result in pool.validate_all([good, b"crash", good, b"", good], lambda data: data)]
+        results = [result for _, result in pool.validate_all([valid, b"crash", valid, b"", valid], lambda data: data)]
     assert [getattr(result, "reason", "valid") for result in results] == [
         "valid",
         "decoder crashed",

@@ -7,10 +7,10 @@ from topwork.training.input_stalls import InputStalls, input_bound_advice, input
 
 
 def measure(steps: list[tuple[float, float]], last: float) -> tuple[float, float]:
-    """Measure steps, given the times of their batch request and start; the device finishes the last one at `last`."""
+    """Measure steps from the times of their batch request and start; the device finishes the last step at `last`."""
     stalls = InputStalls()
-    for asked, start in steps:
-        stalls.add_step(asked, start)
+    for requested, start in steps:
+        stalls.add_step(requested, start)
     return stalls.take_totals(last)
 
 
@@ -91,8 +91,8 @@ def test_advice_depends_on_the_job():
     assert input_bound_advice(mixed, "transfer", "none", from_cache=False).startswith(
         "remove mixUp from spec.augmentation"
     )
-    whole = spec(fineTune={"epochs": 2, "unfreeze": "all", "featureCache": "off"})
-    assert input_bound_advice(whole, "fine-tune", "all", from_cache=False) == cores
+    all_layers = spec(fineTune={"epochs": 2, "unfreeze": "all", "featureCache": "off"})
+    assert input_bound_advice(all_layers, "fine-tune", "all", from_cache=False) == cores
     assert input_bound_advice(slow, "transfer", "none", from_cache=True) == (
         f"{cores}; raise spec.compute.memory so that features are not read from scratch"
     )

@@ -49,13 +49,13 @@ def test_json_line_has_time_level_message_then_fields(json_lines):
     assert line == {"level": "info", "message": "epoch", "stage": "transfer", "epoch": 2, "epochs": 3, "loss": 0.123456}
 
 
-def test_json_line_holds_nan_and_infinity_as_strings(json_lines):
+def test_json_line_contains_nan_and_infinity_as_strings(json_lines):
     log.info("epoch", loss=float("nan"), best=float("inf"), values=[float("-inf")])
     (line,) = json_lines()
     assert (line["loss"], line["best"], line["values"]) == ("nan", "inf", ["-inf"])
 
 
-def test_json_line_of_a_library_names_its_logger_and_holds_its_traceback(json_lines):
+def test_json_line_of_a_library_contains_its_logger_and_traceback(json_lines):
     try:
         raise ValueError("no bytes")
     except ValueError:
@@ -71,7 +71,7 @@ def test_percent_signs_in_an_event_are_kept(json_lines):
     assert json_lines()[0]["message"] == "100% of %s"
 
 
-def test_record_that_can_not_be_formatted_is_dropped(json_lines, capsys):
+def test_record_that_cannot_be_formatted_is_dropped(json_lines, capsys):
     logging.getLogger("library").warning("%d", "a secret")
     log.info("next")
     assert [line["message"] for line in json_lines()] == ["next"]
@@ -95,7 +95,7 @@ def test_configuring_again_replaces_the_handler(text_lines, json_lines):
 
 @pytest.fixture
 def terminal(monkeypatch):
-    """Let standard error be a terminal; gives the stream that its console prints to."""
+    """Make standard error a terminal; returns its console and the stream that the console prints to."""
     stream = io.StringIO()
     console = Console(file=stream, force_terminal=True, color_system=None, width=60)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)

@@ -27,7 +27,7 @@ def test_table_lists_every_classification_model_of_keras():
     assert set(APPLICATIONS) == models
 
 
-def shapes_alone(name, **arguments):
+def build_without_values(name, **arguments):
     """Build a model whose variables have shapes but no values: ConvNeXtXLarge would take gigabytes."""
     keras.utils.clear_session()
     with keras.StatelessScope(initialize_variables=False):
@@ -36,23 +36,23 @@ def shapes_alone(name, **arguments):
 
 @pytest.mark.parametrize("name", APPLICATIONS)
 def test_table_matches_the_built_model(name):
-    known = APPLICATIONS[name]
-    whole = shapes_alone(name)
-    assert whole.count_params() == known.parameters
-    assert sum(bool(layer.weights) for layer in leaf_layers(whole)) == known.depth
-    # MobileNetV3 is built for any size; 224 is in the names of its weights.
-    assert whole.input_shape[1:3] in {(known.default_side, known.default_side), (None, None)}
-    base = shapes_alone(name, include_top=False, input_shape=(known.min_side, known.min_side, 3))
-    assert base.count_params() == known.parameters_without_top
+    entry = APPLICATIONS[name]
+    model = build_without_values(name)
+    assert model.count_params() == entry.parameters
+    assert sum(bool(layer.weights) for layer in leaf_layers(model)) == entry.depth
+    # MobileNetV3 is built for any size; 224 appears only in the names of its weight files.
+    assert model.input_shape[1:3] in {(entry.default_side, entry.default_side), (None, None)}
+    base = build_without_values(name, include_top=False, input_shape=(entry.min_side, entry.min_side, 3))
+    assert base.count_params() == entry.parameters_without_top
     assert min(base.output_shape[1:3]) >= 1
 
 
 @pytest.mark.parametrize("name", APPLICATIONS)
 def test_sizes_and_accuracies_are_plausible(name):
-    known = APPLICATIONS[name]
+    entry = APPLICATIONS[name]
     # Weight files contain four bytes per parameter; those of EfficientNet contain slightly more.
-    assert known.parameters * 4 / 2**20 <= known.size_mb * 1.05 <= known.parameters * 4 / 2**20 * 1.6
-    assert 0.65 < known.top1 < (known.top5 or 1) < 0.98 or known.top5 is None
+    assert entry.parameters * 4 / 2**20 <= entry.size_mb * 1.05 <= entry.parameters * 4 / 2**20 * 1.6
+    assert 0.65 < entry.top1 < (entry.top5 or 1) < 0.98 or entry.top5 is None
 
 
 @pytest.mark.parametrize("name", sorted(APPLICATIONS))
@@ -69,26 +69,30 @@ def test_model_with_input_scaling_survives_save_and_load(tmp_path):
     names = [layer.name for layer in model.layers]
     assert names == ["image", "input_scaling", "base", "pooling", "hidden_1", "dropout", "logits"]
     assert model.output_shape == (None, 3)
-    # Only the scaling and the head, or the file would be large and the test slow.
+    # Only the input scaling is saved: the file of the whole model would be large and the test slow.
     image = keras.Input((8, 8, 3))
     small = keras.Model(image, scale_inputs(image, "caffe"))
     small.save(tmp_path / "small.keras")
     loaded = keras.models.load_model(tmp_path / "small.keras", safe_mode=True)
     np.testing.assert_array_equal(loaded.predict_on_batch(PIXELS), small.predict_on_batch(PIXELS))
-    half = with_precision(model, "mixed_bfloat16")
-    assert half.get_layer("base").layers[1].compute_dtype == "bfloat16"
-    assert half.get_layer("logits").compute_dtype == half.get_layer("input_scaling").compute_dtype == "float32"
+    mixed_precision_model = with_precision(model, "mixed_bfloat16")
+    assert mixed_precision_model.get_layer("base").layers[1].compute_dtype == "bfloat16"
+    assert (
+        mixed_precision_model.get_layer("logits").compute_dtype
+        == mixed_precision_model.get_layer("input_scaling").compute_dtype
+        == "float32"
+    )
     assert with_precision(model, "float32") is model
 
 
-def test_weights_are_loaded_from_a_file_without_head(tmp_path):
+def test_weights_without_a_head_are_loaded_from_a_file(tmp_path):
     settings = {"base": {"application": "MobileNetV2", "weights": "none"}}
     source = keras.applications.MobileNetV2(include_top=False, weights=None, input_shape=(32, 32, 3))
     file = tmp_path / "mobile.weights.h5"
     source.save_weights(file)
     model = build_classifier(Model.model_validate(settings), (48, 48), 2, file)
-    for one, other in zip(model.get_layer("base").get_weights(), source.get_weights(), strict=True):
-        np.testing.assert_array_equal(one, other)
+    for actual, expected in zip(model.get_layer("base").get_weights(), source.get_weights(), strict=True):
+        np.testing.assert_array_equal(actual, expected)
     assert model.output_shape == (None, 1)
 
 
@@ -115,10 +119,10 @@ def test_too_small_image_size_is_rejected():
 
 
 def test_failed_download_is_reported(monkeypatch):
-    def fails(**_):
+    def fail_download(**_):
         raise Exception("URL fetch failure on https://host/x.h5: None -- timed out")  # noqa: TRY002 - as Keras does
 
-    monkeypatch.setattr(keras.applications, "Xception", fails)
+    monkeypatch.setattr(keras.applications, "Xception", fail_download)
     with pytest.raises(UnavailableError, match=r"^The ImageNet weights of Xception could not be downloaded: URL"):
         Backbone("Xception").build((96, 96), "imagenet")
 

@@ -38,12 +38,12 @@ def from_layer(name):
     return UnfreezeFrom.model_validate({"from": name})
 
 
-def trained(model):
+def trained_layers(model):
     return sorted({variable.path.split("/")[-2] for variable in model.trainable_variables})
 
 
 @pytest.mark.parametrize(
-    ("what", "batch_norm", "expected"),
+    ("unfreeze", "batch_norm", "expected"),
     [
         ("none", False, ["logits"]),
         ("all", False, ["block1_conv", "block2_conv", "logits"]),
@@ -56,16 +56,16 @@ def trained(model):
         (UnfreezeFrom.model_validate({"from": "inner_norm"}), True, ["block2_conv", "inner_norm", "logits"]),
     ],
 )
-def test_set_trainable_does_not_depend_on_the_previous_setting(model, what, batch_norm, expected):
+def test_set_trainable_does_not_depend_on_the_previous_setting(model, unfreeze, batch_norm, expected):
     base = model.get_layer("base")
-    for before in ("all", "none"):
-        set_trainable(base, before, batch_norm=True)
-        set_trainable(base, what, batch_norm=batch_norm)
-        assert trained(model) == expected
+    for previous in ("all", "none"):
+        set_trainable(base, previous, batch_norm=True)
+        set_trainable(base, unfreeze, batch_norm=batch_norm)
+        assert trained_layers(model) == expected
 
 
 def test_parameter_counts_match_keras(model):
-    # Dense has 2 trainable weights, BatchNormalization 2 and 2 that are never trained.
+    # Dense has 2 trainable weights; BatchNormalization has 2 trainable and 2 non-trainable ones.
     base = model.get_layer("base")
     set_trainable(base, "all", batch_norm=True)
     assert (len(model.get_layer("logits").trainable_weights), len(model.get_layer("logits").weights)) == (2, 2)
@@ -132,7 +132,7 @@ def test_only_trainable_batch_norm_is_synchronized(model):
 
 
 @pytest.fixture
-def deep():
+def nested_model():
     """A base nested three levels deep; two of the models have a layer of the same name."""
     first_in = keras.Input((8, 8, 3))
     first = keras.Sequential(
@@ -148,18 +148,20 @@ def deep():
     return keras.Model(image, keras.layers.Dense(2, name="logits")(vector))
 
 
-def trained_in(model):
+def trained_layer_paths(model):
     return [
-        f"{path[-2]}/{path[-1]}" for path, layer in walk_layers(model.get_layer("base"), ("base",)) if weighs(layer)
+        f"{path[-2]}/{path[-1]}"
+        for path, layer in walk_layers(model.get_layer("base"), ("base",))
+        if has_trainable_weights(layer)
     ]
 
 
-def weighs(layer):
+def has_trainable_weights(layer):
     return not isinstance(layer, keras.Model) and bool(layer.trainable_variables)
 
 
 @pytest.mark.parametrize(
-    ("what", "expected"),
+    ("unfreeze", "expected"),
     [
         ("none", []),
         ("all", ["first/low", "middle/same", "last/same"]),
@@ -175,25 +177,25 @@ def weighs(layer):
         (from_layer("middle/first/norm"), ["middle/same", "last/same"]),
     ],
 )
-def test_layers_of_nested_models_are_counted_and_named_like_others(deep, what, expected):
-    set_trainable(deep.get_layer("base"), what)
-    assert trained_in(deep) == expected
-    norm = deep.get_layer("base").get_layer("middle").get_layer("first").get_layer("norm")
+def test_layers_of_nested_models_are_counted_and_named_like_others(nested_model, unfreeze, expected):
+    set_trainable(nested_model.get_layer("base"), unfreeze)
+    assert trained_layer_paths(nested_model) == expected
+    norm = nested_model.get_layer("base").get_layer("middle").get_layer("first").get_layer("norm")
     assert (len(norm.trainable_weights), len(norm.non_trainable_weights)) == (0, 4)
 
 
-def test_ambiguous_layer_name_is_rejected_with_all_paths(deep):
+def test_ambiguous_layer_name_is_rejected_with_all_paths(nested_model):
     with pytest.raises(DataError) as error:
-        set_trainable(deep.get_layer("base"), from_layer("same"))
+        set_trainable(nested_model.get_layer("base"), from_layer("same"))
     assert str(error.value) == (
         "spec.fineTune.unfreeze.from is same, and the base has 2 layers of that name: middle/same and last/same. "
         "Use one of these paths."
     )
 
 
-def test_layer_groups_of_a_nested_base_are_its_models(deep):
-    set_trainable(deep.get_layer("base"), UnfreezeLayers(layers=2))
-    assert count_parameters(deep) == [
+def test_layer_groups_of_a_nested_base_are_its_models(nested_model):
+    set_trainable(nested_model.get_layer("base"), UnfreezeLayers(layers=2))
+    assert count_parameters(nested_model) == [
         LayerGroup("base/middle", 12, 24),
         LayerGroup("base/last", 8, 0),
         LayerGroup("head", 258, 0),
@@ -211,38 +213,39 @@ def test_layer_groups_are_merged_in_a_base_with_hundreds_of_layers():
     assert groups[0] == LayerGroup("base/layer0..layer3", 48, 0)
 
 
-def test_trainable_takes_effect_at_the_next_compile(deep):
+def test_trainable_takes_effect_at_the_next_compile(nested_model):
     images, labels = np.random.default_rng(0).random((4, 8, 8, 3)).astype(np.float32), np.array([0, 1, 0, 1])
-    base, head = deep.get_layer("base"), deep.get_layer("logits")
+    base, head = nested_model.get_layer("base"), nested_model.get_layer("logits")
     low = base.get_layer("middle").get_layer("first").get_layer("low")
 
-    def moves(*layers):
+    def train_and_compare(*layers):
+        """Train for one epoch and return whether the weights of each layer changed."""
         before = [layer.get_weights() for layer in layers]
-        deep.fit(images, labels, epochs=1, verbose=0)
+        nested_model.fit(images, labels, epochs=1, verbose=0)
         after = [layer.get_weights() for layer in layers]
         return [any((a != b).any() for a, b in zip(*pair, strict=True)) for pair in zip(before, after, strict=True)]
 
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     set_trainable(base, "none")
-    deep.compile(optimizer=keras.optimizers.SGD(0.01), loss=loss)
-    assert moves(low, head) == [False, True]
+    nested_model.compile(optimizer=keras.optimizers.SGD(0.01), loss=loss)
+    assert train_and_compare(low, head) == [False, True]
     set_trainable(base, "all")
     # Keras still uses the compiled training step.
-    assert moves(low, head) == [False, True]
-    deep.compile(optimizer=keras.optimizers.SGD(0.01), loss=loss)
-    assert moves(low, head) == [True, True]
+    assert train_and_compare(low, head) == [False, True]
+    nested_model.compile(optimizer=keras.optimizers.SGD(0.01), loss=loss)
+    assert train_and_compare(low, head) == [True, True]
 
 
-def test_batch_norm_stays_in_inference_mode_when_the_base_is_unfrozen(deep):
+def test_batch_norm_stays_in_inference_mode_when_the_base_is_unfrozen(nested_model):
     images = np.random.default_rng(0).normal(5, 3, (8, 8, 8, 3)).astype(np.float32)
-    norm = deep.get_layer("base").get_layer("middle").get_layer("first").get_layer("norm")
-    for what in ("none", "all"):
-        set_trainable(deep.get_layer("base"), what)
-        deep.compile(optimizer="sgd", loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    norm = nested_model.get_layer("base").get_layer("middle").get_layer("first").get_layer("norm")
+    for unfreeze in ("none", "all"):
+        set_trainable(nested_model.get_layer("base"), unfreeze)
+        nested_model.compile(optimizer="sgd", loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True))
         before = norm.get_weights()
-        deep.fit(images, np.zeros(8), epochs=2, verbose=0)
-        for then, now in zip(before, norm.get_weights(), strict=True):
-            np.testing.assert_array_equal(then, now)
+        nested_model.fit(images, np.zeros(8), epochs=2, verbose=0)
+        for expected, actual in zip(before, norm.get_weights(), strict=True):
+            np.testing.assert_array_equal(actual, expected)
         np.testing.assert_array_equal(norm(images, training=True), norm(images, training=False))
 
 

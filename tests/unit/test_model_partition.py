@@ -40,10 +40,10 @@ def twice(pixels):
     return convolution("top")(shared(layers.ReLU()(shared(pixels))))
 
 
-def classifier(base_of):
+def classifier(build_base):
     keras.utils.set_random_seed(1)
     pixels = keras.Input((16, 16, 3))
-    base = keras.Model(pixels, base_of(pixels), name="base")
+    base = keras.Model(pixels, build_base(pixels), name="base")
     image = keras.Input((16, 16, 3), name="image")
     scaled = layers.Rescaling(1 / 255, name="input_scaling")(image)
     return keras.Model(image, build_head(base(scaled), Head(hidden=(5,), dropout=0.0), 3))
@@ -68,24 +68,24 @@ def names(model):
 )
 def test_partition_is_at_the_highest_tensor_that_all_paths_go_through(lowest, below, shape):
     model = classifier(residual)
-    found = partition(model, UnfreezeFrom.model_validate({"from": lowest}))
-    assert names(found.frozen_part) == below
-    assert found.feature_shape == shape
+    result = partition(model, UnfreezeFrom.model_validate({"from": lowest}))
+    assert names(result.frozen_part) == below
+    assert result.feature_shape == shape
     expected = model(PIXELS, training=False)
     np.testing.assert_array_equal(
-        found.trainable_part(found.frozen_part(PIXELS, training=False), training=False), expected
+        result.trainable_part(result.frozen_part(PIXELS, training=False), training=False), expected
     )
-    np.testing.assert_array_equal(found.recombine()(PIXELS, training=False), expected)
+    np.testing.assert_array_equal(result.recombine()(PIXELS, training=False), expected)
     trained = [id(variable) for variable in model.trainable_variables]
-    assert [id(variable) for variable in found.trainable_part.trainable_variables] == trained
-    assert [id(variable) for variable in found.recombine().trainable_variables] == trained
+    assert [id(variable) for variable in result.trainable_part.trainable_variables] == trained
+    assert [id(variable) for variable in result.recombine().trainable_variables] == trained
 
 
 def test_pooling_of_a_frozen_base_is_in_the_frozen_part():
     model = classifier(residual)
-    found = partition(model, "none")
-    assert (found.feature_shape, names(found.trainable_part)) == ((4,), {"hidden_1", "logits"})
-    np.testing.assert_array_equal(found.recombine()(PIXELS, training=False), model(PIXELS, training=False))
+    result = partition(model, "none")
+    assert (result.feature_shape, names(result.trainable_part)) == ((4,), {"hidden_1", "logits"})
+    np.testing.assert_array_equal(result.recombine()(PIXELS, training=False), model(PIXELS, training=False))
 
 
 def test_partition_is_none_if_everything_is_trained_or_paths_never_meet():

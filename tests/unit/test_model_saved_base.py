@@ -1,4 +1,4 @@
-"""Saved models as a base: cutting and cloning them; code in them is never run."""
+"""Saved models as a base: cutting and cloning. Code in a saved model is never run."""
 
 import hashlib
 import json
@@ -63,10 +63,10 @@ def nested_three_deep():
     right = keras.layers.Conv2D(3, 1, activation="relu", name="right")(pixels)
     shared = keras.layers.Conv2D(4, 3, padding="same", name="shared")
     both = keras.layers.Concatenate(name="both")([shared(left), shared(right)])
-    inmost = keras.Model(pixels, keras.layers.BatchNormalization(name="norm")(both), name="inmost")
+    innermost = keras.Model(pixels, keras.layers.BatchNormalization(name="norm")(both), name="innermost")
     middle = sequential_of(
         keras.layers.Rescaling(1 / 255, name="scaling"),
-        inmost,
+        innermost,
         keras.layers.DepthwiseConv2D(3, padding="same", name="deep"),
         name="middle",
     )
@@ -83,16 +83,16 @@ def nested_three_deep():
     return model
 
 
-def inside(model, name):
-    """Output of a layer in nested_three_deep, computed by hand."""
+def compute_layer_output(model, name):
+    """Compute the output of a layer in nested_three_deep without topwork."""
     image = keras.Input((16, 16, 3))
     scaled = model.get_layer("middle").get_layer("scaling")(image)
-    inmost = model.get_layer("middle").get_layer("inmost")
+    innermost = model.get_layer("middle").get_layer("innermost")
     outputs = {
-        "left": lambda: inmost.get_layer("left")(scaled),
-        "both": lambda: keras.Model(inmost.inputs, inmost.get_layer("both").output)(scaled),
-        "norm": lambda: inmost(scaled),
-        "inmost": lambda: inmost(scaled),
+        "left": lambda: innermost.get_layer("left")(scaled),
+        "both": lambda: keras.Model(innermost.inputs, innermost.get_layer("both").output)(scaled),
+        "norm": lambda: innermost(scaled),
+        "innermost": lambda: innermost(scaled),
         "deep": lambda: model.get_layer("middle")(image),
         "middle": lambda: model.get_layer("middle")(image),
         "average": lambda: keras.Model(model.inputs, model.get_layer("average").output)(image),
@@ -159,8 +159,8 @@ def test_cut_below_flatten_accepts_another_size(tmp_path):
     base = load_saved_base(tmp_path / "a.keras", "both", (8, 12))
     assert base.output_shape == (None, 8, 12, 6)
     expected = reference(model, "both")[:, 1:7, 1:11]
-    given = base.predict_on_batch(PIXELS[:, :8, :12])[:, 1:7, 1:11]
-    np.testing.assert_allclose(given, expected, rtol=1e-5, atol=1e-6)
+    actual = base.predict_on_batch(PIXELS[:, :8, :12])[:, 1:7, 1:11]
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("suffix", ["keras", "h5"])
@@ -168,14 +168,14 @@ def test_cut_below_flatten_accepts_another_size(tmp_path):
     ("cut_at", "same_as"),
     [
         ("left", "left"),
-        ("middle/inmost/both", "both"),
+        ("middle/innermost/both", "both"),
         ("norm", "norm"),
-        ("inmost", "inmost"),
+        ("innermost", "innermost"),
         ("deep", "deep"),
         ("middle", "middle"),
         (-2, "average"),
         ("hidden", "hidden"),
-        # Without a name: everything before the last layer with weights, which is in a nested model here.
+        # By default, the base ends before the last layer with weights, which is in a nested model here.
         (None, "hidden"),
     ],
 )
@@ -186,7 +186,9 @@ def test_nested_models_are_cut_at_any_depth(tmp_path, suffix, cut_at, same_as):
     model.save(path)
     before = hashlib.sha256(path.read_bytes()).hexdigest()
     base = load_saved_base(path, cut_at, (16, 16))
-    np.testing.assert_allclose(base.predict_on_batch(PIXELS), inside(model, same_as), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        base.predict_on_batch(PIXELS), compute_layer_output(model, same_as), rtol=1e-4, atol=1e-5
+    )
     assert hashlib.sha256(path.read_bytes()).hexdigest() == before
 
 
@@ -198,13 +200,13 @@ def test_training_the_base_does_not_change_the_model_or_its_file(tmp_path):
     base = load_saved_base(path, "average", (16, 16))
     classifier = keras.Sequential([base, keras.layers.Dense(2, activation="softmax")])
     classifier.compile(optimizer=keras.optimizers.SGD(0.1), loss="sparse_categorical_crossentropy")
-    kept = base.get_weights()
+    initial_weights = base.get_weights()
     classifier.fit(PIXELS, np.array([0, 1]), epochs=2, verbose=0)
-    assert any((a != b).any() for a, b in zip(kept, base.get_weights(), strict=True))
+    assert any((a != b).any() for a, b in zip(initial_weights, base.get_weights(), strict=True))
     assert hashlib.sha256(path.read_bytes()).hexdigest() == before
-    again = load_saved_base(path, "average", (16, 16)).get_weights()
-    for first, second in zip(kept, again, strict=True):
-        np.testing.assert_array_equal(first, second)
+    reloaded_weights = load_saved_base(path, "average", (16, 16)).get_weights()
+    for expected, actual in zip(initial_weights, reloaded_weights, strict=True):
+        np.testing.assert_array_equal(actual, expected)
 
 
 def test_shared_layer_stays_shared(tmp_path):
@@ -224,7 +226,7 @@ def test_nested_model_without_dense_layers_accepts_another_size(tmp_path):
     pixels = np.tile(PIXELS[:, :8, :8], (1, 3, 4, 1))
     assert base.predict_on_batch(pixels).shape == (2, 8)
     deep = load_saved_base(tmp_path / "a.keras", "middle", (8, 8)).predict_on_batch(PIXELS[:, :8, :8])
-    np.testing.assert_allclose(deep[:, :5, :5], inside(model, "deep")[:, :5, :5], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(deep[:, :5, :5], compute_layer_output(model, "deep")[:, :5, :5], rtol=1e-4, atol=1e-5)
 
 
 def test_preprocessing_layers_are_kept_and_augmentation_layers_removed(tmp_path):
@@ -305,8 +307,8 @@ def test_error_messages_name_the_fix(tmp_path):
     )
     functional().save_weights(tmp_path / "c.weights.h5")
     assert "(model.save, not model.save_weights)" in load_error(tmp_path / "c.weights.h5")
-    grey = keras.Input((16, 16, 1))
-    keras.Model(grey, keras.layers.Conv2D(1, 1)(grey)).save(tmp_path / "d.keras")
+    gray = keras.Input((16, 16, 1))
+    keras.Model(gray, keras.layers.Conv2D(1, 1)(gray)).save(tmp_path / "d.keras")
     assert load_error(tmp_path / "d.keras").startswith(
         "d.keras expects input of shape (None, 16, 16, 1), but a base takes one batch of RGB"
     )
@@ -357,12 +359,12 @@ def test_custom_layer_is_rejected_and_never_constructed(tmp_path, suffix, monkey
 def test_registered_custom_layer_is_rejected_regardless_of_its_module_in_the_file(tmp_path, monkeypatch):
     image = keras.Input((16, 16, 3))
     keras.Model(image, keras.layers.Conv2D(2, 1)(Writes()(image))).save(tmp_path / "a.keras")
-    with zipfile.ZipFile(tmp_path / "a.keras") as given, zipfile.ZipFile(tmp_path / "b.keras", "w") as changed:
-        for name in given.namelist():
-            data = given.read(name)
+    with zipfile.ZipFile(tmp_path / "a.keras") as original, zipfile.ZipFile(tmp_path / "b.keras", "w") as changed:
+        for name in original.namelist():
+            data = original.read(name)
             if name == "config.json":
                 config = json.loads(data)
-                layer = next(x for x in config["config"]["layers"] if x["class_name"] == "Writes")
+                layer = next(layer for layer in config["config"]["layers"] if layer["class_name"] == "Writes")
                 layer["module"] = "keras.layers"
                 data = json.dumps(config).encode()
             changed.writestr(name, data)

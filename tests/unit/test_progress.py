@@ -7,7 +7,7 @@ from rich.console import Console
 from topwork.cli.output.progress import ProgressBars
 
 
-def test_progress_bar_shows_completed_items_and_facts():
+def test_progress_bar_shows_completed_items_and_metrics():
     stream = io.StringIO()
     progress = ProgressBars(Console(file=stream, force_terminal=True, width=120))
     with progress.track("transfer", total=4) as tracker:

@@ -225,6 +225,6 @@ def test_history_csv_leaves_missing_values_empty():
 
 
 def test_dumped_spec_reads_back_as_the_same_job(job):
-    again = TransferJob.model_validate(YAML(typ="safe").load(dump_job(job)))
-    assert again == job
-    assert again.run == job.run
+    reloaded = TransferJob.model_validate(YAML(typ="safe").load(dump_job(job)))
+    assert reloaded == job
+    assert reloaded.run == job.run

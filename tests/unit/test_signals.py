@@ -48,7 +48,7 @@ def test_signal_interrupts_the_work_immediately(number):
     assert run_until_signals("ready()\ntime.sleep(60)", number) == (143, "")
 
 
-def test_work_that_swallows_the_interrupt_is_ended_by_the_watchdog():
+def test_work_that_swallows_the_interrupt_is_terminated_by_the_watchdog():
     work = (
         "try:\n    ready()\n    time.sleep(60)\nexcept BaseException:\n    print('swallowed', flush=True)\n"
         "while True:\n    time.sleep(60)"
@@ -78,7 +78,7 @@ def test_second_signal_is_ignored_if_repeats_are_ignored():
     assert result == (143, "stored\n")
 
 
-def test_work_that_defers_the_request_is_ended_before_the_grace_period_expires():
+def test_work_that_defers_the_request_is_terminated_before_the_grace_period_expires():
     # 5 seconds of the grace period are reserved for the shutdown.
     work = "with stop.deferred():\n    ready()\n    time.sleep(60)"
     assert run_until_signals(work, signal.SIGTERM, ignore_repeats=True, grace=6) == (7, "")

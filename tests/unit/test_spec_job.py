@@ -163,9 +163,9 @@ def test_digest_of_a_spec_is_stable() -> None:
 def test_digest_excludes_fields_that_do_not_affect_the_result() -> None:
     job = TransferJob.model_validate(MINIMAL | {"metadata": {"name": "least", "labels": {"team": "vision"}}})
     compute = {"gpus": 2, "cpu": "500m", "extraCA": {"configMap": "company-ca"}, "prefetch": True}
-    moved = with_spec(compute=compute, metrics={"lingerSeconds": 5})
+    with_other_compute = with_spec(compute=compute, metrics={"lingerSeconds": 5})
     allowed = with_spec(dataset={**MINIMAL["spec"]["dataset"], "onMissingClass": "allow"})
-    assert {job.digest, moved.digest, allowed.digest} == {TransferJob.model_validate(MINIMAL).digest}
+    assert {job.digest, with_other_compute.digest, allowed.digest} == {TransferJob.model_validate(MINIMAL).digest}
 
 
 @pytest.mark.parametrize("changes", [{"seed": 1}, {"transfer": {"epochs": 11}}, {"storage": "s3://bucket/other"}])
@@ -174,8 +174,8 @@ def test_digest_depends_on_fields_that_affect_the_result(changes: dict[str, Any]
 
 
 def test_digest_ignores_the_notation_of_numbers() -> None:
-    written = with_spec(transfer={"optimizer": {"learningRate": 1}})
-    assert written.digest == with_spec(transfer={"optimizer": {"learningRate": 1.0}}).digest
+    as_integer = with_spec(transfer={"optimizer": {"learningRate": 1}})
+    assert as_integer.digest == with_spec(transfer={"optimizer": {"learningRate": 1.0}}).digest
 
 
 @pytest.mark.parametrize("by_alias", [True, False])
@@ -222,14 +222,14 @@ def test_job_is_frozen() -> None:
 
 
 def test_every_number_and_boolean_is_strict() -> None:
-    lax = [
+    not_strict = [
         f"{path}.{key}"
         for path, model in key_types.walk_models(TransferJob)
         for key, field in key_types.fields_by_key(model).items()
-        for one in key_types.expand_types(field.annotation, field.metadata)
-        if one.python_type in {int, float, bool} and not one.find(Strict)
+        for expanded in key_types.expand_types(field.annotation, field.metadata)
+        if expanded.python_type in {int, float, bool} and not expanded.find(Strict)
     ]
-    assert lax == []
+    assert not_strict == []
 
 
 def test_every_key_has_a_description() -> None:

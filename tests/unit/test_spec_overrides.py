@@ -54,10 +54,10 @@ def without(*parts: str) -> str:
     ],
 )
 def test_override_replaces_the_value_of_the_file(override: str, path: str, value: object) -> None:
-    found: Any = job_with(override).spec
+    actual: Any = job_with(override).spec
     for name in path.split("."):
-        found = getattr(found, name)
-    assert found == value
+        actual = getattr(actual, name)
+    assert actual == value
 
 
 def test_override_replaces_a_whole_mapping() -> None:
@@ -285,23 +285,25 @@ def topwork(*arguments: str) -> "subprocess.CompletedProcess[str]":
 
 def test_validate_accepts_overrides() -> None:
     run = job_with("spec.seed=1", "spec.transfer.epochs=2").run
-    ended = topwork("validate", str(FILE), "--set", "spec.seed=1", "--set", "spec.transfer.epochs=2")
-    assert (ended.returncode, ended.stdout) == (0, f"{FILE}: TransferJob cats-vs-dogs ok (run {run})\n"), ended.stderr
+    completed = topwork("validate", str(FILE), "--set", "spec.seed=1", "--set", "spec.transfer.epochs=2")
+    assert (completed.returncode, completed.stdout) == (0, f"{FILE}: TransferJob cats-vs-dogs ok (run {run})\n"), (
+        completed.stderr
+    )
 
 
 @pytest.mark.parametrize("command", ["validate", "render", "submit", "run"])
 def test_invalid_override_exits_with_code_2(command: str) -> None:
-    ended = topwork(command, str(FILE), "--set", "spec.transfer.epochs=0")
-    assert (ended.returncode, ended.stdout) == (2, "")
-    assert ended.stderr == (
+    completed = topwork(command, str(FILE), "--set", "spec.transfer.epochs=0")
+    assert (completed.returncode, completed.stdout) == (2, "")
+    assert completed.stderr == (
         "--set spec.transfer.epochs=0: spec.transfer.epochs: 0 is not allowed. Allowed: an integer from 1 to 10000.\n"
     )
 
 
 @pytest.mark.parametrize("command", [["render"], ["submit", "--dry-run", "client"]])
 def test_rendered_job_contains_the_overrides(command: list[str]) -> None:
-    ended = topwork(*command, str(FILE), "--set", "spec.compute.gpus=1", "--set", "spec.seed=7")
-    assert ended.returncode == 0, ended.stderr
-    assert "nvidia.com/gpu: 1" in ended.stdout
-    assert "seed: 7" in ended.stdout
-    assert job_with("spec.seed=7").run in ended.stdout
+    completed = topwork(*command, str(FILE), "--set", "spec.compute.gpus=1", "--set", "spec.seed=7")
+    assert completed.returncode == 0, completed.stderr
+    assert "nvidia.com/gpu: 1" in completed.stdout
+    assert "seed: 7" in completed.stdout
+    assert job_with("spec.seed=7").run in completed.stdout

@@ -45,24 +45,24 @@ def _dataset(on_missing_class="fail", **splits):
     )
 
 
-THIRDS = {"train": "train[:40%]", "validation": "train[40%:50%]", "test": "train[50%:60%]"}
+SLICES = {"train": "train[:40%]", "validation": "train[40%:50%]", "test": "train[50%:60%]"}
 
 
 def test_select_splits_returns_disjoint_slices_of_the_requested_size():
-    selected = select_splits(_dataset(**THIRDS), _train(), CLASSES, seed=1)
+    selected = select_splits(_dataset(**SLICES), _train(), CLASSES, seed=1)
     assert {name: len(positions) for name, positions in selected.items()} == {"train": 40, "validation": 10, "test": 10}
     assert len(np.unique(np.concatenate(list(selected.values())))) == 60
 
 
 def test_select_splits_mixes_classes_of_a_dataset_stored_class_by_class():
-    selected = select_splits(_dataset(**THIRDS), _train(), CLASSES, seed=1)
+    selected = select_splits(_dataset(**SLICES), _train(), CLASSES, seed=1)
     dogs = {name: int((positions >= 50).sum()) for name, positions in selected.items()}
     assert 10 <= dogs["train"] <= 30
     assert 0 < dogs["validation"] < 10
 
 
 def test_select_splits_is_deterministic_for_a_seed():
-    one, again, other = (select_splits(_dataset(**THIRDS), _train(), CLASSES, seed=seed) for seed in (1, 1, 2))
+    one, again, other = (select_splits(_dataset(**SLICES), _train(), CLASSES, seed=seed) for seed in (1, 1, 2))
     assert all((one[name] == again[name]).all() for name in one)
     assert any((one[name] != other[name]).any() for name in one)
 

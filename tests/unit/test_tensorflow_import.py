@@ -23,9 +23,9 @@ def test_startup_messages_are_suppressed():
 
 
 def test_startup_messages_are_printed_if_the_import_fails():
-    process = run_suppressed("raise ValueError('no library')", check=False)
-    assert process.stderr.startswith("startup message\n")
-    assert "ValueError: no library" in process.stderr
+    completed = run_suppressed("raise ValueError('no library')", check=False)
+    assert completed.stderr.startswith("startup message\n")
+    assert "ValueError: no library" in completed.stderr
 
 
 def test_long_startup_messages_do_not_block():

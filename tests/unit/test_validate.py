@@ -35,15 +35,15 @@ def test_validate_reports_all_problems_and_prints_nothing_else(
 
 
 def test_validate_reads_standard_input_and_exits_2_without_a_traceback() -> None:
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-m", "topwork", "validate", "-"], input=b"\xff\0", capture_output=True, check=False
     )
-    assert (done.returncode, done.stdout) == (2, b"")
-    assert b"standard input:1:1: byte 0xff is not valid UTF-8." in done.stderr
-    assert b"Traceback" not in done.stderr
+    assert (completed.returncode, completed.stdout) == (2, b"")
+    assert b"standard input:1:1: byte 0xff is not valid UTF-8." in completed.stderr
+    assert b"Traceback" not in completed.stderr
 
 
 def test_validate_does_not_import_tensorflow() -> None:
     script = "import sys, topwork.cli.commands.spec; print(sorted({'tensorflow', 'keras'} & {*sys.modules}))"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True, text=True)
-    assert done.stdout == "[]\n"
+    completed = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True, text=True)
+    assert completed.stdout == "[]\n"

@@ -1,7 +1,7 @@
 """Artifacts: directories in storage that become visible when their manifest is written, after all other files.
 
-Writers of the same artifact write identical files, or hold a claim on it. The first manifest wins, and no file of an
-artifact that has a manifest is replaced.
+Writers of the same artifact write identical files, or hold a claim on it. The first manifest wins, and the files of an
+artifact that has a manifest are never replaced.
 """
 
 import json
@@ -53,7 +53,7 @@ def write_artifact(
         files: Paths relative to `directory`; None uploads all files in it.
 
     Returns:
-        The manifest in storage: that of another writer, if it was the first.
+        The manifest in storage, which is that of another writer if it finished first.
 
     Example:
         ```python
@@ -117,11 +117,11 @@ def read_json_record(model: type[Record], data: bytes, uri: str, description: st
     alternative, advice = (f", or {hint}", f" You can {hint}.") if hint else ("", "")
     try:
         content = json.loads(data)
-        found = content.get("format", FORMAT)  # documents older than the format number have none
-        if found != FORMAT and isinstance(found, int):
+        number = content.get("format", FORMAT)  # documents that predate format numbers have none
+        if number != FORMAT and isinstance(number, int):
             raise FormatError(
-                f"{uri} has format {found}, but topwork {__version__} reads format {FORMAT}. "
-                f"Read it with {'a newer' if found > FORMAT else 'an older'} topwork{alternative}."
+                f"{uri} has format {number}, but topwork {__version__} reads format {FORMAT}. "
+                f"Read it with {'a newer' if number > FORMAT else 'an older'} topwork{alternative}."
             )
         return model.model_validate(content)
     except (ValueError, AttributeError) as error:
@@ -174,7 +174,7 @@ def _run_concurrently(function: Callable[[str], Result], names: list[str]) -> li
         try:
             return [future.result() for future in futures]
         except BaseException:
-            # If one file failed after all retries, do not try a thousand others.
+            # If one file failed after all retries, do not start the remaining ones.
             pool.shutdown(cancel_futures=True)
             raise
 

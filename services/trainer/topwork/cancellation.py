@@ -1,4 +1,4 @@
-"""Stop requests: how SIGTERM and Ctrl-C interrupt the running work."""
+"""Stop requests: how SIGTERM and Ctrl-C interrupt the work in progress."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,8 +11,8 @@ STOPPED_MESSAGE = "Stopped. Start the same job again to resume."
 class StopInterrupt(BaseException):
     """Unwinds the main thread after a stop request; `stop_on_signals` turns it into `Stopped`.
 
-    Like KeyboardInterrupt it is not an `Exception`: many libraries catch those to retry a request or to continue
-    without an optional module.
+    Like KeyboardInterrupt, it is not an `Exception`: many libraries catch every `Exception` to retry a request or to
+    continue without an optional module.
     """
 
 

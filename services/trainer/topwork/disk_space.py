@@ -1,7 +1,7 @@
 """Free disk space: checks it before a large write, and reports a full disk clearly.
 
-A full disk ends with exit code 75: another node, or the same node later, may have free space. An exhausted quota or a
-limit of the spec ends with exit code 2: retrying does not help.
+A full disk results in exit code 75: another node, or the same node later, may have free space. An exhausted quota or an
+exceeded limit of the spec results in exit code 2: retrying does not help.
 """
 
 import errno
@@ -13,7 +13,7 @@ from pathlib import Path
 from topwork.errors import SettingError, TopworkError, UnavailableError
 
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
-# Reserve for logs, indices and files of libraries.
+# Reserve for logs, indexes and library files.
 MARGIN_BYTES = 64 << 20
 _FULL_MESSAGE = "No space left on device"
 _QUOTA_MESSAGE = "Disk quota exceeded"
@@ -34,7 +34,7 @@ def format_bytes(size: float) -> str:
 
 
 def disk_full_error(error: BaseException, directory: Path | None = None) -> TopworkError | None:
-    """Convert an exception that a full disk caused, in whichever library, into an error for the user.
+    """Convert an exception that a full disk caused in any library to an error for the user.
 
     Args:
         error: The exception. Its causes are inspected too.
@@ -53,7 +53,7 @@ def disk_full_error(error: BaseException, directory: Path | None = None) -> Topw
 
 @contextmanager
 def report_full_disk(directory: Path) -> Iterator[None]:
-    """Convert exceptions of a full disk in the block into errors for the user.
+    """Convert exceptions that a full disk causes in the block to errors for the user.
 
     Args:
         directory: Directory that the block writes to.
@@ -75,7 +75,7 @@ def require_free_space(directory: Path, needed: int, operation: str, limit: int 
 
     Args:
         directory: Existing directory that the operation writes to.
-        needed: Required space in bytes, as far as it is known.
+        needed: Required space in bytes, as far as known.
         operation: Subject of the error message, such as "Pulling s3://…".
         limit: Size limit of the volume in bytes (`spec.compute.scratch`), beyond which the cluster evicts the pod.
 

@@ -1,4 +1,4 @@
-"""Errors that users can act on, each with the exit code that the Job's pod failure policy reads.
+"""Errors that users can act on, each with the exit code that the Job's pod failure policy evaluates.
 
     TopworkError
     ├── SpecError             2   the job spec is invalid
@@ -7,7 +7,7 @@
     ├── SettingError          2   a setting outside the spec is invalid: credentials, bucket, option
     ├── GateError             3   the model was trained and evaluated, but did not meet a gate
     ├── UnavailableError     75   storage or the network failed after all retries
-    │   └── DamagedError     75   storage repeatedly returned other bytes than were stored
+    │   └── DamagedError     75   storage repeatedly returned different bytes than were stored
     └── Stopped             143   a stop was requested; the checkpoint is stored
 
 Any other exception is a bug: it keeps its traceback and ends with exit code 1.
@@ -33,7 +33,7 @@ class DataError(TopworkError):
 
 
 class FormatError(DataError):
-    """Stored data was written by an older or newer version of topwork, which can read it. Never retried."""
+    """Stored data was written by an older or newer version of topwork; use that version to read it. Never retried."""
 
 
 class SettingError(TopworkError):
@@ -55,7 +55,7 @@ class UnavailableError(TopworkError):
 
 
 class DamagedError(UnavailableError):
-    """Storage returned other bytes than were stored: they changed there or in transit."""
+    """Storage returned different bytes than were stored: they were changed in storage or in transit."""
 
 
 class Stopped(TopworkError):  # noqa: N818 - a request that was fulfilled, not an error

@@ -22,7 +22,7 @@ def run(job: TransferJob, workspace: Workspace) -> Published:
     """Run a job from its dataset to its published model.
 
     Every stage is idempotent: a completed stage is skipped, an interrupted one resumes from its newest checkpoint. It
-    is always safe to call this again after a kill, a stop or a failure.
+    is always safe to call this again after the process was killed or stopped, or after a failure.
 
     Args:
         job: The job to run.
@@ -67,16 +67,16 @@ def prepare_training(job: TransferJob, workspace: Workspace) -> None:
         job: The job.
         workspace: Storage and number of replicas of the run.
     """
-    # Before pull initializes TensorFlow: afterwards the replicas cannot be configured any more.
+    # Replicas must be configured before pull initializes TensorFlow.
     get_strategy(workspace.replicas)
     delete_leftovers(job, workspace)
     store_spec(job, workspace)
 
 
 def delete_leftovers(job: TransferJob, workspace: Workspace) -> None:
-    """Abort incomplete uploads of killed processes: all of this run, and those of other runs after a day.
+    """Abort incomplete uploads of killed processes, and delete checkpoints and features of completed stages.
 
-    Also deletes checkpoints and features of completed stages.
+    All incomplete uploads of this run are aborted, and those of other runs after a day.
 
     Args:
         job: The job; no other process may train its run.

@@ -37,7 +37,7 @@ def register_secrets(values: Iterable[str], source: str) -> None:
         values: Passwords, keys and tokens. They replace the values that were registered earlier for the same source.
         source: Where they come from, such as `environment`.
     """
-    global _spellings  # noqa: PLW0603 - secrets are secret in the whole process
+    global _spellings  # noqa: PLW0603 - the registered secrets are process-wide
     _secrets_by_source[source] = frozenset(value for value in values if len(value) >= MIN_SECRET_LENGTH)
     secrets = frozenset().union(*_secrets_by_source.values())
     # In a URL, a slash is written as %2F and a plus sign as %2B.

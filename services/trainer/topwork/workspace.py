@@ -13,16 +13,16 @@ from topwork.progress import Fact, Progress, Tracker
 
 @dataclass(frozen=True)
 class Workspace:
-    """What a stage uses besides the job and the results of earlier stages.
+    """Everything that a stage uses besides the job and the results of earlier stages.
 
     Attributes:
         storage: Object storage of the job; keys are relative to `spec.storage`.
         metrics: Prometheus metrics, updated by the stages.
         progress: Progress display for the user.
         scratch: Local directory of this run; its contents may be lost between two processes.
-        replicas: Number of model replicas; None is one per visible GPU, or one on the CPU.
+        replicas: Number of model replicas; None for one per visible GPU, or one on the CPU.
         scratch_limit: Size limit of the scratch volume in bytes; the cluster evicts a pod that exceeds it.
-        stop: Stop request; training then writes its checkpoint and raises `Stopped`.
+        stop: Stop request. When it is set, training writes a checkpoint and raises `Stopped`.
     """
 
     storage: Storage

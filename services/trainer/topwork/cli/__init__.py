@@ -88,7 +88,7 @@ def _global_options(
 
 
 def main() -> None:
-    """Run the command line. A user's mistake ends with a message, a bug with its traceback."""
+    """Run the command line. User errors end with a message, bugs with a traceback."""
     configure_process()
     try:
         app()
@@ -104,7 +104,7 @@ def main() -> None:
 
 
 def configure_process() -> None:
-    """Apply the settings of the whole process: secrets to redact, hosts that may use plain HTTP, and logging."""
+    """Apply the settings of the whole process: secrets to redact, hosts allowed over plain HTTP, and logging."""
     register_environment_secrets()
     allow_plain_http(allowed_http_hosts())
     configure_logging()

@@ -1,4 +1,4 @@
-"""Parses how a command names a published model: `STORAGE NAME [--version N]`, or a single URI."""
+"""Addresses of published models on the command line: `STORAGE NAME [--version N]`, or a single URI."""
 
 import re
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ class ModelAddress:
     Attributes:
         storage: `s3://bucket[/prefix]`, like `spec.storage`.
         name: Name of the model.
-        version: Version number; None is the latest.
+        version: Version number; None for the latest.
     """
 
     storage: str
@@ -36,7 +36,7 @@ def parse_model_address(where: str, name: str | None = None, version: int | None
     Args:
         where: The storage, or, if `name` is None, the model: `s3://…/models/<name>[/<version>|/latest]`.
         name: Name of the model.
-        version: Version number; None takes the version in `where`, or the latest.
+        version: Version number; None for the version in `where`, or the latest.
 
     Returns:
         The address.
@@ -46,15 +46,15 @@ def parse_model_address(where: str, name: str | None = None, version: int | None
     """
     if name is not None:
         return ModelAddress(where.rstrip("/"), name, version)
-    found = MODEL_URI.fullmatch(where)
-    if not found:
+    match = MODEL_URI.fullmatch(where)
+    if not match:
         raise SettingError(
             f"{where} is not the URI of a published model. Use the storage and the name, such as "
             "`s3://bucket/prefix cats-vs-dogs`, or the URI, such as `s3://bucket/prefix/models/cats-vs-dogs/3`."
         )
-    if version is None and found["version"] not in (None, "latest"):
-        version = int(found["version"])
-    return ModelAddress(found["storage"], found["name"], version)
+    if version is None and match["version"] not in (None, "latest"):
+        version = int(match["version"])
+    return ModelAddress(match["storage"], match["name"], version)
 
 
 @contextmanager
@@ -63,7 +63,7 @@ def open_version(address: ModelAddress, state: Path | None) -> Iterator[tuple[St
 
     Args:
         address: The model.
-        state: State directory of the embedded S3 server; None is the default.
+        state: State directory of the embedded S3 server; None for the default.
 
     Yields:
         The storage and the version.
@@ -86,18 +86,18 @@ def find_version(storage: Storage, address: ModelAddress) -> Version:
         The version.
 
     Raises:
-        SettingError: If there is no such model or version. The message lists what exists.
+        SettingError: If there is no such model or version. The message lists the existing ones.
     """
     if address.version is None:
-        found = versions.read_latest(storage, address.name)
+        version = versions.read_latest(storage, address.name)
     else:
-        found = versions.read_version(storage, address.name, address.version)
-    if found:
-        return found
+        version = versions.read_version(storage, address.name, address.version)
+    if version:
+        return version
     models = versions.list_models(storage)
     if address.name in models:
         numbers = ", ".join(str(number) for number in models[address.name])
-        wanted = "latest version" if address.version is None else f"version {address.version}"
-        raise SettingError(f"{storage.uri} has no {wanted} of {address.name}. Published: {numbers}.")
+        missing = "latest version" if address.version is None else f"version {address.version}"
+        raise SettingError(f"{storage.uri} has no {missing} of {address.name}. Published: {numbers}.")
     names = ", ".join(models) or "none"
     raise SettingError(f"{storage.uri} has no model {address.name}. Published models: {names}.")

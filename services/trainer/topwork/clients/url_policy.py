@@ -1,4 +1,4 @@
-"""URL policy: hosts that plain HTTP may reach, and hosts that are never contacted."""
+"""URL policy: hosts that may be reached over plain HTTP, and hosts that are never contacted."""
 
 import ipaddress
 import re
@@ -43,8 +43,8 @@ def check_plain_http(url: str, subject: str) -> None:
     `*.cluster.local`).
 
     Args:
-        url: Any URL. URLs with another scheme than http pass.
-        subject: What the URL belongs to; the error message starts with it.
+        url: Any URL. URLs with a scheme other than http are accepted.
+        subject: Describes the URL at the start of the error message.
 
     Raises:
         SettingError: If plain HTTP to the host is not allowed.
@@ -97,5 +97,5 @@ def _parse_address(host: str) -> Address | None:
         address = ipaddress.ip_address(host.partition("%")[0])
     except ValueError:
         return None
-    # An IPv4-mapped address such as ::ffff:169.254.169.254 reaches the IPv4 address inside.
+    # An IPv4-mapped address such as ::ffff:169.254.169.254 reaches the embedded IPv4 address.
     return getattr(address, "ipv4_mapped", None) or address

@@ -26,7 +26,7 @@ RUN_LABEL = "topwork.dev/run"
 ROLE_LABEL = "topwork.dev/role"
 """Role of a Job of the run: `training`, or `prefetch` for the Job that only pulls the dataset."""
 DIGEST_ANNOTATION = "topwork.dev/digest"
-"""SHA-256 of the rendered Job and its spec: two submissions with the same digest are the same."""
+"""SHA-256 of the rendered Job and its spec: two submissions with the same digest are identical."""
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 
 GPU_RESOURCE = "nvidia.com/gpu"
@@ -61,7 +61,7 @@ def labels(job: TransferJob, role: Role = "training") -> dict[str, str]:
 
     Args:
         job: The job. Its own labels are included, but never override topwork's.
-        role: What the object is for.
+        role: Purpose of the object.
 
     Returns:
         The labels that Kubernetes recommends, topwork's labels, and the user's.

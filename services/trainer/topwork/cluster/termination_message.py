@@ -1,10 +1,10 @@
-"""The termination message that each container leaves: outcome, best metric, model URI or error, as JSON."""
+"""The termination message that each container writes: outcome, best metric, model URI or error, as JSON."""
 
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-# The limit of Kubernetes for one container.
+# Kubernetes limit per container.
 MAX_BYTES = 4096
 TRUNCATION_STEP = 32
 
@@ -37,13 +37,13 @@ class TerminationMessage(BaseModel):
     error: str | None = None
 
     def to_json(self) -> str:
-        """Serialize the message, truncating its error to stay within the limit of Kubernetes."""
+        """Serialize the message, truncating its error to stay within the Kubernetes limit."""
         text = self.model_dump_json(exclude_none=True)
-        kept = MAX_BYTES
+        length = MAX_BYTES
         # JSON escapes and UTF-8 need more bytes than characters: truncate until the result fits.
-        while len(text.encode()) > MAX_BYTES and self.error and kept > 0:
-            kept -= TRUNCATION_STEP
-            text = self.model_copy(update={"error": f"{self.error[:kept]}…"}).model_dump_json(exclude_none=True)
+        while len(text.encode()) > MAX_BYTES and self.error and length > 0:
+            length -= TRUNCATION_STEP
+            text = self.model_copy(update={"error": f"{self.error[:length]}…"}).model_dump_json(exclude_none=True)
         return text
 
 
@@ -54,7 +54,7 @@ def parse_termination_message(text: str) -> TerminationMessage | None:
         text: `terminated.message` of a container status.
 
     Returns:
-        The message; None if the text is the end of the log, which Kubernetes uses if a process left no message.
+        The message; None if the text is the end of the log, which Kubernetes uses if a process wrote no message.
 
     Example:
         >>> message = parse_termination_message('{"stage":"pull","outcome":"done","exit_code":0,"run":"cats-1a2b3c4d"}')

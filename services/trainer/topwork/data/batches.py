@@ -180,7 +180,7 @@ def _batch_indices(step: int, size: int, batch_size: int, seed: int) -> Indices:
     return _epoch_order(seed, epoch, size)[number * batch_size : (number + 1) * batch_size]
 
 
-# Prefetching works on the end of one epoch and the start of the next at the same time.
+# Prefetching loads the end of one epoch and the start of the next at the same time.
 @lru_cache(maxsize=4)
 def _epoch_order(seed: int, epoch: int, size: int) -> Indices:
     return permutation(size, seed, _SHUFFLING, epoch)

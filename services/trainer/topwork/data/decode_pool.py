@@ -62,7 +62,7 @@ class DecodePool:
         Args:
             validate: Function that runs in the workers, with the signature of `validate_image`. Must be importable.
             is_decodable: Whether the training code can decode a file that would be stored unchanged. A file that it
-                can't decode is re-encoded. Called from several threads of this process.
+                cannot decode is re-encoded. Called from several threads of this process.
             workers: Number of worker processes. None starts one per CPU.
         """
         self._is_decodable = is_decodable
@@ -143,7 +143,7 @@ class DecodePool:
     ) -> Iterator[tuple[T, ValidatedImage | Rejection]]:
         """Read and validate many images in parallel, in order.
 
-        Holds only a few images per CPU in memory, however many there are.
+        Keeps only a few images per CPU in memory, regardless of their total number.
 
         Args:
             items: Items to pass to `read`.
@@ -186,7 +186,7 @@ def _initialize_worker() -> None:
     # Some platforms don't support this limit, and a lower hard limit may already be set.
     with suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_AS, (WORKER_MEMORY_BYTES, WORKER_MEMORY_BYTES))
-    # Ctrl-C reaches every process of the terminal. The parent shuts its workers down itself.
+    # Ctrl-C interrupts every process in the terminal. The parent process shuts down its workers itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 

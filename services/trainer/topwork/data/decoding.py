@@ -32,7 +32,9 @@ def is_decodable(encoded: bytes) -> bool:
 
 
 def resize(image: tf.Tensor, size: tuple[int, int]) -> tf.Tensor:
-    """Resize images to an exact size: bilinear with antialiasing, rounded to integers. The aspect ratio is not kept.
+    """Resize images to an exact size: bilinear with antialiasing, rounded to integers.
+
+    The aspect ratio is not preserved.
 
     Args:
         image: Any numeric dtype, values 0..255, (height, width, 3) or (batch, height, width, 3).

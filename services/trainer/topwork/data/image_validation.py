@@ -148,7 +148,7 @@ def _is_normalized(image: Image.Image, data: bytes) -> bool:
         return False
     if image.format in ("JPEG", "MPO"):  # MPO is a JPEG file with several views, written by some cameras
         return next(_jpeg_frames(data), None) in _DECODABLE_JPEG_FRAMES
-    # Byte 24 of a PNG is the bit depth: Pillow shows 1, 2, 4 and 16 bits as 8.
+    # Byte 24 of a PNG is the bit depth: Pillow reports 1, 2, 4 and 16 bits as 8.
     return image.format == "PNG" and data[24] == 8 and not getattr(image, "is_animated", False)
 
 

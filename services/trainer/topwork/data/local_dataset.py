@@ -238,10 +238,10 @@ def _log_splits_once(marker: Path, splits: dict[str, Split], class_names: tuple[
     if marker.exists():
         return
     log.info("splits", **{name: split.size for name, split in splits.items()})
-    for one, other in combinations(splits, 2):
-        common = int(np.isin(splits[other].digests, splits[one].digests).sum())
+    for first, second in combinations(splits, 2):
+        common = int(np.isin(splits[second].digests, splits[first].digests).sum())
         if common:
-            log.warning("duplicates across splits", images=common, split=other, other_split=one)
+            log.warning("duplicates across splits", images=common, split=second, other_split=first)
     for name, split in splits.items():
         if missing := format_missing_classes(split.labels, class_names):
             log.warning("classes without images", split=name, classes=missing)

@@ -202,10 +202,10 @@ def _select_per_class(
     counts = {"train": requested.train, "validation": requested.validation, "test": requested.test}
     selected: dict[str, list[Positions]] = {name: [] for name, count in counts.items() if count}
     for label in range(len(class_names)):
-        of_class = order[labels[order] == label]
+        class_positions = order[labels[order] == label]
         start = 0
         for name, parts in selected.items():
-            parts.append(of_class[start : start + counts[name]])
+            parts.append(class_positions[start : start + counts[name]])
             start += counts[name]
     return {name: np.concatenate(parts) for name, parts in selected.items()}
 

@@ -21,8 +21,8 @@ class TfdsName:
     Attributes:
         name: Name of the dataset.
         config: Its configuration; None selects the default of the dataset.
-        version: Its version, with `*` for any number; None selects the one that the installed TFDS provides, or the
-            newest in the mirror.
+        version: Its version, with `*` for any number; None selects the version that the installed TFDS provides,
+            or the newest version in the mirror.
     """
 
     name: str
@@ -34,7 +34,7 @@ class TfdsName:
         """Parse `name[/config][:version]`.
 
         Raises:
-            DataError: If the text has another form.
+            DataError: If the text has a different form.
         """
         match = _NAME.fullmatch(text)
         if not match:

@@ -1,1 +1,1 @@
-"""What a job would train, computed without training it."""
+"""Descriptions of the training that a job would run, computed without training."""

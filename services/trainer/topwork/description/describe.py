@@ -129,9 +129,11 @@ def _phase(
         steps=_multiply(phase.epochs, per_epoch),
         optimizer=phase.optimizer.model_dump(mode="json", by_alias=True, exclude_none=True),
         learning_rate=_rate(phase.optimizer, phase.epochs, per_epoch),
-        layers=tuple(LayerGroupCount(layers=one.name, trainable=one.trainable, frozen=one.frozen) for one in groups),
-        trainable=sum(one.trainable for one in groups) if groups else None,
-        frozen=sum(one.frozen for one in groups) if groups else None,
+        layers=tuple(
+            LayerGroupCount(layers=group.name, trainable=group.trainable, frozen=group.frozen) for group in groups
+        ),
+        trainable=sum(group.trainable for group in groups) if groups else None,
+        frozen=sum(group.frozen for group in groups) if groups else None,
     )
 
 

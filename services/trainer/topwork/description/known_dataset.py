@@ -71,35 +71,37 @@ def find_known_dataset(
 
 
 def _find_stored_dataset(job: TransferJob, workspace: Workspace) -> StoredDataset | None:
-    """Find the dataset that this run pulled, or one that another job pulled from the same source."""
+    """Find the dataset that this run pulled, or a dataset that another job pulled from the same source."""
     if earlier := find_pulled_dataset(job, workspace):
         return earlier
-    found: dict[str, StoredDataset] = {}
+    datasets: dict[str, StoredDataset] = {}
     for stored in workspace.storage.list(f"{DATASETS_PREFIX}/"):
         prefix, _, name = stored.key.rpartition("/")
         # Skip damaged datasets and those of a newer version of topwork: this job would not use them.
         with suppress(DataError):
             if name == MANIFEST_NAME and (facts := read_dataset_metadata(workspace.storage, prefix)):
-                found[prefix] = StoredDataset(prefix, facts)
-    return _match_source(job.spec.dataset.source, list(found.values()))
+                datasets[prefix] = StoredDataset(prefix, facts)
+    return _match_source(job.spec.dataset.source, list(datasets.values()))
 
 
-def _match_source(source: DatasetSource, found: list[StoredDataset]) -> StoredDataset | None:
+def _match_source(source: DatasetSource, datasets: list[StoredDataset]) -> StoredDataset | None:
     if source.tfds:
-        by_name = {str(one.metadata.source["tfds"]): one for one in found if "tfds" in one.metadata.source}
+        by_name = {
+            str(dataset.metadata.source["tfds"]): dataset for dataset in datasets if "tfds" in dataset.metadata.source
+        }
         try:
             name = TfdsName.parse(source.tfds).select(by_name, None)
         except DataError:
-            return None  # several configs are stored, and only TFDS knows the default one
+            return None  # several configs are stored, and only TFDS knows the default config
         return by_name[name] if name else None
     kind, settings = next((kind, part) for kind, part in source if part is not None)
-    wanted = settings.model_dump(mode="json")
-    same = [one for one in found if _is_same_source(wanted, one.metadata.source.get(kind))]
-    return same[-1] if same else None
+    expected = settings.model_dump(mode="json")
+    matches = [dataset for dataset in datasets if _is_same_source(expected, dataset.metadata.source.get(kind))]
+    return matches[-1] if matches else None
 
 
-def _is_same_source(wanted: dict[str, object], stored: object) -> bool:
+def _is_same_source(expected: dict[str, object], stored: object) -> bool:
     """Compare URIs without trailing slashes, as stored in dataset metadata."""
     return isinstance(stored, dict) and all(
-        str(stored.get(key) or "").strip("/") == str(value or "").strip("/") for key, value in wanted.items()
+        str(stored.get(key) or "").strip("/") == str(value or "").strip("/") for key, value in expected.items()
     )

@@ -40,7 +40,7 @@ PORT_OPTIONS = (
 )
 S3_PORT = PORT_OPTIONS.index("s3.port")
 MASTER_PORT = PORT_OPTIONS.index("master.port")
-# With these keys, the HTTP ports of the components behind S3 require tokens, which other users of this machine lack.
+# With these keys, the HTTP ports of the components behind S3 require tokens, which keeps other local users out.
 INTERNAL_KEYS = ("jwt.signing", "jwt.signing.read", "jwt.filer_signing", "jwt.filer_signing.read")
 
 
@@ -121,7 +121,7 @@ def _ensure_running(state: Path, program: str) -> str:
             if endpoint and _is_answering(endpoint) and _has_volumes(state):
                 return endpoint
         elif starts == 0 or (starts < MAX_STARTS and "address already in use" in _log_tail(state)):
-            # A free port can be taken by another process before the server opens it: then choose other ports.
+            # Another process can take a free port before the server opens it. In that case, choose other ports.
             _start_server(state, program, _choose_ports(state, reuse=starts == 0))
             starts += 1
         else:
@@ -173,7 +173,7 @@ def _server_command(program: str, ports: list[int]) -> list[str]:
         "-master.telemetry=false",
         # A single master needs no leader election, which takes seconds.
         "-master.peers=none",
-        # Small volumes in any number, so that an empty directory works on a small disk.
+        # Small volumes without a limit on their number, so that an empty directory works on a small disk.
         "-master.volumeSizeLimitMB=256",
         "-volume.max=0",
         "-volume.minFreeSpace=256MiB",
@@ -202,7 +202,7 @@ def _bind_ports(ports: list[int]) -> list[int]:
 
 
 def _load_credentials(state: Path) -> tuple[str, str]:
-    """Return access key and secret key; generated at the first start."""
+    """Return the access key and secret key, which are generated at the first start."""
     path = state / "credentials.json"
     with suppress(OSError, ValueError, KeyError):
         credentials = json.loads(path.read_text())

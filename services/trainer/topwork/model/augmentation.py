@@ -8,7 +8,8 @@ import tensorflow as tf
 
 from topwork.spec.model import Augmentation
 
-# images float32 (batch, height, width, 3) in 0..255, one-hot labels float32 (batch, classes), seed int32 (2,)
+# Maps images float32 (batch, height, width, 3) in 0..255, one-hot labels float32 (batch, classes) and a seed int32 (2,)
+# to augmented images and labels.
 Augment = Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor]]
 
 
@@ -36,9 +37,9 @@ def build_augmentation(settings: Augmentation) -> Augment | None:
                 # RandAugment ignores the seed argument and uses its own generator. Bypass Keras' attribute tracking,
                 # which would keep a tensor of one graph for the next.
                 object.__setattr__(layer, "generator", seeds)
-            change = layer.get_random_transformation(images, training=True, seed=seeds)
-            images = layer.transform_images(images, change, training=True)
-            one_hot = layer.transform_labels(one_hot, change, training=True)
+            transformation = layer.get_random_transformation(images, training=True, seed=seeds)
+            images = layer.transform_images(images, transformation, training=True)
+            one_hot = layer.transform_labels(one_hot, transformation, training=True)
         return tf.clip_by_value(images, 0.0, 255.0), one_hot
 
     return apply

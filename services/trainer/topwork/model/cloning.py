@@ -58,10 +58,10 @@ class ModelCloner:
 
     def _nested(self, model: keras.Model, inputs: Any) -> keras.Model:
         if id(model) not in self._models:
-            fresh = keras.tree.map_structure(
+            new_inputs = keras.tree.map_structure(
                 lambda tensor: keras.Input(batch_shape=tensor.shape, dtype=tensor.dtype), inputs
             )
-            self._models[id(model)] = (model, self._graph(model, fresh))
+            self._models[id(model)] = (model, self._graph(model, new_inputs))
         return self._models[id(model)][1]
 
     def _copy(self, layer: Any) -> Any:
@@ -88,7 +88,7 @@ def as_functional(model: keras.Model) -> keras.Model:
 
 
 def is_augmentation(layer: Any) -> bool:
-    """Whether a layer augments images in training and is the identity in inference."""
+    """Return whether a layer augments images in training and is the identity in inference."""
     kind = type(layer).__name__
     # RandomCrop changes the size in training and in inference.
     return (kind.startswith("Random") and kind != "RandomCrop") or kind in _AUGMENTATIONS

@@ -66,7 +66,6 @@ def export_model(
     Returns:
         The main file of each format, relative to `folder`.
 
-
     Raises:
         SpecError: If the model contains an operation that a format does not support.
     """
@@ -158,11 +157,11 @@ def _check_onnx(path: Path) -> None:
 @contextlib.contextmanager
 def _silence_converters() -> Iterator[None]:
     """Suppress the output of the converters: pages of tensor specs, and deprecation warnings."""
-    before = logging.root.manager.disable
+    previous = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.disable(before)
+        logging.disable(previous)

@@ -12,13 +12,13 @@ from typing import IO, Any
 from topwork.errors import DataError
 
 MAX_CONFIG_BYTES = 16 * 2**20
-"""Size limit of an architecture as JSON, in bytes. The largest of keras.applications takes 1 MB."""
+"""Size limit of an architecture as JSON, in bytes. The largest architecture in keras.applications takes 1 MB."""
 
 MAX_WEIGHTS_BYTES = 32 * 2**30
 """Size limit of all arrays of a file, decompressed, in bytes: 8 billion parameters in float32."""
 
 MAX_RATIO = 100
-"""Limit of the compression ratio of an array. Keras does not compress; trained weights hardly shrink, zeros do."""
+"""Limit of the compression ratio of an array. Keras does not compress; trained weights hardly shrink, unlike zeros."""
 
 FREE_BYTES = 16 * 2**20
 """Arrays up to this size in bytes are exempt from `MAX_RATIO`."""
@@ -34,7 +34,7 @@ _PARTS = {"metadata.json": MAX_CONFIG_BYTES, "config.json": MAX_CONFIG_BYTES, "m
 
 
 class UnsafeFileError(DataError):
-    """A file is not a model or weights file, or contains something that none has."""
+    """A file is not a model or weights file, or contains content that does not belong in such a file."""
 
 
 def inspect_keras_file(path: Path) -> tuple[Any, int]:
@@ -47,7 +47,7 @@ def inspect_keras_file(path: Path) -> tuple[Any, int]:
         The architecture, and the number of values in all arrays.
 
     Raises:
-        UnsafeFileError: If it contains other parts than a model, or exceeds a limit.
+        UnsafeFileError: If its parts are not exactly those of a model, or it exceeds a limit.
         Exception: Any exception that the libraries raise for a corrupt file.
     """
     with zipfile.ZipFile(path) as archive:
@@ -79,7 +79,7 @@ def inspect_h5_model(path: Path) -> tuple[Any, int]:
         The architecture, and the number of values in all arrays.
 
     Raises:
-        UnsafeFileError: If it contains something that no model has, or exceeds a limit.
+        UnsafeFileError: If it contains content that does not belong in a model, or exceeds a limit.
         Exception: Any exception that the libraries raise for a corrupt file.
     """
     import h5py  # type: ignore[import-untyped]
@@ -127,51 +127,51 @@ def _arrays(file: Any, name: str) -> Iterator[Any]:
     import h5py
 
     seen: set[int] = set()
-    waiting = [file]
-    while waiting:
-        group = waiting.pop()
+    pending = [file]
+    while pending:
+        group = pending.pop()
         for key in group:
             link = group.get(key, getlink=True)
             if not isinstance(link, h5py.HardLink):
                 raise UnsafeFileError(
                     f"{name} contains a link, {group.name}/{key}, instead of an array. Save the model again."
                 )
-            found = group[key]
-            address = int(h5py.h5o.get_info(found.id).addr)
+            item = group[key]
+            address = int(h5py.h5o.get_info(item.id).addr)
             if address in seen:
                 continue
             seen.add(address)
             if len(seen) > MAX_OBJECTS:
                 raise _limit_exceeded(name, f"more than {MAX_OBJECTS} arrays and groups")
-            if isinstance(found, h5py.Group):
-                waiting.append(found)
+            if isinstance(item, h5py.Group):
+                pending.append(item)
             else:
-                yield found
+                yield item
 
 
 def _check_array(array: Any, name: str) -> None:
     import h5py
 
-    what = ""
+    problem = ""
     if not isinstance(array, h5py.Dataset):
-        what = "a named data type"
+        problem = "a named data type"
     elif array.shape is None or (array.dtype.kind not in _NUMBERS and array.dtype != "V2"):
-        what = f"values of type {array.dtype}"
+        problem = f"values of type {array.dtype}"
     elif array.is_virtual or array.external:
-        what = "values stored in another file"
+        problem = "values stored in another file"
     else:
         properties = array.id.get_create_plist()
         filters = {properties.get_filter(index)[0] for index in range(properties.get_nfilters())}
         if filters - _FILTERS:
-            what = f"values compressed with an unknown filter ({min(filters - _FILTERS)})"
-    if what:
+            problem = f"values compressed with an unknown filter ({min(filters - _FILTERS)})"
+    if problem:
         raise UnsafeFileError(
-            f"{name} contains {what} at {array.name}, but a model contains only arrays of numbers. Save it again."
+            f"{name} contains {problem} at {array.name}, but a model contains only arrays of numbers. Save it again."
         )
 
 
-def _limit_exceeded(name: str, what: str) -> UnsafeFileError:
+def _limit_exceeded(name: str, content: str) -> UnsafeFileError:
     return UnsafeFileError(
-        f"{name} is rejected: it contains {what}. This looks like a decompression bomb. Limits: compression ratio "
+        f"{name} is rejected: it contains {content}. This looks like a decompression bomb. Limits: compression ratio "
         f"{MAX_RATIO}, {MAX_WEIGHTS_BYTES} bytes for all arrays, {MAX_CONFIG_BYTES} bytes for the architecture."
     )

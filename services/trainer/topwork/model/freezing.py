@@ -30,12 +30,12 @@ class LayerGroup:
     frozen: int
 
 
-def set_trainable(base: keras.Model, what: UnfreezeSetting, *, batch_norm: bool = False) -> None:
+def set_trainable(base: keras.Model, unfrozen: UnfreezeSetting, *, batch_norm: bool = False) -> None:
     """Set which layers of the base are trainable. Takes effect at the next `compile`.
 
     Args:
         base: The base of a classifier.
-        what: "none", "all", the last n layers with weights, or a layer and all layers above it. Layers of nested
+        unfrozen: "none", "all", the last n layers with weights, or a layer and all layers above it. Layers of nested
             models are counted and named like layers of the base; the name of a nested model refers to its first layer.
         batch_norm: Whether BatchNormalization layers are trainable too. With pretrained weights they must stay in
             inference mode: small batches would destroy their moving statistics, and `training=False` at the call
@@ -44,9 +44,9 @@ def set_trainable(base: keras.Model, what: UnfreezeSetting, *, batch_norm: bool 
     Raises:
         DataError: If the base has no such layer, or fewer layers than requested.
     """
-    selected = {id(layer) for layer in _select_layers(base, what)}
+    selected = {id(layer) for layer in _select_layers(base, unfrozen)}
     # Set the model first: Keras propagates its `trainable` to every layer in it.
-    base.trainable = what != "none"
+    base.trainable = unfrozen != "none"
     for layer in leaf_layers(base):
         layer.trainable = id(layer) in selected and (batch_norm or not _is_batch_norm(layer))
 
@@ -57,20 +57,20 @@ def _is_batch_norm(layer: Any) -> bool:
     return isinstance(layer, keras.layers.BatchNormalization)
 
 
-def _select_layers(base: keras.Model, what: UnfreezeSetting) -> list[Any]:
+def _select_layers(base: keras.Model, unfrozen: UnfreezeSetting) -> list[Any]:
     layers = list(leaf_layers(base))
-    if what == "all":
+    if unfrozen == "all":
         return layers
-    if isinstance(what, UnfreezeLayers):
+    if isinstance(unfrozen, UnfreezeLayers):
         with_weights = [layer for layer in layers if layer.weights]
-        if what.layers > len(with_weights):
+        if unfrozen.layers > len(with_weights):
             raise DataError(
-                f"spec.fineTune.unfreeze requests the last {what.layers} layers with weights, but the base has "
+                f"spec.fineTune.unfreeze requests the last {unfrozen.layers} layers with weights, but the base has "
                 f"only {len(with_weights)}. Use at most {len(with_weights)}, or unfreeze: all."
             )
-        return layers[layers.index(with_weights[-what.layers]) :]
-    if isinstance(what, UnfreezeFrom):
-        _, first = find_layer(base, what.from_layer, "spec.fineTune.unfreeze.from", "the base")
+        return layers[layers.index(with_weights[-unfrozen.layers]) :]
+    if isinstance(unfrozen, UnfreezeFrom):
+        _, first = find_layer(base, unfrozen.from_layer, "spec.fineTune.unfreeze.from", "the base")
         return layers[layers.index(next(leaf_layers(first))) :]
     return []
 

@@ -22,7 +22,7 @@ _NAMES = tuple(
         r"(stem|top|post)(?=_|$)",
     )
 )
-_FIRST_WORDS = {_NAMES[0]: "cell_", _NAMES[4]: "conv_"}
+_BLOCK_PREFIXES = {_NAMES[0]: "cell_", _NAMES[4]: "conv_"}
 
 
 def name_layer_groups(model: keras.Model) -> list[tuple[Any, str]]:
@@ -43,67 +43,67 @@ def name_layer_groups(model: keras.Model) -> list[tuple[Any, str]]:
 
 
 def _all_layers(model: keras.Model) -> list[tuple[Any, str]]:
-    own = [_block_name(layer.name) for layer in model.layers]
-    if not any(own):
-        spread = [str(layer.name) for layer in model.layers]
-    elif any(name.startswith("mixed") for name in own):
-        spread = _fill_from_block_ends(model, own)
+    block_names = [_block_name(layer.name) for layer in model.layers]
+    if not any(block_names):
+        filled = [str(layer.name) for layer in model.layers]
+    elif any(name.startswith("mixed") for name in block_names):
+        filled = _fill_from_block_ends(model, block_names)
     else:
-        spread = _fill_from_block_starts(own)
-    found: list[tuple[Any, str]] = []
-    for layer, name, block in zip(model.layers, own, spread, strict=True):
+        filled = _fill_from_block_starts(block_names)
+    result: list[tuple[Any, str]] = []
+    for layer, name, block in zip(model.layers, block_names, filled, strict=True):
         if not isinstance(layer, keras.Model):
-            found.append((layer, block))
+            result.append((layer, block))
         elif not name and any(_block_name(inner.name) for inner in layer.layers):
-            found += [(leaf, f"{layer.name}/{inner}") for leaf, inner in _all_layers(layer)]
+            result += [(leaf, f"{layer.name}/{inner}") for leaf, inner in _all_layers(layer)]
         else:
-            whole = name or re.sub(r"^convnext_[a-z]+_", "", layer.name)
-            found += [(leaf, whole) for leaf, _ in _all_layers(layer)]
-    return found
+            block_of_model = name or re.sub(r"^convnext_[a-z]+_", "", layer.name)
+            result += [(leaf, block_of_model) for leaf, _ in _all_layers(layer)]
+    return result
 
 
 def _block_name(layer: str) -> str:
     for pattern in _NAMES:
-        if found := pattern.match(layer):
-            return _FIRST_WORDS.get(pattern, "") + found.group(1)
+        if match := pattern.match(layer):
+            return _BLOCK_PREFIXES.get(pattern, "") + match.group(1)
     return ""
 
 
-def _fill_from_block_starts(own: list[str]) -> list[str]:
+def _fill_from_block_starts(block_names: list[str]) -> list[str]:
     """Assign a layer without a block name to the block before it."""
-    current = next(filter(None, own))
-    spread = []
-    for name in own:
+    current = next(filter(None, block_names))
+    filled = []
+    for name in block_names:
         current = name or current
-        spread.append(current)
-    return spread
+        filled.append(current)
+    return filled
 
 
-def _fill_from_block_ends(model: keras.Model, own: list[str]) -> list[str]:
+def _fill_from_block_ends(model: keras.Model, block_names: list[str]) -> list[str]:
     """Assign a layer without a block name to the block after it.
 
     Layers before the last pooling that precedes the first named block form the stem.
     """
-    current = next(filter(None, reversed(own)))
-    spread = []
-    for name in reversed(own):
+    current = next(filter(None, reversed(block_names)))
+    filled = []
+    for name in reversed(block_names):
         current = name or current
-        spread.append(current)
-    spread.reverse()
-    first = next(index for index, name in enumerate(own) if name)
+        filled.append(current)
+    filled.reverse()
+    first = next(index for index, name in enumerate(block_names) if name)
     pools = [index for index in range(first) if isinstance(model.layers[index], keras.layers.MaxPooling2D)]
     stem = pools[-1] if pools else 0
-    return ["stem"] * stem + spread[stem:]
+    return ["stem"] * stem + filled[stem:]
 
 
 def _merge_adjacent(names: list[str]) -> list[str]:
     """Merge adjacent blocks until there are at most MAX_GROUPS."""
-    each = list(dict.fromkeys(names))
-    if len(each) <= MAX_GROUPS:
+    unique_names = list(dict.fromkeys(names))
+    if len(unique_names) <= MAX_GROUPS:
         return names
-    size = -(-len(each) // MAX_GROUPS)
+    size = -(-len(unique_names) // MAX_GROUPS)
     merged: dict[str, str] = {}
-    for start in range(0, len(each), size):
-        part = each[start : start + size]
+    for start in range(0, len(unique_names), size):
+        part = unique_names[start : start + size]
         merged |= dict.fromkeys(part, part[0] if len(part) == 1 else f"{part[0]}..{part[-1]}")
     return [merged[name] for name in names]

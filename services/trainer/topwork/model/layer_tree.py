@@ -58,15 +58,15 @@ def find_layer(model: keras.Model, name: str, key: str, owner: str) -> tuple[Lay
     """
     parts = tuple(name.split("/"))
     layers = list(walk_layers(model))
-    found = [(path, layer) for path, layer in layers if path[-len(parts) :] == parts]
-    exact = [entry for entry in found if entry[0] == parts]
-    if exact or len({id(layer) for _, layer in found}) == 1:
-        return (exact or found)[0]
-    if found:
-        paths = " and ".join("/".join(path) for path, _ in found[:5])
+    matches = [(path, layer) for path, layer in layers if path[-len(parts) :] == parts]
+    exact = [entry for entry in matches if entry[0] == parts]
+    if exact or len({id(layer) for _, layer in matches}) == 1:
+        return (exact or matches)[0]
+    if matches:
+        paths = " and ".join("/".join(path) for path, _ in matches[:5])
         raise DataError(
-            f"{key} is {name}, and {owner} has {len(found)} layers of that name: {paths}. Use one of these paths."
+            f"{key} is {name}, and {owner} has {len(matches)} layers of that name: {paths}. Use one of these paths."
         )
     names = [path[-1] if len(parts) == 1 else "/".join(path) for path, _ in layers]
-    near = list(dict.fromkeys(get_close_matches(name, names, n=2, cutoff=0.4))) or names[-2:]
-    raise DataError(f"{key} is {name}, but {owner} has no layer of that name. Did you mean {' or '.join(near)}?")
+    suggestions = list(dict.fromkeys(get_close_matches(name, names, n=2, cutoff=0.4))) or names[-2:]
+    raise DataError(f"{key} is {name}, but {owner} has no layer of that name. Did you mean {' or '.join(suggestions)}?")

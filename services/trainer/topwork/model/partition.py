@@ -117,7 +117,7 @@ def _bottleneck(base: keras.Model) -> Any:
     # From input to output; a nested model is a single node.
     order = base.get_config()["layers"]
     last_use = {name: index for index, node in enumerate(order) for name in _input_layers(node["inbound_nodes"])}
-    found, live, has_weights = None, set[str](), False
+    bottleneck, live, has_weights = None, set[str](), False
     for index, node in enumerate(order):
         # An operation such as a flip is not a layer.
         layer = layers.get(node["name"])
@@ -127,8 +127,8 @@ def _bottleneck(base: keras.Model) -> Any:
         live = {name for name in (*live, node["name"]) if last_use.get(name, 0) > index}
         # A layer that is called twice has two outputs.
         if layer is not None and has_weights and live == {layer.name} and len(node["inbound_nodes"]) == 1:
-            found = layer
-    return found and found.output
+            bottleneck = layer
+    return bottleneck and bottleneck.output
 
 
 def _input_layers(node: Any) -> Iterator[str]:

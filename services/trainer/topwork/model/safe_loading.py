@@ -10,11 +10,13 @@ from topwork.errors import DataError
 from topwork.model.file_inspection import UnsafeFileError, inspect_h5_model, inspect_keras_file
 
 # Layers and objects that contain code: Python code, or a wrapped model of another library.
-_CODE = frozenset({"Lambda", "__lambda__", "function", "TFSMLayer", "TorchModuleWrapper", "JaxLayer", "FlaxLayer"})
+_CODE_CLASSES = frozenset(
+    {"Lambda", "__lambda__", "function", "TFSMLayer", "TorchModuleWrapper", "JaxLayer", "FlaxLayer"}
+)
 # Layers that read a vocabulary from a path given in the architecture.
-_READERS = frozenset({"StringLookup", "IntegerLookup", "TextVectorization"})
+_VOCABULARY_CLASSES = frozenset({"StringLookup", "IntegerLookup", "TextVectorization"})
 # Keras modules whose classes may occur in an architecture. Others contain functions with side effects.
-_PARTS = frozenset(
+_ALLOWED_MODULES = frozenset(
     {
         "activations",
         "applications",
@@ -25,13 +27,16 @@ _PARTS = frozenset(
         "layers",
         "models",
         "ops",
+        "quantizers",
+        "regularizers",
     }
-    | {"quantizers", "regularizers"}
 )
 # Top-level Keras names that may occur in an architecture.
-_TOP = frozenset({"DTypePolicy", "DTypePolicyMap", "Functional", "KerasTensor", "Model", "Sequential"})
-# Values that may be missing in the file: not every format stores the state of random layers.
-_SLACK = 2**20
+_ALLOWED_TOP_LEVEL_NAMES = frozenset(
+    {"DTypePolicy", "DTypePolicyMap", "Functional", "KerasTensor", "Model", "Sequential"}
+)
+# Number of values that may be missing in the file: not every format stores the state of random layers.
+_MAX_MISSING_VALUES = 2**20
 MAX_NESTING_LEVELS = 200
 """Limit of nesting levels in an architecture. A model nested ten models deep has about 60."""
 
@@ -46,7 +51,7 @@ def load_model_safely(path: Path) -> keras.Model:
         The functional or sequential model, with a known input shape.
 
     Raises:
-        DataError: If the file is not such a model, or contains code.
+        DataError: If the file is not a Keras model of built-in layers, or it contains code.
     """
     config, values = _architecture(path)
     rejected = sorted(_find_disallowed(config))
@@ -101,7 +106,7 @@ def _check_size(config: dict[str, Any], values: int, path: Path) -> None:
         finally:
             # Otherwise Keras would initialize them together with the next pending variables.
             global_state.set_global_attribute("uninitialized_variables", [])
-    if expected > values + _SLACK:
+    if expected > values + _MAX_MISSING_VALUES:
         raise DataError(
             f"{path.name} describes layers with {expected} parameters but contains {values}: the file is incomplete "
             "or crafted to exhaust memory. Save the model again."
@@ -115,7 +120,7 @@ def _find_disallowed(config: Any, level: int = 0) -> set[str]:
     found: set[str] = set()
     if isinstance(config, dict):
         kind, module, registered = (config.get(key) for key in ("class_name", "module", "registered_name"))
-        if str(kind) in _CODE | _READERS:
+        if str(kind) in _CODE_CLASSES | _VOCABULARY_CLASSES:
             found.add(f"a {kind} ({config.get('name') or _inner_name(config)})")
         elif isinstance(module, str) and not _is_layer_class(module, str(kind)):
             found.add(f"{module}.{kind}")
@@ -129,7 +134,7 @@ def _find_disallowed(config: Any, level: int = 0) -> set[str]:
 
 
 def _is_layer_class(module: str, kind: str) -> bool:
-    """Whether a class may occur in an architecture: keras.layers, keras.src.ops.numpy, tensorflow.keras.layers."""
+    """Return whether a class may occur in an architecture, such as one of keras.layers or tensorflow.keras.layers."""
     parts = module.split(".")
     while parts and parts[0] in ("tensorflow", "python"):
         parts.pop(0)
@@ -137,7 +142,7 @@ def _is_layer_class(module: str, kind: str) -> bool:
         return False
     if parts and parts[0] == "src":
         parts.pop(0)
-    return parts[0] in _PARTS if parts else kind in _TOP
+    return parts[0] in _ALLOWED_MODULES if parts else kind in _ALLOWED_TOP_LEVEL_NAMES
 
 
 def _inner_name(config: dict[str, Any]) -> str:

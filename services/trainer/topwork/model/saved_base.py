@@ -17,8 +17,8 @@ KEY = "spec.model.base.saved.cutAt"
 def load_saved_base(path: Path, cut_at: str | int | None, image_size: tuple[int, int]) -> keras.Model:
     """Load a saved model and keep everything from its input to one of its layers.
 
-    The file is not modified, and code in it is never run. Augmentation layers are removed: `spec.augmentation`
-    replaces them.
+    The file is not modified, and code in it is never run. Augmentation layers are removed, because
+    `spec.augmentation` replaces them.
 
     Args:
         path: `.keras` file, or legacy `.h5` file.
@@ -32,18 +32,18 @@ def load_saved_base(path: Path, cut_at: str | int | None, image_size: tuple[int,
         The base, named "base", in float32.
 
     Raises:
-        DataError: If the file is not such a model, contains code, expects other images, or has no such layer.
+        DataError: If the file is not a Keras model, contains code, expects different input, or has no such layer.
     """
     model = load_model_safely(path)
     _check_input(model, path)
-    kept = _truncate(model, _find_cut_point(model, cut_at, path))
-    if len(keras.tree.flatten(kept.output)) != 1 or not kept.weights:
-        what = "several tensors" if kept.weights else "no layer with weights"
-        raise DataError(f"{KEY} is {cut_at}, but {path.name} up to that layer has {what}. Choose another layer.")
-    copier = ModelCloner()
+    truncated = _truncate(model, _find_cut_point(model, cut_at, path))
+    if len(keras.tree.flatten(truncated.output)) != 1 or not truncated.weights:
+        content = "several tensors" if truncated.weights else "no layer with weights"
+        raise DataError(f"{KEY} is {cut_at}, but {path.name} up to that layer has {content}. Choose another layer.")
+    cloner = ModelCloner()
     try:
-        base = copier.base(kept, keras.Input((*image_size, 3), name="pixels"))
-        copier.copy_weights()
+        base = cloner.base(truncated, keras.Input((*image_size, 3), name="pixels"))
+        cloner.copy_weights()
     except ValueError as error:
         raise DataError(_size_error(model, path, image_size, error)) from error
     base.trainable = True
@@ -74,9 +74,9 @@ def _find_cut_point(model: keras.Model, cut_at: str | int | None, path: Path) ->
             )
         return _CutPoint((str(model.layers[cut_at].name),))
     layers = list(walk_layers(model))
-    if any(where == ("base",) and isinstance(layer, keras.Model) for where, layer in layers):
+    if any(layer_path == ("base",) and isinstance(layer, keras.Model) for layer_path, layer in layers):
         return _CutPoint(("base",))
-    with_weights = [where for where, layer in layers if layer.weights and not isinstance(layer, keras.Model)]
+    with_weights = [layer_path for layer_path, layer in layers if layer.weights and not isinstance(layer, keras.Model)]
     if not with_weights:
         raise DataError(f"{path.name} has no layer with weights, so there is nothing to keep.")
     return _CutPoint(with_weights[-1], below=True)
@@ -85,23 +85,23 @@ def _find_cut_point(model: keras.Model, cut_at: str | int | None, path: Path) ->
 def _truncate(model: keras.Model, point: _CutPoint) -> keras.Model:
     """Return the part of a model up to the cut point; it shares the layers of the model."""
     graph = as_functional(model)
-    into: dict[str, Any] = {}
-    out: dict[str, Any] = {}
+    inputs: dict[str, Any] = {}
+    outputs: dict[str, Any] = {}
 
-    def traced(layer: Any, *args: Any, **kwargs: Any) -> Any:
-        into[layer.name], out[layer.name] = args[0], layer(*args, **kwargs)
-        return out[layer.name]
+    def record_call(layer: Any, *args: Any, **kwargs: Any) -> Any:
+        inputs[layer.name], outputs[layer.name] = args[0], layer(*args, **kwargs)
+        return outputs[layer.name]
 
     images = keras.tree.map_structure(lambda tensor: keras.Input(batch_shape=tensor.shape), graph.input)
-    keras.models.clone_model(graph, input_tensors=images, call_function=traced, clone_function=lambda layer: layer)
+    keras.models.clone_model(graph, input_tensors=images, call_function=record_call, clone_function=lambda layer: layer)
     first, *rest = point.path
-    if first not in out:
+    if first not in outputs:
         # The cut point is an input, which is never called.
         return keras.Model(images, images, name=model.name)
     if rest:
         inner = _truncate(model.get_layer(first), _CutPoint(tuple(rest), point.below))
-        return keras.Model(images, inner(into[first]), name=model.name)
-    return keras.Model(images, into[first] if point.below else out[first], name=model.name)
+        return keras.Model(images, inner(inputs[first]), name=model.name)
+    return keras.Model(images, inputs[first] if point.below else outputs[first], name=model.name)
 
 
 def _check_input(model: keras.Model, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Loads and copies weights, and works around what Keras does not restore."""
+"""Loads and copies weights, and restores state that Keras does not restore."""
 
 import warnings
 from pathlib import Path

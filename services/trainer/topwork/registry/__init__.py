@@ -1,1 +1,1 @@
-"""What runs leave in storage: stage results, published versions, and garbage collection."""
+"""Objects that runs store: stage results, published versions, and their garbage collection."""

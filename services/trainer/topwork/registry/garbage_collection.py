@@ -1,4 +1,4 @@
-"""Garbage collection: finds and deletes objects in storage that nothing references.
+"""Garbage collection: finds and deletes unreferenced objects in storage.
 
 Never deleted: anything that a manifest or `latest.json` references, checkpoints and features of unfinished stages,
 mirrored datasets and weights, and anything younger than the age limit, because its writer may still be running.
@@ -28,7 +28,7 @@ _CHECKPOINT = re.compile(r"runs/[^/]+/[^/]+/checkpoints/[^/]+(?=/)")
 _INTERMEDIATE = re.compile(r"(?P<stage>runs/[^/]+/[^/]+)/(checkpoints|features)(?=/)")
 # Uploads with other keys do not belong to topwork.
 _TOPWORK_KEYS = re.compile(rf"({DATASETS_PREFIX}|runs|{versions.ROOT}|mirror|weights)/")
-# Models published by older versions of topwork name their dataset only in the model card.
+# Older versions of topwork record the dataset of a published model only in its model card.
 _DATASET_IN_CARD = re.compile(rf"/({DATASETS_PREFIX}/[^/\s]+/[0-9a-f]+)\b")
 
 
@@ -42,7 +42,7 @@ class Leftover:
         keys: Keys of the objects. The manifest comes first: without it, readers ignore the rest.
         size: Total size in bytes.
         newest: Modification time of the newest object, by the clock of the server.
-        upload: The unfinished upload, if this is one.
+        upload: The unfinished upload; None if this is a group of objects.
     """
 
     kind: Kind
@@ -60,29 +60,29 @@ class Leftover:
 
 
 def find_leftovers(storage: Storage, older_than: timedelta) -> list[Leftover]:
-    """Find objects that nothing needs.
+    """Find objects that are no longer needed.
 
     Args:
         storage: Storage to search; everything below its URI.
         older_than: Minimum age. Newer objects are kept, because their writer may still be running.
 
     Returns:
-        What can be deleted, sorted by key.
+        Groups of objects that can be deleted, sorted by key prefix.
 
     Raises:
         DataError: If the `done.json` of a run is unreadable.
         UnavailableError: If storage is unreachable.
     """
-    before = datetime.now(UTC) - older_than
+    cutoff = datetime.now(UTC) - older_than
     stored = list(storage.list())
-    found = [
+    leftovers = [
         *_find_incomplete(stored),
         *_find_intermediate_files(stored),
         *_find_unreferenced_models(storage, stored),
         *_find_unreferenced_datasets(storage, stored),
     ]
     # List each prefix once, even if it can be deleted for several reasons.
-    by_prefix = {leftover.prefix: leftover for leftover in found if leftover.newest <= before}
+    by_prefix = {leftover.prefix: leftover for leftover in leftovers if leftover.newest <= cutoff}
     uploads = [
         Leftover(
             "unfinished upload",
@@ -94,12 +94,12 @@ def find_leftovers(storage: Storage, older_than: timedelta) -> list[Leftover]:
         for upload in storage.multipart_uploads.list_incomplete(older_than_seconds=older_than.total_seconds())
         if _TOPWORK_KEYS.match(upload.key)
     ]
-    outermost = [one for one in by_prefix.values() if not _is_inside_another(one, by_prefix)]
+    outermost = [leftover for leftover in by_prefix.values() if not _is_inside_another(leftover, by_prefix)]
     return sorted([*outermost, *uploads], key=lambda leftover: leftover.prefix)
 
 
 def delete_leftovers(storage: Storage, found: Iterable[Leftover]) -> Iterator[Leftover]:
-    """Delete leftovers, except those that are referenced by now.
+    """Delete leftovers, except those that have become referenced in the meantime.
 
     Args:
         storage: Storage of the leftovers.
@@ -122,28 +122,28 @@ def delete_leftovers(storage: Storage, found: Iterable[Leftover]) -> Iterator[Le
 
 def _group_by_prefix(stored: Sequence[StoredObject], pattern: re.Pattern[str], kind: Kind) -> dict[str, Leftover]:
     groups: dict[str, Leftover] = {}
-    for each in stored:
-        if found := pattern.match(each.key):
-            groups.setdefault(found[0], Leftover(kind, found[0])).add(each)
+    for item in stored:
+        if match := pattern.match(item.key):
+            groups.setdefault(match[0], Leftover(kind, match[0])).add(item)
     return groups
 
 
-def _is_complete(folder: Leftover) -> bool:
-    return f"{folder.prefix}/{MANIFEST}" in folder.keys
+def _is_complete(group: Leftover) -> bool:
+    return f"{group.prefix}/{MANIFEST}" in group.keys
 
 
 def _find_incomplete(stored: list[StoredObject]) -> list[Leftover]:
     """Find datasets, versions and checkpoints without a manifest."""
     return [
-        folder
+        group
         for pattern in (_DATASET, _VERSION, _CHECKPOINT)
-        for folder in _group_by_prefix(stored, pattern, "half-written").values()
-        if not _is_complete(folder)
+        for group in _group_by_prefix(stored, pattern, "half-written").values()
+        if not _is_complete(group)
     ]
 
 
 def find_finished_stage_leftovers(storage: Storage, stored: Sequence[StoredObject]) -> list[Leftover]:
-    """Find files that finished stages no longer need: they were killed before they could delete them.
+    """Find files of finished stages that were killed before they could delete them.
 
     Args:
         storage: Storage of the runs.
@@ -157,22 +157,22 @@ def find_finished_stage_leftovers(storage: Storage, stored: Sequence[StoredObjec
 
 
 def _find_intermediate_files(stored: Sequence[StoredObject]) -> list[Leftover]:
-    keys = {each.key for each in stored}
+    keys = {item.key for item in stored}
     return [
-        folder
-        for prefix, folder in _group_by_prefix(stored, _INTERMEDIATE, "finished stage").items()
+        group
+        for prefix, group in _group_by_prefix(stored, _INTERMEDIATE, "finished stage").items()
         if f"{prefix.rpartition('/')[0]}/done.json" in keys
     ]
 
 
 def _find_unreferenced_models(storage: Storage, stored: Sequence[StoredObject]) -> list[Leftover]:
-    """Find models that the `done.json` of their stage does not name: their process was killed or lost the race."""
-    found = []
+    """Find models that the `done.json` of their stage does not reference: their process was killed or lost a race."""
+    unreferenced = []
     for key, model in _group_by_prefix(stored, MODEL_KEY, "half-written").items():
         if kind := _unreferenced_model_kind(storage, key):
             model.kind = kind
-            found.append(model)
-    return found
+            unreferenced.append(model)
+    return unreferenced
 
 
 def _unreferenced_model_kind(storage: Storage, model: str) -> Kind | None:
@@ -186,17 +186,17 @@ def _unreferenced_model_kind(storage: Storage, model: str) -> Kind | None:
 def _find_unreferenced_datasets(storage: Storage, stored: list[StoredObject]) -> list[Leftover]:
     datasets = _group_by_prefix(stored, _DATASET, "unreferenced dataset")
     referenced = _referenced_datasets(storage, stored) if datasets else set()
-    return [folder for prefix, folder in datasets.items() if _is_complete(folder) and prefix not in referenced]
+    return [group for prefix, group in datasets.items() if _is_complete(group) and prefix not in referenced]
 
 
 def _referenced_datasets(storage: Storage, stored: Iterable[StoredObject]) -> set[str]:
     """Return the datasets that a run or a published model references."""
     referenced = set()
-    for each in stored:
-        if each.key.startswith("runs/") and each.key.endswith("/pull/done.json"):
-            referenced.add(_dataset_key(_read_json(storage, each.key)))
-        elif _VERSION.match(each.key) and each.key.endswith(f"/{MANIFEST}"):
-            referenced |= _datasets_of_version(storage, each.key.rpartition("/")[0])
+    for item in stored:
+        if item.key.startswith("runs/") and item.key.endswith("/pull/done.json"):
+            referenced.add(_dataset_key(_read_json(storage, item.key)))
+        elif _VERSION.match(item.key) and item.key.endswith(f"/{MANIFEST}"):
+            referenced |= _datasets_of_version(storage, item.key.rpartition("/")[0])
     return referenced
 
 
@@ -223,13 +223,13 @@ def _datasets_of_version(storage: Storage, prefix: str) -> set[str]:
     return set(_DATASET_IN_CARD.findall((storage.read(f"{prefix}/card.md") or b"").decode(errors="replace")))
 
 
-def _is_inside_another(leftover: Leftover, found: dict[str, Leftover]) -> bool:
+def _is_inside_another(leftover: Leftover, by_prefix: dict[str, Leftover]) -> bool:
     parts = leftover.prefix.split("/")
-    return any("/".join(parts[:length]) in found for length in range(1, len(parts)))
+    return any("/".join(parts[:length]) in by_prefix for length in range(1, len(parts)))
 
 
 def _is_referenced_now(storage: Storage, leftover: Leftover) -> bool:
-    """Check again right before deletion: a run may use the dataset by now, or a writer may have finished."""
+    """Check again right before deletion: a run may now use the dataset, or a writer may have finished."""
     if MODEL_KEY.match(leftover.prefix):
         return _unreferenced_model_kind(storage, leftover.prefix) != leftover.kind
     if leftover.kind == "half-written":

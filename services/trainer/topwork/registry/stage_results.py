@@ -76,7 +76,7 @@ class Classifier(BaseModel):
 
 @dataclass(frozen=True)
 class TrainingSummary:
-    """What a completed training stage reports about its classifier; see the attributes of `Classifier`."""
+    """Summary of a completed training stage; see the attributes of `Classifier`."""
 
     stage: TrainingStage
     class_names: tuple[str, ...]
@@ -87,12 +87,12 @@ class TrainingSummary:
 
 
 def stage_prefix(run: str, stage: TrainingStage) -> str:
-    """Storage key prefix of everything that a stage stores."""
+    """Return the storage key prefix of all objects of a stage."""
     return f"runs/{run}/{stage}"
 
 
 def model_key(run: str, stage: TrainingStage, file: FileEntry) -> str:
-    """Storage key of the model that a stage trained.
+    """Return the storage key of the model that a stage trained.
 
     It contains the digest of the model, so that two processes that finish a stage at the same time cannot overwrite
     each other's model.
@@ -101,7 +101,7 @@ def model_key(run: str, stage: TrainingStage, file: FileEntry) -> str:
 
 
 def models_prefix(run: str, stage: TrainingStage) -> str:
-    """Common prefix of the keys of all models that a stage trained."""
+    """Return the common prefix of the keys of all models that a stage trained."""
     return f"{stage_prefix(run, stage)}/model-"
 
 
@@ -144,7 +144,7 @@ def write_stage_result(storage: Storage, run: str, classifier: Classifier) -> Cl
         classifier: Result of the stage.
 
     Returns:
-        The result that is stored.
+        The stored result, which may be that of another process.
     """
     key = f"{stage_prefix(run, classifier.stage)}/done.json"
     data = classifier.model_dump_json(indent=1).encode()
@@ -158,12 +158,12 @@ def store_stage_result(model: "keras.Model", summary: TrainingSummary, run: str,
 
     Args:
         model: The classifier with its best weights.
-        summary: What the stage reports about it.
+        summary: Summary of the stage.
         run: Name of the run.
         workspace: Storage and scratch directory.
 
     Returns:
-        The stored result: that of another process of the run if it completed the stage first.
+        The stored result, which is that of another process of the run if it completed the stage first.
 
     Raises:
         UnavailableError: If storage cannot be reached.
@@ -197,9 +197,9 @@ def store_stage_result(model: "keras.Model", summary: TrainingSummary, run: str,
         seconds=sum(float(row["seconds"]) for row in summary.history if row["stage"] == stage),
     )
     result = write_stage_result(storage, run, classifier)
-    # Delete models of processes that were killed before they stored their result, or were slower.
+    # Delete models of processes that were killed before they stored their result, or that lost the race.
     models = list(storage.list(models_prefix(run, stage)))
-    storage.delete(each.key for each in models if each.key != result.key)
+    storage.delete(stored.key for stored in models if stored.key != result.key)
     return result
 
 

@@ -16,9 +16,9 @@ from topwork.errors import UnavailableError
 ROOT = "models"
 CLAIM = "claim.json"
 LATEST = "latest.json"
-# Newest versions that are searched for one published by an interrupted attempt of the same run.
+# Number of newest versions to search for a version that an interrupted attempt of the same run published.
 MAX_SEARCHED_VERSIONS = 20
-# Attempts of a publisher that loses a race against other publishers.
+# Maximum number of attempts of a publisher that repeatedly loses a race against other publishers.
 MAX_ATTEMPTS = 100
 
 
@@ -106,10 +106,10 @@ def list_versions(storage: Storage, name: str) -> dict[int, bool]:
     Returns:
         Version number to whether it is published, in ascending order.
     """
-    found: dict[int, bool] = {}
+    is_published: dict[int, bool] = {}
     for number, file in _files(storage, name):
-        found[number] = found.get(number, False) or file == MANIFEST
-    return dict(sorted(found.items()))
+        is_published[number] = is_published.get(number, False) or file == MANIFEST
+    return dict(sorted(is_published.items()))
 
 
 def list_models(storage: Storage) -> dict[str, list[int]]:
@@ -121,12 +121,12 @@ def list_models(storage: Storage) -> dict[str, list[int]]:
     Returns:
         Name of the model to its versions, both in ascending order.
     """
-    found: dict[str, list[int]] = {}
+    models: dict[str, list[int]] = {}
     for stored in storage.list(f"{ROOT}/"):
         parts = stored.key.split("/")
         if len(parts) == 4 and parts[2].isdecimal() and parts[3] == MANIFEST:
-            found.setdefault(parts[1], []).append(int(parts[2]))
-    return {name: sorted(found[name]) for name in sorted(found)}
+            models.setdefault(parts[1], []).append(int(parts[2]))
+    return {name: sorted(models[name]) for name in sorted(models)}
 
 
 def claim_version(storage: Storage, name: str, run: str) -> int:
@@ -147,14 +147,14 @@ def claim_version(storage: Storage, name: str, run: str) -> int:
     """
     content = json.dumps({"format": 1, "run": run, "claimed": utc_now(), "attempt": uuid.uuid4().hex}).encode()
     for _ in range(MAX_ATTEMPTS):
-        found = list_versions(storage, name)
-        for number in (number for number, is_published in found.items() if not is_published):
+        existing = list_versions(storage, name)
+        for number in (number for number, is_published in existing.items() if not is_published):
             if _read_claim(storage, name, number) == run:
                 _delete_files(storage, name, number)
                 return number
         # Never reuse the number that latest.json points to, even if that version was deleted.
         current = read_latest(storage, name)
-        number = max([*found, current.version if current else 0]) + 1
+        number = max([*existing, current.version if current else 0]) + 1
         if storage.write(f"{version_prefix(name, number)}/{CLAIM}", content, only_if_absent=True):
             return number
     raise _stale_storage_error(storage, name)
@@ -208,9 +208,9 @@ def update_latest(storage: Storage, name: str) -> Version:
 
 
 def _stale_storage_error(storage: Storage, name: str) -> UnavailableError:
-    where = storage.uri_of(f"{ROOT}/{name}")
+    uri = storage.uri_of(f"{ROOT}/{name}")
     return UnavailableError(
-        f"Storage returned stale data for {where} {MAX_ATTEMPTS} times in a row, right after a write. Check for a "
+        f"Storage returned stale data for {uri} {MAX_ATTEMPTS} times in a row, right after a write. Check for a "
         "cache or a lagging replica in front of the storage, then try again."
     )
 
@@ -220,8 +220,8 @@ def utc_now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
-def _read(data: bytes, where: str) -> Version:
-    return read_json_record(Version, data, where, "a model published by topwork")
+def _read(data: bytes, uri: str) -> Version:
+    return read_json_record(Version, data, uri, "a model published by topwork")
 
 
 def _read_claim(storage: Storage, name: str, number: int) -> Any:
@@ -234,7 +234,7 @@ def _read_claim(storage: Storage, name: str, number: int) -> Any:
 
 def _delete_files(storage: Storage, name: str, number: int) -> None:
     prefix = version_prefix(name, number)
-    stored = [found.key for found in storage.list(f"{prefix}/")]
+    stored = [item.key for item in storage.list(f"{prefix}/")]
     storage.delete(key for key in stored if key != f"{prefix}/{CLAIM}")
 
 

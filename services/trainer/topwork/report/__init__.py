@@ -1,1 +1,1 @@
-"""What is known of a trained classifier: evaluation, plots, report, model card."""
+"""Evaluation of a trained classifier: metrics, gates, plots, report and model card."""

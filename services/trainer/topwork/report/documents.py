@@ -58,16 +58,16 @@ def top_confusions(results: Results) -> list[tuple[str, str, int, float]]:
         True class, predicted class, number of images, and their share of the true class; most frequent first.
     """
     evaluation = results.evaluation
-    found = [
+    confusions = [
         (true, predicted, count, count / sum(row))
         for true, row in zip(evaluation.class_names, evaluation.confusion, strict=True)
         for predicted, count in zip(evaluation.class_names, row, strict=True)
         if count and true != predicted
     ]
-    return sorted(found, key=lambda entry: (-entry[2], -entry[3], entry[:2]))[:MAX_CONFUSIONS]
+    return sorted(confusions, key=lambda entry: (-entry[2], -entry[3], entry[:2]))[:MAX_CONFUSIONS]
 
 
-def _render(template: str, results: Results, *, escape: bool, **more: Any) -> str:
+def _render(template: str, results: Results, *, escape: bool, **variables: Any) -> str:
     environment = Environment(
         loader=PackageLoader("topwork.report"),
         autoescape=escape,  # noqa: S701 - off only for Markdown, which has its own escaping
@@ -91,15 +91,15 @@ def _render(template: str, results: Results, *, escape: bool, **more: Any) -> st
         confusions=top_confusions(results),
         rejected=results.dataset.rejected[:MAX_REJECTED],
         rejected_reasons=_count_rejection_reasons(results),
-        **more,
+        **variables,
     )
 
 
 def _count_rejection_reasons(results: Results) -> dict[str, int]:
-    found: dict[str, int] = {}
+    counts: dict[str, int] = {}
     for image in results.dataset.rejected:
-        found[image.reason] = found.get(image.reason, 0) + 1
-    return dict(sorted(found.items(), key=lambda entry: (-entry[1], entry[0])))
+        counts[image.reason] = counts.get(image.reason, 0) + 1
+    return dict(sorted(counts.items(), key=lambda entry: (-entry[1], entry[0])))
 
 
 def _escape_markdown(text: object) -> str:

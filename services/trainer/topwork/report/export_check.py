@@ -18,7 +18,7 @@ from topwork.report.exported_model import load_format, predict_encoded
 # Largest accepted difference of a probability. Formats order float32 sums differently, which changes the output of a
 # deep network by about 1e-6. A wrong weight or input scaling changes it by far more than this.
 TOLERANCE = 1e-4
-# More images would add no evidence, and formats that run on a single core would take long.
+# More images would not make the check more reliable, and formats that run on a single core would be slow.
 MAX_IMAGES = 1000
 MAX_BYTES = 512 * 2**20
 MAX_ENCODED = 200
@@ -42,13 +42,13 @@ class ExportCheck(MetricsSection):
     accuracy: dict[str, float]
 
 
-def spread_indices(size: int, most: int) -> NDArray[np.int64]:
-    """Choose at most `most` of `size` indices, evenly spaced and in ascending order.
+def spread_indices(size: int, limit: int) -> NDArray[np.int64]:
+    """Choose at most `limit` of `size` indices, evenly spaced and in ascending order.
 
     Returns:
-        int64 (min(size, most),).
+        int64 (min(size, limit),).
     """
-    return np.unique(np.linspace(0, size - 1, min(size, most)).round().astype(np.int64))
+    return np.unique(np.linspace(0, size - 1, min(size, limit)).round().astype(np.int64))
 
 
 def write_check_inputs(
@@ -88,21 +88,25 @@ def check_export(folder: Path, inputs: Path, formats: Iterable[str]) -> ExportCh
         The differences, all within the tolerance.
 
     Raises:
-        RuntimeError: If a format cannot be loaded or predicts something else.
+        RuntimeError: If a format cannot be loaded, or its predictions differ.
     """
     result_file = inputs / "result.json"
     command = [sys.executable, "-m", "topwork.report.export_check", str(folder), str(inputs), *formats]
     process = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     if process.returncode or not result_file.exists():
         raise RuntimeError(f"The exported model cannot be loaded by a new process:\n{process.stderr[-4000:]}")
-    found = ExportCheck.model_validate_json(result_file.read_text())
-    wrong = [f"{name} by {by:.2g}" for name, by in found.largest_difference.items() if not by <= TOLERANCE]
+    result = ExportCheck.model_validate_json(result_file.read_text())
+    wrong = [
+        f"{name} by {difference:.2g}"
+        for name, difference in result.largest_difference.items()
+        if not difference <= TOLERANCE
+    ]
     if wrong:
         raise RuntimeError(
             f"The exported model does not predict like the evaluated model: probabilities differ for "
             f"{', '.join(wrong)}; at most {TOLERANCE:g} is accepted. Nothing is published."
         )
-    return found
+    return result
 
 
 def compare_predictions(folder: Path, inputs: Path, formats: Sequence[str]) -> ExportCheck:
@@ -131,19 +135,23 @@ def compare_predictions(folder: Path, inputs: Path, formats: Sequence[str]) -> E
         tolerance=TOLERANCE,
         images=len(images),
         encoded_images=len(encoded_indices) if "encoded" in predictions else 0,
-        largest_difference={name: float(np.abs(got - want).max()) for name, (got, want, _) in predictions.items()},
-        accuracy={name: float(np.mean(got.argmax(axis=1) == true)) for name, (got, _, true) in predictions.items()},
+        largest_difference={
+            name: float(np.abs(actual - reference).max()) for name, (actual, reference, _) in predictions.items()
+        },
+        accuracy={
+            name: float(np.mean(actual.argmax(axis=1) == true)) for name, (actual, _, true) in predictions.items()
+        },
     )
 
 
 def main() -> None:
-    """Compare on the CPU: the parent process holds the GPUs."""
+    """Compare on the CPU: the parent process uses the GPUs."""
     import tensorflow as tf
 
     tf.config.set_visible_devices([], "GPU")
     folder, inputs, formats = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
-    found = compare_predictions(folder, inputs, formats)
-    (inputs / "result.json").write_text(json.dumps(found.model_dump(by_alias=True)))
+    result = compare_predictions(folder, inputs, formats)
+    (inputs / "result.json").write_text(json.dumps(result.model_dump(by_alias=True)))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Loads exported models with the standard library of each format, without code of topwork in between."""
+"""Loads exported models with the official library of each format, without topwork code in between."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -49,9 +49,9 @@ def load_saved_model(folder: Path) -> LoadedModel:
     model = tf.saved_model.load(str(folder))
 
     def predict(images: NDArray[Any]) -> NDArray[np.float32]:
-        # Look up the signature through the model each time: a signature alone holds only weak references to variables.
-        answer = model.signatures["serving_default"](image=tf.constant(images.astype(np.float32)))
-        return np.asarray(answer["probabilities"].numpy(), np.float32)
+        # Look up the signature through the model each time: a signature has only weak references to the variables.
+        outputs = model.signatures["serving_default"](image=tf.constant(images.astype(np.float32)))
+        return np.asarray(outputs["probabilities"].numpy(), np.float32)
 
     return LoadedModel(_in_batches(predict), None)
 
@@ -124,9 +124,9 @@ def predict_encoded(folder: Path, files: Sequence[bytes]) -> NDArray[np.float32]
     import tensorflow as tf
 
     model = tf.saved_model.load(str(folder))
-    answer = model.signatures["encoded"]
+    signature = model.signatures["encoded"]
     batches = [
-        answer(bytes=tf.constant(list(files[start : start + BATCH_SIZE])))["probabilities"].numpy()
+        signature(bytes=tf.constant(list(files[start : start + BATCH_SIZE])))["probabilities"].numpy()
         for start in range(0, len(files), BATCH_SIZE)
     ]
     return np.concatenate(batches).astype(np.float32)

@@ -52,12 +52,12 @@ def check_gates(
     return tuple(results)
 
 
-def require_gates(results: Iterable[GateResult], where: str) -> None:
+def require_gates(results: Iterable[GateResult], report_uri: str) -> None:
     """Raise an error if a gate is not met.
 
     Args:
         results: The results of all gates.
-        where: URI of the report, for the message.
+        report_uri: URI of the report, for the message.
 
     Raises:
         GateError: If at least one gate is not met. The message lists all of them with their values.
@@ -65,7 +65,7 @@ def require_gates(results: Iterable[GateResult], where: str) -> None:
     missed = [result.sentence for result in results if not result.met]
     if missed:
         raise GateError(
-            f"Not published: {'; '.join(missed)}. The evaluation and the report are stored at {where}. "
+            f"Not published: {'; '.join(missed)}. The evaluation and the report are stored at {report_uri}. "
             "Improve the data or the training, or change spec.evaluate.gates."
         )
 

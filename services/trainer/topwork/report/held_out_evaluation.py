@@ -109,21 +109,21 @@ def _probabilities(
     parts = []
     with _full_float32_precision(), workspace.track("publish: evaluation", split.size) as tracker:
         for images, _, weights in evaluation_batches(split, classes=classes, batch_size=batch_size):
-            counts = weights.numpy() > 0  # the last batch is padded with images of weight 0
-            parts.append(forward(images).numpy()[counts])
-            tracker.advance(int(counts.sum()))
+            is_image = weights.numpy() > 0  # the last batch is padded with images of weight 0
+            parts.append(forward(images).numpy()[is_image])
+            tracker.advance(int(is_image.sum()))
     return np.concatenate(parts) if parts else np.zeros((0, classes), np.float32)
 
 
 @contextmanager
 def _full_float32_precision() -> Iterator[None]:
     """Disable TF32, which keeps only 10 of the 23 mantissa bits of float32 on recent GPUs."""
-    before = tf.config.experimental.tensor_float_32_execution_enabled()
+    previous = tf.config.experimental.tensor_float_32_execution_enabled()
     tf.config.experimental.enable_tensor_float_32_execution(False)
     try:
         yield
     finally:
-        tf.config.experimental.enable_tensor_float_32_execution(before)
+        tf.config.experimental.enable_tensor_float_32_execution(previous)
 
 
 def _count_images(local: LocalDataset) -> dict[str, dict[str, int]]:

@@ -72,10 +72,10 @@ def plot_reliability(bins: Sequence[CalibrationBin]) -> str:
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         centers = [(b.low + b.high) / 2 for b in bins]
-        width = [0.92 * (b.high - b.low) for b in bins]
-        most = max(b.images for b in bins)
-        for center, wide, b in zip(centers, width, bins, strict=True):
-            axes.bar(center, b.accuracy, wide, color=TRAINING, alpha=0.3 + 0.6 * b.images / most, linewidth=0)
+        widths = [0.92 * (b.high - b.low) for b in bins]
+        max_images = max(b.images for b in bins)
+        for center, width, b in zip(centers, widths, bins, strict=True):
+            axes.bar(center, b.accuracy, width, color=TRAINING, alpha=0.3 + 0.6 * b.images / max_images, linewidth=0)
         axes.plot([b.confidence for b in bins], [b.accuracy for b in bins], "o", color=GAP, markersize=4)
         axes.plot([0, 1], [0, 1], "--", color=INK, linewidth=0.8)
         axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="confidence", ylabel="accuracy", aspect="equal")

@@ -77,7 +77,7 @@ class Results:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The metrics requested by the job, in its order, and the loss."""
+        """The metrics requested by the job, in the order of the spec, and the loss."""
         values = self.evaluation.metrics
         requested: dict[str, float] = {name: values[name] for name in self.job.spec.evaluate.metrics if name in values}
         return {**requested, "loss": values["loss"]}
@@ -110,12 +110,12 @@ def step_seconds(job: TransferJob, history: Sequence[HistoryRow]) -> dict[str, f
         Seconds by stage: the low median of the mean step duration of each epoch. The low median ignores the first of
         two epochs, whose first step includes graph tracing.
     """
-    images, found = batch_sizes(job), dict[str, list[float]]()
+    images, seconds_by_stage = batch_sizes(job), dict[str, list[float]]()
     for row in history:
         stage = str(row["stage"])
         if stage in images and "images_per_second" in row:
-            found.setdefault(stage, []).append(images[stage] / float(row["images_per_second"]))
-    return {stage: median_low(seconds) for stage, seconds in found.items()}
+            seconds_by_stage.setdefault(stage, []).append(images[stage] / float(row["images_per_second"]))
+    return {stage: median_low(seconds) for stage, seconds in seconds_by_stage.items()}
 
 
 def metrics_json(results: Results) -> bytes:
@@ -151,9 +151,9 @@ def history_csv(history: Sequence[HistoryRow]) -> bytes:
     Returns:
         CSV with a header.
     """
-    found = dict.fromkeys(name for row in history for name in row)
-    columns = [name for name in LEADING_COLUMNS if name in found] + [
-        name for name in found if name not in LEADING_COLUMNS
+    names = dict.fromkeys(name for row in history for name in row)
+    columns = [name for name in LEADING_COLUMNS if name in names] + [
+        name for name in names if name not in LEADING_COLUMNS
     ]
     text = io.StringIO()
     writer = csv.DictWriter(text, columns or LEADING_COLUMNS, lineterminator="\n")

@@ -186,11 +186,17 @@ def evaluation_split_is_set(splits: Splits) -> Iterator[Violation]:
 @rule(Splits)
 def splits_do_not_overlap(splits: Splits) -> Iterator[Violation]:
     """Evaluating on training images overestimates the quality of the model."""
-    given = {name: text for name in ("train", "validation", "test") if (text := getattr(splits, name)) is not None}
-    for (one, text), (other, other_text) in combinations(given.items(), 2):
-        if any(a.definitely_overlaps(b) for a in parse_slices(text) for b in parse_slices(other_text)):
+    given = {
+        name: first_text
+        for name in ("train", "validation", "test")
+        if (first_text := getattr(splits, name)) is not None
+    }
+    for (first, first_text), (second, second_text) in combinations(given.items(), 2):
+        if any(
+            left.definitely_overlaps(right) for left in parse_slices(first_text) for right in parse_slices(second_text)
+        ):
             yield Violation(
-                other,
-                f"{other_text} overlaps {one}: {text}. Shared images make the metrics too optimistic. "
+                second,
+                f"{second_text} overlaps {first}: {first_text}. Shared images make the metrics too optimistic. "
                 "Choose slices that do not overlap.",
             )

@@ -175,10 +175,10 @@ def steps_unfreeze_more_layers(fine_tune: FineTune) -> Iterator[Violation]:
     """Each step unfreezes more layers than the one before; unfrozen layers stay unfrozen."""
     if isinstance(fine_tune.unfreeze, UnfreezeSteps):
         steps = fine_tune.unfreeze.steps
-        for index, (one, other) in enumerate(pairwise(steps)):
-            if other.layers <= one.layers:
+        for index, (earlier, step) in enumerate(pairwise(steps)):
+            if step.layers <= earlier.layers:
                 yield Violation(
                     f"unfreeze.steps.{index + 1}.layers",
-                    f"{other.layers} is not above {one.layers} of the previous step. Layers are always counted from "
+                    f"{step.layers} is not above {earlier.layers} of the previous step. Layers are always counted from "
                     "the top, so each step needs a higher number.",
                 )

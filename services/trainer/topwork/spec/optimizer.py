@@ -157,11 +157,11 @@ def exponential_schedule_decreases(schedule: Schedule) -> Iterator[Violation]:
 @rule(Schedule)
 def step_epochs_increase(schedule: Schedule) -> Iterator[Violation]:
     """The learning rate drops once after each listed epoch."""
-    for index, (one, other) in enumerate(pairwise(schedule.at_epochs)):
-        if other <= one:
+    for index, (earlier, epoch) in enumerate(pairwise(schedule.at_epochs)):
+        if epoch <= earlier:
             yield Violation(
                 f"atEpochs.{index + 1}",
-                f"{other} is not above the previous epoch {one}. List epochs in ascending order.",
+                f"{epoch} is not above the previous epoch {earlier}. List epochs in ascending order.",
             )
 
 

@@ -57,9 +57,9 @@ def parse_slices(text: str) -> tuple[Slice, ...]:
         (Slice(text='train[:40%]', split='train', start=(0, 0), end=(40, 0)),)
     """
     slices = tuple(_parse_term(term.strip()) for term in text.split("+"))
-    for one, other in combinations(slices, 2):
-        if one.definitely_overlaps(other):
-            raise invalid_value(f"{one.text} and {other.text} overlap: the same images would be used twice")
+    for first, second in combinations(slices, 2):
+        if first.definitely_overlaps(second):
+            raise invalid_value(f"{first.text} and {second.text} overlap: the same images would be used twice")
     return slices
 
 
@@ -109,5 +109,5 @@ def _parse_boundary(text: str, term: str, default: tuple[int, int]) -> tuple[int
     return base + value, 0
 
 
-def _definitely_before(one: tuple[int, int], other: tuple[int, int]) -> bool:
-    return one != other and one[0] <= other[0] and one[1] <= other[1]
+def _definitely_before(first: tuple[int, int], second: tuple[int, int]) -> bool:
+    return first != second and first[0] <= second[0] and first[1] <= second[1]

@@ -14,7 +14,7 @@ class ValueDescription:
     """Annotation that describes the allowed values of a field; shown in messages and the reference instead of a regex.
 
     Attributes:
-        text: What follows "Allowed:", such as `name[/config][:version], such as cats_vs_dogs`.
+        text: Text after "Allowed:", such as `name[/config][:version], such as cats_vs_dogs`.
     """
 
     text: str
@@ -49,7 +49,7 @@ class SpecModel(BaseModel):
 
     @model_validator(mode="after")
     def _apply_rules(self) -> Self:
-        violations = [violation for found in run_rules(self) for violation in found]
+        violations = [violation for rule_violations in run_rules(self) for violation in rule_violations]
         if violations:
             text = "; ".join(f"{path}: {message}" if path else message for path, message in violations)
             raise PydanticCustomError("rule_violation", "{text}", {"text": text, "violations": violations})

@@ -180,13 +180,13 @@ def check_view_count(cache: FeatureCache, epochs: int) -> Iterator[Violation]:
         )
 
 
-def check_schedule(schedule: Schedule, epochs: int, of: str = "") -> Iterator[Violation]:
+def check_schedule(schedule: Schedule, epochs: int, scope: str = "") -> Iterator[Violation]:
     """Reject a learning rate schedule that is longer than its stage.
 
     Args:
         schedule: The schedule.
         epochs: Maximum number of epochs.
-        of: What the epochs belong to, for the message; empty for the stage itself.
+        scope: Text after the number of epochs in messages, such as ` of the shortest step`; empty for a whole stage.
 
     Yields:
         Violations relative to the stage.
@@ -194,12 +194,12 @@ def check_schedule(schedule: Schedule, epochs: int, of: str = "") -> Iterator[Vi
     if schedule.warmup_epochs >= epochs:
         yield Violation(
             "optimizer.schedule.warmupEpochs",
-            f"{format_value(schedule.warmup_epochs)} is not below epochs {epochs}{of}, so the warmup would never reach "
-            "the learning rate. Try a tenth of the epochs.",
+            f"{format_value(schedule.warmup_epochs)} is not below epochs {epochs}{scope}, so the warmup would never "
+            "reach the learning rate. Try a tenth of the epochs.",
         )
     if schedule.at_epochs and schedule.at_epochs[-1] >= epochs:
         yield Violation(
             f"optimizer.schedule.atEpochs.{len(schedule.at_epochs) - 1}",
-            f"{schedule.at_epochs[-1]} is not before the last epoch{of}, {epochs}, so this step would never happen. "
+            f"{schedule.at_epochs[-1]} is not before the last epoch{scope}, {epochs}, so this step would never happen. "
             "Remove it.",
         )

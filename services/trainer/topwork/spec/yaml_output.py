@@ -1,4 +1,4 @@
-"""Writing job specs and Kubernetes objects as readable YAML.
+"""Writes job specs and Kubernetes objects as readable YAML.
 
 This module uses PyYAML with libyaml, which writes about ten times faster than ruamel.yaml.
 """
@@ -38,7 +38,7 @@ class _Dumper(yaml.CSafeDumper):
 
 
 def _is_block(text: str) -> bool:
-    """Whether a multi-line string fits in a `|` block without indentation or chomping indicators."""
+    """Return whether a multi-line string fits in a `|` block without indentation or chomping indicators."""
     lines = text.removesuffix("\n").split("\n")
     return (
         "\n" in text

@@ -12,14 +12,14 @@ from topwork.training.plan import StageContext, TrainingPhase, TrainingPlan
 from topwork.training.trainer import train
 from topwork.workspace import Workspace
 
-# Gives this stage another image order and other augmented views than transfer, which uses the job's seed itself.
+# Gives this stage a different image order and different augmented views than transfer, which uses the job's seed.
 _SEED_OFFSET = 1_000_003
 
 
 def fine_tune(job: TransferJob, classifier: Classifier, dataset: StoredDataset, workspace: Workspace) -> Classifier:
     """Unfreeze layers of the base and continue training. Batch normalization of the base stays frozen.
 
-    A completed stage is skipped, an interrupted one resumes from its newest checkpoint.
+    A completed stage is skipped; an interrupted stage resumes from its newest checkpoint.
 
     Args:
         job: The job; without `spec.fineTune` the stage returns its input.

@@ -62,7 +62,7 @@ class Published(BaseModel):
         version: Version number.
         uri: URI of the version.
         report_uri: URI of its report.
-        metrics: The metrics requested by the job, in its order, and the loss.
+        metrics: The metrics requested by the job, in the order of the spec, and the loss.
         split: Split on which they were measured.
         images: Number of images in that split.
         stages: Cost of each training stage, in order.
@@ -156,8 +156,8 @@ def read_published(job: TransferJob, storage: Storage) -> Published | None:
     data = storage.read(f"runs/{job.run}/publish/done.json")
     if data is None:
         return None
-    where = storage.uri_of(f"runs/{job.run}/publish/done.json")
-    published = read_json_record(Published, data, where, "the record of a published run", "start over with --restart")
+    uri = storage.uri_of(f"runs/{job.run}/publish/done.json")
+    published = read_json_record(Published, data, uri, "the record of a published run", "start over with --restart")
     return published if versions.read_version(storage, published.name, published.version) else None
 
 
@@ -277,12 +277,12 @@ def _finish(job: TransferJob, version: Version, workspace: Workspace) -> Publish
 def _stage_costs(job: TransferJob, storage: Storage) -> dict[str, StageCost]:
     costs: dict[str, StageCost] = {}
     for stage in TRAINING_STAGES:
-        if (done := read_stage_result(storage, job.run, stage)) is not None:
+        if (result := read_stage_result(storage, job.run, stage)) is not None:
             costs[stage] = StageCost(
-                trainable=done.parameters.trainable,
+                trainable=result.parameters.trainable,
                 batch_size=batch_sizes(job)[stage],
-                step_seconds=step_seconds(job, done.rows).get(stage),
-                input_wait_share=input_wait_share(done.rows) if any(map(is_input_bound, done.rows)) else None,
+                step_seconds=step_seconds(job, result.rows).get(stage),
+                input_wait_share=input_wait_share(result.rows) if any(map(is_input_bound, result.rows)) else None,
             )
     return costs
 

@@ -180,10 +180,10 @@ def _store_dataset(
 
 
 def _check_free_space(source: Source, workspace: Workspace) -> None:
-    """Check that the scratch disk can hold the images before downloading them, if the source knows their size."""
+    """Check that the images fit on the scratch disk before downloading them, if the source knows their size."""
     if (estimate := source.estimate_space()) is None:
         return
-    # TFDS shuffles on disk what exceeds its memory buffer, which takes a second copy.
+    # TFDS shuffles a dataset on disk if it exceeds the memory buffer, which takes a second copy.
     copies = 2 if estimate.image_bytes > SHUFFLE_BUFFER_BYTES else 1
     needed = estimate.download_bytes + copies * estimate.image_bytes
     workspace.scratch.mkdir(parents=True, exist_ok=True)
@@ -227,7 +227,7 @@ def _count_rejected(rejected: Iterable[RejectedImage], workspace: Workspace) -> 
 
 
 def _check_dataset(metadata: DatasetMetadata, job: TransferJob) -> None:
-    """Check a dataset against the rules of the spec. Applies to datasets that were already stored, too."""
+    """Check a dataset against the rules of the spec. Also applies to datasets that were already stored."""
     spec, rejected = job.spec.dataset, list(metadata.rejected)
     if rejected and spec.on_corrupt_image == "fail":
         raise DataError(

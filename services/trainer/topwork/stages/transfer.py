@@ -17,7 +17,7 @@ from topwork.workspace import Workspace
 def transfer(job: TransferJob, dataset: StoredDataset, workspace: Workspace) -> Classifier:
     """Train a new head on the base. The base is frozen unless `spec.transfer.train` is all.
 
-    A completed stage is skipped, an interrupted one resumes from its newest checkpoint.
+    A completed stage is skipped; an interrupted stage resumes from its newest checkpoint.
 
     Args:
         job: The job.

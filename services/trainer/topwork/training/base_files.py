@@ -22,7 +22,7 @@ log = structlog.get_logger(__name__)
 MAX_ATTEMPTS = 3
 MAX_RETRY_WAIT_SECONDS = 2.0
 SOCKET_TIMEOUT_SECONDS = 60.0
-# Weights without a head are the same for every image size. MobileNet warns about any but its standard sizes.
+# Weights without a head are the same for every image size. MobileNet warns about sizes other than its standard ones.
 STANDARD_IMAGE_SIDE = 224
 
 
@@ -57,12 +57,12 @@ def fetch_base_file(base: Base, workspace: Workspace) -> Path | None:
 
 
 def mirrored_weights_key(name: str) -> str:
-    """Storage key of the mirrored ImageNet weights of a keras.applications model."""
+    """Return the storage key of the mirrored ImageNet weights of a keras.applications model."""
     return f"weights/imagenet/{name}.weights.h5"
 
 
 def mirror_weights(name: str, workspace: Workspace, file: Path | None = None) -> bool:
-    """Copy ImageNet weights to storage, unless they are there, so that jobs do not need internet access.
+    """Copy ImageNet weights to storage unless they are already stored, so that jobs do not need internet access.
 
     Args:
         name: Name of the model in keras.applications.

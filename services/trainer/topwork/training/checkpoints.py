@@ -38,7 +38,7 @@ _CHECKPOINT_NAME = re.compile(r"(\d{5})(?:-(\d{7}))?$")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Everything that a stage needs to resume exactly where it was.
+    """Everything that a stage needs to resume exactly where it stopped.
 
     Attributes:
         state: Progress and history of the stage.
@@ -73,7 +73,7 @@ def write_checkpoint(checkpoint: Checkpoint, prefix: str, workspace: Workspace) 
             for index, value in enumerate(values)
         }
         with (Path(directory) / _ARRAYS_FILE).open("wb") as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type] # numpy's stub takes the names for its options
+            np.savez(file, **arrays)  # type: ignore[arg-type] # NumPy's stub mistakes the names for options
         facts = {"format": FORMAT, **checkpoint.state.model_dump(mode="json")}
         write_artifact(workspace.storage, prefix, Path(directory), facts)
 
@@ -89,7 +89,7 @@ def read_checkpoint(prefix: str, workspace: Workspace) -> Checkpoint:
         The checkpoint.
 
     Raises:
-        FormatError: If a topwork version with another checkpoint format wrote it.
+        FormatError: If a topwork version with a different checkpoint format wrote it.
         DataError: If a part of it is missing, or it is not a checkpoint.
         DamagedError: If a file does not match the digest in the manifest.
         UnavailableError: If storage cannot be reached.
@@ -98,10 +98,10 @@ def read_checkpoint(prefix: str, workspace: Workspace) -> Checkpoint:
     directory = workspace.scratch / f"restored-{Path(prefix).name}"
     try:
         facts = download_artifact(workspace.storage, prefix, directory).facts
-        if (found := facts.pop("format", FORMAT)) != FORMAT:
+        if (stored_format := facts.pop("format", FORMAT)) != FORMAT:
             raise FormatError(
-                f"The checkpoint {uri} has format {found}, but this topwork reads format {FORMAT}. Resume with the "
-                "topwork version that started the run, or start over with --restart."
+                f"The checkpoint {uri} has format {stored_format}, but this topwork reads format {FORMAT}. Resume with "
+                "the topwork version that started the run, or start over with --restart."
             )
         values: Values = {}
         with np.load(directory / _ARRAYS_FILE) as arrays:
@@ -135,7 +135,7 @@ class Checkpoints:
         self._lock = threading.Lock()
         self._pending: Checkpoint | None = None
         self._running: Future[None] | None = None
-        # A checkpoint that cannot be read stays until a new one is stored, and is deleted before its name is reused.
+        # Unreadable checkpoints are kept until a new checkpoint is stored, and deleted before their name is reused.
         self._unreadable: set[str] = set()
 
     def __enter__(self) -> "Checkpoints":
@@ -153,8 +153,8 @@ class Checkpoints:
             The checkpoint; None if there is none.
 
         Raises:
-            FormatError: If a topwork version with another checkpoint format wrote it.
-            UnavailableError: If storage cannot be reached: there may be a checkpoint all the same.
+            FormatError: If a topwork version with a different checkpoint format wrote it.
+            UnavailableError: If storage cannot be reached: a checkpoint may still exist.
         """
         stored = self._list()
         complete = [name for name, keys in stored.items() if _is_complete(keys)]
@@ -175,7 +175,7 @@ class Checkpoints:
         return time.monotonic() - self._last_save >= self._interval_seconds
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Store a checkpoint in the background. It replaces one that is still waiting: only the newest matters."""
+        """Store a checkpoint in the background. It replaces a checkpoint that is still waiting."""
         self._last_save = time.monotonic()
         with self._lock:
             self._pending = checkpoint
@@ -228,7 +228,7 @@ class Checkpoints:
         self._unreadable.clear()
 
     def _list(self) -> dict[str, list[str]]:
-        """List the keys of each checkpoint, complete or not, with its manifest first: deletion starts with it."""
+        """List the keys of each checkpoint, complete or not, manifest first, because it must be deleted first."""
         checkpoints: dict[str, list[str]] = {}
         for stored in self._workspace.storage.list(f"{self._prefix}/"):
             name, _, _ = stored.key.removeprefix(f"{self._prefix}/").partition("/")

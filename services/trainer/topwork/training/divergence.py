@@ -1,4 +1,4 @@
-"""Diverged training: finding the first loss that is NaN or infinite, and the error that reports the step and images."""
+"""Detects diverged training: finds the first loss that is NaN or infinite, and builds the error message."""
 
 import math
 from collections.abc import Sequence
@@ -7,14 +7,14 @@ from typing import Any
 from topwork.errors import DataError
 
 MAX_NAMES = 20
-"""Images that the error names; the log names all of them."""
+"""Maximum number of images in the error message; the log lists all of them."""
 
 
 def first_non_finite(losses: Sequence[Any]) -> tuple[int, float] | None:
     """Find the first running mean of the loss that is NaN or infinite.
 
-    Reading a loss waits for the device. A running mean stays NaN or infinite once it is, so all of them are read only
-    if the last one is.
+    Reading a loss waits for the device. A running mean that becomes NaN or infinite stays so, therefore all of them
+    are read only if the last one is not finite.
 
     Args:
         losses: Scalar tensors in the order of their steps; at least one.
@@ -31,7 +31,7 @@ def diverged_error(observation: str, images: Sequence[str]) -> DataError:
     """Build the error for training that diverged.
 
     Args:
-        observation: What was NaN or infinite, and in which epoch and step.
+        observation: The NaN or infinite value, with its epoch and step.
         images: Names of the images in that step.
 
     Returns:

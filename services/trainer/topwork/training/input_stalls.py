@@ -16,7 +16,7 @@ INPUT_BOUND_SHARE = 1 / 3
 """Share of an epoch that training waits for input, above which it is input-bound."""
 MIN_INPUT_WAIT_SECONDS = 1.0
 """Shorter waits per epoch are not worth a warning."""
-# Each of these computes every pixel again. Of these, rotation alone was measured to cost more than decoding.
+# Each of these recomputes every pixel. Rotation by itself was measured to cost more than decoding.
 _EXPENSIVE_AUGMENTATIONS = (
     "rotation",
     "zoom",
@@ -35,7 +35,7 @@ class InputStalls:
 
     On a CPU a step ends when its call returns, so every wait for a batch stalls training. A GPU computes
     asynchronously: a host that waits for a batch while the GPU is still busy stalls nothing. So waits count only up to
-    the time that the device can have been idle. It runs the steps one after the other. If each step takes c seconds,
+    the time that the device may have been idle. It runs the steps one after the other. If each step takes c seconds,
     the last one ends at the latest of (start of step k) + c * (number of steps from k on). The end is observed, which
     gives c.
     """
@@ -88,7 +88,7 @@ def input_wait_share(rows: Sequence["HistoryRow"]) -> float:
 
 
 def is_input_bound(row: "HistoryRow") -> bool:
-    """Whether training waited for input for too much of an epoch.
+    """Return whether training waited for input for too much of an epoch.
 
     Args:
         row: History row of the epoch.

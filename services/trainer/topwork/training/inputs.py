@@ -1,4 +1,4 @@
-"""What `fit` trains: the classifier in its precision, on images or on cached features of its frozen layers."""
+"""Inputs of `fit`: the model in its precision, and its data, which are images or cached features of frozen layers."""
 
 from dataclasses import dataclass
 
@@ -20,12 +20,12 @@ log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True)
 class TrainingInputs:
-    """A model for `fit`, and the data that it takes.
+    """A model for `fit`, and its training data.
 
     Attributes:
         model: The whole classifier, or its trainable part on cached features. It shares the layers of the classifier.
         data: Training and validation split: images, or cached features.
-        augment: Augmentation of the training images; None for cached features, which are of augmented images.
+        augment: Augmentation of the training images; None for cached features, whose images are already augmented.
         from_cache: Whether the data is cached features.
     """
 
@@ -67,7 +67,7 @@ def prepare_inputs(
         data: The images.
 
     Returns:
-        What `fit` trains.
+        The model that `fit` trains, and its data.
 
     Raises:
         SettingError: If the spec requires the feature cache and there is no space for it.
@@ -82,8 +82,8 @@ def prepare_inputs(
         if features is not None:
             return TrainingInputs(partition.trainable_part, features, augment=None, from_cache=True)
     with model.distribute_strategy.scope():
-        whole = partition.recombine() if partition else model
-    return TrainingInputs(whole, data, augment, from_cache=False)
+        combined = partition.recombine() if partition else model
+    return TrainingInputs(combined, data, augment, from_cache=False)
 
 
 def _partition(model: keras.Model, context: StageContext) -> Partition | None:

@@ -28,7 +28,7 @@ class TrainingPhase:
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """Everything that the spec says about one training stage.
+    """All settings of one training stage from the spec.
 
     Attributes:
         stage: Name of the stage.
@@ -58,12 +58,12 @@ class TrainingPlan:
         return sum(phase.epochs for phase in self.phases)
 
     def last_epoch(self, phase: int) -> int:
-        """Number of the last epoch of a phase, counted from 1 at the start of the stage.
+        """Return the number of the last epoch of a phase, counted from 1 at the start of the stage.
 
         Args:
             phase: Index of the phase.
         """
-        return sum(one.epochs for one in self.phases[: phase + 1])
+        return sum(earlier.epochs for earlier in self.phases[: phase + 1])
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Checks before training starts: whether splits, batch sizes and optimizers suit the stage and its replicas."""
+"""Preflight checks: whether splits, batch sizes and optimizers suit the stage and its replicas."""
 
 from topwork.data.local_dataset import LocalDataset
 from topwork.errors import DataError, SpecError
@@ -11,7 +11,7 @@ def check_data(job: TransferJob, plan: TrainingPlan, data: LocalDataset) -> None
     """Reject splits that this stage, or a later stage of the job, cannot train on.
 
     Args:
-        job: The job. The batch size of fine-tuning is checked too, before hours of transfer.
+        job: The job. The batch size of fine-tuning is also checked, so that it cannot fail after hours of transfer.
         plan: Plan of the stage that is about to start.
         data: Splits of the dataset.
 

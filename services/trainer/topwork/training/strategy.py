@@ -23,7 +23,7 @@ MIN_MULTIPLICATIONS_FOR_BFLOAT16 = 1e9
 
 @dataclass
 class _ProcessStrategy:
-    """The strategy of this process. A second one with another number of replicas would abort its collectives."""
+    """The strategy of this process. A second strategy with more or fewer replicas would abort its collectives."""
 
     lock: threading.Lock = field(default_factory=threading.Lock)
     replicas: int | None = None
@@ -43,7 +43,7 @@ def get_strategy(replicas: int | None) -> tf.distribute.Strategy:
         MirroredStrategy for several replicas, otherwise TensorFlow's default strategy.
 
     Raises:
-        SettingError: If there are fewer GPUs, if this process has a strategy with another number of replicas, or if
+        SettingError: If there are fewer GPUs, if this process has a strategy with a different number of replicas, or if
             TensorFlow was initialized before the replicas could be configured.
 
     Example:
@@ -132,11 +132,13 @@ def choose_dtype_policy(precision: str, multiplications: float) -> str:
         is_large = multiplications >= MIN_MULTIPLICATIONS_FOR_BFLOAT16
         return "mixed_bfloat16" if is_large and cpu_supports_bfloat16() else "float32"
     capabilities = (tf.config.experimental.get_device_details(gpu).get("compute_capability", (0, 0)) for gpu in gpus)
-    return "mixed_bfloat16" if all(found >= BFLOAT16_COMPUTE_CAPABILITY for found in capabilities) else "float32"
+    return (
+        "mixed_bfloat16" if all(capability >= BFLOAT16_COMPUTE_CAPABILITY for capability in capabilities) else "float32"
+    )
 
 
 def cpu_supports_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether the CPU has bfloat16 instructions (AVX-512 BF16 or AMX), so that bfloat16 is faster than float32.
+    """Return whether the CPU has bfloat16 instructions (AVX-512 BF16 or AMX), so that bfloat16 is faster than float32.
 
     Args:
         cpuinfo: File that describes the CPU on Linux; without it, the result is False.

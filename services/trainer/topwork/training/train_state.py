@@ -1,4 +1,4 @@
-"""The state of a stage that checkpoints store beside the weights: progress, history, and when to stop early."""
+"""The state of a stage that checkpoints store with the weights: progress, history and early stopping."""
 
 from datetime import UTC, datetime
 
@@ -57,14 +57,14 @@ class TrainState(BaseModel):
             early_stopping: Settings; None monitors the loss and never stops early.
 
         Returns:
-            Whether this epoch is the best so far, so that its weights are to be kept.
+            Whether this epoch is the best so far, so that its weights must be kept.
         """
         if validation is None:
             self.best_epoch = self.epoch
             return True
         monitor = early_stopping.monitor if early_stopping else "loss"
         min_delta = early_stopping.min_delta if early_stopping else 0.0
-        # Every metric but the loss is better when it is greater.
+        # For every metric except the loss, higher is better.
         value = -validation[monitor] if monitor == "loss" else validation[monitor]
         if self.best_value is None or value > self.best_value + min_delta:
             self.best_value, self.best_epoch, self.wait = value, self.epoch, 0

@@ -65,7 +65,7 @@ def train(
         context: Job, plan and workspace of the stage.
         dataset: The stored dataset.
         build_model: Returns the initial classifier, in float32; called in the scope of the strategy.
-        earlier_history: History of the stages before.
+        earlier_history: History of the earlier stages.
 
     Returns:
         The stored classifier with the best weights.
@@ -157,16 +157,16 @@ class Trainer:
         with self._compiled(self._plan.phases[state.phase]), self._checkpoint_on_stop():
             while state.epoch < last_epoch and not state.ended:
                 # An epoch that was interrupted runs in a separate `fit` call: it has fewer steps left than the others.
-                until = state.epoch + 1 if state.step else last_epoch
-                total = (until - state.epoch) * self.steps_per_epoch - state.step
+                end_epoch = state.epoch + 1 if state.step else last_epoch
+                total = (end_epoch - state.epoch) * self.steps_per_epoch - state.step
                 with self.workspace.track(stage, total) as tracker:
                     model.make_train_function(force=True)
-                    # `fit` calls the train function that the model has.
+                    # `fit` calls the existing train function of the model.
                     model.train_function = TrainStep(model.train_function, self, tracker)
                     model.fit(
                         self._batches(),
                         initial_epoch=state.epoch,
-                        epochs=until,
+                        epochs=end_epoch,
                         steps_per_epoch=self.steps_per_epoch - state.step,
                         callbacks=[self._epoch_callback()],
                         shuffle=False,
@@ -182,7 +182,7 @@ class Trainer:
         """Compile with the layers of a phase unfrozen, and verify afterwards that the frozen ones are unchanged."""
         replicas = self._strategy.num_replicas_in_sync
         with self._strategy.scope():
-            # `compile` reads what is trainable: unfreezing later has no effect.
+            # `compile` reads which layers are trainable: unfreezing later has no effect.
             self._unfreeze(phase)
             synchronize_batch_norm(self._model, synchronized=replicas > 1)
             accuracy = make_accuracy()
@@ -272,14 +272,14 @@ class Trainer:
 
     @cached_property
     def _validation(self) -> Validation | None:
-        split, rule = self._inputs.data.validation, self._plan.early_stopping
+        split, early_stopping = self._inputs.data.validation, self._plan.early_stopping
         if split is None or not split.size:
             return None
-        auc = rule is not None and rule.monitor == "auc"
+        auc = early_stopping is not None and early_stopping.monitor == "auc"
         return Validation(split, classes=self._classes, batch_size=self.batch_size, auc=auc)
 
     def checkpoint_is_due(self) -> bool:
-        """Whether to store a checkpoint in the middle of the epoch."""
+        """Return whether to store a checkpoint in the middle of the epoch."""
         return self._checkpoints.is_due
 
     def save_checkpoint(self) -> None:
@@ -287,7 +287,7 @@ class Trainer:
         self._checkpoints.save(self.snapshot())
 
     def snapshot(self) -> Checkpoint:
-        """Copy everything that training changes; an error if a weight is NaN or infinite."""
+        """Copy everything that training changes. Raises DataError if a weight is NaN or infinite."""
         checkpoint = self._variables.snapshot(self.state)
         if not all_finite(checkpoint.values["model"]):
             state = self.state
@@ -312,7 +312,7 @@ class Trainer:
 class TrainStep:
     """Wraps Keras' train function: runs one step, measures it, checks the loss, and handles checkpoints and stops.
 
-    A callback could not tell waiting for data from computing: Keras' train function itself takes the next batch.
+    A callback could not distinguish waiting for data from computing: Keras' train function itself takes the next batch.
     """
 
     def __init__(self, train_function: Callable[[Iterator[Any]], Any], trainer: Trainer, tracker: Tracker) -> None:
@@ -350,9 +350,9 @@ class TrainStep:
         self._losses.append(logs["loss"])
         self._tracker.advance()
         is_last, is_stopping = state.step == trainer.steps_per_epoch, trainer.workspace.stop.is_set()
-        saves = not is_last and (is_stopping or trainer.checkpoint_is_due())
-        # The loss is checked before every checkpoint: one of a diverged model must not replace a good one.
-        if is_last or saves or state.step % STEPS_BETWEEN_LOSS_CHECKS == 0:
+        should_save = not is_last and (is_stopping or trainer.checkpoint_is_due())
+        # The loss is checked before every checkpoint: a diverged model must not replace a good checkpoint.
+        if is_last or should_save or state.step % STEPS_BETWEEN_LOSS_CHECKS == 0:
             self._check_losses()
             self._record_stalls()
         seconds = time.perf_counter() - requested
@@ -360,15 +360,15 @@ class TrainStep:
         trainer.workspace.metrics.record_step(trainer.batch_size, seconds)
         if is_stopping and not is_last:
             raise StopTraining
-        if saves:
+        if should_save:
             trainer.save_checkpoint()
         return logs
 
     def _check_losses(self) -> None:
         losses, self._losses = self._losses, []
-        if (bad := first_non_finite(losses)) is None:
+        if (non_finite := first_non_finite(losses)) is None:
             return
-        index, value = bad
+        index, value = non_finite
         epoch = self._trainer.state.epoch + 1
         step = self._trainer.state.step - len(losses) + index + 1
         raise self._trainer.divergence_error(f"The loss is {value} in epoch {epoch} at step {step}", epoch, step)

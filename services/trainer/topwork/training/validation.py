@@ -61,10 +61,11 @@ class Validation:
         labels = loss_targets(self._labels)
         with tf.device("CPU"):
             losses = np.asarray(loss.call(tf.constant(labels), tf.constant(logits)))
-            if len(bad := np.flatnonzero(~np.isfinite(losses)).tolist()):
-                names = [self._split.names[index] for index in bad]
+            if len(non_finite := np.flatnonzero(~np.isfinite(losses)).tolist()):
+                names = [self._split.names[index] for index in non_finite]
                 raise diverged_error(
-                    f"The loss is {losses[bad[0]]} on {len(bad)} of {len(losses)} validation images", names
+                    f"The loss is {losses[non_finite[0]]} on {len(non_finite)} of {len(losses)} validation images",
+                    names,
                 )
             correct = np.asarray(correct_predictions(tf.constant(labels), tf.constant(logits)))
         metrics = {"loss": float(losses.mean(dtype=np.float64)), "accuracy": float(correct.mean(dtype=np.float64))}

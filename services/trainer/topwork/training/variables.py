@@ -1,4 +1,4 @@
-"""Variables that a stage changes: copying their values into checkpoints and back, and keeping the best ones."""
+"""Variables that a stage changes: copies their values to and from checkpoints, and keeps the best ones."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ class StageVariables:
     """The variables of the classifier, its optimizer and its running metrics that a stage changes.
 
     The variables of the classifier are chosen once, with every layer unfrozen that any phase trains: checkpoints of
-    all phases hold the same list.
+    all phases contain the same variables.
     """
 
     def __init__(self, classifier: keras.Model, fit_model: keras.Model) -> None:
@@ -87,7 +87,7 @@ class StageVariables:
         self._best = read_values(self._variables)
 
     def load_best(self) -> None:
-        """Set the weights to those of the best epoch. The phase is over: its optimizer is not restored any more."""
+        """Set the weights to those of the best epoch. The phase is complete, so its optimizer is no longer restored."""
         write_values(self._variables, self._best)
         self._restored = None
 
@@ -121,7 +121,7 @@ def write_values(variables: list[Any], values: list[np.ndarray]) -> None:
     """Set variables to values.
 
     Raises:
-        FormatError: If number or shapes differ.
+        FormatError: If their number or shapes differ.
     """
     shapes = [tuple(variable.shape) for variable in variables]
     if shapes != [value.shape for value in values]:
@@ -134,5 +134,5 @@ def write_values(variables: list[Any], values: list[np.ndarray]) -> None:
 
 
 def all_finite(values: list[np.ndarray]) -> bool:
-    """Whether no floating-point value is NaN or infinite."""
+    """Return whether all floating-point values are finite."""
     return all(np.isfinite(value).all() for value in values if np.issubdtype(value.dtype, np.floating))

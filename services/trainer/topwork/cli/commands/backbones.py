@@ -20,7 +20,7 @@ def backbones(as_json: Annotated[bool, typer.Option("--json", help="Print JSON."
     keras.io does not list it.
     """
     if as_json:
-        print(json.dumps([_as_json(name, known) for name, known in APPLICATIONS.items()], indent=2))
+        print(json.dumps([_as_json(name, application) for name, application in APPLICATIONS.items()], indent=2))
         return
     for line in format_table(COLUMNS, rows(), gap=1):
         print(line)
@@ -31,29 +31,29 @@ def rows() -> list[tuple[str, ...]]:
     return [
         (
             name,
-            f"{known.default_side}",
-            f"{known.min_side}",
-            f"{known.parameters:,}",
-            f"{known.parameters_without_top:,}",
-            f"{known.depth}",
-            f"{known.size_mb:.0f}",
-            f"{known.top1:.1%}",
-            "-" if known.top5 is None else f"{known.top5:.1%}",
+            f"{application.default_side}",
+            f"{application.min_side}",
+            f"{application.parameters:,}",
+            f"{application.parameters_without_top:,}",
+            f"{application.depth}",
+            f"{application.size_mb:.0f}",
+            f"{application.top1:.1%}",
+            "-" if application.top5 is None else f"{application.top5:.1%}",
         )
-        for name, known in APPLICATIONS.items()
+        for name, application in APPLICATIONS.items()
     ]
 
 
-def _as_json(name: str, known: Application) -> dict[str, Any]:
+def _as_json(name: str, application: Application) -> dict[str, Any]:
     return {
         "name": name,
-        "defaultSide": known.default_side,
-        "leastSide": known.min_side,
-        "scaling": known.scaling,
-        "parameters": known.parameters,
-        "parametersWithoutTop": known.parameters_without_top,
-        "depth": known.depth,
-        "sizeMB": known.size_mb,
-        "top1": known.top1,
-        "top5": known.top5,
+        "defaultSide": application.default_side,
+        "leastSide": application.min_side,
+        "scaling": application.scaling,
+        "parameters": application.parameters,
+        "parametersWithoutTop": application.parameters_without_top,
+        "depth": application.depth,
+        "sizeMB": application.size_mb,
+        "top1": application.top1,
+        "top5": application.top5,
     }

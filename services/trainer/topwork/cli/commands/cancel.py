@@ -33,7 +33,7 @@ def cancel(
 
     run = find_run_to_cancel(cluster, name)
     status = _read_status(cluster, run)
-    print(f"canceling {run} in namespace {cluster.namespace}{_describe_before(status)}", flush=True)
+    print(f"canceling {run} in namespace {cluster.namespace}{_describe_status(status)}", flush=True)
     try:
         Cancellation(cluster, run, now, lambda line: print(line, flush=True)).cancel()
     except KeyboardInterrupt:
@@ -46,7 +46,7 @@ def cancel(
 
 
 def _read_status(cluster: "Cluster", run: str) -> "RunStatus | None":
-    """Read the status of the run; None if only its ConfigMap is left."""
+    """Read the status of the run; None if only its ConfigMap still exists."""
     from topwork.cluster.operations.runs import read_run_objects
     from topwork.cluster.status.run_status import read_run_status
 
@@ -54,7 +54,7 @@ def _read_status(cluster: "Cluster", run: str) -> "RunStatus | None":
     return read_run_status(objects) if objects.jobs else None
 
 
-def _describe_before(status: "RunStatus | None") -> str:
+def _describe_status(status: "RunStatus | None") -> str:
     if status is None:
         return ", of which only the ConfigMap is left"
     if status.phase == "succeeded":
@@ -65,7 +65,7 @@ def _describe_before(status: "RunStatus | None") -> str:
 
 
 def _describe_consequences(status: "RunStatus | None", now: bool) -> list[str]:
-    """Return what is kept, what is lost, and how to resume."""
+    """Describe which results are kept, what progress is lost, and how to resume."""
     if status is None:
         return []
     if status.phase == "succeeded":

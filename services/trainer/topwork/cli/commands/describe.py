@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from topwork.cli.options import Overrides
+from topwork.cli.options import Overrides, State
 from topwork.cli.runtime.environment import default_state_directory, has_storage_configuration
 from topwork.cli.runtime.tensorflow_import import quiet_tensorflow_import
 from topwork.errors import DataError, SettingError, UnavailableError
@@ -37,9 +37,7 @@ def describe(
             min=1, help="Number of images in the train split of the source, if the dataset is not stored yet."
         ),
     ] = None,
-    state: Annotated[
-        Path | None, typer.Option(help="State directory of the embedded S3 server [default: ~/.local/state/topwork].")
-    ] = None,
+    state: State = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list with one object per job.")] = False,
 ) -> None:
     """Show what each stage of a job trains, without training, downloading or pulling anything.
@@ -49,14 +47,15 @@ def describe(
     was pulled, otherwise from --classes and --images. Unavailable facts are reported and are not an error.
     """
     jobs = [job for _, job in read_files(files, overrides or ())]
-    found = [_describe(job, state or default_state_directory(), classes, images) for job in jobs]
+    descriptions = [_describe(job, state or default_state_directory(), classes, images) for job in jobs]
     if as_json:
-        print(json.dumps([one.model_dump(mode="json", by_alias=True) for one in found], indent=2, ensure_ascii=False))
+        content = [description.model_dump(mode="json", by_alias=True) for description in descriptions]
+        print(json.dumps(content, indent=2, ensure_ascii=False))
         return
     from topwork.cli.output.description import format_description
 
-    for index, one in enumerate(found):
-        for line in (*([""] if index else []), *format_description(one)):
+    for index, description in enumerate(descriptions):
+        for line in (*([""] if index else []), *format_description(description)):
             print(line)
 
 

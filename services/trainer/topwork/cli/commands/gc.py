@@ -3,11 +3,11 @@
 import json
 import re
 from datetime import timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from topwork.cli.options import State
 from topwork.cli.runtime.storage import open_storage
 from topwork.disk_space import format_bytes
 from topwork.errors import SettingError
@@ -28,9 +28,7 @@ def gc(
         ),
     ] = "24h",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    state: Annotated[
-        Path | None, typer.Option(help="State directory of the embedded S3 server [default: ~/.local/state/topwork].")
-    ] = None,
+    state: State = None,
 ) -> None:
     """Delete incomplete datasets, versions and uploads, unreferenced datasets, and checkpoints of finished stages.
 
@@ -39,33 +37,35 @@ def gc(
     """
     from topwork.registry.garbage_collection import delete_leftovers, find_leftovers
 
-    limit = _duration(older_than)
+    min_age = _duration(older_than)
     with open_storage(storage_uri, state) as storage:
-        found = find_leftovers(storage, limit)
+        leftovers = find_leftovers(storage, min_age)
         if not dry_run:
-            found = list(delete_leftovers(storage, found))
+            leftovers = list(delete_leftovers(storage, leftovers))
     if as_json:
-        typer.echo(json.dumps({"dryRun": dry_run, "bytes": _total(found), "found": [_as_json(one) for one in found]}))
+        items = [_as_json(leftover) for leftover in leftovers]
+        typer.echo(json.dumps({"dryRun": dry_run, "bytes": _total(leftovers), "found": items}))
         return
-    _print(found)
-    if found:
-        what = f"{len(found)} leftover{'s' if len(found) > 1 else ''}"
-        typer.echo(f"{'Would free' if dry_run else 'Freed'} {format_bytes(_total(found))}: {what} in {storage_uri}.")
+    _print(leftovers)
+    if leftovers:
+        count = f"{len(leftovers)} leftover{'s' if len(leftovers) > 1 else ''}"
+        size = format_bytes(_total(leftovers))
+        typer.echo(f"{'Would free' if dry_run else 'Freed'} {size}: {count} in {storage_uri}.")
     else:
         typer.echo(f"Nothing to delete in {storage_uri} that is older than {older_than}.")
 
 
 def _duration(text: str) -> timedelta:
-    found = re.fullmatch(r"([0-9]{1,6})([mhd])", text)
-    if not found:
+    match = re.fullmatch(r"([0-9]{1,6})([mhd])", text)
+    if not match:
         raise SettingError(
             f"--older-than is {text!r}: expected a whole number of minutes, hours or days, such as 90m, 24h or 7d."
         )
-    return timedelta(**{UNITS[found[2]]: int(found[1])})
+    return timedelta(**{UNITS[match[2]]: int(match[1])})
 
 
-def _total(found: "list[Leftover]") -> int:
-    return sum(leftover.size for leftover in found)
+def _total(leftovers: "list[Leftover]") -> int:
+    return sum(leftover.size for leftover in leftovers)
 
 
 def _as_json(leftover: "Leftover") -> dict[str, Any]:
@@ -78,7 +78,7 @@ def _as_json(leftover: "Leftover") -> dict[str, Any]:
     }
 
 
-def _print(found: "list[Leftover]") -> None:
-    for leftover in found:
-        when = f"{leftover.newest:%Y-%m-%d %H:%M}"
-        typer.echo(f"{leftover.kind:<20}  {format_bytes(leftover.size):>10}  {when}  {leftover.prefix}")
+def _print(leftovers: "list[Leftover]") -> None:
+    for leftover in leftovers:
+        newest = f"{leftover.newest:%Y-%m-%d %H:%M}"
+        typer.echo(f"{leftover.kind:<20}  {format_bytes(leftover.size):>10}  {newest}  {leftover.prefix}")

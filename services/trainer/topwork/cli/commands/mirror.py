@@ -81,12 +81,12 @@ def job(
     state: State = None,
 ) -> None:
     """Copy the ImageNet weights and TFDS datasets that jobs would download, each into the storage of its job."""
-    for _, read in read_files(files, overrides or ()):
-        if not _needs_downloads(read.spec):
-            print(f"{read.metadata.name} downloads neither weights nor a TFDS dataset.")
+    for _, transfer_job in read_files(files, overrides or ()):
+        if not _needs_downloads(transfer_job.spec):
+            print(f"{transfer_job.metadata.name} downloads neither weights nor a TFDS dataset.")
             continue
-        with _open_workspace(read.spec.storage, state) as workspace:
-            base, source = read.spec.model.base, read.spec.dataset.source
+        with _open_workspace(transfer_job.spec.storage, state) as workspace:
+            base, source = transfer_job.spec.model.base, transfer_job.spec.dataset.source
             if base.needs_imagenet:
                 _mirror_weights(str(base.application), workspace)
             if source.tfds:
@@ -116,7 +116,7 @@ def _mirror_tfds(name: str, workspace: Workspace, data_dir: Path | None = None) 
 
 @contextmanager
 def _open_workspace(storage_uri: str, state: Path | None) -> Iterator[Workspace]:
-    # Mirroring computes nothing, and other processes may use the GPUs.
+    # Mirroring needs no GPU, and other processes may use the GPUs.
     hide_gpus()
     state = state or default_state_directory()
     with lock_scratch(state, "mirror") as scratch, open_storage(storage_uri, state) as storage:

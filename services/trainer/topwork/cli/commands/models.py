@@ -11,6 +11,7 @@ from rich.table import Table
 
 from topwork.artifacts import download_artifact, read_manifest
 from topwork.cli.model_address import open_version, parse_model_address
+from topwork.cli.options import State
 from topwork.cli.runtime.storage import open_storage
 from topwork.errors import SettingError
 from topwork.registry import versions
@@ -18,9 +19,6 @@ from topwork.registry.versions import Version
 
 app = typer.Typer(help="List, show and download published models.", no_args_is_help=True, rich_markup_mode=None)
 
-State = Annotated[
-    Path | None, typer.Option(help="State directory of the embedded S3 server [default: ~/.local/state/topwork].")
-]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Number = Annotated[int | None, typer.Option("--version", min=1, help="Version of the model [default: the latest].")]
 WHERE = "s3://bucket/prefix of the models, or s3://bucket/prefix/models/NAME[/VERSION]."
@@ -35,22 +33,22 @@ def list_models(
 ) -> None:
     """List published models with their latest version."""
     with open_storage(storage_uri, state) as storage:
-        found = {
+        models = {
             name: (numbers, versions.read_latest(storage, name) or versions.read_version(storage, name, numbers[-1]))
             for name, numbers in versions.list_models(storage).items()
         }
     if as_json:
         content = [
             {"name": name, "versions": numbers, "latest": latest.model_dump(mode="json") if latest else None}
-            for name, (numbers, latest) in found.items()
+            for name, (numbers, latest) in models.items()
         ]
         typer.echo(json.dumps(content, indent=2))
         return
-    if not found:
+    if not models:
         typer.echo(f"No models are published in {storage_uri}.")
         return
     table = Table("model", "latest", "versions", "metric", "published", box=None, pad_edge=False)
-    for name, (numbers, latest) in found.items():
+    for name, (numbers, latest) in models.items():
         table.add_row(name, str(latest.version) if latest else "", str(len(numbers)), *_main_metric(latest))
     Console(highlight=False, soft_wrap=True).print(table)
 
@@ -64,20 +62,20 @@ def show(
     state: State = None,
 ) -> None:
     """Show a published version: metrics, origin and files."""
-    with open_version(parse_model_address(where, name, version), state) as (storage, found):
-        prefix = versions.version_prefix(found.name, found.version)
+    with open_version(parse_model_address(where, name, version), state) as (storage, published):
+        prefix = versions.version_prefix(published.name, published.version)
         manifest = read_manifest(storage, prefix)
         files = manifest.files if manifest else {}
     if as_json:
         sizes = {file: entry.size for file, entry in files.items()}
-        typer.echo(json.dumps({**found.model_dump(mode="json"), "files": sizes}, indent=2))
+        typer.echo(json.dumps({**published.model_dump(mode="json"), "files": sizes}, indent=2))
         return
     total = sum(entry.size for entry in files.values()) / MEBIBYTE
-    lines = {"model": found.uri, "run": found.run, "published": found.published}
-    lines |= {metric: f"{value:.4f}" for metric, value in found.metrics.items()}
+    lines = {"model": published.uri, "run": published.run, "published": published.published}
+    lines |= {metric: f"{value:.4f}" for metric, value in published.metrics.items()}
     lines |= {"files": f"{len(files)}, {total:.1f} MiB: {', '.join(sorted(files))}"}
     width = max(len(label) for label in lines)
-    typer.echo(f"{found.name} version {found.version}")
+    typer.echo(f"{published.name} version {published.version}")
     for label, value in lines.items():
         typer.echo(f"  {label:<{width}}  {value}")
 
@@ -102,16 +100,16 @@ def fetch(
         raise SettingError(f"{target} already exists. Use a new or empty directory.")
     with open_version(parse_model_address(where, words[0] if len(words) == 2 else None, version), state) as (
         storage,
-        found,
+        published,
     ):
         part = target.absolute().with_name(f".{target.absolute().name}.part")
         shutil.rmtree(part, ignore_errors=True)  # leftovers of an interrupted command
         try:
-            download_artifact(storage, versions.version_prefix(found.name, found.version), part)
+            download_artifact(storage, versions.version_prefix(published.name, published.version), part)
             part.rename(target)
         finally:
             shutil.rmtree(part, ignore_errors=True)
-    typer.echo(f"Fetched {found.uri} to {target}")
+    typer.echo(f"Fetched {published.uri} to {target}")
 
 
 def _main_metric(version: Version | None) -> tuple[str, str]:

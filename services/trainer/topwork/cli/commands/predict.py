@@ -16,6 +16,7 @@ import typer
 
 from topwork.artifacts import download_artifact
 from topwork.cli.model_address import MODEL_URI, find_version, parse_model_address
+from topwork.cli.options import State
 from topwork.cli.runtime.storage import open_storage
 from topwork.cli.runtime.tensorflow_import import quiet_tensorflow_import
 from topwork.clients.s3.storage import Storage
@@ -64,9 +65,7 @@ def predict(
     top: Annotated[int, typer.Option(min=1, help="Number of classes to print per image.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per line.")] = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV with one row per class.")] = False,
-    state: Annotated[
-        Path | None, typer.Option(help="State directory of the embedded S3 server [default: ~/.local/state/topwork].")
-    ] = None,
+    state: State = None,
 ) -> None:
     """Print the most probable classes of each image. Unreadable images are reported, and the exit code is then 2."""
     if as_json and as_csv:
@@ -107,19 +106,19 @@ def _load(model: str, storages: _Storages, stack: ExitStack) -> "Predictor":
         return Predictor(path)
 
 
-def _download_model(model: str, storages: _Storages, folder: Path) -> Path:
+def _download_model(model: str, storages: _Storages, directory: Path) -> Path:
     if not MODEL_URI.fullmatch(model) and model.endswith(".keras"):
         parent, name = model.rsplit("/", 1)
-        storages.at(parent).download(name, folder / name)
-        return folder / name
+        storages.at(parent).download(name, directory / name)
+        return directory / name
     address = parse_model_address(model)
     storage = storages.at(address.storage)
-    found = find_version(storage, address)
-    prefix = versions.version_prefix(found.name, found.version)
-    manifest = download_artifact(storage, prefix, folder, select=lambda file: file in {"model.keras", "labels.txt"})
+    version = find_version(storage, address)
+    prefix = versions.version_prefix(version.name, version.version)
+    manifest = download_artifact(storage, prefix, directory, select=lambda file: file in {"model.keras", "labels.txt"})
     if "model.keras" not in manifest.files:
-        download_artifact(storage, prefix, folder)
-    return folder
+        download_artifact(storage, prefix, directory)
+    return directory
 
 
 def _find_images(paths: Sequence[str], storages: _Storages) -> Iterator[InputImage]:
@@ -127,8 +126,8 @@ def _find_images(paths: Sequence[str], storages: _Storages) -> Iterator[InputIma
         if name.startswith("s3://"):
             yield from _find_stored_images(name, storages)
         elif Path(name).is_dir():
-            found = sorted(path for path in Path(name).rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-            yield from (InputImage(str(path), path.read_bytes) for path in found)
+            files = sorted(path for path in Path(name).rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+            yield from (InputImage(str(path), path.read_bytes) for path in files)
         else:
             yield InputImage(name, Path(name).read_bytes)
 
@@ -183,8 +182,8 @@ def _text() -> Callable[[Prediction], None]:
         if prediction.error:
             typer.echo(f"{prediction.image}: cannot be read: {prediction.error}", err=True)
         else:
-            shown = ", ".join(f"{name} {100 * probability:.1f} %" for name, probability in prediction.classes)
-            typer.echo(f"{prediction.image}: {shown}")
+            classes = ", ".join(f"{name} {100 * probability:.1f} %" for name, probability in prediction.classes)
+            typer.echo(f"{prediction.image}: {classes}")
 
     return write
 

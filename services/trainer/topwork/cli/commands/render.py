@@ -75,7 +75,7 @@ def read_and_render(
         The jobs in file order, each with a different run.
 
     Raises:
-        InvalidSpecError: All problems of all files.
+        InvalidSpecError: If a file has problems; lists all problems of all files.
     """
     jobs: list[RenderedJob] = []
     problems: list[Problem] = []

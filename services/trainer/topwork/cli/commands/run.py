@@ -1,4 +1,4 @@
-"""`topwork run`: run whole jobs on this machine."""
+"""`topwork run`: run jobs on this machine."""
 
 import logging
 from dataclasses import dataclass
@@ -94,7 +94,7 @@ class _Runner:
         metrics: Metrics of the process.
         progress: Progress display.
         state: State directory.
-        replicas: Replicas on the CPU; None is one per GPU, or one.
+        replicas: Replicas on the CPU; None for one per GPU, or one without GPUs.
         restart: Whether to delete the results of earlier attempts.
         verbose: Whether to show the output of TensorFlow.
     """

@@ -16,7 +16,7 @@ def validate(
 ) -> None:
     """Validate job specs and print the name of each run.
 
-    All problems in all files are reported at once, with their line and column.
+    All problems of all files are reported together, with their line and column.
     """
     for path, job in read_files(files, overrides or ()):
         print(f"{path}: TransferJob {job.metadata.name} ok (run {job.run})")

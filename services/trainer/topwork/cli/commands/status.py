@@ -91,7 +91,7 @@ def _print_runs(
 
     statuses = runs.add_epoch_progress(runs.list_runs(cluster, all_namespaces=all_namespaces), connect_to)
     if as_json:
-        print(json.dumps([status_printer.status_to_json(each) for each in statuses], indent=2))
+        print(json.dumps([status_printer.status_to_json(run_status) for run_status in statuses], indent=2))
     elif statuses:
         for line in status_printer.format_runs(statuses, show_namespace=all_namespaces):
             print(line)

@@ -67,9 +67,9 @@ def _print_step(description: str) -> Iterator[None]:
 
 
 def _check_contents(storage: "Storage", key: str, data: bytes) -> None:
-    found = storage.read(key)
-    if found != data:
-        received = "nothing" if found is None else f"{len(found)} different bytes"
+    stored = storage.read(key)
+    if stored != data:
+        received = "nothing" if stored is None else f"{len(stored)} different bytes"
         raise SettingError(
             f"{storage.uri} returned {received} after {len(data)} bytes were stored. A proxy between here and the "
             "server may change the data, or the server does not store objects reliably."

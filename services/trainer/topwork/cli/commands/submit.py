@@ -105,7 +105,7 @@ def _render(
 
 
 def _read_defaults(cluster: "Cluster") -> "NamespaceDefaults | None":
-    """Read the defaults of the namespace; an account that may not read them submits without."""
+    """Read the defaults of the namespace; an account that may not read them submits without them."""
     from topwork.clients.kubernetes.errors import ForbiddenError
     from topwork.cluster.manifests.defaults import DEFAULTS_SOURCE, read_defaults
 
@@ -117,7 +117,7 @@ def _read_defaults(cluster: "Cluster") -> "NamespaceDefaults | None":
 
 
 def _print_used_defaults(defaults: "NamespaceDefaults", *, with_image: bool) -> None:
-    """Print which values come from the namespace and not from the files."""
+    """Print the values that come from the defaults of the namespace."""
     from topwork.cluster.manifests.defaults import DEFAULTS_SOURCE
     from topwork.spec.loading.problems import format_path
     from topwork.spec.messages import format_value
@@ -196,8 +196,8 @@ def _wait_for_data(cluster: "Cluster", job: RenderedJob, connection: "Connection
 
     code = following.follow(cluster, job.job.run, connection, "prefetch")
     if code:
-        again = connection.command(f"submit {job.path}", *format_overrides(job.overrides), "--wait-for-data")
-        print(f"transferjob {job.job.metadata.name} is not submitted yet. Continue with: {again}")
+        command = connection.command(f"submit {job.path}", *format_overrides(job.overrides), "--wait-for-data")
+        print(f"transferjob {job.job.metadata.name} is not submitted yet. Continue with: {command}")
     return code
 
 

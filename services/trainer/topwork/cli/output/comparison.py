@@ -30,17 +30,17 @@ def format_comparison(published: Sequence["Published"]) -> Iterator[str]:
 
 def _rows(published: Sequence["Published"]) -> Iterator[tuple[str, ...]]:
     fastest: dict[str, float] = {}
-    for one in published:
-        for stage, seconds in _image_seconds(one).items():
+    for version in published:
+        for stage, seconds in _image_seconds(version).items():
             fastest[stage] = min(seconds, fastest.get(stage, seconds))
-    for one in published:
-        name, value = next(iter(one.metrics.items()))
-        per_image, model = _image_seconds(one), (f"{one.name}/{one.version}", f"{name} {value:.4f}")
-        for stage, cost in one.stages.items():
-            shown = f"{cost.step_seconds:.3g}" if cost.step_seconds else ""
+    for version in published:
+        name, value = next(iter(version.metrics.items()))
+        per_image, model = _image_seconds(version), (f"{version.name}/{version.version}", f"{name} {value:.4f}")
+        for stage, cost in version.stages.items():
+            step_seconds = f"{cost.step_seconds:.3g}" if cost.step_seconds else ""
             ratio = f"{per_image[stage] / fastest[stage]:.2f}" if stage in per_image else ""
-            yield *model, stage, f"{cost.trainable:,}", f"{cost.batch_size}", shown, ratio
-        if not one.stages:
+            yield *model, stage, f"{cost.trainable:,}", f"{cost.batch_size}", step_seconds, ratio
+        if not version.stages:
             yield *model, "", "", "", "", ""
 
 

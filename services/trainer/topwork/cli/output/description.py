@@ -47,8 +47,8 @@ def _base(base: "BaseDescription") -> str:
 
 def _data(data: "DataDescription") -> str:
     images = ", ".join(f"{_count(count)} {name}" for name, count in data.images.items())
-    where = f" ({data.dataset})" if data.dataset else ""
-    return f"{_count(data.classes)} classes; images: {images}{where}"
+    location = f" ({data.dataset})" if data.dataset else ""
+    return f"{_count(data.classes)} classes; images: {images}{location}"
 
 
 def _stage(stage: "StageDescription") -> Iterator[str]:
@@ -89,8 +89,8 @@ def _rate(phase: "PhaseDescription") -> str:
 
 def _with_parameters(settings: dict[str, Any], known: set[str]) -> str:
     """Format the name of an optimizer or schedule with its parameters."""
-    given = [f"{key} {_value(value)}" for key, value in settings.items() if key not in known and value]
-    return f"{settings['name']} ({', '.join(given)})" if given else str(settings["name"])
+    parameters = [f"{key} {_value(value)}" for key, value in settings.items() if key not in known and value]
+    return f"{settings['name']} ({', '.join(parameters)})" if parameters else str(settings["name"])
 
 
 def _value(value: object) -> str:
@@ -102,7 +102,7 @@ def _value(value: object) -> str:
 def _layers(phase: "PhaseDescription") -> Iterator[str]:
     if phase.trainable is None or phase.frozen is None:
         return
-    rows = [(one.layers, f"{one.trainable:,}", f"{one.frozen:,}") for one in phase.layers]
+    rows = [(group.layers, f"{group.trainable:,}", f"{group.frozen:,}") for group in phase.layers]
     total = ("total", f"{phase.trainable:,}", f"{phase.frozen:,}")
     for line in tables.format_table(("layers", "trainable", "frozen"), [*rows, total]):
         yield f"{INDENT * 2}{line}"

@@ -40,7 +40,7 @@ class ConnectionOptions:
     context: str | None = None
     kubeconfig: Path | None = None
 
-    def command(self, words: str, *options: str) -> str:
+    def command(self, subcommand: str, *options: str) -> str:
         """Return a topwork command line with these options.
 
         Example:
@@ -49,7 +49,7 @@ class ConnectionOptions:
         """
         context = f" --context {self.context}" if self.context else ""
         kubeconfig = f" --kubeconfig {self.kubeconfig}" if self.kubeconfig else ""
-        return " ".join([f"topwork {words} -n {self.namespace}{context}{kubeconfig}", *options])
+        return " ".join([f"topwork {subcommand} -n {self.namespace}{context}{kubeconfig}", *options])
 
 
 class _Output(Protocol):
@@ -162,7 +162,7 @@ def _follow(follower: RunFollower, output: _Output) -> int:
 
 
 class ProgressReporter:
-    """Converts successive statuses of a run to lines, without repetition."""
+    """Converts successive statuses of a run to lines, without repeating any."""
 
     def __init__(self) -> None:
         self._reported: set[tuple[str, ...]] = set()

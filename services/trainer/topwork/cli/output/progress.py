@@ -13,7 +13,7 @@ from topwork.progress import Fact, Progress, Tracker
 
 
 def open_progress() -> Progress:
-    """Progress bars if standard error is a terminal, otherwise no progress display."""
+    """Return progress bars if standard error is a terminal, otherwise no progress display."""
     return ProgressBars(stderr_console()) if sys.stderr.isatty() else NoProgress()
 
 
@@ -58,7 +58,7 @@ class _BarTracker:
 
     def advance(self, count: int = 1, **facts: Fact) -> None:
         """Move the bar."""
-        shown = " ".join(
+        text = " ".join(
             f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in facts.items()
         )
-        self._bars.update(self._task, advance=count, facts=shown)
+        self._bars.update(self._task, advance=count, facts=text)

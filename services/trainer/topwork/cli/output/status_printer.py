@@ -16,19 +16,19 @@ STAGE_COLUMNS = ("STAGE", "STATE", "DURATION", "EPOCHS", "BEST")
 
 def format_duration(seconds: float) -> str:
     """Format a duration as kubectl does: 119s, 5m10s, 11m, 4h1m, 25h, 2d2h, 10d."""
-    whole = max(0, int(seconds))
-    minutes, hours, days = whole // 60, whole // 3600, whole // 86400
-    if whole < 120:
-        return f"{whole}s"
+    total = max(0, int(seconds))
+    minutes, hours, days = total // 60, total // 3600, total // 86400
+    if total < 120:
+        return f"{total}s"
     if minutes < 180:
-        return _with_rest(f"{minutes}m", whole % 60, "s") if minutes < 10 else f"{minutes}m"
+        return _with_remainder(f"{minutes}m", total % 60, "s") if minutes < 10 else f"{minutes}m"
     if hours < 48:
-        return _with_rest(f"{hours}h", minutes % 60, "m") if hours < 8 else f"{hours}h"
-    return _with_rest(f"{days}d", hours % 24, "h") if days < 8 else f"{days}d"
+        return _with_remainder(f"{hours}h", minutes % 60, "m") if hours < 8 else f"{hours}h"
+    return _with_remainder(f"{days}d", hours % 24, "h") if days < 8 else f"{days}d"
 
 
-def _with_rest(text: str, rest: int, unit: str) -> str:
-    return f"{text}{rest}{unit}" if rest else text
+def _with_remainder(text: str, remainder: int, unit: str) -> str:
+    return f"{text}{remainder}{unit}" if remainder else text
 
 
 def format_elapsed(start: datetime | None, end: datetime | None = None) -> str:
@@ -37,7 +37,7 @@ def format_elapsed(start: datetime | None, end: datetime | None = None) -> str:
 
 
 def format_metric(metric: str | None, value: float | None) -> str:
-    """Format a metric with its value; empty if it is not known."""
+    """Format a metric with its value; empty if it is unknown."""
     return f"{metric} {value:.4f}" if metric is not None and value is not None else ""
 
 
@@ -76,7 +76,7 @@ def _format_phase_and_reason(status: RunStatus) -> str:
 
 
 def format_details(status: RunStatus, other_runs: int = 0) -> Iterator[str]:
-    """Format everything that is known about a run, as `kubectl describe` does.
+    """Format all details of a run, as `kubectl describe` does.
 
     Args:
         status: The run.

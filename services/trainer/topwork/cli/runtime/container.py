@@ -39,7 +39,7 @@ class Container:
     """
 
     def __init__(self, stage: StageName, termination_log: Path) -> None:
-        """Configure logging: from now on, standard error carries one JSON object per line.
+        """Configure logging to write one JSON object per line to standard error.
 
         Args:
             stage: The stage that it runs.
@@ -132,7 +132,7 @@ class Container:
         os._exit(code)
 
     def _write_termination_message(self, outcome: str, exit_code: int, **fields: Fact) -> bool:
-        """Write the termination message; False if one was written before, which is then kept."""
+        """Write the termination message, unless one was written before; return whether it was written."""
         with self._lock:
             if self._message:
                 return False

@@ -1,4 +1,4 @@
-"""Environment variables: the only module that reads or changes them. Everything else gets their values as arguments."""
+"""Environment variables: the only module that reads or changes them. All other code gets their values as arguments."""
 
 import os
 import re
@@ -37,7 +37,7 @@ LOCATION_SUFFIXES = ("_FILE", "_FILES", "_URI", "_URL", "_PATH", "_DIR", "_ENDPO
 
 
 def default_state_directory(environment: Mapping[str, str] = os.environ) -> Path:
-    """Directory of the embedded S3 server and of the scratch of runs.
+    """Return the directory of the embedded S3 server and of the scratch directories of runs.
 
     Returns:
         `$TOPWORK_STATE`, or `topwork` below `$XDG_STATE_HOME` or `~/.local/state`.
@@ -49,7 +49,7 @@ def default_state_directory(environment: Mapping[str, str] = os.environ) -> Path
 
 
 def default_kubeconfig(environment: Mapping[str, str] = os.environ) -> str | None:
-    """Value of KUBECONFIG: one or more files, separated by colons."""
+    """Return the value of KUBECONFIG: one or more files, separated by colons."""
     return environment.get("KUBECONFIG")
 
 
@@ -59,12 +59,12 @@ def is_in_pod(environment: Mapping[str, str] = os.environ) -> bool:
 
 
 def allowed_http_hosts(environment: Mapping[str, str] = os.environ) -> list[str]:
-    """Hosts on the public network to which the user allows plain HTTP."""
+    """Return the hosts on public networks to which the user allows plain HTTP."""
     return environment.get(ALLOW_HTTP_VARIABLE, "").split(",")
 
 
 def read_grace_seconds(environment: Mapping[str, str] = os.environ) -> float | None:
-    """Seconds from SIGTERM to SIGKILL of this pod; None if unknown.
+    """Return the seconds from SIGTERM to SIGKILL of this pod; None if unknown.
 
     Raises:
         SettingError: If the value is not a number.
@@ -80,7 +80,7 @@ def read_grace_seconds(environment: Mapping[str, str] = os.environ) -> float | N
 
 
 def visible_gpus(environment: Mapping[str, str] = os.environ) -> str | None:
-    """Value of CUDA_VISIBLE_DEVICES: indices or UUIDs of the GPUs that this process may use."""
+    """Return the value of CUDA_VISIBLE_DEVICES: indices or UUIDs of the GPUs that this process may use."""
     return environment.get("CUDA_VISIBLE_DEVICES")
 
 
@@ -130,12 +130,12 @@ def has_storage_configuration(environment: Mapping[str, str] = os.environ) -> bo
 
 
 def missing_storage_variables(environment: Mapping[str, str] = os.environ) -> tuple[list[str], bool]:
-    """AWS key variables without a value, and whether AWS_ENDPOINT_URL is missing, too."""
+    """Return the AWS key variables that have no value, and whether AWS_ENDPOINT_URL is missing, too."""
     return [name for name in KEY_VARIABLES if not environment.get(name)], not environment.get("AWS_ENDPOINT_URL")
 
 
 def validate_aws_variables(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Reject malformed AWS variables, and remove empty ones: a Secret made from a template may have empty values.
+    """Reject malformed AWS variables, and remove empty ones: a Secret created from a template may have empty values.
 
     Raises:
         SettingError: If a value begins or ends with whitespace, or names a file that does not exist.
@@ -161,7 +161,7 @@ def trust_extra_ca(directory: Path, environment: MutableMapping[str, str] = os.e
     """Trust the certificate authority of `spec.compute.extraCA` in addition to the default ones, in all TLS clients.
 
     Args:
-        directory: Where the bundle of all authorities is written.
+        directory: Directory for the bundle of all authorities.
         environment: `TOPWORK_EXTRA_CA` names the PEM file; the variables of the TLS clients are set to the bundle.
 
     Raises:

@@ -45,12 +45,12 @@ def configure_logging(log_format: LogFormat = LogFormat.text, stream: TextIO | N
     """
     configure_structlog()
     root = logging.getLogger()
-    root.handlers = [other for other in root.handlers if not isinstance(other.formatter, ProcessorFormatter)]
+    root.handlers = [handler for handler in root.handlers if not isinstance(handler.formatter, ProcessorFormatter)]
     root.addHandler(_create_handler(log_format, stream))
     root.setLevel(logging.WARNING)
     topwork = logging.getLogger("topwork")
     topwork.setLevel(topwork.level or logging.INFO)
-    # Otherwise the logging module prints a record that it can't format to standard error, with its secrets.
+    # Otherwise the logging module prints records that it can't format to standard error, including their secrets.
     logging.raiseExceptions = False
     logging.captureWarnings(True)
     threading.excepthook = _log_thread_exception

@@ -1,4 +1,4 @@
-"""Exit codes, and what a process does for monitoring before it ends: Pushgateway and time for a last scrape."""
+"""Exit codes, and the last steps of a process for monitoring: a push to the Pushgateway and time for a last scrape."""
 
 import signal
 import time
@@ -23,7 +23,7 @@ log = structlog.get_logger(__name__)
 EXIT_CODE_BUG = 1
 """Exit code after an unexpected exception."""
 INSTALL_HINT = "To train and predict, install topwork[cpu] or topwork[gpu]; for the embedded S3 server, topwork[local]."
-# A process that received SIGTERM is killed soon.
+# SIGKILL follows soon after SIGTERM.
 PUSH_SECONDS_AFTER_STOP = 2.0
 
 

@@ -29,8 +29,8 @@ def stop_on_signals(stop: StopRequest, *, ignore_repeats: bool = False) -> Itera
 
     Args:
         stop: The stop request.
-        ignore_repeats: Whether a second signal is ignored, because the process is sure to end in time. Otherwise it has
-            its default effect.
+        ignore_repeats: Whether a second signal is ignored, because the process is guaranteed to end in time. Otherwise
+            it has its default effect.
 
     Raises:
         Stopped: When a stop was requested.

@@ -77,7 +77,7 @@ def open_storage(uri: str, state: Path | None = None, counter: "TransferCounter 
 
     Args:
         uri: `s3://bucket[/prefix]`.
-        state: State directory; None is `default_state_directory()`.
+        state: State directory; None for `default_state_directory()`.
         counter: Counts bytes and retries.
 
     Yields:
@@ -111,7 +111,7 @@ def lock_scratch(state: Path, name: str) -> Iterator[Path]:
         name: Name of the run.
 
     Yields:
-        The directory. It is deleted after success and kept after a failure, because it may hold a partial download.
+        The directory. It is deleted after success and kept after a failure, because it may contain a partial download.
 
     Raises:
         SettingError: If another process uses it.

@@ -24,7 +24,7 @@ def quiet_tensorflow_import(*, verbose: bool = False) -> Iterator[None]:
 
 @contextmanager
 def suppress_stderr() -> Iterator[None]:
-    """Suppress what this process writes to file descriptor 2, including C++ code. If the block fails, print it."""
+    """Suppress output to file descriptor 2, including that of C++ code. If the block fails, the output is printed."""
     sys.stderr.flush()
     saved = os.dup(2)
     reader, writer = os.pipe()

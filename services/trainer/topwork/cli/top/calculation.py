@@ -1,4 +1,4 @@
-"""Computes what `topwork top` shows from the metrics of a run: rates, ages and the remaining time."""
+"""Computes the values that `topwork top` shows from the metrics of a run: rates, ages and the remaining time."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -24,15 +24,15 @@ class ReadingHistory:
         self._epoch_readings: list[Reading] = []
 
     def add(self, reading: Reading) -> None:
-        """Add a reading. Readings of another run, or of an earlier process at the same address, are dropped."""
+        """Add a reading. Earlier readings of another run or process at the same address are dropped."""
         if self.readings and not _is_same_process(self.readings[-1], reading):
             self.readings, self._epoch_readings = [], []
         if not self._epoch_readings or _epochs(self._epoch_readings[-1]) != _epochs(reading):
             self._epoch_readings = [*self._epoch_readings, reading][-MAX_EPOCH_READINGS:]
         recent = [earlier for earlier in self.readings if reading.at - earlier.at <= RATE_SECONDS]
         # The previous reading is kept at any age, for long intervals between readings.
-        kept = {item.at: item for item in (*self._epoch_readings, *self.readings[-1:], *recent, reading)}
-        self.readings = [kept[at] for at in sorted(kept)]
+        by_time = {item.at: item for item in (*self._epoch_readings, *self.readings[-1:], *recent, reading)}
+        self.readings = [by_time[at] for at in sorted(by_time)]
 
 
 class ProcessLocation(NamedTuple):
@@ -116,7 +116,7 @@ def _age(time: float | None, now: float) -> float | None:
 
 
 def _current_stage(reading: Reading) -> str | None:
-    """Return the running stage; otherwise the last one; otherwise the stage that this process is for."""
+    """Return the running stage; otherwise the last one; otherwise the stage that this process was started for."""
     running = [stage for stage, value in reading.values_by_label("stage_running", "stage").items() if value == 1]
     if running:
         return running[-1]

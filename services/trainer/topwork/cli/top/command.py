@@ -77,7 +77,7 @@ def _open_source(
     prometheus: str | None,
     cluster_options: tuple[str | None, str | None, Path | None],
 ) -> "tuple[Source, str | None]":
-    """Open the source that the options select; also return the name to filter by, unless the source does it itself."""
+    """Open the source that the options select; also return the name to filter by, unless the source filters itself."""
     from topwork.cli.top.sources import ClusterSource, MetricsPageSource, PrometheusSource
 
     namespace, *connection = cluster_options

@@ -197,8 +197,8 @@ class PrometheusSource:
             # Skip outcomes that Prometheus scraped from a Pushgateway.
             if not any(readings[-1].select("stage_running")):
                 continue
-            known = newest.get((target.namespace, target.run))
-            if known is None or known[1][-1].at < readings[-1].at:
+            current = newest.get((target.namespace, target.run))
+            if current is None or current[1][-1].at < readings[-1].at:
                 source = f"{self._url}, {target.instance}"
                 location = ProcessLocation(source, target.namespace or None, target.pod or None)
                 newest[target.namespace, target.run] = location, readings
@@ -226,13 +226,13 @@ def select_runs(snapshots: Iterable[RunSnapshot], name: str | None) -> list[RunS
     if name is not None and not selected:
         runs = sorted({snapshot.run for snapshot in available})
         more = f" and {len(runs) - MAX_LISTED_RUNS} more" if len(runs) > MAX_LISTED_RUNS else ""
-        known = f"Existing runs: {', '.join(runs[:MAX_LISTED_RUNS])}{more}." if runs else "There are no runs."
-        raise SettingError(f"Job or run {name} not found. {known}")
+        existing = f"Existing runs: {', '.join(runs[:MAX_LISTED_RUNS])}{more}." if runs else "There are no runs."
+        raise SettingError(f"Job or run {name} not found. {existing}")
     return selected
 
 
 def _mark_unanswered(snapshot: RunSnapshot) -> RunSnapshot:
-    """Mark the snapshot of a process that ended or can't be reached as outdated."""
+    """Mark a snapshot as outdated, because its process ended or can't be reached."""
     reason = f"last answer {format_duration(snapshot.read_seconds_ago)} ago"
     if snapshot.exit_code is not None:
         return replace(snapshot, reason=reason)

@@ -16,7 +16,7 @@ from topwork.training.input_stalls import INPUT_BOUND_SHARE
 BAR_WIDTH = 24
 """Width of the progress bar in characters."""
 NO_PROGRESS_SECONDS = 120.0
-"""Time without progress after which it is shown."""
+"""A lack of progress is shown after this time."""
 COLUMNS = ("RUN", "STAGE", "EPOCH", "LOSS", "BEST", "IMAGES/S", "WAIT", "GPU", "LEFT", "STATE")
 MAX_REASON_CHARACTERS = 160
 

@@ -49,13 +49,13 @@ class ApiRequest:
     """A request to the API server.
 
     Attributes:
-        verb: The verb for messages: apply, read, list, watch or delete.
+        verb: Verb for messages: apply, read, list, watch or delete.
         kind: Kind of object.
         namespace: Namespace; empty for all namespaces.
         name: Name of the object; empty for a list.
         method: HTTP method.
         subresource: Subresource of the object, such as `log`, or a path below one, such as `proxy/metrics`.
-        query: Query parameters; those that are None or empty are left out.
+        query: Query parameters; None and empty values are omitted.
         body: Body of the request.
     """
 

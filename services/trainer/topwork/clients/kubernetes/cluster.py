@@ -1,7 +1,7 @@
 """Client of a Kubernetes cluster: applies, reads, lists, watches and deletes objects, and reads logs.
 
 Objects are plain dictionaries with the keys of their YAML form. Rejected requests raise `SettingError`; transient
-errors are retried and raise `UnavailableError` in the end. See `topwork.clients.kubernetes.errors`.
+errors are retried and raise `UnavailableError` if all attempts fail. See `topwork.clients.kubernetes.errors`.
 
 Example:
     >>> cluster = connect(ClusterSettings(namespace="team-a"))
@@ -24,9 +24,9 @@ from topwork.clients.kubernetes.watch import Watcher, WatchEvent
 __all__ = ["Cluster", "ClusterSettings", "KubernetesObject", "WatchEvent", "connect"]
 
 FIELD_MANAGER = "topwork"
-# A pod writes its metrics within milliseconds; one that takes longer does not respond at all.
+# A pod serves its metrics within milliseconds; if it takes much longer, it is not responding.
 PROXY_TIMEOUT_SECONDS = 5.0
-# Metrics have some hundred lines; the limit stops reading from a pod that never ends its response.
+# A metrics page has a few hundred lines; the limit guards against a pod that never ends its response.
 MAX_PROXY_LINES = 100_000
 DEFAULT_SETTINGS = ClusterSettings()
 
@@ -75,7 +75,7 @@ class Cluster:
         """Create or update an object with server-side apply; never takes fields from other field managers.
 
         Args:
-            obj: The object; without a namespace, it goes to the default one.
+            obj: The object; without a namespace, it is created in the default one.
             dry_run: Let the server validate the object without storing it.
 
         Returns:
@@ -115,10 +115,10 @@ class Cluster:
         return self._client.list_all(self._list_request(kind, labels, fields, all_namespaces))[0]
 
     def watch(self, kind: str, *, labels: str = "", fields: str = "", seconds: float) -> Iterator[WatchEvent]:
-        """Watch objects: existing objects come first, as ADDED, then their changes.
+        """Watch objects: existing objects are yielded first, as ADDED, and then changes.
 
-        A broken stream is resumed. Objects may then come twice, but no lasting state is missed, and an object deleted
-        in between comes as DELETED.
+        A broken stream is resumed. Objects may then be yielded twice, but their latest state is never missed, and an
+        object that was deleted in the meantime is yielded as DELETED.
 
         Args:
             kind: Kind, such as Pod.

@@ -34,7 +34,7 @@ class ClusterSettings:
         timeout_seconds: Timeout for a connection, and for the next bytes of a response.
         attempts: Maximum number of requests per call, with growing delays between them.
         backoff_seconds: Delay before the first retry.
-        stream_seconds: A stream that sent nothing for this long is opened again, in case its connection is dead.
+        stream_seconds: A stream that sent nothing for this long is reopened, in case its connection is dead.
         log_outage_seconds: How long following a log may stay interrupted, such as during an API server upgrade.
         service_account_directory: Directory of the pod's service account.
         default_kubeconfig: Files, separated like $KUBECONFIG; None for ~/.kube/config.
@@ -153,7 +153,7 @@ def _default_configuration() -> Configuration:
 
 
 def _create_client(configuration: Configuration) -> ApiClient:
-    if not configuration.verify_ssl:  # the kubeconfig disables verification; warn about it on no request
+    if not configuration.verify_ssl:  # the kubeconfig disables verification: do not warn on each request
         urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)
     client = ApiClient(configuration)
     client.rest_client.pool_manager.connection_pool_kw["ssl_context"] = _create_ssl_context(configuration)

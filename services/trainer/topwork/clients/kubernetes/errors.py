@@ -21,7 +21,7 @@ from topwork.errors import SettingError, TopworkError, UnavailableError
 RBAC_DENIAL = re.compile(r'User "(?P<user>[^"]*)" cannot (?P<verb>\S+) resource "(?P<resource>[^"]+)"')
 MINIMUM_VERSION = "topwork needs Kubernetes 1.31 or newer; check the version with: kubectl version"
 LOG_IN = "Log in again as you do for kubectl."
-# Longer validation messages repeat the whole object; their end names the mistake.
+# Longer validation messages repeat the complete object; the actual error is at the end.
 MAX_MESSAGE_LENGTH = 160
 CLIENT_CERTIFICATE_ERRORS = ("pem lib", "no start line", "key values mismatch", "alert", "no certificate")
 NO_TLS_ERRORS = ("wrong version number", "record layer failure")
@@ -70,11 +70,11 @@ class NotFoundError(SettingError):
 
 
 class ForbiddenError(SettingError):
-    """The user is not allowed to do this."""
+    """RBAC denies the request."""
 
 
 class UidConflictError(SettingError):
-    """The object has another uid than expected: it was deleted and created again."""
+    """The object has a different UID than expected: it was deleted and created again."""
 
 
 class ContainerNotStartedError(SettingError):
@@ -273,7 +273,7 @@ def connection_error(error: BaseException, context: RequestContext) -> TopworkEr
 
 
 def unexpected_response_error(body: bytes, context: RequestContext) -> TopworkError:
-    """Report a response body that no Kubernetes API server writes."""
+    """Create the error for a response body that is not from a Kubernetes API server."""
     error = TransientError(
         f"{context.server} could not {context.action}: the response is not from a Kubernetes API server "
         f"({_one_line(body) or 'empty'}). Check server in the kubeconfig and the proxy."

@@ -1,9 +1,9 @@
 """kubeconfig files, merged and resolved as kubectl does, and credentials from exec plugins."""
 
-# Reading and merging is our own code: kubernetes.config.KubeConfigMerger takes current-context from the last file
-# instead of the first, rejects an empty file, keeps the newline at the end of a tokenFile, and does not name the file
-# and line of a mistake. ExecProvider is called directly, because KubeConfigLoader only logs that a plugin failed and
-# then sends requests without credentials. Everything else (certificates, tokens, auth providers) is the loader's work.
+# Files are read and merged here, because kubernetes.config.KubeConfigMerger takes current-context from the last file
+# instead of the first, rejects an empty file, keeps the newline at the end of a tokenFile, and does not report the file
+# and line of an error. ExecProvider is called directly, because KubeConfigLoader only logs that a plugin failed and
+# then sends requests without credentials. The loader handles everything else: certificates, tokens and auth providers.
 
 import base64
 from dataclasses import dataclass
@@ -42,7 +42,7 @@ class Entry:
     file: Path
 
     def node(self, kind: str) -> ConfigNode:
-        """Return the entry in the form that the official loader reads, with the file that paths are relative to."""
+        """Return the entry in the form that the official loader expects, with the file that paths are relative to."""
         return ConfigNode(f"{kind}[name={self.name}]", {"name": self.name, kind: self.content}, str(self.file))
 
 
@@ -89,7 +89,7 @@ class Kubeconfig:
         return entries[name]
 
     def find_context(self, name: str | None) -> Entry:
-        """Return a context; None for the current one.
+        """Return a context by its name, or the current one if the name is None.
 
         Raises:
             SettingError: If there is no such context, or no current one.

@@ -1,6 +1,6 @@
 """Container logs as one continuous stream, resumed after interruptions without losing or repeating a line."""
 
-# The official client reads a log over one connection only. `sinceTime` has a resolution of one second, so a resumed
+# The official client reads a log over a single connection. `sinceTime` has a resolution of one second, so a resumed
 # log repeats the lines of the last second; they are counted here and dropped.
 
 import re
@@ -61,7 +61,7 @@ class LogPosition:
 
 
 class Outage:
-    """Consecutive failures to read a log, and when they began.
+    """Consecutive failures to read a log, and when they started.
 
     Attributes:
         failures: Failures since the last line.
@@ -116,8 +116,8 @@ class LogReader:
                 continue
             if not follow:
                 return
-            # A stream can end before its container. Once the container has ended, read the log a last time without
-            # following it, so that no line between the two ends is lost.
+            # A stream can end before its container. Once the container has ended, read the log one last time
+            # without following it, so that no line between the two ends is lost.
             follow = not self._is_terminated()
             if follow:
                 time.sleep(self._client.settings.backoff_seconds)
@@ -144,5 +144,8 @@ class LogReader:
             return True
         status = pod.get("status", {})
         containers = (status.get("initContainerStatuses") or []) + (status.get("containerStatuses") or [])
-        ended = any(each["name"] == self._container and "terminated" in each.get("state", {}) for each in containers)
-        return ended or status.get("phase") in {"Succeeded", "Failed"}
+        is_terminated = any(
+            container["name"] == self._container and "terminated" in container.get("state", {})
+            for container in containers
+        )
+        return is_terminated or status.get("phase") in {"Succeeded", "Failed"}

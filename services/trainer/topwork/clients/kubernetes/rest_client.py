@@ -2,8 +2,8 @@
 
 # Requests go through kubernetes.client.ApiClient, which serializes, authenticates and sends them. Its typed methods,
 # its dynamic client and its retries are not used: the dynamic client sends discovery requests before the first real
-# one, writes a cache file to /tmp and does not quote names in URLs; pagination does not exist in the client; and which
-# errors are worth a retry (409 of a concurrent write, but not 500 of an admission webhook) depends on their `Status`.
+# one, writes a cache file to /tmp and does not quote names in URLs; the client has no pagination; and whether an error
+# is worth a retry (409 from a concurrent write, but not 500 from an admission webhook) depends on its `Status`.
 
 import json
 import random
@@ -42,7 +42,7 @@ Result = TypeVar("Result")
 class LineStream:
     """Lines of a streamed response, as they arrive.
 
-    The official Watch would drop a last line without a newline, and has no read timeout that changes while it streams.
+    The official Watch drops a last line without a newline, and can't change its read timeout while it streams.
     """
 
     def __init__(self, response: Any, context: RequestContext) -> None:
@@ -158,7 +158,7 @@ class RestClient:
             The objects, and the resourceVersion of the list.
         """
         for _ in range(self.settings.attempts - 1):
-            with suppress(ResourceExpiredError):  # the list took longer than the server keeps its version: start over
+            with suppress(ResourceExpiredError):  # the server no longer has this version of the list: start over
                 return self._list_pages(request)
         return self._list_pages(request)
 

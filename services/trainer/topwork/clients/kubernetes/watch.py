@@ -75,12 +75,12 @@ class Watcher:
 
     def _list(self) -> Iterator[WatchEvent]:
         objects, self._resource_version = self._client.list_all(self._request)
-        previous, self._objects = self._objects, {each["metadata"]["uid"]: each for each in objects}
+        previous, self._objects = self._objects, {obj["metadata"]["uid"]: obj for obj in objects}
         for uid, deleted in previous.items():
             if uid not in self._objects:
                 yield WatchEvent("DELETED", deleted)
-        for each in objects:
-            yield WatchEvent("ADDED", each)
+        for obj in objects:
+            yield WatchEvent("ADDED", obj)
 
     def _stream(self, deadline: float) -> Iterator[WatchEvent]:
         # The server ends the stream after `duration`; if it sends nothing for longer, the connection is dead.

@@ -223,7 +223,7 @@ class Metrics:
         self._families.dataset_images.set(images)
 
     def init_rejection_reasons(self, reasons: Iterable[str]) -> None:
-        """Expose a counter at 0 for every reason for which an image can be rejected."""
+        """Expose a counter at 0 for each reason for rejecting an image."""
         for reason in reasons:
             self._families.rejected.labels(reason)
 

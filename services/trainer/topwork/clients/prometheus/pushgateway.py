@@ -28,7 +28,7 @@ def push_outcome(gateway: str, metrics: Metrics, *, seconds: float = TIMEOUT_SEC
 
     Args:
         gateway: URL of the Pushgateway, `http(s)://host:port`, with a path if it has one.
-        metrics: The metrics of the process, of which the series of the outcome are sent.
+        metrics: The metrics of the process; only the outcome series are sent.
         seconds: Timeout.
 
     Raises:

@@ -184,7 +184,7 @@ class _Response(NamedTuple):
 
 
 def _get(url: str, seconds: float, accept: str) -> _Response:
-    """Send one GET request, without a proxy, and without following redirects, which would lead to a login page."""
+    """Send one GET request, without a proxy, and without following redirects, which usually lead to a login page."""
     bare_url, headers = _split_credentials(url)
     headers["Accept"] = accept
     try:

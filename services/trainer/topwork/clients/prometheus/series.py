@@ -8,7 +8,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 
-# Buckets from a tiny model on a GPU to a large base on a CPU.
+# From a tiny model on a GPU to a large base on a CPU.
 STEP_DURATION_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 UNITS = ("seconds", "bytes", "ratio", "watts", "celsius")
 
@@ -33,7 +33,7 @@ OUTCOME_FAMILIES = (
 )
 """Metric families that are pushed to a Pushgateway when a process ends.
 
-A Pushgateway keeps series forever. Values of a moment are therefore left out, and so are counters of one process, which
+A Pushgateway keeps series forever. Momentary values are therefore omitted, and so are counters of one process, which
 would be added to the values that Prometheus scraped from the process itself.
 """
 

@@ -31,7 +31,7 @@ EXTRA_SESSION_VARIABLES = {"requests_ca_bundle": (None, "REQUESTS_CA_BUNDLE", No
 
 @dataclass(frozen=True)
 class StorageSettings:
-    """Address, credentials and timeouts of an S3 server. For None, the usual AWS variables, files and roles apply.
+    """Address, credentials and timeouts of an S3 server. Fields that are None use the AWS variables, files and roles.
 
     Attributes:
         endpoint_url: URL of the server.
@@ -43,7 +43,7 @@ class StorageSettings:
             endpoints except Amazon's.
         attempts: Maximum number of requests for one call, with exponential backoff.
         connect_timeout_seconds: Timeout for a connection.
-        read_timeout_seconds: Timeout for the next bytes of a response, and for the next piece of its body.
+        read_timeout_seconds: Timeout for the next bytes of a response, and for the next chunk of its body.
         part_bytes: Part size of multipart uploads, and the minimum size of files uploaded in parts; at least 5 MiB.
     """
 
@@ -101,7 +101,7 @@ def connect(settings: StorageSettings, counter: TransferCounter) -> Any:
             botocore_session = _create_botocore_session()
             session = boto3.session.Session(region_name=settings.region, botocore_session=botocore_session)
             client = _create_client(session, settings, path_style)
-            # An endpoint from the AWS variables or files is known only now. An addressing style set there has priority.
+            # The client has read the endpoint from AWS variables or files. An addressing style set there has priority.
             has_style = "addressing_style" in (client.meta.config.s3 or {})
             if not has_style and not _is_amazon(client.meta.endpoint_url):
                 client = _create_client(session, settings, path_style=True)
@@ -221,7 +221,7 @@ def create_bucket(settings: StorageSettings, bucket: str) -> None:
 
     Args:
         settings: Address and credentials of the server.
-        bucket: Name of the bucket: 3 to 63 lower-case letters, digits, dots and hyphens.
+        bucket: Name of the bucket: 3 to 63 lowercase letters, digits, dots and hyphens.
 
     Raises:
         SettingError: If the server rejects the name or the credentials.

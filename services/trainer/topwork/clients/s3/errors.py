@@ -18,7 +18,7 @@ STORAGE_FULL = (
 )
 FAILED = "{endpoint} failed for {target} after all retries ({code}: {message}). Try again later."
 
-# The request was damaged in transit: topwork itself sends only complete and well-formed requests.
+# These codes mean damage in transit, because topwork sends only complete and well-formed requests.
 DAMAGED_REQUEST_CODES = frozenset(
     {
         "BadDigest",

@@ -18,7 +18,7 @@ class IncompleteUpload:
     Attributes:
         key: Key of the object, relative to the storage.
         upload_id: Upload ID that the server assigned.
-        started: Start time, by the clock of the server.
+        started: Start time, by the server's clock.
     """
 
     key: str
@@ -51,7 +51,7 @@ class MultipartUploads:
 
         Args:
             prefix: Prefix of the keys, relative to the storage.
-            older_than_seconds: Minimum age. Another process may still be writing a younger upload.
+            older_than_seconds: Minimum age. Another process may still be writing a newer upload.
 
         Returns:
             The uploads; empty if the server does not support the request or denies access.
@@ -92,11 +92,11 @@ class MultipartUploads:
         return aborted
 
     def abort_incomplete(self, prefix: str = "", older_than_seconds: float = 86400.0) -> int:
-        """Abort all incomplete uploads of a certain age.
+        """Abort all incomplete uploads that have reached a minimum age.
 
         Args:
             prefix: Prefix of the keys, relative to the storage.
-            older_than_seconds: Minimum age. Another process may still be writing a younger upload.
+            older_than_seconds: Minimum age. Another process may still be writing a newer upload.
 
         Returns:
             Number of aborted uploads; 0 if the server does not support the request or denies access.

@@ -19,7 +19,7 @@ class StoredObject:
         key: Key, relative to the storage.
         size: Size in bytes.
         etag: ETag without quotes.
-        modified: Time of the last modification, by the clock of the server.
+        modified: Time of the last modification, by the server's clock.
     """
 
     key: str

@@ -1,7 +1,7 @@
 """Aborts S3 responses that arrive too slowly to ever complete.
 
-The read timeout of a socket restarts with every byte, so a server that sends one byte now and then never triggers it.
-Here a response must deliver its next piece, of the size in which it is read, within the timeout.
+The read timeout of a socket restarts with every byte, so a server that occasionally sends one byte never triggers it.
+Here, a response must deliver the next complete chunk that is read from it within the timeout.
 """
 
 import threading
@@ -33,7 +33,7 @@ class StallDetector:
 
         Args:
             session: HTTP session that sends the requests (`botocore.httpsession.URLLib3Session`).
-            timeout_seconds: Maximum time between two pieces of a response.
+            timeout_seconds: Maximum time between two chunks of a response.
         """
         self._session, self._timeout_seconds = session, timeout_seconds
         self._responses: list[_OpenResponse] = []
@@ -41,7 +41,7 @@ class StallDetector:
         self._thread: threading.Thread | None = None
 
     def send(self, request: Any, **_: object) -> Any:
-        """Send a request: a handler for the botocore event before-send, whose result replaces botocore's own sending.
+        """Send a request, as a handler for the botocore event before-send: botocore uses the result instead of sending.
 
         Args:
             request: The signed request (`botocore.awsrequest.AWSPreparedRequest`).

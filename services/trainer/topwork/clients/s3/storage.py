@@ -46,8 +46,8 @@ __all__ = [
 
 # Maximum number of objects per delete request (limit of the S3 API).
 MAX_DELETE_OBJECTS = 1000
-# Read size of s3transfer for downloads. Slower than one piece per timeout counts as stalled.
-PIECE_BYTES = 1 << 18
+# Read size of s3transfer for downloads. A response slower than one chunk per timeout counts as stalled.
+CHUNK_BYTES = 1 << 18
 CONCURRENT_PARTS = 8
 CONFLICT_RETRY_SECONDS = (0.1, 0.3, 1.0)
 
@@ -169,8 +169,8 @@ class Storage:
         # Not `with response["Body"]`: that returns the raw stream, whose checksum and length are not verified.
         with closing(response["Body"]) as body:
             try:
-                # Read in pieces, so that the stall detection sees progress.
-                return b"".join(iter(partial(body.read, PIECE_BYTES), b""))
+                # Read in chunks, so that the stall detection sees progress.
+                return b"".join(iter(partial(body.read, CHUNK_BYTES), b""))
             except (boto.HTTPClientError, boto.IncompleteReadError, boto.FlexibleChecksumError) as error:
                 raise TruncatedBodyError(error=error) from error
 
@@ -250,7 +250,7 @@ class Storage:
         Args:
             key: Key of the object.
             path: Local file. Its directory is created, and an existing file is replaced.
-            expected: Expected size and digest. A mismatch is downloaded once more and then rejected.
+            expected: Expected size and digest. After a mismatch, the object is downloaded once more.
 
         Returns:
             Size and digest of the file.

@@ -57,7 +57,7 @@ def parse_defaults(text: str) -> NamespaceDefaults:
         The defaults.
 
     Raises:
-        SettingError: If the text has another structure.
+        SettingError: If the text has a different structure.
     """
     data: Any = {}
     for document in read_documents(text):

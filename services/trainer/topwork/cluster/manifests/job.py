@@ -17,7 +17,7 @@ def build_job(job: TransferJob, role: Role, name: str, template: dict[str, Any])
 
     Args:
         job: The job.
-        role: What the Job does for the run.
+        role: Role of the Job in the run.
         name: Name of the Job.
         template: Its pod template.
 

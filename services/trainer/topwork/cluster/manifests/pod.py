@@ -71,12 +71,12 @@ def prefetch_pod_template(job: TransferJob, image: str) -> dict[str, Any]:
 
 
 def _cpu_quantity(millicores: int) -> int | str:
-    """Write CPUs as in a manifest: whole cores as a number, fractions in millicores."""
+    """Format CPUs as in a manifest: whole cores as a number, fractions in millicores."""
     return f"{millicores}m" if millicores % 1000 else millicores // 1000
 
 
 def _pod_template(job: TransferJob, role: Role, role_spec: dict[str, Any]) -> dict[str, Any]:
-    """Combine what both pods share with the containers and node selection of a role."""
+    """Combine the fields that both pods share with the containers and node selection of a role."""
     compute = job.spec.compute
     metadata = {"labels": pod_labels(job, role), "annotations": dict(compute.annotations)}
     spec = {
@@ -123,7 +123,7 @@ def _container(job: TransferJob, stage: StageName, image: str, resources: dict[s
         "image": image,
         "args": ["stage", stage, "--job", f"{JOB_DIRECTORY}/{JOB_FILE}"],
         "env": _environment(job),
-        # If the Secret is missing, the pod still starts: the process exits with 2 and names what is missing.
+        # If the Secret is missing, the pod still starts: the process exits with 2 and reports the missing variables.
         "envFrom": [{"secretRef": {"name": STORAGE_SECRET, "optional": True}}],
         "ports": [{"name": f"http-{stage}", "containerPort": METRICS_PORTS[stage]}],
         "resources": {"requests": dict(resources), "limits": dict(resources)},
@@ -138,7 +138,7 @@ def _container(job: TransferJob, stage: StageName, image: str, resources: dict[s
 
 
 def _environment(job: TransferJob) -> list[dict[str, Any]]:
-    """List the environment variables of a container: writable directories, and what it can't detect itself."""
+    """List the environment variables of a container: writable directories, and values that it can't detect itself."""
     compute = job.spec.compute
     variables: list[dict[str, Any]] = [
         {"name": "HOME", "value": HOME_DIRECTORY},

@@ -1,4 +1,4 @@
-"""Rendering a job spec as Kubernetes objects: what `render` prints and `submit` applies. No I/O."""
+"""Rendering a job spec as the Kubernetes objects that `render` prints and `submit` applies. No I/O."""
 
 import hashlib
 import json
@@ -82,14 +82,14 @@ def render(job: TransferJob, options: RenderOptions) -> RenderedObjects:
         options: Image and namespace.
 
     Returns:
-        The objects; the same for the same arguments and version of topwork.
+        The objects; always the same for the same arguments and version of topwork.
 
     Raises:
         SpecError: If the spec refers to files on this machine.
 
     Example:
         >>> rendered = render(job, RenderOptions(namespace="vision"))
-        >>> [each["kind"] for each in rendered.objects]
+        >>> [obj["kind"] for obj in rendered.objects]
         ['ConfigMap', 'Job']
     """
     local_paths = [
@@ -137,8 +137,8 @@ def _find_local_paths(job: TransferJob) -> Iterator[tuple[str, str]]:
     """Yield the path and value of each key that refers to a file on this machine."""
     source, base = job.spec.dataset.source, job.spec.model.base
     for kind in ("folder", "archive", "table"):
-        if (given := getattr(source, kind)) and not SCHEME.match(given.uri):
-            yield f"spec.dataset.source.{kind}.uri", given.uri
+        if (location := getattr(source, kind)) and not SCHEME.match(location.uri):
+            yield f"spec.dataset.source.{kind}.uri", location.uri
     if base.weights not in (None, "imagenet", "none") and not SCHEME.match(base.weights):
         yield "spec.model.base.weights", base.weights
     if base.saved and not SCHEME.match(base.saved.uri):

@@ -1,4 +1,4 @@
-"""Canceling a run: deleting its Jobs, pods and ConfigMap, and waiting until its pods wrote their checkpoint."""
+"""Canceling a run: deleting its Jobs, pods and ConfigMap, and waiting until its pods have written their checkpoint."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +22,7 @@ FINISHED_POD_PHASES = {"Succeeded", "Failed"}
 
 
 def find_run_to_cancel(cluster: "Cluster", name: str) -> str:
-    """Find the run that a name refers to, even if only its ConfigMap is left.
+    """Find the run that a name refers to, even if only its ConfigMap still exists.
 
     Args:
         cluster: The cluster.
@@ -50,7 +50,7 @@ class Cancellation:
         cluster: The cluster.
         run: Name of the run.
         now: Whether to kill its pods immediately, without time to write a checkpoint.
-        report: Receives a line about each object that is waited for.
+        report: Callback for progress messages, one line each.
         timeout_seconds: How long deletion may take in addition to the grace period.
     """
 

@@ -35,7 +35,7 @@ class ConnectionStatus:
 
 @dataclass
 class _ObjectCache:
-    """All objects of the run that were seen, by kind and UID, and the UIDs of deleted ones."""
+    """All objects of the run seen so far, by kind and UID, and the UIDs of deleted ones."""
 
     objects: dict[Kind, dict[str, KubernetesObject]] = field(
         default_factory=lambda: {kind: {} for kind in WATCHED_KINDS}

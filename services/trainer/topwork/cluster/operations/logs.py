@@ -74,7 +74,7 @@ class RunLog:
             yield self._not_started(objects)
 
     def follow(self) -> Iterator[LogEntry]:
-        """Read what is written until the Job is finished or deleted, or the requested stage is done.
+        """Follow the log until the Job is finished or deleted, or the requested stage is done.
 
         Yields:
             The heading of each container, then its lines; notes.
@@ -84,7 +84,8 @@ class RunLog:
         """
         while True:
             objects = self._read_objects()
-            unread = [each for each in self._started_containers(objects) if each[0] not in self._read]
+            started = self._started_containers(objects)
+            unread = [(heading, container) for heading, container in started if heading not in self._read]
             if unread:
                 heading, container = unread[0]
                 yield from self._read_container(heading, follow="running" in container.status["state"])

@@ -79,7 +79,7 @@ Update = ObjectsListed | ObjectChanged | EventsRead | EpochProgress | RequestFai
 
 
 class RunWatcher:
-    """Watches everything about a run.
+    """Watches the objects, events and logs of a run.
 
     Args:
         cluster: The cluster.
@@ -116,11 +116,11 @@ class RunWatcher:
         self._stop.set()
 
     def has_log(self, pod: str, container: str) -> bool:
-        """Return whether the log of a container is being read, or was."""
+        """Return whether the log of a container is being read or has been read."""
         return (pod, container) in self._log_threads
 
     def read_log(self, pod: str, container: str) -> None:
-        """Start to read epochs from the log of a container."""
+        """Start reading epochs from the log of a container."""
         self._log_threads[pod, container] = self._start(lambda: self._read_log(pod, container))
 
     def last_updates(self) -> Iterator[Update]:
@@ -147,7 +147,7 @@ class RunWatcher:
         """List all objects, start the watches, and list again periodically to find deleted objects.
 
         A watch reports deletions only while it runs. An object that was deleted between two watches is found because it
-        was known before a list and is not in it.
+        was known before a list and is missing from it.
         """
         is_watching = False
         while not self._stop.is_set():
@@ -158,7 +158,7 @@ class RunWatcher:
                 self._updates.put(RequestFailed(error))
                 self._stop.wait(self._timings.retry_seconds)
                 continue
-            listed = {obj["metadata"]["uid"] for of_kind in objects.values() for obj in of_kind}
+            listed = {obj["metadata"]["uid"] for objects_of_kind in objects.values() for obj in objects_of_kind}
             deleted = frozenset(uid for uids in known.values() for uid in uids if uid not in listed)
             self._updates.put(ObjectsListed({} if is_watching else objects, deleted))
             if not is_watching:
@@ -207,7 +207,7 @@ class RunWatcher:
                         last = epoch
                         self._updates.put(epoch)
             except SettingError:
-                return  # an account that may not read logs can still follow the rest
+                return  # an account that may not read logs can still follow the status
             except UnavailableError:
                 self._stop.wait(self._timings.retry_seconds)
             else:

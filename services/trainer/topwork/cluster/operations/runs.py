@@ -84,7 +84,7 @@ def read_run_objects(cluster: "Cluster", run: str) -> RunObjects:
         run: Name of the run.
 
     Returns:
-        The objects; without Jobs if the run is deleted.
+        The objects; no Jobs if the run was deleted.
     """
     jobs = cluster.list("Job", labels=f"{RUN_LABEL}={run}")
     pods = cluster.list("Pod", labels=f"{RUN_LABEL}={run}")
@@ -102,7 +102,7 @@ def read_events(
         pods: Their pods.
 
     Returns:
-        Events about unfinished Jobs and pods that have not started; without those that the account may not read.
+        Events about unfinished Jobs and pods that have not started, except those that the account may not read.
     """
     events: list[KubernetesObject] = []
     unfinished = [job for job in jobs if not is_job_finished(job)]

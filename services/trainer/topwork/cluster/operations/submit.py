@@ -74,7 +74,7 @@ class Submission:
         try:
             self._apply(jobs)
         except SettingError:
-            # If somebody else submitted the same run concurrently, their Job counts.
+            # If another user submitted the same run concurrently, that Job is used.
             current = self.cluster.get("Job", name_of(self.rendered.training))
             if current is None or existing is not None or not is_managed_by_topwork(current):
                 raise
@@ -123,13 +123,13 @@ class Submission:
         return obj
 
     def _get_settled_job(self, job: KubernetesObject) -> KubernetesObject | None:
-        """Return the existing Job; if it is about to end, wait for that."""
+        """Return the existing Job; if it is about to end, wait until it has ended."""
         existing = self._get_job(job)
         if existing is None or not _is_ending(existing):
             return existing
         name = kubectl_name(existing)
         self.report(f"{name} is {'being deleted' if is_being_deleted(existing) else 'about to fail'}: waiting")
-        self._wait(lambda: (now := self._get_job(job)) is None or not _is_ending(now), f"{name} has not ended")
+        self._wait(lambda: (current := self._get_job(job)) is None or not _is_ending(current), f"{name} has not ended")
         return self._get_job(job)
 
     def _outcome_of(self, existing: KubernetesObject) -> Outcome | None:

@@ -33,7 +33,7 @@ class ContainerStatus:
         started: When it started.
         ended: When it terminated.
         exit_code: Its exit code.
-        termination_message: The message that it left, if any.
+        termination_message: Its termination message, if any.
         error: Why it failed, in one sentence.
     """
 
@@ -77,7 +77,7 @@ class Attempt:
 
     @property
     def current_container(self) -> ContainerStatus | None:
-        """The container that runs, or is about to, or ended last; None if none has started."""
+        """The container that is running, about to start, or the last to have ended; None if none has started."""
         started = [container for container in self.containers if container.state != "waiting"]
         waiting = [container for container in self.containers if container.state == "waiting"]
         # Between two stages, the next container is about to start.

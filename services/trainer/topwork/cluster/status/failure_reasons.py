@@ -68,7 +68,7 @@ def _explain_reason(container: StageContainer, terminated: KubernetesObject) -> 
 
 
 def _last_log_line(text: str, terminated: KubernetesObject) -> str:
-    """Return the last line of the log, which Kubernetes uses as the message if a process left none."""
+    """Return the last line of the log, which Kubernetes uses as the message if a process wrote none."""
     lines = [line for line in text.splitlines() if line.strip()]
     if not lines:
         return f"exit code {terminated['exitCode']} without a message"

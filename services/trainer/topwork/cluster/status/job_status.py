@@ -79,7 +79,7 @@ def _read_active(objects: RunObjects, job: KubernetesObject, attempts: tuple[Att
 
 
 def _status_after_deletion(last: Attempt | None) -> JobStatus:
-    """Return the status of a deleted Job: it may have finished before its time to live expired."""
+    """Return the status of a deleted Job: it may have finished before its TTL expired."""
     if last and last.state == "done":
         return JobStatus("succeeded", exit_code=0)
     if last and last.exit_code in FINAL_EXIT_CODES:

@@ -61,7 +61,7 @@ def get_label(obj: KubernetesObject, key: str) -> str | None:
 
 
 def parse_time(text: str | None) -> datetime | None:
-    """Parse a timestamp of Kubernetes."""
+    """Parse a Kubernetes timestamp."""
     return datetime.fromisoformat(text) if text else None
 
 
@@ -96,15 +96,15 @@ def stage_containers(pod: KubernetesObject) -> tuple[StageContainer, ...]:
 def _stage_containers(pod: KubernetesObject) -> Iterator[StageContainer]:
     status = pod.get("status") or {}
     for specs, statuses in (("initContainers", "initContainerStatuses"), ("containers", "containerStatuses")):
-        by_name = {each["name"]: each for each in status.get(statuses) or ()}
+        status_by_name = {entry["name"]: entry for entry in status.get(statuses) or ()}
         for spec in pod["spec"].get(specs) or ():
             # A service mesh or a policy engine may have injected containers.
             if spec["name"] in STAGES:
-                yield StageContainer(spec["name"], spec, by_name.get(spec["name"]) or {})
+                yield StageContainer(spec["name"], spec, status_by_name.get(spec["name"]) or {})
 
 
 def has_started(pod: KubernetesObject) -> bool:
-    """Return whether a container of a pod has started; the pod stays Pending until all init containers completed."""
+    """Return whether a container of a pod has started; a pod stays Pending until all init containers complete."""
     return any(container.has_started for container in stage_containers(pod))
 
 
@@ -157,5 +157,5 @@ def find_last_event(
 
 
 def one_line(text: str) -> str:
-    """Join a message of Kubernetes into one line, without the final period."""
+    """Join a Kubernetes message into one line, without the final period."""
     return " ".join(text.split()).rstrip(" .")

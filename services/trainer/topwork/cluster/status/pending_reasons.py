@@ -22,7 +22,7 @@ STARTUP_EVENTS = ("FailedMount", "FailedAttachVolume", "FailedCreatePodSandBox",
 """Events between scheduling and the start of the first container: the newest one explains the delay."""
 KUEUE_EVENTS = {"Pending", "QuotaReserved", "Inadmissible", "EvictedDueToPreempted", "Preempted"}
 ACCESS_DENIED = re.compile(r"denied|unauthorized|authoriz|authentication|401|403|insufficient_scope")
-# What the kubelet and containerd write before the cause of a failed image pull.
+# Prefixes that the kubelet and containerd put before the cause of a failed image pull.
 PULL_ERROR_PREFIX = re.compile(
     r"^(rpc error: code = \w+ desc = |Back-off pulling image \"[^\"]*\"(: )?|ErrImagePull: |"
     r"failed to pull and unpack image \"[^\"]*\": |failed to resolve reference \"[^\"]*\": )+"
@@ -212,7 +212,7 @@ RESOURCE_KEYS = {
 # "0/5 nodes are available: 3 Insufficient nvidia.com/gpu, 2 node(s) had untolerated taint {a: b}. preemption: …"
 UNSCHEDULABLE = re.compile(r"0/(?P<nodes>\d+) nodes are available: (?P<causes>.*)", re.DOTALL)
 PREEMPTION = re.compile(r"\.? *(no new claims to deallocate, )?preemption: .*", re.DOTALL)
-CAUSE = re.compile(r"(?P<count>\d+) (?P<what>(?:[^,{]|\{[^}]*\})+)")
+CAUSE = re.compile(r"(?P<count>\d+) (?P<cause>(?:[^,{]|\{[^}]*\})+)")
 
 
 def _explain_unschedulable(pod: KubernetesObject, message: str) -> str:
@@ -223,21 +223,22 @@ def _explain_unschedulable(pod: KubernetesObject, message: str) -> str:
         message: Message of its condition PodScheduled.
 
     Returns:
-        One clause per cause, the one that a user can most likely fix first; the message itself if it has another form.
+        One clause per cause, most fixable first; the message itself if its format is unknown.
     """
     match = UNSCHEDULABLE.search(message)
     if not match:
         return one_line(message)
     nodes = int(match["nodes"])
     causes = [
-        (int(cause["count"]), cause["what"].strip(" ."))
-        for cause in CAUSE.finditer(PREEMPTION.sub("", match["causes"]))
+        (int(item["count"]), item["cause"].strip(" .")) for item in CAUSE.finditer(PREEMPTION.sub("", match["causes"]))
     ]
-    insufficient = {what.removeprefix(INSUFFICIENT): count for count, what in causes if what.startswith(INSUFFICIENT)}
-    others = [_describe_cause(count, nodes, what) for count, what in causes if not what.startswith(INSUFFICIENT)]
+    insufficient = {
+        cause.removeprefix(INSUFFICIENT): count for count, cause in causes if cause.startswith(INSUFFICIENT)
+    }
+    others = [_describe_cause(count, nodes, cause) for count, cause in causes if not cause.startswith(INSUFFICIENT)]
     # Missing resources matter more than nodes that never run GPU pods, such as control plane nodes.
     clauses = [_describe_insufficient(pod, insufficient, nodes)] if insufficient else []
-    clauses += [*others, *_advice(insufficient, [what for _, what in causes])]
+    clauses += [*others, *_advice(insufficient, [cause for _, cause in causes])]
     return "; ".join(clauses) or one_line(message)
 
 
@@ -249,18 +250,18 @@ def _describe_insufficient(pod: KubernetesObject, insufficient: dict[str, int], 
     return f"no node has {' and '.join(resources)}"
 
 
-def _describe_cause(count: int, nodes: int, what: str) -> str:
+def _describe_cause(count: int, nodes: int, cause: str) -> str:
     subject, is_one = f"{count} of {nodes} nodes", count == 1
-    if taint := re.match(r"node\(s\) had untolerated taint(?:\(s\)| (\{.*\}))?", what):
+    if taint := re.match(r"node\(s\) had untolerated taint(?:\(s\)| (\{.*\}))?", cause):
         name = f"the taint {_format_taint(taint[1])}" if taint[1] else "a taint"
         return f"{subject} {'has' if is_one else 'have'} {name}, which the job does not tolerate"
-    if "didn't match Pod's node affinity/selector" in what:
+    if "didn't match Pod's node affinity/selector" in cause:
         return f"{subject} {'does' if is_one else 'do'} not match spec.compute.nodeSelector or affinity"
-    if "were unschedulable" in what:
+    if "were unschedulable" in cause:
         return f"{subject} {'is' if is_one else 'are'} cordoned"
-    if what.startswith("Too many pods"):
+    if cause.startswith("Too many pods"):
         return f"{subject} {'has' if is_one else 'have'} reached the maximum number of pods"
-    return f"{subject}: {what}"
+    return f"{subject}: {cause}"
 
 
 def _format_taint(text: str) -> str:
@@ -274,7 +275,7 @@ def _advice(insufficient: Iterable[str], causes: list[str]) -> Iterator[str]:
     if keys:
         yield f"wait until a node is free, or lower {' or '.join(keys)}"
     # If no resource is insufficient, the pod would wait forever: a taint or a label keeps it off the nodes.
-    elif any("taint" in what for what in causes):
+    elif any("taint" in cause for cause in causes):
         yield "add a toleration to spec.compute.tolerations"
-    elif any("node affinity/selector" in what for what in causes):
+    elif any("node affinity/selector" in cause for cause in causes):
         yield "compare with kubectl get nodes --show-labels"

@@ -98,7 +98,7 @@ class RunStatus:
 
     @property
     def running_container(self) -> tuple[str, str] | None:
-        """Pod and container that run, whose log grows."""
+        """Names of the pod and container that are running; None if no container is running."""
         for attempt in reversed(self.attempts):
             for container in attempt.containers:
                 if container.state == "running":
@@ -134,7 +134,7 @@ def read_run_status(objects: RunObjects, epoch: EpochProgress | None = None) -> 
 
 
 def _prefetch_only(status: RunStatus) -> RunStatus:
-    """Return the status of a run without training Job: it is not finished when its dataset is pulled."""
+    """Return the status of a run without a training Job: it is not finished when its dataset is pulled."""
     if status.phase == "succeeded":
         reason = "the dataset is pulled; submit the job again to train"
         return replace(status, phase="pending", exit_code=None, ended=None, reason=reason)

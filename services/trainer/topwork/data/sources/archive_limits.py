@@ -17,7 +17,7 @@ MAX_ZIP_DIRECTORY_BYTES = 256 * 2**20
 """Size of the central directory of a zip file, which is read into memory: 134 bytes for each of `MAX_MEMBERS`."""
 
 MAX_TOTAL_BYTES = 2 * 2**40
-"""Uncompressed size of all files together. The largest public image datasets have 1.3 TB."""
+"""Uncompressed size of all files together. The largest public image datasets take up 1.3 TB."""
 
 MAX_RATIO = 200
 """Uncompressed bytes per byte of the archive. Images hardly compress: a tar of blank BMP files reaches about 100.
@@ -47,7 +47,7 @@ class UncompressedSizeLimit:
     """Counts the uncompressed bytes of an archive and rejects decompression bombs."""
 
     def __init__(self, display_uri: str, archive_bytes: int) -> None:
-        """Start counting at zero.
+        """Set the limit for an archive.
 
         Args:
             display_uri: URI of the archive for error messages.
@@ -77,14 +77,14 @@ def limit_entries(entries: Iterator[T], display_uri: str) -> Iterator[T]:
     """Yield the entries of an archive, up to `MAX_MEMBERS`.
 
     Args:
-        entries: Files, directories and all other entries.
+        entries: The entries to count.
         display_uri: URI of the archive for error messages.
 
     Yields:
         The entries.
 
     Raises:
-        DataError: If there are more.
+        DataError: If there are more entries.
     """
     for number, entry in enumerate(entries, 1):
         if number > MAX_MEMBERS:

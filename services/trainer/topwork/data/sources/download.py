@@ -19,7 +19,7 @@ from topwork.errors import UnavailableError
 ATTEMPTS = 5
 
 BACKOFF_SECONDS = 1.0
-"""The second retry waits for twice this time, and each further one for twice as long. The first does not wait."""
+"""The first retry does not wait, the second waits for twice this time, and each further retry waits twice as long."""
 
 MAX_BACKOFF_SECONDS = 30.0
 
@@ -69,7 +69,7 @@ class RemoteFile:
         self._validator: str | None = None
 
     def version(self) -> str | None:
-        """Return a text that changes when the file changes, from the response headers.
+        """Return a string that changes when the file changes, from the response headers.
 
         Returns:
             The ETag or modification date with the length; None if the server sends neither.
@@ -163,14 +163,14 @@ class RemoteFile:
     def _retry(self, action: Callable[[], T]) -> T:
         """Call `action` until it succeeds, with the backoff of urllib3's Retry.
 
-        urllib3 itself would not retry a body that breaks off, and reads the body of an error response into memory.
+        urllib3 itself does not retry an interrupted body, and reads the body of an error response into memory.
         """
         retry = Retry(
             ATTEMPTS - 1,
             backoff_factor=BACKOFF_SECONDS,
             backoff_max=MAX_BACKOFF_SECONDS,
             backoff_jitter=BACKOFF_SECONDS,
-            retry_after_max=MAX_RETRY_AFTER_SECONDS,  # type: ignore[arg-type] # the stubs want int
+            retry_after_max=MAX_RETRY_AFTER_SECONDS,  # type: ignore[arg-type] # the stubs require int
         )
         while True:
             try:
@@ -201,7 +201,7 @@ def _wait(retry: Retry, response: BaseHTTPResponse | None) -> None:
 
 
 def _start_offset(response: BaseHTTPResponse) -> int:
-    """Return the position in the file at which the body starts, or -1 if the server does not say."""
+    """Return the position in the file at which the body starts, or -1 if the server does not send it."""
     if response.status != http.HTTPStatus.PARTIAL_CONTENT:
         return 0
     match = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range") or "")

@@ -84,7 +84,7 @@ class ImageFolder:
                 yield SourceImage(sanitize_name(file.path), label, partial(self._read, file))
 
     def _summary(self) -> _Summary:
-        """List the files once; the memory does not grow with the number of images."""
+        """List the files once; memory use does not grow with the number of images."""
         if self._cached_summary is None:
             digest, classes, count, total_bytes = hashlib.sha256(), set(), 0, 0
             for file in self._files():

@@ -20,7 +20,7 @@ class SourceImage:
     """One image of a source.
 
     Attributes:
-        name: Path or number with which a user can find the image.
+        name: Path or number that identifies the image to the user.
         label: Class name; None if the source has none for this image.
         read: Returns the encoded image; raises `Rejection` if it is missing or not allowed. Thread-safe.
     """
@@ -53,10 +53,10 @@ class Source(Protocol):
     name: str
 
     def description(self) -> dict[str, Any]:
-        """Return where the images come from, without credentials; stored in the manifest."""
+        """Return the origin of the images, without credentials; stored in the manifest."""
 
     def digest(self) -> str:
-        """Return a text that changes when the content changes, as far as that is visible without reading images."""
+        """Return a string that changes when the content changes, as far as this is visible without reading images."""
 
     def estimate_space(self) -> SpaceEstimate | None:
         """Return the scratch space that the source needs, or None if it is unknown. Downloads nothing."""
@@ -95,14 +95,14 @@ def sanitize_name(text: str) -> str:
 def find_similar_class_names(class_names: tuple[str, ...]) -> list[str]:
     """Find class names that differ only in case or spaces.
 
-    Usually this is a mistake that splits one class in two. It is not an error, because letters have such classes (A
-    and a).
+    Usually this is a mistake that splits one class in two. It is not an error, because a dataset of letters has such
+    classes (A and a).
 
     Args:
         class_names: All class names.
 
     Returns:
-        One text per group, such as `Cat, cat`.
+        One string per group, such as `Cat, cat`.
     """
     groups: dict[str, list[str]] = {}
     for name in class_names:
@@ -116,7 +116,7 @@ def base_name(uri: str) -> str:
 
 
 def is_ignored(parts: tuple[str, ...]) -> bool:
-    """Return whether a path is a hidden file or one that a file manager leaves behind, such as `Thumbs.db`."""
+    """Return whether a path is a hidden file or a file created by a file manager, such as `Thumbs.db`."""
     return any(part.startswith(".") or part.lower() in _IGNORED_NAMES for part in parts)
 
 

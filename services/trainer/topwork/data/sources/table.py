@@ -1,4 +1,4 @@
-"""Images that a table lists: each row of a CSV or JSON Lines file has the path of an image and its class."""
+"""Images listed in a table: each row of a CSV or JSON Lines file has the path of an image and its class."""
 
 import hashlib
 import posixpath

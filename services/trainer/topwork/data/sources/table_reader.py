@@ -18,15 +18,15 @@ _EXTRA_FIELDS = "extra fields"
 
 
 class DuplicateChecker:
-    """Finds images that several rows name. Keeps 8 bytes per image.
+    """Finds images that are listed in several rows. Keeps only short hashes in memory.
 
     Attributes:
         rows: Number of rows.
-        duplicates: Number of rows that name an image of an earlier row.
+        duplicates: Number of rows that repeat an image of an earlier row.
     """
 
     def __init__(self, table_uri: str) -> None:
-        """Start without rows.
+        """Create a checker without rows.
 
         Args:
             table_uri: URI of the table for error messages.
@@ -39,7 +39,7 @@ class DuplicateChecker:
         """Add a row.
 
         Raises:
-            DataError: If an earlier row gives the same image another class.
+            DataError: If an earlier row assigns a different class to the same image.
         """
         self.rows += 1
         if not (image and label):

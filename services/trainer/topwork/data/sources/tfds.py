@@ -33,7 +33,7 @@ ATTEMPTS = 3
 BACKOFF_SECONDS = 5.0
 GROWTH_CHECK_SECONDS = 10.0
 
-# About 12 seconds per file. With the default of 10, a pod without internet access would hold its GPUs for 3 minutes
+# About 12 seconds per file. With the default of 10, a pod without internet access would occupy its GPUs for 3 minutes
 # longer.
 downloader.MAX_RETRIES = 6
 
@@ -193,7 +193,7 @@ class TfdsSource:
         """Copy the mirrored TFDS download directory to scratch; TFDS verifies its content.
 
         Returns:
-            Whether the mirror has one, either with a manifest or copied there manually.
+            Whether the mirror has a download directory, either with a manifest or copied there manually.
         """
         storage, directory = self._workspace.storage, self._directory / "downloads"
         if read_manifest(storage, self._mirror_prefix):
@@ -239,7 +239,7 @@ def record_directory_growth(directory: Path, metrics: Metrics, seconds: float = 
 
 def _directory_size(directory: Path) -> int:
     size = 0
-    # TFDS renames and deletes files in the meantime.
+    # TFDS may rename or delete a file during the traversal.
     with contextlib.suppress(OSError):
         for path in directory.rglob("*"):
             size += path.stat().st_size
@@ -288,7 +288,7 @@ def find_image_and_label(builder: Any) -> tuple[str, str]:
 
 
 def _is_retryable(error: BaseException) -> bool:
-    """Return False if TFDS itself has already used up its retries for a server."""
+    """Return whether a retry may help. It does not if TFDS has already used up its own retries for a server."""
     return _is_network_error(error) and "Max retries exceeded" not in str(error)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from topwork.spec.loading.yaml_document import Path
 
-# Each key of these sections of the spec can have a default; storage has one as a whole.
+# Each key of these sections of the spec can have a default. `storage` is a single value.
 SECTIONS = ("compute", "metrics")
 STORAGE = "storage"
 
@@ -63,16 +63,16 @@ def flatten_defaults(spec: Mapping[str, Any]) -> dict[Path, Any]:
 
 
 def _set_if_unset(data: dict[str, Any], path: Path, value: Any) -> bool:
-    """Set a value and return True, or return False if the path has a value or leads through something else."""
-    here: Any = data
+    """Set a value and return True, or return False if the path is set or a parent is not a mapping."""
+    current: Any = data
     for depth, step in enumerate(path):
-        if not isinstance(here, dict):
+        if not isinstance(current, dict):
             return False
         if depth == len(path) - 1:
-            if here.get(step) is not None:
+            if current.get(step) is not None:
                 return False
-            here[step] = value
-        elif here.get(step) is None:
-            here[step] = {}
-        here = here[step]
+            current[step] = value
+        elif current.get(step) is None:
+            current[step] = {}
+        current = current[step]
     return True

@@ -1,4 +1,4 @@
-"""Reading job specs from YAML files and reporting all problems of all documents at once."""
+"""Reads job specs from YAML files and reports all problems of all documents together."""
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence

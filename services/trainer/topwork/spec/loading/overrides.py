@@ -108,7 +108,7 @@ def apply_overrides(data: Mapping[str, Any], overrides: Sequence[Override], name
             problems.append(override.problem(error.path, str(error)))
             continue
         # The new value replaces everything that earlier overrides set below this path.
-        origins = {path: one for path, one in origins.items() if path[: len(override.path)] != override.path}
+        origins = {path: origin for path, origin in origins.items() if path[: len(override.path)] != override.path}
         origins.update(dict.fromkeys(changed, override))
     return AppliedOverrides(result, origins, tuple(problems))
 
@@ -146,9 +146,9 @@ def _parse_path(steps: list[str]) -> Path:
 
 def _explain_unknown_step(parent: Path, step: str) -> str:
     types = key_types.types_at(TransferJob, parent)
-    if any(key_types.is_model(one.python_type) for one in types):
+    if any(key_types.is_model(key_type.python_type) for key_type in types):
         return explain_unknown_key((*parent, step))
-    if any(key_types.is_list(one.python_type) for one in types):
+    if any(key_types.is_list(key_type.python_type) for key_type in types):
         return f"{format_path(parent)} is a list. Use the index of an item, such as {format_path((*parent, 0))}."
     return f"{format_path(parent)} is not a mapping. Allowed: {key_types.describe_types(types)}."
 
@@ -168,40 +168,40 @@ def _set(data: dict[str, Any], override: Override, name: str) -> list[Path]:
     """Set or remove one value.
 
     Returns:
-        The path of the override, and those of the mappings that were created for it.
+        The path of the override, and the paths of mappings that were created for it.
     """
     path, changed = override.path, [override.path]
-    here: Any = data
+    node: Any = data
     for depth, step in enumerate(path[:-1]):
-        _check_step(here, path, depth, name)
-        child = here[step] if isinstance(step, int) else here.get(step)
+        _check_step(node, path, depth, name)
+        child = node[step] if isinstance(step, int) else node.get(step)
         if child is None:
             if override.value is None:
                 return changed  # there is nothing to remove
-            here[step] = child = {}
+            node[step] = child = {}
             changed.append(path[: depth + 1])
-        here = child
-    _check_step(here, path, len(path) - 1, name)
+        node = child
+    _check_step(node, path, len(path) - 1, name)
     if override.value is None:
-        here.pop(path[-1], None)
+        node.pop(path[-1], None)
     else:
-        here[path[-1]] = deepcopy(override.value)
+        node[path[-1]] = deepcopy(override.value)
     return changed
 
 
-def _check_step(here: Any, path: Path, depth: int, name: str) -> None:
-    """Reject a step of a path that the document has no place for."""
+def _check_step(node: Any, path: Path, depth: int, name: str) -> None:
+    """Reject a path step that does not fit the document."""
     parent, step = path[:depth], path[depth]
-    if isinstance(step, int) and not isinstance(here, list):
-        found = f"is {format_value(here)} in {name}" if here else f"is not set in {name}"
-        raise _OverrideError(parent, f"{found}. Set the whole list, such as {format_path(parent)}=[…].")
-    if isinstance(step, int) and step >= len(here):
-        last = f"the last index is {len(here) - 1}" if here else "the list is empty"
+    if isinstance(step, int) and not isinstance(node, list):
+        problem = f"is {format_value(node)} in {name}" if node else f"is not set in {name}"
+        raise _OverrideError(parent, f"{problem}. Set the whole list, such as {format_path(parent)}=[…].")
+    if isinstance(step, int) and step >= len(node):
+        last = f"the last index is {len(node) - 1}" if node else "the list is empty"
         raise _OverrideError(path[: depth + 1], f"does not exist in {name}: {last}.")
-    if isinstance(step, str) and not isinstance(here, dict):
+    if isinstance(step, str) and not isinstance(node, dict):
         raise _OverrideError(
             parent,
-            f"is {format_value(here)} in {name}, which has no key {format_value(step)}. Set the whole mapping, such as "
+            f"is {format_value(node)} in {name}, which has no key {format_value(step)}. Set the whole mapping, such as "
             f"{format_path(parent)}={{{step}: …}}.",
         )
 

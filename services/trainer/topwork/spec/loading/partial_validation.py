@@ -1,4 +1,4 @@
-"""Running the rules of a spec that has other errors, so that the user sees all problems at once.
+"""Runs the rules of a spec that has other errors, so that the user sees all problems at once.
 
 Pydantic skips the rules of a model if one of its fields is invalid. This module runs those rules on a model without the
 invalid fields.
@@ -39,12 +39,12 @@ def run_skipped_rules(root: type[SpecModel], data: Mapping[str, Any], error: Val
 
 
 class _PartialValidation:
-    """Builds models without their invalid fields. A rule that reads one of those raises AttributeError."""
+    """Builds models without their invalid fields. A rule that reads an invalid field raises AttributeError."""
 
     def __init__(self, error: ValidationError) -> None:
         details = error.errors(include_url=False, include_input=False)
-        self._invalid = {_without_tags(one["loc"]) for one in details if one["type"] != "rule_violation"}
-        self._checked = {_without_tags(one["loc"]) for one in details if one["type"] == "rule_violation"}
+        self._invalid = {_without_tags(detail["loc"]) for detail in details if detail["type"] != "rule_violation"}
+        self._checked = {_without_tags(detail["loc"]) for detail in details if detail["type"] == "rule_violation"}
         self.violations: list[SkippedViolation] = []
 
     def build(self, model: type[SpecModel], data: Mapping[str, Any], path: Path) -> SpecModel:
@@ -62,23 +62,23 @@ class _PartialValidation:
             child = (*path, key)
             if key not in data or child in self._invalid:
                 continue
-            if not any(place[: len(child)] == child for place in self._invalid | self._checked):
+            if not any(location[: len(child)] == child for location in self._invalid | self._checked):
                 # The value is valid; this only converts lists to tuples and mappings to models.
                 adapter: TypeAdapter[Any] = TypeAdapter(cast("Any", field.annotation))
                 yield key, adapter.validate_python(data[key], by_alias=True, by_name=False)
                 continue
             models = [
-                one.python_type
-                for one in key_types.expand_types(field.annotation)
-                if key_types.is_model(one.python_type)
+                key_type.python_type
+                for key_type in key_types.expand_types(field.annotation)
+                if key_types.is_model(key_type.python_type)
             ]
             if len(models) == 1 and isinstance(data[key], Mapping):
                 yield key, self.build(models[0], data[key], child)
 
     def _run_rules(self, instance: SpecModel) -> Iterator[Violation]:
-        for found in run_rules(instance):
+        for violations in run_rules(instance):
             try:
-                yield from found
+                yield from violations
             except AttributeError:
                 # The rule reads an invalid value, which is already reported.
                 continue

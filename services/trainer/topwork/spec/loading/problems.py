@@ -101,18 +101,22 @@ def explain_unknown_key(path: Path) -> str:
     """
     *parent, key = path
     models = [
-        one.python_type for one in key_types.types_at(TransferJob, tuple(parent)) if key_types.is_model(one.python_type)
+        key_type.python_type
+        for key_type in key_types.types_at(TransferJob, tuple(parent))
+        if key_types.is_model(key_type.python_type)
     ]
     known = [name for model in models for name in key_types.fields_by_key(model)]
-    homes = [
-        home or "the document"
-        for home, model in key_types.walk_models(TransferJob)
+    locations = [
+        location or "the document"
+        for location, model in key_types.walk_models(TransferJob)
         if key in key_types.fields_by_key(model)
     ]
-    where = (
-        f" It is a key of {join_words(list(dict.fromkeys(homes))[:3], 'or')}." if homes else did_you_mean(key, known)
+    hint = (
+        f" It is a key of {join_words(list(dict.fromkeys(locations))[:3], 'or')}."
+        if locations
+        else did_you_mean(key, known)
     )
-    return f"unknown key.{where} Known keys: {', '.join(known)}."
+    return f"unknown key.{hint} Known keys: {', '.join(known)}."
 
 
 def _from_violation(path: Path, violation: Violation) -> Finding:
@@ -141,8 +145,8 @@ def _translate(details: ErrorDetails) -> Iterator[Finding]:
         yield Finding(path, message, at_key=True)
     else:
         # A wrong value does not show which member of a union was meant, so the message lists all of them.
-        place = tagged[:-1] if tagged and _is_tag(tagged[-1]) else tagged
-        yield Finding(path, _not_allowed(value, key_types.types_at(TransferJob, place), details))
+        location = tagged[:-1] if tagged and _is_tag(tagged[-1]) else tagged
+        yield Finding(path, _not_allowed(value, key_types.types_at(TransferJob, location), details))
 
 
 def _is_tag(step: str | int) -> bool:
@@ -158,7 +162,7 @@ def _not_allowed(value: object, types: tuple[key_types.KeyType, ...], details: E
 def _suggest_fix(value: object, types: tuple[key_types.KeyType, ...]) -> str:
     if not isinstance(value, str):
         return ""
-    python_types = {one.python_type for one in types}
+    python_types = {key_type.python_type for key_type in types}
     if bool in python_types and value.lower() in YAML_1_1_BOOLEANS:
         return f" Did you mean {YAML_1_1_BOOLEANS[value.lower()]}?"
     if python_types & {int, float} and _is_number(value):
@@ -176,14 +180,18 @@ def _is_number(text: str) -> bool:
 
 def _description(path: Path) -> str:
     *parent, key = path
-    for one in key_types.types_at(TransferJob, tuple(parent)):
-        if key_types.is_model(one.python_type) and (field := key_types.fields_by_key(one.python_type).get(str(key))):
+    for key_type in key_types.types_at(TransferJob, tuple(parent)):
+        if key_types.is_model(key_type.python_type) and (
+            field := key_types.fields_by_key(key_type.python_type).get(str(key))
+        ):
             return field.description or ""
     return ""
 
 
 def _describe_keys(path: Path) -> str:
     mappings = [
-        one.python_type for one in key_types.types_at(TransferJob, path[:-1]) if get_origin(one.python_type) is dict
+        key_type.python_type
+        for key_type in key_types.types_at(TransferJob, path[:-1])
+        if get_origin(key_type.python_type) is dict
     ]
     return " or ".join(key_types.describe_types(key_types.expand_types(get_args(mapping)[0])) for mapping in mappings)

@@ -54,7 +54,7 @@ class Document:
         data: Plain data; None if the document is empty.
         values: Position of the value at each path. For a block collection, this is the position of its key.
         keys: Position of the key, or list item, at each path.
-        issues: What is wrong with the text; `data` lacks these parts.
+        issues: Problems of the text; `data` lacks the affected parts.
     """
 
     data: Any = None
@@ -110,7 +110,7 @@ def read_documents(text: str) -> Iterator[Document]:
         except StopIteration:
             return
         except Exception as error:
-            # For some invalid texts, the parser raises other errors than its own, such as IndexError.
+            # For some invalid texts, the parser raises errors of other types, such as IndexError.
             yield Document(issues=[_explain_syntax_error(error, text)])
             return
         yield _Converter().convert(node)
@@ -186,10 +186,10 @@ class _Converter:
         if tag == "merge":
             self._add_issue(node, (*path, "<<"), "merge keys (<<) are not supported. Write out the keys.")
         else:
-            name, found = (
+            name, content = (
                 (node.value, node.value or "nothing") if isinstance(node, ScalarNode) else ("?", "a collection")
             )
-            self._add_issue(node, (*path, name), f"a key must be a string, but found {found}. Add quotes.")
+            self._add_issue(node, (*path, name), f"a key must be a string, but found {content}. Add quotes.")
         return None
 
     def _scalar(self, node: ScalarNode, path: Path) -> Any:

@@ -26,7 +26,7 @@ class KeyType:
 
     def find(self, kind: type[Any]) -> Any:
         """Return the first metadata of a kind, such as `Ge`, or None."""
-        return next((one for one in self.metadata if isinstance(one, kind)), None)
+        return next((item for item in self.metadata if isinstance(item, kind)), None)
 
 
 def expand_types(annotation: Any, metadata: Iterable[Any] = ()) -> Iterator[KeyType]:
@@ -60,13 +60,13 @@ def types_at(root: type[SpecModel], path: tuple[str | int, ...]) -> tuple[KeyTyp
     Returns:
         The allowed types; empty if the path does not exist.
     """
-    found: tuple[KeyType, ...] = (KeyType(root),)
+    selected: tuple[KeyType, ...] = (KeyType(root),)
     for step in path:
         if isinstance(step, str) and step.startswith("<"):
-            found = tuple(one for one in found if (tag := one.find(Tag)) and tag.tag == step)
+            selected = tuple(key_type for key_type in selected if (tag := key_type.find(Tag)) and tag.tag == step)
         else:
-            found = tuple(inner for one in found for inner in _types_below(one, step))
-    return found
+            selected = tuple(inner for key_type in selected for inner in _types_below(key_type, step))
+    return selected
 
 
 def fields_by_key(model: type[SpecModel]) -> dict[str, FieldInfo]:
@@ -78,45 +78,48 @@ def walk_models(root: type[SpecModel], path: str = "") -> Iterator[tuple[str, ty
     """Yield a model and all models below it, depth first, each with its path; `[]` represents a list index."""
     yield path, root
     for key, field in fields_by_key(root).items():
-        for one in expand_types(field.annotation):
-            for model, suffix in _models_in(one.python_type):
+        for key_type in expand_types(field.annotation):
+            for model, suffix in _models_in(key_type.python_type):
                 yield from walk_models(model, f"{path}.{key}{suffix}".removeprefix("."))
 
 
 def is_model(annotation: Any) -> bool:
-    """Whether a type is a model, that is, a mapping of the spec with known keys."""
+    """Return whether a type is a model, that is, a mapping of the spec with known keys."""
     return isinstance(annotation, type) and issubclass(annotation, SpecModel)
 
 
 def is_list(annotation: Any) -> bool:
-    """Whether a type is a list."""
+    """Return whether a type is a list."""
     return get_origin(annotation) is tuple
 
 
 def describe_types(key_types: Iterable[KeyType]) -> str:
     """Describe the values that these types allow, such as `an integer from 1 to 10000`."""
     key_types = tuple(key_types)
-    descriptions = {text.text if (text := one.find(ValueDescription)) else None for one in key_types}
+    descriptions = {text.text if (text := key_type.find(ValueDescription)) else None for key_type in key_types}
     if len(descriptions) == 1 and (description := descriptions.pop()):
         return str(description)
-    return " or ".join(dict.fromkeys(_describe(one) for one in key_types))
+    return " or ".join(dict.fromkeys(_describe(key_type) for key_type in key_types))
 
 
 def literal_values(key_types: Iterable[KeyType]) -> list[str]:
     """Return the values of all Literal types."""
     return [
-        str(value) for one in key_types if get_origin(one.python_type) is Literal for value in get_args(one.python_type)
+        str(value)
+        for key_type in key_types
+        if get_origin(key_type.python_type) is Literal
+        for value in get_args(key_type.python_type)
     ]
 
 
 def _flatten(metadata: Iterable[Any]) -> Iterator[Any]:
-    for one in metadata:
-        if isinstance(one, FieldInfo):
-            yield from _flatten(one.metadata)
-        elif hasattr(one, "__iter__") and not isinstance(one, str):
-            yield from one  # a group such as StringConstraints
+    for item in metadata:
+        if isinstance(item, FieldInfo):
+            yield from _flatten(item.metadata)
+        elif hasattr(item, "__iter__") and not isinstance(item, str):
+            yield from item  # a group such as StringConstraints
         else:
-            yield one
+            yield item
 
 
 def _models_in(annotation: Any) -> Iterator[tuple[type[SpecModel], str]]:
@@ -126,38 +129,38 @@ def _models_in(annotation: Any) -> Iterator[tuple[type[SpecModel], str]]:
         yield annotation, ""
 
 
-def _types_below(one: KeyType, step: str | int) -> Iterator[KeyType]:
-    arguments = get_args(one.python_type)
-    if isinstance(step, int) and is_list(one.python_type):
+def _types_below(key_type: KeyType, step: str | int) -> Iterator[KeyType]:
+    arguments = get_args(key_type.python_type)
+    if isinstance(step, int) and is_list(key_type.python_type):
         yield from expand_types(arguments[0] if Ellipsis in arguments else arguments[min(step, len(arguments) - 1)])
-    elif isinstance(step, str) and get_origin(one.python_type) is dict:
+    elif isinstance(step, str) and get_origin(key_type.python_type) is dict:
         yield from expand_types(arguments[1])
-    elif is_model(one.python_type) and step in fields_by_key(one.python_type):
-        field = fields_by_key(one.python_type)[str(step)]
+    elif is_model(key_type.python_type) and step in fields_by_key(key_type.python_type):
+        field = fields_by_key(key_type.python_type)[str(step)]
         yield from expand_types(field.annotation, field.metadata)
 
 
-def _describe(one: KeyType) -> str:
-    if description := one.find(ValueDescription):
+def _describe(key_type: KeyType) -> str:
+    if description := key_type.find(ValueDescription):
         return str(description.text)
-    if get_origin(one.python_type) is Literal:
-        return ", ".join(map(str, get_args(one.python_type)))
-    if is_list(one.python_type):
-        return _describe_list(one)
-    if get_origin(one.python_type) is dict:
+    if get_origin(key_type.python_type) is Literal:
+        return ", ".join(map(str, get_args(key_type.python_type)))
+    if is_list(key_type.python_type):
+        return _describe_list(key_type)
+    if get_origin(key_type.python_type) is dict:
         return "a mapping"
-    if one.python_type is bool:
+    if key_type.python_type is bool:
         return "true or false"
-    if one.python_type in {int, float}:
-        return " ".join(["an integer" if one.python_type is int else "a number", *_describe_bounds(one)])
-    if is_model(one.python_type):
-        return f"a mapping with {', '.join(fields_by_key(one.python_type))}"
+    if key_type.python_type in {int, float}:
+        return " ".join(["an integer" if key_type.python_type is int else "a number", *_describe_bounds(key_type)])
+    if is_model(key_type.python_type):
+        return f"a mapping with {', '.join(fields_by_key(key_type.python_type))}"
     return "a string"
 
 
-def _describe_list(one: KeyType) -> str:
-    arguments = get_args(one.python_type)
-    minimum, maximum = one.find(MinLen), one.find(MaxLen)
+def _describe_list(key_type: KeyType) -> str:
+    arguments = get_args(key_type.python_type)
+    minimum, maximum = key_type.find(MinLen), key_type.find(MaxLen)
     if Ellipsis not in arguments:
         count = f"{len(arguments)}"
     elif minimum and maximum:
@@ -169,8 +172,8 @@ def _describe_list(one: KeyType) -> str:
     return f"a list of {count}, each {describe_types(expand_types(arguments[0]))}"
 
 
-def _describe_bounds(one: KeyType) -> Iterator[str]:
-    minimum, above, maximum, below = one.find(Ge), one.find(Gt), one.find(Le), one.find(Lt)
+def _describe_bounds(key_type: KeyType) -> Iterator[str]:
+    minimum, above, maximum, below = key_type.find(Ge), key_type.find(Gt), key_type.find(Le), key_type.find(Lt)
     if minimum:
         yield f"from {minimum.ge:g}" if abs(minimum.ge) < 1e6 else f"from {minimum.ge}"
     if above:

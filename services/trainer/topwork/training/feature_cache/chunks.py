@@ -14,7 +14,7 @@ from topwork.errors import TopworkError
 
 log = structlog.get_logger(__name__)
 
-# More than this is computed again on resume: transferring it would take longer.
+# Larger features are not stored but computed again on resume: transferring them would take longer.
 MAX_STORED_BYTES = 4 * 2**30
 
 Array = npt.NDArray[Any]

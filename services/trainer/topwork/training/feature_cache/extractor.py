@@ -19,7 +19,7 @@ from topwork.training.strategy import cpu_supports_bfloat16
 log = structlog.get_logger(__name__)
 
 # Total multiplications above which converting variables to constants pays off: the conversion takes about ten seconds,
-# in which two cores do about as many.
+# and two cores compute about as many multiplications in that time.
 MIN_MULTIPLICATIONS_TO_FREEZE = 1e12
 # A serialized graph is limited to 2 GiB.
 MAX_CONSTANT_BYTES = 1.5 * 2**30
@@ -35,7 +35,7 @@ class FeatureExtractor:
     """Runs the frozen part of a classifier on all replicas."""
 
     def __init__(self, frozen_part: keras.Model, *, precision: str, images: int) -> None:
-        """Prepare the extractor. What it runs depends on job, model and machine, never on measured time.
+        """Prepare the extractor. Its implementation depends on job, model and machine, but not on measured times.
 
         Args:
             frozen_part: Frozen part of the classifier, built in the scope of the strategy.
@@ -135,7 +135,7 @@ def _onednn_bfloat16() -> Iterator[None]:
 
 
 def _relative_difference(features: Features, reference: Features) -> float:
-    """Root mean square of the difference, relative to the reference; infinite if a value is not finite."""
+    """Return the RMS of the difference, relative to the reference; infinite if a value is not finite."""
     difference = float(np.sqrt(np.square(features - reference, dtype=np.float64).mean()))
     scale = float(np.sqrt(np.square(reference, dtype=np.float64).mean()))
     relative = difference / max(scale, 1e-30)

@@ -1,4 +1,4 @@
-"""Computing the features of a stage: the frozen part of its classifier runs once over each view of an image."""
+"""Computes the features of a stage: the frozen part of its classifier runs once over each view of an image."""
 
 import hashlib
 import time
@@ -57,7 +57,7 @@ class FeatureSplit(Split):
         return self._images.names
 
     def gather(self, indices: tf.Tensor) -> tf.Tensor:
-        """Return features, inside a tf.data pipeline.
+        """Gather features inside a tf.data pipeline.
 
         Args:
             indices: int64 (n,); view * size + image.
@@ -143,7 +143,7 @@ class FeatureRequest:
 
 
 def features_prefix(context: StageContext) -> str:
-    """Storage key prefix of all features that a stage stores while it runs."""
+    """Return the storage key prefix of all features that a stage stores while it runs."""
     return f"{context.prefix}/features"
 
 
@@ -159,10 +159,10 @@ def compute_features(request: FeatureRequest) -> LocalDataset | None:
     Chunks that an earlier process stored are read from storage.
 
     Args:
-        request: What to compute.
+        request: The features to compute.
 
     Returns:
-        Training and validation split as features, no test split; None if there is no space for optional features.
+        Training and validation splits of features, without a test split; None if optional features do not fit.
 
     Raises:
         SettingError: If the spec requires the feature cache and there is no space for it.
@@ -213,7 +213,7 @@ class _SplitExtraction:
         self._batches_per_view = -(-part.split.size // self._batch_size)
 
     def fill(self, values: Array) -> None:
-        """Read the stored features and compute the others.
+        """Read the stored features and compute the remaining ones.
 
         Args:
             values: Array to fill, (views * images, *features).
@@ -227,11 +227,11 @@ class _SplitExtraction:
                 features = self._extractor(images)[: self._rows_in(batch)]
                 values[row : row + len(features)] = np.clip(features, -limit, limit)
                 row += len(features)
-                stopping = self._workspace.stop.is_set()
-                if self._chunks and (row - stored >= CHUNK_IMAGES or row == len(values) or stopping):
+                is_stopping = self._workspace.stop.is_set()
+                if self._chunks and (row - stored >= CHUNK_IMAGES or row == len(values) or is_stopping):
                     self._chunks.write(stored, values[stored:row].copy())
                     stored = row
-                if stopping:
+                if is_stopping:
                     raise Stopped(
                         "Stopped while computing features of the frozen layers. Start the same job again to resume."
                     )

@@ -14,9 +14,9 @@ from topwork.spec.kubernetes_types import quantity_to_bytes
 
 Placement = Literal["memory", "scratch"]
 
-# Features may take this share of the free memory; training needs the rest.
+# Share of the free memory for features; training needs the rest.
 MEMORY_SHARE = 0.25
-# Share of the scratch volume for features. Resized images may take half of it; exceeding the volume ends the pod.
+# Share of the scratch volume for features. Resized images may take half of it; a pod that exceeds the limit is evicted.
 SCRATCH_SHARE = 0.25
 FREE_SHARE = 0.5
 
@@ -30,7 +30,7 @@ def choose_placement(size_bytes: int, scratch: Path, job: TransferJob) -> Placem
         job: The job, for the size of its scratch volume.
 
     Returns:
-        The fastest place with enough free space; None if there is none.
+        The fastest placement with enough free space; None if there is none.
     """
     if size_bytes <= MEMORY_SHARE * available_memory():
         return "memory"
@@ -54,7 +54,7 @@ def available_memory(root: Path = Path("/")) -> int:
         cgroup = root / "sys/fs/cgroup"
         available.append(int((cgroup / "memory.max").read_text()) - int((cgroup / "memory.current").read_text()))
     except (OSError, ValueError):
-        pass  # not Linux, no cgroup, or "max": no limit
+        pass  # no cgroup v2 limit; without /proc/meminfo, the free memory is unknown and counts as 0
     return max(0, min(available, default=0))
 
 

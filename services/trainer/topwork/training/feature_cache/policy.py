@@ -1,4 +1,4 @@
-"""Whether a stage caches the features of its frozen layers, for how many views of an image, and why."""
+"""Decides whether a stage caches the features of its frozen layers, for how many views of an image, and why."""
 
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ MIN_SPEEDUP = 1.1
 
 @dataclass(frozen=True)
 class FeatureCachePolicy:
-    """What the spec says about the feature cache of a stage.
+    """Feature cache settings of a stage, as derived from the spec.
 
     Attributes:
         views: Views of each training image to cache; 0 if features cannot be cached.
@@ -73,7 +73,7 @@ def should_cache_features(policy: FeatureCachePolicy, epochs: int, partition: Pa
     """Decide whether a stage caches features, before free space is known.
 
     Args:
-        policy: What the spec says.
+        policy: Feature cache settings of the stage.
         epochs: Maximum number of epochs of the stage.
         partition: Frozen and trainable part of the classifier; None if no layer with weights can be separated from
             the trained layers.
