@@ -11,8 +11,8 @@ from matplotlib.colors import LinearSegmentedColormap, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from topwork.registry.stage_results import HistoryRow
 from topwork.report.evaluation import CalibrationBin
-from topwork.report.results import HistoryRow
 
 # Placeholder for the text color of the page; no plot uses this color otherwise.
 INK = "#010203"

@@ -9,6 +9,7 @@ from statistics import median_low
 from typing import Any
 
 from topwork.data.dataset_manifest import DatasetMetadata
+from topwork.registry.stage_results import HistoryRow
 from topwork.report.evaluation import Evaluation
 from topwork.report.export_check import ExportCheck
 from topwork.report.gates import GateResult
@@ -16,7 +17,6 @@ from topwork.spec import TransferJob
 
 # First columns of `history.csv`; other values of an epoch follow.
 LEADING_COLUMNS = ("stage", "epoch", "loss", "accuracy", "validation_loss", "validation_accuracy", "learning_rate")
-HistoryRow = dict[str, float | int | str]
 
 
 @dataclass(frozen=True)
