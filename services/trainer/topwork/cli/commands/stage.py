@@ -166,7 +166,7 @@ def _find_result(
     container: Container, job: "TransferJob", workspace: "Workspace"
 ) -> "StoredDataset | Classifier | Published | None":
     """Find the result of an earlier attempt and restore its metrics, without importing TensorFlow."""
-    from topwork.registry.stage_results import read_stage_result, republish_metrics
+    from topwork.registry.stage_results import find_completed_stage, read_stage_result, republish_metrics
     from topwork.stages.publish import read_published
     from topwork.stages.pull import find_pulled_dataset
 
@@ -179,11 +179,7 @@ def _find_result(
         return published
     if container.stage == "pull":
         return find_pulled_dataset(job, workspace)
-    if container.stage == "transfer" and (classifier := read_stage_result(workspace.storage, job.run, "transfer")):
-        log.info("stage already complete", stage="transfer")
-        republish_metrics(classifier, workspace.metrics)
-        return classifier
-    return None
+    return find_completed_stage(job.run, "transfer", workspace) if container.stage == "transfer" else None
 
 
 def _run_stage(

@@ -7,18 +7,21 @@ from typing import TYPE_CHECKING
 
 from topwork.clients.kubernetes import KubernetesObject
 from topwork.cluster.names import RUN_LABEL
-from topwork.cluster.operations.runs import NAME, TOPWORK_SELECTOR, find_run
+from topwork.cluster.operations.runs import (
+    DELETION_TIMEOUT_SECONDS,
+    FINISHED_POD_PHASES,
+    MIN_PAUSE_SECONDS,
+    NAME,
+    TOPWORK_SELECTOR,
+    find_run,
+)
 from topwork.cluster.status.objects import is_being_deleted, kubectl_name, name_of, owner_uids
 from topwork.errors import SettingError, UnavailableError
 
 if TYPE_CHECKING:
     from topwork.clients.kubernetes.cluster import Cluster
 
-MIN_PAUSE_SECONDS = 0.25
 MAX_PAUSE_SECONDS = 2.0
-# How long deletion may take in addition to the grace period of the pods.
-DELETION_TIMEOUT_SECONDS = 120.0
-FINISHED_POD_PHASES = {"Succeeded", "Failed"}
 
 
 def find_run_to_cancel(cluster: "Cluster", name: str) -> str:

@@ -23,6 +23,12 @@ KIND_PREFIX = re.compile(r"^(transferjob|transferjobs|job|jobs|job\.batch|jobs\.
 NAME = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
 MAX_LISTED_RUNS = 8
 
+# Waiting for deleted objects of a run, when it is canceled or replaced.
+MIN_PAUSE_SECONDS = 0.25
+# How long deletion may take in addition to the grace period of the pods.
+DELETION_TIMEOUT_SECONDS = 120.0
+FINISHED_POD_PHASES = {"Succeeded", "Failed"}
+
 MAX_LOGS = 48
 LOG_THREADS = 12
 LOGS_TIMEOUT_SECONDS = 6.0

@@ -9,6 +9,7 @@ from topwork.clients.kubernetes import KubernetesObject
 from topwork.cluster.manifests.render import RenderedObjects
 from topwork.cluster.names import APP_NAME, DIGEST_ANNOTATION, PART_OF_LABEL, RUN_LABEL
 from topwork.cluster.operations.diff import describe_diff
+from topwork.cluster.operations.runs import DELETION_TIMEOUT_SECONDS, FINISHED_POD_PHASES, MIN_PAUSE_SECONDS
 from topwork.cluster.status.objects import (
     find_condition,
     get_label,
@@ -24,11 +25,7 @@ if TYPE_CHECKING:
     from topwork.clients.kubernetes.cluster import Cluster
 
 Outcome = Literal["submitted", "replaced", "running", "complete"]
-MIN_PAUSE_SECONDS = 0.25
 MAX_PAUSE_SECONDS = 5.0
-# How long deletion may take in addition to the grace period of the pods.
-DELETION_TIMEOUT_SECONDS = 120.0
-FINISHED_POD_PHASES = {"Succeeded", "Failed"}
 
 
 @dataclass(frozen=True)
