@@ -12,7 +12,8 @@ from pydantic.fields import FieldInfo
 
 from topwork.spec import TransferJob
 from topwork.spec.fine_tune import UNFREEZE_MODELS
-from topwork.spec.job import EXCLUDED_FROM_DIGEST
+from topwork.spec.digest import NO_RESULT
+from topwork.spec.job import JobSpec
 from topwork.spec.schema.key_types import KeyType, expand_types, fields_by_key, is_list, is_model, walk_models
 from topwork.spec.spec_model import SpecModel
 
@@ -31,9 +32,12 @@ def shapes_text() -> str:
         JSON that contains, for each model of the spec, its keys in order and the shape and default of each key.
     """
     shapes = {part.__name__: part_shape(part) for _, part in walk_models(TransferJob)}
-    for part, key in excluded_keys(TransferJob, EXCLUDED_FROM_DIGEST):
+    for part, key in excluded_keys(JobSpec, NO_RESULT):
         shapes[part]["fields"][key]["noResult"] = True
-    return json.dumps({"root": TransferJob.__name__, "parts": shapes}, indent=1, sort_keys=True) + "\n"
+    return (
+        json.dumps({"root": TransferJob.__name__, "spec": JobSpec.__name__, "parts": shapes}, indent=1, sort_keys=True)
+        + "\n"
+    )
 
 
 def excluded_keys(part: type[SpecModel], excluded: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -1,6 +1,11 @@
 """Checks before training: splits, batch sizes and replicas that a stage cannot train with are rejected."""
 
+import re
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
+from structlog.testing import capture_logs
 
 from topwork.errors import DataError, SpecError
 from topwork.spec.optimizer import Optimizer
@@ -10,7 +15,7 @@ from topwork.stages.pull import pull
 from topwork.stages.transfer import transfer
 from topwork.training.feature_cache.policy import FeatureCachePolicy
 from topwork.training.plan import StageContext, TrainingPhase, TrainingPlan
-from topwork.training.preflight import check_replicas
+from topwork.training.preflight import check_metrics, check_replicas
 from topwork.training.trainer import train
 
 
@@ -98,7 +103,7 @@ def test_early_stopping_without_a_validation_split_is_rejected(make_job, workspa
     plan = TrainingPlan("transfer", phases, 8, "auto", False, EarlyStopping(), 1, FeatureCachePolicy())
     job = make_job(dataset=with_splits(make_job().spec.dataset, train="train[:60%]", test="train[60%:]"))
     with pytest.raises(SpecError, match="earlyStopping of transfer monitors the validation split, but"):
-        train(StageContext(job, plan, workspace), pull(job, workspace), lambda: None, [])
+        train(StageContext(job, plan, "0123456789abcdef", workspace), pull(job, workspace), lambda: None, [])
 
 
 @pytest.mark.parametrize(
@@ -109,12 +114,7 @@ def test_early_stopping_without_a_validation_split_is_rejected(make_job, workspa
         (
             8, {"gradient_accumulation_steps": 2},
             "optimizer.gradientAccumulationSteps is 2, but with 4 replicas Keras crashes (keras#20582). "
-            "Remove it or train on one GPU (clipnorm and clipvalue work everywhere).",
-        ),
-        (
-            8, {"global_clipnorm": 1.0},
-            "optimizer.globalClipnorm is 1.0, but with 4 replicas each replica clips before the gradients are summed. "
-            "Remove it or train on one GPU (clipnorm and clipvalue work everywhere).",
+            "Remove it or train on one GPU.",
         ),
     ],
 )  # fmt: skip
@@ -123,3 +123,70 @@ def test_settings_unsupported_with_several_replicas_are_rejected(batch_size, set
         check_replicas(4, batch_size, Optimizer(**settings))
     assert str(error.value) == message
     check_replicas(1, batch_size, Optimizer(**settings))
+
+
+@pytest.mark.parametrize("clipping", ["clipnorm", "global_clipnorm", "clipvalue"])
+def test_clipping_is_supported_with_several_replicas(clipping):
+    check_replicas(4, 8, Optimizer(**{clipping: 1.0}))
+
+
+def splits_of(classes, *, validation=None, test=None):
+    """Splits with given labels; the metrics of a job depend only on these."""
+    labels = {name: None if labels is None else np.array(labels) for name, labels in (("v", validation), ("t", test))}
+    validation, test = (None if labels[name] is None else SimpleNamespace(labels=labels[name]) for name in "vt")
+    return SimpleNamespace(class_names=tuple("abcdefg"[:classes]), validation=validation, test=test)
+
+
+TOP5 = "is 1 for every model, because the dataset has only {} classes: the true class is always among the five most"
+AUC = "is undefined, because the {0} split has images of only one class. Enlarge spec.dataset.splits.{0}, or"
+
+
+@pytest.mark.parametrize(
+    ("metric", "splits", "message"),
+    [
+        ("top5", splits_of(2, test=[0, 1]), TOP5.format(2)),
+        ("top5", splits_of(5, validation=[0, 1]), TOP5.format(5)),
+        ("auc", splits_of(2, test=[1, 1], validation=[0, 1]), AUC.format("test")),
+        ("auc", splits_of(7, validation=[3]), AUC.format("validation")),
+    ],
+)
+def test_metric_that_says_nothing_is_rejected_in_a_gate_and_otherwise_a_warning(make_job, metric, splits, message):
+    metrics = ["accuracy", metric]
+    gates = [{"metric": "accuracy", "atLeast": 0.5}, {"metric": metric, "atLeast": 0.9}]
+    with pytest.raises(DataError, match=re.escape(f"spec.evaluate.gates.1: {metric} {message}")):
+        check_metrics(make_job(evaluate={"metrics": metrics, "gates": gates}), splits)
+    with capture_logs() as events:
+        check_metrics(make_job(evaluate={"metrics": metrics}), splits)
+    assert [(event["log_level"], event["metric"]) for event in events] == [("warning", metric)]
+    assert message in events[0]["reason"]
+
+
+def test_metrics_that_suit_the_dataset_are_accepted(make_job):
+    names = ["accuracy", "top5", "auc"]
+    gates = [{"metric": name, "atLeast": 0.5} for name in names]
+    with capture_logs() as events:
+        check_metrics(make_job(evaluate={"metrics": names, "gates": gates}), splits_of(6, test=[0, 5]))
+    assert events == []
+
+
+def test_gate_on_top5_of_two_classes_ends_the_job_before_training(make_job, workspace):
+    gate = {"metric": "top5", "atLeast": 0.9}
+    job = make_job(evaluate={"metrics": ["top5"], "gates": [gate]})
+    with pytest.raises(DataError, match=r"spec\.evaluate\.gates\.0: top5 is 1 for every model"):
+        transfer(job, pull(job, workspace), workspace)
+    assert workspace.metrics.registry.get_sample_value("topwork_steps_total") == 0
+
+
+def test_early_stopping_on_an_undefined_auc_is_rejected_before_transfer(make_job, workspace, two_class_folder):
+    job = make_job(
+        dataset={
+            **with_splits(make_job().spec.dataset, train="train[1:]", validation="train[:1]"),
+            "onMissingClass": "allow",
+        },
+        fineTune={"epochs": 1, "optimizer": {"learningRate": 1e-5}, "earlyStopping": {"monitor": "auc"}},
+    )
+    with pytest.raises(
+        DataError, match=r"spec\.fineTune\.earlyStopping\.monitor is auc, which needs images of at least"
+    ):
+        transfer(job, pull(job, workspace), workspace)
+    assert workspace.metrics.registry.get_sample_value("topwork_steps_total") == 0

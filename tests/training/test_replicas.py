@@ -57,9 +57,9 @@ tuned = fine_tune(job, transferred, dataset, workspace)
 
 def run(job, phase, feature_cache, **options):
     plan = TrainingPlan("transfer", (phase,), 6, "auto", False, None, 1, feature_cache, **options)
-    return train(StageContext(job, plan, workspace), dataset, build_normalized_model, [])
+    return train(StageContext(job, plan, "0123456789abcdef", workspace), dataset, build_normalized_model, [])
 
-optimizer = Optimizer(name="sgd", learning_rate=0.1)
+optimizer = Optimizer(name="sgd", learning_rate=0.1, clipvalue=0.01)
 other = job.model_copy(update={"metadata": job.metadata.model_copy(update={"name": "normalized"})})
 normalized = run(other, TrainingPhase("all", 3, optimizer), FeatureCachePolicy(), train_batch_norm=True)
 cached = TransferJob.model_validate_json(os.environ["CACHED_JOB"])
@@ -110,9 +110,15 @@ def test_two_replicas_train_like_one(run_on_one_and_two_replicas, make_job):
         augmentation={"flip": "both", "mixUp": 0.3},
         transfer={
             "train": "all", "epochs": 3, "batchSize": 6, "classWeights": "balanced",
-            "optimizer": {"name": "sgd", "learningRate": 0.05, "momentum": 0.9},
+            "optimizer": {"name": "sgd", "learningRate": 0.05, "momentum": 0.9, "clipnorm": 0.05},
         },
-        fineTune={"epochs": 2, "optimizer": {"learningRate": 0.001, "ema": {"momentum": 0.5}}},
+        fineTune={
+            "epochs": 2, "keep": "last",
+            "optimizer": {
+                "name": "sgd", "learningRate": 0.001, "globalClipnorm": 0.05, "weightDecay": 0.01,
+                "ema": {"momentum": 0.5},
+            },
+        },
     )  # fmt: skip
     cached_job = make_job(dataset=job.spec.dataset.model_dump(by_alias=True), augmentation={"flip": "both"})
     (one, weights_of_one), (two, weights_of_two) = run_on_one_and_two_replicas(job, cached_job)
@@ -124,3 +130,45 @@ def test_two_replicas_train_like_one(run_on_one_and_two_replicas, make_job):
     assert len({row["loss"] for row in one}) == len(one)
     for first, second in zip(weights_of_one, weights_of_two, strict=True):
         np.testing.assert_allclose(second, first, rtol=2e-4, atol=2e-5)
+
+
+CLIPPING = """
+import keras, numpy as np, tensorflow as tf
+from topwork.spec.optimizer import Optimizer
+from topwork.training.optimizers import make_optimizer
+from topwork.training.strategy import get_strategy
+
+strategy = get_strategy(4)
+# The replicas have gradients of very different size and direction.
+inputs = np.repeat(np.float32([[5, 1], [-3, 2], [0.1, 0], [0, -0.2]]), 2, axis=0)
+labels = np.repeat(np.float32([[4], [7], [-1], [0]]), 2, axis=0)
+
+def train(replicas, settings, scale_loss, steps=3, inputs=inputs):
+    with strategy.scope() if replicas > 1 else tf.device("CPU:0"):
+        keras.utils.set_random_seed(1)
+        model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(3, activation="tanh"), keras.layers.Dense(1)])
+        optimizer = make_optimizer(settings, steps_per_epoch=1, epochs=1, replicas=replicas, scale_loss=scale_loss)
+        model.compile(optimizer=optimizer, loss="mse", jit_compile=False)
+    before = np.concatenate([weight.ravel() for weight in model.get_weights()])
+    batches = tf.data.Dataset.from_tensor_slices((inputs, labels)).batch(8).repeat()
+    model.fit(batches, epochs=1, steps_per_epoch=steps, shuffle=False, verbose=0)
+    return np.concatenate([weight.ravel() for weight in model.get_weights()]) - before
+
+for scale_loss in (False, True):
+    for clipping in ({"clipnorm": 0.05}, {"global_clipnorm": 0.05}, {"clipvalue": 0.01, "ema": {"momentum": 0.5}}):
+        settings = Optimizer(name="sgd", learning_rate=1.0, weight_decay=0.01, **clipping)
+        one, four = (train(replicas, settings, scale_loss) for replicas in (1, 4))
+        np.testing.assert_allclose(four, one, rtol=1e-4, atol=1e-6, err_msg=f"{clipping} {scale_loss}")
+
+settings = Optimizer(name="sgd", learning_rate=1.0, global_clipnorm=0.05)
+np.testing.assert_allclose(np.linalg.norm(train(4, settings, False, steps=1)), 0.05, rtol=1e-5)
+# Only the last replica has an infinite gradient: the step is skipped, as on one device.
+infinite = inputs.copy()
+infinite[-1] = np.inf
+assert not train(4, Optimizer(name="sgd", learning_rate=1.0), True, steps=1, inputs=infinite).any()
+"""
+
+
+def test_four_replicas_clip_and_scale_the_summed_gradient_like_one_device():
+    completed = subprocess.run([sys.executable, "-c", CLIPPING], capture_output=True, text=True, check=False)
+    assert completed.returncode == 0, completed.stderr[-3000:]

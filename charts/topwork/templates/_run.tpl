@@ -29,7 +29,7 @@ The run of a job in .Values.jobs. Arguments: root, name. Returns JSON:
 {{- $metadata := dict "name" .name "labels" ($job.labels | default dict) -}}
 {{- $document := dict "apiVersion" "topwork.dev/v1alpha1" "kind" "TransferJob" "metadata" $metadata "spec" $spec -}}
 {{- $content := include "topwork.spec.part" (dict "value" $document "part" $shapes.root "parts" $shapes.parts "style" "content") -}}
-{{- $named := include "topwork.spec.part" (dict "value" $document "part" $shapes.root "parts" $shapes.parts "style" "digest") -}}
+{{- $named := include "topwork.spec.part" (dict "value" $spec "part" $shapes.spec "parts" $shapes.parts "style" "digest") -}}
 {{- $digest := include "topwork.ascii" $named | sha256sum -}}
 {{- $full := fromJson $content -}}
 {{- $accelerator := ternary "gpu" "cpu" (gt (int $full.spec.compute.gpus) 0) -}}
@@ -88,6 +88,8 @@ spec:
     rules:
       - action: FailJob
         onExitCodes: {operator: In, values: [2, 3]}
+      - action: Count
+        onExitCodes: {operator: In, values: [75]}
       - action: Ignore
         onPodConditions: [{type: DisruptionTarget, status: "True"}]
       - action: Ignore
@@ -180,6 +182,10 @@ volumes:
     - {name: KERAS_HOME, value: /scratch/keras}
     - {name: TFDS_DATA_DIR, value: /scratch/tfds}
     - {name: TOPWORK_GRACE_SECONDS, value: {{ int64 $compute.terminationGracePeriodSeconds | quote }}}
+    - {name: TOPWORK_RUN, valueFrom: {fieldRef: {fieldPath: "metadata.labels['topwork.dev/run']"}}}
+    - {name: TOPWORK_ATTEMPT, valueFrom: {fieldRef: {fieldPath: "metadata.labels['batch.kubernetes.io/controller-uid']"}}}
+    - {name: TOPWORK_DATASET, valueFrom: {fieldRef: {fieldPath: "metadata.annotations['topwork.dev/dataset']"}}}
+    - {name: TOPWORK_RESTART, valueFrom: {fieldRef: {fieldPath: "metadata.annotations['topwork.dev/restart']"}}}
     # TensorFlow counts the cores of the node, not of the container.
     - {name: TF_NUM_INTRAOP_THREADS, valueFrom: {resourceFieldRef: {resource: limits.cpu}}}
     {{- with $compute.extraCA }}
@@ -211,7 +217,10 @@ volumes:
   terminationMessagePolicy: FallbackToLogsOnError
 {{- end }}
 
-{{/* Resource requests and limits of a container. A prefetch pod gets at most 4 CPUs and 8Gi. Arguments: run, role, stage. */}}
+{{/*
+Resource requests and limits of a container. A prefetch pod gets at most 4 CPUs and 8Gi of memory. Arguments: run, role,
+stage.
+*/}}
 {{- define "topwork.run.amounts" -}}
 {{- $compute := .run.job.spec.compute -}}
 {{- $millicores := include "topwork.millicores" $compute.cpu | int64 -}}
@@ -222,6 +231,7 @@ volumes:
 {{- end -}}
 cpu: {{ if mod $millicores 1000 }}{{ $millicores }}m{{ else }}{{ div $millicores 1000 }}{{ end }}
 memory: {{ $memory }}
+ephemeral-storage: {{ include "topwork.disk" $compute.scratch }}
 {{- if and (ne .stage "pull") (gt (int $compute.gpus) 0) }}
 nvidia.com/gpu: {{ int $compute.gpus }}
 {{- end }}
@@ -234,6 +244,17 @@ nvidia.com/gpu: {{ int $compute.gpus }}
   {{- trimSuffix "m" $cpu -}}
 {{- else -}}
   {{- printf "%.0f" (ceil (round (mulf (float64 $cpu) 1000) 6)) -}}
+{{- end -}}
+{{- end }}
+
+{{/* Disk space of a pod: scratch, /tmp (4Gi), home (1Gi) and logs (1Gi). Argument: spec.compute.scratch. */}}
+{{- define "topwork.disk" -}}
+{{- $mebibytes := ceil (divf (addf (include "topwork.bytes" . | float64) 6442450944.0) 1048576.0) -}}
+{{- $gibibytes := divf $mebibytes 1024.0 -}}
+{{- if eq $gibibytes (floor $gibibytes) -}}
+  {{- printf "%.0fGi" $gibibytes -}}
+{{- else -}}
+  {{- printf "%.0fMi" $mebibytes -}}
 {{- end -}}
 {{- end }}
 

@@ -6,7 +6,7 @@ files/spec.json, which is generated, describes the type and the default of each 
 
 {{/*
 A value of the spec. Arguments: value; shape, from files/spec.json; parts, all models in that file; style:
-  digest   sorted JSON with null for missing values, without keys that do not affect results; input of the digest in run names
+  digest   sorted JSON of the values that differ from their defaults, without keys that do not affect results; input of the digest in run names
   content  JSON without null values
   text     YAML on one line
 */}}
@@ -81,12 +81,15 @@ A value of the spec. Arguments: value; shape, from files/spec.json; parts, all m
   {{- $value := get $found.value $key -}}
   {{- if not (hasKey $found.value $key) -}}{{- $value = $shape.default -}}{{- end -}}
   {{- if kindIs "invalid" $value -}}{{- $value = $shape.default -}}{{- end -}}
-  {{- if and $shape.noResult (eq $found.style "digest") -}}
-  {{- else if not (kindIs "invalid" $value) -}}
+  {{- if and (not (kindIs "invalid" $value)) (not (and $shape.noResult (eq $found.style "digest"))) -}}
     {{- $text := include "topwork.spec.value" (dict "value" $value "shape" $shape "parts" $found.parts "style" $found.style) -}}
-    {{- $items = append $items (printf "%q:%s%s" $key (ternary " " "" (eq $found.style "text")) $text) -}}
-  {{- else if eq $found.style "digest" -}}
-    {{- $items = append $items (printf "%q:null" $key) -}}
+    {{- $default := "" -}}
+    {{- if and (eq $found.style "digest") (not (kindIs "invalid" $shape.default)) -}}
+      {{- $default = include "topwork.spec.value" (dict "value" $shape.default "shape" $shape "parts" $found.parts "style" "digest") -}}
+    {{- end -}}
+    {{- if ne $text $default -}}
+      {{- $items = append $items (printf "%q:%s%s" $key (ternary " " "" (eq $found.style "text")) $text) -}}
+    {{- end -}}
   {{- end -}}
 {{- end -}}
 {{- printf "{%s}" (join "," $items) -}}

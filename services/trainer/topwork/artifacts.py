@@ -1,21 +1,37 @@
 """Artifacts: directories in storage that become visible when their manifest is written, after all other files.
 
-Writers of the same artifact write identical files, or hold a claim on it. The first manifest wins, and the files of an
-artifact that has a manifest are never replaced.
+Several writers may write the same artifact at the same time, with different content: two pulls can reject different
+images, for example. Their files never mix, in any order of requests:
+
+1. A file is created only if its key is absent (`Storage.create`). An existing object is never replaced, except by 5.
+2. A writer whose files all exist with its own content writes the manifest, which names these files.
+3. If a file exists with other content, the writer uploads all of its files again to `attempt-<id>/`, a directory that
+   only this writer uses, and its manifest names that directory.
+4. The manifest is created only if it is absent: the first one wins, and it is never replaced. So the objects that a
+   manifest names have the content that it describes, and they never change.
+5. A winner from step 3 then also copies its files to their plain keys, so that the directory can be used without
+   topwork. Nobody else replaces these objects: other writers only create absent ones (1) and find the manifest (4).
+
+A manifest without `directory`, including those of earlier versions of topwork, names the plain keys.
 """
 
 import json
+import uuid
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, TypeVar
 
+import structlog
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from topwork import __version__
-from topwork.clients.s3.storage import FileEntry, Storage, describe_file
+from topwork.clients.s3.cleanup import tolerate_cleanup_failure
+from topwork.clients.s3.storage import FileEntry, Storage, describe_file, partial_path
 from topwork.disk_space import require_free_space
-from topwork.errors import DataError, FormatError
+from topwork.errors import DataError, FormatError, UnavailableError
+
+log = structlog.get_logger(__name__)
 
 FORMAT = 1
 MANIFEST_NAME = "manifest.json"
@@ -31,6 +47,7 @@ class Manifest(BaseModel):
         format: Version of the manifest format.
         files: Size and digest of each file, keyed by its path in the artifact.
         facts: Metadata from the writer of the artifact.
+        directory: Directory in the artifact that contains the files; empty if they are at its top level.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -38,6 +55,16 @@ class Manifest(BaseModel):
     format: Literal[1] = 1
     files: dict[str, FileEntry]
     facts: dict[str, Any] = Field(default_factory=dict)
+    directory: str = Field(default="", pattern="^(attempt-[0-9a-f]{32})?$")
+
+    def key_of(self, prefix: str, name: str) -> str:
+        """Return the storage key of a file.
+
+        Args:
+            prefix: Key of the artifact.
+            name: Path of the file in the artifact.
+        """
+        return _key(_key(prefix, self.directory), name)
 
 
 def write_artifact(
@@ -64,19 +91,57 @@ def write_artifact(
     if (existing := read_manifest(storage, prefix)) is not None:
         return existing
     names = sorted(files if files is not None else _list_files(directory) - {MANIFEST_NAME})
+    entries = _run_concurrently(lambda name: describe_file(directory / name), names)
+    own = Manifest(files=dict(zip(names, entries, strict=True)), facts=facts)
 
-    def upload(name: str) -> FileEntry:
-        # Another writer can finish at any time: from then on its files must not change.
+    def create(name: str) -> bool | None:
+        # Another writer can finish at any time, and these files are then not needed.
         if storage.size(_key(prefix, MANIFEST_NAME)) is not None:
-            return describe_file(directory / name)
-        return storage.upload(directory / name, _key(prefix, name))
+            return None
+        return storage.create(directory / name, _key(prefix, name), own.files[name])
 
-    entries = _run_concurrently(upload, names)
-    manifest = Manifest(files=dict(zip(names, entries, strict=True)), facts=facts)
-    data = json.dumps(manifest.model_dump(mode="json"), indent=1, sort_keys=True).encode()
-    if storage.write(_key(prefix, MANIFEST_NAME), data, only_if_absent=True, content_type="application/json"):
-        return manifest
-    return read_manifest(storage, prefix) or manifest
+    outcomes = _run_concurrently(create, names)
+    if None in outcomes:
+        return _read_manifest_of_other(storage, prefix)
+    if not all(outcomes):
+        own = own.model_copy(update={"directory": f"attempt-{uuid.uuid4().hex}"})
+        log.info("another writer stores different files", uri=storage.uri_of(prefix), directory=own.directory)
+        _upload_files(storage, prefix, directory, own)
+    return _finish(storage, prefix, directory, own)
+
+
+def _finish(storage: Storage, prefix: str, directory: Path, own: Manifest) -> Manifest:
+    """Write the manifest of an artifact whose files are stored, or delete the files if another writer was first."""
+    content = own.model_dump(mode="json", exclude=None if own.directory else {"directory"})
+    data = json.dumps(content, indent=1, sort_keys=True).encode()
+    if not storage.write(_key(prefix, MANIFEST_NAME), data, only_if_absent=True, content_type="application/json"):
+        if own.directory:
+            with tolerate_cleanup_failure(f"files of {storage.uri_of(prefix)} that another writer stored first"):
+                storage.delete(own.key_of(prefix, name) for name in own.files)
+        return _read_manifest_of_other(storage, prefix)
+    if own.directory:
+        _upload_files(storage, prefix, directory, own.model_copy(update={"directory": ""}))
+    # A file of an earlier attempt can be deleted as a leftover until the manifest exists.
+    sizes = {stored.key: stored.size for stored in storage.list(_key(prefix, ""))}
+    missing = {name: entry for name, entry in own.files.items() if sizes.get(own.key_of(prefix, name)) != entry.size}
+    _upload_files(storage, prefix, directory, own.model_copy(update={"files": missing}))
+    return own
+
+
+def _upload_files(storage: Storage, prefix: str, directory: Path, manifest: Manifest) -> None:
+    _run_concurrently(
+        lambda name: storage.upload(directory / name, manifest.key_of(prefix, name)), list(manifest.files)
+    )
+
+
+def _read_manifest_of_other(storage: Storage, prefix: str) -> Manifest:
+    manifest = read_manifest(storage, prefix)
+    if manifest is None:
+        raise UnavailableError(
+            f"{storage.uri_of(_key(prefix, MANIFEST_NAME))} was deleted while this process stored the same files. "
+            "Try again."
+        )
+    return manifest
 
 
 def read_manifest(storage: Storage, prefix: str) -> Manifest | None:
@@ -97,7 +162,9 @@ def read_manifest(storage: Storage, prefix: str) -> Manifest | None:
     return None if data is None else read_json_record(Manifest, data, storage.uri_of(key), "a topwork manifest")
 
 
-def read_json_record(model: type[Record], data: bytes, uri: str, description: str, hint: str = "") -> Record:
+def read_json_record(
+    model: type[Record], data: bytes, uri: str, description: str, hint: str = "", expected_format: int = FORMAT
+) -> Record:
     """Parse a JSON document that topwork has stored, in the current format only.
 
     Args:
@@ -106,6 +173,7 @@ def read_json_record(model: type[Record], data: bytes, uri: str, description: st
         uri: URI of the document, for error messages.
         description: What the document should be, such as "a topwork manifest", for error messages.
         hint: Another way to fix the error, for error messages.
+        expected_format: Format number of the document.
 
     Returns:
         The validated document.
@@ -118,10 +186,10 @@ def read_json_record(model: type[Record], data: bytes, uri: str, description: st
     try:
         content = json.loads(data)
         number = content.get("format", FORMAT)  # documents that predate format numbers have none
-        if number != FORMAT and isinstance(number, int):
+        if number != expected_format and isinstance(number, int):
             raise FormatError(
-                f"{uri} has format {number}, but topwork {__version__} reads format {FORMAT}. "
-                f"Read it with {'a newer' if number > FORMAT else 'an older'} topwork{alternative}."
+                f"{uri} has format {number}, but topwork {__version__} reads format {expected_format}. "
+                f"Read it with {'a newer' if number > expected_format else 'an older'} topwork{alternative}."
             )
         return model.model_validate(content)
     except (ValueError, AttributeError) as error:
@@ -159,11 +227,15 @@ def download_artifact(
     def download(name: str) -> None:
         path, entry = directory / name, selected[name]
         if not (_has_size(path, entry) and describe_file(path) == entry):
-            storage.download(_key(prefix, name), path, entry)
+            storage.download(manifest.key_of(prefix, name), path, entry)
 
-    if missing := sum(entry.size for name, entry in selected.items() if not _has_size(directory / name, entry)):
+    if missing := {name: entry.size for name, entry in selected.items() if not _has_size(directory / name, entry)}:
         directory.mkdir(parents=True, exist_ok=True)
-        require_free_space(directory, missing, f"Downloading {storage.uri_of(prefix)}")
+        # Incomplete files are replaced: they must not count as used space.
+        for name in missing:
+            (directory / name).unlink(missing_ok=True)
+            partial_path(directory / name).unlink(missing_ok=True)
+        require_free_space(directory, sum(missing.values()), f"Downloading {storage.uri_of(prefix)}")
     _run_concurrently(download, list(selected))
     return manifest
 

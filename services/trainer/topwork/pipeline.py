@@ -6,7 +6,6 @@ the other; each skips the stages that are already complete in storage.
 
 from topwork.data.dataset_manifest import StoredDataset
 from topwork.disk_space import report_full_disk
-from topwork.registry.garbage_collection import find_finished_stage_leftovers
 from topwork.registry.stage_results import Classifier
 from topwork.spec import TransferJob
 from topwork.spec.yaml_output import dump_job
@@ -69,14 +68,12 @@ def prepare_training(job: TransferJob, workspace: Workspace) -> None:
     """
     # Replicas must be configured before pull initializes TensorFlow.
     get_strategy(workspace.replicas)
-    delete_leftovers(job, workspace)
+    abort_incomplete_uploads(job, workspace)
     store_spec(job, workspace)
 
 
-def delete_leftovers(job: TransferJob, workspace: Workspace) -> None:
-    """Abort incomplete uploads of killed processes, and delete checkpoints and features of completed stages.
-
-    All incomplete uploads of this run are aborted, and those of other runs after a day.
+def abort_incomplete_uploads(job: TransferJob, workspace: Workspace) -> None:
+    """Abort uploads that killed processes left behind: all of this run, and those of other runs after a day.
 
     Args:
         job: The job; no other process may train its run.
@@ -84,9 +81,6 @@ def delete_leftovers(job: TransferJob, workspace: Workspace) -> None:
     """
     workspace.storage.multipart_uploads.abort_incomplete(f"runs/{job.run}/", older_than_seconds=0)
     workspace.storage.multipart_uploads.abort_incomplete()
-    stored = list(workspace.storage.list(f"runs/{job.run}/"))
-    for leftover in find_finished_stage_leftovers(workspace.storage, stored):
-        workspace.storage.delete(leftover.keys)
 
 
 def store_spec(job: TransferJob, workspace: Workspace) -> None:

@@ -22,6 +22,9 @@ class Workspace:
         scratch: Local directory of this run; its contents may be lost between two processes.
         replicas: Number of model replicas; None for one per visible GPU, or one on the CPU.
         scratch_limit: Size limit of the scratch volume in bytes; the cluster evicts a pod that exceeds it.
+        dataset: Key prefix of the dataset that the user pinned; empty to use the source as it is now.
+        attempt: Identifies the Job of a pod: all its pods use the dataset that the first one found. Empty outside a
+            cluster.
         stop: Stop request. When it is set, training writes a checkpoint and raises `Stopped`.
     """
 
@@ -31,6 +34,8 @@ class Workspace:
     scratch: Path
     replicas: int | None = None
     scratch_limit: int | None = None
+    dataset: str = ""
+    attempt: str = ""
     stop: StopRequest = field(default_factory=StopRequest)
 
     @contextmanager

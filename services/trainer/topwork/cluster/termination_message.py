@@ -21,6 +21,7 @@ class TerminationMessage(BaseModel):
         metric: Name of the best metric, such as `validation_accuracy`, or of the first metric evaluated.
         value: Value of that metric.
         model: URI of the published model.
+        weights_from: Stage and epoch that its weights come from.
         error: Why the stage failed, in one sentence.
     """
 
@@ -34,6 +35,7 @@ class TerminationMessage(BaseModel):
     metric: str | None = None
     value: float | None = None
     model: str | None = None
+    weights_from: str | None = None
     error: str | None = None
 
     def to_json(self) -> str:

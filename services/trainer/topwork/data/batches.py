@@ -47,7 +47,8 @@ def training_batches(
         seed: Seed of the shuffling and the augmentation.
         first_step: Step of the first batch, counted from 0 over all epochs.
         augment: Augmentation of images and labels. None disables it.
-        class_weights: Sample weight of each class, float32 (classes,). None weights all classes equally.
+        class_weights: Sample weight of each class, float32 (classes,). None weights all classes equally. An image with
+            mixed labels has the mean of the weights of its classes, in the same proportion.
 
     Returns:
         tf.data.Dataset of (images float32 (batch, height, width, 3) in 0..255, one_hot float32 (batch, classes),
@@ -81,7 +82,7 @@ def training_batches(
         one_hot = tf.one_hot(labels, classes)
         if augment is not None:
             images, one_hot = augment(images, one_hot, tf.ensure_shape(view_seed, (2,)))
-        return images, one_hot, tf.gather(weights, labels)
+        return images, one_hot, tf.linalg.matvec(one_hot, weights)
 
     return _map_steps(tf.data.Dataset.range(first_step, _UNLIMITED_STEPS), load_batch)
 
@@ -101,7 +102,7 @@ def batch_image_names(split: Split, step: int, batch_size: int, seed: int) -> li
     return [split.names[index] for index in _batch_indices(step, split.size, batch_size, seed)]
 
 
-def evaluation_batches(split: Split, *, classes: int, batch_size: int) -> Any:
+def evaluation_batches(split: Split, *, classes: int, batch_size: int, first: int = 0, count: int | None = None) -> Any:
     """Return a dataset of full batches that contains every image once, in order.
 
     The last batch is padded with black images of weight 0 and all-zero labels, so that it divides evenly among
@@ -111,13 +112,18 @@ def evaluation_batches(split: Split, *, classes: int, batch_size: int) -> Any:
         split: The images.
         classes: Number of classes.
         batch_size: Global batch size, over all replicas.
+        first: First batch.
+        count: Number of batches; None for all that follow.
 
     Returns:
         tf.data.Dataset of (images float32 (batch, height, width, 3) in 0..255, one_hot float32 (batch, classes),
         weights float32 (batch,)). Weights are 1 for images and 0 for padding.
     """
     load_batch = _sequential_loader(split, classes, batch_size)
-    return _map_steps(tf.data.Dataset.range(-(-split.size // batch_size)), load_batch)
+    batches = -(-split.size // batch_size)
+    return _map_steps(
+        tf.data.Dataset.range(first, batches if count is None else min(batches, first + count)), load_batch
+    )
 
 
 def view_batches(

@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from topwork.artifacts import read_manifest
 from topwork.clients.s3.storage import Storage
+from topwork.data.value_range import ValueStatistics
 from topwork.errors import DataError
 
 TFDS_NAME = "stored_images"
@@ -14,6 +15,15 @@ TFDS_NAME = "stored_images"
 
 DATASETS_PREFIX = "datasets"
 """Key prefix of all datasets in storage."""
+
+ORIGINALS_DIRECTORY = "originals"
+"""Directory of the unmodified source files in a dataset."""
+
+SEVERAL_FRAMES = ", several frames"
+"""End of the kind of a file that contains more pages or frames than the first one, which is used."""
+
+MAX_DETAIL_LENGTH = 120
+"""Length of the detail of a rejected image in a message; the metadata contains all of it."""
 
 
 def dataset_prefix(name: str, fingerprint: str) -> str:
@@ -37,30 +47,59 @@ class RejectedImage(BaseModel):
     detail: str = ""
 
 
+class OriginalFile(BaseModel):
+    """An unmodified file of the source, kept to check that served models predict source files like stored images.
+
+    Attributes:
+        file: Path in the directory of the dataset.
+        kind: Format and pixels, as in `DatasetMetadata.kinds`.
+        name: Name of the image in its source.
+        label: Its class name.
+        is_servable: Whether `topwork.data.decoding`, and therefore an exported model, can decode the file.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    file: str
+    kind: str
+    name: str
+    label: str
+    is_servable: bool
+
+
 class DatasetMetadata(BaseModel):
     """Metadata of a stored dataset.
 
     Attributes:
         name: Name of the dataset, derived from its source.
         fingerprint: 16 hex digits that identify the source and its content.
+        pull_format: Version of the rules by which the images were stored; see `topwork.registry.datasets.FORMAT`.
         source: Where the images come from, without credentials.
         class_names: Class names, in label order.
         splits: Number of images per class, for each split of the source.
         images: Number of stored images.
         rejected: Images that were not stored.
         duplicates: Number of images with the same pixels as an earlier image.
+        kinds: Number of source files by format and pixels, such as `PNG RGBA, transparency`. Empty if an older version
+            of topwork stored the dataset.
+        originals: A few unmodified source files, one of each kind.
+        values: Pixel values of images with more than 8 bits per channel; None without such images.
     """
 
     model_config = ConfigDict(frozen=True)
 
     name: str
     fingerprint: str
+    pull_format: int = 1
     source: dict[str, Any]
     class_names: tuple[str, ...]
     splits: dict[str, dict[str, int]]
     images: int
     rejected: tuple[RejectedImage, ...]
     duplicates: int
+    kinds: dict[str, int] = {}
+    originals: tuple[OriginalFile, ...] = ()
+    values: ValueStatistics | None = None
 
     @property
     def class_counts(self) -> dict[str, int]:
@@ -121,10 +160,14 @@ def format_rejections(rejected: list[RejectedImage], limit: int = 20) -> str:
         limit: Maximum number of images to name.
 
     Returns:
-        The total, then the names and reasons of the first images.
+        The total, then the names, reasons and details of the first images.
     """
     if not rejected:
         return "No image was rejected."
-    named = "; ".join(f"{image.name} ({image.reason})" for image in rejected[:limit])
+    named = "; ".join(f"{image.name} ({_format_reason(image)})" for image in rejected[:limit])
     more = f"; and {len(rejected) - limit} more" if len(rejected) > limit else ""
     return f"{len(rejected)} rejected: {named}{more}."
+
+
+def _format_reason(image: RejectedImage) -> str:
+    return f"{image.reason}: {image.detail[:MAX_DETAIL_LENGTH]}" if image.detail else image.reason

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Self, TypeVar
 
@@ -99,9 +100,11 @@ class DecodePool:
             DataError: If more than `MAX_TIMEOUTS` images exceeded the time limit.
         """
         image = self._run(data, keep_encoding=True)
-        if image.encoded == data and not self._is_decodable(data):
-            return self._run(data, keep_encoding=False)
-        return image
+        if image.encoded == data:
+            if self._is_decodable(data):
+                return image
+            image = self._run(data, keep_encoding=False)
+        return replace(image, original=data)
 
     def _run(self, data: bytes, *, keep_encoding: bool) -> ValidatedImage:
         pool = self._pool

@@ -16,19 +16,20 @@ import structlog
 import tensorflow as tf
 
 from topwork.artifacts import download_artifact
-from topwork.data.dataset_manifest import StoredDataset
+from topwork.data.dataset_manifest import SEVERAL_FRAMES, DatasetMetadata, StoredDataset
 from topwork.data.decode_pool import available_cpus
-from topwork.data.decoding import decode, resize
+from topwork.data.decoding import decode, decode_file, resize
 from topwork.data.record_index import RecordIndex, open_record_index
 from topwork.data.splits import SPLIT_NAMES, SourceSplit, format_missing_classes, select_splits
+from topwork.data.value_range import FULL_RANGE, ValueRange, describe_value_range, resolve_value_range
 from topwork.spec import TransferJob
 from topwork.spec.kubernetes_types import quantity_to_bytes
 from topwork.workspace import Workspace
 
 log = structlog.get_logger(__name__)
 
-_PIXEL_CACHE = "pixels-1"
-"""File name prefix of cached resized images. Increment the number whenever `resize` changes its results."""
+_PIXEL_CACHE = "pixels-2"
+"""File name prefix of cached resized images. Increment the number whenever `decode` or `resize` change their results."""
 
 _PIXEL_CACHE_MAX_SHARE = 0.8
 """Maximum share of the free scratch space for cached resized images."""
@@ -44,16 +45,24 @@ class Split:
         size: Number of images.
         labels: int64 (size,), values 0..classes-1.
         image_size: Height and width in pixels.
+        value_range: Values that become 0 and 255 in images with more than 8 bits per channel.
         views: Number of cached views per image. Row v * size + i is view v of image i.
     """
 
     views = 1
 
-    def __init__(self, records: RecordIndex, positions: Indices, image_size: tuple[int, int]) -> None:
+    def __init__(
+        self,
+        records: RecordIndex,
+        positions: Indices,
+        image_size: tuple[int, int],
+        value_range: ValueRange = FULL_RANGE,
+    ) -> None:
         """Select images by their positions among all stored examples, int64 (size,)."""
         self.size = len(positions)
         self.labels: npt.NDArray[np.int64] = records.labels[positions]
         self.image_size = image_size
+        self.value_range = value_range
         self._records = records
         self._positions = positions
         self._pixels: Pixels | None = None
@@ -68,6 +77,13 @@ class Split:
         """First 8 bytes of the pixel digest of each image, uint64 (size,). Identical images have equal digests."""
         digests: npt.NDArray[np.uint64] = self._records.digests[self._positions]
         return digests
+
+    def resized(self, image_size: tuple[int, int], value_range: ValueRange | None = None) -> "Split":
+        """Return the same images in another size and value range; they are decoded each time they are used."""
+        value_range = value_range or self.value_range
+        if (image_size, value_range) == (self.image_size, self.value_range):
+            return self
+        return Split(self._records, self._positions, image_size, value_range)
 
     def load_encoded(self, index: int) -> bytes:
         """Load the stored file of one image.
@@ -96,7 +112,8 @@ class Split:
         if self._pixels is not None:
             return np.take(self._pixels, indices, axis=0)
         resized = [
-            resize(decode(self.load_encoded(index)), self.image_size).numpy().astype(np.uint8) for index in indices
+            resize(decode_file(self.load_encoded(index), self.value_range), self.image_size).numpy().astype(np.uint8)
+            for index in indices
         ]
         return np.stack(resized) if resized else np.zeros((0, *self.image_size, 3), np.uint8)
 
@@ -116,7 +133,7 @@ class Split:
             # Decode in the graph. TensorFlow ops inside numpy_function could deadlock on TensorFlow's own threads.
             files = tf.numpy_function(self._load_files, [indices], tf.string, stateful=False)
             images = tf.map_fn(
-                lambda file: resize(decode(file), self.image_size),
+                lambda file: resize(decode(file, self.value_range), self.image_size),
                 tf.ensure_shape(files, indices.shape),
                 fn_output_signature=tf.float32,
             )
@@ -132,12 +149,21 @@ class Split:
             directory: Directory of the dataset on scratch.
             workspace: Workspace that displays the progress.
         """
-        content = hashlib.sha256(repr(self.image_size).encode() + self._positions.tobytes()).hexdigest()[:16]
-        path = directory / f"{_PIXEL_CACHE}-{content}.u8"
-        shape = (self.size, *self.image_size, 3)
-        if not (path.exists() and path.stat().st_size == int(np.prod(shape))):
+        path = self._pixel_file(directory)
+        if not self.has_cached_pixels(directory):
             self._write_pixels(path, workspace)
+        shape = (self.size, *self.image_size, 3)
         self._pixels = np.memmap(path, np.uint8, "r", shape=shape).view(np.ndarray)
+
+    def has_cached_pixels(self, directory: Path) -> bool:
+        """Return whether an earlier stage or attempt has written all resized images to the directory."""
+        path = self._pixel_file(directory)
+        return path.exists() and path.stat().st_size == _pixel_bytes(self)
+
+    def _pixel_file(self, directory: Path) -> Path:
+        settings = f"{self.image_size}{self.value_range}".encode()
+        content = hashlib.sha256(settings + self._positions.tobytes()).hexdigest()[:16]
+        return directory / f"{_PIXEL_CACHE}-{content}.u8"
 
     def _write_pixels(self, path: Path, workspace: Workspace) -> None:
         part = path.with_name(f"{path.name}.{os.getpid()}.part")
@@ -201,11 +227,13 @@ def fetch_dataset(dataset: StoredDataset, job: TransferJob, workspace: Workspace
         name: SourceSplit(first, records.labels[first : first + size]) for name, (first, size) in records.splits.items()
     }
     selected = select_splits(spec, sources, metadata.class_names, job.spec.seed)
-    splits = {name: Split(records, positions, spec.image_size) for name, positions in selected.items()}
-    if _fits_on_scratch(sum(_pixel_bytes(split) for split in splits.values()), workspace.scratch, job):
+    value_range = resolve_value_range(spec.value_range, metadata.values)
+    splits = {name: Split(records, positions, spec.image_size, value_range) for name, positions in selected.items()}
+    _delete_incomplete_pixels(directory)
+    if _fits_on_scratch(list(splits.values()), directory, job):
         for split in splits.values():
             split.cache_pixels(directory, workspace)
-    _log_splits_once(directory / "splits-logged", splits, metadata.class_names)
+    _log_splits_once(directory / "splits-logged", splits, metadata, value_range)
     return LocalDataset(metadata.class_names, *(splits.get(name) for name in SPLIT_NAMES))  # type: ignore[arg-type]
 
 
@@ -227,14 +255,27 @@ def _pixel_bytes(split: Split) -> int:
     return split.size * split.image_size[0] * split.image_size[1] * 3
 
 
-def _fits_on_scratch(needed: int, scratch: Path, job: TransferJob) -> bool:
-    """Check the free disk space and the size limit of the scratch volume. A pod that exceeds the limit is evicted."""
-    available = min(shutil.disk_usage(scratch).free, quantity_to_bytes(job.spec.compute.scratch) / 2)
+def _delete_incomplete_pixels(directory: Path) -> None:
+    """Delete files that killed processes of this run left behind; no other process uses its scratch directory."""
+    for path in directory.glob(f"{_PIXEL_CACHE}-*.part"):
+        path.unlink()
+
+
+def _fits_on_scratch(splits: Sequence[Split], directory: Path, job: TransferJob) -> bool:
+    """Check the free disk space and the size limit of the scratch volume. A pod that exceeds the limit is evicted.
+
+    Files that exist already are not written again, so every stage of a run gets the same answer.
+    """
+    needed = sum(map(_pixel_bytes, splits))
+    existing = sum(_pixel_bytes(split) for split in splits if split.has_cached_pixels(directory))
+    available = min(shutil.disk_usage(directory).free + existing, quantity_to_bytes(job.spec.compute.scratch) / 2)
     return needed <= _PIXEL_CACHE_MAX_SHARE * available
 
 
-def _log_splits_once(marker: Path, splits: dict[str, Split], class_names: tuple[str, ...]) -> None:
-    """Log the split sizes, duplicates and missing classes, only in the first stage that uses this directory."""
+def _log_splits_once(
+    marker: Path, splits: dict[str, Split], metadata: DatasetMetadata, value_range: ValueRange
+) -> None:
+    """Log what the splits contain and how images are decoded, only in the first stage that uses this directory."""
     if marker.exists():
         return
     log.info("splits", **{name: split.size for name, split in splits.items()})
@@ -243,6 +284,17 @@ def _log_splits_once(marker: Path, splits: dict[str, Split], class_names: tuple[
         if common:
             log.warning("duplicates across splits", images=common, split=second, other_split=first)
     for name, split in splits.items():
-        if missing := format_missing_classes(split.labels, class_names):
+        if missing := format_missing_classes(split.labels, metadata.class_names):
             log.warning("classes without images", split=name, classes=missing)
+    _log_conversions(metadata, value_range)
     marker.touch()
+
+
+def _log_conversions(metadata: DatasetMetadata, value_range: ValueRange) -> None:
+    if metadata.values:
+        description, *warnings = describe_value_range(value_range, metadata.values)
+        log.info("value range", low=value_range[0], high=value_range[1], description=description)
+        for warning in warnings:
+            log.warning("value range", problem=warning)
+    if frames := sum(count for kind, count in metadata.kinds.items() if kind.endswith(SEVERAL_FRAMES)):
+        log.warning("only the first page or frame is used", images=frames)

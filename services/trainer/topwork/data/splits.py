@@ -125,7 +125,7 @@ def format_missing_classes(labels: npt.NDArray[np.int64], class_names: tuple[str
     Returns:
         The missing class names on one line, or an empty string if there are none.
     """
-    missing = sorted(set(range(len(class_names))) - set(np.unique(labels).tolist()))
+    missing = np.flatnonzero(np.bincount(labels, minlength=len(class_names)) == 0).tolist()
     return _format_class_names(class_names, missing) if missing else ""
 
 
@@ -197,17 +197,19 @@ def _select_per_class(
     requested: PerClass, sources: Mapping[str, SourceSplit], class_names: tuple[str, ...], seed: int
 ) -> dict[str, Positions]:
     labels = np.concatenate([source.labels for source in sources.values()])
-    _check_counts(requested, {name: int((labels == index).sum()) for index, name in enumerate(class_names)})
+    class_sizes = np.bincount(labels, minlength=len(class_names))
+    _check_counts(requested, dict(zip(class_names, class_sizes.tolist(), strict=True)))
     order = permutation(len(labels), seed)
+    # A stable sort keeps the images of a class in the order of the permutation; `rank` counts them from 0.
+    order = order[np.argsort(labels[order], kind="stable")]
+    rank = np.arange(len(labels)) - np.repeat(np.cumsum(class_sizes) - class_sizes, class_sizes)
     counts = {"train": requested.train, "validation": requested.validation, "test": requested.test}
-    selected: dict[str, list[Positions]] = {name: [] for name, count in counts.items() if count}
-    for label in range(len(class_names)):
-        class_positions = order[labels[order] == label]
-        start = 0
-        for name, parts in selected.items():
-            parts.append(class_positions[start : start + counts[name]])
-            start += counts[name]
-    return {name: np.concatenate(parts) for name, parts in selected.items()}
+    selected, start = dict[str, Positions](), 0
+    for name, count in counts.items():
+        if count:
+            selected[name] = order[(rank >= start) & (rank < start + count)]
+            start += count
+    return selected
 
 
 def _check_counts(requested: PerClass, counts: Mapping[str, int]) -> None:

@@ -9,11 +9,23 @@ from typing import Any, ClassVar
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
-from topwork.data.dataset_manifest import TFDS_NAME, RejectedImage, format_rejections
+from topwork.data.dataset_manifest import (
+    ORIGINALS_DIRECTORY,
+    TFDS_NAME,
+    OriginalFile,
+    RejectedImage,
+    format_rejections,
+)
 from topwork.data.decode_pool import DecodePool
-from topwork.data.image_validation import NO_LABEL, Rejection
+from topwork.data.decoding import is_decodable
+from topwork.data.high_bit_depth import PixelValues
+from topwork.data.image_validation import NO_LABEL, Rejection, ValidatedImage
 from topwork.data.sources import Source, SourceImage
 from topwork.errors import DataError
+
+MAX_ORIGINALS = 16
+MAX_ORIGINAL_BYTES = 8 * 2**20
+"""Largest size of a source file that is kept with the dataset; see `OriginalFile`."""
 
 
 @dataclass
@@ -24,20 +36,37 @@ class DatasetStats:
         splits: Number of stored images per class, by split.
         rejected: Rejected images.
         duplicates: Number of images with the same pixels as an earlier image.
+        kinds: Number of stored images by the format and pixels of their source files.
+        originals: Source files of different kinds, with their content.
+        values: Pixel values of each image with more than 8 bits per channel.
     """
 
     splits: dict[str, Counter[str]] = field(default_factory=dict)
     rejected: list[RejectedImage] = field(default_factory=list)
     duplicates: int = 0
+    kinds: Counter[str] = field(default_factory=Counter)
+    originals: list[tuple[OriginalFile, bytes]] = field(default_factory=list)
+    values: list[PixelValues] = field(default_factory=list)
     # 8 bytes per image. In a million images, the chance of a false duplicate is 1 in 37 million.
     _seen: set[bytes] = field(default_factory=set)
 
-    def add_stored(self, split: str, label: str, sha256: str) -> None:
-        """Count a stored image."""
+    def add_stored(self, split: str, label: str, name: str, image: ValidatedImage) -> None:
+        """Count a stored image, and keep its source file if it is the first one of its kind."""
         self.splits.setdefault(split, Counter())[label] += 1
-        short = bytes.fromhex(sha256[:16])
+        short = bytes.fromhex(image.sha256[:16])
         self.duplicates += short in self._seen
         self._seen.add(short)
+        self.kinds[image.kind] += 1
+        if image.values:
+            self.values.append(image.values)
+        content = image.encoded if image.original is None else image.original
+        is_new = all(original.kind != image.kind for original, _ in self.originals)
+        if is_new and len(self.originals) < MAX_ORIGINALS and len(content) <= MAX_ORIGINAL_BYTES:
+            file = f"{ORIGINALS_DIRECTORY}/{len(self.originals):02}"
+            original = OriginalFile(
+                file=file, kind=image.kind, name=name, label=label, is_servable=is_decodable(content)
+            )
+            self.originals.append((original, content))
 
     def add_rejected(self, name: str, rejection: Rejection) -> None:
         """Record a rejected image and its reason."""
@@ -135,6 +164,10 @@ def write_tfds(
         download_dir=directory / "downloads",
         download_config=tfds.download.DownloadConfig(try_download_gcs=False, compute_stats="skip"),
     )
+    for original, content in stats.originals:
+        path = Path(builder.data_dir) / original.file
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content)
     return Path(builder.data_dir), stats
 
 
@@ -149,7 +182,7 @@ def _generate_examples(
         elif image.label not in labels:
             raise DataError(f"{image.name} has the class {image.label!r}, which did not exist when the pull started.")
         else:
-            stats.add_stored(split, str(image.label), result.sha256)
+            stats.add_stored(split, str(image.label), image.name, result)
             yield (
                 key,
                 {

@@ -14,11 +14,13 @@ from topwork.description.job_description import (
     LayerGroupCount,
     LearningRate,
     PhaseDescription,
+    PlanDescription,
     StageDescription,
 )
 from topwork.description.known_dataset import KnownDataset
 from topwork.model.classifier import build_classifier
 from topwork.model.freezing import UnfreezeSetting, count_parameters, set_trainable
+from topwork.model.input_scaling import find_input_scaling
 from topwork.model.partition import partition_model
 from topwork.spec import TransferJob
 from topwork.spec.applications import APPLICATIONS
@@ -35,9 +37,25 @@ from topwork.training.plan import TrainingPhase, TrainingPlan
 
 # Number of classes used to count the parameters of the head if the real number is unknown.
 ASSUMED_CLASSES = 2
+# Input scalings of applications and of saved models.
+_SCALINGS = {
+    "tf": "to -1..1",
+    "torch": "to mean 0 and standard deviation 1 of ImageNet",
+    "caffe": "BGR minus the ImageNet mean",
+    "inside": "inside the base",
+    "zeroToOne": "to 0..1",
+    "minusOneToOne": "to -1..1",
+    "none": "none (pixels in 0..255)",
+}
 
 
-def describe(job: TransferJob, data: KnownDataset, file: Path | None, notes: tuple[str, ...] = ()) -> JobDescription:
+def describe(
+    job: TransferJob,
+    data: KnownDataset,
+    file: Path | None,
+    notes: tuple[str, ...] = (),
+    plan: PlanDescription | None = None,
+) -> JobDescription:
     """Describe a job.
 
     Args:
@@ -45,6 +63,7 @@ def describe(job: TransferJob, data: KnownDataset, file: Path | None, notes: tup
         data: Known facts about its images.
         file: The saved model named by the spec; None if it is unavailable or the base is not a saved model.
         notes: Additional notes for the user.
+        plan: Which stages a run would reuse; None if unknown.
 
     Returns:
         The content of `topwork describe`.
@@ -63,7 +82,8 @@ def describe(job: TransferJob, data: KnownDataset, file: Path | None, notes: tup
     keras.utils.clear_session()
     return JobDescription(
         name=job.metadata.name,
-        run=job.run,
+        run=(plan.run if plan else None) or job.run,
+        plan=plan,
         base=base,
         data=DataDescription(classes=data.classes, images=data.images, dataset=data.dataset),
         stages=stages,
@@ -173,7 +193,7 @@ def _base(spec: JobSpec, model: keras.Model | None) -> BaseDescription:
         name=base.application or (base.saved.uri if base.saved else "CNN trained from scratch"),
         weights={"saved": "from the file", "cnn": "random"}.get(kind) or _weights(base),
         input_size=spec.dataset.image_size,
-        scaling=_scaling(base),
+        scaling=_scaling(base, model),
         parameters=None if model is None else model.get_layer("base").count_params(),
     )
 
@@ -182,15 +202,17 @@ def _weights(base: Base) -> str:
     return {"none": "random", "imagenet": "ImageNet"}.get(base.weights or "imagenet", str(base.weights))
 
 
-def _scaling(base: Base) -> str:
+def _scaling(base: Base, model: keras.Model | None) -> str:
     if base.application:
-        return {
-            "tf": "to -1..1",
-            "torch": "to mean 0 and standard deviation 1 of ImageNet",
-            "caffe": "BGR minus the ImageNet mean",
-            "inside": "inside the base",
-        }[APPLICATIONS[base.application].scaling]
-    return "to 0..1" if base.cnn else "inside the base, if any"
+        return _SCALINGS[APPLICATIONS[base.application].scaling]
+    if base.saved is None:
+        return _SCALINGS["zeroToOne"]
+    if base.saved.scaling is not None:
+        return _SCALINGS[base.saved.scaling]
+    if model is None:
+        return "inside the base, if any"
+    found = find_input_scaling(model.get_layer("base"))
+    return f"inside the base ({', '.join(found.layers[:3])})" if found.scales_pixels else "none (pixels in 0..255)"
 
 
 def _notes(data: KnownDataset, stages: tuple[StageDescription, ...], *, has_model: bool) -> Iterator[str]:

@@ -132,12 +132,31 @@ class DataDescription(_DescriptionModel):
     dataset: str | None
 
 
+class PlanDescription(_DescriptionModel):
+    """Which stages a run would reuse, because storage has their results.
+
+    Attributes:
+        run: Name of the run of `topwork run`; None if it does not depend on the dataset.
+        reuses: Stages with a stored result.
+        runs: Stages without one.
+        changes: How the source has changed since it was used before; empty if it has not.
+        unknown: Why this is unknown; empty if it is known.
+    """
+
+    run: str | None = None
+    reuses: tuple[str, ...] = ()
+    runs: tuple[str, ...] = ()
+    changes: str = ""
+    unknown: str = ""
+
+
 class JobDescription(_DescriptionModel):
     """Description of a job.
 
     Attributes:
         name: Name of the job.
         run: Name of its run.
+        plan: Which stages would be reused; None if storage is unavailable.
         base: Base of the classifier.
         data: Known facts about the images.
         stages: Training stages in order.
@@ -146,6 +165,7 @@ class JobDescription(_DescriptionModel):
 
     name: str
     run: str
+    plan: PlanDescription | None
     base: BaseDescription
     data: DataDescription
     stages: tuple[StageDescription, ...]

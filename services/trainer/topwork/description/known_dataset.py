@@ -3,14 +3,14 @@
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from topwork.artifacts import MANIFEST_NAME
-from topwork.data.dataset_manifest import DATASETS_PREFIX, StoredDataset, read_dataset_metadata
+from topwork.data.dataset_manifest import StoredDataset
 from topwork.data.splits import check_splits, count_images
 from topwork.data.tfds_mirror import TfdsName
-from topwork.errors import DataError
+from topwork.errors import DataError, UnavailableError
+from topwork.registry.datasets import list_datasets
 from topwork.spec import TransferJob
 from topwork.spec.dataset import DatasetSource
-from topwork.stages.pull import find_pulled_dataset
+from topwork.stages.pull import find_dataset
 from topwork.workspace import Workspace
 
 TRAIN = "train"
@@ -71,17 +71,12 @@ def find_known_dataset(
 
 
 def _find_stored_dataset(job: TransferJob, workspace: Workspace) -> StoredDataset | None:
-    """Find the dataset that this run pulled, or a dataset that another job pulled from the same source."""
-    if earlier := find_pulled_dataset(job, workspace):
-        return earlier
-    datasets: dict[str, StoredDataset] = {}
-    for stored in workspace.storage.list(f"{DATASETS_PREFIX}/"):
-        prefix, _, name = stored.key.rpartition("/")
-        # Skip damaged datasets and those of a newer version of topwork: this job would not use them.
-        with suppress(DataError):
-            if name == MANIFEST_NAME and (facts := read_dataset_metadata(workspace.storage, prefix)):
-                datasets[prefix] = StoredDataset(prefix, facts)
-    return _match_source(job.spec.dataset.source, list(datasets.values()))
+    """Find the dataset of the source as it is now, or an earlier one of the same source."""
+    # A source that cannot be read from here may be readable where the job runs.
+    with suppress(DataError, UnavailableError):
+        if dataset := find_dataset(job, workspace):
+            return dataset
+    return _match_source(job.spec.dataset.source, list_datasets(workspace.storage))
 
 
 def _match_source(source: DatasetSource, datasets: list[StoredDataset]) -> StoredDataset | None:

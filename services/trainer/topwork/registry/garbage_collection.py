@@ -7,9 +7,12 @@ mirrored datasets and weights, and anything younger than the age limit, because 
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
+
+from pydantic import ValidationError
 
 from topwork.artifacts import MANIFEST_NAME as MANIFEST
 from topwork.artifacts import read_manifest
@@ -17,17 +20,24 @@ from topwork.clients.s3.storage import MIN_TIME, IncompleteUpload, Storage, Stor
 from topwork.data.dataset_manifest import DATASETS_PREFIX
 from topwork.errors import DataError
 from topwork.registry import versions
-from topwork.registry.stage_results import MODEL_KEY
+from topwork.registry.stage_results import MODEL_KEY, StageReference, result_prefix
+from topwork.registry.stage_results import ROOT as STAGES
 
-Kind = Literal["half-written", "finished stage", "unreferenced dataset", "unfinished upload"]
+Kind = Literal[
+    "half-written", "finished stage", "unreferenced dataset", "unreferenced stage result", "unfinished upload"
+]
 
 _DATASET = re.compile(rf"{DATASETS_PREFIX}/[^/]+/[^/]+(?=/)")
 _VERSION = re.compile(rf"{versions.ROOT}/[^/]+/[0-9]+(?=/)")
-_CHECKPOINT = re.compile(r"runs/[^/]+/[^/]+/checkpoints/[^/]+(?=/)")
+# Results of the training stages, and the same in the layout of topwork 0.1.
+_STAGE = rf"(?P<stage>(?:{STAGES}|runs)/[^/]+/[^/]+)"
+_RESULT = re.compile(rf"{STAGES}/[^/]+/[^/]+(?=/)")
+_CHECKPOINT = re.compile(rf"{_STAGE}(?:/runs/[^/]+)?/checkpoints/[^/]+(?=/)")
 # Intermediate files of a stage. The stage deletes them when it finishes, unless it is killed at that moment.
-_INTERMEDIATE = re.compile(r"(?P<stage>runs/[^/]+/[^/]+)/(checkpoints|features)(?=/)")
+_INTERMEDIATE = re.compile(rf"{_STAGE}(?:/runs/[^/]+)?/(?:checkpoints|features)(?=/)")
+_REFERENCE = re.compile(r"runs/[^/]+/(?:transfer|fine-tune)/done\.json")
 # Uploads with other keys do not belong to topwork.
-_TOPWORK_KEYS = re.compile(rf"({DATASETS_PREFIX}|runs|{versions.ROOT}|mirror|weights)/")
+_TOPWORK_KEYS = re.compile(rf"({DATASETS_PREFIX}|runs|{STAGES}|{versions.ROOT}|mirror|weights)/")
 # Older versions of topwork record the dataset of a published model only in its model card.
 _DATASET_IN_CARD = re.compile(rf"/({DATASETS_PREFIX}/[^/\s]+/[0-9a-f]+)\b")
 
@@ -39,7 +49,7 @@ class Leftover:
     Attributes:
         kind: Why it can be deleted.
         prefix: Key prefix of the objects, or key of the unfinished upload.
-        keys: Keys of the objects. The manifest comes first: without it, readers ignore the rest.
+        keys: Keys of the objects. The manifest or `done.json` comes first: without it, readers ignore the rest.
         size: Total size in bytes.
         newest: Modification time of the newest object, by the clock of the server.
         upload: The unfinished upload; None if this is a group of objects.
@@ -54,7 +64,8 @@ class Leftover:
 
     def add(self, stored: StoredObject) -> None:
         """Add an object."""
-        self.keys.insert(0 if stored.key.endswith(f"/{MANIFEST}") else len(self.keys), stored.key)
+        comes_first = stored.key.endswith((f"/{MANIFEST}", "/done.json"))
+        self.keys.insert(0 if comes_first else len(self.keys), stored.key)
         self.size += stored.size
         self.newest = max(self.newest, stored.modified)
 
@@ -80,6 +91,7 @@ def find_leftovers(storage: Storage, older_than: timedelta) -> list[Leftover]:
         *_find_intermediate_files(stored),
         *_find_unreferenced_models(storage, stored),
         *_find_unreferenced_datasets(storage, stored),
+        *_find_unreferenced_results(storage, stored),
     ]
     # List each prefix once, even if it can be deleted for several reasons.
     by_prefix = {leftover.prefix: leftover for leftover in leftovers if leftover.newest <= cutoff}
@@ -142,26 +154,12 @@ def _find_incomplete(stored: list[StoredObject]) -> list[Leftover]:
     ]
 
 
-def find_finished_stage_leftovers(storage: Storage, stored: Sequence[StoredObject]) -> list[Leftover]:
-    """Find files of finished stages that were killed before they could delete them.
-
-    Args:
-        storage: Storage of the runs.
-        stored: Objects of runs.
-
-    Returns:
-        Checkpoints, features, and models of processes that lost the race to finish the stage.
-    """
-    models = _find_unreferenced_models(storage, stored)
-    return _find_intermediate_files(stored) + [model for model in models if model.kind == "finished stage"]
-
-
 def _find_intermediate_files(stored: Sequence[StoredObject]) -> list[Leftover]:
     keys = {item.key for item in stored}
     return [
         group
         for prefix, group in _group_by_prefix(stored, _INTERMEDIATE, "finished stage").items()
-        if f"{prefix.rpartition('/')[0]}/done.json" in keys
+        if (match := _INTERMEDIATE.match(f"{prefix}/")) and f"{match['stage']}/done.json" in keys
     ]
 
 
@@ -197,6 +195,24 @@ def _referenced_datasets(storage: Storage, stored: Iterable[StoredObject]) -> se
             referenced.add(_dataset_key(_read_json(storage, item.key)))
         elif _VERSION.match(item.key) and item.key.endswith(f"/{MANIFEST}"):
             referenced |= _datasets_of_version(storage, item.key.rpartition("/")[0])
+    return referenced
+
+
+def _find_unreferenced_results(storage: Storage, stored: list[StoredObject]) -> list[Leftover]:
+    """Find results of training stages that no run uses, for example because their run was restarted."""
+    results = _group_by_prefix(stored, _RESULT, "unreferenced stage result")
+    complete = {prefix: result for prefix, result in results.items() if f"{prefix}/done.json" in result.keys}
+    referenced = _referenced_results(storage, stored) if complete else set()
+    return [result for prefix, result in complete.items() if prefix not in referenced]
+
+
+def _referenced_results(storage: Storage, stored: Iterable[StoredObject]) -> set[str]:
+    referenced = set()
+    for item in stored:
+        if _REFERENCE.fullmatch(item.key):
+            with suppress(ValidationError):  # a result in the layout of topwork 0.1
+                reference = StageReference.model_validate(_read_json(storage, item.key))
+                referenced.add(result_prefix(reference.stage, reference.key))
     return referenced
 
 
@@ -236,4 +252,6 @@ def _is_referenced_now(storage: Storage, leftover: Leftover) -> bool:
         return storage.size(f"{leftover.prefix}/{MANIFEST}") is not None
     if leftover.kind == "unreferenced dataset":
         return leftover.prefix in _referenced_datasets(storage, list(storage.list("runs/")))
+    if leftover.kind == "unreferenced stage result":
+        return leftover.prefix in _referenced_results(storage, list(storage.list("runs/")))
     return False

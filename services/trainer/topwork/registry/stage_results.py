@@ -1,4 +1,9 @@
-"""Results of the training stages: the stored classifier and its `done.json`, which marks a stage as complete."""
+"""Results of the training stages, stored by key: the classifier and its `done.json`, which marks a stage as complete.
+
+- `stages/<stage>/<key>/done.json`, `model-<digest>.keras`: the result, for every run with this key
+- `stages/<stage>/<key>/runs/<run>/`: checkpoints and features of one run, until it is complete
+- `runs/<run>/<stage>/done.json`: which result the run uses
+"""
 
 import re
 from dataclasses import dataclass
@@ -7,11 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import structlog
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
+from topwork.artifacts import read_json_record
 from topwork.clients.prometheus.metrics import Metrics
 from topwork.clients.s3.storage import FileEntry, Storage, describe_file
-from topwork.errors import DataError
+from topwork.registry.kept_weights import KeptWeights
 from topwork.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -20,10 +26,15 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 TrainingStage = Literal["transfer", "fine-tune"]
+TRAINING_STAGES: tuple[TrainingStage, ...] = ("transfer", "fine-tune")
+REFERENCE_FORMAT = 2
 HistoryRow = dict[str, float | int | str]
 
-MODEL_KEY = re.compile(r"runs/[^/]+/[^/]+/model-[0-9a-f]{16}\.keras")
-"""Matches the keys that `model_key` returns."""
+ROOT = "stages"
+"""Key prefix of all results."""
+
+MODEL_KEY = re.compile(r"(?:stages|runs)/[^/]+/[^/]+/model-[0-9a-f]{16}\.keras")
+"""Matches the keys that `model_key` returns, and those of topwork 0.1, which stored models by run."""
 
 
 class ParameterCounts(BaseModel):
@@ -39,6 +50,7 @@ class Classifier(BaseModel):
     """A trained classifier in storage. `done.json` of its stage is this object as JSON.
 
     Attributes:
+        format: Version of this record.
         stage: Stage that trained it.
         key: Storage key of the `.keras` file. The model maps raw pixels to logits.
         file: Size and digest of that file.
@@ -47,15 +59,17 @@ class Classifier(BaseModel):
         history: One row per epoch of this stage and those before it: stage, epoch (from 1), loss, accuracy,
             validation_loss and validation_accuracy if there is a validation split, learning_rate, seconds,
             images_per_second, input_wait_seconds.
-        best_epoch: Epoch of this stage whose weights were kept.
+        best_epoch: Epoch of this stage whose weights were kept; 0 if fine-tuning kept those of transfer.
         parameters: Parameter counts at the end of the stage.
         started: Time at which the stage started for the first time.
         finished: Time at which its model was stored.
         seconds: Total duration of its epochs.
+        weights: Stage and epoch that the weights come from; None in results of topwork 0.1.
     """
 
     model_config = ConfigDict(frozen=True)
 
+    format: int = 1
     stage: TrainingStage
     key: str
     file: FileEntry
@@ -67,6 +81,14 @@ class Classifier(BaseModel):
     started: datetime
     finished: datetime
     seconds: float
+    weights: KeptWeights | None = None
+
+    @property
+    def kept(self) -> KeptWeights:
+        """Where the weights come from; in results of topwork 0.1 always from this stage."""
+        return self.weights or KeptWeights(
+            stage=self.stage, epoch=max(1, self.best_epoch), fine_tuned=self.stage == "fine-tune"
+        )
 
     @property
     def rows(self) -> list[HistoryRow]:
@@ -84,34 +106,59 @@ class TrainingSummary:
     history: list[HistoryRow]
     best_epoch: int
     started: datetime
+    weights: KeptWeights | None = None
 
 
-def stage_prefix(run: str, stage: TrainingStage) -> str:
-    """Return the storage key prefix of all objects of a stage."""
-    return f"runs/{run}/{stage}"
+class StageReference(BaseModel):
+    """The result that a run uses, stored as `runs/<run>/<stage>/done.json`.
+
+    Attributes:
+        format: Version of this record. In version 1, the record was the result itself.
+        stage: The stage.
+        key: Key of the result.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    format: int = REFERENCE_FORMAT
+    stage: TrainingStage
+    key: str
 
 
-def model_key(run: str, stage: TrainingStage, file: FileEntry) -> str:
+def result_prefix(stage: TrainingStage, key: str) -> str:
+    """Return the storage key prefix of a stage result."""
+    return f"{ROOT}/{stage}/{key}"
+
+
+def attempt_prefix(stage: TrainingStage, key: str, run: str) -> str:
+    """Return the storage key prefix of the intermediate files of one run.
+
+    Two runs that compute the same result at the same time do not touch each other's checkpoints.
+    """
+    return f"{result_prefix(stage, key)}/runs/{run}"
+
+
+def model_key(stage: TrainingStage, key: str, file: FileEntry) -> str:
     """Return the storage key of the model that a stage trained.
 
     It contains the digest of the model, so that two processes that finish a stage at the same time cannot overwrite
     each other's model.
     """
-    return f"{models_prefix(run, stage)}{file.sha256[:16]}.keras"
+    return f"{models_prefix(stage, key)}{file.sha256[:16]}.keras"
 
 
-def models_prefix(run: str, stage: TrainingStage) -> str:
+def models_prefix(stage: TrainingStage, key: str) -> str:
     """Return the common prefix of the keys of all models that a stage trained."""
-    return f"{stage_prefix(run, stage)}/model-"
+    return f"{result_prefix(stage, key)}/model-"
 
 
-def read_stage_result(storage: Storage, run: str, stage: TrainingStage) -> Classifier | None:
+def read_stage_result(storage: Storage, stage: TrainingStage, key: str) -> Classifier | None:
     """Read the result of a completed stage.
 
     Args:
         storage: Storage of the job.
-        run: Name of the run.
         stage: Name of the stage.
+        key: Key of the result, from `topwork.registry.stage_keys`.
 
     Returns:
         The classifier; None if the stage is not complete.
@@ -120,50 +167,78 @@ def read_stage_result(storage: Storage, run: str, stage: TrainingStage) -> Class
         DataError: If `done.json` is not a stage result of topwork.
 
     Example:
-        `read_stage_result(storage, job.run, "transfer")`
+        `read_stage_result(storage, "transfer", stage_keys(job, fingerprint, storage).transfer)`
     """
-    key = f"{stage_prefix(run, stage)}/done.json"
-    data = storage.read(key)
+    name = f"{result_prefix(stage, key)}/done.json"
+    data = storage.read(name)
     if data is None:
         return None
-    try:
-        return Classifier.model_validate_json(data)
-    except ValidationError as error:
-        raise DataError(
-            f"{storage.uri_of(key)} is not a stage result of topwork: {error.errors()[0]['msg']}. "
-            "Start over with --restart."
-        ) from error
+    return read_json_record(
+        Classifier, data, storage.uri_of(name), "a stage result of topwork", "start over with --restart"
+    )
 
 
-def write_stage_result(storage: Storage, run: str, classifier: Classifier) -> Classifier:
-    """Mark a stage as complete. If two processes do so, the first one wins.
+def read_run_result(storage: Storage, run: str, stage: TrainingStage) -> Classifier | None:
+    """Read the result of a stage that a run uses, by the name of the run only.
 
     Args:
         storage: Storage of the job.
         run: Name of the run.
-        classifier: Result of the stage.
+        stage: Name of the stage.
+
+    Returns:
+        The classifier; None if the run has not completed the stage, or its result was deleted.
+    """
+    reference = read_reference(storage, run, stage)
+    return read_stage_result(storage, stage, reference.key) if reference else None
+
+
+def read_reference(storage: Storage, run: str, stage: TrainingStage) -> StageReference | None:
+    """Read which result a run uses; None if the run has not completed the stage."""
+    name = f"runs/{run}/{stage}/done.json"
+    data = storage.read(name)
+    if data is None:
+        return None
+    return read_json_record(
+        StageReference, data, storage.uri_of(name), "a stage of a run", "start over with --restart", REFERENCE_FORMAT
+    )
+
+
+def write_reference(storage: Storage, run: str, stage: TrainingStage, key: str) -> None:
+    """Record which result a run uses, so that it is found by the name of the run and is not garbage-collected."""
+    data = StageReference(stage=stage, key=key).model_dump_json().encode()
+    storage.write(f"runs/{run}/{stage}/done.json", data, content_type="application/json")
+
+
+def write_stage_result(storage: Storage, key: str, classifier: Classifier) -> Classifier:
+    """Mark a stage as complete. If two processes do so, the first one wins.
+
+    Args:
+        storage: Storage of the job.
+        key: Key of the result.
+        classifier: The result.
 
     Returns:
         The stored result, which may be that of another process.
     """
-    key = f"{stage_prefix(run, classifier.stage)}/done.json"
+    name = f"{result_prefix(classifier.stage, key)}/done.json"
     data = classifier.model_dump_json(indent=1).encode()
-    if storage.write(key, data, only_if_absent=True, content_type="application/json"):
+    if storage.write(name, data, only_if_absent=True, content_type="application/json"):
         return classifier
-    return read_stage_result(storage, run, classifier.stage) or classifier
+    return read_stage_result(storage, classifier.stage, key) or classifier
 
 
-def store_stage_result(model: "keras.Model", summary: TrainingSummary, run: str, workspace: Workspace) -> Classifier:
+def store_stage_result(model: "keras.Model", summary: TrainingSummary, key: str, workspace: Workspace) -> Classifier:
     """Upload a trained model, then mark its stage as complete.
 
     Args:
         model: The classifier with its best weights.
         summary: Summary of the stage.
-        run: Name of the run.
+        key: Key of the result.
         workspace: Storage and scratch directory.
 
     Returns:
-        The stored result, which is that of another process of the run if it completed the stage first.
+        The stored result, which is that of another process if it completed a stage with the same key first.
 
     Raises:
         UnavailableError: If storage cannot be reached.
@@ -172,18 +247,18 @@ def store_stage_result(model: "keras.Model", summary: TrainingSummary, run: str,
     from topwork.model.freezing import count_parameters
 
     storage, stage = workspace.storage, summary.stage
-    if (stored := read_stage_result(storage, run, stage)) is not None:
+    if (stored := read_stage_result(storage, stage, key)) is not None:
         return stored
     path = workspace.scratch / f"{stage}.keras"
     _save_for_inference(model, path)
     file = describe_file(path)
-    key = model_key(run, stage, file)
-    storage.upload(path, key)
+    name = model_key(stage, key, file)
+    storage.upload(path, name)
     path.unlink()
     groups = count_parameters(model)
     classifier = Classifier(
         stage=stage,
-        key=key,
+        key=name,
         file=file,
         class_names=summary.class_names,
         image_size=summary.image_size,
@@ -195,10 +270,11 @@ def store_stage_result(model: "keras.Model", summary: TrainingSummary, run: str,
         started=summary.started,
         finished=datetime.now(UTC),
         seconds=sum(float(row["seconds"]) for row in summary.history if row["stage"] == stage),
+        weights=summary.weights,
     )
-    result = write_stage_result(storage, run, classifier)
+    result = write_stage_result(storage, key, classifier)
     # Delete models of processes that were killed before they stored their result, or that lost the race.
-    models = list(storage.list(models_prefix(run, stage)))
+    models = list(storage.list(models_prefix(stage, key)))
     storage.delete(stored.key for stored in models if stored.key != result.key)
     return result
 
@@ -212,22 +288,30 @@ def _save_for_inference(model: "keras.Model", path: Path) -> None:
     with_precision(keras.Model(model.inputs[0], model.outputs[0], name="classifier"), "float32").save(path)
 
 
-def find_completed_stage(run: str, stage: TrainingStage, workspace: Workspace) -> Classifier | None:
-    """Read the result of a completed stage and publish its metrics again, so that Prometheus still scrapes them.
+def find_completed_stage(run: str, stage: TrainingStage, key: str, workspace: Workspace) -> Classifier | None:
+    """Find the result of a stage that this or another run completed, and use it for this run.
+
+    Its metrics are published again, so that Prometheus still scrapes them, and intermediate files of earlier attempts
+    of this run are deleted.
 
     Args:
         run: Name of the run.
         stage: Name of the stage.
+        key: Key of the result.
         workspace: Storage and metrics.
 
     Returns:
         The classifier; None if the stage is not complete.
     """
-    classifier = read_stage_result(workspace.storage, run, stage)
-    if classifier is not None:
-        epochs, best_epoch = len(classifier.rows), classifier.best_epoch
-        log.info("stage already complete", stage=stage, epochs=epochs, best_epoch=best_epoch)
-        republish_metrics(classifier, workspace.metrics)
+    storage = workspace.storage
+    classifier = read_stage_result(storage, stage, key)
+    if classifier is None:
+        return None
+    epochs, best_epoch = len(classifier.rows), classifier.best_epoch
+    log.info("stage already complete", stage=stage, epochs=epochs, best_epoch=best_epoch)
+    write_reference(storage, run, stage, key)
+    storage.delete(stored.key for stored in list(storage.list(f"{attempt_prefix(stage, key, run)}/")))
+    republish_metrics(classifier, workspace.metrics)
     return classifier
 
 
@@ -265,3 +349,5 @@ def republish_metrics(classifier: Classifier, metrics: Metrics) -> None:
     metrics.set_planned_epochs(classifier.stage, len(classifier.rows))
     metrics.set_parameters(classifier.parameters.trainable, classifier.parameters.frozen)
     report_metrics(classifier.rows, classifier.best_epoch, metrics)
+    if not classifier.best_epoch and "accuracy" in (start := classifier.kept.start):
+        metrics.set_best_metric(classifier.stage, "accuracy", "validation", start["accuracy"])

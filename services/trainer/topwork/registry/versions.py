@@ -31,6 +31,7 @@ class Version(BaseModel):
         version: Version number, starting at 1.
         uri: URI of the version.
         run: Run that published it.
+        key: Key of evaluation and publishing; empty if topwork 0.1 published it.
         weights: Hexadecimal SHA-256 of the trained model file.
         published: Time of publication, ISO 8601 in UTC.
         main_metric: First metric requested by the job.
@@ -47,6 +48,7 @@ class Version(BaseModel):
     version: int
     uri: str
     run: str
+    key: str = ""
     weights: str
     published: str
     main_metric: str
@@ -160,13 +162,13 @@ def claim_version(storage: Storage, name: str, run: str) -> int:
     raise _stale_storage_error(storage, name)
 
 
-def find_version_of_run(storage: Storage, name: str, run: str, weights: str) -> Version | None:
-    """Find the version published by an interrupted attempt of a run that did not write its `done.json`.
+def find_version_by_key(storage: Storage, name: str, key: str, weights: str) -> Version | None:
+    """Find a version with the same weights, metrics and formats, published by another run or an interrupted attempt.
 
     Args:
         storage: Storage of the models.
         name: Name of the model.
-        run: Name of the run.
+        key: Key of evaluation and publishing; see `topwork.registry.stage_keys`.
         weights: Hexadecimal SHA-256 of the trained model file.
 
     Returns:
@@ -175,7 +177,7 @@ def find_version_of_run(storage: Storage, name: str, run: str, weights: str) -> 
     existing = [number for number, is_published in list_versions(storage, name).items() if is_published]
     for number in reversed(existing[-MAX_SEARCHED_VERSIONS:]):
         version = read_version(storage, name, number)
-        if version and (version.run, version.weights) == (run, weights):
+        if version and (version.key, version.weights) == (key, weights):
             return version
     return None
 

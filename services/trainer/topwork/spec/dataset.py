@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator
 from itertools import combinations
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, StrictFloat, StrictInt, StringConstraints
+from pydantic import Discriminator, Field, StrictFloat, StrictInt, StringConstraints, Tag
 
 from topwork.spec.messages import format_value, join_words
 from topwork.spec.slices import Slicing, parse_slices
@@ -12,6 +12,7 @@ from topwork.spec.spec_model import SpecModel, ValueDescription, Violation, rule
 from topwork.spec.uris import ArchiveUri, FolderUri, TableUri
 
 SideLength = Annotated[StrictInt, Field(ge=16, le=2048)]
+FiniteNumber = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Sha256 = Annotated[
     str,
     StringConstraints(pattern=r"^[0-9a-f]{64}$"),
@@ -29,7 +30,24 @@ ArchivePath = Annotated[
     StringConstraints(pattern=r"^$|^[^/\\\x00-\x1f][^\\\x00-\x1f]*$", max_length=1024),
     ValueDescription("a relative path with forward slashes"),
 ]
+NameEncoding = Literal[
+    "utf-8", "cp437", "cp850", "cp852", "cp857", "cp866", "cp932", "cp949", "cp1250", "cp1251", "cp1252", "cp1253",
+    "cp1254", "cp1255", "cp1256", "cp1258", "gbk", "gb18030", "big5", "euc-jp", "euc-kr", "koi8-r",
+]  # fmt: skip
 Column = Annotated[str, StringConstraints(min_length=1, max_length=200), ValueDescription("the name of a column")]
+
+
+def _value_range_tag(value: object) -> str | None:
+    if isinstance(value, str):
+        return "<name>"
+    return "<range>" if isinstance(value, list | tuple) else None
+
+
+ValueRangeSetting = Annotated[
+    Annotated[Literal["auto", "full"], Tag("<name>")] | Annotated[tuple[FiniteNumber, FiniteNumber], Tag("<range>")],
+    Discriminator(_value_range_tag),
+    ValueDescription("auto, full or [low, high]"),
+]
 
 
 class FolderSource(SpecModel):
@@ -50,6 +68,11 @@ class ArchiveSource(SpecModel):
     sha256: Sha256 | None = Field(
         default=None,
         description="SHA-256 of the archive in lowercase hex. The pull stage fails if the download does not match.",
+    )
+    encoding: NameEncoding | None = Field(
+        default=None,
+        description="Encoding of file names that the archive does not declare as UTF-8. Unset: UTF-8 if all names are "
+        "valid, otherwise a guess, which is logged with the class names.",
     )
 
 
@@ -114,6 +137,12 @@ class Dataset(SpecModel):
     image_size: tuple[SideLength, SideLength] = Field(
         description="Height and width in pixels to which every image is resized."
     )
+    value_range: ValueRangeSetting = Field(
+        default="auto",
+        description="Pixel values that become black and white, for images with more than 8 bits per channel: auto "
+        "chooses one range for the whole dataset, such as 0 to 4095 for 12-bit images; full is 0 to 65535; [low, high] "
+        "sets it. Images with 8 bits per channel are never changed.",
+    )
     on_corrupt_image: Literal["skip", "fail"] = Field(
         default="skip",
         description="How to handle images that cannot be decoded: skip rejects the image, fail stops the job.",
@@ -124,11 +153,40 @@ class Dataset(SpecModel):
         le=1.0,
         description="Fraction of rejected images, from 0 to 1, above which the job fails.",
     )
+    on_contradiction: Literal["drop", "fail", "keep"] = Field(
+        default="drop",
+        description="How to handle images with identical pixels and different classes: drop removes all copies, fail "
+        "stops the job, keep uses all copies, which limits the accuracy that can be reached. Dropped images count "
+        "towards maxRejectedRatio.",
+    )
     on_missing_class: Literal["fail", "allow"] = Field(
         default="fail",
         description="How to handle classes without images in the validation or test split. A class without training "
         "images always fails the job.",
     )
+
+
+@rule(Dataset)
+def value_range_is_ascending(dataset: Dataset) -> Iterator[Violation]:
+    """The first value becomes black, the second white."""
+    if not isinstance(dataset.value_range, str) and dataset.value_range[0] >= dataset.value_range[1]:
+        low, high = dataset.value_range
+        yield Violation(
+            "valueRange",
+            f"[{low:g}, {high:g}] is not a range. Expected [low, high] with low below high, such as [0, 4095].",
+        )
+
+
+def pull_settings(dataset: Dataset) -> dict[str, Any]:
+    """Return the settings that change the content of the stored dataset, as far as they differ from their defaults.
+
+    `fail` stores the same images as `keep`; whether the job fails is decided for each job.
+
+    Example:
+        >>> pull_settings(job.spec.dataset)
+        {'onContradiction': 'keep'}
+    """
+    return {} if dataset.on_contradiction == "drop" else {"onContradiction": "keep"}
 
 
 @rule(ArchiveSource)

@@ -20,6 +20,7 @@ from topwork.spec.training import (
 )
 
 LayerCount = Annotated[StrictInt, Field(ge=1, le=10000)]
+Keep = Literal["best", "last"]
 LayerName = Annotated[
     str, StringConstraints(min_length=1, max_length=200), ValueDescription("the name of a layer of the base")
 ]
@@ -97,6 +98,12 @@ class FineTune(SpecModel):
     )
     early_stopping: EarlyStopping | None = Field(
         default=None, description="When to stop before the last epoch. Unset: never."
+    )
+    keep: Keep = Field(
+        default="best",
+        description="Weights to keep. best: those of the epoch with the best monitored metric (earlyStopping.monitor, "
+        "or else loss) on the validation split; if no epoch improves on the result of transfer, those of transfer. "
+        "last: those of the last epoch of fine-tuning. Without a validation split, best is the same as last.",
     )
     feature_cache: CacheSetting = Field(
         default="auto",

@@ -1,15 +1,14 @@
 """TransferJob, the root of the job spec, and the rules that check several sections of it together."""
 
-import hashlib
-import json
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import Field, StrictInt
+from pydantic import Field, PrivateAttr, StrictInt
 
 from topwork.spec.applications import MIN_SIDE
 from topwork.spec.compute import Compute, Metrics
 from topwork.spec.dataset import Dataset
+from topwork.spec.digest import digest_of, result_content
 from topwork.spec.evaluation import Evaluate, Publish
 from topwork.spec.fine_tune import FineTune, UnfreezeSteps
 from topwork.spec.kubernetes_types import DnsLabel, LabelKey, LabelValue
@@ -19,12 +18,6 @@ from topwork.spec.optimizer import Optimizer
 from topwork.spec.spec_model import SpecModel, Violation, rule
 from topwork.spec.training import FeatureCache, Loss, Transfer
 from topwork.spec.uris import StorageUri
-
-# Fields that do not affect the result, so that a run continues under the same name when they change.
-EXCLUDED_FROM_DIGEST: Any = {
-    "metadata": {"labels": True},
-    "spec": {"compute": True, "metrics": True, "dataset": {"on_missing_class": True}},
-}
 
 
 class Metadata(SpecModel):
@@ -65,16 +58,27 @@ class TransferJob(SpecModel):
     metadata: Metadata = Field(description="Name and labels of the job.")
     spec: JobSpec = Field(description="The desired training.")
 
+    _run: str = PrivateAttr("")
+
     @property
     def digest(self) -> str:
-        """SHA-256 in hex of all fields that can affect the result; see `EXCLUDED_FROM_DIGEST`."""
-        content = self.model_dump(mode="json", by_alias=True, exclude=EXCLUDED_FROM_DIGEST)
-        return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+        """SHA-256 in hex of all fields that can affect what the job does; see `topwork.spec.digest`."""
+        return digest_of(result_content(self.spec))
 
     @property
     def run(self) -> str:
-        """Name of the run: `<name>-<first 8 hex digits of the digest>`."""
-        return f"{self.metadata.name}-{self.digest[:8]}"
+        """Name of the run, `<name>-<8 hex digits>`.
+
+        By default, the digits are those of `digest`: a Kubernetes Job cannot be changed, so a job that does something
+        else needs another name. Results are not stored by this name, but by the keys of their stages.
+        """
+        return self._run or f"{self.metadata.name}-{self.digest[:8]}"
+
+    def as_run(self, name: str) -> "TransferJob":
+        """Return a copy of the job with another name of its run, such as one that depends on the dataset, too."""
+        job = self.model_copy()
+        job._run = name
+        return job
 
     @property
     def model_name(self) -> str:
@@ -107,19 +111,6 @@ def gradient_accumulation_requires_one_replica(spec: JobSpec) -> Iterator[Violat
                 f"{optimizer.gradient_accumulation_steps} is not supported with spec.compute.gpus {spec.compute.gpus}: "
                 "Keras crashes when it accumulates gradients over several replicas (keras#20582). Remove it, or set "
                 "gpus: 1.",
-            )
-
-
-@rule(JobSpec)
-def global_clipnorm_requires_one_replica(spec: JobSpec) -> Iterator[Violation]:
-    """Under MirroredStrategy each replica clips its own gradients, so the result would depend on the number of GPUs."""
-    for stage, optimizer in _optimizers(spec).items():
-        if spec.compute.gpus > 1 and optimizer.global_clipnorm is not None:
-            yield Violation(
-                f"{stage}.optimizer.globalClipnorm",
-                f"{format_value(optimizer.global_clipnorm)} is not supported with spec.compute.gpus "
-                f"{spec.compute.gpus}: each replica would clip its gradients before they are summed. Use clipvalue, or "
-                "set gpus: 1.",
             )
 
 

@@ -31,6 +31,9 @@ LayerName = Annotated[str, StringConstraints(min_length=1, max_length=200), Valu
 LayerIndex = Annotated[StrictInt, Field(ge=-10000, le=10000), ValueDescription("its index, negative from the end")]
 
 
+InputScaling = Literal["none", "zeroToOne", "minusOneToOne", "torch", "caffe"]
+
+
 def _layer_tag(value: object) -> str:
     return "<name>" if isinstance(value, str) else "<index>"
 
@@ -48,6 +51,14 @@ class SavedBase(SpecModel):
         default=None,
         description="Last layer to keep, by name (`outer/inner` if nested models share a name) or by index. Unset: the "
         "layer before the head. Augmentation layers are always removed.",
+    )
+    scaling: InputScaling | None = Field(
+        default=None,
+        description="How pixels in 0..255 are scaled before they enter the model; must match its training. zeroToOne: "
+        "divided by 255, as with rescale=1/255. minusOneToOne: divided by 127.5, minus 1, as for MobileNet, Xception, "
+        "Inception and Teachable Machine. torch: 0..1, then normalized with the ImageNet mean and standard deviation. "
+        "caffe: BGR minus the ImageNet mean, as for VGG and ResNet. none: not scaled. Unset: not scaled, with a "
+        "warning if the model has no layer that scales pixels.",
     )
 
 

@@ -100,11 +100,15 @@ class Optimizer(SpecModel):
         "stability.",
     )
     weight_decay: Fraction | None = Field(default=None, description="Decoupled weight decay per step.")
-    clipnorm: Positive | None = Field(default=None, description="Maximum norm of the gradient of each variable.")
-    global_clipnorm: Positive | None = Field(
-        default=None, description="Maximum norm of all gradients together. Supported on a single GPU or CPU only."
+    clipnorm: Positive | None = Field(
+        default=None, description="Maximum norm of the gradient of each variable, summed over all replicas."
     )
-    clipvalue: Positive | None = Field(default=None, description="Maximum absolute value of each gradient element.")
+    global_clipnorm: Positive | None = Field(
+        default=None, description="Maximum norm of all gradients together, summed over all replicas."
+    )
+    clipvalue: Positive | None = Field(
+        default=None, description="Maximum absolute value of each gradient element, summed over all replicas."
+    )
     gradient_accumulation_steps: Annotated[StrictInt, Field(ge=2, le=10000)] | None = Field(
         default=None, description="Steps per weight update. Supported on a single GPU or CPU only."
     )

@@ -35,9 +35,16 @@ class Loss(SpecModel):
 
 
 class EarlyStopping(SpecModel):
-    """Ends a stage when the monitored metric stops improving. The best weights are kept."""
+    """Ends a stage when the monitored metric stops improving. The best weights are kept.
 
-    monitor: Literal["loss", "accuracy", "auc"] = Field(default="loss", description="Validation metric to monitor.")
+    In fine-tuning, the result of transfer counts as epoch 0.
+    """
+
+    monitor: Literal["loss", "accuracy", "auc"] = Field(
+        default="loss",
+        description="Validation metric to monitor. loss is that of spec.transfer.loss; accuracy and auc are defined as "
+        "in the evaluation of the published model.",
+    )
     patience: StrictInt = Field(
         default=3, ge=1, le=1000, description="Epochs without improvement before training stops."
     )

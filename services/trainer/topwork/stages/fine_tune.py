@@ -3,7 +3,9 @@
 import keras
 
 from topwork.data.dataset_manifest import StoredDataset
-from topwork.registry.stage_results import Classifier, find_completed_stage
+from topwork.registry.stage_keys import stage_keys
+from topwork.registry.stage_results import Classifier, find_completed_stage, write_reference
+from topwork.report.export_preflight import check_exportable
 from topwork.spec import TransferJob
 from topwork.spec.fine_tune import FineTune, UnfreezeLayers, UnfreezeSteps
 from topwork.spec.job import JobSpec
@@ -19,7 +21,7 @@ _SEED_OFFSET = 1_000_003
 def fine_tune(job: TransferJob, classifier: Classifier, dataset: StoredDataset, workspace: Workspace) -> Classifier:
     """Unfreeze layers of the base and continue training. Batch normalization of the base stays frozen.
 
-    A completed stage is skipped; an interrupted stage resumes from its newest checkpoint.
+    A stage that this or another run has completed is skipped; an interrupted stage resumes from its newest checkpoint.
 
     Args:
         job: The job; without `spec.fineTune` the stage returns its input.
@@ -28,7 +30,8 @@ def fine_tune(job: TransferJob, classifier: Classifier, dataset: StoredDataset, 
         workspace: Storage, metrics, progress and scratch directory.
 
     Returns:
-        The stored classifier with the best weights of this stage.
+        The stored classifier with the weights that `spec.fineTune.keep` selects: if no epoch of this stage is better,
+        those of transfer.
 
     Raises:
         SpecError: If the settings do not suit the replicas or splits.
@@ -40,14 +43,22 @@ def fine_tune(job: TransferJob, classifier: Classifier, dataset: StoredDataset, 
         `classifier = fine_tune(job, transfer(job, dataset, workspace), dataset, workspace)`
     """
     with workspace.metrics.track_stage("fine-tune"):
-        if (completed := find_completed_stage(job.run, "fine-tune", workspace)) is not None:
-            return completed
-        plan = plan_fine_tune(job.spec)
-        if plan is None:
+        plan, keys = plan_fine_tune(job.spec), stage_keys(job, dataset.metadata.fingerprint, workspace.storage)
+        key = keys.fine_tune
+        if plan is None or key is None:
             return classifier
-        return train(
-            StageContext(job, plan, workspace), dataset, lambda: _load(classifier, workspace), classifier.history
-        )
+        if (completed := find_completed_stage(job.run, "fine-tune", key, workspace)) is not None:
+            return completed
+        context = StageContext(job, plan, key, workspace)
+
+        def load_model() -> keras.Model:
+            return _load(classifier, workspace)
+
+        names = dataset.metadata.class_names
+        check_exportable(job, load_model, names, workspace, architecture=keys.transfer, attempt_prefix=context.prefix)
+        result = train(context, dataset, load_model, classifier)
+        write_reference(workspace.storage, job.run, "fine-tune", key)
+        return result
 
 
 def plan_fine_tune(spec: JobSpec) -> TrainingPlan | None:
@@ -69,6 +80,7 @@ def plan_fine_tune(spec: JobSpec) -> TrainingPlan | None:
         loss=transfer.loss,
         balance_classes=(settings.class_weights or transfer.class_weights) == "balanced",
         early_stopping=settings.early_stopping,
+        keep=settings.keep,
         seed=(spec.seed + _SEED_OFFSET) % 2**31,
         feature_cache=feature_cache_policy(
             settings.cache, settings.max_epochs, spec.augmentation, all_trained=settings.unfreeze == "all"

@@ -13,9 +13,12 @@ from topwork.artifacts import read_json_record, write_artifact
 from topwork.clients.prometheus.metrics import Metrics
 from topwork.clients.s3.storage import Storage
 from topwork.data.dataset_manifest import StoredDataset, dataset_prefix
+from topwork.data.value_range import resolve_value_range
 from topwork.errors import DataError
 from topwork.registry import versions
-from topwork.registry.stage_results import Classifier, TrainingStage, read_stage_result
+from topwork.registry.kept_weights import KeptWeights
+from topwork.registry.stage_keys import stage_keys
+from topwork.registry.stage_results import TRAINING_STAGES, Classifier, read_run_result
 from topwork.registry.versions import Version
 from topwork.report.documents import render_model_card, render_report
 from topwork.report.gates import check_gates, require_gates
@@ -30,7 +33,6 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
-TRAINING_STAGES: tuple[TrainingStage, ...] = ("transfer", "fine-tune")
 # Number of metrics in the summary; the report contains all.
 SHOWN_METRICS = 4
 
@@ -58,6 +60,7 @@ class Published(BaseModel):
 
     Attributes:
         format: Format version of this record.
+        key: Key of evaluation and publishing; see `topwork.registry.stage_keys`.
         name: Name of the model.
         version: Version number.
         uri: URI of the version.
@@ -66,6 +69,7 @@ class Published(BaseModel):
         split: Split on which they were measured.
         images: Number of images in that split.
         stages: Cost of each training stage, in order.
+        weights: Stage and epoch that the weights come from; None in records of older versions of topwork.
         started: Start of the publish stage; None in records of older versions of topwork.
         finished: End of the publish stage.
     """
@@ -73,6 +77,7 @@ class Published(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     format: int = 1
+    key: str = ""
     name: str
     version: int
     uri: str
@@ -81,6 +86,7 @@ class Published(BaseModel):
     split: str
     images: int
     stages: dict[str, StageCost] = {}
+    weights: KeptWeights | None = None
     started: datetime | None = None
     finished: datetime | None = None
 
@@ -106,6 +112,7 @@ class Published(BaseModel):
             f"  report  {self.report_uri}",
             *([f"  step    {', '.join(steps)}"] if steps else []),
             *([f"  input   {', '.join(waits)}"] if waits else []),
+            *([f"  note    {self.weights.note}"] if self.weights and self.weights.note else []),
         ]
 
 
@@ -119,7 +126,7 @@ def publish(job: TransferJob, classifier: Classifier, dataset: StoredDataset, wo
         workspace: Storage, metrics, progress and scratch.
 
     Returns:
-        The published version. A run that has already published returns its earlier version.
+        The published version. If these weights were already published with the same metrics and formats, that version.
 
     Raises:
         GateError: If a gate is not met. Evaluation and report are stored in `runs/<run>/`; nothing is published.
@@ -127,45 +134,68 @@ def publish(job: TransferJob, classifier: Classifier, dataset: StoredDataset, wo
         RuntimeError: If an exported model does not predict like the evaluated model.
     """
     with workspace.metrics.track_stage("publish"):
-        published = _find_published(job, classifier, workspace)
-        if published:
-            log.info("already published", model=published.uri)
-            published.restore_metrics(workspace.metrics)
+        if published := find_published(job, dataset, workspace):
             return published
+        key = stage_keys(job, dataset.metadata.fingerprint, workspace.storage).publish
+        if version := versions.find_version_by_key(workspace.storage, job.model_name, key, classifier.file.sha256):
+            return _reuse(job, _finish(job, version, workspace), workspace)
         folder = workspace.scratch / "publish"
         shutil.rmtree(folder, ignore_errors=True)  # leftovers of an earlier attempt
         folder.mkdir(parents=True)
         evaluated = _evaluate(job, classifier, dataset, workspace, folder)
         results = _apply_gates(evaluated.results, workspace)
         results = _export(results, evaluated, folder)
-        published = _upload(results, classifier.file.sha256, workspace, folder / "version")
+        published = _upload(results, key, classifier.file.sha256, workspace, folder / "version")
         shutil.rmtree(folder)
         return published
 
 
-def read_published(job: TransferJob, storage: Storage) -> Published | None:
+def find_published(job: TransferJob, dataset: StoredDataset, workspace: Workspace) -> Published | None:
     """Find the version that a run has published. Does not import training libraries.
 
     Args:
         job: The job of the run.
-        storage: Storage of the job.
+        dataset: The stored dataset.
+        workspace: Storage of the job, and metrics, which show the evaluation of the version again.
 
     Returns:
-        The version; None if there is none or it was deleted, in which case the model is published as a new version.
+        The version; None if the run has not published with these metrics and formats, or the version was deleted, in
+        which case the model is published as a new version.
+
+    Raises:
+        GateError: If the version does not meet the gates of the job, which may have changed since.
     """
-    data = storage.read(f"runs/{job.run}/publish/done.json")
-    if data is None:
+    key = stage_keys(job, dataset.metadata.fingerprint, workspace.storage).publish
+    published = _read_published(job, key, workspace.storage)
+    return _reuse(job, published, workspace) if published else None
+
+
+def _reuse(job: TransferJob, published: Published, workspace: Workspace) -> Published:
+    log.info("already published", model=published.uri)
+    published.restore_metrics(workspace.metrics)
+    version = versions.read_version(workspace.storage, published.name, published.version)
+    # A gate relative to the latest version was checked when the version was published.
+    gates = [gate.model_copy(update={"at_least_latest_minus": None}) for gate in job.spec.evaluate.gates]
+    if version:
+        require_gates(check_gates(gates, version.metrics, None), published.uri)
+    return published
+
+
+def _read_published(job: TransferJob, key: str, storage: Storage) -> Published | None:
+    published = _read_record(job, storage)
+    if published is None or published.key != key:
         return None
-    uri = storage.uri_of(f"runs/{job.run}/publish/done.json")
-    published = read_json_record(Published, data, uri, "the record of a published run", "start over with --restart")
     return published if versions.read_version(storage, published.name, published.version) else None
 
 
-def _find_published(job: TransferJob, classifier: Classifier, workspace: Workspace) -> Published | None:
-    if published := read_published(job, workspace.storage):
-        return published
-    version = versions.find_version_of_run(workspace.storage, job.model_name, job.run, classifier.file.sha256)
-    return _finish(job, version, workspace) if version else None
+def _read_record(job: TransferJob, storage: Storage) -> Published | None:
+    key = f"runs/{job.run}/publish/done.json"
+    data = storage.read(key)
+    if data is None:
+        return None
+    return read_json_record(
+        Published, data, storage.uri_of(key), "the record of a published run", "start over with --restart"
+    )
 
 
 def _evaluate(
@@ -182,13 +212,8 @@ def _evaluate(
 
 def _apply_gates(results: Results, workspace: Workspace) -> Results:
     """Check the gates, and store evaluation and report with the run even if a gate is not met."""
-    latest = versions.read_latest(workspace.storage, results.job.model_name)
-    gates = check_gates(
-        results.job.spec.evaluate.gates,
-        results.evaluation.metrics,
-        latest.metrics if latest else None,
-        f"{latest.name}/{latest.version}" if latest else "",
-    )
+    evaluation = results.evaluation
+    gates = check_gates(results.job.spec.evaluate.gates, evaluation.metrics, results.latest, evaluation.undefined)
     workspace.metrics.set_failed_gates(sum(not gate.met for gate in gates))
     results = dataclasses.replace(results, gates=gates)
     storage, prefix = workspace.storage, f"runs/{results.job.run}"
@@ -200,7 +225,7 @@ def _apply_gates(results: Results, workspace: Workspace) -> Results:
 
 
 def _export(results: Results, evaluated: "EvaluatedClassifier", folder: Path) -> Results:
-    from topwork.data.decoding import resize
+    from topwork.data.decoding import Preprocessing
     from topwork.model.export import export_model
     from topwork.report.export_check import check_export
 
@@ -208,18 +233,20 @@ def _export(results: Results, evaluated: "EvaluatedClassifier", folder: Path) ->
     log.info("export", formats=" ".join(formats))
     version = folder / "version"
     version.mkdir()
-    export_model(evaluated.model, results.evaluation.class_names, formats, resize, version)
+    value_range = resolve_value_range(results.job.spec.dataset.value_range, results.dataset.values)
+    export_model(evaluated.model, results.evaluation.class_names, formats, Preprocessing(value_range), version)
     check = check_export(version, evaluated.check_inputs, formats)
     log.info(
         "export check",
         images=check.images,
         largest_difference=max(check.largest_difference.values()),
-        accepted=check.tolerance,
+        largest_logit_difference=max(check.largest_logit_difference.values()),
+        accepted_logit_difference=check.logit_tolerance,
     )
     return dataclasses.replace(results, formats=formats, export_check=check)
 
 
-def _upload(results: Results, weights_sha256: str, workspace: Workspace, folder: Path) -> Published:
+def _upload(results: Results, key: str, weights_sha256: str, workspace: Workspace, folder: Path) -> Published:
     """Claim a version number, upload the files, and write manifest, `latest.json` and `done.json`, in this order."""
     storage, job = workspace.storage, results.job
     number = versions.claim_version(storage, job.model_name, job.run)
@@ -232,6 +259,7 @@ def _upload(results: Results, weights_sha256: str, workspace: Workspace, folder:
         version=number,
         uri=uri,
         run=job.run,
+        key=key,
         weights=weights_sha256,
         published=versions.utc_now(),
         main_metric=results.main_metric,
@@ -254,6 +282,7 @@ def _finish(job: TransferJob, version: Version, workspace: Workspace) -> Publish
     versions.update_latest(workspace.storage, version.name)
     requested: list[str] = [*job.spec.evaluate.metrics, "loss"]
     published = Published(
+        key=version.key,
         name=version.name,
         version=version.version,
         uri=version.uri,
@@ -262,22 +291,28 @@ def _finish(job: TransferJob, version: Version, workspace: Workspace) -> Publish
         split=version.split,
         images=version.images,
         stages=_stage_costs(job, workspace.storage),
+        weights=_kept_weights(job, workspace.storage),
         started=workspace.metrics.stage_start_time("publish"),
         finished=datetime.now(UTC),
     )
     storage, key, data = workspace.storage, f"runs/{job.run}/publish/done.json", published.model_dump_json().encode()
     if not storage.write(key, data, only_if_absent=True, content_type="application/json"):
-        # Another process of the run was faster, or the record refers to a deleted version.
-        if existing := read_published(job, storage):
+        # Another process of the run was faster, or the record refers to other settings or a deleted version.
+        if existing := _read_published(job, version.key, storage):
             return existing
         storage.write(key, data, content_type="application/json")
     return published
 
 
+def _kept_weights(job: TransferJob, storage: Storage) -> KeptWeights | None:
+    results = (read_run_result(storage, job.run, stage) for stage in reversed(TRAINING_STAGES))
+    return next((result.kept for result in results if result), None)
+
+
 def _stage_costs(job: TransferJob, storage: Storage) -> dict[str, StageCost]:
     costs: dict[str, StageCost] = {}
     for stage in TRAINING_STAGES:
-        if (result := read_stage_result(storage, job.run, stage)) is not None:
+        if (result := read_run_result(storage, job.run, stage)) is not None:
             costs[stage] = StageCost(
                 trainable=result.parameters.trainable,
                 batch_size=batch_sizes(job)[stage],

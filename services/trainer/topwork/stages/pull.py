@@ -1,6 +1,5 @@
 """The pull stage: validates the images of a source and stores them as a dataset in object storage."""
 
-import hashlib
 import json
 import shutil
 from collections import Counter
@@ -26,8 +25,10 @@ from topwork.data.image_validation import REASONS
 from topwork.data.sources import Source, open_source
 from topwork.data.sources.source import find_similar_class_names
 from topwork.data.splits import check_splits
-from topwork.disk_space import require_free_space
+from topwork.data.value_range import summarize_values
+from topwork.disk_space import directory_bytes, require_free_space
 from topwork.errors import DataError
+from topwork.registry.datasets import FORMAT, fingerprint_of, read_stored_dataset, select_dataset, write_entries
 from topwork.spec import TransferJob
 from topwork.workspace import Workspace
 
@@ -35,8 +36,6 @@ log = structlog.get_logger(__name__)
 
 # MAX_MEM_BUFFER_SIZE of tensorflow_datasets.core.shuffle.
 SHUFFLE_BUFFER_BYTES = 1000 << 20
-FORMAT = 1
-"""Version of the stored dataset format. It is part of every fingerprint, so a new version pulls every dataset again."""
 
 
 class PullResult(BaseModel):
@@ -45,6 +44,8 @@ class PullResult(BaseModel):
     Attributes:
         format: Version of this record.
         dataset: Key prefix of the dataset.
+        attempt: Identifies the Job that pulled it, whose pods keep the dataset even if the source changes. Empty
+            outside a cluster.
         started: When the pull started. None if an older version of topwork wrote the record.
         finished: When the pull finished.
     """
@@ -53,6 +54,7 @@ class PullResult(BaseModel):
 
     format: int = 1
     dataset: str
+    attempt: str = ""
     started: datetime | None = None
     finished: datetime | None = None
 
@@ -86,26 +88,54 @@ def pull(job: TransferJob, workspace: Workspace) -> StoredDataset:
 
 
 def find_pulled_dataset(job: TransferJob, workspace: Workspace) -> StoredDataset | None:
-    """Find the dataset that a run has already pulled. A run keeps its dataset even if the source changes.
+    """Find the dataset of a job in storage: the one selected for the run, or the one that its source gives now.
 
-    Does not import the training libraries.
+    Does not import the training libraries, and does not read images.
 
     Args:
         job: The job of the run.
         workspace: Storage and metrics.
 
     Returns:
-        The dataset, or None if the run has not pulled one or the dataset was deleted.
+        The dataset, or None if it has to be pulled.
+
+    Raises:
+        DataError: If the source is invalid, or the dataset that the user pinned was deleted.
+        UnavailableError: If the source or storage cannot be reached.
     """
-    result = _read_result(job, workspace.storage)
-    if result is None:
+    dataset = find_dataset(job, workspace)
+    if dataset is None:
         return None
-    metadata = read_dataset_metadata(workspace.storage, result.dataset)
-    if metadata is None:
-        return None  # the dataset was deleted
-    log.info("stage already complete", stage="pull", dataset=workspace.storage.uri_of(result.dataset))
-    _restore_metrics(result, metadata, workspace)
-    return StoredDataset(result.dataset, metadata)
+    log.info("stage already complete", stage="pull", dataset=workspace.storage.uri_of(dataset.prefix))
+    _check_dataset(dataset.metadata, job)
+    result = _read_result(job, workspace.storage)
+    if result is None or (result.dataset, result.attempt) != (dataset.prefix, workspace.attempt):
+        result = PullResult(dataset=dataset.prefix, attempt=workspace.attempt)
+        _write_result(job, result, workspace.storage)
+    _restore_metrics(result, dataset.metadata, workspace)
+    return dataset
+
+
+def find_dataset(job: TransferJob, workspace: Workspace) -> StoredDataset | None:
+    """Find the dataset of a job, like `find_pulled_dataset`, without changing anything."""
+    if workspace.dataset:
+        dataset = read_stored_dataset(workspace.storage, workspace.dataset)
+        if dataset is None:
+            raise DataError(
+                f"The dataset {workspace.storage.uri_of(workspace.dataset)}, which was selected for this run, does not "
+                "exist any more. Start the job again without --pinned."
+            )
+        return dataset
+    result = _read_result(job, workspace.storage)
+    earlier = read_stored_dataset(workspace.storage, result.dataset) if result else None
+    # All pods of a Job train on the same dataset.
+    if workspace.attempt and result and result.attempt == workspace.attempt:
+        return earlier
+    # The versions of TFDS datasets do not change.
+    if job.spec.dataset.source.tfds:
+        return earlier if earlier and earlier.metadata.pull_format == FORMAT else None
+    selected = select_dataset(job, workspace)
+    return selected.stored if selected else None
 
 
 def _result_key(job: TransferJob) -> str:
@@ -128,14 +158,14 @@ def _write_result(job: TransferJob, result: PullResult, storage: Storage) -> Non
     if storage.write(key, data, only_if_absent=True, content_type="application/json"):
         return
     existing = _read_result(job, storage)
-    if existing is None or existing.dataset != result.dataset:
+    if existing is None or (existing.dataset, existing.attempt) != (result.dataset, result.attempt):
         storage.write(key, data, content_type="application/json")
 
 
 def _pull_source(job: TransferJob, workspace: Workspace) -> StoredDataset:
     """Find the dataset of the source in storage, or store it."""
     source = open_source(job.spec.dataset.source, workspace)
-    fingerprint = _fingerprint(source)
+    fingerprint = fingerprint_of(source, job.spec.dataset)
     prefix = dataset_prefix(source.name, fingerprint)
     metadata = read_dataset_metadata(workspace.storage, prefix)
     if metadata:
@@ -145,20 +175,18 @@ def _pull_source(job: TransferJob, workspace: Workspace) -> StoredDataset:
     else:
         metadata = _store_dataset(source, fingerprint, prefix, job, workspace)
     started = workspace.metrics.stage_start_time("pull")
-    result = PullResult(dataset=prefix, started=started, finished=datetime.now(UTC))
+    result = PullResult(dataset=prefix, attempt=workspace.attempt, started=started, finished=datetime.now(UTC))
     _write_result(job, result, workspace.storage)
     return StoredDataset(prefix, metadata)
-
-
-def _fingerprint(source: Source) -> str:
-    content = {"format": FORMAT, "source": source.description(), "content": source.digest()}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _store_dataset(
     source: Source, fingerprint: str, prefix: str, job: TransferJob, workspace: Workspace
 ) -> DatasetMetadata:
     """Validate and write the dataset on scratch, then upload it."""
+    directory = workspace.scratch / "pull" / fingerprint
+    # Images of a killed pull are read again: they must not count as used space.
+    shutil.rmtree(directory, ignore_errors=True)
     _check_free_space(source, workspace)
     classes = source.class_names()
     if len(classes) < 2:
@@ -166,12 +194,12 @@ def _store_dataset(
             f"{_format_source(source)} contains only one class, {', '.join(classes) or '(unnamed)'}, but a classifier "
             "needs at least two. Expected one directory per class. The address may be one level too high or too low."
         )
-    directory = workspace.scratch / "pull" / fingerprint
-    shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     try:
         dataset, metadata = _write_dataset(source, fingerprint, directory, workspace)
         _check_dataset(metadata, job)
+        if (entries := source.entries()) is not None:
+            write_entries(entries, dataset)
         # A concurrent pull of the same source uploads identical files: they depend only on the source.
         manifest = write_artifact(workspace.storage, prefix, dataset, metadata.model_dump(mode="json"))
         return DatasetMetadata.model_validate(manifest.facts)
@@ -187,7 +215,11 @@ def _check_free_space(source: Source, workspace: Workspace) -> None:
     copies = 2 if estimate.image_bytes > SHUFFLE_BUFFER_BYTES else 1
     needed = estimate.download_bytes + copies * estimate.image_bytes
     workspace.scratch.mkdir(parents=True, exist_ok=True)
-    require_free_space(workspace.scratch, needed, f"Pulling {_format_source(source)}", workspace.scratch_limit)
+    # The fingerprint may have needed the download already, or a killed pull left it.
+    existing = min(estimate.download_bytes, directory_bytes(workspace.scratch / "pull"))
+    require_free_space(
+        workspace.scratch, needed, f"Pulling {_format_source(source)}", workspace.scratch_limit, existing=existing
+    )
 
 
 def _write_dataset(
@@ -204,12 +236,16 @@ def _write_dataset(
     return dataset, DatasetMetadata(
         name=source.name,
         fingerprint=fingerprint,
+        pull_format=FORMAT,
         source=source.description(),
         class_names=source.class_names(),
         splits={split: dict(sorted(counts.items())) for split, counts in sorted(stats.splits.items())},
         images=stats.images,
         rejected=tuple(stats.rejected),
         duplicates=stats.duplicates,
+        kinds=dict(sorted(stats.kinds.items())),
+        originals=tuple(original for original, _ in stats.originals),
+        values=summarize_values(stats.values),
     )
 
 

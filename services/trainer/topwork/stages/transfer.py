@@ -4,7 +4,9 @@ import keras
 
 from topwork.data.dataset_manifest import StoredDataset
 from topwork.model.classifier import build_classifier
-from topwork.registry.stage_results import Classifier, find_completed_stage
+from topwork.registry.stage_keys import stage_keys
+from topwork.registry.stage_results import Classifier, find_completed_stage, write_reference
+from topwork.report.export_preflight import check_exportable
 from topwork.spec import TransferJob
 from topwork.spec.job import JobSpec
 from topwork.training.base_files import fetch_base_file
@@ -17,7 +19,7 @@ from topwork.workspace import Workspace
 def transfer(job: TransferJob, dataset: StoredDataset, workspace: Workspace) -> Classifier:
     """Train a new head on the base. The base is frozen unless `spec.transfer.train` is all.
 
-    A completed stage is skipped; an interrupted stage resumes from its newest checkpoint.
+    A stage that this or another run has completed is skipped; an interrupted stage resumes from its newest checkpoint.
 
     Args:
         job: The job.
@@ -37,7 +39,8 @@ def transfer(job: TransferJob, dataset: StoredDataset, workspace: Workspace) -> 
         `classifier = transfer(job, pull(job, workspace), workspace)`
     """
     with workspace.metrics.track_stage("transfer"):
-        if (completed := find_completed_stage(job.run, "transfer", workspace)) is not None:
+        key = stage_keys(job, dataset.metadata.fingerprint, workspace.storage).transfer
+        if (completed := find_completed_stage(job.run, "transfer", key, workspace)) is not None:
             return completed
         base_file = fetch_base_file(job.spec.model.base, workspace)
 
@@ -45,7 +48,12 @@ def transfer(job: TransferJob, dataset: StoredDataset, workspace: Workspace) -> 
             classes = len(dataset.metadata.class_names)
             return build_classifier(job.spec.model, job.spec.dataset.image_size, classes, base_file)
 
-        return train(StageContext(job, plan_transfer(job.spec), workspace), dataset, build_model, [])
+        context = StageContext(job, plan_transfer(job.spec), key, workspace)
+        names = dataset.metadata.class_names
+        check_exportable(job, build_model, names, workspace, architecture=key, attempt_prefix=context.prefix)
+        classifier = train(context, dataset, build_model)
+        write_reference(workspace.storage, job.run, "transfer", key)
+        return classifier
 
 
 def plan_transfer(spec: JobSpec) -> TrainingPlan:

@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 
 from topwork.model.freezing import UnfreezeSetting
-from topwork.registry.stage_results import TrainingStage, stage_prefix
+from topwork.registry.stage_results import TrainingStage, attempt_prefix
 from topwork.spec import TransferJob
+from topwork.spec.fine_tune import Keep
 from topwork.spec.optimizer import Optimizer
 from topwork.spec.training import EarlyStopping, Loss
 from topwork.training.feature_cache.policy import FeatureCachePolicy
@@ -39,6 +40,7 @@ class TrainingPlan:
         early_stopping: When to end a phase before its last epoch; None never does.
         seed: Seed of the image order, of random augmentation and of new weights.
         feature_cache: Whether the output of the frozen layers may be cached, and for how many views.
+        keep: Whether to keep the weights of the best epoch, or those of the last one.
         train_batch_norm: Whether batch normalization layers of the base are trained when they are unfrozen.
     """
 
@@ -51,6 +53,22 @@ class TrainingPlan:
     seed: int
     feature_cache: FeatureCachePolicy
     train_batch_norm: bool = False
+    keep: Keep = "best"
+
+    @property
+    def batch_size_key(self) -> str:
+        """Key of the batch size in the spec, for messages."""
+        return f"spec.{'transfer' if self.stage == 'transfer' else 'fineTune'}.batchSize"
+
+    @property
+    def monitor(self) -> str:
+        """Metric on the validation split that decides which epoch is the best."""
+        return self.early_stopping.monitor if self.early_stopping else "loss"
+
+    @property
+    def improves_a_classifier(self) -> bool:
+        """Whether the stage starts with trained weights, which are kept if no epoch is better: epoch 0 of the stage."""
+        return self.stage == "fine-tune"
 
     @property
     def epochs(self) -> int:
@@ -73,14 +91,16 @@ class StageContext:
     Attributes:
         job: The job.
         plan: Plan of the stage.
+        key: Key of the result of the stage.
         workspace: Storage, metrics, progress and scratch directory.
     """
 
     job: TransferJob
     plan: TrainingPlan
+    key: str
     workspace: Workspace
 
     @property
     def prefix(self) -> str:
-        """Storage key prefix of everything that the stage stores."""
-        return stage_prefix(self.job.run, self.plan.stage)
+        """Storage key prefix of the checkpoints and features of this run."""
+        return attempt_prefix(self.plan.stage, self.key, self.job.run)

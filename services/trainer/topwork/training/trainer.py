@@ -8,7 +8,6 @@ restart, and the check that frozen weights did not change.
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cached_property
 from typing import Any
 
 import keras
@@ -19,6 +18,8 @@ from topwork.data.batches import batch_image_names, training_batches
 from topwork.data.dataset_manifest import StoredDataset
 from topwork.data.local_dataset import fetch_dataset
 from topwork.errors import DataError, Stopped
+from topwork.model.classifier import computes_in_float16
+from topwork.model.device_memory import report_exhausted_memory
 from topwork.model.freezing import (
     frozen_variables,
     hash_variables,
@@ -28,6 +29,7 @@ from topwork.model.freezing import (
 )
 from topwork.progress import Tracker
 from topwork.registry.stage_results import Classifier, HistoryRow, TrainingSummary, store_stage_result
+from topwork.training import reporting
 from topwork.training.checkpoints import Checkpoint, Checkpoints
 from topwork.training.divergence import diverged_error, first_non_finite
 from topwork.training.feature_cache.features import delete_features
@@ -36,11 +38,10 @@ from topwork.training.inputs import TrainingInputs, prepare_inputs, prepare_mode
 from topwork.training.losses import balanced_class_weights, loss_targets, make_accuracy, make_loss
 from topwork.training.optimizers import make_optimizer, moving_averages
 from topwork.training.plan import StageContext, TrainingPhase
-from topwork.training.preflight import check_data, check_replicas
-from topwork.training.reporting import report_epoch, report_parameters, report_resume
+from topwork.training.preflight import check_data, check_metrics, check_replicas
 from topwork.training.strategy import get_strategy, jit_compile
 from topwork.training.train_state import TrainState
-from topwork.training.validation import Validation
+from topwork.training.validation import create_validation
 from topwork.training.variables import StageVariables, all_finite
 
 log = structlog.get_logger(__name__)
@@ -57,7 +58,7 @@ def train(
     context: StageContext,
     dataset: StoredDataset,
     build_model: Callable[[], keras.Model],
-    earlier_history: list[HistoryRow],
+    earlier: Classifier | None = None,
 ) -> Classifier:
     """Train a stage from its start, or from its newest checkpoint, and store the result.
 
@@ -65,10 +66,10 @@ def train(
         context: Job, plan and workspace of the stage.
         dataset: The stored dataset.
         build_model: Returns the initial classifier, in float32; called in the scope of the strategy.
-        earlier_history: History of the earlier stages.
+        earlier: Result of the stage before, which `build_model` loads.
 
     Returns:
-        The stored classifier with the best weights.
+        The stored classifier with the kept weights.
 
     Raises:
         SpecError: If the settings do not suit the replicas or splits.
@@ -80,6 +81,7 @@ def train(
     for phase in plan.phases:
         check_replicas(strategy.num_replicas_in_sync, plan.batch_size, phase.optimizer)
     data = fetch_dataset(dataset, job, workspace)
+    check_metrics(job, data)
     check_data(job, plan, data)
     workspace.metrics.set_replicas(strategy.num_replicas_in_sync)
     keras.utils.clear_session()
@@ -89,6 +91,7 @@ def train(
     # A stop request waits until the step is complete and its checkpoint is stored.
     with (
         workspace.stop.deferred(),
+        report_exhausted_memory(plan.batch_size_key, plan.batch_size, strategy.num_replicas_in_sync),
         Checkpoints(workspace, context.prefix, job.spec.compute.checkpoint_minutes) as checkpoints,
     ):
         inputs = prepare_inputs(context, model, partition, data)
@@ -100,11 +103,12 @@ def train(
             stage=plan.stage,
             class_names=data.class_names,
             image_size=job.spec.dataset.image_size,
-            history=[*earlier_history, *trainer.state.rows],
+            history=[*(earlier.history if earlier else []), *trainer.state.rows],
             best_epoch=trainer.state.best_epoch,
             started=trainer.state.started,
+            weights=reporting.report_kept_weights(trainer.state, context, earlier),
         )
-        classifier = store_stage_result(model, summary, job.run, workspace)
+        classifier = store_stage_result(model, summary, context.key, workspace)
         checkpoints.clear()
         delete_features(context)
     return classifier
@@ -133,6 +137,7 @@ class Trainer:
         self._checkpoints = checkpoints
         self._classes = len(inputs.data.class_names)
         self._loss = make_loss(self._plan.loss, self._classes)
+        self._validation = create_validation(inputs.data, self._plan)
         self.batch_size = self._plan.batch_size
         self.steps_per_epoch = inputs.data.train.size // self.batch_size
         self._unfreeze(self._plan.phases[-1])
@@ -140,13 +145,13 @@ class Trainer:
         if (checkpoint := checkpoints.newest()) is not None:
             self._variables.restore(checkpoint)
             self.state = checkpoint.state
-            report_resume(self.state, context)
+            reporting.report_resume(self.state, context)
         else:
             started = self.workspace.metrics.stage_start_time(self._plan.stage)
             self.state = TrainState(frozen=self._variables.frozen_hash, started=started)
 
     def fit_phase(self) -> None:
-        """Train the current phase to its end; the model then has its best weights.
+        """Train the current phase to its end; the model then has the weights that the plan keeps.
 
         Raises:
             Stopped: If a stop was requested; the checkpoint is stored.
@@ -155,6 +160,7 @@ class Trainer:
         state, model, stage = self.state, self._fit_model, self._plan.stage
         last_epoch = self._plan.last_epoch(state.phase)
         with self._compiled(self._plan.phases[state.phase]), self._checkpoint_on_stop():
+            self._evaluate_start()
             while state.epoch < last_epoch and not state.ended:
                 # An epoch that was interrupted runs in a separate `fit` call: it has fewer steps left than the others.
                 end_epoch = state.epoch + 1 if state.step else last_epoch
@@ -187,14 +193,20 @@ class Trainer:
             synchronize_batch_norm(self._model, synchronized=replicas > 1)
             accuracy = make_accuracy()
             self._fit_model.compile(
-                optimizer=make_optimizer(phase.optimizer, steps_per_epoch=self.steps_per_epoch, epochs=phase.epochs),
+                optimizer=make_optimizer(
+                    phase.optimizer,
+                    steps_per_epoch=self.steps_per_epoch,
+                    epochs=phase.epochs,
+                    replicas=replicas,
+                    scale_loss=computes_in_float16(self._fit_model),
+                ),
                 loss=self._loss,
                 metrics=[accuracy],
                 jit_compile=jit_compile(replicas),
             )
             self._variables.attach_accuracy(accuracy)
         frozen_hash = hash_variables(frozen_variables(self._model))
-        report_parameters(self._model, self._context)
+        reporting.report_parameters(self._model, self._context)
         try:
             yield
         finally:
@@ -252,11 +264,28 @@ class Trainer:
             "input_wait_seconds": input_wait_seconds,
         }
         state.rows.append(row)
-        report_epoch(state, self._context, from_cache=self._inputs.from_cache)
-        self.save_checkpoint()
+        reporting.report_epoch(state, self._context, from_cache=self._inputs.from_cache)
+        self._save_after_epoch()
         self._fit_model.stop_training = state.ended
         if self.workspace.stop.is_set() and not state.ended and state.epoch < self._plan.epochs:
             raise StopTraining
+
+    def _save_after_epoch(self) -> None:
+        """Store a checkpoint, unless the previous one is recent. The last epoch of the stage always stores one."""
+        state, checkpoint = self.state, self.snapshot()
+        is_last = state.epoch == self._plan.epochs or (state.ended and state.phase == len(self._plan.phases) - 1)
+        if is_last or self._checkpoints.is_due_after_epoch:
+            self._checkpoints.save(checkpoint)
+
+    def _evaluate_start(self) -> None:
+        """Evaluate the result of the stage before as epoch 0: it is kept if no epoch of this stage is better."""
+        state = self.state
+        is_fresh = not state.epoch and not state.step and state.start is None
+        if self._plan.improves_a_classifier and is_fresh and self._validation:
+            start = self._validation.evaluate(self._fit_model, self._loss)
+            state.record_start(start, self._plan.early_stopping)
+            self._variables.save_best()
+            reporting.report_start(start, self._context)
 
     def _validate(self) -> dict[str, float] | None:
         """Evaluate the model, with the moving averages of its weights if it has them, and keep its best weights."""
@@ -264,19 +293,11 @@ class Trainer:
         for variable, average in averages:
             variable.assign(average)
         validation = self._validation.evaluate(self._fit_model, self._loss) if self._validation else None
-        if self.state.record_validation(validation, self._plan.early_stopping):
+        if self.state.record_validation(validation, self._plan.early_stopping, self._plan.keep):
             self._variables.save_best()
         if averages:
             self._variables.load_latest()
         return validation
-
-    @cached_property
-    def _validation(self) -> Validation | None:
-        split, early_stopping = self._inputs.data.validation, self._plan.early_stopping
-        if split is None or not split.size:
-            return None
-        auc = early_stopping is not None and early_stopping.monitor == "auc"
-        return Validation(split, classes=self._classes, batch_size=self.batch_size, auc=auc)
 
     def checkpoint_is_due(self) -> bool:
         """Return whether to store a checkpoint in the middle of the epoch."""

@@ -10,19 +10,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from topwork.cli.options import Overrides, State
-from topwork.cli.runtime.environment import default_state_directory, has_storage_configuration
+from topwork.cli.runtime.environment import default_state_directory
+from topwork.cli.runtime.storage import open_optional_storage
 from topwork.cli.runtime.tensorflow_import import quiet_tensorflow_import
 from topwork.errors import DataError, SettingError, UnavailableError
 from topwork.spec import TransferJob
 from topwork.spec.loading.loader import read_files
 
 if TYPE_CHECKING:
-    from topwork.clients.s3.storage import Storage
     from topwork.description.job_description import JobDescription
     from topwork.workspace import Workspace
-
-# Fail fast if storage is unreachable: it is optional here.
-ATTEMPTS, CONNECT_SECONDS = 2, 3.0
 
 
 def describe(
@@ -43,8 +40,9 @@ def describe(
     """Show what each stage of a job trains, without training, downloading or pulling anything.
 
     For each stage: trainable and frozen parameters of every layer group, learning rate schedule, steps, epochs,
-    optimizer, loss, and use of the feature cache. The numbers of classes and images come from the stored dataset if it
-    was pulled, otherwise from --classes and --images. Unavailable facts are reported and are not an error.
+    optimizer, loss, use of the feature cache, and whether storage has its result already, so that a run reuses it. The
+    numbers of classes and images come from the stored dataset if it was pulled, otherwise from --classes and --images.
+    Unavailable facts are reported and are not an error.
     """
     jobs = [job for _, job in read_files(files, overrides or ())]
     descriptions = [_describe(job, state or default_state_directory(), classes, images) for job in jobs]
@@ -63,6 +61,7 @@ def _describe(job: TransferJob, state: Path, classes: int | None, images: int | 
     with quiet_tensorflow_import():
         from topwork.description.describe import describe as describe_job
         from topwork.description.known_dataset import find_known_dataset
+        from topwork.description.reusable_results import find_reusable_results
 
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="topwork-")))
@@ -73,7 +72,8 @@ def _describe(job: TransferJob, state: Path, classes: int | None, images: int | 
             notes.append(str(error))
         data = find_known_dataset(job, workspace, classes, images)
         file, missing = _find_saved_base(job, workspace)
-        return describe_job(job, data, file, (*notes, *missing))
+        plan = find_reusable_results(job, workspace) if workspace else None
+        return describe_job(job, data, file, (*notes, *missing), plan)
 
 
 @contextmanager
@@ -83,28 +83,8 @@ def _workspace(job: TransferJob, state: Path, scratch: Path) -> "Iterator[Worksp
     from topwork.clients.prometheus.metrics import Metrics
     from topwork.workspace import Workspace
 
-    with _storage(job.spec.storage, state) as storage:
+    with open_optional_storage(job.spec.storage, state) as storage:
         yield Workspace(storage, Metrics(), NoProgress(), scratch) if storage else None
-
-
-@contextmanager
-def _storage(uri: str, state: Path) -> "Iterator[Storage | None]":
-    """Open the configured storage, or the embedded one if an earlier run used it."""
-    from topwork.clients.s3.storage import Storage, StorageSettings
-
-    with ExitStack() as stack:
-        if has_storage_configuration():
-            settings = StorageSettings(attempts=ATTEMPTS, connect_timeout_seconds=CONNECT_SECONDS)
-        elif (state / "data").is_dir():
-            from topwork.local.server import embedded_storage
-
-            settings = stack.enter_context(embedded_storage(state))
-        else:
-            yield None
-            return
-        storage = Storage(uri, settings)
-        storage.check()
-        yield storage
 
 
 def _find_saved_base(job: TransferJob, workspace: "Workspace | None") -> tuple[Path | None, tuple[str, ...]]:

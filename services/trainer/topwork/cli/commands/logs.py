@@ -36,8 +36,9 @@ def logs(
     """Print the log of a run, attempt by attempt.
 
     Standard output contains the lines of the containers: one JSON object per line. Standard error contains a heading
-    for each container. Exit codes: 0 success; 2 no such run, or the cluster rejected a request; 75 the API server does
-    not respond; 130 after Ctrl-C, which does not stop the run.
+    for each container. Exit codes: 0 success; 2 no such run, it ended without a log, or the cluster rejected a request;
+    75 it has not started yet, or the API server or a node does not respond; 130 after Ctrl-C, which does not stop the
+    run.
     """
     cluster = open_cluster(namespace, context, kubeconfig)
     from topwork.cli.output.follow import INTERRUPTED, ConnectionOptions
@@ -46,27 +47,31 @@ def logs(
 
     log = RunLog(cluster, find_run(cluster, name).run, stage.value if stage else None)
     if not follow:
-        _print(log.read())
-        return
+        raise typer.Exit(_print(log.read()))
     options = [*(["--stage", stage.value] if stage else []), "-f"]
     command = ConnectionOptions(cluster.namespace, context, kubeconfig).command(f"logs {name}", *options)
     reattach = f"The job continues. Follow it again with: {command}"
     try:
-        _print(log.follow())
+        code = _print(log.follow())
     except KeyboardInterrupt:
         print(f"\n{reattach}", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None
     except (SettingError, UnavailableError) as error:
         raise type(error)(f"{error}\n{reattach}") from error
+    raise typer.Exit(code)
 
 
-def _print(entries: "Iterator[LogEntry]") -> None:
+def _print(entries: "Iterator[LogEntry]") -> int:
+    """Print a log and return the exit code: that of the first part that is missing, or 0."""
     from topwork.cluster.operations.logs import ContainerHeading, Note
 
+    code = 0
     for entry in entries:
         if isinstance(entry, ContainerHeading):
             print(f"── {entry.pod} {entry.stage} ──", file=sys.stderr, flush=True)
         elif isinstance(entry, Note):
             print(entry.text, file=sys.stderr, flush=True)
+            code = code or entry.exit_code
         else:
             print(entry, flush=True)
+    return code

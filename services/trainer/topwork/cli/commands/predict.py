@@ -115,7 +115,8 @@ def _download_model(model: str, storages: _Storages, directory: Path) -> Path:
     storage = storages.at(address.storage)
     version = find_version(storage, address)
     prefix = versions.version_prefix(version.name, version.version)
-    manifest = download_artifact(storage, prefix, directory, select=lambda file: file in {"model.keras", "labels.txt"})
+    files = {"model.keras", "labels.txt", "preprocessing.json"}
+    manifest = download_artifact(storage, prefix, directory, select=lambda file: file in files)
     if "model.keras" not in manifest.files:
         download_artifact(storage, prefix, directory)
     return directory

@@ -1,7 +1,8 @@
 """`topwork run`: run jobs on this machine."""
 
 import logging
-from dataclasses import dataclass
+import tempfile
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -39,7 +40,11 @@ def run(
         typer.Option(min=1, max=64, help="Train this many replicas on the CPU [default: all GPUs, or one CPU device]."),
     ] = None,
     restart: Annotated[
-        bool, typer.Option("--restart", help="Delete the results of earlier attempts of this run first.")
+        bool,
+        typer.Option("--restart", help="Delete the results of this run first, also those that it shares with others."),
+    ] = False,
+    pinned: Annotated[
+        bool, typer.Option("--pinned", help="Use the dataset of the latest version, even if its source has changed.")
     ] = False,
     state: State = None,
     metrics_port: Annotated[
@@ -55,7 +60,8 @@ def run(
 ) -> None:
     """Run jobs on this machine: pull, transfer, fine-tune, publish.
 
-    An interrupted run resumes, and a finished one is skipped.
+    An interrupted run resumes, and a finished one is skipped. Stages with the same settings and data are shared by all
+    runs. The source is checked each time: if images were added, changed or removed, the job trains a new run on them.
     """
     jobs = [job for _, job in read_files(files, overrides or ())]
     progress = _configure_output(log_format, quiet=quiet, verbose=verbose)
@@ -63,7 +69,9 @@ def run(
     metrics = Metrics(gpus=replicas is None, visible_devices=visible_gpus())
     if metrics_port is not None:
         log.info("metrics", port=serve_metrics(metrics, metrics_port))
-    runner = _Runner(metrics, progress, state or default_state_directory(), replicas, restart, verbose or is_verbose())
+    runner = _Runner(
+        metrics, progress, state or default_state_directory(), replicas, restart, pinned, verbose or is_verbose()
+    )
     published = []
     for job in jobs:
         metrics.start_job(job=job.metadata.name, run=job.run, stage="run", version=__version__)
@@ -95,7 +103,8 @@ class _Runner:
         progress: Progress display.
         state: State directory.
         replicas: Replicas on the CPU; None for one per GPU, or one without GPUs.
-        restart: Whether to delete the results of earlier attempts.
+        restart: Whether to delete the results of the run first.
+        pinned: Whether to keep the dataset that was used before.
         verbose: Whether to show the output of TensorFlow.
     """
 
@@ -104,25 +113,44 @@ class _Runner:
     state: Path
     replicas: int | None
     restart: bool
+    pinned: bool
     verbose: bool
 
     def run(self, job: TransferJob) -> "Published":
-        from topwork.stages.publish import read_published
-
         stop = StopRequest()
-        with (
-            lock_scratch(self.state, job.run) as scratch,
-            open_storage(job.spec.storage, self.state, self.metrics) as storage,
-        ):
-            workspace = Workspace(storage, self.metrics, self.progress, scratch, self.replicas, stop=stop)
-            log.info("run", name=job.run, storage=storage.uri)
-            if self.restart:
-                storage.delete(stored.key for stored in storage.list(f"runs/{job.run}/"))
-            if published := read_published(job, storage):
-                log.info("already published", model=published.uri)
-                return published
-            with stop_on_signals(stop):
-                with quiet_tensorflow_import(verbose=self.verbose):
-                    from topwork import pipeline
+        with open_storage(job.spec.storage, self.state, self.metrics) as storage, stop_on_signals(stop):
+            workspace = Workspace(storage, self.metrics, self.progress, self.state, self.replicas, stop=stop)
+            job, workspace = self._select_dataset(job, workspace)
+            with lock_scratch(self.state, job.run) as scratch:
+                return self._run(job, replace(workspace, scratch=scratch))
 
-                return pipeline.run(job, workspace)
+    def _select_dataset(self, job: TransferJob, workspace: Workspace) -> tuple[TransferJob, Workspace]:
+        """Check the source, and name the run by the dataset and everything else that its weights depend on."""
+        from topwork.registry.datasets import select_dataset
+        from topwork.registry.stage_keys import run_name, stage_keys
+
+        with tempfile.TemporaryDirectory(prefix="topwork-") as scratch:
+            selected = select_dataset(job, replace(workspace, scratch=Path(scratch)), pinned=self.pinned)
+        if selected is None:
+            return job, workspace
+        if selected.changes:
+            log.warning("source changed", changes=selected.changes, hint="--pinned keeps the previous dataset")
+        job = job.as_run(run_name(job, stage_keys(job, selected.fingerprint, workspace.storage)))
+        return job, replace(workspace, dataset=selected.stored.prefix if selected.stored else "")
+
+    def _run(self, job: TransferJob, workspace: Workspace) -> "Published":
+        from topwork.registry.runs import delete_results
+        from topwork.stages.publish import find_published
+        from topwork.stages.pull import find_pulled_dataset
+
+        self.metrics.start_job(job=job.metadata.name, run=job.run, stage="run", version=__version__)
+        log.info("run", name=job.run, storage=workspace.storage.uri)
+        dataset = find_pulled_dataset(job, workspace)
+        if self.restart:
+            delete_results(job, dataset, workspace.storage)
+        if dataset and (published := find_published(job, dataset, workspace)):
+            return published
+        with quiet_tensorflow_import(verbose=self.verbose):
+            from topwork import pipeline
+
+        return pipeline.run(job, workspace)

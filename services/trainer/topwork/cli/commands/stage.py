@@ -2,6 +2,7 @@
 
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,10 +12,10 @@ import typer
 from topwork import __version__
 from topwork.cancellation import STOPPED_MESSAGE, StopInterrupt, StopRequest
 from topwork.cli.runtime.container import Container
-from topwork.cli.runtime.environment import hide_gpus, read_grace_seconds, visible_gpus
+from topwork.cli.runtime.environment import hide_gpus, read_grace_seconds, read_pod_settings, visible_gpus
 from topwork.cli.runtime.signals import start_stop_watchdog, stop_on_signals
 from topwork.cluster.names import JOB_DIRECTORY, JOB_FILE, METRICS_PORTS, SCRATCH_DIRECTORY, STAGES, StageName
-from topwork.errors import SettingError
+from topwork.errors import SettingError, TopworkError
 
 if TYPE_CHECKING:
     from topwork.clients.prometheus.metrics import Metrics
@@ -89,14 +90,20 @@ def _run(container: Container, file: Path, scratch: Path, port: int, stop: StopR
     from topwork.cli.options import serve_metrics
     from topwork.clients.prometheus.metrics import Metrics
 
+    pod = read_pod_settings()
     job = _read_job(file)
+    job = job.as_run(pod.run) if pod.run else job
     container.run, container.job = job.run, job
     container.metrics = metrics = Metrics(gpus=_owns_gpus(container, job), visible_devices=visible_gpus())
     metrics.start_job(job=job.metadata.name, run=job.run, stage=container.stage, version=__version__)
     log.info("metrics", port=serve_metrics(metrics, port))
     _serve_ports_of_earlier_stages(container.stage, port)
-    workspace = _open_workspace(job, metrics, scratch, stop)
+    workspace = replace(_open_workspace(job, metrics, scratch, stop), dataset=pod.dataset, attempt=pod.attempt)
     log.info("run", name=job.run, stage=container.stage, storage=workspace.storage.uri)
+    if pod.attempt:
+        container.eviction_error = partial(_eviction_error, scratch, workspace)
+    if pod.restart:
+        _restart_once(job, workspace)
     result = _find_result(container, job, workspace)
     if result is not None:
         _report_success(container, result, workspace)
@@ -162,24 +169,48 @@ def _create_scratch(directory: Path) -> Path:
     return directory
 
 
+def _eviction_error(scratch: Path, workspace: "Workspace") -> TopworkError | None:
+    from topwork.cli.runtime.eviction import eviction_error
+
+    elapsed = workspace.stop.seconds_since_request()
+    if elapsed is None or workspace.scratch_limit is None:
+        return None
+    return eviction_error(scratch, workspace.scratch_limit, elapsed)
+
+
+def _restart_once(job: "TransferJob", workspace: "Workspace") -> None:
+    """Delete the results of the run, in the first container of the Job only: its other pods resume."""
+    from topwork.registry.runs import delete_results
+    from topwork.stages.pull import find_pulled_dataset
+
+    marker = f"runs/{job.run}/restart-{workspace.attempt}.json"
+    if workspace.storage.size(marker) is None:
+        delete_results(job, find_pulled_dataset(job, workspace), workspace.storage)
+        workspace.storage.write(marker, b'{"format": 1}', content_type="application/json")
+
+
 def _find_result(
     container: Container, job: "TransferJob", workspace: "Workspace"
 ) -> "StoredDataset | Classifier | Published | None":
     """Find the result of an earlier attempt and restore its metrics, without importing TensorFlow."""
-    from topwork.registry.stage_results import find_completed_stage, read_stage_result, republish_metrics
-    from topwork.stages.publish import read_published
+    from topwork.registry.stage_keys import stage_keys
+    from topwork.registry.stage_results import find_completed_stage
+    from topwork.stages.publish import find_published
     from topwork.stages.pull import find_pulled_dataset
 
-    if published := read_published(job, workspace.storage):
-        log.info("already published", model=published.uri)
-        for earlier in ("transfer", "fine-tune"):
-            if classifier := read_stage_result(workspace.storage, job.run, earlier):
-                republish_metrics(classifier, workspace.metrics)
-        published.restore_metrics(workspace.metrics)
+    dataset = find_pulled_dataset(job, workspace)
+    if dataset is None:
+        return None
+    keys = stage_keys(job, dataset.metadata.fingerprint, workspace.storage)
+    if published := find_published(job, dataset, workspace):
+        for stage, key in keys.training_stages.items():
+            find_completed_stage(job.run, stage, key, workspace)
         return published
     if container.stage == "pull":
-        return find_pulled_dataset(job, workspace)
-    return find_completed_stage(job.run, "transfer", workspace) if container.stage == "transfer" else None
+        return dataset
+    return (
+        find_completed_stage(job.run, "transfer", keys.transfer, workspace) if container.stage == "transfer" else None
+    )
 
 
 def _run_stage(
@@ -195,7 +226,7 @@ def _run_stage(
 
     if container.stage == "pull":
         return pipeline.run_pull(job, workspace)
-    workspace = replace(workspace, replicas=choose_pod_replicas(job.spec.compute.gpus))
+    workspace = replace(workspace, replicas=choose_pod_replicas(job.spec.compute.gpus, visible_gpus()))
     if container.stage == "transfer":
         return pipeline.run_transfer(job, workspace)
     return pipeline.run(job, workspace)
@@ -211,12 +242,16 @@ def _report_success(
         container.report_success(dataset=workspace.storage.uri_of(result.prefix), images=result.metadata.images)
     elif isinstance(result, Classifier):
         container.report_success(
-            epochs=len(result.rows), best_epoch=result.best_epoch, weights=workspace.storage.uri_of(result.key)
+            epochs=len(result.rows),
+            best_epoch=result.best_epoch,
+            weights_from=str(result.kept),
+            weights=workspace.storage.uri_of(result.key),
         )
     else:
         container.report_success(
             metric=next(iter(result.metrics.items())) if container.stage == "fine-tune" else None,
             model=result.uri,
+            weights_from=str(result.weights) if result.weights else None,
             report=result.report_uri,
             split=result.split,
             images=result.images,

@@ -1,23 +1,27 @@
 """`topwork submit`: run job specs in a Kubernetes cluster."""
 
 import sys
+import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
 from topwork.cli.commands.render import RenderedJob, read_and_render
 from topwork.cli.options import Context, Image, Kubeconfig, Namespace, Overrides, format_overrides, open_cluster
-from topwork.cluster.manifests.render import RenderOptions
-from topwork.errors import SettingError
+from topwork.cluster.manifests.render import RenderOptions, render
+from topwork.cluster.names import DATASET_ANNOTATION, RESTART_ANNOTATION
+from topwork.errors import SettingError, UnavailableError
 
 if TYPE_CHECKING:
     from topwork.cli.output.follow import ConnectionOptions
     from topwork.clients.kubernetes.cluster import Cluster
     from topwork.cluster.manifests.defaults import NamespaceDefaults
     from topwork.cluster.operations.submit import Outcome
+    from topwork.spec import TransferJob
 
 
 class DryRun(StrEnum):
@@ -51,8 +55,18 @@ def submit(
             "--wait-for-data", help="Pull the dataset before requesting GPUs (requires spec.compute.prefetch)."
         ),
     ] = False,
+    restart: Annotated[
+        bool,
+        typer.Option("--restart", help="Replace a finished Job, and delete the results of the run first, as in run."),
+    ] = False,
+    pinned: Annotated[
+        bool, typer.Option("--pinned", help="Use the dataset of the latest version, even if its source has changed.")
+    ] = False,
 ) -> None:
     """Run job specs in the cluster; an existing run is left unchanged, and a failed run resumes.
+
+    If the storage is configured here, the source is checked: if images were added, changed or removed, the job is a new
+    run on them. Stages with the same settings and data are shared by all runs.
 
     The ConfigMap topwork-defaults of the namespace, if there is one, provides values that a spec does not set. If any
     file is invalid, nothing is applied. With --follow, the exit code is that of the first run that did not succeed:
@@ -82,10 +96,11 @@ def submit(
         for job in jobs:
             _validate_on_server(cluster, job)
         return
+    jobs = [_select_dataset(job, options, pinned=pinned, restart=restart) for job in jobs]
     from topwork.cli.output.follow import ConnectionOptions
 
     connection = ConnectionOptions(cluster.namespace, context, kubeconfig)
-    if code := _submit_all(cluster, jobs, connection, follow=follow, wait_for_data=wait_for_data):
+    if code := _submit_all(cluster, jobs, connection, follow=follow, wait_for_data=wait_for_data, restart=restart):
         raise typer.Exit(code)
 
 
@@ -102,6 +117,60 @@ def _render(
         if wait_for_data and job.rendered.prefetch is None:
             raise SettingError(f"--wait-for-data requires spec.compute.prefetch: true, which {job.path} does not set.")
     return jobs
+
+
+def _select_dataset(job: RenderedJob, options: RenderOptions, *, pinned: bool, restart: bool) -> RenderedJob:
+    """Check the source of a job, and render it again under the name of its run on that dataset."""
+    selected = _check_source(job.job, pinned=pinned)
+    annotations = {RESTART_ANNOTATION: "true"} if restart else {}
+    run = job.job.run
+    if selected:
+        run, changes, dataset = selected
+        if changes:
+            print(
+                f"transferjob {job.job.metadata.name}: source changed: {changes}; --pinned keeps the previous dataset"
+            )
+        annotations |= {DATASET_ANNOTATION: dataset} if pinned else {}
+    named = job.job.as_run(run)
+    return job._replace(job=named, rendered=render(named, replace(options, pod_annotations=annotations)))
+
+
+class _Selected(NamedTuple):
+    """The dataset that a run will use: name of the run, changes of the source, key prefix if it is stored."""
+
+    run: str
+    changes: str
+    dataset: str
+
+
+def _check_source(job: "TransferJob", *, pinned: bool) -> _Selected | None:
+    """Find the dataset that a job would use now; None if its source does not change or cannot be checked from here."""
+    from topwork.cli.output.progress import NoProgress
+    from topwork.cli.runtime.storage import open_optional_storage
+    from topwork.clients.prometheus.metrics import Metrics
+    from topwork.registry.datasets import select_dataset
+    from topwork.registry.stage_keys import cluster_run_name
+    from topwork.workspace import Workspace
+
+    reason = "no storage is configured here"
+    try:
+        with (
+            open_optional_storage(job.spec.storage) as storage,
+            tempfile.TemporaryDirectory(prefix="topwork-") as scratch,
+        ):
+            if storage:
+                workspace = Workspace(storage, Metrics(), NoProgress(), Path(scratch))
+                selected = select_dataset(job, workspace, pinned=pinned, download=False)
+                if selected is None:
+                    return None
+                dataset = selected.stored.prefix if selected.stored else ""
+                return _Selected(cluster_run_name(job, selected.fingerprint, storage), selected.changes, dataset)
+    except (SettingError, UnavailableError) as error:
+        reason = str(error)
+    if pinned:
+        raise SettingError(f"--pinned needs the storage of the job, to find its previous dataset: {reason}")
+    print(f"Note: the pod checks the source, not this command: {reason}", file=sys.stderr)
+    return None
 
 
 def _read_defaults(cluster: "Cluster") -> "NamespaceDefaults | None":
@@ -131,13 +200,19 @@ def _print_used_defaults(defaults: "NamespaceDefaults", *, with_image: bool) -> 
 
 
 def _submit_all(
-    cluster: "Cluster", jobs: list[RenderedJob], connection: "ConnectionOptions", *, follow: bool, wait_for_data: bool
+    cluster: "Cluster",
+    jobs: list[RenderedJob],
+    connection: "ConnectionOptions",
+    *,
+    follow: bool,
+    wait_for_data: bool,
+    restart: bool,
 ) -> int:
     """Submit all jobs, then wait for their data and follow them, one after the other."""
     from topwork.cli.output import follow as following
 
     codes = []
-    outcomes = [_submit(cluster, job, prefetch_only=wait_for_data) for job in jobs]
+    outcomes = [_submit(cluster, job, prefetch_only=wait_for_data, restart=restart) for job in jobs]
     for job, outcome in zip(jobs, outcomes, strict=True):
         code = 0
         if wait_for_data and outcome in {"submitted", "replaced"}:
@@ -158,12 +233,12 @@ def _submit_all(
     return next((code for code in codes if code), 0)
 
 
-def _submit(cluster: "Cluster", job: RenderedJob, *, prefetch_only: bool = False) -> "Outcome":
+def _submit(cluster: "Cluster", job: RenderedJob, *, prefetch_only: bool = False, restart: bool = False) -> "Outcome":
     """Submit a job and print the outcome."""
     from topwork.cluster.operations.submit import Submission
 
     known_warnings = len(cluster.warnings)
-    outcome = Submission(cluster, job.rendered, print).submit(prefetch_only=prefetch_only)
+    outcome = Submission(cluster, job.rendered, print).submit(prefetch_only=prefetch_only, restart=restart)
     for warning in cluster.warnings[known_warnings:]:
         print(f"Warning: {warning}", file=sys.stderr)
     run, name, namespace = job.job.run, job.job.metadata.name, cluster.namespace

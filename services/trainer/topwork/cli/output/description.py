@@ -11,6 +11,7 @@ if TYPE_CHECKING:
         DataDescription,
         JobDescription,
         PhaseDescription,
+        PlanDescription,
         StageDescription,
     )
 
@@ -29,11 +30,24 @@ def format_description(description: "JobDescription") -> Iterator[str]:
     yield f"{description.name} (run {description.run})"
     yield f"{INDENT}base  {_base(description.base)}"
     yield f"{INDENT}data  {_data(description.data)}"
+    if description.plan:
+        yield f"{INDENT}plan  {_plan(description.plan)}"
     for note in description.notes:
         yield f"{INDENT}note  {note}"
     for stage in description.stages:
         yield ""
         yield from _stage(stage)
+
+
+def _plan(plan: "PlanDescription") -> str:
+    if plan.unknown:
+        return f"unknown: {plan.unknown}"
+    parts = [
+        f"reuses {', '.join(plan.reuses)}" if plan.reuses else "reuses nothing",
+        f"runs {', '.join(plan.runs)}" if plan.runs else "runs nothing",
+        *([f"source changed: {plan.changes}"] if plan.changes else []),
+    ]
+    return "; ".join(parts)
 
 
 def _base(base: "BaseDescription") -> str:

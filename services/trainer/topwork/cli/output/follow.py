@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 
 from topwork.cli.output.status_printer import format_elapsed, format_metric
 from topwork.cluster.names import Role
-from topwork.cluster.operations.follow import ConnectionStatus, RunFollower
+from topwork.cluster.operations.follow import ConnectionStatus, RunFollower, RunGoneError
 from topwork.cluster.operations.run_watcher import FollowTimings
 from topwork.cluster.status.attempts import Attempt, ContainerStatus
 from topwork.cluster.status.job_status import NEW_POD_FOLLOWS, describe_end
@@ -132,7 +132,7 @@ def follow(
         The exit code of the run; 130 after Ctrl-C, which does not stop the run.
 
     Raises:
-        SettingError: If the API server rejects a request.
+        SettingError: If the run does not exist, or the API server rejects a request.
         UnavailableError: If the API server does not respond for too long.
     """
     reattach = f"Follow it again with: {connection.command(f'status {run}', '--follow')}"
@@ -142,6 +142,8 @@ def follow(
     except KeyboardInterrupt:
         print(f"\nThe job continues. {reattach}")
         return INTERRUPTED
+    except RunGoneError:
+        raise  # nothing continues
     except (SettingError, UnavailableError) as error:
         raise type(error)(f"{error}\nThe job continues. {reattach}") from error
 

@@ -99,6 +99,7 @@ def format_details(status: RunStatus, other_runs: int = 0) -> Iterator[str]:
         "reason": status.reason,
         "error": status.error,
         "model": status.model,
+        "weights": status.weights_from,
     }
     for name, value in fields.items():
         if value:
@@ -129,7 +130,9 @@ def _format_epoch(status: RunStatus) -> str:
 def _format_attempt_count(status: RunStatus) -> str | None:
     if len(status.attempts) < 2 and not status.failures:
         return None
-    return f"{len(status.attempts)}, {status.failures} of them counted (retries: {status.retries})"
+    evictions = sum(attempt.disk_eviction for attempt in status.attempts)
+    evicted = f"; {evictions} evicted for lack of disk space" if evictions else ""
+    return f"{len(status.attempts)}, {status.failures} of them counted (retries: {status.retries}){evicted}"
 
 
 def _stage_rows(status: RunStatus) -> Iterator[list[str]]:
@@ -167,6 +170,7 @@ def status_to_json(status: RunStatus) -> dict[str, Any]:
         "metric": status.metric,
         "value": status.value,
         "model": status.model,
+        "weightsFrom": status.weights_from,
         "exitCode": status.exit_code,
         "reason": status.reason,
         "error": status.error,
@@ -189,6 +193,7 @@ def _attempt_to_json(attempt: Attempt) -> dict[str, Any]:
         "exitCode": attempt.exit_code,
         "error": attempt.error,
         "counted": attempt.counted,
+        "diskEviction": attempt.disk_eviction,
         "stages": [_container_to_json(container) for container in attempt.containers],
     }
 

@@ -3,6 +3,7 @@
 import os
 import sys
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Never
@@ -15,7 +16,7 @@ from topwork.cli.runtime.shutdown import EXIT_CODE_BUG, push_to_pushgateway, to_
 from topwork.cli.runtime.signals import ignore_stop_signals
 from topwork.cluster.names import StageName
 from topwork.cluster.termination_message import TerminationMessage
-from topwork.errors import Stopped
+from topwork.errors import Stopped, TopworkError
 from topwork.progress import Fact
 from topwork.redaction import redact
 
@@ -36,6 +37,7 @@ class Container:
         run: Name of the run, once it is known.
         metrics: Metrics of the stage, once they exist; the termination message repeats the best metric.
         job: The job, once it is read.
+        eviction_error: Returns the error of a stopped process whose pod is evicted for lack of disk space; set in pods.
     """
 
     def __init__(self, stage: StageName, termination_log: Path) -> None:
@@ -50,6 +52,7 @@ class Container:
         self.run = ""
         self.metrics: Metrics | None = None
         self.job: TransferJob | None = None
+        self.eviction_error: Callable[[], TopworkError | None] = lambda: None
         self._termination_log = termination_log
         self._message: TerminationMessage | None = None
         self._lock = threading.Lock()
@@ -58,18 +61,25 @@ class Container:
         silence_resource_tracker()
 
     def report_success(
-        self, *, metric: tuple[str, float] | None = None, model: str | None = None, **facts: Fact
+        self,
+        *,
+        metric: tuple[str, float] | None = None,
+        model: str | None = None,
+        weights_from: str | None = None,
+        **facts: Fact,
     ) -> None:
         """Log that the stage is complete, and write the termination message.
 
         Args:
             metric: Name and value of the main metric; None selects the best metric of the training.
             model: URI of the published model.
+            weights_from: Stage and epoch that the weights of the trained model come from.
             **facts: Further fields of the log line.
         """
         fields: dict[str, Fact] = dict(zip(("metric", "value"), metric, strict=True)) if metric else {}
-        if self._write_termination_message("done", 0, **fields, model=model):
-            log.info("done", stage=self.stage, run=self.run, **({"model": model} if model else {}), **facts)
+        results = {name: text for name, text in (("model", model), ("weights_from", weights_from)) if text}
+        if self._write_termination_message("done", 0, **fields, **results):
+            log.info("done", stage=self.stage, run=self.run, **results, **facts)
 
     def report_failure(self, error: BaseException) -> int:
         """Log why the stage ended early, and write the termination message.
@@ -83,6 +93,8 @@ class Container:
         ignore_stop_signals()
         register_environment_secrets()
         known = to_topwork_error(error)
+        if isinstance(known, Stopped):
+            known = self.eviction_error() or known
         code = known.exit_code if known else _exit_code(error)
         text = redact(str(known) if known else f"{type(error).__name__}: {error}")
         stopped = isinstance(known, Stopped)
@@ -100,13 +112,16 @@ class Container:
         Args:
             reason: Error text of the termination message.
         """
-        if self._write_termination_message("stopped", Stopped.exit_code, error=reason):
-            fields = {"stage": self.stage, "run": self.run, "exit_code": Stopped.exit_code}
-            # The main thread may hold the lock of the log, for example if nothing reads standard error.
-            writer = threading.Thread(target=log.info, args=(reason,), kwargs=fields, daemon=True)
-            writer.start()
-            writer.join(LOG_TIMEOUT_SECONDS)
-        self.exit(self._message.exit_code if self._message else Stopped.exit_code)
+        try:
+            if self._write_termination_message("stopped", Stopped.exit_code, error=reason):
+                fields = {"stage": self.stage, "run": self.run, "exit_code": Stopped.exit_code}
+                # The main thread may hold the lock of the log, for example if nothing reads standard error.
+                writer = threading.Thread(target=log.info, args=(reason,), kwargs=fields, daemon=True)
+                writer.start()
+                writer.join(LOG_TIMEOUT_SECONDS)
+        finally:
+            # An exception would only end this thread, and the process would run until SIGKILL.
+            self.exit(self._message.exit_code if self._message else Stopped.exit_code)
 
     def publish_outcome(self, *, wait_for_scrape: bool) -> None:
         """Push the outcome to the Pushgateway, and keep the metrics port open for a last scrape.
@@ -127,8 +142,9 @@ class Container:
         Args:
             code: Exit code.
         """
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):  # nothing reads it any more
+                stream.flush()
         os._exit(code)
 
     def _write_termination_message(self, outcome: str, exit_code: int, **fields: Fact) -> bool:

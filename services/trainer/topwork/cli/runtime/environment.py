@@ -4,6 +4,7 @@ import os
 import re
 import ssl
 from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from topwork.clients.url_policy import ALLOW_HTTP_VARIABLE
@@ -13,6 +14,10 @@ from topwork.redaction import register_secrets
 
 GRACE_VARIABLE = "TOPWORK_GRACE_SECONDS"
 EXTRA_CA_VARIABLE = "TOPWORK_EXTRA_CA"
+RUN_VARIABLE = "TOPWORK_RUN"
+ATTEMPT_VARIABLE = "TOPWORK_ATTEMPT"
+DATASET_VARIABLE = "TOPWORK_DATASET"
+RESTART_VARIABLE = "TOPWORK_RESTART"
 
 # Any of these means that the user has configured object storage.
 STORAGE_VARIABLES = (
@@ -74,6 +79,33 @@ def read_grace_seconds(environment: Mapping[str, str] = os.environ) -> float | N
         return float(text) if text else None
     except ValueError:
         raise SettingError(f"{GRACE_VARIABLE} is {text!r}: expected seconds, such as 300.") from None
+
+
+@dataclass(frozen=True)
+class PodSettings:
+    """Settings of a pod that are not part of the spec.
+
+    Attributes:
+        run: Name of the run; empty if unknown.
+        attempt: UID of the Job; empty outside a cluster.
+        dataset: Key prefix of the pinned dataset; empty if the source decides.
+        restart: Whether the Job deletes the results of the run first.
+    """
+
+    run: str
+    attempt: str
+    dataset: str
+    restart: bool
+
+
+def read_pod_settings(environment: Mapping[str, str] = os.environ) -> PodSettings:
+    """Return the settings with which the containers of a Job were rendered."""
+    return PodSettings(
+        run=environment.get(RUN_VARIABLE, ""),
+        attempt=environment.get(ATTEMPT_VARIABLE, ""),
+        dataset=environment.get(DATASET_VARIABLE, ""),
+        restart=environment.get(RESTART_VARIABLE, "") == "true",
+    )
 
 
 # ── Devices and libraries ───────────────────────────────────────────────────────────────────────────────────────────

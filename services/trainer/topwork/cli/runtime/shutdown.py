@@ -1,5 +1,6 @@
 """Exit codes, and the last steps of a process for monitoring: a push to the Pushgateway and time for a last scrape."""
 
+import errno
 import signal
 import time
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import structlog
 from topwork.cancellation import STOPPED_MESSAGE, StopInterrupt
 from topwork.cli.runtime.signals import STOP_SIGNALS
 from topwork.disk_space import disk_full_error
-from topwork.errors import SettingError, Stopped, TopworkError
+from topwork.errors import SettingError, Stopped, TopworkError, quote_error
 
 if TYPE_CHECKING:
     from topwork.clients.prometheus.metrics import Metrics
@@ -42,7 +43,22 @@ def to_topwork_error(error: BaseException) -> TopworkError | None:
         return Stopped(STOPPED_MESSAGE)
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("topwork"):
         return SettingError(f"{error.name} is not installed. {INSTALL_HINT}")
-    return disk_full_error(error)
+    return disk_full_error(error) or _out_of_memory_error(error)
+
+
+def _out_of_memory_error(error: BaseException) -> TopworkError | None:
+    """Return an error with exit code 2 if memory could not be allocated: a retry would need as much memory again."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, TopworkError):
+        # C++ code in Python modules reports std::bad_alloc as a MemoryError.
+        if isinstance(cause, MemoryError) or (isinstance(cause, OSError) and cause.errno == errno.ENOMEM):
+            return SettingError(
+                f"Memory is exhausted ({quote_error(cause)}). Provide more memory (in a cluster, raise "
+                "spec.compute.memory), or use less: lower batchSize or spec.dataset.imageSize, or set featureCache: "
+                "off."
+            )
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
+    return None
 
 
 @contextmanager

@@ -4,7 +4,7 @@ import fcntl
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,10 @@ from topwork.errors import SettingError
 
 if TYPE_CHECKING:
     from topwork.clients.s3.storage import Storage, TransferCounter
+
+
+# Storage is optional for some commands: they fail fast if it is unreachable.
+OPTIONAL_ATTEMPTS, OPTIONAL_CONNECT_SECONDS = 2, 3.0
 
 
 def open_configured_storage(uri: str, counter: "TransferCounter | None" = None) -> "Storage":
@@ -100,6 +104,38 @@ def open_storage(uri: str, state: Path | None = None, counter: "TransferCounter 
     with embedded_storage(state or default_state_directory()) as settings:
         create_bucket(settings, re.sub(r"^s3://", "", uri).split("/")[0])
         yield Storage(uri, settings, counter)
+
+
+@contextmanager
+def open_optional_storage(uri: str, state: Path | None = None) -> "Iterator[Storage | None]":
+    """Open the configured storage, or the embedded one if an earlier run used it. Fails within seconds.
+
+    Args:
+        uri: `s3://bucket[/prefix]`.
+        state: State directory of the embedded server; None to open only a configured storage.
+
+    Yields:
+        The storage, after checking that the bucket exists and the credentials are valid; None if there is none.
+
+    Raises:
+        SettingError: If the bucket does not exist or the credentials are rejected.
+        UnavailableError: If the endpoint can't be reached.
+    """
+    from topwork.clients.s3.storage import Storage, StorageSettings
+
+    with ExitStack() as stack:
+        if has_storage_configuration():
+            settings = StorageSettings(attempts=OPTIONAL_ATTEMPTS, connect_timeout_seconds=OPTIONAL_CONNECT_SECONDS)
+        elif state and (state / "data").is_dir():
+            from topwork.local.server import embedded_storage
+
+            settings = stack.enter_context(embedded_storage(state))
+        else:
+            yield None
+            return
+        storage = Storage(uri, settings)
+        storage.check()
+        yield storage
 
 
 @contextmanager

@@ -61,11 +61,15 @@ def top(
     Reads the metrics ports of this machine; with -n, --context or --kubeconfig, the pods of a cluster through its API
     server (requires get on pods/proxy); with --prometheus, the series that Prometheus scraped. One run is shown in
     detail, several as a table. The remaining time is that to the last planned epoch; early stopping can end training
-    sooner. Press Ctrl-C to exit. Exit codes: 0 success; 2 no such run, or access denied; 75 no answer.
+    sooner. Press Ctrl-C to exit. Exit codes: 0 success, also if no run is in progress; 2 no such run, or access denied;
+    75 no answer, or with --once or --json, a running container does not answer.
     """
     source, name = _open_source(name, port, url, prometheus, (namespace, context, kubeconfig))
     if once or as_json or not sys.stdout.isatty():
-        _print(_read_once(source, name, interval), source, as_json=as_json)
+        runs = _read_once(source, name, interval)
+        _print(runs, source, as_json=as_json)
+        if any(run.state == "running" and run.reason for run in runs):
+            raise typer.Exit(UnavailableError.exit_code)
     else:
         _watch(source, name, interval)
 

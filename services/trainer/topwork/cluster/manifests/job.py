@@ -3,11 +3,13 @@
 from typing import Any
 
 from topwork.cluster.names import Role, job_labels
-from topwork.errors import DataError, GateError, Stopped
+from topwork.errors import DataError, GateError, Stopped, UnavailableError
 from topwork.spec import TransferJob
 
 # A retry can't fix a wrong spec or wrong data (2), or an unmet gate (3).
 PERMANENT_FAILURES = (DataError.exit_code, GateError.exit_code)
+# A problem outside the job (75): retried and counted, even in a pod that is being terminated for another reason.
+COUNTED_FAILURES = (UnavailableError.exit_code,)
 # Stopped with a stored checkpoint (143): retried, but not counted.
 STOPPED = (Stopped.exit_code,)
 
@@ -47,6 +49,7 @@ def _pod_failure_rules() -> list[dict[str, Any]]:
     """Return the rules for a failed pod: the first match applies; any other failure counts as a retry."""
     return [
         {"action": "FailJob", "onExitCodes": {"operator": "In", "values": list(PERMANENT_FAILURES)}},
+        {"action": "Count", "onExitCodes": {"operator": "In", "values": list(COUNTED_FAILURES)}},
         {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
         {"action": "Ignore", "onExitCodes": {"operator": "In", "values": list(STOPPED)}},
     ]

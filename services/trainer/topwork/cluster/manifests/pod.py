@@ -1,13 +1,19 @@
 """Pod templates: the pod that trains, and the pod that only pulls the dataset."""
 
+import math
 from copy import deepcopy
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from topwork.cluster.names import (
+    DATASET_ANNOTATION,
     GPU_RESOURCE,
     JOB_DIRECTORY,
     JOB_FILE,
+    JOB_UID_LABEL,
     METRICS_PORTS,
+    PREFETCH_MAX_MEMORY,
+    RESTART_ANNOTATION,
+    RUN_LABEL,
     SCRATCH_DIRECTORY,
     STORAGE_SECRET,
     Role,
@@ -23,8 +29,12 @@ TEMP_DIRECTORY = "/tmp"  # noqa: S108 - an emptyDir of the pod
 CA_DIRECTORY = "/etc/topwork-ca"
 USER_ID = 65532
 """User and group of the image: the kubelet can verify runAsNonRoot only if the user is numeric."""
-PREFETCH_MAX_MILLICORES, PREFETCH_MAX_MEMORY = 4000, "8Gi"
-"""Upper bounds for the requests of the pod that only pulls."""
+PREFETCH_MAX_MILLICORES = 4000
+"""Upper bound for the CPU request of the pod that only pulls."""
+HOME_SIZE, TEMP_SIZE, LOGS_SIZE = "1Gi", "4Gi", "1Gi"
+"""Disk space of a pod in addition to `spec.compute.scratch`. The kubelet rotates logs: by default, a container keeps at
+most 50 MiB."""
+MEBIBYTE, MEBIBYTES_PER_GIBIBYTE = 2**20, 1024
 
 
 def training_pod_template(job: TransferJob, image: str) -> dict[str, Any]:
@@ -38,7 +48,11 @@ def training_pod_template(job: TransferJob, image: str) -> dict[str, Any]:
         A pod template.
     """
     compute = job.spec.compute
-    without_gpus = {"cpu": _cpu_quantity(cpu_to_millicores(compute.cpu)), "memory": compute.memory}
+    without_gpus = {
+        "cpu": _cpu_quantity(cpu_to_millicores(compute.cpu)),
+        "memory": compute.memory,
+        "ephemeral-storage": _disk_quantity(compute.scratch),
+    }
     with_gpus = without_gpus | ({GPU_RESOURCE: compute.gpus} if compute.gpus else {})
     spec = {
         "nodeSelector": dict(compute.node_selector),
@@ -66,6 +80,7 @@ def prefetch_pod_template(job: TransferJob, image: str) -> dict[str, Any]:
     resources = {
         "cpu": _cpu_quantity(min(cpu_to_millicores(compute.cpu), PREFETCH_MAX_MILLICORES)),
         "memory": min(compute.memory, PREFETCH_MAX_MEMORY, key=quantity_to_bytes),
+        "ephemeral-storage": _disk_quantity(compute.scratch),
     }
     return _pod_template(job, "prefetch", {"containers": [_container(job, "pull", image, resources)]})
 
@@ -73,6 +88,19 @@ def prefetch_pod_template(job: TransferJob, image: str) -> dict[str, Any]:
 def _cpu_quantity(millicores: int) -> int | str:
     """Format CPUs as in a manifest: whole cores as a number, fractions in millicores."""
     return f"{millicores}m" if millicores % 1000 else millicores // 1000
+
+
+def _disk_quantity(scratch: str) -> str:
+    """Return the disk space that a pod may use: its emptyDirs at their size limits, and its logs.
+
+    Every container requests all of it: Kubernetes counts the largest request of the containers, not the sum. The limit
+    has the same value: the kubelet evicts a pod that exceeds it, and the Job counts that eviction as a failure.
+    """
+    overhead = sum(quantity_to_bytes(size) for size in (HOME_SIZE, TEMP_SIZE, LOGS_SIZE))
+    # The chart computes with three decimals, too.
+    mebibytes = math.ceil((round(quantity_to_bytes(scratch), 3) + overhead) / MEBIBYTE)
+    gibibytes, remainder = divmod(mebibytes, MEBIBYTES_PER_GIBIBYTE)
+    return f"{mebibytes}Mi" if remainder else f"{gibibytes}Gi"
 
 
 def _pod_template(job: TransferJob, role: Role, role_spec: dict[str, Any]) -> dict[str, Any]:
@@ -146,12 +174,21 @@ def _environment(job: TransferJob) -> list[dict[str, Any]]:
         {"name": "KERAS_HOME", "value": f"{SCRATCH_DIRECTORY}/keras"},
         {"name": "TFDS_DATA_DIR", "value": f"{SCRATCH_DIRECTORY}/tfds"},
         {"name": "TOPWORK_GRACE_SECONDS", "value": str(compute.termination_grace_period_seconds)},
+        _variable_from_metadata("TOPWORK_RUN", "labels", RUN_LABEL),
+        _variable_from_metadata("TOPWORK_ATTEMPT", "labels", JOB_UID_LABEL),
+        _variable_from_metadata("TOPWORK_DATASET", "annotations", DATASET_ANNOTATION),
+        _variable_from_metadata("TOPWORK_RESTART", "annotations", RESTART_ANNOTATION),
         # TensorFlow counts the cores of the node, not the CPU limit of the container.
         {"name": "TF_NUM_INTRAOP_THREADS", "valueFrom": {"resourceFieldRef": {"resource": "limits.cpu"}}},
     ]
     if compute.extra_ca:
         variables.append({"name": "TOPWORK_EXTRA_CA", "value": f"{CA_DIRECTORY}/{compute.extra_ca.key}"})
     return variables
+
+
+def _variable_from_metadata(name: str, kind: Literal["labels", "annotations"], key: str) -> dict[str, Any]:
+    """Build an environment variable with a label or annotation of the pod; empty if the pod has none of that key."""
+    return {"name": name, "valueFrom": {"fieldRef": {"fieldPath": f"metadata.{kind}['{key}']"}}}
 
 
 class _Volume(NamedTuple):
@@ -181,8 +218,8 @@ def _volumes(job: TransferJob, *, training: bool) -> list[_Volume]:
     volumes = [
         _Volume("job", {"configMap": {"name": object_name(job)}}, JOB_DIRECTORY, read_only=True),
         _Volume("scratch", {"emptyDir": {"sizeLimit": compute.scratch}}, SCRATCH_DIRECTORY),
-        _Volume("home", {"emptyDir": {"sizeLimit": "1Gi"}}, HOME_DIRECTORY),
-        _Volume("tmp", {"emptyDir": {"sizeLimit": "4Gi"}}, TEMP_DIRECTORY),
+        _Volume("home", {"emptyDir": {"sizeLimit": HOME_SIZE}}, HOME_DIRECTORY),
+        _Volume("tmp", {"emptyDir": {"sizeLimit": TEMP_SIZE}}, TEMP_DIRECTORY),
     ]
     if training:
         shared_memory = {"emptyDir": {"medium": "Memory", "sizeLimit": compute.shared_memory}}

@@ -3,8 +3,9 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field
 
 from topwork import __version__
 from topwork.clients.kubernetes import KubernetesObject
@@ -33,6 +34,7 @@ class RenderOptions:
         image: Image of all containers; None for the image that `make image` builds, with GPU support if the job
             requests GPUs.
         namespace: Namespace of all objects; None leaves it to `kubectl apply`.
+        pod_annotations: Annotations of the training pod besides those of the spec.
 
     Raises:
         SettingError: If the image or the namespace is not valid.
@@ -40,6 +42,7 @@ class RenderOptions:
 
     image: str | None = None
     namespace: str | None = None
+    pod_annotations: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.image is not None and not IMAGE_REFERENCE.fullmatch(self.image):
@@ -111,9 +114,17 @@ def render(job: TransferJob, options: RenderOptions) -> RenderedObjects:
         prefetch = build_job(job, "prefetch", prefetch_job_name(job), prefetch_pod_template(job, image))
     return RenderedObjects(
         _with_namespace(config_map, options),
-        _with_namespace(_with_digest(training, job), options),
+        _with_namespace(_with_pod_annotations(_with_digest(training, job), options), options),
         _with_namespace(_with_digest(prefetch, job), options) if prefetch else None,
     )
+
+
+def _with_pod_annotations(kubernetes_job: KubernetesObject, options: RenderOptions) -> KubernetesObject:
+    """Add annotations to the pods of a Job. Its digest does not cover them: they change no setting of the spec."""
+    result = deepcopy(kubernetes_job)
+    if options.pod_annotations:
+        result["spec"]["template"]["metadata"].setdefault("annotations", {}).update(options.pod_annotations)
+    return result
 
 
 def _with_digest(kubernetes_job: KubernetesObject, job: TransferJob) -> KubernetesObject:

@@ -33,6 +33,10 @@ class ConnectionStatus:
     error: str | None
 
 
+class RunGoneError(SettingError):
+    """The run has no Job: it never existed, or was deleted before it was seen."""
+
+
 @dataclass
 class _ObjectCache:
     """All objects of the run seen so far, by kind and UID, and the UIDs of deleted ones."""
@@ -92,7 +96,8 @@ class RunFollower:
             Statuses of the run, and of the connection when the API server stops responding or responds again.
 
         Raises:
-            SettingError: If the API server rejects a request, or the run does not exist.
+            RunGoneError: If the run does not exist.
+            SettingError: If the API server rejects a request.
             UnavailableError: If the API server does not respond for too long.
         """
         previous: RunStatus | None = None
@@ -129,7 +134,7 @@ class RunFollower:
         # The first Job seen in a role is followed: a later Job with the same name is another submission.
         jobs = list(cache.objects["Job"].values())
         if not jobs:
-            raise SettingError(
+            raise RunGoneError(
                 f"{self._run} has no Job in namespace {self._namespace}: it does not exist or was deleted."
             )
         self._objects = RunObjects(jobs, list(cache.objects["Pod"].values()), cache.events, frozenset(cache.deleted))

@@ -16,7 +16,7 @@ from topwork.cluster.status.objects import (
     stage_containers,
 )
 from topwork.cluster.status.run_status import read_run_status
-from topwork.errors import UnavailableError
+from topwork.errors import SettingError, UnavailableError
 
 if TYPE_CHECKING:
     from topwork.clients.kubernetes.cluster import Cluster
@@ -32,11 +32,21 @@ class ContainerHeading(NamedTuple):
     stage: StageName
 
 
+# The kubelet sends this instead of a log that it cannot read, such as that of a removed container.
+KUBELET_FAILURE = "unable to retrieve container logs for "
+
+
 @dataclass(frozen=True)
 class Note:
-    """A note about the log, which no container wrote."""
+    """A note about the log, which no container wrote.
+
+    Attributes:
+        text: The note.
+        exit_code: Exit code of the command if a part of the log is missing; 0 if none is.
+    """
 
     text: str
+    exit_code: int = 0
 
 
 LogEntry = ContainerHeading | str | Note
@@ -117,12 +127,21 @@ class RunLog:
     def _read_container(self, heading: ContainerHeading, *, follow: bool) -> Iterator[LogEntry]:
         self._read.add(heading)
         yield heading
+        has_lines = False
         try:
-            yield from self._cluster.logs(heading.pod, heading.stage, follow=follow)
+            for line in self._cluster.logs(heading.pod, heading.stage, follow=follow):
+                has_lines = True
+                is_lost = line.startswith(KUBELET_FAILURE)
+                yield Note(f"The node of {heading.pod} is {line}.", UnavailableError.exit_code) if is_lost else line
         except UnavailableError as error:
             if follow:
                 raise
-            yield Note(str(error))  # the node is gone; the logs of other pods can still be read
+            # The node is gone; the logs of other pods can still be read.
+            yield Note(str(error), UnavailableError.exit_code)
+            return
+        if not has_lines and not follow and self._cluster.get("Pod", heading.pod) is None:
+            text = f"Pod {heading.pod} has just been deleted, and its log with it."
+            yield Note(text, SettingError.exit_code)
 
     def _is_finished(self, objects: RunObjects) -> bool:
         if all(is_job_finished(job) for job in objects.jobs):
@@ -136,7 +155,10 @@ class RunLog:
 
     def _not_started(self, objects: RunObjects) -> Note:
         subject = f"The stage {self._stage} of {self._run}" if self._stage else self._run
-        return Note(f"{subject} has not started yet{self._reason(objects)}.")
+        if all(is_job_finished(job) for job in objects.jobs):
+            text = f"{subject} has no log, because it never started{self._reason(objects)}."
+            return Note(text, SettingError.exit_code)
+        return Note(f"{subject} has not started yet{self._reason(objects)}.", UnavailableError.exit_code)
 
     def _report_reason(self, objects: RunObjects) -> Iterator[Note]:
         reason = self._reason(objects)

@@ -139,9 +139,16 @@ class RunWatcher:
 
     def _start(self, target: Callable[[], None]) -> threading.Thread:
         # Daemon threads: an unresponsive server must not keep the process alive.
-        thread = threading.Thread(target=target, daemon=True)
+        thread = threading.Thread(target=self._report_errors, args=(target,), daemon=True)
         thread.start()
         return thread
+
+    def _report_errors(self, target: Callable[[], None]) -> None:
+        """Pass an unexpected error on to the reader of the updates, who would otherwise wait for this thread forever."""
+        try:
+            target()
+        except Exception as error:
+            self._updates.put(RequestFailed(error))
 
     def _list(self) -> None:
         """List all objects, start the watches, and list again periodically to find deleted objects.
@@ -188,9 +195,13 @@ class RunWatcher:
             pending = self._pending_objects()
             if pending is None:
                 continue
-            with suppress(UnavailableError):
+            try:
                 pods = [pod for pod in pending.pods if pod["metadata"]["uid"] not in pending.deleted]
                 self._updates.put(EventsRead(read_events(self._cluster, pending.jobs, pods)))
+            except SettingError:
+                return  # an account that may not read events can still follow the status
+            except UnavailableError:
+                pass  # the periodic list reports the outage
             versions = [obj["metadata"].get("resourceVersion") for obj in (*pending.jobs, *pending.pods)]
             has_changed = versions != previous_versions
             pause = self._timings.events_seconds if has_changed else min(2 * pause, self._timings.max_events_seconds)

@@ -44,11 +44,12 @@ class Submission:
     report: Callable[[str], None]
     timeout_seconds: float = DELETION_TIMEOUT_SECONDS
 
-    def submit(self, *, prefetch_only: bool = False) -> Outcome:
+    def submit(self, *, prefetch_only: bool = False, restart: bool = False) -> Outcome:
         """Apply the objects of the run, unless they exist already.
 
         Args:
             prefetch_only: Whether to apply only the Job that pulls the dataset, and not yet the Job that trains.
+            restart: Whether to replace a Job that is complete, too.
 
         Returns:
             `submitted` if the run is new, `replaced` if it replaces a failed one; `running` or `complete` if the same
@@ -61,9 +62,18 @@ class Submission:
         """
         existing = self._get_settled_job(self.rendered.training)
         if existing is not None:
-            if outcome := self._outcome_of(existing):
+            outcome = self._outcome_of(existing)
+            if outcome and not restart:
                 return outcome
-            self.report(f"{kubectl_name(existing)} failed and is replaced: the run resumes from its last checkpoint")
+            if outcome == "running":
+                raise SettingError(
+                    f"{kubectl_name(existing)} in namespace {self.cluster.namespace} is not finished, so --restart "
+                    "would delete results in use. Wait until it is finished, or stop it with: topwork cancel "
+                    f"{name_of(existing)} -n {self.cluster.namespace}"
+                )
+            resumes = "starts over" if restart else "resumes from its last checkpoint"
+            state = "is complete" if outcome else "failed"
+            self.report(f"{kubectl_name(existing)} {state} and is replaced: the run {resumes}")
             self._delete_job(existing)
         self._wait_for_pods()
         self._delete_stale_config_map()

@@ -7,7 +7,11 @@ from typing import Literal
 
 from topwork.clients.kubernetes import KubernetesObject
 from topwork.cluster.names import StageName
-from topwork.cluster.status.failure_reasons import explain_container_failure, explain_pod_failure
+from topwork.cluster.status.failure_reasons import (
+    explain_container_failure,
+    explain_pod_failure,
+    is_disk_eviction,
+)
 from topwork.cluster.status.objects import (
     StageContainer,
     creation_time,
@@ -59,6 +63,7 @@ class Attempt:
         exit_code: Exit code of the container that failed or was stopped; 0 if the pod succeeded.
         error: Why it ended or is stopping, in one sentence.
         counted: Whether its failure counts against `spec.compute.retries`.
+        disk_eviction: Whether it was evicted for lack of disk space.
     """
 
     pod: str
@@ -69,6 +74,7 @@ class Attempt:
     exit_code: int | None = None
     error: str | None = None
     counted: bool = False
+    disk_eviction: bool = False
 
     @property
     def is_finished(self) -> bool:
@@ -97,7 +103,7 @@ def read_attempt(pod: KubernetesObject, job: KubernetesObject, deleted: Collecti
     Returns:
         The attempt.
     """
-    containers = tuple(_read_container(container) for container in stage_containers(pod))
+    containers = tuple(_read_container(container, pod) for container in stage_containers(pod))
     is_deleted = pod["metadata"].get("uid") in deleted
     state = _read_state(pod, containers, is_deleted)
     failed = next((container for container in containers if container.state in {"failed", "stopped"}), None)
@@ -113,10 +119,11 @@ def read_attempt(pod: KubernetesObject, job: KubernetesObject, deleted: Collecti
         exit_code=failed.exit_code if failed else (0 if state == "done" else None),
         error=error,
         counted=state == "failed" and not _is_ignored(pod, containers, job),
+        disk_eviction=is_disk_eviction(pod),
     )
 
 
-def _read_container(container: StageContainer) -> ContainerStatus:
+def _read_container(container: StageContainer, pod: KubernetesObject) -> ContainerStatus:
     state = container.status.get("state") or {}
     if running := state.get("running"):
         return ContainerStatus(container.stage, "running", started=parse_time(running.get("startedAt")))
@@ -130,7 +137,7 @@ def _read_container(container: StageContainer) -> ContainerStatus:
         parse_time(terminated.get("finishedAt")),
         code,
         parse_termination_message(terminated.get("message") or ""),
-        explain_container_failure(container),
+        explain_container_failure(container, pod),
     )
 
 

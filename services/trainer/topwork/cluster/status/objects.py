@@ -1,12 +1,21 @@
 """Accessors for Kubernetes objects: labels, conditions, containers, times and events."""
 
+import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from fractions import Fraction
 from typing import NamedTuple
 
 from topwork.clients.kubernetes import KubernetesObject
 from topwork.cluster.names import ROLE_LABEL, STAGES, StageName
+
+QUANTITY = re.compile(r"(?P<number>[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?)(?P<unit>[numkMGTPE]|[KMGTPE]i)?")
+QUANTITY_UNITS = {
+    unit: Fraction(10) ** exponent
+    for unit, exponent in zip("numkMGTPE", (-9, -6, -3, 3, 6, 9, 12, 15, 18), strict=True)
+}
+QUANTITY_UNITS |= {f"{prefix}i": Fraction(1024) ** exponent for exponent, prefix in enumerate("KMGTPE", 1)}
 
 
 @dataclass(frozen=True)
@@ -115,7 +124,22 @@ def requested_amount(pod: KubernetesObject, resource: str) -> str | None:
         for container in stage_containers(pod)
         if resource in ((container.spec.get("resources") or {}).get("requests") or {})
     ]
-    return max(amounts, key=lambda amount: (len(amount), amount), default=None)
+    return max(amounts, key=parse_quantity, default=None)
+
+
+def parse_quantity(text: str) -> Fraction:
+    """Parse any Kubernetes quantity: a number with an optional unit (`500m`, `32Gi`) or exponent (`1e9`).
+
+    Args:
+        text: The quantity. The API server may change the unit: `0.5` is stored as `500m`, `1.5Gi` as `1536Mi`.
+
+    Returns:
+        Its exact value; 0 if it is not a quantity.
+    """
+    match = QUANTITY.fullmatch(text)
+    if not match:
+        return Fraction(0)
+    return Fraction(match["number"]) * (QUANTITY_UNITS[match["unit"]] if match["unit"] else 1)
 
 
 def pods_of_job(pods: Iterable[KubernetesObject], job: KubernetesObject) -> list[KubernetesObject]:

@@ -62,6 +62,7 @@ class RunStatus:
         metric: Name of the best known metric.
         value: Its value.
         model: URI of the published model.
+        weights_from: Stage and epoch that the weights of the trained model come from.
         exit_code: Exit code of the run; None until it is finished.
         error: Why it failed.
         reason: Why it is pending or stopping.
@@ -90,6 +91,7 @@ class RunStatus:
     ended: datetime | None = None
     node: str | None = None
     queue: str | None = None
+    weights_from: str | None = None
 
     @property
     def is_finished(self) -> bool:
@@ -164,6 +166,7 @@ def read_status_of_job(objects: RunObjects, job: KubernetesObject, epoch: EpochP
         metric=metric,
         value=value,
         model=_model_uri(attempts),
+        weights_from=_weights_from(attempts),
         exit_code=job_status.exit_code,
         error=job_status.error,
         reason=job_status.reason,
@@ -188,6 +191,11 @@ def _best_metric(attempts: tuple[Attempt, ...], epoch: EpochProgress | None) -> 
 def _model_uri(attempts: tuple[Attempt, ...]) -> str | None:
     messages = (container.termination_message for container in _newest_first(attempts))
     return next((message.model for message in messages if message and message.model), None)
+
+
+def _weights_from(attempts: tuple[Attempt, ...]) -> str | None:
+    messages = (container.termination_message for container in _newest_first(attempts))
+    return next((message.weights_from for message in messages if message and message.weights_from), None)
 
 
 def _newest_first(attempts: tuple[Attempt, ...]) -> list[ContainerStatus]:

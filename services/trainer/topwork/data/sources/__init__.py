@@ -1,11 +1,11 @@
 """Image sources: class directories, archives, tables and TensorFlow Datasets."""
 
-from topwork.data.sources.source import Source, SourceImage, SpaceEstimate
+from topwork.data.sources.source import Source, SourceEntry, SourceImage, SpaceEstimate
 from topwork.errors import SpecError
 from topwork.spec.dataset import DatasetSource
 from topwork.workspace import Workspace
 
-__all__ = ["Source", "SourceImage", "SpaceEstimate", "open_source"]
+__all__ = ["Source", "SourceEntry", "SourceImage", "SpaceEstimate", "open_source"]
 
 
 def open_source(source: DatasetSource, workspace: Workspace) -> Source:

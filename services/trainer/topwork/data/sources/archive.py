@@ -1,23 +1,38 @@
 """Images in an archive of class directories: a zip or tar file over HTTP(S), on S3 or on a local disk."""
 
 import hashlib
+import zipfile
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import structlog
+
 from topwork.clients.s3.storage import Storage
-from topwork.data.image_validation import UNSAFE, Rejection
+from topwork.data.rejection import UNSAFE, Rejection
 from topwork.data.sources.archive_limits import MAX_DEPTH, MAX_PATH_LENGTH
-from topwork.data.sources.archive_members import ArchiveMember, open_archive, split_member_path
+from topwork.data.sources.archive_members import ArchiveMember, NameDecoder, open_archive, split_member_path
+from topwork.data.sources.class_directories import MAX_NAMES_SHOWN, ClassDirectories
 from topwork.data.sources.download import RemoteFile
-from topwork.data.sources.source import TRAIN, SourceImage, SpaceEstimate, base_name, class_from_path, slugify
+from topwork.data.sources.source import (
+    TRAIN,
+    SourceEntry,
+    SourceImage,
+    SpaceEstimate,
+    base_name,
+    normalize_name,
+    sanitize_name,
+    slugify,
+)
+from topwork.data.sources.unexpected_content import describe_unexpected
 from topwork.errors import DataError, UnavailableError
 from topwork.spec.dataset import ArchiveSource
 from topwork.workspace import Workspace
 
 _SUFFIXES = (".zip", ".tar", ".tgz", ".tbz2", ".txz", ".tar.gz", ".tar.bz2", ".tar.xz")
-_MAX_DIRECTORIES_SHOWN = 10
+
+log = structlog.get_logger(__name__)
 
 
 class ImageArchive:
@@ -30,8 +45,10 @@ class ImageArchive:
         self._remote = RemoteFile(source.uri, workspace.metrics.record_progress) if is_remote else None
         self._is_on_s3 = source.uri.startswith("s3://")
         self._display_uri = self._remote.display_url if self._remote else source.uri
-        self._root = split_member_path(source.root)
-        self._classes_and_count: tuple[tuple[str, ...], int] | None = None
+        self._root = split_member_path(normalize_name(source.root))
+        self._names = NameDecoder(source.encoding)
+        self._directories: ClassDirectories | None = None
+        self._class_names: tuple[str, ...] = ()
         self._local_path: Path | None = None
         name = base_name(self._display_uri)
         suffix = max((suffix for suffix in _SUFFIXES if name.lower().endswith(suffix)), key=len, default="")
@@ -39,7 +56,9 @@ class ImageArchive:
 
     def description(self) -> dict[str, Any]:
         """Return the location of the archive, without credentials."""
-        return {"archive": {"uri": self._display_uri, "root": "/".join(self._root), "sha256": self._source.sha256}}
+        encoding = {"encoding": self._source.encoding} if self._source.encoding else {}
+        root = "/".join(self._root)
+        return {"archive": {"uri": self._display_uri, "root": root, "sha256": self._source.sha256, **encoding}}
 
     def digest(self) -> str:
         """Return the SHA-256 of the spec if it is set, otherwise the version that the server or file system reports."""
@@ -57,6 +76,11 @@ class ImageArchive:
         stat = self._open_local().stat()
         return f"{stat.st_mtime_ns} {stat.st_size}"
 
+    @property
+    def is_versioned(self) -> bool:
+        """Whether `digest` is known without downloading the archive."""
+        return bool(self._source.sha256) or self._remote is None or bool(self._remote.version())
+
     def estimate_space(self) -> SpaceEstimate | None:
         """Return the size of the archive, which is close to that of its images: they are already compressed."""
         size = self._size()
@@ -72,51 +96,85 @@ class ImageArchive:
             return storage.size(key)
         return Path(self._source.uri).stat().st_size if Path(self._source.uri).is_file() else None
 
+    def entries(self) -> Iterator[SourceEntry] | None:
+        """Return the entries of a zip file that is already on this machine; None for all others.
+
+        A tar file would have to be decompressed, and a remote archive downloaded.
+        """
+        path = self._local_path or Path(self._source.uri)
+        if self._local_path is None and (self._remote or self._is_on_s3):
+            return None
+        return self._read_entries() if path.is_file() and zipfile.is_zipfile(path) else None
+
+    def _read_entries(self) -> Iterator[SourceEntry]:
+        directories = self._summary()
+        with open_archive(self._open_local(), self._display_uri, self._names, with_data=False) as members:
+            for member in members:
+                label = self._class_of(member, directories)
+                if label is not None:
+                    path = "/".join(member.parts).encode(errors="backslashreplace").decode()
+                    yield SourceEntry(path, label, member.size, member.checksum)
+
     def class_names(self) -> tuple[str, ...]:
         """Return the names of the class directories, sorted."""
-        return self._summary()[0]
+        self._summary()
+        return self._class_names
 
     def splits(self) -> Mapping[str, int | None]:
         """Return one split with all images."""
-        return {TRAIN: self._summary()[1]}
+        return {TRAIN: self._summary().images}
 
     def images(self, split: str) -> Iterator[SourceImage]:
         """Yield the images in the order of the archive."""
-        with open_archive(self._open_local(), self._display_uri, with_data=True) as members:
+        directories = self._summary()
+        with open_archive(self._open_local(), self._display_uri, self._names, with_data=True) as members:
             for member in members:
-                label = self._class_of(member)
-                if not member.parts:
+                label = self._class_of(member, directories)
+                if not member.parts and not member.is_directory:
                     yield SourceImage(member.name, "", partial(_reject_path, member.name))
                 elif label is not None:
-                    yield SourceImage("/".join(member.parts), label, member.read)
+                    yield SourceImage(sanitize_name("/".join(member.parts)), label, member.read)
 
-    def _summary(self) -> tuple[tuple[str, ...], int]:
-        if self._classes_and_count is None:
-            classes: set[str] = set()
-            other_directories: set[str] = set()
-            count = 0
-            with open_archive(self._open_local(), self._display_uri, with_data=False) as members:
-                for member in members:
-                    label = self._class_of(member)
-                    if label is not None:
-                        classes.add(label)
-                        count += 1
-                    elif len(other_directories) < _MAX_DIRECTORIES_SHOWN:
-                        other_directories.add("/".join(member.parts[:-1]) or ".")
-            if not count:
-                raise DataError(
-                    f"{self._display_uri} contains no image in a class directory below "
-                    f"{'/'.join(self._root) or 'its root'}. Directories with files: "
-                    f"{', '.join(sorted(other_directories)) or 'none'}. Expected <root>/<class>/<image>; set "
-                    "spec.dataset.source.archive.root to the directory that contains the class directories."
+    def _summary(self) -> ClassDirectories:
+        """Read the names of all members once, or twice if they are not UTF-8."""
+        if self._directories is None:
+            directories = self._list()
+            encoding = self._names.guess()
+            if encoding != self._names.encoding:
+                self._names = NameDecoder(guessed=encoding)
+                directories = self._list()
+            self._class_names = directories.finish()
+            if encoding not in {"utf-8", self._source.encoding}:
+                log.warning(
+                    "the archive does not declare the encoding of its file names; this is a guess, which "
+                    "spec.dataset.source.archive.encoding overrides",
+                    origin=self._display_uri,
+                    encoding=encoding,
+                    classes=", ".join(self._class_names[:MAX_NAMES_SHOWN]),
                 )
-            self._classes_and_count = tuple(sorted(classes)), count
-        return self._classes_and_count
+            self._directories = directories
+        return self._directories
 
-    def _class_of(self, member: ArchiveMember) -> str | None:
-        if member.parts[: len(self._root)] != self._root:
-            return None
-        return class_from_path(member.parts[len(self._root) :])
+    def _list(self) -> ClassDirectories:
+        directories = ClassDirectories(self._display_uri, "/".join(self._root), "spec.dataset.source.archive.root")
+        with open_archive(self._open_local(), self._display_uri, self._names, with_data=False) as members:
+            for member in members:
+                parts = self._below_root(member)
+                if parts and member.is_directory:
+                    directories.add_directory(parts)
+                elif parts:
+                    directories.add_file(parts, member.size)
+                elif member.parts and not member.is_directory:
+                    directories.add_outside(member.parts)
+        return directories
+
+    def _below_root(self, member: ArchiveMember) -> tuple[str, ...]:
+        """Return the components of a path below the root; none if it is not below the root."""
+        root = tuple(map(normalize_name, member.parts[: len(self._root)]))
+        return member.parts[len(self._root) :] if root == self._root else ()
+
+    def _class_of(self, member: ArchiveMember, directories: ClassDirectories) -> str | None:
+        return None if member.is_directory else directories.class_of(self._below_root(member))
 
     def _open_local(self) -> Path:
         """Return the local path of the archive. Downloads it and verifies its SHA-256 on the first call."""
@@ -124,11 +182,12 @@ class ImageArchive:
             path = self._fetch()
             expected = self._source.sha256
             if expected and (actual := _sha256(path)) != expected:
+                explanation = describe_unexpected(path) or "It is a different file, or it was damaged in transit."
                 if path != Path(self._source.uri):
                     path.unlink()
                 raise DataError(
                     f"{self._display_uri} has the SHA-256 {actual}, but spec.dataset.source.archive.sha256 is "
-                    f"{expected}. It is a different file, or it was damaged in transit."
+                    f"{expected}. {explanation}"
                 )
             self._local_path = path
         return self._local_path

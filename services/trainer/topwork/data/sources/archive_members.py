@@ -10,13 +10,13 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import IO, cast
 
-from topwork.data.image_validation import MAX_BYTES, TOO_LARGE, UNDECODABLE, UNSAFE, Rejection
+from topwork.data.rejection import MAX_BYTES, TOO_LARGE, UNDECODABLE, UNSAFE, Rejection
 from topwork.data.sources.archive_limits import (
     MAX_DEPTH,
     MAX_PATH_LENGTH,
@@ -27,7 +27,9 @@ from topwork.data.sources.archive_limits import (
     check_zip_directory,
     limit_entries,
 )
-from topwork.data.sources.source import sanitize_name
+from topwork.data.sources.name_encoding import MAX_NAMES, guess_encoding, is_utf8
+from topwork.data.sources.source import escape_name, sanitize_name
+from topwork.data.sources.unexpected_content import describe_unexpected
 from topwork.errors import DataError
 
 # Python's parsers raise these for damaged files, in addition to their own errors: invalid numbers and names, endless
@@ -35,35 +37,97 @@ from topwork.errors import DataError
 _PARSE_ERRORS = (ValueError, struct.error, RecursionError, NotImplementedError, OverflowError, IndexError)
 _DAMAGE_ERRORS = (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, lzma.LZMAError, OSError, *_PARSE_ERRORS)
 _ENCRYPTED_FLAG = 0x1
+_UTF8_FLAG = 0x800
+_UNICODE_PATH = 0x7075
 _CHUNK_BYTES = 2**20
 
 
 @dataclass(frozen=True)
 class ArchiveMember:
-    """A file in an archive.
+    """A file or directory in an archive.
 
     Attributes:
         name: Its path as the archive stores it, made printable.
         parts: The components of its path; empty if the path is rejected, see `split_member_path`.
         read: Returns the content; raises `Rejection` for links, devices and files that are too large.
+        is_directory: Whether it is a directory.
+        size: Uncompressed size in bytes.
+        checksum: CRC-32 of the content in hex; None in a tar file, which has no checksums.
     """
 
     name: str
     parts: tuple[str, ...]
     read: Callable[[], bytes]
+    is_directory: bool = False
+    size: int = 0
+    checksum: str | None = None
+
+
+class NameDecoder:
+    """Decodes the names of members whose encoding the archive does not declare.
+
+    Example:
+        >>> decoder = NameDecoder()
+        >>> for member in read_members(decoder): ...  # as UTF-8
+        >>> if (encoding := decoder.guess()) != decoder.encoding:
+        ...     decoder = NameDecoder(guessed=encoding)  # read the names again
+    """
+
+    def __init__(self, declared: str | None = None, guessed: str = "utf-8") -> None:
+        """Create a decoder.
+
+        Args:
+            declared: Encoding that the spec sets; None if it sets none.
+            guessed: Encoding to use otherwise. Bytes that are invalid in it become backslash escapes.
+        """
+        self.encoding = declared or guessed
+        self._declared = declared
+        self._components: dict[bytes, None] = {}
+        self._has_other_names = False
+
+    def decode(self, name: bytes) -> str:
+        """Decode a name and remember it for `guess`.
+
+        Raises:
+            DataError: If the name is invalid in the encoding that the spec sets.
+        """
+        if name.isascii():
+            return name.decode()
+        if self._declared:
+            return self._decode_declared(name, self._declared)
+        self._has_other_names |= self.encoding == "utf-8" and not is_utf8(name)
+        if len(self._components) < MAX_NAMES:
+            self._components.update(dict.fromkeys(part for part in name.split(b"/") if not part.isascii()))
+        return name.decode(self.encoding, errors="backslashreplace")
+
+    def _decode_declared(self, name: bytes, encoding: str) -> str:
+        try:
+            return name.decode(encoding)
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"spec.dataset.source.archive.encoding is {encoding}, but the file name {ascii(name[:100])[1:]} in the "
+                "archive is not valid in it. Remove encoding to have it guessed."
+            ) from error
+
+    def guess(self) -> str:
+        """Return the encoding that the spec sets, or else the one that fits all names so far; `utf-8` if they are."""
+        return guess_encoding(self._components) if self._has_other_names else self.encoding
 
 
 @contextmanager
-def open_archive(path: Path, display_uri: str, *, with_data: bool) -> Iterator[Iterator[ArchiveMember]]:
+def open_archive(
+    path: Path, display_uri: str, names: NameDecoder, *, with_data: bool
+) -> Iterator[Iterator[ArchiveMember]]:
     """Open a zip file, or a tar file with any of its compressions; the content decides, not the suffix.
 
     Args:
         path: The archive.
         display_uri: URI of the archive for error messages.
+        names: Decodes the names that the archive does not declare as UTF-8.
         with_data: Whether to read the content of the members, or only their names.
 
     Yields:
-        The files in the order of the archive. Only one is in memory at a time.
+        The files and directories in the order of the archive. Only one is in memory at a time.
 
     Raises:
         DataError: If the file is not an archive, or it is damaged, encrypted or a decompression bomb.
@@ -74,17 +138,17 @@ def open_archive(path: Path, display_uri: str, *, with_data: bool) -> Iterator[I
             check_zip_directory(path, display_uri)
             with zipfile.ZipFile(path) as archive:
                 size_limit.add(sum(info.file_size for info in archive.infolist()))
-                yield _zip_members(archive, display_uri, with_data=with_data)
+                yield _zip_members(archive, display_uri, names, with_data=with_data)
         else:
-            with _decompress(path, size_limit) as stream, _open_tar(stream, display_uri) as archive:
-                yield limit_entries(_tar_members(archive, with_data=with_data), display_uri)
+            with _decompress(path, size_limit) as stream, _open_tar(stream, path, display_uri) as archive:
+                yield limit_entries(_tar_members(archive, names, with_data=with_data), display_uri)
                 # Compressed files have their checksum at the very end.
                 while stream.read(_CHUNK_BYTES):
                     pass
     except _DAMAGE_ERRORS as error:
         raise DataError(
-            f"{display_uri} is damaged or truncated: {error or type(error).__name__}. Download or create it again. "
-            "Set spec.dataset.source.archive.sha256 to detect damaged copies immediately."
+            f"{display_uri} is damaged or truncated: {str(error) or type(error).__name__}. Download or create it "
+            "again. Set spec.dataset.source.archive.sha256 to detect damaged copies immediately."
         ) from error
 
 
@@ -104,23 +168,58 @@ def _decompress(path: Path, size_limit: UncompressedSizeLimit) -> LimitedStream:
     return LimitedStream(cast("IO[bytes]", stream), size_limit)
 
 
-def _open_tar(stream: LimitedStream, display_uri: str) -> tarfile.TarFile:
+def _open_tar(stream: LimitedStream, path: Path, display_uri: str) -> tarfile.TarFile:
     try:
-        return tarfile.open(fileobj=cast("IO[bytes]", stream), mode="r|", tarinfo=LimitedTarInfo)
-    except tarfile.ReadError as error:
+        return tarfile.open(
+            fileobj=cast("IO[bytes]", stream),
+            mode="r|",
+            tarinfo=LimitedTarInfo,
+            encoding="utf-8",
+            errors="surrogateescape",
+        )
+    except (tarfile.ReadError, EOFError) as error:
+        explanation = describe_unexpected(path)
+        reason = f". {explanation}" if explanation else f": {str(error) or type(error).__name__}."
         raise DataError(
-            f"{display_uri} is not a readable archive: {error}. Expected zip, tar, tar.gz, tar.bz2 or tar.xz."
+            f"{display_uri} is not a readable archive{reason} Expected zip, tar, tar.gz, tar.bz2 or tar.xz."
         ) from error
 
 
-def _zip_members(archive: zipfile.ZipFile, display_uri: str, *, with_data: bool) -> Iterator[ArchiveMember]:
+def _zip_members(
+    archive: zipfile.ZipFile, display_uri: str, names: NameDecoder, *, with_data: bool
+) -> Iterator[ArchiveMember]:
     for info in archive.infolist():
-        if info.is_dir():
-            continue
-        if info.flag_bits & _ENCRYPTED_FLAG:
-            raise DataError(f"{display_uri} is encrypted ({info.filename}). Create it without a password.")
-        read = _zip_reader(archive, info) if with_data else bytes
-        yield ArchiveMember(sanitize_name(info.filename)[:MAX_PATH_LENGTH], split_member_path(info.filename), read)
+        name = _zip_name(info, names)
+        if info.flag_bits & _ENCRYPTED_FLAG and not info.is_dir():
+            raise DataError(f"{display_uri} is encrypted ({escape_name(name)}). Create it without a password.")
+        read = _zip_reader(archive, info) if with_data and not info.is_dir() else bytes
+        yield ArchiveMember(
+            sanitize_name(name)[:MAX_PATH_LENGTH],
+            split_member_path(name),
+            read,
+            is_directory=info.is_dir(),
+            size=info.file_size,
+            checksum=f"{info.CRC:08x}",
+        )
+
+
+def _zip_name(info: zipfile.ZipInfo, names: NameDecoder) -> str:
+    """Return the name of a zip member; zipfile itself decodes it as cp437 unless the UTF-8 flag is set."""
+    if info.flag_bits & _UTF8_FLAG:
+        return info.filename
+    raw = info.orig_filename.encode("cp437")
+    return _unicode_path(info.extra, raw) or names.decode(raw.partition(b"\0")[0])
+
+
+def _unicode_path(extra: bytes, raw_name: bytes) -> str | None:
+    """Return the name in the Unicode Path field of Info-ZIP (APPNOTE.TXT, 4.6.9), if it belongs to the raw name."""
+    while len(extra) >= 4:
+        kind, length = struct.unpack("<HH", extra[:4])
+        content, extra = extra[4 : 4 + length], extra[4 + length :]
+        if kind == _UNICODE_PATH and content[:1] == b"\1" and content[1:5] == struct.pack("<I", zlib.crc32(raw_name)):
+            with suppress(UnicodeDecodeError):
+                return content[5:].decode().partition("\0")[0]
+    return None
 
 
 def _zip_reader(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Callable[[], bytes]:
@@ -132,15 +231,23 @@ def _zip_reader(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Callable[[],
             data = file.read(MAX_BYTES + 1)
     except _DAMAGE_ERRORS as error:
         # The other members have their own checksums and may be intact.
-        return partial(_raise, Rejection(UNDECODABLE, f"damaged in the archive: {error}"))
+        return partial(_raise, Rejection(UNDECODABLE, f"damaged in the archive: {str(error) or type(error).__name__}"))
     return lambda: data
 
 
-def _tar_members(archive: tarfile.TarFile, *, with_data: bool) -> Iterator[ArchiveMember]:
+def _tar_members(archive: tarfile.TarFile, names: NameDecoder, *, with_data: bool) -> Iterator[ArchiveMember]:
     while (info := archive.next()) is not None:
-        if not info.isdir():
-            read = _tar_reader(archive, info, with_data=with_data)
-            yield ArchiveMember(sanitize_name(info.name)[:MAX_PATH_LENGTH], split_member_path(info.name), read)
+        # Pax headers declare UTF-8; invalid bytes are surrogates here.
+        is_declared = "path" in info.pax_headers and info.name.isprintable()
+        name = info.name if is_declared else names.decode(info.name.encode(errors="surrogateescape"))
+        read = bytes if info.isdir() else _tar_reader(archive, info, with_data=with_data)
+        yield ArchiveMember(
+            sanitize_name(name)[:MAX_PATH_LENGTH],
+            split_member_path(name),
+            read,
+            is_directory=info.isdir(),
+            size=info.size,
+        )
         # tarfile keeps every member: a million of them take a gigabyte.
         archive.members.clear()  # type: ignore[attr-defined]
 
@@ -174,10 +281,11 @@ def split_member_path(name: str) -> tuple[str, ...]:
         name: The path as the archive stores it.
 
     Returns:
-        The components; empty if the path is absolute, points outside of the archive, or is too long or too deep.
+        The components, not made printable; empty if the path is absolute, points outside of the archive, or is too
+        long or too deep.
     """
     # Some Windows tools write backslashes.
-    path = sanitize_name(name.replace("\\", "/") if "/" not in name else name)
+    path = name.replace("\\", "/") if "/" not in name else name
     parts = tuple(part for part in path.split("/") if part not in ("", "."))
     if path.startswith("/") or ".." in parts or (parts and len(parts[0]) == 2 and parts[0][1] == ":"):
         return ()

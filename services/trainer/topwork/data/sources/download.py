@@ -5,15 +5,15 @@ import http
 import re
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import IO, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
-from urllib3 import BaseHTTPResponse, Retry
+from urllib3 import BaseHTTPResponse, HTTPHeaderDict, Retry
 from urllib3.exceptions import InvalidHeader, MaxRetryError
 
-from topwork.data.sources.http_client import TransientError, open_url
+from topwork.data.sources.http_client import StatusError, TransientError, open_url
 from topwork.errors import UnavailableError
 
 ATTEMPTS = 5
@@ -35,7 +35,7 @@ MAX_SECONDS = 12 * 3600.0
 
 _CHUNK_BYTES = 2**20
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(?:\d+|\*)")
+_CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
 _CONTENT_LENGTH = re.compile(r"[0-9]{1,18}")
 
 T = TypeVar("T")
@@ -67,6 +67,7 @@ class RemoteFile:
         self._on_progress = on_progress
         # Identifies the content of the partial file, for If-Range.
         self._validator: str | None = None
+        self._supports_head = True
 
     def version(self) -> str | None:
         """Return a string that changes when the file changes, from the response headers.
@@ -122,8 +123,19 @@ class RemoteFile:
         return open_url(method, self._url, self.display_url, headers)
 
     def _read_headers(self) -> Mapping[str, str]:
-        with self._open("HEAD") as response:
-            return response.headers
+        """Return the headers of the complete file, from a HEAD request if the server answers it."""
+        if self._supports_head:
+            with suppress(StatusError, TransientError), self._open("HEAD") as response:
+                if response.headers.get("ETag") or response.headers.get("Last-Modified"):
+                    return response.headers
+            self._supports_head = False
+        # Some servers reject or ignore HEAD, or omit headers. The first byte has the same headers as the file.
+        with self._open("GET", {"Range": "bytes=0-0"}) as response:
+            headers = dict(response.headers)
+            if response.status == http.HTTPStatus.PARTIAL_CONTENT:
+                total = _CONTENT_RANGE.fullmatch(headers.get("Content-Range") or "")
+                headers["Content-Length"] = total[2] if total else ""
+            return HTTPHeaderDict(headers)
 
     def _download_part(self, part: Path, deadline: float) -> None:
         """Download the rest of the file, or all of it if the server does not resume."""

@@ -1,6 +1,5 @@
 """Images in directories that are named after their class, on S3 or on a local disk."""
 
-import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -8,14 +7,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import structlog
+
 from topwork.clients.s3.storage import Storage
-from topwork.data.image_validation import MAX_BYTES, MISSING, TOO_LARGE, Rejection
+from topwork.data.rejection import MAX_BYTES, MISSING, TOO_LARGE, Rejection
+from topwork.data.sources.class_directories import MAX_NAMES_SHOWN, ClassDirectories
 from topwork.data.sources.source import (
     TRAIN,
+    SourceEntry,
     SourceImage,
     SpaceEstimate,
     base_name,
-    class_from_path,
+    digest_entries,
+    escape_name,
+    is_ignored,
     sanitize_name,
     slugify,
 )
@@ -23,25 +28,23 @@ from topwork.errors import DataError
 from topwork.spec.dataset import FolderSource
 from topwork.workspace import Workspace
 
+log = structlog.get_logger(__name__)
+
 
 @dataclass(frozen=True)
 class _File:
     parts: tuple[str, ...]
     size: int
     version: str  # ETag or modification time: changes when the content changes
+    is_directory: bool = False
 
     @property
     def path(self) -> str:
         return "/".join(self.parts)
 
-    @property
-    def label(self) -> str | None:
-        return class_from_path(tuple(map(sanitize_name, self.parts)))
-
 
 @dataclass(frozen=True)
 class _Summary:
-    digest: str
     class_names: tuple[str, ...]
     images: int
     total_bytes: int
@@ -54,7 +57,9 @@ class ImageFolder:
         self._uri = source.uri.rstrip("/") or "/"
         self._storage = workspace.storage.at(self._uri) if self._uri.startswith("s3://") else None
         self.name = slugify(base_name(str(Path(self._uri).resolve()) if self._storage is None else self._uri))
+        self._directories = self._new_directories()
         self._cached_summary: _Summary | None = None
+        self._digest: str | None = None
 
     def description(self) -> dict[str, Any]:
         """Return the location of the folder."""
@@ -62,7 +67,25 @@ class ImageFolder:
 
     def digest(self) -> str:
         """Return a digest of the paths, sizes and ETags or modification times of all images."""
-        return self._summary().digest
+        if self._digest is None:
+            self._digest = digest_entries(self.entries())
+        return self._digest
+
+    def entries(self) -> Iterator[SourceEntry]:
+        """Yield the path, class, size and version of each image, ordered by path. Memory use does not grow with them.
+
+        Raises:
+            DataError: At the end, if there are no images or the folder is not the directory of the classes.
+        """
+        directories = self._new_directories()
+        for file in self._files():
+            if file.is_directory:
+                directories.add_directory(file.parts)
+            elif (label := directories.add_file(file.parts, file.size)) is not None:
+                path = file.path.encode(errors="surrogateescape").decode(errors="backslashreplace")
+                yield SourceEntry(path, label, file.size, file.version)
+        self._cached_summary = _Summary(directories.finish(), directories.images, directories.total_bytes)
+        self._directories = directories
 
     def estimate_space(self) -> SpaceEstimate:
         """Return the total size of the images in the listing; nothing is downloaded first."""
@@ -79,27 +102,18 @@ class ImageFolder:
     def images(self, split: str) -> Iterator[SourceImage]:
         """Yield the images, ordered by path."""
         for file in self._files():
-            label = file.label
+            label = None if file.is_directory else self._directories.class_of(file.parts)
             if label is not None:
                 yield SourceImage(sanitize_name(file.path), label, partial(self._read, file))
 
+    def _new_directories(self) -> ClassDirectories:
+        return ClassDirectories(self._uri, self._uri, "spec.dataset.source.folder.uri")
+
     def _summary(self) -> _Summary:
-        """List the files once; memory use does not grow with the number of images."""
+        """List the files once."""
         if self._cached_summary is None:
-            digest, classes, count, total_bytes = hashlib.sha256(), set(), 0, 0
-            for file in self._files():
-                label = file.label
-                if label is not None:
-                    digest.update(f"{file.path}\0{file.size}\0{file.version}\n".encode(errors="surrogateescape"))
-                    classes.add(label)
-                    count += 1
-                    total_bytes += file.size
-            if not count:
-                raise DataError(
-                    f"{self._uri} contains no image in a class directory. Expected <class>/<image> below it, such as "
-                    f"{self._uri}/cat/1.jpg."
-                )
-            self._cached_summary = _Summary(digest.hexdigest(), tuple(sorted(classes)), count, total_bytes)
+            self.digest()
+        assert self._cached_summary
         return self._cached_summary
 
     def _files(self) -> Iterator[_File]:
@@ -122,22 +136,21 @@ class ImageFolder:
 def _list_s3(storage: Storage) -> Iterator[_File]:
     for stored in storage.list():
         # Some tools write a key that ends with a slash for each directory.
-        if not stored.key.endswith("/"):
-            yield _File(tuple(stored.key.split("/")), stored.size, stored.etag)
+        is_directory = stored.key.endswith("/")
+        parts = tuple(stored.key.removesuffix("/").split("/"))
+        yield _File(parts, stored.size, stored.etag, is_directory=is_directory)
 
 
 def _list_directory(root: Path) -> Iterator[_File]:
     if not root.is_dir():
         raise DataError(f"The directory {root} of spec.dataset.source.folder.uri does not exist.")
-    visited: set[tuple[int, int]] = set()
-    for path, directories, names in os.walk(root, followlinks=True):
-        stat = Path(path).stat()
-        if (stat.st_dev, stat.st_ino) in visited:  # a symbolic link to a parent directory
-            directories.clear()
-            continue
-        visited.add((stat.st_dev, stat.st_ino))
-        directories.sort()
+    links = _DirectoryLinks(root)
+    for path, directories, names in os.walk(root, followlinks=True, onerror=_raise_unreadable):
+        read = (name for name in directories if not is_ignored((name,)) and not links.is_repeated(Path(path, name)))
+        directories[:] = sorted(read)
         parents = Path(path).relative_to(root).parts
+        for name in directories:
+            yield _File((*parents, name), 0, "", is_directory=True)
         for name in sorted(names):
             try:
                 stat = Path(path, name).stat()
@@ -145,3 +158,53 @@ def _list_directory(root: Path) -> Iterator[_File]:
                 yield _File((*parents, name), 0, "unreadable")  # a broken link: rejected when it is read
             else:
                 yield _File((*parents, name), stat.st_size, str(stat.st_mtime_ns))
+    links.report()
+
+
+def _raise_unreadable(error: OSError) -> None:
+    """Raise instead of skipping the directory, which would lose its images silently."""
+    raise DataError(f"The directory {error.filename} cannot be read: {error.strerror}. Fix its permissions.") from error
+
+
+class _DirectoryLinks:
+    """Finds symbolic links to directories that are read anyway: loops, and second names of the same directory."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._directories: set[tuple[int, int]] | None = None
+        self._count = 0
+        self._skipped: list[str] = []
+
+    def is_repeated(self, path: Path) -> bool:
+        """Return whether a directory is a link to one that has its own place below the root, or was linked before."""
+        if not path.is_symlink():
+            return False
+        if self._directories is None:
+            # A directory keeps its own name, even if a link to it comes first in the alphabet.
+            self._directories = {_identity(Path(parent)) for parent, _, _ in os.walk(self._root)}
+        identity = _identity(path)
+        if identity in self._directories or self._is_above_root(path):
+            self._count += 1
+            if len(self._skipped) < MAX_NAMES_SHOWN:
+                self._skipped.append(f"{path.relative_to(self._root)} -> {path.resolve()}")
+            return True
+        # Directories below a link have this link as their only name.
+        self._directories |= {_identity(Path(parent)) for parent, _, _ in os.walk(path)}
+        return False
+
+    def _is_above_root(self, path: Path) -> bool:
+        return self._root.resolve().is_relative_to(path.resolve())
+
+    def report(self) -> None:
+        """Log the links that were skipped."""
+        if self._count:
+            log.warning(
+                "links to folders that are read under another name are ignored",
+                count=self._count,
+                links=", ".join(map(escape_name, self._skipped)),
+            )
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    stat = path.stat()
+    return stat.st_dev, stat.st_ino

@@ -11,6 +11,7 @@ Three parts are custom because urllib3 has no equivalent:
 """
 
 import base64
+import http.client
 import logging
 import socket
 import ssl
@@ -26,6 +27,7 @@ from urllib3 import BaseHTTPResponse, PoolManager, ProxyManager, Timeout
 from urllib3.exceptions import HTTPError, ProxyError, ProxySchemeUnknown
 from urllib3.util import Url, parse_url
 
+from topwork import __version__
 from topwork.clients.url_policy import check_plain_http, is_forbidden_host
 from topwork.errors import DataError, SettingError
 
@@ -33,6 +35,9 @@ HEADERS_TIMEOUT_SECONDS = 120.0
 """From the start of a request to the end of the response headers, redirects included."""
 
 MAX_REDIRECTS = 10
+
+USER_AGENT = f"topwork/{__version__} (compatible; Mozilla/5.0)"
+"""Many hosts reject the default of Python's HTTP clients, and some reject everything without `Mozilla`."""
 
 SOCKET_TIMEOUT_SECONDS = 60.0
 """To establish a connection, and between two reads."""
@@ -43,6 +48,18 @@ _RETRIED_STATUSES = frozenset({408, 416, 425, 429})
 
 # Its warning about malformed response headers contains the full URL.
 logging.getLogger("urllib3.connection").setLevel(logging.ERROR)
+
+
+class StatusError(DataError):
+    """The server rejected a request, and would do so again.
+
+    Attributes:
+        status: The HTTP status.
+    """
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class TransientError(Exception):
@@ -77,13 +94,14 @@ def open_url(
         translated as well.
 
     Raises:
-        DataError: If the server rejects the request, or the URL or a redirect points to a forbidden address.
+        StatusError: If the server rejects the request.
+        DataError: If the URL or a redirect points to a forbidden address.
         SettingError: If the certificate is not trusted, or a hop uses plain HTTP on a public network.
         TransientError: If the request fails in any other way.
     """
     with _translate_errors(display_url), ExitStack() as connections:
         with _headers_deadline() as watch:
-            request = _Request(method, url, display_url, dict(headers or {}))
+            request = _Request(method, url, display_url, {"User-Agent": USER_AGENT, **(headers or {})})
             response = _follow_redirects(request, watch, connections)
         _check_status(response, display_url)
         yield response
@@ -197,6 +215,22 @@ def _watched_connection(connection_class: Any, on_connect: Callable[..., None]) 
                 raise
             return sock
 
+        def getresponse(self) -> Any:
+            responses: list[http.client.HTTPResponse] = []
+
+            def open_response(*arguments: Any, **keywords: Any) -> http.client.HTTPResponse:
+                responses.append(http.client.HTTPResponse(*arguments, **keywords))
+                return responses[-1]
+
+            self.response_class = open_response
+            try:
+                return super().getresponse()
+            except BaseException:
+                # Invalid headers: urllib3 closes the connection, but not its file.
+                for response in responses:
+                    response.close()
+                raise
+
     return WatchedConnection
 
 
@@ -241,7 +275,11 @@ def _check_status(response: BaseHTTPResponse, display_url: str) -> None:
     status = f"{response.status} {response.reason or ''}".rstrip()
     if response.status >= 500 or response.status in _RETRIED_STATUSES:
         raise TransientError(f"the server responded with {status}", response)
-    raise DataError(f"{display_url} cannot be downloaded: the server responded with {status}. Check the address.")
+    raise StatusError(
+        f"{display_url} cannot be downloaded: the server responded with {status}. Check the address; if it needs a "
+        "login, download the file and copy it to S3.",
+        response.status,
+    )
 
 
 @contextmanager
@@ -263,7 +301,7 @@ def _translate_errors(display_url: str) -> Iterator[None]:
                 "SSL_CERT_FILE on this machine."
             ) from error
         prefix = "proxy: " if isinstance(error, ProxyError) else ""
-        raise TransientError(f"{prefix}{cause or type(cause).__name__}") from error
+        raise TransientError(f"{prefix}{str(cause) or type(cause).__name__}") from error
 
 
 def _root_cause(error: BaseException) -> BaseException:

@@ -1,10 +1,14 @@
 """The interface of image sources, and how file names become class names."""
 
+import hashlib
+import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from topwork.errors import DataError
 from topwork.redaction import redact
 
 TRAIN = "train"
@@ -28,6 +32,24 @@ class SourceImage:
     name: str
     label: str | None
     read: Callable[[], bytes]
+
+
+@dataclass(frozen=True)
+class SourceEntry:
+    """One image in the listing of a source, known without reading the image.
+
+    Attributes:
+        path: Identifies the image in its source: unique, stable and valid Unicode, but not safe to print; see
+            `sanitize_name`.
+        label: Class name; None if the source has none for this image.
+        size: Size of the image file in bytes; None if it is unknown.
+        version: ETag, checksum or modification time, which changes when the content changes; None if it is unknown.
+    """
+
+    path: str
+    label: str | None
+    size: int | None
+    version: str | None
 
 
 @dataclass(frozen=True)
@@ -56,7 +78,29 @@ class Source(Protocol):
         """Return the origin of the images, without credentials; stored in the manifest."""
 
     def digest(self) -> str:
-        """Return a string that changes when the content changes, as far as this is visible without reading images."""
+        """Return a string that changes when the content changes, as far as this is visible without reading images.
+
+        The digest of a listing (`entries`), or of whatever identifies the content as a whole:
+
+        - folder, table: SHA-256 of all entries. S3: paths, classes, sizes and ETags; local: modification times
+          instead of ETags. A table also counts the order of its rows.
+        - archive: `archive.sha256` if the spec sets it. Otherwise HTTP(S): ETag (or else Last-Modified) and size, which
+          are the same on every machine; S3: ETag and size; local: modification time and size. Only for a web server
+          that sends neither ETag nor Last-Modified, the archive is downloaded, and its SHA-256 is the digest.
+        - TFDS: the full name with the version.
+        """
+
+    def entries(self) -> Iterable[SourceEntry] | None:
+        """Return one entry per image, in the order of `images`, without reading images.
+
+        Returns:
+            The entries, listed again on each call; None if the source cannot be listed without a download: archives
+            that are not local zip files, and TFDS.
+
+        Raises:
+            DataError: If the source does not exist, contains no images, or its class names are ambiguous.
+            UnavailableError: If the source cannot be reached.
+        """
 
     def estimate_space(self) -> SpaceEstimate | None:
         """Return the scratch space that the source needs, or None if it is unknown. Downloads nothing."""
@@ -92,8 +136,68 @@ def sanitize_name(text: str) -> str:
     return _UNPRINTABLE.sub("?", redact(text))
 
 
+def normalize_name(text: str) -> str:
+    """Return a name in Unicode normalization form C, so that "é" is the same as "e" with a combining accent.
+
+    macOS decomposes file names, Linux and Windows keep them as they were typed.
+    """
+    return unicodedata.normalize("NFC", text)
+
+
+def escape_name(text: str) -> str:
+    """Make a name printable like `sanitize_name`, but show what it replaces in hexadecimal, as Python would."""
+    valid = text.encode(errors="surrogateescape").decode(errors="backslashreplace")
+    return redact(_UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], valid))
+
+
+class ClassNames:
+    """Derives class names from the names of directories or from labels.
+
+    Different spellings of the same Unicode text are one class. Names that only become equal because `sanitize_name`
+    replaces some of their characters are different classes, and are rejected.
+    """
+
+    def __init__(self, origin: str) -> None:
+        """Start without names.
+
+        Args:
+            origin: URI of the source for error messages.
+        """
+        self._origin = origin
+        self._class_names: dict[str, str] = {}
+        self._originals: dict[str, str] = {}
+
+    def add(self, name: str) -> str:
+        """Return the class name of a directory name or label.
+
+        Raises:
+            DataError: If a different name has the same class name.
+        """
+        normalized = normalize_name(name)
+        class_name = self._class_names.get(normalized)
+        if class_name is None:
+            class_name = sanitize_name(normalized)
+            other = self._originals.setdefault(class_name, normalized)
+            if other != normalized:
+                raise DataError(
+                    f"{self._origin}: the classes {escape_name(other)} and {escape_name(normalized)} would both be "
+                    f"named {class_name}, because they contain invalid UTF-8, unprintable characters, or text that "
+                    "looks like a secret. Rename one of them."
+                )
+            self._class_names[normalized] = class_name
+        return class_name
+
+
+def digest_entries(entries: Iterable[SourceEntry]) -> str:
+    """Return the SHA-256 of a listing in hex. It depends on the order of the entries."""
+    digest = hashlib.sha256()
+    for entry in entries:
+        digest.update(json.dumps([entry.path, entry.label, entry.size, entry.version]).encode())
+    return digest.hexdigest()
+
+
 def find_similar_class_names(class_names: tuple[str, ...]) -> list[str]:
-    """Find class names that differ only in case or spaces.
+    """Find class names that differ only in case, spaces, width or invisible characters.
 
     Usually this is a mistake that splits one class in two. It is not an error, because a dataset of letters has such
     classes (A and a).
@@ -106,7 +210,9 @@ def find_similar_class_names(class_names: tuple[str, ...]) -> list[str]:
     """
     groups: dict[str, list[str]] = {}
     for name in class_names:
-        groups.setdefault("".join(name.casefold().split()), []).append(name)
+        visible = "".join(character for character in name if unicodedata.category(character) != "Cf")
+        key = "".join(unicodedata.normalize("NFKC", visible).casefold().split())
+        groups.setdefault(key, []).append(name)
     return [", ".join(group) for group in groups.values() if len(group) > 1]
 
 
@@ -118,8 +224,3 @@ def base_name(uri: str) -> str:
 def is_ignored(parts: tuple[str, ...]) -> bool:
     """Return whether a path is a hidden file or a file created by a file manager, such as `Thumbs.db`."""
     return any(part.startswith(".") or part.lower() in _IGNORED_NAMES for part in parts)
-
-
-def class_from_path(parts: tuple[str, ...]) -> str | None:
-    """Return the class of a path, which is its first directory; None for files outside of class directories."""
-    return parts[0] if len(parts) > 1 and not is_ignored(parts) else None

@@ -1,7 +1,5 @@
 """Images listed in a table: each row of a CSV or JSON Lines file has the path of an image and its class."""
 
-import hashlib
-import posixpath
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -9,8 +7,17 @@ from typing import Any
 
 import structlog
 
-from topwork.data.image_validation import MAX_BYTES, MISSING, TOO_LARGE, Rejection
-from topwork.data.sources.source import TRAIN, SourceImage, base_name, sanitize_name, slugify
+from topwork.data.sources.source import (
+    TRAIN,
+    ClassNames,
+    SourceEntry,
+    SourceImage,
+    base_name,
+    digest_entries,
+    sanitize_name,
+    slugify,
+)
+from topwork.data.sources.table_images import TableImages
 from topwork.data.sources.table_reader import DuplicateChecker, read_rows
 from topwork.errors import DataError
 from topwork.spec.dataset import TableSource
@@ -27,9 +34,11 @@ class ImageTable:
         self._workspace = workspace
         self._parent = source.uri.rpartition("/")[0] or ("/" if source.uri.startswith("/") else ".")
         self._is_on_s3 = source.uri.startswith("s3://")
+        self._images = TableImages(self._parent, workspace)
+        self._classes = ClassNames(source.uri)
+        self._digest: str | None = None
         self._local_path: Path | None = None
         self._classes_and_count: tuple[tuple[str, ...], int] | None = None
-        self._storages = {self._parent: workspace.storage.at(self._parent)} if self._is_on_s3 else {}
         self.name = slugify(base_name(source.uri).rpartition(".")[0])
 
     def description(self) -> dict[str, Any]:
@@ -37,9 +46,22 @@ class ImageTable:
         return {"table": self._source.model_dump(mode="json")}
 
     def digest(self) -> str:
-        """Return the SHA-256 of the table. Images that change at the same path do not change it."""
-        with self._open_local().open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        """Return a digest of the rows in their order, and of the sizes and versions of their images."""
+        if self._digest is None:
+            self._digest = digest_entries(self.entries())
+        return self._digest
+
+    def entries(self) -> Iterator[SourceEntry]:
+        """Yield the path, class, size and version of the image of each row; several rows may have the same path.
+
+        Size and version are None if the image does not exist.
+        """
+        self._summary()
+        versions = self._images.versions(image for _, image, _ in self._rows())
+        for _, image, label in self._rows():
+            size, version = versions(image)
+            path = image.encode(errors="backslashreplace").decode()
+            yield SourceEntry(path, self._classes.add(label) if label else None, size, version)
 
     def estimate_space(self) -> None:
         """Return None: the sizes are unknown without a request for each image."""
@@ -55,15 +77,17 @@ class ImageTable:
     def images(self, split: str) -> Iterator[SourceImage]:
         """Yield the images in the order of the rows."""
         for _, image, label in self._rows():
-            yield SourceImage(sanitize_name(image), sanitize_name(label) or None, partial(self._read, image))
+            class_name = self._classes.add(label) if label else None
+            yield SourceImage(sanitize_name(image), class_name, partial(self._images.read, image))
 
     def _summary(self) -> tuple[tuple[str, ...], int]:
         if self._classes_and_count is None:
             classes, checker = set(), DuplicateChecker(self._source.uri)
             for line_number, image, label in self._rows():
-                checker.add(line_number, image, label)
-                if label:
-                    classes.add(sanitize_name(label))
+                class_name = self._classes.add(label) if label else ""
+                checker.add(line_number, image, class_name)
+                if class_name:
+                    classes.add(class_name)
             if not checker.rows:
                 raise DataError(f"The table {self._source.uri} has no rows.")
             if checker.duplicates:
@@ -82,9 +106,10 @@ class ImageTable:
                 key = base_name(self._source.uri)
                 path = self._workspace.scratch / "pull" / "table"
                 path.parent.mkdir(parents=True, exist_ok=True)
-                if self._storages[self._parent].size(key) is None:
+                storage = self._workspace.storage.at(self._parent)
+                if storage.size(key) is None:
                     raise self._missing()
-                self._storages[self._parent].download(key, path)
+                storage.download(key, path)
             elif not path.is_file():
                 raise self._missing()
             self._local_path = path
@@ -92,34 +117,3 @@ class ImageTable:
 
     def _missing(self) -> DataError:
         return DataError(f"The table {self._source.uri} of spec.dataset.source.table.uri does not exist.")
-
-    def _read(self, image: str) -> bytes:
-        if not image:
-            raise Rejection(MISSING, "the row has no image path")
-        if image.startswith("s3://") or self._is_on_s3:
-            return self._read_from_s3(image)
-        return _read_file(Path(self._parent, image))
-
-    def _read_from_s3(self, image: str) -> bytes:
-        bucket, key = image[len("s3://") :].partition("/")[::2] if image.startswith("s3://") else ("", "")
-        if not bucket:
-            bucket, _, prefix = self._parent[len("s3://") :].partition("/")
-            key = posixpath.normpath(posixpath.join("/", prefix, image)).lstrip("/")
-        root = f"s3://{bucket}"
-        storage = self._storages.get(root) or self._storages.setdefault(root, self._workspace.storage.at(root))
-        size = storage.size(key)
-        if size is not None and size > MAX_BYTES:
-            raise Rejection(TOO_LARGE, f"{size} bytes, the limit is {MAX_BYTES}")
-        data = storage.read(key) if size is not None else None
-        if data is None:
-            raise Rejection(MISSING, f"{root}/{key} does not exist")
-        return data
-
-
-def _read_file(path: Path) -> bytes:
-    try:
-        if path.stat().st_size > MAX_BYTES:
-            raise Rejection(TOO_LARGE, f"{path.stat().st_size} bytes, the limit is {MAX_BYTES}")
-        return path.read_bytes()
-    except OSError as error:
-        raise Rejection(MISSING, error.strerror or str(error)) from error

@@ -17,7 +17,7 @@ from tensorflow_datasets.core.download.download_manager import NonMatchingChecks
 
 from topwork.artifacts import download_artifact, read_manifest
 from topwork.clients.prometheus.metrics import Metrics
-from topwork.data.sources.source import SourceImage, SpaceEstimate, slugify
+from topwork.data.sources.source import ClassNames, SourceImage, SpaceEstimate, slugify
 from topwork.data.tfds_mirror import (
     MIRROR_PREFIX,
     TfdsName,
@@ -82,6 +82,9 @@ class TfdsSource:
         """Return the full name: TFDS never changes the content of a version."""
         return str(self._builder.info.full_name)
 
+    def entries(self) -> None:
+        """Return None: the examples of a TFDS dataset are known only after its download."""
+
     def estimate_space(self) -> SpaceEstimate:
         """Return the sizes of the download and of the prepared dataset, as TFDS records them."""
         info = self._builder.info
@@ -91,7 +94,11 @@ class TfdsSource:
 
     def class_names(self) -> tuple[str, ...]:
         """Return the classes in the order of the dataset's labels."""
-        return tuple(self._builder.info.features[self._label_key].names)
+        return tuple(dict.fromkeys(self._names_of_labels()))
+
+    def _names_of_labels(self) -> list[str]:
+        names = ClassNames(f"The dataset {self._builder.info.full_name}")
+        return [names.add(name) for name in self._builder.info.features[self._label_key].names]
 
     def splits(self) -> Mapping[str, int | None]:
         """Return the splits of the dataset. Downloads it."""
@@ -109,7 +116,7 @@ class TfdsSource:
                 shuffle_files=False,
                 read_config=tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False, options=options),
             )
-        classes = self.class_names()
+        classes = self._names_of_labels()
         for number, example in enumerate(dataset.as_numpy_iterator()):
             label = int(example[self._label_key])
             # TFDS uses -1 for an unknown label.

@@ -1,0 +1,46 @@
+"""Finds the stages of a job whose results are already in storage, so that a run would reuse them."""
+
+from topwork.description.job_description import PlanDescription
+from topwork.errors import DataError, UnavailableError
+from topwork.registry import versions
+from topwork.registry.datasets import select_dataset
+from topwork.registry.stage_keys import run_name, stage_keys
+from topwork.registry.stage_results import read_stage_result
+from topwork.spec import TransferJob
+from topwork.stages.pull import find_dataset
+from topwork.workspace import Workspace
+
+
+def find_reusable_results(job: TransferJob, workspace: Workspace) -> PlanDescription:
+    """Find which stages a run of a job would reuse and which it would run, without changing anything.
+
+    Args:
+        job: The job.
+        workspace: Storage of the job, and scratch for a table on S3.
+
+    Returns:
+        The stages, or why they are unknown.
+    """
+    stages = ["pull", "transfer", *(["fine-tune"] if job.spec.fine_tune else []), "publish"]
+    try:
+        selected = select_dataset(job, workspace, download=False)
+        dataset = selected.stored if selected else find_dataset(job, workspace)
+    except (DataError, UnavailableError) as error:
+        return PlanDescription(unknown=f"the source cannot be read from here: {error}")
+    changes = selected.changes if selected else ""
+    fingerprint = dataset.metadata.fingerprint if dataset else selected.fingerprint if selected else None
+    if fingerprint is None:
+        return PlanDescription(runs=tuple(stages), changes=changes)
+    keys = stage_keys(job, fingerprint, workspace.storage)
+    reused = ["pull"] if dataset else []
+    results = {stage: read_stage_result(workspace.storage, stage, key) for stage, key in keys.training_stages.items()}
+    reused += [stage for stage, result in results.items() if result]
+    last = list(results.values())[-1]
+    if last and versions.find_version_by_key(workspace.storage, job.model_name, keys.publish, last.file.sha256):
+        reused.append("publish")
+    return PlanDescription(
+        run=run_name(job, keys) if selected else None,
+        reuses=tuple(reused),
+        runs=tuple(stage for stage in stages if stage not in reused),
+        changes=changes,
+    )

@@ -1,0 +1,32 @@
+"""Deletes the results of a run, so that it starts over."""
+
+from topwork.clients.s3.storage import Storage
+from topwork.data.dataset_manifest import StoredDataset
+from topwork.registry.stage_keys import stage_keys
+from topwork.registry.stage_results import TRAINING_STAGES, read_reference, result_prefix
+from topwork.spec import TransferJob
+
+
+def delete_results(job: TransferJob, dataset: StoredDataset | None, storage: Storage) -> None:
+    """Delete the results of a run. Published versions and datasets stay.
+
+    Results of its training stages are deleted even if other runs use them: those train the stage again when they need
+    it.
+
+    Args:
+        job: The job of the run; no process may work on it.
+        dataset: Its dataset; None if it has not been pulled.
+        storage: Storage of the job.
+    """
+    prefixes = set()
+    for stage in TRAINING_STAGES:
+        if reference := read_reference(storage, job.run, stage):
+            prefixes.add(result_prefix(stage, reference.key))
+    if dataset:
+        keys = stage_keys(job, dataset.metadata.fingerprint, storage).training_stages
+        prefixes |= {result_prefix(stage, key) for stage, key in keys.items()}
+    for prefix in sorted(prefixes):
+        # Without `done.json`, readers ignore the rest.
+        storage.delete([f"{prefix}/done.json"])
+        storage.delete(stored.key for stored in list(storage.list(f"{prefix}/")))
+    storage.delete(stored.key for stored in list(storage.list(f"runs/{job.run}/")))

@@ -1,0 +1,120 @@
+"""Keys of stage results: a digest of everything that a result depends on, and of nothing else.
+
+- dataset: the source, its content, and the settings that change what is stored; see `topwork.registry.datasets`
+- transfer: dataset, splits, image size, model, augmentation, `transfer`, seed, precision
+- fine-tune: transfer's key, `fineTune`
+- publish: key of the last training stage, metrics, formats, name of the model
+
+Runs with the same key share the result. Gates are in no key: they are checked each time.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from topwork.clients.s3.storage import Storage, describe_file
+from topwork.registry.stage_results import TrainingStage
+from topwork.spec import TransferJob
+from topwork.spec.digest import DIGEST_LENGTH, digest_of, evaluation_content, training_content
+from topwork.spec.model import Base
+
+FORMATS = {"transfer": 1, "fine-tune": 1, "publish": 1}
+"""Version of the results of each stage. Increase one when topwork would compute a different result from the same spec,
+or when the meaning of a default changes; the stage then runs again for every job."""
+
+
+@dataclass(frozen=True)
+class StageKeys:
+    """The keys of a job on one dataset.
+
+    Attributes:
+        transfer: Key of the transfer stage.
+        fine_tune: Key of the fine-tune stage; None without `spec.fineTune`.
+        publish: Key of evaluation and publishing.
+    """
+
+    transfer: str
+    fine_tune: str | None
+    publish: str
+
+    @property
+    def training(self) -> str:
+        """Key of the last training stage, which the name of the run is made from."""
+        return self.fine_tune or self.transfer
+
+    @property
+    def training_stages(self) -> dict[TrainingStage, str]:
+        """The key of each training stage, in order."""
+        keys: dict[TrainingStage, str] = {"transfer": self.transfer}
+        return keys | ({"fine-tune": self.fine_tune} if self.fine_tune else {})
+
+
+def stage_keys(job: TransferJob, fingerprint: str, storage: Storage) -> StageKeys:
+    """Compute the keys of a job.
+
+    Args:
+        job: The job.
+        fingerprint: Fingerprint of the dataset.
+        storage: Storage of the job, which also reads the version of a base on S3.
+
+    Returns:
+        The keys: 16 hex digits each.
+
+    Raises:
+        UnavailableError: If the base is on S3 and storage cannot be reached.
+
+    Example:
+        >>> stage_keys(job, dataset.metadata.fingerprint, storage).transfer
+        '0f3a9c57d2e84b16'
+    """
+    content = training_content(job.spec)
+    del content["storage"]
+    fine_tuning = content.pop("fineTune", None)
+    # The fingerprint covers the settings that change the stored dataset.
+    for key in ("source", "onContradiction"):
+        content["dataset"].pop(key, None)
+    base = read_base_version(job.spec.model.base, storage)
+    transfer = _key("transfer", {**content, "images": fingerprint, "base": base})
+    fine_tune = None if fine_tuning is None else _key("fine-tune", {"transfer": transfer, "fineTune": fine_tuning})
+    publish = {"training": fine_tune or transfer, "name": job.model_name, **evaluation_content(job.spec)}
+    return StageKeys(transfer, fine_tune, _key("publish", publish))
+
+
+def run_name(job: TransferJob, keys: StageKeys) -> str:
+    """Return the name of the run of a job on a dataset: `<name>-<8 hex digits>`, by its training key and storage."""
+    return f"{job.metadata.name}-{digest_of([job.spec.storage, keys.training])[:8]}"
+
+
+def cluster_run_name(job: TransferJob, fingerprint: str, storage: Storage) -> str:
+    """Return the name of the run of a job in a cluster, by everything that can change what its Job does.
+
+    A Kubernetes Job cannot be changed, so a job with another gate or format needs a Job with another name.
+    """
+    base = read_base_version(job.spec.model.base, storage)
+    return f"{job.metadata.name}-{digest_of([job.digest, fingerprint, base])[:8]}"
+
+
+def read_base_version(base: Base, storage: Storage) -> str:
+    """Identify the content of the file that a base is built from, without downloading it.
+
+    Args:
+        base: `spec.model.base`.
+        storage: Any storage that can read the object.
+
+    Returns:
+        The ETag and size of an object, the SHA-256 of a local file; empty if the base needs no file of the user or the
+        file does not exist.
+    """
+    uri = base.saved.uri if base.saved else base.weights
+    if uri in {None, "imagenet", "none"}:
+        return ""
+    if not str(uri).startswith("s3://"):
+        path = Path(str(uri).removeprefix("file://"))
+        return describe_file(path).sha256 if path.is_file() else ""
+    directory, _, name = str(uri).rpartition("/")
+    found = (stored for stored in storage.at(directory).list(name) if stored.key == name)
+    return next((f"{stored.etag} {stored.size}" for stored in found), "")
+
+
+def _key(stage: str, content: dict[str, Any]) -> str:
+    return digest_of({"format": FORMATS[stage], stage: content})[:DIGEST_LENGTH]
