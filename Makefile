@@ -66,9 +66,9 @@ test-image: $(SETUP) ## Build the image and run the containers of a rendered Job
 	$(BIN)/python -m pytest -m image tests/image
 
 .PHONY: test-cluster
-test-cluster: $(SETUP) ## Test in the cluster of KUBECONFIG with the image TOPWORK_IMAGE
+test-cluster: $(SETUP) ## Test in the cluster of KUBECONFIG with the image TOPWORK_IMAGE [SMOKE=1 for ten minutes instead of an hour]
 	@test -n "$${KUBECONFIG:-}$${KUBERNETES_SERVICE_HOST:-}" || { echo "make test-cluster requires a cluster. Set KUBECONFIG to an administrator's kubeconfig, and make the image available on the nodes. CONTRIBUTING.md lists all settings."; exit 1; }
-	$(BIN)/python -m pytest -m cluster tests/cluster
+	$(BIN)/python -m pytest -m "cluster$(if $(SMOKE), and smoke)" tests/cluster
 
 .PHONY: check
 check: $(SETUP) ## Run linters, type checks and import rules

@@ -240,7 +240,12 @@ class JobRun:
 
     def model_key(self, stage: str) -> str:
         """Return the key of the model that a stage stored."""
-        return str(json.loads(self.storage.read(f"runs/{self.job.run}/{stage}/done.json") or b"")["key"])
+        return str(json.loads(self.storage.read(self.result_key(stage)) or b"")["key"])
+
+    def result_key(self, stage: str) -> str:
+        """Return the key of the result of a training stage."""
+        reference = json.loads(self.storage.read(f"runs/{self.job.run}/{stage}/done.json") or b"")
+        return f"stages/{stage}/{reference['key']}/done.json"
 
     def read_json(self, key: str) -> Any:
         """Read a JSON object without times, run name and storage URI, which differ between runs."""
@@ -270,8 +275,7 @@ class JobRun:
 
     def read_checkpoints(self) -> dict[str, dict[str, np.ndarray]]:
         """Read all complete checkpoints, including deleted ones, by stage and name."""
-        prefix = f"runs/{self.job.run}/"
-        versions = self.object_versions(prefix)
+        versions = self.object_versions("stages/")
         checkpoints = {}
         for key, ids in versions.items():
             checkpoint = key.rpartition("/")[0]
@@ -280,7 +284,8 @@ class JobRun:
                 for number, version in enumerate(ids):
                     data = self._client.get_object(**location, VersionId=version)["Body"].read()
                     with np.load(io.BytesIO(data)) as arrays:
-                        checkpoints[f"{checkpoint.removeprefix(prefix)}#{number}"] = {
+                        _, stage, *_, name = checkpoint.split("/")
+                        checkpoints[f"{stage}/{name}#{number}"] = {
                             name: arrays[name] for name in arrays.files
                         }
         return checkpoints

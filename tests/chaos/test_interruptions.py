@@ -99,11 +99,10 @@ def assert_no_completed_stage_ran_again(run: JobRun) -> None:
                 complete.add("publish" if line["stage"] == "fine-tune" else line["stage"])
         complete |= {"pull"} if "transfer" in process.stage else set()
     versions = run.object_versions("")
-    keys = [key for key in versions if key.endswith(("/done.json", "models/chaos/1/manifest.json"))]
-    assert {key.replace(run.job.run, "RUN"): len(versions[key]) for key in keys} == {
-        **{f"runs/RUN/{stage}/done.json": 1 for stage in ("transfer", "fine-tune", "publish", "pull")},
-        "models/chaos/1/manifest.json": 1,
-    }
+    results = [run.result_key(stage) for stage in ("transfer", "fine-tune")]
+    keys = [*results, f"runs/{run.job.run}/publish/done.json", "models/chaos/1/manifest.json"]
+    assert [len(versions[key]) for key in keys] == [1] * len(keys)
+    assert [key for key in versions if key.startswith("stages/") and key.endswith("/done.json")] == sorted(results)
 
 
 def assert_identical_results(run: JobRun, reference: JobRun) -> tuple[int, int]:
@@ -117,9 +116,7 @@ def assert_identical_results(run: JobRun, reference: JobRun) -> tuple[int, int]:
     published = "models/chaos/1/model.keras"
     weights += assert_equal_arrays(run.read_weights(published), reference.read_weights(published))
     for stage in ("transfer", "fine-tune"):
-        result, expected = (
-            job_run.read_json(f"runs/{job_run.job.run}/{stage}/done.json") for job_run in (run, reference)
-        )
+        result, expected = (job_run.read_json(job_run.result_key(stage)) for job_run in (run, reference))
         assert [result["history"], result["best_epoch"]] == [expected["history"], expected["best_epoch"]]
     assert run.read_json("models/chaos/1/metrics.json") == reference.read_json("models/chaos/1/metrics.json")
     reference_checkpoints = {name.partition("#")[0]: arrays for name, arrays in reference.read_checkpoints().items()}

@@ -67,6 +67,31 @@ def test_job_uses_the_default_image(render_chart: Render) -> None:
     )
 
 
+SCRATCH = ("50Gi", "1.5Ti", "512Mi", "500M", "0.7Gi", "7Ki", "0.000000001Ti", "1048576.000000001k", "999999999999999Ti")
+
+
+def test_chart_requests_the_same_disk_space_for_any_scratch_size(render_chart: Render) -> None:
+    documents = [
+        {
+            "apiVersion": "topwork.dev/v1alpha1",
+            "kind": "TransferJob",
+            "metadata": {"name": f"scratch-{index}"},
+            "spec": {
+                "storage": "s3://bucket/prefix",
+                "dataset": {
+                    "source": {"tfds": "cats_vs_dogs"},
+                    "splits": {"train": "train[:80%]", "test": "train[80%:]"},
+                    "imageSize": [96, 96],
+                },
+                "model": {"base": {"application": "MobileNetV2"}},
+                "compute": {"scratch": scratch, "prefetch": True},
+            },
+        }
+        for index, scratch in enumerate(SCRATCH)
+    ]
+    assert_same_objects(render_chart, documents, [TransferJob.model_validate(document) for document in documents])
+
+
 SHARE = st.floats(0, 1, exclude_max=True)
 RATE = st.floats(0, 10, exclude_min=True)
 COUNT = st.integers(1, 10000)

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -81,6 +82,38 @@ class Kubectl:
         path = f"/api/v1/namespaces/{self.namespace}/pods/{pod}/eviction"
         self("create", "--raw", path, "-f", "-", stdin=json.dumps(eviction))
 
-    def python(self, pod: str, container: str, script: str, *arguments: str, check: bool = True) -> str:
-        """Run a script with Python in a running container."""
-        return self("exec", pod, "--container", container, "--", "python", "-c", script, *arguments, check=check)
+    def metrics(self, pod: str, port: int) -> str:
+        """Return the metrics page of a pod. The API server requests it from the pod IP, without the kubelet."""
+        return self("get", "--raw", f"/api/v1/namespaces/{self.namespace}/pods/{pod}:{port}/proxy/metrics")
+
+    def delete_and_watch(self, pod: str, *, seconds: float) -> list[KubernetesObject]:
+        """Delete a pod, and return its states until it is gone, oldest first: the last ones show how it ended."""
+        command = [executable("kubectl"), "--namespace", self.namespace, "get", "pod", pod]
+        options = ["--watch", "--output-watch-events", "--output", "json"]
+        with tempfile.TemporaryFile("w+") as output:
+            watch = subprocess.Popen([*command, *options], stdin=subprocess.DEVNULL, stdout=output)
+
+            def events() -> list[KubernetesObject]:
+                output.seek(0)
+                return parse_documents(output.read())
+
+            try:
+                wait_for(events, f"first event of {pod}", seconds=seconds)
+                self("delete", "pod", pod, "--wait=false")
+                wait_for(lambda: events()[-1]["type"] == "DELETED", f"deletion of {pod}", seconds=seconds)
+                return [event["object"] for event in events()]
+            finally:
+                watch.kill()
+                watch.wait()
+
+
+def parse_documents(text: str) -> list[KubernetesObject]:
+    """Parse consecutive JSON documents; an incomplete one at the end is ignored."""
+    decoder, documents, position = json.JSONDecoder(), [], 0
+    while (start := text.find("{", position)) >= 0:
+        try:
+            document, position = decoder.raw_decode(text, start)
+        except ValueError:
+            break
+        documents.append(document)
+    return documents

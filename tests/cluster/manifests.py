@@ -1,6 +1,9 @@
 """Objects that the tests apply in addition to those of `topwork`, and the spec of a tiny job."""
 
+import copy
 import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +12,7 @@ from tests.cluster.environment import compute_settings, image
 from tests.cluster.kubectl import Kubectl
 
 from topwork.clients.kubernetes import KubernetesObject
-from topwork.cluster.names import STORAGE_SECRET
+from topwork.cluster.names import APP_NAME, STORAGE_SECRET
 
 ROOT = Path(__file__).parents[2]
 BASE = ROOT / "k8s" / "base"
@@ -49,6 +52,43 @@ def with_namespace(yaml_text: str, namespace: str) -> list[KubernetesObject]:
 def storage_secret(variables: dict[str, str]) -> KubernetesObject:
     """Return the Secret with the AWS variables of the pods."""
     return {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": STORAGE_SECRET}, "stringData": variables}
+
+
+# No process in a pod listens on this port.
+CLOSED_ENDPOINT = "http://127.0.0.1:9"
+
+
+@contextmanager
+def unreachable_storage(kubectl: Kubectl, variables: Mapping[str, str]) -> Iterator[None]:
+    """Let containers that start in the block use a closed endpoint: they fail with exit code 75.
+
+    Args:
+        kubectl: kubectl in a namespace of its own.
+        variables: The AWS variables of its Secret, which are restored after the block.
+    """
+    closed = {"AWS_ENDPOINT_URL": CLOSED_ENDPOINT, "AWS_ENDPOINT_URL_S3": CLOSED_ENDPOINT}
+    # Unlike apply, replace removes variables that the previous Secret had.
+    kubectl("replace", "--filename", "-", stdin=json.dumps(storage_secret({**variables, **closed})))
+    try:
+        yield
+    finally:
+        kubectl("replace", "--filename", "-", stdin=json.dumps(storage_secret(dict(variables))))
+
+
+def inspection(job: KubernetesObject, script: str) -> KubernetesObject:
+    """Return a pod with the template of a Job in which the main container runs a Python script instead of a stage.
+
+    Its log contains the output, so that containers can be inspected on nodes that don't support `kubectl exec`.
+    """
+    template = copy.deepcopy(job["spec"]["template"])
+    (container,) = template["spec"]["containers"]
+    container |= {"command": ["python", "-c", script], "args": []}
+    amounts = {"cpu": "100m", "memory": "256Mi"}
+    container["resources"] = {"requests": amounts, "limits": amounts}
+    template["spec"] = {**template["spec"], "containers": [container], "initContainers": []}
+    # Without the labels of the run, topwork does not count it as one of its pods.
+    metadata = {"name": f"{job['metadata']['name']}-inspection", "labels": {"app.kubernetes.io/name": APP_NAME}}
+    return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": template["spec"]}
 
 
 def probe(host: str, port: int) -> KubernetesObject:

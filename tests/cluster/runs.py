@@ -6,23 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.cluster.environment import DELETION_SECONDS, START_SECONDS
+from tests.cluster.environment import DELETION_SECONDS, RUN_SECONDS, START_SECONDS
 from tests.cluster.kubectl import Kubectl, KubectlError, wait_for
 
 from topwork.clients.kubernetes import KubernetesObject
 from topwork.cluster.names import JOB_LABEL, ROLE_LABEL, RUN_LABEL
 from topwork.cluster.termination_message import TerminationMessage, parse_termination_message
 from topwork.spec import TransferJob
-
-# The stage process is the child of tini (PID 1). Processes of kubectl exec have no parent in the container.
-SIGNAL_SCRIPT = """
-import contextlib, os, pathlib, signal, sys
-for stat in pathlib.Path('/proc').glob('[0-9]*/stat'):
-    with contextlib.suppress(OSError):  # the process may have exited
-        parent = stat.read_text().rpartition(')')[2].split()[1]
-        if parent == '1':
-            os.kill(int(stat.parent.name), getattr(signal, sys.argv[1]))
-"""
 
 
 @dataclass(frozen=True)
@@ -104,10 +94,18 @@ class Run:
             name: parse_termination_message(state.get("message", "")) for name, state in terminated.items() if state
         }
 
-    def kill_process(self, pod: str, container: str, signal_name: str = "SIGKILL") -> None:
-        """Send a signal directly to the process of a stage, not to its parent tini."""
-        # The container may terminate before kubectl receives the exit status.
-        self.kubectl.python(pod, container, SIGNAL_SCRIPT, signal_name, check=False)
+    def failures(self) -> int:
+        """Return the number of failures that the Job has counted."""
+        return int(self.status().get("failed", 0))
+
+    def wait_for_other_epochs(self, pod: str) -> list[int]:
+        """Wait until any other pod than this one has completed an epoch of transfer, and return the epoch numbers."""
+
+        def find() -> list[int] | None:
+            names = [item["metadata"]["name"] for item in self.pods()]
+            return next((epochs for name in names if name != pod and (epochs := self.epochs(name))), None)
+
+        return wait_for(find, f"epochs in a pod of {self.object_name} other than {pod}", seconds=RUN_SECONDS)
 
     def wait_until_deleted(self) -> None:
         """Wait until its Job, pods and ConfigMap are deleted."""

@@ -5,13 +5,12 @@ import json
 import pytest
 from tests.cluster.environment import DELETION_SECONDS, EVENT_SECONDS, RUN_SECONDS, START_SECONDS
 from tests.cluster.kubectl import Kubectl, wait_for
+from tests.cluster.manifests import CLOSED_ENDPOINT
 from tests.cluster.runs import Run
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(2 * RUN_SECONDS)]
 
 LONG_TRAINING = {"train": "all", "epochs": 10_000, "batchSize": 8, "featureCache": "off"}
-# No process in the pod listens on this port.
-CLOSED_ENDPOINT = "http://127.0.0.1:9"
 
 
 def assert_failed_without_retry(run: Run, code: int) -> None:
@@ -28,6 +27,7 @@ def cancel(run: Run, topwork, **options: str) -> None:
     assert canceled.exit_code == 0, canceled.output
 
 
+@pytest.mark.smoke
 def test_missing_secret_fails_without_retry_and_is_named(make_run, make_namespace, topwork):
     empty = make_namespace()
     run = make_run(namespace=empty)
@@ -38,13 +38,17 @@ def test_missing_secret_fails_without_retry_and_is_named(make_run, make_namespac
     assert_failed_without_retry(run, 2)
 
 
-def test_wrong_credentials_fail_without_retry_and_are_not_printed(make_run, make_namespace, topwork, pod_storage):
+def test_wrong_credentials_are_retried_up_to_the_backoff_limit_and_not_printed(
+    make_run, make_namespace, topwork, pod_storage
+):
     other = make_namespace(pod_storage, AWS_SECRET_ACCESS_KEY="not-the-secret-key")
-    run = make_run(namespace=other)
+    run = make_run(namespace=other, compute={"retries": 1})
     result = topwork("submit", run.file, "--follow", namespace=other.namespace)
-    assert result.exit_code == 2, result.output
+    assert result.exit_code == 75, result.output
+    assert "AWS_SECRET_ACCESS_KEY" in result.output
     assert "not-the-secret-key" not in result.output
-    assert_failed_without_retry(run, 2)
+    assert run.condition("Failed")["reason"] == "BackoffLimitExceeded"
+    assert len(run.pods()) == 2
 
 
 def test_unreachable_endpoint_is_retried_up_to_the_backoff_limit(make_run, make_namespace, topwork, pod_storage):
@@ -67,6 +71,7 @@ def test_unmet_gate_exits_with_3(make_run, topwork):
     assert_failed_without_retry(run, 3)
     status = topwork("status", run.name)
     assert "calibrationError" in status.output
+    assert topwork("logs", run.name).exit_code == 0
 
 
 def quota(hard: dict[str, str]) -> dict[str, object]:
@@ -156,6 +161,7 @@ def test_missing_namespace_is_reported_with_the_command_to_create_it(make_run, t
     assert "Traceback" not in rejected.output
 
 
+@pytest.mark.smoke
 def test_unknown_run_is_named(topwork):
     for command in ("status", "logs"):
         rejected = topwork(command, "never-submitted")

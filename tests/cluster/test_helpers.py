@@ -1,6 +1,10 @@
 """Tests of the helpers in this directory, which require no cluster and run with all other tests."""
 
+import ast
+import json
 import subprocess
+import sys
+from pathlib import Path
 
 import kubernetes_validate
 import pytest
@@ -13,16 +17,27 @@ from tests.cluster.environment import (
     kubeconfig_with_token,
     reachable_address,
 )
-from tests.cluster.kubectl import Kubectl
-from tests.cluster.manifests import BASE, base_objects, probe, storage_secret, tiny_spec
+from tests.cluster.kubectl import Kubectl, parse_documents
+from tests.cluster.manifests import (
+    BASE,
+    CLOSED_ENDPOINT,
+    base_objects,
+    inspection,
+    probe,
+    storage_secret,
+    tiny_spec,
+    unreachable_storage,
+)
 from tests.cluster.storage import serve_storage
 
 from topwork import __version__
+from topwork.clients.s3.errors import AccessError
 from topwork.clients.s3.storage import Storage, StorageSettings
-from topwork.errors import SettingError
+from topwork.cluster.manifests.render import RenderOptions, render
 from topwork.spec import TransferJob
 
 KUBERNETES = "1.36"
+HERE = Path(__file__).parent
 
 
 def test_storage_is_served_at_another_address_with_credentials(tmp_path):
@@ -39,7 +54,7 @@ def test_storage_is_served_at_another_address_with_credentials(tmp_path):
             "AWS_REGION",
         }
         wrong_keys = StorageSettings(storage.settings.endpoint_url, "wrong-id", "wrong-key", "us-east-1", attempts=1)
-        with pytest.raises(SettingError):
+        with pytest.raises(AccessError):
             Storage(stored.uri, wrong_keys).read("red/1.png")
 
 
@@ -105,3 +120,63 @@ def test_kubeconfig_with_a_token_is_valid(tmp_path, monkeypatch):
 def test_executables_exist():
     for name in ("kubectl", "topwork"):
         subprocess.run([executable(name), "--help"], check=True, capture_output=True, timeout=60)
+
+
+def collected(expression: str) -> list[str]:
+    """Return the tests in this directory that a marker expression selects."""
+    command = [sys.executable, "-m", "pytest", "--collect-only", "--quiet", "-m", expression, str(HERE)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True, cwd=HERE.parents[1])
+    return [line for line in result.stdout.splitlines() if "::" in line]
+
+
+def test_smoke_subset_covers_submission_failure_resumption_kubectl_and_prefetch():
+    smoke = collected("cluster and smoke")
+    assert 10 <= len(smoke) <= 14
+    files = {line.partition("::")[0].rpartition("/")[2] for line in smoke}
+    assert files == {"test_submit.py", "test_failures.py", "test_stops.py", "test_kubectl.py", "test_prefetch.py"}
+
+
+def test_no_test_needs_to_run_a_command_in_a_container():
+    # Some container runtimes support neither exec nor attach nor port forwarding.
+    forbidden = {"exec", "attach", "cp", "port-forward", "debug"}
+    for path in HERE.glob("*.py"):
+        if path.name == "test_helpers.py":
+            continue
+        strings = [node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)]
+        assert forbidden.isdisjoint(value for value in strings if isinstance(value, str)), path.name
+
+
+def test_documents_of_a_watch_are_parsed_up_to_the_last_complete_one():
+    text = '{"type": "ADDED", "object": {"a": "{"}}\n{\n  "type": "DELETED",\n  "object": {}\n}\n{"type": "MOD'
+    assert [document["type"] for document in parse_documents(text)] == ["ADDED", "DELETED"]
+    assert parse_documents("") == []
+
+
+def test_inspection_pod_runs_a_script_with_the_restricted_template_of_the_job():
+    job = render(TransferJob.model_validate(tiny_spec("tiny", "s3://bucket/topwork", "s3://photos/a")), RenderOptions())
+    pod = inspection(job.training, "print(1)")
+    kubernetes_validate.validate(pod, KUBERNETES, strict=True)
+    assert pod["spec"]["securityContext"]["runAsNonRoot"] is True
+    assert pod["spec"]["containers"][0]["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+    assert [container["command"] for container in pod["spec"]["containers"]] == [["python", "-c", "print(1)"]]
+    assert pod["spec"]["initContainers"] == []
+    assert "topwork.dev/run" not in pod["metadata"]["labels"]
+    assert job.training["spec"]["template"]["spec"]["containers"][0]["args"][0] == "stage"
+
+
+def test_secret_is_replaced_while_storage_is_unreachable_and_restored_after_a_failure():
+    replaced = []
+
+    def kubectl(*arguments, stdin):
+        assert arguments == ("replace", "--filename", "-")
+        replaced.append(json.loads(stdin)["stringData"])
+
+    variables = {"AWS_ENDPOINT_URL": "http://10.0.0.7:8333", "AWS_REGION": "here"}
+    with pytest.raises(ValueError, match="broken"), unreachable_storage(kubectl, variables):
+        raise ValueError("broken")
+    closed = {"AWS_ENDPOINT_URL": CLOSED_ENDPOINT, "AWS_ENDPOINT_URL_S3": CLOSED_ENDPOINT, "AWS_REGION": "here"}
+    assert replaced == [closed, variables]

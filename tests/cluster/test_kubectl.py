@@ -14,6 +14,7 @@ OVERLAYS = sorted(path.parent for path in (K8S / "overlays").glob("*/kustomizati
 TEMPLATES = sorted((K8S / "base").glob("*.example"))
 
 
+@pytest.mark.smoke
 def test_rendered_objects_train_after_kubectl_apply(make_run, topwork, namespace):
     run = make_run()
     rendered = topwork("render", run.file)
@@ -29,6 +30,7 @@ def test_rendered_objects_train_after_kubectl_apply(make_run, topwork, namespace
     assert termination_messages["fine-tune"].model in status.output
 
 
+@pytest.mark.smoke
 def test_server_dry_run_creates_nothing(make_run, topwork):
     run = make_run()
     dry_run = topwork("submit", run.file, "--dry-run=server")

@@ -16,6 +16,7 @@ def prefetch_job(run: Run) -> KubernetesObject:
     return job
 
 
+@pytest.mark.smoke
 def test_wait_for_data_submits_the_training_job_after_the_pull(make_run, topwork):
     run = make_run(compute={"prefetch": True})
     result = topwork("submit", run.file, "--wait-for-data", "--follow")

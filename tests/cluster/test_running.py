@@ -5,20 +5,15 @@ import time
 
 import pytest
 from ruamel.yaml import YAML
-from tests.cluster.environment import EVENT_SECONDS, RUN_SECONDS
+from tests.cluster.environment import EVENT_SECONDS, RUN_SECONDS, START_SECONDS
+from tests.cluster.kubectl import wait_for
+from tests.cluster.manifests import inspection
 from tests.cluster.runs import Run
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(2 * RUN_SECONDS)]
 
 # Far more epochs than the job can train during these tests.
 LONG_TRAINING = {"train": "all", "epochs": 10_000, "batchSize": 8, "featureCache": "off"}
-
-# Uses the pod IP instead of a loopback address, as Prometheus does.
-SCRAPE = """
-import sys, urllib.request
-host = f"[{sys.argv[1]}]" if ":" in sys.argv[1] else sys.argv[1]
-print(urllib.request.urlopen(f"http://{host}:{sys.argv[2]}/metrics", timeout=20).read().decode())
-"""
 
 TOKEN_EXISTS = "import os; print(os.path.exists('/var/run/secrets/kubernetes.io'))"
 
@@ -121,14 +116,22 @@ def test_interrupted_follow_does_not_stop_the_job(training, topwork):
 
 
 def test_metrics_are_served_at_the_pod_ip(training, namespace):
-    pod = last_pod(training)
-    name, address = pod["metadata"]["name"], pod["status"]["podIP"]
-    text = namespace.python(name, "transfer", SCRAPE, address, "9102")
+    text = namespace.metrics(last_pod(training)["metadata"]["name"], 9102)
     labels = rf'run="{training.object_name}",stage="transfer",transferjob="{training.name}"'
     assert re.search(rf"^topwork_stage_running{{{labels}}} 1\.0$", text, re.MULTILINE)
     assert re.search(rf"^topwork_epochs_planned{{{labels}}} 10000\.0$", text, re.MULTILINE)
 
 
 def test_container_has_no_service_account_token(training, namespace):
-    name = last_pod(training)["metadata"]["name"]
-    assert namespace.python(name, "transfer", TOKEN_EXISTS).strip() == "False"
+    pod = inspection(training.kubernetes_job(), TOKEN_EXISTS)
+    name = pod["metadata"]["name"]
+    namespace.apply(pod)
+
+    def has_ended() -> bool:
+        return namespace.get("pod", name)["status"].get("phase") in {"Succeeded", "Failed"}
+
+    try:
+        wait_for(has_ended, f"end of {name}", seconds=START_SECONDS)
+        assert namespace("logs", name).strip() == "False"
+    finally:
+        namespace("delete", "pod", name, "--wait=false")

@@ -3,8 +3,9 @@
 import json
 
 import pytest
-from tests.cluster.environment import DELETION_SECONDS, EVENT_SECONDS, RUN_SECONDS, START_SECONDS
+from tests.cluster.environment import DELETION_SECONDS, EVENT_SECONDS, RUN_SECONDS
 from tests.cluster.kubectl import wait_for
+from tests.cluster.manifests import CLOSED_ENDPOINT, unreachable_storage
 from tests.cluster.runs import Run
 
 from topwork.cluster.names import RUN_LABEL
@@ -20,9 +21,9 @@ MEDIUM_TRAINING = LONG_TRAINING | {"epochs": 500}
 def train(make_run, topwork):
     """Function that submits a run and waits for some epochs; returns the run, its pod and the epoch numbers."""
 
-    def start(**spec):
-        run = make_run(**{"transfer": LONG_TRAINING, **spec})
-        submitted = topwork("submit", run.file)
+    def start(namespace=None, **spec):
+        run = make_run(namespace=namespace, **{"transfer": LONG_TRAINING, **spec})
+        submitted = topwork("submit", run.file, namespace=namespace and namespace.namespace)
         assert submitted.exit_code == 0, submitted.output
         pod = run.wait_for_pod()
         return run, pod, run.wait_for_epochs(pod, 3)
@@ -35,10 +36,7 @@ def checkpoints(run: Run, storage) -> list[str]:
     return [stored.key for stored in run_storage.list(f"runs/{run.object_name}/transfer/checkpoints/")]
 
 
-def failures(run: Run) -> int:
-    return int(run.status().get("failed", 0))
-
-
+@pytest.mark.smoke
 def test_cancel_keeps_the_checkpoint_and_submit_resumes(train, topwork, pod_storage):
     run, _, epochs = train()
     canceled = topwork("cancel", run.name, seconds=DELETION_SECONDS)
@@ -75,22 +73,24 @@ def test_follow_of_a_canceled_run_exits_with_143(train, topwork):
     assert result.exit_code == 143, result.output
 
 
-def test_killed_process_is_counted_and_the_second_attempt_publishes(train, topwork):
-    run, pod, _ = train(transfer=MEDIUM_TRAINING)
-    followed = topwork.start("status", run.name, "--follow")
-    run.kill_process(pod, "transfer")
-    other = run.wait_for_pod(other_than=pod)
-    resumed = run.wait_for_epochs(other)
-    assert resumed[0] > 1
-    assert failures(run) == 1
+def test_failed_attempt_is_counted_and_the_next_one_resumes_and_publishes(train, make_namespace, topwork, pod_storage):
+    other = make_namespace(pod_storage)
+    run, pod, _ = train(namespace=other, transfer=MEDIUM_TRAINING, compute={"retries": 4})
+    followed = topwork.start("status", run.name, "--follow", namespace=other.namespace)
+    with unreachable_storage(other, pod_storage.variables):
+        # The running container has its own copy of the variables and stores its checkpoint.
+        other("delete", "pod", pod, "--wait=false")
+        wait_for(lambda: run.failures() >= 1, "a counted failure", seconds=RUN_SECONDS)
+    assert run.wait_for_other_epochs(pod)[0] > 1
     result = followed.wait(seconds=RUN_SECONDS)
     assert result.exit_code == 0, result.output
+    assert "exit code 75" in result.output
     assert f"{run.job.spec.storage}/models/{run.name}/1" in result.output
     # Failed pods keep their logs, so both attempts are shown.
-    logs = topwork("logs", run.name, "--stage", "transfer")
+    logs = topwork("logs", run.name, "--stage", "pull", namespace=other.namespace)
     assert logs.exit_code == 0, logs.output
-    assert '"epoch": 1,' in logs.stdout
-    assert f'"epoch": {resumed[-1]},' in logs.stdout
+    assert CLOSED_ENDPOINT in logs.stdout
+    assert '"dataset"' in logs.stdout
 
 
 def test_force_deleted_pod_is_replaced_and_resumes(train, namespace):
@@ -105,7 +105,7 @@ def test_sigterm_stores_a_checkpoint_and_is_not_counted(train, namespace):
     namespace("delete", "pod", pod, "--wait=false")
     other = run.wait_for_pod(other_than=pod)
     assert run.wait_for_epochs(other)[0] > epochs[-1]
-    assert failures(run) == 0
+    assert run.failures() == 0
 
 
 def test_evicted_pod_is_not_counted_and_follow_reports_the_eviction(train, namespace, topwork):
@@ -116,7 +116,7 @@ def test_evicted_pod_is_not_counted_and_follow_reports_the_eviction(train, names
     other = run.wait_for_pod(other_than=pod)
     assert run.wait_for_epochs(other)[0] > epochs[-1]
     # With backoffLimit 0, a single counted failure would fail the Job.
-    assert failures(run) == 0
+    assert run.failures() == 0
     assert run.condition("Failed") is None
     followed.wait_for("evicted", seconds=EVENT_SECONDS)
     followed.interrupt()
@@ -135,22 +135,16 @@ def test_pod_of_a_drained_node_is_replaced_and_resumes(train, namespace):
             namespace("uncordon", node)
     other = run.wait_for_pod(other_than=pod)
     assert run.wait_for_epochs(other)[0] > epochs[-1]
-    assert failures(run) == 0
+    assert run.failures() == 0
 
 
 def test_termination_message_of_a_stopped_container_is_stopped(train, namespace):
     run, pod, _ = train()
-    # Signal only the process, because a deleted pod can no longer be inspected.
-    run.kill_process(pod, "transfer", "SIGTERM")
-
-    def find_message():
-        stored = namespace.get("pod", pod)
-        return run.termination_messages(stored).get("transfer") if stored else None
-
-    message = wait_for(find_message, "the termination message of transfer", seconds=START_SECONDS)
+    states = namespace.delete_and_watch(pod, seconds=DELETION_SECONDS)
+    message = run.termination_messages(states[-1])["transfer"]
     assert (message.stage, message.outcome, message.exit_code) == ("transfer", "stopped", 143)
-    assert run.wait_for_epochs(run.wait_for_pod(other_than=pod))[0] > 1
-    assert failures(run) == 0
+    assert run.wait_for_other_epochs(pod)[0] > 1
+    assert run.failures() == 0
 
 
 def test_suspended_job_resumes_from_its_checkpoint(train, namespace, topwork):
@@ -161,7 +155,7 @@ def test_suspended_job_resumes_from_its_checkpoint(train, namespace, topwork):
     assert "suspended" in status.output
     namespace("patch", "job", run.object_name, "--patch", json.dumps({"spec": {"suspend": False}}))
     assert run.wait_for_epochs(run.wait_for_pod())[0] > epochs[-1]
-    assert failures(run) == 0
+    assert run.failures() == 0
 
 
 def test_interrupted_submit_does_not_stop_the_job(make_run, topwork):
@@ -175,17 +169,18 @@ def test_interrupted_submit_does_not_stop_the_job(make_run, topwork):
     assert "deletionTimestamp" not in run.kubernetes_job()["metadata"]
 
 
-def test_failed_run_is_replaced_and_resumes(train, topwork):
-    run, pod, _ = train(compute={"retries": 0})
-    run.kill_process(pod, "transfer")
-    wait_for(lambda: run.condition("Failed"), "failure of the Job", seconds=EVENT_SECONDS)
+def test_failed_run_is_replaced_and_resumes(train, make_namespace, topwork, pod_storage):
+    other = make_namespace(pod_storage)
+    run, pod, _ = train(namespace=other, compute={"retries": 0})
+    with unreachable_storage(other, pod_storage.variables):
+        other("delete", "pod", pod, "--wait=false")
+        wait_for(lambda: run.condition("Failed"), "failure of the Job", seconds=RUN_SECONDS)
     before = run.kubernetes_job()["metadata"]["uid"]
-    again = topwork("submit", run.file)
+    again = topwork("submit", run.file, namespace=other.namespace)
     assert again.exit_code == 0, again.output
     assert "checkpoint" in again.output
     assert run.kubernetes_job()["metadata"]["uid"] != before
-    other = run.wait_for_pod(other_than=pod)
-    assert run.wait_for_epochs(other)[0] > 1
+    assert run.wait_for_other_epochs(pod)[0] > 1
 
 
 def test_concurrent_submissions_create_one_job(make_run, topwork):

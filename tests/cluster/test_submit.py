@@ -39,6 +39,7 @@ def only_pod(run):
     return pods[0]
 
 
+@pytest.mark.smoke
 def test_follow_reports_every_stage_and_the_model(published):
     run, result = published
     assert all(stage in result.output for stage in STAGES), result.output
@@ -63,6 +64,7 @@ def test_model_can_be_fetched_and_loaded_with_keras_only(published, topwork, pod
     assert (tmp_path / "model" / "saved_model.pb").is_file()
 
 
+@pytest.mark.smoke
 def test_every_container_has_a_termination_message(published):
     run, _ = published
     termination_messages = run.termination_messages(only_pod(run))
@@ -75,6 +77,7 @@ def test_every_container_has_a_termination_message(published):
     assert termination_messages["fine-tune"].model == f"{run.job.spec.storage}/models/{run.name}/1"
 
 
+@pytest.mark.smoke
 def test_namespace_enforces_restricted_and_admits_the_pod(published, namespace):
     run, _ = published
     labels = namespace.get("namespace", namespace.namespace)["metadata"]["labels"]
@@ -102,6 +105,7 @@ def test_config_map_is_owned_by_its_job(published, namespace):
     ]
 
 
+@pytest.mark.smoke
 def test_submitting_the_same_spec_again_starts_nothing(published, topwork):
     run, _ = published
     before = run.kubernetes_job()
@@ -114,6 +118,7 @@ def test_submitting_the_same_spec_again_starts_nothing(published, topwork):
     assert len(run.pods()) == 1
 
 
+@pytest.mark.smoke
 def test_status_and_list_show_a_finished_run(published, topwork):
     run, _ = published
     status = topwork("status", run.name)
@@ -125,6 +130,7 @@ def test_status_and_list_show_a_finished_run(published, topwork):
     assert run.name in listed.output
 
 
+@pytest.mark.smoke
 def test_logs_of_a_finished_run_contain_all_stages_in_order(published, topwork):
     run, _ = published
     logs = topwork("logs", run.name)

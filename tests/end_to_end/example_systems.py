@@ -23,7 +23,7 @@ from topwork.clients.prometheus.metrics import Metrics
 from topwork.clients.s3.storage import Storage
 from topwork.data.dataset_manifest import DatasetMetadata, StoredDataset
 from topwork.data.local_dataset import LocalDataset, fetch_dataset
-from topwork.registry.stage_results import Classifier, TrainingStage, read_stage_result
+from topwork.registry.stage_results import Classifier, TrainingStage, read_run_result
 from topwork.spec import TransferJob
 from topwork.spec.loading.loader import read_files
 from topwork.workspace import Workspace
@@ -59,7 +59,7 @@ class ExampleRun:
     _models: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def stage_result(self, stage: TrainingStage) -> Classifier:
-        result = read_stage_result(self.storage, self.job.run, stage)
+        result = read_run_result(self.storage, self.job.run, stage)
         assert result is not None, f"{stage} of {self.job.run} has no result"
         return result
 
@@ -194,12 +194,13 @@ class ExampleRunner:
         starts = [index for index, event in enumerate(events) if event["message"] == "run"] + [len(events)]
         summaries = completed.stdout.partition("\n\n")[0].split("Published ")[1:]
         for number, (_, job) in enumerate(read_files(files, overrides)):
-            assert events[starts[number]]["name"] == job.run
-            directory = self.directory / job.run
+            run = events[starts[number]]["name"]
+            assert run.startswith(f"{job.metadata.name}-")
+            directory = self.directory / run
             directory.mkdir()
             job_events = tuple(events[starts[number] : starts[number + 1]])
             summary = f"Published {summaries[number]}"
-            yield ExampleRun(job, job_events, summary, completed.stdout, self.storage, directory)
+            yield ExampleRun(job.as_run(run), job_events, summary, completed.stdout, self.storage, directory)
 
     def mirror_tfds(self, name: str, **dataset: Any) -> None:
         """Mirror a dataset of small images under the name of a real TFDS dataset, with its real classes and splits."""

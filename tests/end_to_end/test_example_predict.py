@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+from PIL import Image
 from tests.end_to_end.example_systems import FLOWERS, random_image
 from tests.end_to_end.test_example_labs import labs  # noqa: F401 - a fixture
 
@@ -30,13 +31,22 @@ def flowers(labs):  # noqa: F811
 
 @pytest.fixture(scope="module")
 def photos(flowers):
-    """Directories with JPEG and PNG images of different sizes, and a text file."""
+    """Directories with images of different formats and sizes, and a text file."""
     random = np.random.default_rng(5)
     directory = flowers.directory / "photos"
     for index, side in enumerate((32, 57, 90, 120)):
         path = directory / f"{index % 2}" / f"{index}.{'png' if index == 3 else 'jpg'}"
         path.parent.mkdir(parents=True, exist_ok=True)
         random_image(random, side, (60 * index, 150 - 40 * index, 30)).save(path)
+    transparent = Image.new("RGBA", (40, 50), (0, 0, 0, 0))
+    transparent.paste((30, 150, 60, 120), (5, 5, 30, 40))
+    transparent.save(directory / "0" / "transparent.png")
+    transparent.save(directory / "0" / "transparent.webp", lossless=True)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photo = random_image(random, 64, (200, 40, 30))
+    photo.crop((0, 0, 64, 30)).save(directory / "1" / "rotated.jpg", exif=exif)
+    photo.quantize(32).save(directory / "1" / "palette.bmp")
     (directory / "notes.txt").write_text("not an image")
     return directory
 
@@ -59,7 +69,7 @@ def predictions(predict):
 
 
 def image_paths(photos):
-    return [str(path) for path in sorted(photos.rglob("*.*g"))]
+    return [str(path) for path in sorted(photos.rglob("*.*")) if path.suffix != ".txt"]
 
 
 def test_model_is_evaluated_on_held_out_images(flowers):

@@ -1,23 +1,22 @@
-"""The current version of topwork completes runs that an older version started.
+"""Storage of topwork 0.1.0 stays usable: published models are served, and a job continues with a new version.
 
-`tests/fixtures/v0.1-layout.tar.xz` is a storage location as version 0.1.0 left it: a dataset, a run that published a
-model, a run that was stopped in transfer (on cached features) and one that was stopped in fine-tuning.
+`tests/fixtures/v0.1-layout.tar.xz` is a storage location as version 0.1.0 left it: images, a dataset, a run that
+published a model, a run that was stopped in transfer and one that was stopped in fine-tuning. Version 0.1.0 stored
+results by run, and decoded transparent and 16-bit images differently, so its datasets and stage results are not reused.
 """
 
 import json
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from topwork.clients.s3.storage import Storage
-from topwork.spec.loading.loader import read_jobs
 
 ARCHIVE = Path(__file__).parent.parent / "fixtures" / "v0.1-layout.tar.xz"
 FINISHED = "finished-37044cd8"
-STOPPED_IN_TRANSFER = "stopped-in-transfer-8aa1d9b4"
-STOPPED_IN_FINE_TUNE = "stopped-in-fine-tune-63416c73"
 
 
 @pytest.fixture
@@ -34,62 +33,40 @@ def old_storage(s3_settings) -> Storage:
 
 
 @pytest.fixture
-def run_again(old_storage, s3_settings, topwork, tmp_path) -> Callable[[str], str]:
-    """Run the spec of an old run again with `topwork run` and return the log."""
+def topwork_here(s3_settings, topwork) -> Callable[..., Any]:
+    """Run a topwork command with the credentials of the storage; returns the completed process."""
 
-    def call(run: str) -> str:
-        spec = tmp_path / "job.yaml"
-        spec.write_bytes(old_storage.read(f"runs/{run}/spec.yaml"))
-        assert [job.run for job in read_jobs(spec)] == [run]
+    def call(*arguments: object) -> Any:
         variables = {
             "AWS_ENDPOINT_URL": s3_settings.endpoint_url,
             "AWS_ACCESS_KEY_ID": s3_settings.access_key,
             "AWS_SECRET_ACCESS_KEY": s3_settings.secret_key,
         }
-        completed = topwork("run", spec, "--log-format", "json", **variables)
+        completed = topwork(*arguments, **variables)
         assert completed.returncode == 0, completed.stderr
-        return completed.stderr
+        return completed
 
     return call
 
 
-def events(log: str) -> list[dict]:
-    return [json.loads(line) for line in log.splitlines() if line.startswith("{")]
+def test_model_of_the_previous_version_is_served_and_its_job_publishes_the_next_version(
+    old_storage, topwork_here, tmp_path
+):
+    before = {stored.key: stored.etag for stored in old_storage.list("models/finished/1/")}
+    spec, image = tmp_path / "job.yaml", tmp_path / "red.jpg"
+    spec.write_bytes(old_storage.read(f"runs/{FINISHED}/spec.yaml"))
+    image.write_bytes(old_storage.read("photos/red/00.jpg"))
+    predicted = topwork_here("predict", f"{old_storage.uri}/models/finished/1", image, "--json").stdout
+    assert json.loads(predicted)[0]["class"] == "red"
+
+    log = [json.loads(line) for line in topwork_here("run", spec, "--log-format", "json").stderr.splitlines()]
+    (changed,) = [event for event in log if event["message"] == "source changed"]
+    assert changed["changes"] == "topwork stores images in another way since version 1"
+    assert {event["stage"] for event in log if event["message"] == "epoch"} == {"transfer", "fine-tune"}
+    assert json.loads(old_storage.read("models/finished/latest.json"))["version"] == 2
+    assert {stored.key: stored.etag for stored in old_storage.list("models/finished/1/")} == before
 
 
-def trained_epochs(log: str) -> list[tuple[str, int]]:
-    return [(event["stage"], event["epoch"]) for event in events(log) if event["message"] == "epoch"]
-
-
-def history(storage: Storage, run: str) -> list[list[str]]:
-    return [line.split(",") for line in storage.read(f"runs/{run}/history.csv").decode().splitlines()]
-
-
-def test_run_stopped_in_transfer_by_the_previous_version_resumes_at_its_checkpoint(old_storage, run_again):
-    log = run_again(STOPPED_IN_TRANSFER)
-    resumed = next(event for event in events(log) if event["message"] == "resumed")
-    assert (resumed["stage"], resumed["epoch"], resumed["step"]) == ("transfer", 3, 0)
-    assert trained_epochs(log) == [
-        *(("transfer", epoch) for epoch in range(4, 61)),
-        *(("fine-tune", epoch) for epoch in range(1, 13)),
-    ]
-    assert len(history(old_storage, STOPPED_IN_TRANSFER)) == 1 + 60 + 12
-    assert old_storage.read("models/stopped-in-transfer/latest.json") is not None
-
-
-def test_run_stopped_in_fine_tuning_by_the_previous_version_resumes_at_its_checkpoint(old_storage, run_again):
-    log = run_again(STOPPED_IN_FINE_TUNE)
-    resumed = next(event for event in events(log) if event["message"] == "resumed")
-    assert (resumed["stage"], resumed["epoch"], resumed["step"]) == ("fine-tune", 3, 0)
-    assert trained_epochs(log) == [("fine-tune", epoch) for epoch in range(4, 13)]
-    # Version 0.1.0 wrote the rows of the epochs before the stop.
-    rows = history(old_storage, STOPPED_IN_FINE_TUNE)
-    assert [round(float(row[rows[0].index("loss")]), 4) for row in rows[3:6]] == [0.6614, 0.6596, 0.6586]
-    assert old_storage.read("models/stopped-in-fine-tune/latest.json") is not None
-
-
-def test_model_published_by_the_previous_version_is_not_trained_again(old_storage, run_again):
-    before = {stored.key: stored.etag for stored in old_storage.list("models/finished/")}
-    log = run_again(FINISHED)
-    assert trained_epochs(log) == []
-    assert {stored.key: stored.etag for stored in old_storage.list("models/finished/")} == before
+def test_gc_keeps_everything_that_the_previous_version_stored(old_storage, topwork_here):
+    report = topwork_here("gc", old_storage.uri, "--dry-run", "--older-than", "0m", "--json").stdout
+    assert json.loads(report)["found"] == []

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from topwork.spec.loading.loader import read_jobs
 
 FINE_TUNE = {"epochs": 1, "unfreeze": "all", "optimizer": {"name": "adam", "learningRate": 0.0001}}
 
@@ -66,7 +65,9 @@ def test_run_publishes_a_model_that_keras_and_tensorflow_load(topwork, write_loc
 
 
 def test_killed_run_resumes_from_its_checkpoint(topwork, start_topwork, write_local_job):
-    job = write_local_job(transfer={"train": "all", "epochs": 6, "batchSize": 8})
+    # An epoch takes a fraction of a second. By default, epochs store a checkpoint once a minute.
+    compute = {"gpus": 0, "checkpointMinutes": 1e-4}
+    job = write_local_job(transfer={"train": "all", "epochs": 6, "batchSize": 8}, compute=compute)
     process = start_topwork("run", job)
     process.wait_for_output("epoch=3")
     process.send_signal(signal.SIGKILL)
@@ -96,9 +97,9 @@ def test_simultaneous_runs_share_the_embedded_storage(start_topwork, write_local
 
 def test_metrics_are_served_during_a_run(start_topwork, write_local_job):
     job = write_local_job(transfer={"train": "all", "epochs": 500, "batchSize": 8})
-    run = read_jobs(job)[0].run
     process = start_topwork("run", job, "--metrics-port", "0")
     process.wait_for_output("epoch=2")
+    run = process.output.split("run name=")[1].split()[0]
     port = process.output.split("port=")[1].split()[0]
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60) as response:
         text, scraped = response.read().decode(), time.time()

@@ -45,6 +45,8 @@ def scrape(container) -> dict[tuple[str, ...], float]:
 def stage_seconds(storage, run: str, stage: str) -> float:
     """Return the duration of a stage in seconds from its done.json."""
     done = json.loads(storage.read(f"runs/{run}/{stage}/done.json"))
+    if "key" in done and stage != "publish":
+        done = json.loads(storage.read(f"stages/{stage}/{done['key']}/done.json"))
     started, finished = (datetime.fromisoformat(done[name]) for name in ("started", "finished"))
     return (finished - started).total_seconds()
 

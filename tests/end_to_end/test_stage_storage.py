@@ -25,8 +25,8 @@ WRONG_SECRET = "{endpoint} rejected the request signature. Check AWS_SECRET_ACCE
     [
         (NO_KEYS, 2, MISSING.replace("{names}", "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")),
         ({"AWS_SECRET_ACCESS_KEY": None}, 2, MISSING.replace("{names}", "AWS_SECRET_ACCESS_KEY")),
-        ({"AWS_ACCESS_KEY_ID": "nobody"}, 2, "{endpoint} does not know the access key. Check AWS_ACCESS_KEY_ID"),
-        ({"AWS_SECRET_ACCESS_KEY": "wrong-secret"}, 2, WRONG_SECRET),
+        ({"AWS_ACCESS_KEY_ID": "nobody"}, 75, "{endpoint} does not know the access key. Check AWS_ACCESS_KEY_ID"),
+        ({"AWS_SECRET_ACCESS_KEY": "wrong-secret"}, 75, WRONG_SECRET),
         ({"AWS_SECRET_ACCESS_KEY": "secret\n"}, 2, "AWS_SECRET_ACCESS_KEY begins or ends with a space or a line break"),
         (
             {"AWS_CA_BUNDLE": "/nowhere.pem"},

@@ -83,20 +83,20 @@ CASES = [
     Case(Fault("503 SlowDown", s3_error(503, "SlowDown", "Please reduce your request rate.")), 75, "failed for"),
     Case(
         Fault("403 AccessDenied", s3_error(403, "AccessDenied", "Access Denied.")),
-        2,
+        75,
         "AWS_ACCESS_KEY_ID",
         is_retried=False,
     ),
     Case(Fault("404 NoSuchKey", s3_error(404, "NoSuchKey", "No such key."), reads_file), 2, "", is_retried=False),
     Case(
         Fault("clock skew", s3_error(403, "RequestTimeTooSkewed", "The difference is too large.")),
-        2,
+        75,
         "clock",
         is_retried=False,
     ),
     Case(
         Fault("expired credentials", s3_error(400, "ExpiredToken", "The token has expired.")),
-        2,
+        75,
         "AWS_SESSION_TOKEN",
         is_retried=False,
     ),

@@ -2,14 +2,18 @@
 
 import json
 import os
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tests.faults import proxy as faults
 from tests.faults.proxy import Fault, Proxy
 
+from topwork.clients.s3.errors import AccessError
+from topwork.clients.s3.stall_detection import StallDetector
 from topwork.clients.s3.storage import FileEntry, Storage, StorageSettings
 from topwork.errors import SettingError, TopworkError, UnavailableError
 from topwork.registry import versions
@@ -96,8 +100,68 @@ def test_single_fault_is_retried_and_a_permanent_one_fails_in_time(
 def test_errors_of_head_requests_are_reported_with_their_cause(faulty_storage, entry, tmp_path, response, message):
     rejected = faulty_storage(Fault("rejected", response))
     for operation in ("size", "upload", "download"):
-        with pytest.raises(SettingError, match=message):
+        with pytest.raises(AccessError, match=message) as caught:
             OPERATIONS[operation](rejected, tmp_path, entry)
+        assert caught.value.exit_code == 75
+
+
+# Status and code of a response, the exit code, and whether the request is retried before that. AccessDenied and the
+# like are not retried with the same credentials: see tests/storage/test_credentials.py.
+STATUSES = [
+    (301, "PermanentRedirect", 2, False),
+    (307, "TemporaryRedirect", 75, True),
+    (400, "AuthorizationHeaderMalformed", 2, False),
+    (400, "InvalidArgument", 2, False),
+    (400, "RequestTimeout", 75, True),
+    (401, "Unauthorized", 75, False),
+    (403, "AccessDenied", 75, False),
+    (403, "AllAccessDisabled", 75, False),
+    (403, "SignatureDoesNotMatch", 75, False),
+    (404, "NoSuchBucket", 2, False),
+    (405, "MethodNotAllowed", 2, False),
+    (408, "RequestTimeout", 75, True),
+    (425, "TooEarly", 75, True),
+    (429, "TooManyRequests", 75, True),
+    (429, "SlowDown", 75, True),
+    (500, "InternalError", 75, True),
+    (501, "NotImplemented", 2, False),
+    (502, "BadGateway", 75, True),
+    (503, "SlowDown", 75, True),
+    (504, "GatewayTimeout", 75, True),
+    (507, "InsufficientStorage", 75, False),
+    (509, "BandwidthLimitExceeded", 75, True),
+    (520, "UnknownError", 75, True),
+    (522, "", 75, True),
+    (530, "", 75, True),
+]
+
+
+@pytest.mark.parametrize(("status", "code", "exit_code", "is_retried"), STATUSES)
+def test_status_decides_about_retries_and_the_exit_code(
+    faulty_storage, proxy, monkeypatch, status, code, exit_code, is_retried
+):
+    monkeypatch.setattr("botocore.endpoint.time", SimpleNamespace(sleep=lambda seconds: None))
+    # Without a code: an HTML page of a proxy in front of the server.
+    response = faults.error(status, code, "Message.") if code else html_page(status)
+    fault = Fault(str(status), response, lambda request: request.method in {"PUT", "GET"} and request.is_object)
+    once = faulty_storage(fault.once())
+    if is_retried:
+        assert once.write("key", b"value") is True
+        assert faulty_storage(fault.once()).read("key") == b"value"
+    failing = faulty_storage(fault)
+    for operation in (lambda: failing.write("key", b"value"), lambda: failing.read("key")):
+        with pytest.raises(TopworkError) as caught:
+            operation()
+        assert caught.value.exit_code == exit_code
+        assert failing.uri in str(caught.value) or proxy.endpoint in str(caught.value)
+    assert proxy.fault_count == 2 * (faults.ATTEMPTS if is_retried else 1)
+
+
+def html_page(status: int) -> Callable[[faults.Exchange], None]:
+    def inject(exchange: faults.Exchange) -> None:
+        exchange.respond(faults.Response(status, [("Content-Type", "text/html")], b"<html><br>Origin is down.</html>"))
+
+    return inject
 
 
 @pytest.mark.parametrize(("code", "kind"), [("InsufficientStorage", UnavailableError), ("QuotaExceeded", SettingError)])
@@ -138,3 +202,30 @@ def test_moving_latest_fails_if_storage_does_not_return_written_objects(storage,
     stale = Fault("stale", missing, lambda request: request.method == "GET" and "latest.json" in request.path)
     with pytest.raises(UnavailableError, match="100 times in a row"):
         versions.update_latest(faulty_storage(stale), "cats")
+
+
+def test_stall_detection_continues_after_an_unexpected_error():
+    class BrokenResponse:
+        closed, length_remaining = False, 10
+        is_broken = False
+
+        def tell(self) -> int:
+            if self.is_broken:
+                raise TypeError("a response that nobody expected")
+            return 0
+
+    detector, broken = StallDetector(None, 0.2), BrokenResponse()
+    errors: list[threading.ExceptHookArgs] = []
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(threading, "excepthook", errors.append)
+        detector._watch(broken)
+        thread = detector._thread
+        broken.is_broken = True
+        thread.join()
+    assert [error.exc_type for error in errors] == [TypeError]
+    working = BrokenResponse()
+    detector._watch(working)
+    assert detector._thread is not None
+    assert detector._thread.is_alive()
+    working.closed = True
+    detector._thread.join()

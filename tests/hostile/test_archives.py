@@ -131,6 +131,10 @@ def tar_with_many_entries(path: Path) -> None:
     write_tar(path, {f"cat/{number}.jpg": b"" for number in range(1001)})
 
 
+def tar_with_many_directories(path: Path) -> None:
+    path.write_bytes(b"".join(header(f"{number}/", tarfile.DIRTYPE) for number in range(1001)) + bytes(2 * BLOCK))
+
+
 def header_bomb(kind: bytes) -> Callable[[Path], None]:
     """A header of 200 MiB before a file: tarfile would read all of it into memory."""
 
@@ -193,6 +197,7 @@ REJECTED_ARCHIVES = [
     (bomb("w:bz2", 60 * MIB), BOMB),
     (bomb("w:xz", 60 * MIB), BOMB),
     (tar_with_many_entries, MANY),
+    (tar_with_many_directories, MANY),
     (header_bomb(tarfile.XHDTYPE), "a header has 209715200 bytes"),
     (header_bomb(tarfile.XGLTYPE), "a header has 209715200 bytes"),
     (header_bomb(tarfile.GNUTYPE_LONGNAME), "a header has 209715200 bytes"),
@@ -327,6 +332,31 @@ def test_nested_archive_is_not_opened(tmp_path):
     with pytest.raises(Rejection) as rejected:
         validate_image(inner)
     assert rejected.value.reason == "unknown format"
+
+
+UNEXPECTED = [
+    (
+        b"<!DOCTYPE html>\n<html><head><title>Sign in &amp; go</title>" + b" " * 2000,
+        'HTML page with the title "Sign in & go"',
+    ),
+    (b"\xef\xbb\xbf \n<!-- x --><HTML><body>Too many requests", "an HTML page, such as a login form"),
+    (b'<?xml version="1.0"?><Error><Code>AccessDenied</Code><Message>No</Message></Error>', "AccessDenied: No"),
+    (b'{"message": "Not Found", "status": "404"}', 'a JSON document: {"message": "Not Found"'),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n", "a Git LFS pointer"),
+    (b"", "It is empty"),
+    (b"7z\xbc\xaf\x27\x1c" + bytes(600), "a 7-Zip archive, which is not supported"),
+    (b"PK\x03\x04" + bytes(600), "begins like a zip file, but its end is missing"),
+    (b"<html><title>" + b"x" * 5000 + b"\x1b[2J</title>", "x" * 100 + "…"),
+]
+
+
+@pytest.mark.parametrize(("content", "message"), UNEXPECTED, ids=list(map(str, range(len(UNEXPECTED)))))
+def test_file_that_is_no_archive_is_described(tmp_path, content, message):
+    (tmp_path / "a.tar").write_bytes(content)
+    with pytest.raises(DataError, match="is not a readable archive") as error:
+        read_all(tmp_path / "a.tar")
+    assert message in str(error.value)
+    assert len(str(error.value)) < 500
 
 
 def test_random_damage_to_an_archive_raises_only_data_errors(tmp_path):

@@ -455,6 +455,62 @@ def test_download_raises_and_does_not_retry_when_the_disk_is_full(serve, tmp_pat
     assert len(server.requests) == 1
 
 
+# Servers without HEAD
+
+
+def reject_head(status: int) -> Responder:
+    def respond(handler: Any) -> None:
+        if handler.command == "HEAD":
+            send(handler, b"", status=status)
+        elif handler.headers.get("Range") == "bytes=0-0":
+            send(handler, CONTENT[:1], status=206, ETag='"one"', Content_Range="bytes 0-0/300000")
+        else:
+            send(handler, CONTENT, ETag='"one"')
+
+    return respond
+
+
+@pytest.mark.parametrize("status", [403, 404, 405, 500, 501])
+def test_version_and_size_come_from_a_ranged_get_when_head_is_rejected(serve, tmp_path, status):
+    server = serve(reject_head(status))
+    file = RemoteFile(server.url)
+    assert (file.version(), file.size()) == ('"one" 300000', 300_000)
+    assert [range_header for _, range_header in server.requests] == [None, "bytes=0-0", "bytes=0-0"]
+    assert fetch(server.url, tmp_path) == CONTENT
+    answered = serve(lambda handler: send(handler, b"", 300_000, ETag='"one"'))
+    assert RemoteFile(answered.url).version() == '"one" 300000'
+
+
+def test_version_comes_from_a_get_when_head_never_answers_or_omits_headers(serve, monkeypatch):
+    monkeypatch.setattr(http_client, "SOCKET_TIMEOUT_SECONDS", 0.2)
+
+    def respond(handler: Any) -> None:
+        if handler.command == "HEAD":
+            time.sleep(1)
+        else:
+            send(handler, b"abc", Last_Modified="Sat, 01 Jan 2022 00:00:00 GMT")  # ignores the range
+
+    server = serve(respond)
+    assert RemoteFile(server.url).version() == f"{server.url} Sat, 01 Jan 2022 00:00:00 GMT 3"
+    nothing = serve(lambda handler: handler.wfile.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\nabc"))
+    assert (RemoteFile(nothing.url).version(), RemoteFile(nothing.url).size()) == (None, None)
+
+
+def test_requests_name_topwork_as_the_user_agent(serve, tmp_path):
+    def respond(handler: Any) -> None:
+        is_blocked = "urllib" in handler.headers["User-Agent"] or "Mozilla" not in handler.headers["User-Agent"]
+        send(handler, b"blocked", status=403) if is_blocked else send_content(handler)
+
+    server = serve(redirect(serve(respond).url))
+    assert fetch(server.url, tmp_path) == CONTENT
+    assert server.headers[0]["User-Agent"].startswith("topwork/0.")
+
+
+def test_missing_file_is_rejected_with_the_status_of_the_get(serve):
+    with pytest.raises(DataError, match=r"the server responded with 404 Not Found\. Check the address"):
+        RemoteFile(serve(lambda handler: send(handler, b"", status=404)).url).version()
+
+
 # Plain HTTP
 
 PRIVATE = ["localhost", "127.0.0.1", "[::1]", "10.1.2.3", "172.31.0.1", "192.168.1.9", "[fd12::1]", "minio",

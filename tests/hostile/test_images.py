@@ -1,6 +1,8 @@
 """Malicious images. For damaged and unusual images, see unit/test_image_validation.py."""
 
 import io
+import os
+import signal
 import struct
 import time
 import zlib
@@ -11,7 +13,7 @@ from PIL import Image
 from topwork.data import decode_pool, image_validation
 from topwork.data.decode_pool import DecodePool
 from topwork.data.image_validation import Rejection, ValidatedImage, validate_image
-from topwork.errors import DataError
+from topwork.errors import DataError, UnavailableError
 
 
 def encode(kind: str, **options) -> bytes:
@@ -39,11 +41,11 @@ MALICIOUS = {
     "PNG with width 0": (png(header(0, 8), PIXELS, END), "unknown format"),
     "PNG with a decompression bomb as text": (
         png(header(8, 8), (b"zTXt", b"x\0\0" + zlib.compress(bytes(80 * 2**20))), PIXELS, END),
-        "undecodable",
+        "valid",
     ),
     "PNG with a decompression bomb as color profile": (
         png(header(8, 8), (b"iCCP", b"x\0\0" + zlib.compress(bytes(80 * 2**20))), PIXELS, END),
-        None,
+        "valid",
     ),
     "GIF with a huge screen size": (GIF[:6] + b"\xff\xff\xff\xff" + GIF[10:], "too large"),
     "BMP with a huge size": (
@@ -70,8 +72,12 @@ def test_validate_image_rejects_a_malicious_image_with_a_reason(name):
 
 
 def _hang_on_request(data: bytes, *, keep_encoding: bool) -> ValidatedImage:
-    if data == b"hang":
+    while data == b"hang":
+        pass
+    if data == b"starved":
         time.sleep(600)
+    if data == b"killed":
+        os.kill(os.getpid(), signal.SIGKILL)
     if data == b"greedy":
         bytearray(8 * 2**30)
     return validate_image(data, keep_encoding=keep_encoding)
@@ -85,8 +91,23 @@ def test_decode_pool_rejects_an_image_that_hangs_its_worker_and_validates_the_ot
     assert [getattr(result, "reason", "valid") for result in results] == ["valid", "decoder hung", "valid"]
 
 
+@pytest.mark.parametrize(
+    ("image", "timeout_seconds", "reason"),
+    [(b"starved", 2.0, "This machine is overloaded"), (b"killed", 60.0, "ran out of memory")],
+)
+def test_decode_pool_rejects_no_image_that_another_machine_may_decode(monkeypatch, image, timeout_seconds, reason):
+    monkeypatch.setattr(decode_pool, "IMAGE_TIMEOUT_SECONDS", timeout_seconds)
+    monkeypatch.setattr(decode_pool, "CPU_SHARE", 30.0)
+    with (
+        DecodePool(_hang_on_request, workers=1) as pool,
+        pytest.raises(UnavailableError, match=f"^b'{image.decode()}': .*{reason}") as caught,
+    ):
+        list(pool.validate_all([image], lambda data: data))
+    assert caught.value.exit_code == 75
+
+
 def test_decode_pool_fails_when_too_many_images_hang(monkeypatch):
-    monkeypatch.setattr(decode_pool, "IMAGE_TIMEOUT_SECONDS", 1.0)
+    monkeypatch.setattr(decode_pool, "IMAGE_TIMEOUT_SECONDS", 3.0)
     monkeypatch.setattr(decode_pool, "MAX_TIMEOUTS", 0)
     with (
         DecodePool(_hang_on_request, workers=1) as pool,

@@ -227,8 +227,8 @@ CONTAINERS = [
     (additional_files, "Other files are never read."),
     (two_architectures, "each once"),
     (pickle_in_npz, "contains config.json, metadata.json, model.weights.npz, but a .keras file contains"),
-    (bare_pickle, "is not a Keras model"),
-    (legacy_zip, "contains saved_model.pb"),
+    (bare_pickle, "is a pickle file, as from PyTorch, and code in it is never run"),
+    (legacy_zip, "is an archive of a TensorFlow SavedModel"),
 ]
 
 

@@ -6,6 +6,7 @@ tests therefore cover the complete pod without repeating its settings.
 
 import math
 import os
+import re
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,6 +16,8 @@ from typing import Any
 from kubernetes.utils.quantity import parse_quantity
 from tests.image.container import Container
 from tests.image.podman import LIMITS
+
+from topwork.cluster.names import JOB_UID_LABEL
 
 KubernetesObject = dict[str, Any]
 
@@ -52,6 +55,9 @@ class Pod:
         assert spec["restartPolicy"] == "Never"
         # Both would add cluster data to the containers.
         assert spec["automountServiceAccountToken"] is spec["enableServiceLinks"] is False
+        # Kubernetes adds the UID of the Job to the labels of its pods.
+        labels = {**template["metadata"].get("labels", {}), JOB_UID_LABEL: str(uuid.uuid4())}
+        self._metadata = {"labels": labels, "annotations": template["metadata"].get("annotations", {})}
         self._namespace = namespace
         self._directory = directory / f"pod-{uuid.uuid4().hex[:8]}"
         self._directory.mkdir()
@@ -156,8 +162,18 @@ class Pod:
         for variable in container["env"]:
             require_known_keys(variable, "name", "value", "valueFrom")
             name = variable["name"]
-            variables[name] = variable["value"] if "value" in variable else resource_value(variable, container)
+            variables[name] = variable["value"] if "value" in variable else self._value_from(variable, container)
         return variables
+
+    def _value_from(self, variable: KubernetesObject, container: KubernetesObject) -> str:
+        """Return the value of a variable with a `fieldRef` to a label or annotation, or with a `resourceFieldRef`."""
+        source = require_known_keys(variable["valueFrom"], "fieldRef", "resourceFieldRef")
+        if "resourceFieldRef" in source:
+            return resource_value(variable, container)
+        path = require_known_keys(source["fieldRef"], "fieldPath")["fieldPath"]
+        match = re.fullmatch(r"metadata\.(labels|annotations)\['([^']+)'\]", path)
+        assert match, path
+        return str(self._metadata[match[1]].get(match[2], ""))
 
 
 def require_known_keys(part: KubernetesObject, *known: str) -> KubernetesObject:
@@ -181,7 +197,9 @@ def security_options(context: KubernetesObject) -> list[str]:
 
 def resource_options(resources: KubernetesObject) -> list[str]:
     """Return the options for the resource limits."""
-    limits = require_known_keys(require_known_keys(resources, "requests", "limits")["limits"], "cpu", "memory")
+    limits = require_known_keys(resources, "requests", "limits")["limits"]
+    # Podman does not limit disk space; see `volumes_over_limit`.
+    require_known_keys(limits, "cpu", "memory", "ephemeral-storage")
     return ["--cpus", str(parse_quantity(limits["cpu"])), "--memory", str(int(parse_quantity(limits["memory"])))]
 
 

@@ -21,6 +21,8 @@ NAMESPACE = "team-a"
 IMAGE = "registry.example.com/topwork:1-gpu"
 MODEL = "s3://bucket/topwork/models/flowers/3/"
 NODE = "gpu-1"
+SOURCE_NOTE = "Note: the pod checks the source, not this command: no storage is configured here"
+"""Printed to standard error by `topwork submit` without AWS variables."""
 
 SPEC = {
     "apiVersion": "topwork.dev/v1alpha1",

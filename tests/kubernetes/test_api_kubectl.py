@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from api_server import ApiServer, owner_references
+from tests.cluster.kubectl import Kubectl as KubectlOfTests
 
 KUBECTL = Path(sys.executable).with_name("kubectl")
 Kubectl = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -72,3 +73,18 @@ def test_kubectl_follows_a_log(open_server: ApiServer, kubectl: Kubectl):
     assert kubectl("logs", "p", "-c", "waits").stderr == (
         'Error from server (BadRequest): container "waits" in pod "p" is waiting to start: PodInitializing\n'
     )
+
+
+def test_states_of_a_deleted_pod_are_watched_until_it_is_gone(
+    open_server: ApiServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("KUBECONFIG", str(open_server.kubeconfig(tmp_path / "config")))
+    stored = open_server.put(job())
+    metadata = {"name": "p", "ownerReferences": owner_references(stored)}
+    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": {"containers": []}}
+    open_server.put({**pod, "status": {"phase": "Running"}})
+    open_server.deletion_seconds = 2.0
+    stopped = {"phase": "Failed", "message": "stopped"}
+    threading.Timer(1.0, open_server.patch, ("Pod", "p", {"status": stopped})).start()
+    states = KubectlOfTests("team-a").delete_and_watch("p", seconds=30)
+    assert [states[0]["status"]["phase"], states[-1]["status"]] == ["Running", stopped]

@@ -16,6 +16,7 @@ from sample_objects import (
     PULLED,
     QUOTA,
     RUN,
+    SOURCE_NOTE,
     TRANSFERRED,
     at,
     backoff_limit_exceeded,
@@ -32,7 +33,7 @@ from sample_objects import (
 )
 from simulated_cluster import Command, SimulatedCluster, wait_for, write_spec
 
-from topwork.cli.output.follow import ProgressReporter
+from topwork.cli.output.follow import ConnectionOptions, ProgressReporter, follow
 from topwork.clients.kubernetes.cluster import Cluster
 from topwork.cluster.operations.follow import ConnectionStatus, RunFollower
 from topwork.cluster.operations.run_watcher import FollowTimings
@@ -44,6 +45,7 @@ pytestmark = pytest.mark.timeout(600)
 POD = f"{RUN}-abcde"
 STARTED = f"started on node gpu-1 (pod {POD})"
 SUBMITTED = [
+    SOURCE_NOTE,
     f"transferjob flowers submitted as job.batch/{RUN} in namespace team-a",
     f"following {RUN}; press Ctrl-C to leave it running",
 ]
@@ -238,7 +240,7 @@ def test_broken_watches_restart_without_repeated_lines(
         submitted.expect("transfer started")
         simulated.finish_run()
         assert submitted.wait() == 0
-        assert [line for line in submitted.lines if line != "pending"][2:-1] == [
+        assert [line for line in submitted.lines if line != "pending"][len(SUBMITTED) : -1] == [
             STARTED,
             "pull started",
             "pull done in 90s",
@@ -278,6 +280,13 @@ def test_status_follow_starts_in_the_middle_of_a_run(kubeconfig: Path, simulated
         "transfer epoch 1/3: validation_accuracy 0.8000",
         "transfer epoch 2/3: validation_accuracy 0.8000",
     ]
+
+
+def test_follow_of_a_job_that_is_gone_does_not_claim_that_it_continues(cluster: Cluster, simulated: SimulatedCluster):
+    connection = ConnectionOptions("team-a")
+    with pytest.raises(SettingError) as raised:
+        follow(cluster, "flowers-00000000", connection, timings=TIMINGS)
+    assert str(raised.value) == ("flowers-00000000 has no Job in namespace team-a: it does not exist or was deleted.")
 
 
 # RunFollower with short intervals

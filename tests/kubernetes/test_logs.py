@@ -138,6 +138,9 @@ def test_unreachable_node_does_not_hide_logs_of_other_pods(
         f"# {RUN}-bbbbb pull",
         "bbbbb",
     ]
+    api_server.inject(Fault(api_statuses.status(500, "", message), path="aaaaa/log"), times=2)
+    notes = [entry for entry in RunLog(make_cluster(attempts=2), RUN).read() if isinstance(entry, Note)]
+    assert [note.exit_code for note in notes] == [75]
 
 
 # ── Following ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -261,6 +264,43 @@ def test_unknown_name_lists_the_existing_runs(simulated: SimulatedCluster, kubec
     completed = logs(kubeconfig, "roses")
     assert (completed.returncode, completed.stdout) == (2, "")
     assert completed.stderr == f"topwork: no job or run roses in namespace team-a. Existing runs: {RUN}.\n"
+
+
+def test_log_that_the_kubelet_cannot_read_is_not_printed_as_a_line(simulated: SimulatedCluster, kubeconfig: Path):
+    simulated.put_pod({"pull": terminated(1)}, phase="Failed")
+    simulated.server.append_log(POD, "pull", "unable to retrieve container logs for containerd://0123456789abcdef")
+    completed = logs(kubeconfig, "flowers")
+    assert (completed.returncode, completed.stdout) == (75, "")
+    assert completed.stderr.splitlines()[1] == (
+        f"The node of {POD} is unable to retrieve container logs for containerd://0123456789abcdef."
+    )
+
+
+def test_deleted_pod_has_no_log(simulated: SimulatedCluster, cluster: Cluster):
+    simulated.put_pod({"pull": terminated(1)}, phase="Failed")
+    simulated.server.append_log(POD, "pull", "one")
+    entries = RunLog(cluster, RUN).read()
+    assert next(entries) == ContainerHeading(POD, "pull")
+    simulated.server.remove("Pod", POD)
+    assert list(entries) == [Note(f"Pod {POD} has just been deleted, and its log with it.", 2)]
+
+
+def test_logs_of_a_pending_run_exit_with_75(simulated: SimulatedCluster, kubeconfig: Path):
+    simulated.put_pending_pod(NO_GPUS)
+    completed = logs(kubeconfig, "flowers")
+    assert (completed.returncode, completed.stdout) == (75, "")
+    assert completed.stderr.startswith(f"{RUN} has not started yet: no node has 2 free nvidia.com/gpu")
+
+
+def test_logs_of_a_stage_that_never_started_exit_with_2(simulated: SimulatedCluster, kubeconfig: Path):
+    simulated.put_pod({"pull": failed("pull", 2, "no such bucket")}, phase="Failed")
+    simulated.patch_job_status(sample_objects.failed_by_policy("pull", 2), failed=1)
+    for options in ((), ("--follow",)):
+        completed = logs(kubeconfig, "flowers", "--stage", "fine-tune", *options)
+        assert (completed.returncode, completed.stdout) == (2, "")
+        assert completed.stderr == (
+            f"The stage fine-tune of {RUN} has no log, because it never started: no such bucket.\n"
+        )
 
 
 def test_unknown_stage_is_a_usage_error(simulated: SimulatedCluster, kubeconfig: Path):

@@ -14,6 +14,7 @@ from topwork.cluster.manifests.render import RenderedObjects, RenderOptions, ren
 from topwork.cluster.names import DIGEST_ANNOTATION
 from topwork.errors import SettingError, SpecError
 from topwork.spec import TransferJob
+from topwork.spec.kubernetes_types import quantity_to_bytes
 
 LABEL_VALUE = re.compile(r"([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?")
 DNS_LABEL = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
@@ -178,7 +179,11 @@ def test_queue_label_is_only_on_jobs() -> None:
 def test_prefetch_pod_requests_no_more_than_the_job() -> None:
     prefetch = render(make({"cpu": 0.5, "memory": "6Gi", "prefetch": True}), RenderOptions()).prefetch
     assert prefetch
-    assert pod(prefetch)["containers"][0]["resources"]["limits"] == {"cpu": "500m", "memory": "6Gi"}
+    assert pod(prefetch)["containers"][0]["resources"]["limits"] == {
+        "cpu": "500m",
+        "memory": "6Gi",
+        "ephemeral-storage": "56Gi",
+    }
 
 
 def digests(**changes: Any) -> tuple[str, str]:
@@ -269,3 +274,49 @@ def test_schema_check_finds_an_unknown_key() -> None:
     pod(obj)["nodeSelektor"] = {}
     with pytest.raises(Exception, match="nodeSelektor"):
         assert_valid_object(obj)
+
+
+def containers(template_spec: dict[str, Any]) -> list[dict[str, Any]]:
+    return [*template_spec.get("initContainers", []), *template_spec["containers"]]
+
+
+@pytest.mark.parametrize(
+    ("scratch", "requested"),
+    [("50Gi", "56Gi"), ("1.5Ti", "1542Gi"), ("512Mi", "6656Mi"), ("500M", "6621Mi"), ("200G", "196879Mi")],
+)
+def test_every_container_requests_the_disk_space_that_the_pod_may_use(scratch: str, requested: str) -> None:
+    # Scratch, 4Gi of /tmp, 1Gi of home and 1Gi of logs. The scheduler counts the largest request of the containers.
+    rendered = render(make({"scratch": scratch, "prefetch": True}), RenderOptions())
+    for job in (rendered.training, rendered.prefetch):
+        assert job
+        for container in containers(pod(job)):
+            amounts = container["resources"]
+            assert amounts["requests"]["ephemeral-storage"] == requested, container["name"]
+            assert amounts["limits"]["ephemeral-storage"] == requested, container["name"]
+
+
+def test_requested_disk_space_covers_the_size_limits_of_all_volumes_on_disk() -> None:
+    for job in objects(make({"scratch": "7G", "sharedMemory": "1Gi", "prefetch": True})):
+        if job["kind"] == "ConfigMap":
+            continue
+        on_disk = [volume["emptyDir"] for volume in pod(job)["volumes"] if "emptyDir" in volume]
+        sizes = [quantity_to_bytes(source["sizeLimit"]) for source in on_disk if source.get("medium") != "Memory"]
+        request = pod(job)["containers"][0]["resources"]["requests"]["ephemeral-storage"]
+        assert len(sizes) == 3
+        assert quantity_to_bytes(request) >= sum(sizes) + quantity_to_bytes("1Gi")
+
+
+def test_every_container_knows_its_run_and_the_uid_of_its_job() -> None:
+    rendered = render(make({"prefetch": True}), RenderOptions())
+    for job in (rendered.training, rendered.prefetch):
+        assert job
+        for container in containers(pod(job)):
+            paths = {
+                variable["name"]: variable["valueFrom"]["fieldRef"]["fieldPath"]
+                for variable in container["env"]
+                if "fieldRef" in variable.get("valueFrom", {})
+            }
+            assert paths["TOPWORK_RUN"] == "metadata.labels['topwork.dev/run']"
+            # Kubernetes adds this label to the pods of every Job.
+            assert paths["TOPWORK_ATTEMPT"] == "metadata.labels['batch.kubernetes.io/controller-uid']"
+        assert job["spec"]["template"]["metadata"]["labels"]["topwork.dev/run"] == make().run

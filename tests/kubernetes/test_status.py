@@ -105,6 +105,49 @@ def test_status_shows_how_earlier_attempts_ended(topwork, simulated):
     assert f"earlier: {RUN}-first failed with exit code 75: no answer" in lines
 
 
+def test_status_counts_evictions_for_lack_of_disk_space(topwork, simulated):
+    pressure = "The node was low on resource: ephemeral-storage. Threshold quantity: 10Gi, available: 9Gi. "
+    evicted = {"reason": "Evicted", "phase": "Failed"}
+    conditions = (sample_objects.disruption("TerminationByKubelet", pressure),)
+    killed = sample_objects.terminated(137)
+    full = 'Usage of EmptyDir volume "scratch" exceeds the limit "50Gi". '
+    shared = 'Usage of EmptyDir volume "shm" exceeds the limit "2Gi". '
+    nearly_full = failed("pull", 75, "Stopped while the disk of the node was nearly full.")
+    simulated.put_pod({"pull": killed}, suffix="node", created=1, conditions=conditions, **evicted)
+    simulated.put_pod({"pull": nearly_full}, suffix="stop", created=2, conditions=conditions, **evicted)
+    simulated.put_pod({"pull": killed}, suffix="full", created=3, message=full, **evicted)
+    simulated.put_pod({"pull": killed}, suffix="memory", created=4, message=shared, **evicted)
+    simulated.put_pod({"pull": running()}, suffix="now", created=100)
+    simulated.patch_job_status(failed=3)
+    _, lines = topwork("status", "flowers")
+    assert "  attempts  5, 3 of them counted (retries: 3); 3 evicted for lack of disk space" in lines
+    earlier = [line.split(": ")[1] for line in lines if line.startswith("earlier")]
+    assert earlier == [
+        f"{RUN}-node failed with exit code 137 (not counted)",
+        f"{RUN}-stop failed with exit code 75",
+        f"{RUN}-full failed with exit code 137",
+        f"{RUN}-memory failed with exit code 137",
+    ]
+    data = json.loads("\n".join(topwork("status", "flowers", "--json")[1]))
+    assert [attempt["diskEviction"] for attempt in data["attempts"]] == [True, True, True, False, False]
+
+
+def test_status_explains_a_job_whose_attempts_all_failed_with_75(topwork, simulated):
+    errors = ["No GPU is visible.", "403 from s3.example.com.", "No GPU is visible.", "401 from s3.example.com."]
+    for index, error in enumerate(errors):
+        state = {"pull": failed("pull", 75, error)}
+        simulated.put_pod(state, phase="Failed", suffix=f"try{index}", created=index + 1)
+    simulated.patch_job_status(sample_objects.backoff_limit_exceeded(), failed=4)
+    code, lines = topwork("status", "flowers")
+    assert (code, lines[0]) == (0, f"{RUN} in namespace team-a: failed with exit code 75")
+    assert "  attempts  4, 4 of them counted (retries: 3)" in lines
+    assert "  error     401 from s3.example.com (attempt 4 of 4)" in lines
+    assert [line for line in lines if line.startswith("earlier")] == [
+        f"earlier: {RUN}-try{index} failed with exit code 75: {error.rstrip('.')}"
+        for index, error in enumerate(errors[:3])
+    ]
+
+
 @pytest.mark.parametrize("reason", ["no node", "quota"])
 def test_status_explains_why_a_run_is_pending(topwork, simulated, reason):
     if reason == "no node":
@@ -181,6 +224,7 @@ def test_status_json_has_stable_keys(topwork, simulated):
         "metric": "accuracy",
         "value": 0.97,
         "model": MODEL,
+        "weightsFrom": None,
         "exitCode": 0,
         "reason": None,
         "error": None,
@@ -198,6 +242,7 @@ def test_status_json_has_stable_keys(topwork, simulated):
                 "exitCode": 0,
                 "error": None,
                 "counted": False,
+                "diskEviction": False,
                 "stages": [
                     stage("pull", "12:00:10", "12:01:40", None, None, None),
                     stage("transfer", "12:01:40", "12:03:10", 5, "validation_accuracy", 0.91),

@@ -9,7 +9,7 @@ import api_statuses
 import pytest
 import sample_objects
 from api_server import ApiServer, Fault
-from sample_objects import IMAGE, MODEL, RUN, done, failed, failed_by_policy, running, transfer_job
+from sample_objects import IMAGE, MODEL, RUN, SOURCE_NOTE, done, failed, failed_by_policy, running, transfer_job
 from simulated_cluster import Command, SimulatedCluster, wait_for, write_spec
 
 from topwork import __version__
@@ -301,6 +301,7 @@ def test_submit_prints_the_job_and_the_next_commands(topwork, tmp_path, api_serv
         f"transferjob flowers submitted as job.batch/{RUN} in namespace team-a",
         f"  follow  topwork status {RUN} -n team-a --follow",
         f"  logs    topwork logs {RUN} -n team-a -f",
+        SOURCE_NOTE,
         'Warning: would violate PodSecurity "restricted:latest"',
     ]
 
@@ -314,12 +315,17 @@ def test_submit_again_reports_the_existing_run_or_its_model(topwork, tmp_path, s
             f"transferjob flowers unchanged: job.batch/{RUN} in namespace team-a already exists",
             f"  follow  topwork status {RUN} -n team-a --follow",
             f"  logs    topwork logs {RUN} -n team-a -f",
+            SOURCE_NOTE,
         ],
     )
     simulated.finish_run()
     assert topwork("submit", file, "--image", IMAGE) == (
         0,
-        [f"transferjob flowers unchanged: job.batch/{RUN} in namespace team-a is complete", f"  model  {MODEL}"],
+        [
+            f"transferjob flowers unchanged: job.batch/{RUN} in namespace team-a is complete",
+            f"  model  {MODEL}",
+            SOURCE_NOTE,
+        ],
     )
 
 
@@ -414,7 +420,7 @@ def test_wait_for_data_submits_the_training_job_after_the_pull(kubeconfig, tmp_p
         simulated.put_pod({"pull": done("pull")}, job=prefetch_job, phase="Succeeded")
         simulated.complete_job(job=prefetch_job)
         assert command.wait() == 0
-    assert command.lines[0] == f"transferjob flowers pulls its dataset as job.batch/{prefetch_job} in namespace team-a"
+    assert command.lines[1] == f"transferjob flowers pulls its dataset as job.batch/{prefetch_job} in namespace team-a"
     assert f"transferjob flowers submitted as job.batch/{RUN} in namespace team-a" in command.lines
     assert api_server.get("Job", RUN) is not None
 

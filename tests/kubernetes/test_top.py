@@ -69,7 +69,7 @@ def test_container_that_does_not_answer_is_shown_with_its_status_in_the_cluster(
     simulated.put_pod(TRANSFERRED | {"fine-tune": running(200)})
     code, lines = topwork("top", *FAST, "--json")
     (run,) = json.loads("\n".join(lines))
-    assert (code, run["state"], run["stage"], run["epoch"]) == (0, "running", "fine-tune", None)
+    assert (code, run["state"], run["stage"], run["epoch"]) == (75, "running", "fine-tune", None)
     assert f"read the metrics of Pod {POD}:9103 in team-a (503: error trying to reach service" in run["reason"]
 
 

@@ -2,13 +2,18 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+from itertools import permutations
 from pathlib import Path
-from threading import Barrier
+from threading import Barrier, Semaphore, Thread
+from typing import Any
 
 import pytest
 
-from topwork import __version__
+from topwork import __version__, artifacts
 from topwork.artifacts import Manifest, download_artifact, read_manifest, write_artifact
 from topwork.clients.prometheus.metrics import Metrics
 from topwork.clients.s3.storage import FileEntry, Storage, StorageSettings, describe_file
@@ -87,6 +92,140 @@ def test_concurrent_writers_produce_one_manifest(storage: Storage, directory: Pa
         first, second = pool.map(write, (1, 2))
     assert first == second == read_manifest(storage, "set")
     download_artifact(storage, "set", tmp_path / "copy")
+    assert read_files(tmp_path / "copy") == CONTENT
+
+
+OTHER = {"a.txt": b"other", "deep/er/b.bin": bytes(9), "only here": b"!"}
+
+
+class Writer:
+    """A writer of an artifact that runs one step at a time: each object that it creates or uploads is a step."""
+
+    def __init__(self, storage: Storage, directory: Path, content: dict[str, bytes]) -> None:
+        self.manifest: Manifest | None = None
+        self._content, self._is_done, self._is_killed = content, False, False
+        self._storage, self._directory = storage.at(storage.uri), write_files(directory, content)
+        self._may_run, self._has_paused = Semaphore(0), Semaphore(0)
+        for name in ("create", "upload", "write"):
+            setattr(self._storage, name, partial(self._step, getattr(self._storage, name)))
+        self._thread = Thread(target=self._run, daemon=True)
+        self._thread.start()
+        self._has_paused.acquire()
+
+    def _run(self) -> None:
+        try:
+            with suppress(KilledError):
+                self.manifest = write_artifact(self._storage, "set", self._directory, {"files": sorted(self._content)})
+        finally:
+            self._is_done = True
+            self._has_paused.release()
+
+    def _step(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        self._has_paused.release()
+        self._may_run.acquire()
+        if self._is_killed:
+            raise KilledError
+        return function(*arguments, **options)
+
+    def step(self) -> None:
+        """Run the next step, if there is one."""
+        if not self._is_done:
+            self._may_run.release()
+            self._has_paused.acquire()
+
+    def finish(self) -> None:
+        while not self._is_done:
+            self.step()
+
+    def kill(self) -> None:
+        self._is_killed = True
+        while not self._is_done:
+            self._may_run.release()
+            self._thread.join(0.01)
+
+
+class KilledError(Exception):
+    """A writer is killed."""
+
+
+@pytest.fixture
+def one_file_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(artifacts, "MAX_CONCURRENT_FILES", 1)
+
+
+def check_artifact(storage: Storage, directory: Path, *contents: dict[str, bytes]) -> dict[str, bytes]:
+    """Check that an artifact is complete, with the content and the facts of one of its writers; returns its files."""
+    manifest = download_artifact(storage, "set", directory)
+    files = read_files(directory)
+    assert files in contents
+    assert manifest.facts == {"files": sorted(files)}
+    return files
+
+
+# All orders of the first three steps of two writers, and some longer ones: the rest runs in two orders.
+SCHEDULES = sorted({"".join(order) for order in permutations("AAABBB")} | {"AB" * 6, "AABB" * 4, "ABBB" * 3})
+
+
+@pytest.mark.usefixtures("one_file_at_a_time")
+@pytest.mark.parametrize("first_to_finish", ["A", "B"])
+def test_files_of_concurrent_writers_never_mix(storage: Storage, tmp_path: Path, first_to_finish: str) -> None:
+    for number, schedule in enumerate(SCHEDULES[first_to_finish == "B" :: 2]):
+        inner, root = storage.at(storage.uri_of(str(number))), tmp_path / str(number)
+        writers = {"A": Writer(inner, root / "A", CONTENT), "B": Writer(inner, root / "B", OTHER)}
+        for name in schedule:
+            writers[name].step()
+        for name in sorted(writers, reverse=first_to_finish == "B"):
+            writers[name].finish()
+        assert writers["A"].manifest == writers["B"].manifest == read_manifest(inner, "set"), schedule
+        files = check_artifact(inner, root / "copy", CONTENT, OTHER)
+        # Without topwork: all files of the winner have their plain names.
+        plain = {name: inner.read(f"set/{name}") for name in files}
+        assert plain == files, schedule
+
+
+@pytest.mark.usefixtures("one_file_at_a_time")
+def test_artifact_is_complete_after_a_writer_was_killed_at_any_step(storage: Storage, tmp_path: Path) -> None:
+    for step in range(8):
+        inner, root = storage.at(storage.uri_of(str(step))), tmp_path / str(step)
+        killed, other = Writer(inner, root / "A", CONTENT), Writer(inner, root / "B", OTHER)
+        other.step()
+        for _ in range(step):
+            killed.step()
+        killed.kill()
+        other.kill()
+        third = write_files(root / "C", {**OTHER, "a.txt": b"third"})
+        manifest = write_artifact(inner, "set", third, {"files": sorted(OTHER)})
+        check_artifact(inner, root / "copy", CONTENT, OTHER, read_files(third))
+        assert read_manifest(inner, "set") == manifest
+
+
+def test_killed_writer_resumes_without_a_second_copy(storage: Storage, directory: Path, tmp_path: Path) -> None:
+    storage.upload(directory / "a.txt", "set/a.txt")
+    manifest = write_artifact(storage, "set", directory, {})
+    assert manifest.directory == ""
+    assert len(list(storage.list())) == len(CONTENT) + 1
+
+
+def test_file_that_is_deleted_before_the_manifest_exists_is_uploaded_again(
+    storage: Storage, directory: Path, tmp_path: Path
+) -> None:
+    class Collected(Storage):
+        def write(self, key: str, data: bytes, **options: Any) -> bool:
+            self.delete(["set/a.txt"])
+            return super().write(key, data, **options)
+
+    collected = object.__new__(Collected)
+    collected.__dict__.update(storage.__dict__)
+    write_artifact(collected, "set", directory, {})
+    download_artifact(storage, "set", tmp_path / "copy")
+    assert read_files(tmp_path / "copy") == CONTENT
+
+
+def test_manifest_of_an_earlier_version_is_read(storage: Storage, directory: Path, tmp_path: Path) -> None:
+    for name in CONTENT:
+        storage._client.upload_file(str(directory / name), **storage.target(f"set/{name}"))
+    put_manifest(storage, {name: describe_file(directory / name) for name in CONTENT}, unknown={"key": 1})
+    assert download_artifact(storage, "set", tmp_path / "copy").directory == ""
     assert read_files(tmp_path / "copy") == CONTENT
 
 

@@ -3,17 +3,24 @@
 import errno
 import gc
 import os
+import shutil
 import subprocess
+import tarfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from topwork.artifacts import download_artifact, write_artifact
 from topwork.cli.runtime.shutdown import to_topwork_error
-from topwork.disk_space import disk_full_error, format_bytes, report_full_disk, require_free_space
+from topwork.data.local_dataset import Split, _fits_on_scratch
+from topwork.data.sources import open_source
+from topwork.disk_space import MARGIN_BYTES, disk_full_error, format_bytes, report_full_disk, require_free_space
 from topwork.errors import DataError, SettingError, UnavailableError
 from topwork.pipeline import run_pull
+from topwork.registry.datasets import fingerprint_of
 
 DISK_BYTES = 80 << 20
 
@@ -79,6 +86,63 @@ def test_existing_files_need_no_free_space(storage, small_disk, tmp_path):
     download_artifact(storage, "set", small_disk / "set")
 
 
+def test_incomplete_files_of_a_killed_download_do_not_count_as_used_space(storage, small_disk, tmp_path):
+    (tmp_path / "files").mkdir()
+    for name in ("one", "two"):
+        (tmp_path / "files" / name).write_bytes(bytes(3 << 20))
+    write_artifact(storage, "set", tmp_path / "files", {})
+    (small_disk / "set").mkdir()
+    fill_disk(small_disk, free=71 << 20)
+    (small_disk / "set" / "one.part").write_bytes(bytes(2 << 20))
+    (small_disk / "set" / "two").write_bytes(bytes(1 << 20))
+    download_artifact(storage, "set", small_disk / "set")
+    assert sorted(path.stat().st_size for path in (small_disk / "set").iterdir()) == [3 << 20, 3 << 20]
+
+
+class Started(Exception):
+    """The check of the disk space is passed, and images would be read now."""
+
+
+@pytest.fixture
+def stop_before_images_are_read(monkeypatch):
+    def start(*_):
+        raise Started
+
+    monkeypatch.setattr("topwork.stages.pull._write_dataset", start)
+
+
+@pytest.mark.usefixtures("stop_before_images_are_read")
+def test_images_of_a_killed_pull_do_not_count_as_used_space(make_job, workspace, small_disk):
+    scratch = replace(workspace, scratch=small_disk)
+    job = make_job()
+    fingerprint = fingerprint_of(open_source(job.spec.dataset.source, scratch), job.spec.dataset)
+    (small_disk / "pull" / fingerprint).mkdir(parents=True)
+    (small_disk / "pull" / fingerprint / "images").write_bytes(bytes(12 << 20))
+    fill_disk(small_disk, free=70 << 20)
+    with pytest.raises(Started):
+        run_pull(job, scratch)
+
+
+@pytest.mark.usefixtures("stop_before_images_are_read")
+def test_archive_that_is_downloaded_already_is_not_counted_twice(
+    make_job, workspace, small_disk, two_class_folder, tmp_path
+):
+    (two_class_folder / "readme.bin").write_bytes(bytes(2 << 20))
+    with tarfile.open(tmp_path / "photos.tar", "w") as archive:
+        archive.add(two_class_folder, ".")
+    size = (tmp_path / "photos.tar").stat().st_size
+    workspace.storage.upload(tmp_path / "photos.tar", "photos.tar")
+    dataset = make_job().spec.dataset.model_dump(by_alias=True, mode="json", exclude_unset=True)
+    dataset["source"] = {"archive": {"uri": workspace.storage.uri_of("photos.tar")}}
+    (small_disk / "pull").mkdir()
+    (small_disk / "pull" / "archive").write_bytes(bytes(size))  # of a killed pull
+    needed = 2 * size + MARGIN_BYTES
+    fill_disk(small_disk, free=needed + size // 2)
+    assert shutil.disk_usage(small_disk).free < needed
+    with pytest.raises(Started):
+        run_pull(make_job(dataset=dataset), replace(workspace, scratch=small_disk))
+
+
 def test_pull_larger_than_the_scratch_limit_does_not_start(make_job, workspace, two_class_folder):
     size = sum(path.stat().st_size for path in two_class_folder.rglob("*") if path.is_file())
     with pytest.raises(SettingError) as caught:
@@ -127,3 +191,16 @@ def test_disk_full_error_inspects_causes_and_ignores_other_errors():
 
 def test_require_free_space_accepts_sufficient_space(tmp_path):
     require_free_space(tmp_path, 1000, "Writing", limit=1000)
+
+
+def test_resized_images_of_an_earlier_stage_do_not_count_as_used_space(make_job, small_disk):
+    records = SimpleNamespace(labels=np.zeros(1024, np.int64))
+    split = Split(records, np.arange(1024), (128, 128))  # 48 MiB of pixels
+    job = make_job()
+    assert _fits_on_scratch([split], small_disk, job)
+    split._pixel_file(small_disk).write_bytes(bytes(1024 * 128 * 128 * 3))
+    assert split.has_cached_pixels(small_disk)
+    assert _fits_on_scratch([split], small_disk, job)
+    # Files that still have to be written do need free space.
+    other = Split(records, np.arange(1024)[::-1], (128, 128))
+    assert not _fits_on_scratch([split, other], small_disk, job)

@@ -10,6 +10,7 @@ from topwork.artifacts import write_artifact
 from topwork.cli import app
 from topwork.cli.runtime.shutdown import to_topwork_error
 from topwork.registry.garbage_collection import delete_leftovers, find_leftovers
+from topwork.registry.stage_results import write_reference
 from topwork.registry.versions import Version, claim_version
 
 ANY_AGE = timedelta(0)
@@ -29,7 +30,9 @@ def version(number, dataset):
     ).model_dump(mode="json")  # fmt: skip
 
 
-FINISHED_MODEL = "runs/cats-2/transfer/model-0000000000000000.keras"
+FINISHED_MODEL = "stages/transfer/2222/model-0000000000000000.keras"
+# In the layout of version 0.1.0.
+OLD_MODEL = "runs/cats-0/transfer/model-0000000000000000.keras"
 
 
 @pytest.fixture
@@ -40,8 +43,10 @@ def referenced(storage, tmp_path):
     write_complete_artifact(storage, "datasets/birds/cccc0000", tmp_path / "made")
     # The run is unfinished: it still needs its checkpoint and features.
     storage.write("runs/cats-1/pull/done.json", json.dumps({"dataset": "datasets/cats/aaaa0000"}).encode())
-    write_complete_artifact(storage, "runs/cats-1/transfer/checkpoints/00001", tmp_path / "made")
-    storage.write("runs/cats-1/transfer/features/train-0000000000.npy", b"features")
+    write_complete_artifact(storage, "stages/transfer/1111/runs/cats-1/checkpoints/00001", tmp_path / "made")
+    storage.write("stages/transfer/1111/runs/cats-1/features/train-0000000000.npy", b"features")
+    storage.write("runs/cats-0/transfer/done.json", json.dumps({"key": OLD_MODEL}).encode())
+    storage.write(OLD_MODEL, b"model")
     # The runs of these models were deleted; one model names its dataset only in its card, as older versions did.
     write_complete_artifact(storage, "models/cats/1", tmp_path / "made", version(1, "datasets/dogs/bbbb0000"))
     storage.write("models/cats/latest.json", json.dumps(version(1, "datasets/dogs/bbbb0000")).encode())
@@ -60,13 +65,17 @@ def with_leftovers(referenced, storage, tmp_path):
     write_complete_artifact(storage, "datasets/cats/eeee0000", tmp_path / "made")
     claim_version(storage, "cats", "cats-9")
     storage.write("models/cats/3/model.keras", b"half")
-    storage.write("runs/cats-1/fine-tune/checkpoints/00001/state.npz", b"half")
-    storage.write("runs/cats-1/fine-tune/model-0123456789abcdef.keras", b"not named yet")
-    storage.write("runs/cats-2/transfer/done.json", json.dumps({"key": FINISHED_MODEL}).encode())
+    storage.write("stages/fine-tune/1111/runs/cats-1/checkpoints/00001/state.npz", b"half")
+    storage.write("stages/fine-tune/1111/model-0123456789abcdef.keras", b"not named yet")
+    write_reference(storage, "cats-2", "transfer", "2222")
+    storage.write("stages/transfer/2222/done.json", json.dumps({"key": FINISHED_MODEL}).encode())
     storage.write(FINISHED_MODEL, b"model")
-    storage.write("runs/cats-2/transfer/model-fedcba9876543210.keras", b"another process was faster")
-    write_complete_artifact(storage, "runs/cats-2/transfer/checkpoints/00002", tmp_path / "made")
-    storage.write("runs/cats-2/transfer/features/train-0000000000.npy", b"features")
+    storage.write("stages/transfer/2222/model-fedcba9876543210.keras", b"another process was faster")
+    write_complete_artifact(storage, "stages/transfer/2222/runs/cats-2/checkpoints/00002", tmp_path / "made")
+    storage.write("stages/transfer/2222/runs/cats-2/features/train-0000000000.npy", b"features")
+    # The run that used this result was deleted.
+    storage.write("stages/fine-tune/3333/done.json", json.dumps({"key": "stages/fine-tune/3333/model"}).encode())
+    storage.write("stages/fine-tune/3333/model", b"model")
     upload = storage._client.create_multipart_upload(
         Bucket=storage._bucket, Key=f"{storage._key_prefix}runs/cats-3/big"
     )
@@ -75,19 +84,20 @@ def with_leftovers(referenced, storage, tmp_path):
         Body=bytes(PART_BYTES),
     )  # fmt: skip
     storage._client.create_multipart_upload(Bucket=storage._bucket, Key=f"{storage._key_prefix}foreign/big")
-    return referenced | {"runs/cats-2/transfer/done.json", FINISHED_MODEL}
+    return referenced | {"runs/cats-2/transfer/done.json", "stages/transfer/2222/done.json", FINISHED_MODEL}
 
 
 LEFTOVERS = {
     "datasets/cats/dddd0000": "half-written",
     "datasets/cats/eeee0000": "unreferenced dataset",
     "models/cats/3": "half-written",
-    "runs/cats-1/fine-tune/checkpoints/00001": "half-written",
-    "runs/cats-1/fine-tune/model-0123456789abcdef.keras": "half-written",
-    "runs/cats-2/transfer/checkpoints": "finished stage",
-    "runs/cats-2/transfer/features": "finished stage",
-    "runs/cats-2/transfer/model-fedcba9876543210.keras": "finished stage",
     "runs/cats-3/big": "unfinished upload",
+    "stages/fine-tune/1111/model-0123456789abcdef.keras": "half-written",
+    "stages/fine-tune/1111/runs/cats-1/checkpoints/00001": "half-written",
+    "stages/fine-tune/3333": "unreferenced stage result",
+    "stages/transfer/2222/model-fedcba9876543210.keras": "finished stage",
+    "stages/transfer/2222/runs/cats-2/checkpoints": "finished stage",
+    "stages/transfer/2222/runs/cats-2/features": "finished stage",
 }
 
 
@@ -100,7 +110,7 @@ def test_gc_deletes_every_kind_of_leftover_and_nothing_else(with_leftovers, stor
     assert {leftover.prefix: leftover.kind for leftover in leftovers} == LEFTOVERS
     sizes = {leftover.prefix: leftover.size for leftover in leftovers}
     assert sizes["runs/cats-3/big"] == PART_BYTES
-    assert sizes["runs/cats-1/fine-tune/checkpoints/00001"] == len(b"half")
+    assert sizes["stages/fine-tune/1111/runs/cats-1/checkpoints/00001"] == len(b"half")
     assert [leftover.prefix for leftover in delete_leftovers(storage, leftovers)] == sorted(LEFTOVERS)
     assert {stored.key for stored in storage.list()} == with_leftovers
     assert [upload.key for upload in storage.multipart_uploads.list_incomplete(older_than_seconds=0)] == ["foreign/big"]
@@ -114,10 +124,12 @@ def test_gc_keeps_leftovers_younger_than_the_limit(with_leftovers, storage):
 def test_gc_keeps_leftovers_that_are_referenced_before_deletion(with_leftovers, storage, tmp_path):
     leftovers = find_leftovers(storage, ANY_AGE)
     storage.write("runs/new-1/pull/done.json", json.dumps({"dataset": "datasets/cats/eeee0000"}).encode())
+    write_reference(storage, "new-1", "fine-tune", "3333")
     (tmp_path / "made" / "stored_images-train.tfrecord-00000-of-00001").write_bytes(b"whole")
     write_complete_artifact(storage, "datasets/cats/dddd0000", tmp_path / "made")
     deleted = {leftover.prefix for leftover in delete_leftovers(storage, leftovers)}
-    assert deleted == set(LEFTOVERS) - {"datasets/cats/dddd0000", "datasets/cats/eeee0000"}
+    kept = {"datasets/cats/dddd0000", "datasets/cats/eeee0000", "stages/fine-tune/3333"}
+    assert deleted == set(LEFTOVERS) - kept
     assert storage.size("datasets/cats/eeee0000/file") == storage.size("datasets/cats/dddd0000/file") == 4
 
 

@@ -136,9 +136,9 @@ def test_pull_rejects_a_source_with_too_many_invalid_images_before_storing_anyth
     assert str(raised.value).startswith(
         f"42.9% of the images of {two_class_folder} are invalid, more than spec.dataset.maxRejectedRatio 0.2 allows. "
         "30 rejected: "
-        "red/broken-00.jpg (unknown format); red/broken-01.jpg (unknown format); "
+        "red/broken-00.jpg (unknown format: begins with b'broken'); red/broken-01.jpg (unknown format: begins with "
     )
-    assert str(raised.value).endswith("red/broken-19.jpg (unknown format); and 10 more.")
+    assert str(raised.value).endswith("red/broken-19.jpg (unknown format: begins with b'broken'); and 10 more.")
     assert list(workspace.storage.list()) == []
     assert 'topwork_images_rejected_total{reason="unknown format"} 30.0' in _exposition(workspace)
 

@@ -72,6 +72,45 @@ def test_exactly_one_concurrent_conditional_write_succeeds(storage: Storage) -> 
         assert storage.read(f"claim-{round_number}") == str(results.index(True)).encode()
 
 
+@pytest.mark.parametrize("size", [0, 5, 12 * MEBIBYTE + 7])
+def test_create_never_replaces_an_object(multipart_storage: Storage, tmp_path: Path, size: int) -> None:
+    first, second = write_random_file(tmp_path / "first", size), tmp_path / "second"
+    second.write_bytes(first.read_bytes()[:-1] + b"!")
+    entry = describe_file(first)
+    assert multipart_storage.create(first, "file", entry) is True
+    # The same content again, as after a restart.
+    assert multipart_storage.create(first, "file", entry) is True
+    assert multipart_storage.create(second, "file", describe_file(second)) is False
+    assert multipart_storage.download("file", tmp_path / "copy", entry) == entry
+    assert ["-" in item.etag for item in multipart_storage.list()] == [size >= 5 * MEBIBYTE]
+    assert multipart_storage.multipart_uploads.abort_incomplete(older_than_seconds=0) == 0
+
+
+def test_create_recognizes_an_uploaded_file(multipart_storage: Storage, tmp_path: Path) -> None:
+    entry = multipart_storage.upload(write_random_file(tmp_path / "file", 6 * MEBIBYTE), "file")
+    assert multipart_storage.create(tmp_path / "file", "file", entry) is True
+
+
+@pytest.mark.parametrize("size", [10, 6 * MEBIBYTE])
+def test_exactly_one_content_wins_among_concurrent_creations(
+    multipart_storage: Storage, tmp_path: Path, size: int
+) -> None:
+    start = Barrier(4)
+    for writer in range(4):
+        (tmp_path / str(writer)).write_bytes(bytes([writer // 2]) * size)
+
+    def create(writer: int) -> bool:
+        start.wait()
+        path = tmp_path / str(writer)
+        return multipart_storage.create(path, "file", describe_file(path))
+
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(create, range(4)))
+    # Two pairs of writers have the same content.
+    assert results in ([True, True, False, False], [False, False, True, True])
+    assert multipart_storage.download("file", tmp_path / "copy") == describe_file(tmp_path / str(results.index(True)))
+
+
 @pytest.mark.parametrize("key", SPECIAL_KEYS)
 def test_keys_with_special_characters_round_trip(storage: Storage, tmp_path: Path, key: str) -> None:
     storage.write(key, b"abc")

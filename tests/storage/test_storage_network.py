@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from topwork.clients.prometheus.metrics import Metrics
+from topwork.clients.s3.errors import AccessError
 from topwork.clients.s3.storage import FileEntry, Storage, StorageSettings
 from topwork.errors import SettingError, UnavailableError
 from topwork.redaction import redact, register_secrets
@@ -210,7 +211,7 @@ def test_check_accepts_an_existing_bucket(storage: Storage) -> None:
 
 def test_wrong_secret_key_is_reported_with_its_variable(storage: Storage, s3_settings: StorageSettings) -> None:
     wrong = Storage(storage.uri, replace(s3_settings, secret_key="wrong-secret"))
-    with pytest.raises(SettingError) as caught:
+    with pytest.raises(AccessError) as caught:
         wrong.check()
     assert str(caught.value) == (
         f"{s3_settings.endpoint_url} rejected the request signature. Check AWS_SECRET_ACCESS_KEY and AWS_REGION."
@@ -219,7 +220,7 @@ def test_wrong_secret_key_is_reported_with_its_variable(storage: Storage, s3_set
 
 def test_unknown_access_key_is_reported_with_its_variable(storage: Storage, s3_settings: StorageSettings) -> None:
     wrong = Storage(storage.uri, replace(s3_settings, access_key="NOBODY"))
-    with pytest.raises(SettingError) as caught:
+    with pytest.raises(AccessError) as caught:
         wrong.check()
     assert str(caught.value) == (
         f"{s3_settings.endpoint_url} does not know the access key. Check AWS_ACCESS_KEY_ID and AWS_PROFILE."

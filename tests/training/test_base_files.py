@@ -164,6 +164,18 @@ def test_missing_file_is_reported_with_its_spec_key(workspace):
         fetch_base_file(Base.model_validate({"saved": {"uri": "/nowhere/a.h5"}}), workspace)
 
 
+def test_directory_is_not_a_saved_model(workspace, tmp_path):
+    (tmp_path / "a.keras").mkdir()
+    workspace.storage.write("own/a.keras/saved_model.pb", b"graph")
+    for uri in (str(tmp_path / "a.keras"), workspace.storage.uri_of("own/a.keras")):
+        with pytest.raises(DataError) as error:
+            fetch_base_file(Base.model_validate({"saved": {"uri": uri}}), workspace)
+        assert str(error.value) == (
+            f"spec.model.base.saved.uri is {uri}, which is a directory. Use a file: save the model with "
+            "model.save('model.keras'), not as a TensorFlow SavedModel."
+        )
+
+
 def test_mirrored_backbone_keeps_its_statistics_through_both_stages(make_job, workspace, tmp_path):
     source = keras.applications.MobileNetV2(include_top=False, weights=None, input_shape=(32, 32, 3))
     for layer in leaf_layers(source):

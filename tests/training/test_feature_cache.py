@@ -152,8 +152,8 @@ def test_stopped_run_computes_no_feature_twice(head_job, workspace, monkeypatch)
     monkeypatch.setattr(features, "CHUNK_IMAGES", 7)
     job = head_job("on", epochs=3, augmentation={"flip": "both"})
     dataset = pull(job, workspace)
-    other_name = job.metadata.model_copy(update={"name": "uninterrupted"})
-    uninterrupted, _ = run_transfer(job.model_copy(update={"metadata": other_name}), workspace)
+    other_storage = workspace.storage.at(f"{workspace.storage.uri}/uninterrupted")
+    uninterrupted, _ = run_transfer(job, replace(workspace, storage=other_storage))
     first = RunObserver(at_step=("features: train", 5), action=workspace.stop.set)
     with pytest.raises(Stopped, match="while computing features of the frozen layers"):
         transfer(job, dataset, replace(workspace, progress=first))
@@ -164,14 +164,17 @@ def test_stopped_run_computes_no_feature_twice(head_job, workspace, monkeypatch)
     assert first.steps["features: train"] == 5
     assert second.steps["features: train"] + second.steps["features: validation"] == 4 * 3 + 2 - 6
     assert [row["loss"] for row in classifier.history] == [row["loss"] for row in uninterrupted.history]
-    assert not list(workspace.storage.list(f"runs/{job.run}/transfer/features/"))
+    assert not [stored.key for stored in workspace.storage.list() if "/features/" in stored.key]
 
 
 def test_features_that_do_not_fit_in_memory_are_placed_on_scratch(head_job, workspace, monkeypatch):
     monkeypatch.setattr(placement, "MEMORY_SHARE", 0.0)
+    (workspace.scratch / "features-train.bin").write_bytes(bytes(100))  # of a killed process
     with capture_logs() as events:
         on_scratch, _ = run_transfer(head_job("on"), workspace)
     assert events_named(events, "features computed")[0]["placement"] == "scratch"
+    # The next stage needs the space.
+    assert list(workspace.scratch.glob("features-*")) == []
     in_memory, _ = run_transfer(head_job("on", epochs=6), workspace)
     assert [row["loss"] for row in on_scratch.history] == [row["loss"] for row in in_memory.history][:5]
 

@@ -4,7 +4,11 @@ import keras
 import numpy as np
 import pytest
 
+from topwork.data.batches import training_batches
+from topwork.data.local_dataset import Split
 from topwork.errors import DataError
+from topwork.model.augmentation import build_augmentation
+from topwork.spec.model import Augmentation
 from topwork.spec.training import Loss
 from topwork.training.losses import balanced_class_weights, correct_predictions, loss_targets, make_accuracy, make_loss
 
@@ -70,3 +74,40 @@ def test_balanced_class_weights_make_every_class_count_equally():
     assert weights[labels].mean() == pytest.approx(1.0)
     with pytest.raises(DataError, match=r"classes \[3\] have none in the training split"):
         balanced_class_weights(labels, 4)
+
+
+class Images(Split):
+    """A split with the given labels and random pixels."""
+
+    def __init__(self, labels):
+        self.labels = np.asarray(labels, np.int64)
+        self.size, self.image_size = len(self.labels), (6, 6)
+        self._pixels = np.random.default_rng(0).integers(0, 256, (self.size, 6, 6, 3), np.uint8)
+
+
+@pytest.mark.parametrize(
+    "augmentation", [{"mix_up": 0.4}, {"cut_mix": 1.0}, {"mix_up": 0.4, "cut_mix": 1.0, "flip": "horizontal"}]
+)
+@pytest.mark.parametrize("labels", [[0] * 20 + [1] * 4, [0] * 9 + [1] * 12 + [2] * 3], ids=["binary", "three-classes"])
+def test_weight_of_a_mixed_image_is_the_mix_of_the_weights_of_its_classes(labels, augmentation):
+    split, classes = Images(labels), len(set(labels))
+    weights = balanced_class_weights(split.labels, classes)
+    batches = training_batches(
+        split, classes=classes, batch_size=8, seed=3,
+        augment=build_augmentation(Augmentation(**augmentation)), class_weights=weights,
+    )  # fmt: skip
+    drawn = [(one_hot.numpy(), weight.numpy()) for _, one_hot, weight in batches.take(6)]
+    mixed, actual = (np.concatenate(parts) for parts in zip(*drawn, strict=True))
+    assert ((mixed > 0.05).sum(axis=1) > 1).any(), "labels are mixed"
+    np.testing.assert_allclose(actual, mixed @ weights, rtol=1e-5)
+    # Each class has the same total weight, also after mixing.
+    total = sum(mixed.sum(axis=1))
+    assert actual.sum() == pytest.approx(sum(mixed.sum(axis=0) * weights))
+    assert total == pytest.approx(len(mixed), rel=1e-5)
+
+
+def test_weight_of_an_image_without_mixing_is_exactly_that_of_its_class():
+    split = Images([0] * 9 + [1] * 12 + [2] * 3)
+    weights = balanced_class_weights(split.labels, 3)
+    for _, one_hot, weight in training_batches(split, classes=3, batch_size=8, seed=3, class_weights=weights).take(3):
+        np.testing.assert_array_equal(weight.numpy(), weights[one_hot.numpy().argmax(axis=1)])

@@ -2,7 +2,7 @@
 
 import time
 
-from topwork.pipeline import delete_leftovers, run_pull, store_spec
+from topwork.pipeline import abort_incomplete_uploads, run_pull, store_spec
 from topwork.spec.loading.loader import read_text
 
 
@@ -12,7 +12,7 @@ def test_run_aborts_its_incomplete_uploads_but_not_recent_uploads_of_other_runs(
     for key in (f"runs/{job.run}/transfer/model.keras", "runs/other-12345678/transfer/model.keras"):
         storage._client.create_multipart_upload(Bucket=storage._bucket, Key=f"{base}/{key}")
     time.sleep(1.1)  # the server reports whole seconds
-    delete_leftovers(job, workspace)
+    abort_incomplete_uploads(job, workspace)
     remaining = storage._client.list_multipart_uploads(Bucket=storage._bucket, Prefix=base).get("Uploads", [])
     assert [upload["Key"] for upload in remaining] == [f"{base}/runs/other-12345678/transfer/model.keras"]
 

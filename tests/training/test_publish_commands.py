@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from topwork.artifacts import write_artifact
 from topwork.cli import app
 from topwork.cli.model_address import ModelAddress, parse_model_address
-from topwork.data.decoding import resize
+from topwork.data.decoding import Preprocessing
 from topwork.errors import DataError, SettingError
 from topwork.model.export import export_model
 from topwork.registry import versions
@@ -47,7 +47,7 @@ def exported(tmp_path_factory):
     logits = dense(means)
     dense.set_weights([np.array([[-0.05, 0.05], [0, 0], [0.05, -0.05]]), np.zeros(2)])
     model = keras.Model(image, keras.layers.Softmax()(logits))
-    export_model(model, ("blue", "red"), ("keras", "savedModel"), resize, directory)
+    export_model(model, ("blue", "red"), ("keras", "savedModel"), Preprocessing(), directory)
     (directory / "labels.txt").write_text("blue\nred\n")
     return directory
 
@@ -153,6 +153,33 @@ def test_predict_prints_classes_and_probabilities_as_text_json_and_csv(command, 
     assert sum(entry["probability"] for entry in blue["classes"]) == pytest.approx(1.0)
     rows = list(csv.DictReader(io.StringIO(command("predict", exported, directory / "a-red.jpg", "--csv").output)))
     assert [(row["rank"], row["class"]) for row in rows] == [("1", "red")]
+
+
+def test_predict_uses_the_rules_of_pull_for_the_files_of_a_directory(command, exported, published, tmp_path):
+    directory = write_pictures(tmp_path / "pictures")
+    for name in (
+        "download.jfif",
+        "scan.jpe",
+        "noext",
+        "misnamed.dat",
+        "._a.jpg",
+        "__MACOSX/b.jpg",
+        ".thumbnails/c.jpg",
+    ):
+        (directory / name).parent.mkdir(exist_ok=True)
+        shutil.copy(directory / "a-red.jpg", directory / name)
+    (directory / "._a.jpg").write_bytes(b"Mac OS X")
+    with pytest.raises(DataError, match=r"1 of 7 images could not be read\."):
+        command("predict", exported, directory, "--json")
+    (directory / "c-broken.jpg").unlink()
+    names = ["a-red.jpg", "b-blue.png", "download.jfif", "misnamed.dat", "noext", "scan.jpe"]
+    lines = command("predict", exported, directory, "--json").output.splitlines()
+    assert [json.loads(line)["image"] for line in lines] == [f"{directory}/{name}" for name in names]
+    for path in directory.rglob("*"):
+        if path.is_file():
+            published.upload(path, f"mixed/{path.relative_to(directory)}")
+    lines = command("predict", exported, published.uri_of("mixed/"), "--json").output.splitlines()
+    assert [json.loads(line)["image"] for line in lines] == [published.uri_of(f"mixed/{name}") for name in names]
 
 
 def test_predict_reads_images_from_storage(command, published, tmp_path):

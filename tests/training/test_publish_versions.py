@@ -6,10 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 from topwork.registry import versions
 
 
-def finish(storage, number, name="tiny"):
+def finish(storage, number, name="tiny", key="0123456789abcdef"):
     version = versions.Version(
         name=name, version=number, uri=storage.uri_of(versions.version_prefix(name, number)), run=f"tiny-{number}",
-        weights="0a", split="test", images=8, published="2030-01-01T00:00:00Z",
+        key=key, weights="0a", split="test", images=8, published="2030-01-01T00:00:00Z",
         main_metric="accuracy", metrics={"accuracy": 0.5},
     )  # fmt: skip
     manifest = {"format": 1, "files": {}, "facts": version.model_dump(mode="json")}
@@ -64,9 +64,9 @@ def test_list_models_includes_only_published_versions(storage):
     assert versions.list_models(storage) == {"another": [1], "tiny": [1, 2, 10]}
 
 
-def test_version_is_found_by_its_run_and_weights(storage):
-    first = finish(storage, 1)
-    finish(storage, 2)
-    assert versions.find_version_of_run(storage, "tiny", "tiny-1", "0a") == first
-    assert versions.find_version_of_run(storage, "tiny", "tiny-1", "0b") is None
-    assert versions.find_version_of_run(storage, "tiny", "tiny-3", "0a") is None
+def test_version_is_found_by_its_key_and_weights(storage):
+    first = finish(storage, 1, key="aaaa")
+    finish(storage, 2, key="bbbb")
+    assert versions.find_version_by_key(storage, "tiny", "aaaa", "0a") == first
+    assert versions.find_version_by_key(storage, "tiny", "aaaa", "0b") is None
+    assert versions.find_version_by_key(storage, "tiny", "cccc", "0a") is None

@@ -56,8 +56,9 @@ transferred = transfer(job, dataset, workspace)
 tuned = fine_tune(job, transferred, dataset, workspace)
 
 def run(job, phase, feature_cache, **options):
+    # The two runs have different numbers of epochs, and so different keys.
     plan = TrainingPlan("transfer", (phase,), 6, "auto", False, None, 1, feature_cache, **options)
-    return train(StageContext(job, plan, "0123456789abcdef", workspace), dataset, build_normalized_model, [])
+    return train(StageContext(job, plan, f"{plan.epochs:016}", workspace), dataset, build_normalized_model)
 
 optimizer = Optimizer(name="sgd", learning_rate=0.1, clipvalue=0.01)
 other = job.model_copy(update={"metadata": job.metadata.model_copy(update={"name": "normalized"})})

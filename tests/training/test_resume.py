@@ -25,6 +25,7 @@ from topwork.errors import FormatError, Stopped, UnavailableError
 from topwork.stages.fine_tune import fine_tune
 from topwork.stages.pull import pull
 from topwork.stages.transfer import transfer
+from topwork.training import checkpoints as checkpoints_module
 
 # Every feature with state: augmentation, dropout, a schedule, a moving average, early stopping, phases.
 SPEC = {
@@ -42,6 +43,12 @@ SPEC = {
         "optimizer": {"name": "rmsprop", "momentum": 0.5},
     },
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def store_a_checkpoint_after_every_epoch(monkeypatch):
+    """The epochs of these tests are shorter than the minimum time between checkpoints."""
+    monkeypatch.setattr(checkpoints_module, "EPOCH_SECONDS", 0.0)
 
 
 def make_workspace(workspace, name, observer):
@@ -91,6 +98,7 @@ def reference_of():
 def assert_same_run(resumed, reference):
     assert rows(resumed[0]) == rows(reference[0])
     assert resumed[0].best_epoch == reference[0].best_epoch
+    assert resumed[0].kept == reference[0].kept
     for one, other in zip(resumed[1], reference[1], strict=True):
         np.testing.assert_array_equal(one, other)
 
@@ -142,7 +150,10 @@ from topwork.clients.s3.storage import Storage, StorageSettings
 from topwork.spec import TransferJob
 from topwork.stages.pull import pull
 from topwork.stages.transfer import transfer
+from topwork.training import checkpoints
 from topwork.workspace import Workspace
+
+checkpoints.EPOCH_SECONDS = 0.0
 
 def print_epochs(_logger, _method, event):
     if event["event"] == "epoch":

@@ -1,5 +1,7 @@
 """Transfer and fine-tune on one device: changed weights, and stored results."""
 
+import json
+
 import keras
 import numpy as np
 import pytest
@@ -8,9 +10,16 @@ from structlog.testing import capture_logs
 from topwork.data.local_dataset import fetch_dataset
 from topwork.errors import DataError
 from topwork.model.layer_tree import leaf_layers
+from topwork.report.documents import render_model_card, render_report
+from topwork.report.held_out_evaluation import evaluate_classifier
+from topwork.report.results import metrics_json
+from topwork.spec.optimizer import Optimizer
 from topwork.stages.fine_tune import fine_tune
 from topwork.stages.pull import pull
 from topwork.stages.transfer import transfer
+from topwork.training.feature_cache.policy import FeatureCachePolicy
+from topwork.training.plan import StageContext, TrainingPhase, TrainingPlan
+from topwork.training.trainer import train
 
 
 def load_model(classifier, workspace):
@@ -121,13 +130,128 @@ def test_each_stage_changes_its_trained_layers_and_no_bit_of_the_others(saved_jo
 
 
 def test_unfreezing_all_layers_trains_everything_except_batch_normalization(saved_job, workspace):
-    job = saved_job(fineTune={"epochs": 1, "optimizer": {"learningRate": 0.01}})
+    job = saved_job(fineTune={"epochs": 1, "keep": "last", "optimizer": {"learningRate": 0.01}})
     dataset = pull(job, workspace)
     first = transfer(job, dataset, workspace)
     second = fine_tune(job, first, dataset, workspace)
     before, after = weights_by_layer(load_model(first, workspace)), weights_by_layer(load_model(second, workspace))
     assert changed_layers(before, after) == {"left", "right", "deep", "logits"}
     assert second.parameters.model_dump() == {"trainable": 112 + 304 + 438 + 7, "frozen": 32}
+
+
+HARMFUL = {
+    "all": {"epochs": 2, "optimizer": {"name": "sgd", "learningRate": 1.0}},
+    "ema": {"epochs": 2, "optimizer": {"name": "sgd", "learningRate": 1.0, "ema": {"momentum": 0.01}}},
+    "steps": {
+        "unfreeze": {"steps": [{"layers": 1, "epochs": 1, "learningRate": 1.0},
+                               {"layers": 2, "epochs": 1, "learningRate": 1.0}]},
+        "optimizer": {"name": "sgd"}, "earlyStopping": {"monitor": "accuracy"}, "featureCache": "on",
+    },
+}  # fmt: skip
+
+
+def harmful_job(saved_job, **fine_tune_settings):
+    """A job whose transfer reaches a good result that its fine-tuning destroys."""
+    optimizer = {"name": "sgd", "learningRate": 2.0}
+    return saved_job(
+        transfer={"epochs": 12, "batchSize": 8, "optimizer": optimizer},
+        fineTune=fine_tune_settings,
+        evaluate={"metrics": ["accuracy"]},
+    )
+
+
+def warnings_of(events):
+    return [event["reason"] for event in events if event["event"] == "fine-tuning did not improve the model"]
+
+
+@pytest.mark.parametrize("settings", [HARMFUL["ema"], HARMFUL["steps"]], ids=["ema", "steps"])
+def test_weights_of_transfer_are_kept_if_fine_tuning_does_not_improve_them(saved_job, workspace, settings):
+    job = harmful_job(saved_job, **settings)
+    dataset = pull(job, workspace)
+    first = transfer(job, dataset, workspace)
+    with capture_logs() as events:
+        second = fine_tune(job, first, dataset, workspace)
+    before, after = weights_by_layer(load_model(first, workspace)), weights_by_layer(load_model(second, workspace))
+    assert changed_layers(before, after) == set()
+    assert len(second.rows) == 2
+    assert (second.best_epoch, second.kept.stage, second.kept.epoch) == (0, "transfer", first.best_epoch)
+    monitor = "accuracy" if "earlyStopping" in settings else "loss"
+    best = first.rows[first.best_epoch - 1][f"validation_{monitor}"]
+    assert second.kept.start[monitor] == pytest.approx(best, rel=1e-4)
+    reason = (
+        f"Fine-tuning did not improve the validation {monitor} of transfer ({best:.4f}), so the weights are those of"
+    )
+    assert warnings_of(events) == [second.kept.note]
+    assert second.kept.note.startswith(f"{reason} transfer, epoch {first.best_epoch}.")
+    series = workspace.metrics.registry.get_sample_value
+    labels = {"stage": "fine-tune", "name": "accuracy", "split": "validation"}
+    assert series("topwork_best_metric", labels) == second.kept.start["accuracy"]
+
+
+def test_report_names_the_stage_and_epoch_of_the_weights(saved_job, workspace, tmp_path):
+    job = harmful_job(saved_job, **HARMFUL["all"])
+    dataset = pull(job, workspace)
+    first = transfer(job, dataset, workspace)
+    classifier = fine_tune(job, first, dataset, workspace)
+    before, after = (weights_by_layer(load_model(result, workspace)) for result in (first, classifier))
+    assert changed_layers(before, after) == set()
+    results = evaluate_classifier(job, classifier, dataset, workspace, tmp_path).results
+    epoch = classifier.kept.epoch
+    assert json.loads(metrics_json(results))["weights"] == {"stage": "transfer", "epoch": epoch}
+    for document in (render_report(results), render_model_card(results)):
+        assert "Fine-tuning did not improve the validation loss of transfer" in document
+        assert f"transfer, epoch {epoch} (the best by validation loss)" in document
+
+
+def test_weights_of_the_last_epoch_are_kept_on_request_with_a_warning(saved_job, workspace):
+    job = harmful_job(saved_job, **HARMFUL["all"], keep="last")
+    dataset = pull(job, workspace)
+    first = transfer(job, dataset, workspace)
+    with capture_logs() as events:
+        second = fine_tune(job, first, dataset, workspace)
+    assert (second.best_epoch, str(second.kept)) == (2, "fine-tune, epoch 2")
+    last = second.rows[-1]["validation_loss"]
+    assert last > second.kept.start["loss"]
+    assert evaluate(load_model(second, workspace), job, dataset, workspace) == pytest.approx(last, rel=1e-5)
+    (reason,) = warnings_of(events)
+    assert reason.startswith(
+        f"Fine-tuning made the model worse on the validation split: loss from {second.kept.start['loss']:.4f} to"
+    )
+    assert reason.endswith("The weights are those of fine-tune, epoch 2, because spec.fineTune.keep is last.")
+
+
+def test_weights_of_an_improving_fine_tuning_are_kept_without_a_warning(saved_job, workspace):
+    job = saved_job(fineTune={"epochs": 3, "optimizer": {"learningRate": 0.003}})
+    dataset = pull(job, workspace)
+    with capture_logs() as events:
+        classifier = fine_tune(job, transfer(job, dataset, workspace), dataset, workspace)
+    losses = [classifier.kept.start["loss"], *(row["validation_loss"] for row in classifier.rows)]
+    assert classifier.best_epoch == int(np.argmin(losses)) > 0
+    assert str(classifier.kept) == f"fine-tune, epoch {classifier.best_epoch}"
+    assert warnings_of(events) == []
+
+
+def test_loss_is_scaled_in_float16_so_that_small_gradients_do_not_underflow(make_job, workspace):
+    def build_model():
+        keras.utils.set_random_seed(0)
+        image = keras.Input((32, 32, 3), name="image")
+        pixels = keras.Input((32, 32, 3))
+        maps = keras.layers.Conv2D(2, 3, padding="same", activation="relu", name="deep")(pixels)
+        features = keras.Model(pixels, maps, name="base")(keras.layers.Rescaling(1 / 255, name="input_scaling")(image))
+        vector = keras.layers.GlobalAveragePooling2D(name="pooling")(features)
+        # The gradient of a value of the feature maps is about 1e-4 / (24 * 32 * 32): below the smallest float16 number.
+        return keras.Model(
+            image, keras.layers.Dense(1, kernel_initializer=keras.initializers.Constant(1e-4), name="logits")(vector)
+        )
+
+    job = make_job(compute={"gpus": 0, "precision": "mixed_float16"})
+    phase = TrainingPhase("all", 1, Optimizer(name="sgd", learning_rate=10.0, clipnorm=0.1))
+    plan = TrainingPlan("transfer", (phase,), 24, "auto", False, None, 1, FeatureCachePolicy())
+    classifier = train(StageContext(job, plan, "0" * 16, workspace), pull(job, workspace), build_model)
+    kernel = build_model().get_layer("base").get_layer("deep").get_weights()[0]
+    trained = load_model(classifier, workspace).get_layer("base").get_layer("deep").get_weights()[0]
+    # The only step of the epoch has changed it.
+    assert (trained != kernel).any()
 
 
 def test_completed_stage_is_skipped_without_fetching_its_data(saved_job, workspace, monkeypatch):

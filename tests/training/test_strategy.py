@@ -4,7 +4,7 @@ import pytest
 import tensorflow as tf
 from structlog.testing import capture_logs
 
-from topwork.errors import SettingError
+from topwork.errors import SettingError, UnavailableError
 from topwork.training import strategy
 from topwork.training.strategy import choose_dtype_policy, choose_pod_replicas, cpu_supports_bfloat16, get_strategy
 
@@ -52,13 +52,30 @@ def test_pod_replicas_follow_the_visible_gpus_with_a_warning(simulate_gpus, visi
 
 def test_pod_without_visible_gpus_is_an_error_that_lists_what_to_check(simulate_gpus):
     simulate_gpus(0, cuda=True)
-    with pytest.raises(SettingError) as raised:
+    with pytest.raises(UnavailableError) as raised:
         choose_pod_replicas(2)
     assert str(raised.value) == (
-        "spec.compute.gpus requests 2 GPUs, but TensorFlow detects none. Check the node's driver (nvidia-smi), its "
-        "device plugin (kubectl describe node: is nvidia.com/gpu allocatable?), the RuntimeClass (nvidia, if it is not "
-        "the node's default) and the image: its TensorFlow requires CUDA 12.5.1 and a driver that supports it."
+        "spec.compute.gpus requests 2 GPUs, but TensorFlow detects none. Another node may have them. If this happens "
+        "again, check the node's driver (nvidia-smi), its device plugin (kubectl describe node: is nvidia.com/gpu "
+        "allocatable?), the RuntimeClass (nvidia, if it is not the node's default) and the image: its TensorFlow "
+        "requires CUDA 12.5.1 and a driver that supports it."
     )
+
+
+@pytest.mark.parametrize("visible_devices", ["0", "0,1", "GPU-8932f937", "MIG-1", None])
+def test_pod_without_visible_gpus_is_retried_on_another_node(simulate_gpus, visible_devices):
+    simulate_gpus(0, cuda=True)
+    with pytest.raises(UnavailableError) as raised:
+        choose_pod_replicas(1, visible_devices)
+    assert raised.value.exit_code == 75
+
+
+@pytest.mark.parametrize("visible_devices", ["", "-1", "-1,0", " "])
+def test_pod_whose_environment_hides_the_gpus_is_not_retried(simulate_gpus, visible_devices):
+    simulate_gpus(0, cuda=True)
+    with pytest.raises(SettingError, match=r"hides all GPUs: CUDA_VISIBLE_DEVICES is '") as raised:
+        choose_pod_replicas(1, visible_devices)
+    assert raised.value.exit_code == 2
 
 
 def test_pod_without_cuda_uses_as_many_cpu_replicas(simulate_gpus):

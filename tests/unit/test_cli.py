@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+from topwork.errors import limit_message, limit_traceback, quote_error
+
 
 def run_python(script: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
@@ -55,3 +57,21 @@ def test_verbose_option_logs_debug_messages():
     )
     assert run_python(script.format(options="")).stdout.endswith("False\n")
     assert run_python(script.format(options="'--verbose', ")).stdout.endswith("True\n")
+
+
+def test_messages_are_limited_to_a_screen():
+    assert limit_message("short\nmessage") == "short\nmessage"
+    long_line = limit_message("x" * 114_000)
+    assert len(long_line) < 4100
+    assert long_line.endswith("x… (110000 more characters)")
+    lines = limit_message("\n".join(f"job.yaml:{number}: wrong" for number in range(500))).splitlines()
+    assert (len(lines), lines[0], lines[-1]) == (40, "job.yaml:0: wrong", "… and 461 more lines")
+    traceback = limit_traceback("Traceback:\n  File\nValueError: " + "x" * 114_000 + "\n")
+    assert traceback.startswith("Traceback:\n  File\nValueError: xxx")
+    assert len(traceback) < 4100
+
+
+def test_error_of_a_library_is_quoted_on_one_short_line():
+    assert quote_error(ValueError("bad shape\nwhole config")) == "bad shape"
+    assert quote_error(KeyError()) == "KeyError"
+    assert quote_error(ValueError("wide   gap " + "x" * 114_000)) == "wide gap " + "x" * 190 + "…"

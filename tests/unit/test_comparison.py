@@ -51,6 +51,21 @@ def test_comparison_of_a_single_model_is_empty():
     assert list(format_comparison([published("one", 0.9, transfer=cost(10, 1.0))])) == []
 
 
+def test_comparison_and_summary_show_classes_without_test_images():
+    partial = published("one", 0.9).model_copy(update={"excluded_classes": 2, "metrics": {"f1": 0.9}})
+    complete = published("two", 0.8).model_copy(update={"metrics": {"f1": 0.8}})
+    assert [line.rstrip() for line in format_comparison([partial, complete])][2:] == [
+        "one/1   f1 0.9000 (without 2 classes)",
+        "two/1   f1 0.8000",
+    ]
+    assert "  classes 2 without images in the test split, not part of averaged metrics" in partial.summary()
+
+
+def test_comparison_of_accuracy_mentions_no_excluded_classes():
+    partial = published("one", 0.9).model_copy(update={"excluded_classes": 2})
+    assert not any("without" in line for line in format_comparison([partial, published("two", 0.8)]))
+
+
 def test_summary_contains_seconds_per_step():
     one = published("one", 0.9, transfer=cost(10, 0.51234), fine_tune=cost(99, 3.0))
     assert one.summary()[-1] == "  step    transfer 0.512 s, fine-tune 3 s"

@@ -1,12 +1,15 @@
 """A container of a job: log lines, exit code and termination message."""
 
+import errno
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from topwork.cli.runtime.shutdown import to_topwork_error
 from topwork.cluster.termination_message import MAX_BYTES, TerminationMessage, parse_termination_message
 
 SCRIPT = """
@@ -142,7 +145,7 @@ def test_messages_and_tracebacks_are_redacted(run_container, monkeypatch):
 
 
 def test_long_termination_message_is_truncated_to_valid_json(run_container, termination_log):
-    _, _, message = run_container("container.report_failure(DataError('\"ü\\n' * 5000 + '\\udce4'))")
+    _, _, message = run_container("container.report_failure(DataError('\"ü ' * 5000 + '\\udce4'))")
     assert MAX_BYTES - 300 < len(termination_log.read_bytes()) <= MAX_BYTES
     assert message.error.endswith("…")
 
@@ -203,3 +206,49 @@ def test_log_lines_are_written_while_stderr_is_suppressed(run_container):
         "with suppress_stderr():\n    os.write(2, b'startup')\n    structlog.get_logger('topwork').info('here')"
     )
     assert lines == [{"level": "info", "message": "here"}]
+
+
+def allocate_too_much() -> None:
+    np.empty(1 << 60, np.float32)
+
+
+def fail_with_a_memory_error_as_cause() -> None:
+    try:
+        raise MemoryError("std::bad_alloc")
+    except MemoryError as error:
+        raise RuntimeError("Layer failed.") from error
+
+
+def fork_without_memory() -> None:
+    raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+
+@pytest.mark.parametrize(
+    ("fail", "reason"),
+    [
+        (allocate_too_much, "Unable to allocate 4.00 EiB for an array"),
+        (fail_with_a_memory_error_as_cause, "std::bad_alloc"),
+        (fork_without_memory, "[Errno 12] Cannot allocate memory"),
+    ],
+)
+def test_exhausted_memory_is_not_retried_and_suggests_what_to_change(fail, reason):
+    with pytest.raises(Exception) as caught:
+        fail()
+    error = to_topwork_error(caught.value)
+    assert error.exit_code == 2
+    assert str(error).startswith(f"Memory is exhausted ({reason}")
+    assert "raise spec.compute.memory" in str(error)
+
+
+def test_process_ends_after_its_timeout_even_if_it_cannot_report_that(run_container):
+    code, _, message = run_container(
+        "import threading\ncontainer.metrics.stage_progress = None\n"
+        "threading.Thread(target=container.exit_after_timeout, args=('Late.',)).start()\nthreading.Event().wait(30)"
+    )
+    assert (code, message) == (143, None)
+
+
+def test_exit_code_is_kept_if_nothing_reads_the_output(termination_log):
+    script = SCRIPT.format(statements="import os\nprint('x')\nos.close(1)\nos.close(2)\ncontainer.exit(75)")
+    process = subprocess.run([sys.executable, "-c", script, termination_log], capture_output=True, check=False)
+    assert process.returncode == 75

@@ -115,7 +115,10 @@ def test_folder_that_is_missing_or_has_no_class_directories_is_rejected(workspac
     with pytest.raises(DataError, match="does not exist"):
         _open(workspace, folder={"uri": str(tmp_path / "nothing")}).digest()
     (tmp_path / "1.jpg").write_bytes(b"loose")
-    with pytest.raises(DataError, match=r"contains no image in a class directory\. Expected <class>/<image> below it"):
+    with pytest.raises(DataError, match=r"directly contains image files, such as 1\.jpg\. .* set .*folder\.uri to the"):
+        _open(workspace, folder={"uri": str(tmp_path)}).digest()
+    (tmp_path / "1.jpg").unlink()
+    with pytest.raises(DataError, match=r"contains no image in a class directory\. Expected <class>/<image>"):
         _open(workspace, folder={"uri": str(tmp_path)}).digest()
 
 
@@ -168,7 +171,7 @@ def test_damaged_zip_member_is_rejected_and_the_others_are_read(workspace, tmp_p
 
 def test_file_that_is_not_an_archive_is_rejected(workspace, tmp_path):
     (tmp_path / "pets.zip").write_bytes(b"<html>Not Found</html>" * 100)
-    with pytest.raises(DataError, match=r"is not a readable archive: .* Expected zip, tar, tar\.gz"):
+    with pytest.raises(DataError, match=r"is not a readable archive\. It is an HTML page, .* Expected zip, tar, tar\.gz"):
         _open(workspace, archive={"uri": str(tmp_path / "pets.zip")}).class_names()
 
 

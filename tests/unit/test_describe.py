@@ -283,7 +283,19 @@ def test_saved_base_is_read_from_a_file(write_job, describe_json, tmp_path):
         {"layers": "head", "trainable": 5, "frozen": 0},
     ]
     assert description["notes"] == []
+    assert description["base"]["scaling"] == "none (pixels in 0..255)"
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("scaling", "shown"),
+    [("zeroToOne", "to 0..1"), ("minusOneToOne", "to -1..1"), ("none", "none (pixels in 0..255)")],
+)
+def test_scaling_of_a_saved_base_is_shown(write_job, describe_json, tmp_path, scaling, shown):
+    path = save_model(tmp_path / "model.keras")
+    sets = [f"spec.model.base={{saved: {{uri: {path}, cutAt: block_1, scaling: {scaling}}}}}"]
+    (description,) = describe_json(write_job(), sets=sets, classes=2, images=1000)
+    assert description["base"]["scaling"] == shown
 
 
 def test_saved_base_is_read_from_storage(write_job, describe_json, workspace, configured_storage, tmp_path):

@@ -35,9 +35,9 @@ def _pixels(validated):
 
 
 def _decode_with_tensorflow(validated):
-    from topwork.data.decoding import decode
+    from topwork.data.decoding import decode_file
 
-    return decode(validated.encoded).numpy()
+    return decode_file(validated.encoded).numpy()
 
 
 @pytest.mark.parametrize(
@@ -119,10 +119,11 @@ def test_validate_image_composites_a_transparent_palette_color_on_white():
     assert (mode, pixels[5, 5].tolist(), pixels[5, 15].tolist()) == ("RGB", list(RED), [255, 255, 255])
 
 
-def test_validate_image_converts_16_bit_pixels_to_8_bit():
+def test_validate_image_keeps_16_bit_pixels():
     values = np.array([[0, 255, 256, 32768, 65535]] * 5, np.uint16)
-    kind, mode, pixels = _pixels(validate_image(_encode(Image.fromarray(values), "PNG")))
-    assert (kind, mode, pixels[0].tolist()) == ("PNG", "L", [0, 0, 1, 128, 255])
+    kind, mode, pixels = _pixels(validate_image(_encode(Image.fromarray(values), "TIFF")))
+    assert (kind, mode) == ("PNG", "I;16")
+    assert (pixels == values).all()
 
 
 def test_validate_image_converts_1_bit_pixels_to_grayscale():
@@ -151,7 +152,8 @@ def _png_with_size(width, height):
         (_encode(_red_and_blue(), "PNG")[:41] + b"broken" + _encode(_red_and_blue(), "PNG")[47:], "undecodable"),
         (_png_with_size(100_000, 100_000), "too large"),
         (_png_with_size(8001, 8000), "too large"),
-        (_encode(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"), "unknown format"),
+        (_encode(Image.fromarray(np.full((4, 4), np.nan, np.float32)), "TIFF"), "unknown format"),
+        (_encode(Image.fromarray(np.array([[1, np.inf, -np.inf]], np.float32)), "TIFF"), "unknown format"),
     ],
     ids=[
         "empty",
@@ -162,7 +164,8 @@ def _png_with_size(width, height):
         "corrupt PNG",
         "decompression bomb",
         "8001x8000",
-        "float TIFF",
+        "TIFF with NaN",
+        "TIFF with infinity",
     ],
 )
 def test_validate_image_rejects_an_invalid_file_with_a_reason(data, reason):

@@ -12,9 +12,10 @@ import pytest
 from ruamel.yaml import YAML
 
 from topwork.data.dataset_manifest import DatasetMetadata, RejectedImage
-from topwork.report.documents import render_model_card, render_report, top_confusions
+from topwork.report.documents import listed_classes, render_model_card, render_report, top_confusions
 from topwork.report.evaluation import evaluate_predictions
 from topwork.report.export_check import ExportCheck
+from topwork.report.gates import LatestVersion
 from topwork.report.plots import plot_history
 from topwork.report.results import Misclassification, Results, history_csv, metrics_json, step_seconds
 from topwork.spec import TransferJob
@@ -83,9 +84,11 @@ def make_results(job, names):
         formats=("keras", "savedModel"),
         export_check=ExportCheck(
             tolerance=1e-4,
+            logit_tolerance=2e-4,
             images=60,
             encoded_images=20,
             largest_difference={"keras": 0.0, "savedModel": 1.2e-7},
+            largest_logit_difference={"keras": 0.0, "savedModel": 0.0},
             accuracy={"keras": 0.5, "savedModel": 0.5},
         ),
     )
@@ -141,6 +144,60 @@ def test_report_of_many_classes_plots_the_confusion_matrix_and_lists_the_top_con
     assert [entry[2] for entry in worst] == sorted((entry[2] for entry in worst), reverse=True)
 
 
+@pytest.fixture
+def large_results(job):
+    """Results of 1,000 classes, 500 of which occur among 60 images at most."""
+    names = tuple(f"class {index}" for index in range(1000))
+    return make_results(job, names)
+
+
+def test_documents_of_many_classes_are_bounded(large_results):
+    html, card, content = render_report(large_results), render_model_card(large_results), metrics_json(large_results)
+    assert len(html) < 250_000
+    assert len(card) < 50_000
+    assert len(content) < 500_000
+    page = Page(html)
+    assert page.tags.count("svg") == 2
+    for text in (page.text, card):
+        assert "200 classes with the lowest F1, of 1000" in text
+        assert "all 1000 classes" in text
+    evaluation = json.loads(content)["evaluation"]
+    assert evaluation["confusion"] is None
+    assert len(evaluation["perClass"]) == 1000
+    assert evaluation["confusions"][0].keys() == {"trueClass", "predictedClass", "images", "share"}
+
+
+def test_listed_classes_start_with_the_lowest_f1(large_results):
+    values = [score.f1 for score in listed_classes(large_results)]
+    occurring = [value for value in values if value is not None]
+    assert occurring == sorted(occurring)
+    assert values[: len(occurring)] == occurring
+
+
+def test_documents_name_classes_without_images(job):
+    results = make_results(job, ("cat", "dog", HOSTILE, "never"))
+    labels = np.array([0, 1, 2])
+    evaluation = evaluate_predictions(np.eye(4, dtype=np.float32)[labels], labels, ("cat", "dog", HOSTILE, "never"))
+    results = dataclasses.replace(results, evaluation=evaluation, notes=evaluation.notes)
+    note = "1 of 4 classes has no images in the test split and is excluded from precision, recall, F1 and AUC: never."
+    assert note in Page(render_report(results)).text
+    assert note in render_model_card(results)
+    assert "| never | 0 | not defined | not defined | not defined |" in render_model_card(results)
+    content = json.loads(metrics_json(results))["evaluation"]
+    assert (content["excludedClasses"], content["excludedClassNames"]) == (1, ["never"])
+    assert content["perClass"][3] == {
+        "name": "never", "images": 0, "predicted": 0, "precision": None, "recall": None, "f1": None,
+    }  # fmt: skip
+
+
+def test_documents_show_the_latest_version_on_the_same_images(results):
+    latest = LatestVersion(version="cats/2", metrics={"accuracy": 0.125, "loss": 2.0})
+    results = dataclasses.replace(results, latest=latest)
+    assert "cats/2, evaluated on the same images" in Page(render_report(results)).text
+    assert "| accuracy | 0.1250 |" in render_model_card(results)
+    assert json.loads(metrics_json(results))["latest"]["metrics"] == {"accuracy": 0.125, "loss": 2.0}
+
+
 def test_report_is_reproducible(results):
     assert render_report(results) == render_report(results)
 
@@ -189,7 +246,7 @@ def test_metrics_json_contains_all_metrics(results):
     content = json.loads(metrics_json(results))
     assert content["mainMetric"] == "auc"
     assert set(content["metrics"]) == {
-        "loss", "accuracy", "top5", "precision", "recall", "f1", "auc", "calibrationError",
+        "loss", "accuracy", "precision", "recall", "f1", "auc", "calibrationError",
     }  # fmt: skip
     assert content["evaluation"]["classNames"][2] == HOSTILE
     assert content["recheck"]["largestDifference"] == {"keras": 0.0, "savedModel": 1.2e-7}

@@ -55,6 +55,7 @@ DEFAULTS = {
         "imageSize": [96, 96],
         "onCorruptImage": "skip",
         "maxRejectedRatio": 0.2,
+        "onContradiction": "drop",
         "onMissingClass": "fail",
     },
     "model": {
@@ -89,6 +90,7 @@ DEFAULTS = {
         "optimizer": OPTIMIZER | {"learningRate": 1e-5},
         "classWeights": None,
         "earlyStopping": None,
+        "keep": "best",
         "featureCache": "auto",
     },
     "evaluate": {"metrics": ["accuracy", "f1", "auc"], "gates": []},
@@ -143,7 +145,7 @@ def test_defaults_of_optional_sections() -> None:
         transfer={"loss": {}, "earlyStopping": {}, "optimizer": {"ema": {}}},
         compute={"extraCA": {"configMap": "company-ca"}},
     ).model_dump(mode="json", by_alias=True)["spec"]
-    assert job["dataset"]["source"]["archive"] == {"uri": "a.zip", "root": "", "sha256": None}
+    assert job["dataset"]["source"]["archive"] == {"uri": "a.zip", "root": "", "sha256": None, "encoding": None}
     assert job["model"]["base"]["saved"] == {"uri": "a.keras", "cutAt": None}
     assert job["augmentation"]["randAugment"] == {"operations": 2, "magnitude": 0.5}
     assert job["transfer"]["loss"] == {"name": "auto", "labelSmoothing": 0.0, "gamma": 2.0}
@@ -266,11 +268,13 @@ def test_fine_tune_learning_rate_is_accepted(changes: dict[str, Any]) -> None:
     with_spec(**changes)
 
 
-def test_single_gpu_supports_accumulation_global_clipnorm_and_any_batch_size() -> None:
-    with_spec(
-        transfer={"batchSize": 7, "optimizer": {"gradientAccumulationSteps": 4, "globalClipnorm": 1.0}},
-        compute={"gpus": 1},
-    )
+def test_single_gpu_supports_accumulation_and_any_batch_size() -> None:
+    with_spec(transfer={"batchSize": 7, "optimizer": {"gradientAccumulationSteps": 4}}, compute={"gpus": 1})
+
+
+@pytest.mark.parametrize("method", ["clipnorm", "globalClipnorm", "clipvalue"])
+def test_several_gpus_support_each_clipping_method(method: str) -> None:
+    with_spec(transfer={"batchSize": 8, "optimizer": {method: 1.0}}, compute={"gpus": 2})
 
 
 def test_test_split_is_optional_with_a_validation_split() -> None:
@@ -283,7 +287,8 @@ def test_test_split_is_optional_with_a_validation_split() -> None:
     [
         {"tfds": "mnist"},
         {"tfds": "imagenet_resized/32x32:0.1.*"},
-        {"folder": {"uri": "s3://bucket"}},
+        {"folder": {"uri": "s3://photos"}},
+        {"folder": {"uri": "s3://bucket/prefix2/"}},
         {"folder": {"uri": "../photos of cats"}},
         {"archive": {"uri": "https://host/download?id=12", "root": "PetImages"}},
         {"archive": {"uri": "s3://bucket/a/b@c.tar.xz"}},
@@ -293,3 +298,20 @@ def test_test_split_is_optional_with_a_validation_split() -> None:
 )
 def test_source_accepts_each_form(source: dict[str, Any]) -> None:
     with_spec(dataset=MINIMAL["spec"]["dataset"] | {"source": source})
+
+
+@pytest.mark.parametrize(
+    "uri", ["s3://bucket", "s3://bucket/", "s3://bucket/prefix", "s3://bucket/prefix/", "s3://bucket/prefix/photos/"]
+)
+@pytest.mark.parametrize("storage", ["s3://bucket/prefix", "s3://bucket/prefix/"])
+def test_storage_must_not_overlap_the_image_folder(storage: str, uri: str) -> None:
+    dataset = MINIMAL["spec"]["dataset"] | {"source": {"folder": {"uri": uri}}}
+    with pytest.raises(ValidationError, match=r"overlaps spec\.dataset\.source\.folder\.uri"):
+        with_spec(storage=storage, dataset=dataset)
+
+
+@pytest.mark.parametrize(
+    "kind", [{"table": {"uri": "s3://bucket/prefix/a.csv"}}, {"archive": {"uri": "s3://bucket/prefix/a.zip"}}]
+)
+def test_tables_and_archives_may_be_in_the_storage(kind: dict[str, Any]) -> None:
+    with_spec(dataset=MINIMAL["spec"]["dataset"] | {"source": kind})

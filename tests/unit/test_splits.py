@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from topwork.data.dataset_manifest import DatasetMetadata
-from topwork.data.splits import SourceSplit, check_splits, format_missing_classes, select_splits
+from topwork.data.splits import SourceSplit, check_splits, format_missing_classes, permutation, select_splits
 from topwork.errors import DataError
 from topwork.spec.dataset import Dataset, Splits
 
@@ -106,6 +106,20 @@ def test_select_splits_covers_a_split_of_any_size_with_complementary_slices():
             assert "is empty" in str(error) and size < 10
             continue
         assert sorted(np.concatenate(list(selected.values())).tolist()) == list(range(size))
+
+
+def test_counts_per_class_select_the_first_images_of_each_class_of_one_permutation():
+    random = np.random.default_rng(2)
+    labels = random.permutation(np.repeat(np.arange(150), random.integers(9, 14, 150)))
+    sources = {"train": SourceSplit(0, labels[:900]), "test": SourceSplit(900, labels[900:])}
+    names = tuple(f"class {index}" for index in range(150))
+    requested = {"train": 5, "validation": 1, "test": 3}
+    selected = select_splits(_dataset(perClass=requested), sources, names, seed=3)
+    order, start = permutation(len(labels), 3), 0
+    for name, count in requested.items():
+        expected = [order[labels[order] == label][start : start + count] for label in range(150)]
+        np.testing.assert_array_equal(selected[name], np.concatenate(expected))
+        start += count
 
 
 def test_select_splits_returns_exact_counts_per_class():

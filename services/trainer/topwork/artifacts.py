@@ -186,7 +186,9 @@ def read_json_record(
     try:
         content = json.loads(data)
         number = content.get("format", FORMAT)  # documents that predate format numbers have none
-        if number != expected_format and isinstance(number, int):
+        if not isinstance(number, int) or isinstance(number, bool):
+            raise DataError(f"{uri} is not {description} (format is {number!r}, expected an integer).{advice}")
+        if number != expected_format:
             raise FormatError(
                 f"{uri} has format {number}, but topwork {__version__} reads format {expected_format}. "
                 f"Read it with {'a newer' if number > expected_format else 'an older'} topwork{alternative}."

@@ -1,5 +1,6 @@
 """Stop requests: how SIGTERM and Ctrl-C interrupt the work in progress."""
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -32,7 +33,7 @@ class StopRequest:
     """
 
     def __init__(self) -> None:
-        self._is_set = False
+        self._requested: float | None = None
         self._is_deferred = False
 
     def set(self) -> None:
@@ -41,13 +42,18 @@ class StopRequest:
         Raises:
             StopInterrupt: Unless the request is deferred.
         """
-        self._is_set = True
+        if self._requested is None:
+            self._requested = time.monotonic()
         if not self._is_deferred:
             raise StopInterrupt
 
     def is_set(self) -> bool:
         """Whether a stop was requested."""
-        return self._is_set
+        return self._requested is not None
+
+    def seconds_since_request(self) -> float | None:
+        """Time since the first request in seconds; None if there was none."""
+        return None if self._requested is None else time.monotonic() - self._requested
 
     def is_deferred(self) -> bool:
         """Whether the running work handles stop requests itself."""
@@ -65,5 +71,5 @@ class StopRequest:
             yield
         finally:
             self._is_deferred = False
-        if self._is_set:
+        if self.is_set():
             raise Stopped(STOPPED_MESSAGE)

@@ -7,7 +7,7 @@ exceeded limit of the spec results in exit code 2: retrying does not help.
 import errno
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from topwork.errors import SettingError, TopworkError, UnavailableError
@@ -70,7 +70,18 @@ def report_full_disk(directory: Path) -> Iterator[None]:
         raise
 
 
-def require_free_space(directory: Path, needed: int, operation: str, limit: int | None = None) -> None:
+def directory_bytes(directory: Path) -> int:
+    """Return the total size of the files in a directory; 0 if it does not exist."""
+    size = 0
+    for path in directory.rglob("*"):
+        with suppress(OSError):  # deleted during the traversal
+            size += path.lstat().st_size if not path.is_dir() else 0
+    return size
+
+
+def require_free_space(
+    directory: Path, needed: int, operation: str, limit: int | None = None, *, existing: int = 0
+) -> None:
     """Check that the disk has space for an operation before it starts.
 
     Args:
@@ -78,6 +89,7 @@ def require_free_space(directory: Path, needed: int, operation: str, limit: int 
         needed: Required space in bytes, as far as known.
         operation: Subject of the error message, such as "Pulling s3://…".
         limit: Size limit of the volume in bytes (`spec.compute.scratch`), beyond which the cluster evicts the pod.
+        existing: Part of `needed` that is on the disk already, in files that the operation reuses or replaces.
 
     Raises:
         SettingError: If the operation needs more space than the volume limit.
@@ -89,7 +101,7 @@ def require_free_space(directory: Path, needed: int, operation: str, limit: int 
             f"{format_bytes(limit)}. Increase it: the cluster evicts a pod whose volume exceeds its limit."
         )
     free = shutil.disk_usage(directory).free
-    if needed + MARGIN_BYTES > free:
+    if needed + MARGIN_BYTES > free + existing:
         raise UnavailableError(
             f"{operation} needs about {format_bytes(needed)}, but {directory} has {format_bytes(free)} free. Free "
             "space there, or use a larger disk or another node, then start again."

@@ -14,6 +14,7 @@ from topwork.cli.runtime.environment import allowed_http_hosts, register_environ
 from topwork.cli.runtime.logging import configure_logging, set_log_level
 from topwork.cli.runtime.shutdown import EXIT_CODE_BUG, to_topwork_error
 from topwork.clients.url_policy import allow_plain_http
+from topwork.errors import limit_message, limit_traceback
 from topwork.redaction import redact
 
 COMMANDS = {
@@ -95,11 +96,11 @@ def main() -> None:
     except Exception as error:
         known = to_topwork_error(error)
         if known is None:
-            print(redact(traceback.format_exc()), end="", file=sys.stderr)
+            print(limit_traceback(redact(traceback.format_exc())), end="", file=sys.stderr)
             sys.exit(EXIT_CODE_BUG)
         # Problems of a spec already begin with file and line, in the format that editors recognize.
         text = str(known) if getattr(known, "problems", ()) else f"topwork: {known}"
-        print(redact(text), file=sys.stderr)
+        print(limit_message(redact(text)), file=sys.stderr)
         sys.exit(known.exit_code)
 
 

@@ -67,6 +67,51 @@ class OriginalFile(BaseModel):
     is_servable: bool
 
 
+class LabeledImage(BaseModel):
+    """An image with its class.
+
+    Attributes:
+        name: Name of the image in its source.
+        class_name: Its class.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    class_name: str
+
+
+class Contradictions(BaseModel):
+    """Images with identical pixels and different classes.
+
+    Attributes:
+        groups: Number of different images that occur with several classes.
+        images: Number of copies of them, over all classes.
+        dropped: Whether all copies were removed from the dataset.
+        examples: Names and classes of the copies, for some of the groups.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    groups: int
+    images: int
+    dropped: bool
+    examples: tuple[tuple[LabeledImage, ...], ...]
+
+    def describe(self, limit: int = 5) -> str:
+        """Return one sentence with the numbers and the first examples.
+
+        Args:
+            limit: Maximum number of groups to name.
+        """
+        named = "; ".join(
+            " = ".join(f"{image.name} ({image.class_name})" for image in group[:limit])
+            for group in self.examples[:limit]
+        )
+        more = f"; and {self.groups - limit} more" if self.groups > limit else ""
+        return f"{self.images} images have the same pixels as an image of another class: {named}{more}."
+
+
 class DatasetMetadata(BaseModel):
     """Metadata of a stored dataset.
 
@@ -80,6 +125,7 @@ class DatasetMetadata(BaseModel):
         images: Number of stored images.
         rejected: Images that were not stored.
         duplicates: Number of images with the same pixels as an earlier image.
+        contradictions: Images with identical pixels and different classes; None if there are none.
         kinds: Number of source files by format and pixels, such as `PNG RGBA, transparency`. Empty if an older version
             of topwork stored the dataset.
         originals: A few unmodified source files, one of each kind.
@@ -97,6 +143,7 @@ class DatasetMetadata(BaseModel):
     images: int
     rejected: tuple[RejectedImage, ...]
     duplicates: int
+    contradictions: Contradictions | None = None
     kinds: dict[str, int] = {}
     originals: tuple[OriginalFile, ...] = ()
     values: ValueStatistics | None = None

@@ -1,10 +1,12 @@
 """Process pool that validates images on all CPUs and survives images that crash or hang the decoder."""
 
+import math
 import multiprocessing
 import os
 import resource
 import signal
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError, Future, ProcessPoolExecutor, ThreadPoolExecutor
@@ -15,13 +17,17 @@ from pathlib import Path
 from typing import Self, TypeVar
 
 from topwork.data.image_validation import CRASHED, HUNG, Rejection, ValidatedImage, validate_image
-from topwork.errors import DataError
+from topwork.errors import DataError, UnavailableError
 
 # Spawn, not fork: the threads of TensorFlow do not survive a fork.
 _CONTEXT = multiprocessing.get_context("spawn")
 
 IMAGE_TIMEOUT_SECONDS = 300.0
 """Time limit for one image. The largest allowed image took two minutes on a CPU shared with ten other processes."""
+
+CPU_SHARE = 0.5
+"""An image that takes this share of `IMAGE_TIMEOUT_SECONDS` in CPU time hangs its decoder. Unlike the elapsed time, the
+CPU time does not depend on the load of the machine, so that every machine rejects the same images."""
 
 MAX_TIMEOUTS = 10
 """Number of timeouts that are tolerated before the pull fails. Each costs up to twice `IMAGE_TIMEOUT_SECONDS`."""
@@ -31,6 +37,13 @@ WORKER_MEMORY_BYTES = 4 * 2**30
 only Pillow: the threads of NumPy or TensorFlow reserve far more address space than they use."""
 
 T = TypeVar("T")
+
+
+class DecoderLostError(UnavailableError):
+    """An image could not be decoded for a reason that depends on this machine: lack of memory or CPU time.
+
+    The image must not be rejected: another machine would store it, and the dataset would depend on the machine.
+    """
 
 
 def available_cpus() -> int:
@@ -74,8 +87,10 @@ class DecodePool:
         self._pool = self._start(self._workers)
 
     @staticmethod
-    def _start(workers: int) -> ProcessPoolExecutor:
-        return ProcessPoolExecutor(workers, mp_context=_CONTEXT, initializer=_initialize_worker)
+    def _start(workers: int, cpu_seconds: int | None = None) -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(
+            workers, mp_context=_CONTEXT, initializer=_initialize_worker, initargs=(cpu_seconds,)
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -96,8 +111,9 @@ class DecodePool:
             The normalized image.
 
         Raises:
-            Rejection: If the image is invalid, crashes its worker, or exceeds `IMAGE_TIMEOUT_SECONDS`.
-            DataError: If more than `MAX_TIMEOUTS` images exceeded the time limit.
+            Rejection: If the image is invalid, crashes its worker, or exceeds the limit of CPU time.
+            DataError: If more than `MAX_TIMEOUTS` images exceeded that limit.
+            DecoderLostError: If the worker was killed or got too little CPU time, also at a second attempt on its own.
         """
         image = self._run(data, keep_encoding=True)
         if image.encoded == data:
@@ -122,24 +138,42 @@ class DecodePool:
         with self._lock:
             if self._pool is broken:
                 self._pool = self._start(self._workers)
-            with self._start(1) as isolated:
+            cpu_seconds = max(1, int(IMAGE_TIMEOUT_SECONDS * CPU_SHARE))
+            with self._start(1, cpu_seconds) as isolated:
+                started = isolated.submit(os.getpid)
+                (worker,) = (isolated._processes or {}).values()
                 try:
                     # Wait for the process to start, so that its start does not count towards the time limit.
-                    isolated.submit(os.getpid).result()
+                    started.result()
                     future = isolated.submit(self._validate_image, data, keep_encoding=keep_encoding)
                     return future.result(IMAGE_TIMEOUT_SECONDS)
                 except BrokenProcessPool as error:
-                    raise Rejection(CRASHED, "the decoder process died") from error
+                    worker.join(1.0)
+                    raise self._explain_death(worker.exitcode) from error
                 except TimeoutError as error:
                     _kill(isolated)
-                    self._timeouts += 1
-                    if self._timeouts > MAX_TIMEOUTS:
-                        raise DataError(
-                            f"More than {MAX_TIMEOUTS} images each took longer than {IMAGE_TIMEOUT_SECONDS:g} seconds "
-                            "to decode. Valid images are much faster, so these files may be malicious. "
-                            "Remove them from the source."
-                        ) from error
-                    raise Rejection(HUNG, f"not decoded after {IMAGE_TIMEOUT_SECONDS:g} seconds") from error
+                    raise DecoderLostError(
+                        f"An image was not decoded within {IMAGE_TIMEOUT_SECONDS:g} seconds, twice, although it used "
+                        "little CPU time. This machine is overloaded. Try again later, or on another machine."
+                    ) from error
+
+    def _explain_death(self, exit_code: int | None) -> Exception:
+        """Return the error for an image whose worker died."""
+        if exit_code == -signal.SIGKILL:
+            return DecoderLostError(
+                "The decoder of an image was killed twice, most likely because the machine or container ran out of "
+                "memory. Provide more memory (spec.compute.memory in a cluster)."
+            )
+        if exit_code != -signal.SIGXCPU:
+            return Rejection(CRASHED, "the decoder process died")
+        self._timeouts += 1
+        limit = f"{IMAGE_TIMEOUT_SECONDS * CPU_SHARE:g} seconds"
+        if self._timeouts > MAX_TIMEOUTS:
+            return DataError(
+                f"More than {MAX_TIMEOUTS} images each took longer than {limit} to decode. Valid images are much "
+                "faster, so these files may be malicious. Remove them from the source."
+            )
+        return Rejection(HUNG, f"not decoded after {limit} of CPU time")
 
     def validate_all(
         self, items: Iterable[T], read: Callable[[T], bytes]
@@ -161,6 +195,8 @@ class DecodePool:
                 return self.validate(read(item))
             except Rejection as rejection:
                 return rejection
+            except DecoderLostError as error:
+                raise DecoderLostError(f"{getattr(item, 'name', item)}: {error}") from error
 
         # More threads than processes, so that reads from storage overlap with decoding.
         threads = 2 * self._workers + 2
@@ -185,10 +221,14 @@ def _kill(pool: ProcessPoolExecutor) -> None:
         process.kill()
 
 
-def _initialize_worker() -> None:
+def _initialize_worker(cpu_seconds: int | None) -> None:
     # Some platforms don't support this limit, and a lower hard limit may already be set.
     with suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_AS, (WORKER_MEMORY_BYTES, WORKER_MEMORY_BYTES))
+        if cpu_seconds is not None:
+            _, hard_limit = resource.getrlimit(resource.RLIMIT_CPU)
+            # The start of the process does not count.
+            resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(time.process_time()) + cpu_seconds, hard_limit))
     # Ctrl-C interrupts every process in the terminal. The parent process shuts down its workers itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()

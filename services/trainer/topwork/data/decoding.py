@@ -22,7 +22,7 @@ _UNSUPPORTED = (
 )
 
 
-@tf.autograph.experimental.do_not_convert
+@tf.autograph.experimental.do_not_convert  # type: ignore[untyped-decorator]
 def decode(encoded: tf.Tensor, value_range: ValueRange = FULL_RANGE) -> tf.Tensor:
     """Decode an image file to RGB.
 
@@ -67,7 +67,7 @@ def is_decodable(encoded: bytes) -> bool:
     return True
 
 
-@tf.function(
+@tf.function(  # type: ignore[untyped-decorator]
     input_signature=[tf.TensorSpec((), tf.string), tf.TensorSpec((2,), tf.float64)],
     reduce_retracing=True,
     autograph=False,

@@ -30,6 +30,7 @@ MARKER_CHUNK = b"twPx"
 IMAGE_OUTLIERS = 1e-4
 """Share of the pixels of an image that may lie outside its measured range, such as hot pixels of a sensor."""
 _BULK = 0.99
+_MAX_HISTOGRAMS = 40  # enough for an outlier near the largest float32: each histogram narrows an interval by 255
 
 _HEADER_END = 33  # of a PNG file
 _COLOR_TYPES = {"L": 0, "RGB": 2, "LA": 4, "RGBA": 6}
@@ -275,8 +276,9 @@ def _quantile(image: Image.Image, share: float) -> tuple[float, float]:
     """Return an interval that contains a quantile, by histograms of ever smaller intervals."""
     low, high = cast("tuple[float, float]", image.getextrema())
     wanted, below = share * image.width * image.height, 0
-    for _ in range(6):
-        if high <= low or (image.mode == "I" and high - low < 256):
+    for _ in range(_MAX_HISTOGRAMS):
+        is_narrow = high - low <= 1e-4 * max(abs(low), abs(high))
+        if is_narrow or (image.mode == "I" and high - low < 256):
             break
         width = (high - low) / 255  # Pillow's bins
         sums = list(accumulate(image.histogram(extrema=(low, high)), initial=below))

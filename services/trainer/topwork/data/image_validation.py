@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from PIL import Image, ImageFile, UnidentifiedImageError
 
+from topwork.data.dataset_manifest import SEVERAL_FRAMES
 from topwork.data.high_bit_depth import (
     MARKER_CHUNK,
     TRANSPOSITIONS,
@@ -19,7 +20,6 @@ from topwork.data.high_bit_depth import (
     read_high_bit_depth,
 )
 from topwork.data.image_metadata import MAX_STORED_METADATA_BYTES, find_png_chunk, remove_metadata
-from topwork.data.dataset_manifest import SEVERAL_FRAMES
 from topwork.data.rejection import (
     CRASHED,
     EMPTY,

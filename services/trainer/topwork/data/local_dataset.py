@@ -29,7 +29,7 @@ from topwork.workspace import Workspace
 log = structlog.get_logger(__name__)
 
 _PIXEL_CACHE = "pixels-2"
-"""File name prefix of cached resized images. Increment the number whenever `decode` or `resize` change their results."""
+"""File name prefix of cached resized images. Increment the number when `decode` or `resize` changes its results."""
 
 _PIXEL_CACHE_MAX_SHARE = 0.8
 """Maximum share of the free scratch space for cached resized images."""

@@ -9,7 +9,7 @@ import tensorflow_datasets as tfds
 from topwork.artifacts import read_manifest, write_artifact
 from topwork.data.sources.tfds import TfdsSource, find_image_and_label, load_builder
 from topwork.data.tfds_mirror import TfdsName, list_prepared, mirror_prefix
-from topwork.errors import DataError, SettingError
+from topwork.errors import DataError, SettingError, quote_error
 from topwork.workspace import Workspace
 
 log = structlog.get_logger(__name__)
@@ -78,7 +78,7 @@ def _validate(directory: Path) -> Any:
     try:
         builder = tfds.builder_from_directory(directory)
     except (ValueError, OSError) as error:
-        raise DataError(f"{directory} is not a prepared TFDS dataset: {error}") from error
+        raise DataError(f"{directory} is not a prepared TFDS dataset: {quote_error(error)}") from error
     find_image_and_label(builder)
     files = [Path(path) for split in builder.info.splits.values() for path in split.filepaths]
     missing = [path.name for path in files if not path.is_file()]

@@ -39,6 +39,7 @@ class DatasetStats:
         kinds: Number of stored images by the format and pixels of their source files.
         originals: Source files of different kinds, with their content.
         values: Pixel values of each image with more than 8 bits per channel.
+        contradictory: First 8 bytes of the pixel digests that occurred with several classes.
     """
 
     splits: dict[str, Counter[str]] = field(default_factory=dict)
@@ -48,14 +49,16 @@ class DatasetStats:
     originals: list[tuple[OriginalFile, bytes]] = field(default_factory=list)
     values: list[PixelValues] = field(default_factory=list)
     # 8 bytes per image. In a million images, the chance of a false duplicate is 1 in 37 million.
-    _seen: set[bytes] = field(default_factory=set)
+    _seen: dict[bytes, str] = field(default_factory=dict)
+    contradictory: set[bytes] = field(default_factory=set)
 
     def add_stored(self, split: str, label: str, name: str, image: ValidatedImage) -> None:
         """Count a stored image, and keep its source file if it is the first one of its kind."""
         self.splits.setdefault(split, Counter())[label] += 1
         short = bytes.fromhex(image.sha256[:16])
         self.duplicates += short in self._seen
-        self._seen.add(short)
+        if self._seen.setdefault(short, label) != label:
+            self.contradictory.add(short)
         self.kinds[image.kind] += 1
         if image.values:
             self.values.append(image.values)

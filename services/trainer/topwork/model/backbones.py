@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import keras
 
-from topwork.errors import SpecError, UnavailableError
+from topwork.errors import SpecError, UnavailableError, quote_error
 from topwork.model.weights import load_weights
 from topwork.spec.applications import APPLICATIONS, Scaling
 
@@ -61,13 +61,15 @@ class Backbone:
         except ValueError as error:
             raise SpecError(
                 f"spec.model.base.application {self.name} cannot be built for spec.dataset.imageSize "
-                f"[{image_size[0]}, {image_size[1]}]: {error}"
+                f"[{image_size[0]}, {image_size[1]}]: {quote_error(error)}"
             ) from error
         except Exception as error:
             # keras.utils.get_file raises a bare Exception for every failed download.
             if "URL fetch failure" not in str(error):
                 raise
-            raise UnavailableError(f"The ImageNet weights of {self.name} could not be downloaded: {error}.") from error
+            raise UnavailableError(
+                f"The ImageNet weights of {self.name} could not be downloaded: {quote_error(error)}."
+            ) from error
         return keras.Model(model.inputs[0], model.outputs[0], name="base")
 
 

@@ -9,6 +9,8 @@ import keras
 from topwork.errors import DataError
 from topwork.model.backbones import find_backbone, scale_inputs
 from topwork.model.cloning import clone_layer
+from topwork.model.input_scaling import check_input_scaling, scale_saved_base_inputs
+from topwork.model.layer_tree import leaf_layers
 from topwork.model.weights import copy_weights
 from topwork.spec.model import Base, Cnn, Head, Model
 
@@ -56,6 +58,11 @@ def with_precision(model: keras.Model, policy: str) -> keras.Model:
     return copy
 
 
+def computes_in_float16(model: keras.Model) -> bool:
+    """Return whether a layer computes in float16, whose small gradients underflow to 0 unless the loss is scaled."""
+    return any(layer.compute_dtype == "float16" for layer in leaf_layers(model))
+
+
 # In half precision, pixels up to 255 lose their last bits, and logits lose small differences.
 _ALWAYS_FLOAT32 = frozenset({"image", "pixels", "input_scaling", "logits"})
 
@@ -96,7 +103,8 @@ def build_base(settings: Base, image_size: tuple[int, int], file: Path | None) -
         if file is None:
             raise ValueError("a saved base needs its file")
         base = load_saved_base(file, settings.saved.cut_at, image_size)
-        return BaseOutput(image, base(image))
+        check_input_scaling(base, settings.saved, file.name)
+        return BaseOutput(image, base(scale_saved_base_inputs(image, settings.saved.scaling)))
     if settings.cnn:
         return BaseOutput(image, _cnn(settings.cnn, image_size)(_scale_to_unit_range(image)))
     model = find_backbone(settings.application or "")

@@ -89,7 +89,11 @@ def as_functional(model: keras.Model) -> keras.Model:
 
 def is_augmentation(layer: Any) -> bool:
     """Return whether a layer augments images in training and is the identity in inference."""
-    kind = type(layer).__name__
+    return is_augmentation_name(type(layer).__name__)
+
+
+def is_augmentation_name(kind: str) -> bool:
+    """Return whether a class of layers augments images in training and is the identity in inference."""
     # RandomCrop changes the size in training and in inference.
     return (kind.startswith("Random") and kind != "RandomCrop") or kind in _AUGMENTATIONS
 

@@ -2,10 +2,12 @@
 
 import contextlib
 import io
+import json
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import keras
 import tensorflow as tf
@@ -13,8 +15,26 @@ import tensorflow as tf
 from topwork.errors import SpecError
 from topwork.model.classifier import with_precision
 
-# Resizes images (..., height, width, 3) in 0..255 to float32 of the given (height, width), as in training.
-Resize = Callable[[tf.Tensor, tuple[int, int]], tf.Tensor]
+
+class Preprocessing(Protocol):
+    """How image files become the input of a model; `topwork.data.decoding.Preprocessing` implements it."""
+
+    @property
+    def value_range(self) -> tuple[float, float]:
+        """Values that become 0 and 255 in images with more than 8 bits per channel."""
+        ...
+
+    def decode(self, encoded: tf.Tensor) -> tf.Tensor:
+        """Decode a file, scalar string, to uint8 (height, width, 3) inside a graph."""
+        ...
+
+    def resize(self, image: tf.Tensor, size: tuple[int, int]) -> tf.Tensor:
+        """Resize images (..., height, width, 3) in 0..255 to float32 of the given height and width."""
+        ...
+
+
+PREPROCESSING_FILE = "preprocessing.json"
+"""File of a version with what `topwork predict` needs in addition to the model."""
 
 # Main file of each format of `spec.publish.formats`.
 EXPORTED_FILES = {
@@ -23,6 +43,8 @@ EXPORTED_FILES = {
     "tflite": "model.tflite",
     "onnx": "model.onnx",
 }
+# Characters of an error of a converter, some of which print whole graphs.
+MAX_REASON = 200
 
 
 def add_probabilities(model: keras.Model, classes: int) -> keras.Model:
@@ -51,7 +73,7 @@ def add_probabilities(model: keras.Model, classes: int) -> keras.Model:
 
 
 def export_model(
-    model: keras.Model, class_names: Sequence[str], formats: Sequence[str], resize: Resize, folder: Path
+    model: keras.Model, class_names: Sequence[str], formats: Sequence[str], preprocessing: Preprocessing, folder: Path
 ) -> tuple[str, ...]:
     """Export a model in the given formats.
 
@@ -59,8 +81,8 @@ def export_model(
         model: The result of `add_probabilities`.
         class_names: Name of each class, in the order of the outputs.
         formats: Any of keras, savedModel, tflite and onnx.
-        resize: Resizing as in training. Only the SavedModel contains it; other formats expect images of the model's
-            input size.
+        preprocessing: Decoding and resizing as in training. Only the SavedModel contains it; other formats expect
+            images of the model's input size. The value range is also written to `PREPROCESSING_FILE`.
         folder: Existing directory for the files.
 
     Returns:
@@ -72,22 +94,26 @@ def export_model(
     model(tf.zeros((1, *model.input_shape[1:])), training=False)  # Keras cannot convert a model that was never called
     for name in formats:
         path = folder / EXPORTED_FILES[name]
-        with _silence_converters():
+        with report_unsupported_format(name), _silence_converters():
             if name == "keras":
                 model.save(path)
             elif name == "savedModel":
-                save_saved_model(model, class_names, resize, folder)
+                save_saved_model(model, class_names, preprocessing, folder)
             else:
                 _convert(model, name, path)
+    content = {"format": 1, "valueRange": preprocessing.value_range}
+    (folder / PREPROCESSING_FILE).write_text(json.dumps(content) + "\n")
     return tuple(EXPORTED_FILES[name] for name in formats)
 
 
-def save_saved_model(model: keras.Model, class_names: Sequence[str], resize: Resize, folder: Path) -> None:
+def save_saved_model(
+    model: keras.Model, class_names: Sequence[str], preprocessing: Preprocessing, folder: Path
+) -> None:
     """Write a SavedModel that accepts images of any size.
 
     Signatures:
         serving_default: `image` float32 (batch, height, width, 3) in 0..255.
-        encoded: `bytes` string (batch,), each the content of a JPEG, PNG, GIF or BMP file.
+        encoded: `bytes` string (batch,), each the content of a JPEG, PNG, WebP, GIF or BMP file.
 
     Both return `class` string (batch,), `probability` float32 (batch,), `classes` string (batch, classes) and
     `probabilities` float32 (batch, classes).
@@ -95,7 +121,7 @@ def save_saved_model(model: keras.Model, class_names: Sequence[str], resize: Res
     Args:
         model: The result of `add_probabilities`.
         class_names: Name of each class, in the order of the outputs.
-        resize: Resizing as in training.
+        preprocessing: Decoding and resizing as in training.
         folder: Directory for `saved_model.pb` and `variables/`.
     """
     height, width = model.input_shape[1:3]
@@ -112,11 +138,11 @@ def save_saved_model(model: keras.Model, class_names: Sequence[str], resize: Res
         }
 
     def decode(encoded: tf.Tensor) -> tf.Tensor:
-        image = tf.io.decode_image(encoded, channels=3, expand_animations=False)
-        return tf.ensure_shape(resize(tf.cast(image, tf.float32), (height, width)), (height, width, 3))
+        image = tf.cast(preprocessing.decode(encoded), tf.float32)
+        return tf.ensure_shape(preprocessing.resize(image, (height, width)), (height, width, 3))
 
     def from_image(image: tf.Tensor) -> dict[str, tf.Tensor]:
-        return classify(tf.ensure_shape(resize(image, (height, width)), (None, height, width, 3)))
+        return classify(tf.ensure_shape(preprocessing.resize(image, (height, width)), (None, height, width, 3)))
 
     def from_encoded(encoded: tf.Tensor) -> dict[str, tf.Tensor]:
         # One by one: the images of a request may differ in size before they are resized.
@@ -130,17 +156,33 @@ def save_saved_model(model: keras.Model, class_names: Sequence[str], resize: Res
     archive.write_out(str(folder), verbose=False)
 
 
-def _convert(model: keras.Model, name: str, path: Path) -> None:
+@contextlib.contextmanager
+def report_unsupported_format(name: str) -> Iterator[None]:
+    """Report that a model cannot be exported in a format; a full disk or memory keeps its own error.
+
+    Args:
+        name: The format.
+
+    Raises:
+        SpecError: If the body raised another error, with the first line of it as the reason.
+    """
     try:
-        model.export(str(path), format="litert" if name == "tflite" else name, verbose=False)
-        if name == "onnx":
-            _check_onnx(path)
+        yield
+    except (OSError, MemoryError, tf.errors.ResourceExhaustedError):
+        raise
     except Exception as error:
+        lines = str(error).strip().splitlines() or ["no reason given"]
+        reason = lines[0] if len(lines[0]) <= MAX_REASON else f"{lines[0][:MAX_REASON]}…"
         raise SpecError(
-            f"spec.publish.formats contains {name}, but this model cannot be converted to {name} "
-            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}). "
-            f"Remove {name} from the list."
+            f"spec.publish.formats contains {name}, but this model cannot be exported as {name} "
+            f"({type(error).__name__}: {reason}). Leave {name} out of spec.publish.formats."
         ) from error
+
+
+def _convert(model: keras.Model, name: str, path: Path) -> None:
+    model.export(str(path), format="litert" if name == "tflite" else name, verbose=False)
+    if name == "onnx":
+        _check_onnx(path)
 
 
 def _check_onnx(path: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import keras
 
-from topwork.errors import DataError
+from topwork.errors import DataError, quote_error
 from topwork.model.cloning import ModelCloner, as_functional
 from topwork.model.layer_tree import LayerPath, find_layer, walk_layers
 from topwork.model.safe_loading import load_model_safely
@@ -106,9 +106,10 @@ def _truncate(model: keras.Model, point: _CutPoint) -> keras.Model:
 
 def _check_input(model: keras.Model, path: Path) -> None:
     if len(model.inputs) != 1 or len(model.inputs[0].shape) != 4 or model.inputs[0].shape[-1] != 3:
-        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in model.inputs)
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in model.inputs[:3])
+        more = f" and {len(model.inputs) - 3} more" if len(model.inputs) > 3 else ""
         raise DataError(
-            f"{path.name} expects input of shape {shapes}, but a base takes one batch of RGB images, "
+            f"{path.name} expects input of shape {shapes}{more}, but a base takes one batch of RGB images, "
             "(batch, height, width, 3)."
         )
 
@@ -116,7 +117,8 @@ def _check_input(model: keras.Model, path: Path) -> None:
 def _size_error(model: keras.Model, path: Path, image_size: tuple[int, int], error: Exception) -> str:
     height, width = model.inputs[0].shape[1:3]
     if (height, width) == tuple(image_size) or height is None:
-        return f"{path.name} cannot be rebuilt as a base for images of {image_size[0]}x{image_size[1]}: {error}"
+        size = f"{image_size[0]}x{image_size[1]}"
+        return f"{path.name} cannot be rebuilt as a base for images of {size}: {quote_error(error)}"
     return (
         f"{path.name} was built for images of {height}x{width} and does not support spec.dataset.imageSize "
         f"[{image_size[0]}, {image_size[1]}]. Use [{height}, {width}]."

@@ -6,8 +6,8 @@ from pathlib import Path
 import keras
 import numpy as np
 
-from topwork.errors import DataError
-from topwork.model.file_inspection import UnsafeFileError, inspect_h5
+from topwork.errors import DataError, quote_error
+from topwork.model.files.inspection import UnsafeFileError, inspect_h5
 
 # Standard deviation of ImageNet pixels in 0..1: IMAGENET_STDDEV_RGB in keras/src/applications/efficientnet.py.
 _IMAGENET_DEVIATION = np.array([0.229, 0.224, 0.225], np.float32)
@@ -33,10 +33,9 @@ def load_weights(model: keras.Model, path: Path, name: str) -> None:
     except (UnsafeFileError, MemoryError):
         raise
     except Exception as error:  # HDF5 and Keras raise many kinds of errors for corrupt files
-        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise DataError(
-            f"{path.name} does not contain the weights of {name} without its head (include_top=False): {reason} "
-            f"Save them with model.save_weights('{name}.weights.h5')."
+            f"{path.name} does not contain the weights of {name} without its head (include_top=False): "
+            f"{quote_error(error)} Save them with model.save_weights('{name}.weights.h5')."
         ) from error
     if name.startswith("EfficientNetB"):
         _correct_imagenet_variance(model)

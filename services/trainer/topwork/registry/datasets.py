@@ -110,7 +110,10 @@ def select_dataset(
     selected = SelectedDataset(fingerprint, stored)
     if previous is None or previous.dataset.metadata.fingerprint == fingerprint:
         return selected
-    changes = describe_changes(read_entries(previous.dataset, workspace.storage), source.entries())
+    if previous.dataset.metadata.pull_format != FORMAT:
+        changes = "topwork stores images in another way"
+    else:
+        changes = describe_changes(read_entries(previous.dataset, workspace.storage), source.entries())
     return replace(selected, changes=f"{changes or 'settings of the pull changed'} since {previous.used_by}")
 
 

@@ -109,7 +109,7 @@ def read_base_version(base: Base, storage: Storage) -> str:
     if uri in {None, "imagenet", "none"}:
         return ""
     if not str(uri).startswith("s3://"):
-        path = Path(str(uri).removeprefix("file://"))
+        path = Path(str(uri))
         return describe_file(path).sha256 if path.is_file() else ""
     directory, _, name = str(uri).rpartition("/")
     found = (stored for stored in storage.at(directory).list(name) if stored.key == name)

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict
 
 from topwork.artifacts import MANIFEST_NAME as MANIFEST
 from topwork.artifacts import read_json_record, read_manifest
+from topwork.clients.s3.cleanup import tolerate_cleanup_failure
 from topwork.clients.s3.storage import Storage
 from topwork.errors import UnavailableError
 
@@ -38,6 +39,7 @@ class Version(BaseModel):
         metrics: All scalar metrics of the evaluation, by their names in the job spec.
         split: Split on which they were measured.
         images: Number of images in that split.
+        excluded_classes: Number of classes without images in that split, which averaged metrics exclude.
         dataset: Key of the stored dataset; empty if an older version of topwork published it.
     """
 
@@ -55,6 +57,7 @@ class Version(BaseModel):
     metrics: dict[str, float]
     split: str
     images: int
+    excluded_classes: int = 0
     dataset: str = ""
 
 
@@ -229,15 +232,19 @@ def _read(data: bytes, uri: str) -> Version:
 def _read_claim(storage: Storage, name: str, number: int) -> Any:
     data = storage.read(f"{version_prefix(name, number)}/{CLAIM}")
     try:
-        return json.loads(data or b"{}").get("run")
+        content = json.loads(data or b"{}")
+        # The claim of a newer topwork belongs to another attempt: its number is not reused.
+        return content.get("run") if content.get("format", 1) == 1 else None
     except (ValueError, AttributeError):
         return None
 
 
 def _delete_files(storage: Storage, name: str, number: int) -> None:
     prefix = version_prefix(name, number)
-    stored = [item.key for item in storage.list(f"{prefix}/")]
-    storage.delete(key for key in stored if key != f"{prefix}/{CLAIM}")
+    # Files that remain are not in the manifest of this attempt.
+    with tolerate_cleanup_failure(f"files of an interrupted attempt in {storage.uri_of(prefix)}"):
+        stored = [item.key for item in storage.list(f"{prefix}/")]
+        storage.delete(key for key in stored if key != f"{prefix}/{CLAIM}")
 
 
 def _files(storage: Storage, name: str) -> Iterator[tuple[int, str]]:

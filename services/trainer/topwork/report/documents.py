@@ -7,13 +7,18 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from topwork.report.evaluation import ClassScores
 from topwork.report.plots import plot_confusion_matrix, plot_history, plot_reliability
 from topwork.report.results import Results, summarize
 from topwork.spec.yaml_output import dump_job
 
-# A confusion matrix with more classes is drawn as an image, because a table would be unreadable.
+# A confusion matrix with more classes is drawn as an image, because a table would be unreadable. Above
+# `evaluation.MAX_DENSE_CLASSES`, an image would be, too, and more of the most frequent confusions are listed.
 MAX_TABLE_CLASSES = 16
 MAX_CONFUSIONS = 12
+MAX_CONFUSIONS_OF_MANY_CLASSES = 50
+# With more classes, only those with the lowest F1 are listed. A browser needs seconds for a table of 20,000 rows.
+MAX_LISTED_CLASSES = 200
 MAX_REJECTED = 50
 
 
@@ -31,8 +36,9 @@ def render_report(results: Results) -> str:
         "reliability": Markup(plot_reliability(results.evaluation.reliability)),  # noqa: S704
         "confusion": None,
     }
-    if len(results.evaluation.class_names) > MAX_TABLE_CLASSES:
-        figures["confusion"] = Markup(plot_confusion_matrix(results.evaluation.confusion))  # noqa: S704
+    matrix = results.evaluation.confusion
+    if matrix is not None and len(matrix) > MAX_TABLE_CLASSES:
+        figures["confusion"] = Markup(plot_confusion_matrix(matrix))  # noqa: S704
     return _render("report.html.j2", results, figures=figures, escape=True)
 
 
@@ -58,13 +64,24 @@ def top_confusions(results: Results) -> list[tuple[str, str, int, float]]:
         True class, predicted class, number of images, and their share of the true class; most frequent first.
     """
     evaluation = results.evaluation
-    confusions = [
-        (true, predicted, count, count / sum(row))
-        for true, row in zip(evaluation.class_names, evaluation.confusion, strict=True)
-        for predicted, count in zip(evaluation.class_names, row, strict=True)
-        if count and true != predicted
-    ]
-    return sorted(confusions, key=lambda entry: (-entry[2], -entry[3], entry[:2]))[:MAX_CONFUSIONS]
+    limit = MAX_CONFUSIONS if evaluation.confusion is not None else MAX_CONFUSIONS_OF_MANY_CLASSES
+    return [(c.true_class, c.predicted_class, c.images, c.share) for c in evaluation.confusions[:limit]]
+
+
+def listed_classes(results: Results) -> list[ClassScores]:
+    """Choose the classes that the tables show.
+
+    Args:
+        results: The results.
+
+    Returns:
+        All classes in their order, or of many classes, those with the lowest F1, lowest first; classes without images
+        in the split come last.
+    """
+    scores = results.evaluation.per_class
+    if len(scores) <= MAX_LISTED_CLASSES:
+        return list(scores)
+    return sorted(scores, key=lambda score: 2.0 if score.f1 is None else score.f1)[:MAX_LISTED_CLASSES]
 
 
 def _render(template: str, results: Results, *, escape: bool, **variables: Any) -> str:
@@ -89,6 +106,7 @@ def _render(template: str, results: Results, *, escape: bool, **variables: Any) 
         job=results.job,
         spec=dump_job(results.job),
         confusions=top_confusions(results),
+        classes=listed_classes(results),
         rejected=results.dataset.rejected[:MAX_REJECTED],
         rejected_reasons=_count_rejection_reasons(results),
         **variables,

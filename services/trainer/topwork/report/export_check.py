@@ -14,10 +14,9 @@ from numpy.typing import NDArray
 
 from topwork.report.evaluation import MetricsSection
 from topwork.report.exported_model import load_format, predict_encoded
+from topwork.report.rounding import logit_differences, probability_tolerance
+from topwork.report.source_files import predict_source_files, read_source_files
 
-# Largest accepted difference of a probability. Formats order float32 sums differently, which changes the output of a
-# deep network by about 1e-6. A wrong weight or input scaling changes it by far more than this.
-TOLERANCE = 1e-4
 # More images would not make the check more reliable, and formats that run on a single core would be slow.
 MAX_IMAGES = 1000
 MAX_BYTES = 512 * 2**20
@@ -28,17 +27,22 @@ class ExportCheck(MetricsSection):
     """Differences between the exported formats and the evaluated model.
 
     Attributes:
-        tolerance: Largest accepted difference of a probability.
+        tolerance: Largest difference of a probability that `logit_tolerance` allows.
+        logit_tolerance: Largest accepted difference of a logit; see `topwork.report.rounding`.
         images: Test images predicted by every format.
         encoded_images: Images that were also sent to the signature `encoded` as files.
-        largest_difference: Largest difference of a probability, by format and for `encoded`.
+        largest_difference: Largest difference of a probability, by format, for `encoded`, and for unmodified source
+            files that are sent to `encoded` and to `topwork predict`; see `topwork.report.source_files`.
+        largest_logit_difference: Largest difference of a logit that the probabilities imply; decides the check.
         accuracy: Share of correctly classified images, by format and for `encoded`.
     """
 
     tolerance: float
+    logit_tolerance: float
     images: int
     encoded_images: int
     largest_difference: dict[str, float]
+    largest_logit_difference: dict[str, float]
     accuracy: dict[str, float]
 
 
@@ -57,6 +61,7 @@ def write_check_inputs(
     probabilities: NDArray[np.float32],
     labels: NDArray[np.int64],
     encoded: Sequence[tuple[int, bytes]],
+    logit_tolerance: float,
 ) -> None:
     """Write the inputs of the check and the expected probabilities.
 
@@ -66,11 +71,13 @@ def write_check_inputs(
         probabilities: float32 (n, classes), of the evaluated model.
         labels: int64 (n,).
         encoded: Some of the images as files, each with its index in `images`.
+        logit_tolerance: Result of `estimate_logit_tolerance` for the evaluated model.
     """
     folder.mkdir(parents=True)
     np.save(folder / "images.npy", images)
     np.save(folder / "probabilities.npy", probabilities)
     np.save(folder / "labels.npy", labels)
+    np.save(folder / "logit_tolerance.npy", logit_tolerance)
     np.save(folder / "encoded.npy", np.array([index for index, _ in encoded], np.int64))
     for index, data in encoded:
         (folder / f"{index}.image").write_bytes(data)
@@ -97,14 +104,15 @@ def check_export(folder: Path, inputs: Path, formats: Iterable[str]) -> ExportCh
         raise RuntimeError(f"The exported model cannot be loaded by a new process:\n{process.stderr[-4000:]}")
     result = ExportCheck.model_validate_json(result_file.read_text())
     wrong = [
-        f"{name} by {difference:.2g}"
-        for name, difference in result.largest_difference.items()
-        if not difference <= TOLERANCE
+        f"{name} by {result.largest_difference[name]:.2g} (logits by {difference:.2g})"
+        for name, difference in result.largest_logit_difference.items()
+        if not difference <= result.logit_tolerance
     ]
     if wrong:
         raise RuntimeError(
             f"The exported model does not predict like the evaluated model: probabilities differ for "
-            f"{', '.join(wrong)}; at most {TOLERANCE:g} is accepted. Nothing is published."
+            f"{', '.join(wrong)}; rounding explains at most {result.logit_tolerance:.2g} for a logit of this model. "
+            "Nothing is published."
         )
     return result
 
@@ -131,12 +139,20 @@ def compare_predictions(folder: Path, inputs: Path, formats: Sequence[str]) -> E
             expected[encoded_indices],
             labels[encoded_indices],
         )
+    differences = {name: (actual, reference) for name, (actual, reference, _) in predictions.items()}
+    if source_files := read_source_files(inputs):
+        differences |= predict_source_files(folder, source_files, formats)
+    logit_tolerance = float(np.load(inputs / "logit_tolerance.npy"))
     return ExportCheck(
-        tolerance=TOLERANCE,
+        tolerance=probability_tolerance(logit_tolerance),
+        logit_tolerance=logit_tolerance,
         images=len(images),
         encoded_images=len(encoded_indices) if "encoded" in predictions else 0,
         largest_difference={
-            name: float(np.abs(actual - reference).max()) for name, (actual, reference, _) in predictions.items()
+            name: float(np.abs(actual - reference).max()) for name, (actual, reference) in differences.items()
+        },
+        largest_logit_difference={
+            name: float(logit_differences(actual, reference).max()) for name, (actual, reference) in differences.items()
         },
         accuracy={
             name: float(np.mean(actual.argmax(axis=1) == true)) for name, (actual, _, true) in predictions.items()

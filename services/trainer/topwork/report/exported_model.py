@@ -1,5 +1,6 @@
 """Loads exported models with the official library of each format, without topwork code in between."""
 
+import json
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from topwork.data.decode_pool import available_cpus
+from topwork.data.value_range import FULL_RANGE, ValueRange
+from topwork.errors import DataError, quote_error
 
 # float32 or uint8 (batch, height, width, 3) in 0..255 -> float32 (batch, classes)
 Predict = Callable[[NDArray[Any]], NDArray[np.float32]]
@@ -109,6 +112,27 @@ def load_format(folder: Path, name: str) -> LoadedModel:
     """
     file, loader = LOADERS[name]
     return loader(folder / file)
+
+
+def read_value_range(folder: Path) -> ValueRange:
+    """Read the value range with which the images of a version were decoded in training.
+
+    Args:
+        folder: Directory of the version.
+
+    Returns:
+        The values that become 0 and 255. The full range of 16 bits for versions of topwork 0.1, which used no other.
+    """
+    from topwork.model.export import PREPROCESSING_FILE  # imports Keras
+
+    file = folder / PREPROCESSING_FILE
+    if not file.is_file():
+        return FULL_RANGE
+    try:
+        low, high = json.loads(file.read_text())["valueRange"]
+        return (float(low), float(high))
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{file} is damaged: {quote_error(error)}. Download the version again.") from error
 
 
 def predict_encoded(folder: Path, files: Sequence[bytes]) -> NDArray[np.float32]:

@@ -23,16 +23,35 @@ class GateResult(MetricsSection):
     sentence: str
 
 
+class LatestVersion(MetricsSection):
+    """The latest published version, evaluated on the images on which the new model is evaluated.
+
+    Attributes:
+        version: Name of the version in explanations, such as `cats-vs-dogs/3`.
+        metrics: Its metrics on these images; None if it was not evaluated.
+        same_weights: Whether it is the evaluated model itself, published before.
+        reason: Why it cannot be evaluated on these images, as a clause; empty if it was, or need not be.
+    """
+
+    version: str
+    metrics: dict[str, float] | None = None
+    same_weights: bool = False
+    reason: str = ""
+
+
 def check_gates(
-    gates: Iterable[Gate], values: Mapping[str, float], latest: Mapping[str, float] | None, latest_name: str = ""
+    gates: Iterable[Gate],
+    values: Mapping[str, float],
+    latest: LatestVersion | None,
+    undefined: Mapping[str, str] | None = None,
 ) -> tuple[GateResult, ...]:
     """Check all gates.
 
     Args:
         gates: Gates of the job.
         values: Metrics of the new model by name, without undefined ones.
-        latest: Metrics of the latest published version; None if there is none.
-        latest_name: Name of that version in explanations, such as `cats-vs-dogs/3`.
+        latest: The latest published version; None if there is none.
+        undefined: Why a metric is undefined, by name.
 
     Returns:
         One result per condition, in the order of the gates.
@@ -41,14 +60,14 @@ def check_gates(
     for gate in gates:
         value = values.get(gate.metric)
         if value is None:
-            results.append(_undefined(gate.metric))
+            results.append(_undefined(gate.metric, undefined or {}))
             continue
         if gate.at_least is not None:
             results.append(_result(gate.metric, value, value >= gate.at_least, f"at least {gate.at_least:g}"))
         if gate.at_most is not None:
             results.append(_result(gate.metric, value, value <= gate.at_most, f"at most {gate.at_most:g}"))
         if gate.at_least_latest_minus is not None:
-            results.append(_compare_with_latest(gate.metric, value, gate.at_least_latest_minus, latest, latest_name))
+            results.append(_compare_with_latest(gate.metric, value, gate.at_least_latest_minus, latest))
     return tuple(results)
 
 
@@ -75,20 +94,29 @@ def _result(metric: str, value: float, met: bool, condition: str) -> GateResult:
     return GateResult(metric=metric, value=value, met=met, sentence=sentence)
 
 
-def _undefined(metric: str) -> GateResult:
-    sentence = f"{metric} is undefined on this split because fewer than two classes occur, so the gate is not met"
+def _undefined(metric: str, reasons: Mapping[str, str]) -> GateResult:
+    reason = f" because {reasons[metric]}" if metric in reasons else ""
+    sentence = f"{metric} is undefined on this split{reason}, so the gate is not met"
     return GateResult(metric=metric, value=None, met=False, sentence=sentence)
 
 
-def _compare_with_latest(
-    metric: str, value: float, margin: float, latest: Mapping[str, float] | None, latest_name: str
-) -> GateResult:
+def _compare_with_latest(metric: str, value: float, margin: float, latest: LatestVersion | None) -> GateResult:
+    found = f"{metric} is {value:.4f}"
     if latest is None:
-        sentence = f"{metric} is {value:.4f}, and there is no published version to compare with"
+        sentence = f"{found}, and there is no published version to compare with"
         return GateResult(metric=metric, value=value, met=True, sentence=sentence)
-    if metric not in latest:
-        sentence = f"{metric} is {value:.4f}, but {latest_name} has no {metric} to compare with"
+    if latest.same_weights:
+        sentence = f"{found}, and {latest.version} has the same weights, so there is nothing to compare"
+        return GateResult(metric=metric, value=value, met=True, sentence=sentence)
+    if latest.metrics is None or metric not in latest.metrics:
+        reason = latest.reason or f"its {metric} is undefined on this split"
+        sentence = (
+            f"{found}, but atLeastLatestMinus cannot compare it with {latest.version}: {reason}. Remove "
+            "atLeastLatestMinus for this run, or publish under another name (spec.publish.name)"
+        )
         return GateResult(metric=metric, value=value, met=False, sentence=sentence)
-    minimum = latest[metric] - margin
-    condition = f"at least {minimum:.4f} ({latest[metric]:.4f} of {latest_name} minus {margin:g})"
+    minimum = latest.metrics[metric] - margin
+    condition = (
+        f"at least {minimum:.4f} ({latest.metrics[metric]:.4f} of {latest.version} on the same images minus {margin:g})"
+    )
     return _result(metric, value, value >= minimum, condition)

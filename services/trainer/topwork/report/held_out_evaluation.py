@@ -2,34 +2,37 @@
 
 import base64
 import io
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import keras
 import numpy as np
+import structlog
 import tensorflow as tf
 from numpy.typing import NDArray
 from PIL import Image
 
 from topwork import __version__
-from topwork.data.batches import evaluation_batches
 from topwork.data.dataset_manifest import StoredDataset
 from topwork.data.local_dataset import LocalDataset, Split, fetch_dataset
 from topwork.errors import DataError
 from topwork.model.export import add_probabilities
 from topwork.registry.stage_results import Classifier
-from topwork.report.evaluation import evaluate_predictions
+from topwork.report.evaluation import Evaluation
 from topwork.report.export_check import MAX_BYTES, MAX_ENCODED, MAX_IMAGES, spread_indices, write_check_inputs
+from topwork.report.held_out_split import HeldOutSplit, full_float32_precision, graph_of
+from topwork.report.latest_version import evaluate_latest
+from topwork.report.predictions import Predictions
 from topwork.report.results import Misclassification, Results, summarize
+from topwork.report.rounding import estimate_logit_tolerance
+from topwork.report.source_files import write_source_files
 from topwork.spec import TransferJob
 from topwork.workspace import Workspace
 
+log = structlog.get_logger(__name__)
+
 MAX_MISTAKES = 24
 THUMBNAIL_PIXELS = 160
-# Evaluation runs on one device, whereas the training batch size is for all replicas.
-MAX_BATCH_SIZE = 256
 NO_TEST_SPLIT = (
     "There is no test split. The metrics are measured on the validation split, which also selected the best epoch, so "
     "they are optimistic."
@@ -70,60 +73,56 @@ def evaluate_classifier(
         DataError: If there is neither a test nor a validation split, or a predicted probability is not finite.
     """
     local = fetch_dataset(dataset, job, workspace)
-    name, split = _held_out_split(local)
+    held_out = _held_out_split(local, job, workspace)
     workspace.storage.download(classifier.key, folder / "model.keras", classifier.file)
     model = add_probabilities(keras.models.load_model(folder / "model.keras", compile=False), len(local.class_names))
-    batch_size = min(job.spec.transfer.batch_size, MAX_BATCH_SIZE)
-    probabilities = _probabilities(model, split, len(local.class_names), batch_size, workspace)
+    chosen = _choose_check_images(held_out.images, len(local.class_names))
+    evaluation, predictions = held_out.evaluate(graph_of(model), auc="auc" in job.spec.evaluate.metrics, keep=chosen)
     results = Results(
         job=job,
         dataset=dataset.metadata,
         counts=_count_images(local),
         history=classifier.history,
-        evaluation=evaluate_predictions(probabilities, split.labels, tuple(local.class_names), name),
+        evaluation=evaluation,
         gates=(),
-        mistakes=_worst_mistakes(split, probabilities, local.class_names),
+        mistakes=_worst_mistakes(held_out.images, predictions, local.class_names),
         lineage=_lineage(job, classifier, dataset, workspace),
-        notes=() if name == "test" else (NO_TEST_SPLIT,),
+        notes=(*_write_notes(job, evaluation), *filter(None, [classifier.kept.note])),
+        weights=classifier.kept,
+        latest=evaluate_latest(job, classifier.file.sha256, held_out, folder / "latest"),
     )
-    _write_check_inputs(split, probabilities, folder / "check_inputs")
+    _write_check_inputs(model, held_out.images, chosen, predictions, folder / "check_inputs")
+    with full_float32_precision():
+        write_source_files(
+            folder / "check_inputs",
+            dataset,
+            workspace.scratch / dataset.prefix,
+            held_out.images.image_size,
+            held_out.images.value_range,
+            lambda images: model(images, training=False).numpy(),
+        )
     return EvaluatedClassifier(model, results, folder / "check_inputs")
 
 
-def _held_out_split(local: LocalDataset) -> tuple[str, Split]:
-    if local.test is not None:
-        return "test", local.test
-    if local.validation is not None:
-        return "validation", local.validation
-    raise DataError(
-        "The dataset has neither a test nor a validation split, so the model cannot be evaluated, and an unevaluated "
-        "model is never published. Set spec.dataset.splits.test, for example to train[80%:]."
-    )
+def _held_out_split(local: LocalDataset, job: TransferJob, workspace: Workspace) -> HeldOutSplit:
+    name, images = ("test", local.test) if local.test is not None else ("validation", local.validation)
+    if images is None:
+        raise DataError(
+            "The dataset has neither a test nor a validation split, so the model cannot be evaluated, and an "
+            "unevaluated model is never published. Set spec.dataset.splits.test, for example to train[80%:]."
+        )
+    return HeldOutSplit(name, images, tuple(local.class_names), job.spec.transfer.batch_size, workspace)
 
 
-def _probabilities(
-    model: keras.Model, split: Split, classes: int, batch_size: int, workspace: Workspace
-) -> NDArray[np.float32]:
-    """Predict every image of a split once, in order: float32 (size, classes)."""
-    forward = tf.function(lambda images: model(images, training=False), autograph=False)
-    parts = []
-    with _full_float32_precision(), workspace.track("publish: evaluation", split.size) as tracker:
-        for images, _, weights in evaluation_batches(split, classes=classes, batch_size=batch_size):
-            is_image = weights.numpy() > 0  # the last batch is padded with images of weight 0
-            parts.append(forward(images).numpy()[is_image])
-            tracker.advance(int(is_image.sum()))
-    return np.concatenate(parts) if parts else np.zeros((0, classes), np.float32)
-
-
-@contextmanager
-def _full_float32_precision() -> Iterator[None]:
-    """Disable TF32, which keeps only 10 of the 23 mantissa bits of float32 on recent GPUs."""
-    previous = tf.config.experimental.tensor_float_32_execution_enabled()
-    tf.config.experimental.enable_tensor_float_32_execution(False)
-    try:
-        yield
-    finally:
-        tf.config.experimental.enable_tensor_float_32_execution(previous)
+def _write_notes(job: TransferJob, evaluation: Evaluation) -> tuple[str, ...]:
+    """Write the caveats of the metrics, and log them."""
+    undefined = evaluation.undefined
+    not_applicable = [
+        f"{name} is not reported: {undefined[name]}." for name in job.spec.evaluate.metrics if name in undefined
+    ]
+    for note in (caveats := (*evaluation.notes, *not_applicable)):
+        log.warning("evaluation caveat", note=note)
+    return (*(() if evaluation.split == "test" else (NO_TEST_SPLIT,)), *caveats)
 
 
 def _count_images(local: LocalDataset) -> dict[str, dict[str, int]]:
@@ -142,9 +141,9 @@ def _count_images(local: LocalDataset) -> dict[str, dict[str, int]]:
 
 
 def _worst_mistakes(
-    split: Split, probabilities: NDArray[np.float32], class_names: tuple[str, ...]
+    split: Split, predictions: Predictions, class_names: tuple[str, ...]
 ) -> tuple[Misclassification, ...]:
-    predicted, confidence = probabilities.argmax(axis=1), probabilities.max(axis=1)
+    predicted, confidence = predictions.predicted, predictions.confidence
     wrong = np.flatnonzero(predicted != split.labels)
     worst = wrong[np.argsort(-confidence[wrong], kind="stable")][:MAX_MISTAKES]
     return tuple(
@@ -167,13 +166,23 @@ def _thumbnail(pixels: NDArray[np.uint8]) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def _write_check_inputs(split: Split, probabilities: NDArray[np.float32], folder: Path) -> None:
-    """Write evenly spaced images of the split, and some of them also as files."""
+def _choose_check_images(split: Split, classes: int) -> NDArray[np.int64]:
+    """Choose evenly spaced images whose pixels and probabilities fit into memory."""
     height, width = split.image_size
-    chosen = spread_indices(split.size, min(MAX_IMAGES, MAX_BYTES // (height * width * 3)))
-    encoded_indices = spread_indices(len(chosen), MAX_ENCODED)
-    encoded = [(int(index), split.load_encoded(int(chosen[index]))) for index in encoded_indices]
-    write_check_inputs(folder, split.load_images(chosen), probabilities[chosen], split.labels[chosen], encoded)
+    return spread_indices(split.size, min(MAX_IMAGES, MAX_BYTES // (height * width * 3 + classes * 4)))
+
+
+def _write_check_inputs(
+    model: keras.Model, split: Split, chosen: NDArray[np.int64], predictions: Predictions, folder: Path
+) -> None:
+    """Write the chosen images, and some of them also as files."""
+    images = split.load_images(chosen)
+    with full_float32_precision():
+        tolerance = estimate_logit_tolerance(model, images)
+    encoded = [
+        (int(index), split.load_encoded(int(chosen[index]))) for index in spread_indices(len(chosen), MAX_ENCODED)
+    ]
+    write_check_inputs(folder, images, predictions.kept, split.labels[chosen], encoded, tolerance)
 
 
 def _lineage(job: TransferJob, classifier: Classifier, dataset: StoredDataset, workspace: Workspace) -> dict[str, str]:
@@ -184,6 +193,7 @@ def _lineage(job: TransferJob, classifier: Classifier, dataset: StoredDataset, w
         "Base": summarize(model["base"]),
         "Head": summarize(model["head"]),
         "Stages": "transfer, fine-tune" if job.spec.fine_tune else "transfer",
+        "Weights from": classifier.kept.description,
         "Weights": f"{workspace.storage.uri_of(classifier.key)} (sha256 {classifier.file.sha256})",
         "Dataset": workspace.storage.uri_of(dataset.prefix),
         "Dataset fingerprint": dataset.metadata.fingerprint,

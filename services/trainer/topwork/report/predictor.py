@@ -7,11 +7,11 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from topwork.data.decoding import decode, resize
+from topwork.data.decoding import decode_file, is_decodable, resize
 from topwork.data.image_validation import validate_image
 from topwork.errors import DataError, SettingError
 from topwork.model.export import EXPORTED_FILES
-from topwork.report.exported_model import LoadedModel, load_format, load_keras
+from topwork.report.exported_model import LoadedModel, load_format, load_keras, read_value_range
 
 
 class Predictor:
@@ -19,6 +19,7 @@ class Predictor:
 
     Attributes:
         class_names: Name of each class, or its index if there is no `labels.txt` next to the model.
+        value_range: Values that become 0 and 255 in images with more than 8 bits per channel.
 
     Example:
         >>> predictor = Predictor(Path("models/cats-vs-dogs/1"))
@@ -37,14 +38,16 @@ class Predictor:
             DataError: If the file is not a Keras model from RGB images to one probability per class.
         """
         self._loaded = _load(path)
-        labels = (path if path.is_dir() else path.parent) / "labels.txt"
+        folder = path if path.is_dir() else path.parent
+        self.value_range = read_value_range(folder)
+        labels = folder / "labels.txt"
         height, width = self._loaded.image_size or (64, 64)
         classes = self._loaded.predict(np.zeros((1, height, width, 3), np.uint8)).shape[-1]
         names = labels.read_text("utf-8").split("\n")[:-1] if labels.is_file() else []
         self.class_names = tuple(names) if len(names) == classes else tuple(str(index) for index in range(classes))
 
     def probabilities(self, files: Sequence[bytes]) -> NDArray[np.float32]:
-        """Predict image files, decoded as in training: upright, 8 bit, RGB.
+        """Predict image files, decoded as in training: upright, opaque, in the value range of the dataset.
 
         Args:
             files: Image files returned by `validate_file`.
@@ -52,7 +55,7 @@ class Predictor:
         Returns:
             float32 (files, classes).
         """
-        images = [decode(file) for file in files]
+        images = [decode_file(file, self.value_range) for file in files]
         if self._loaded.image_size is None:  # the model resizes, so images may differ in size
             return np.concatenate([self._loaded.predict(image.numpy()[np.newaxis]) for image in images])
         return self._loaded.predict(tf.stack([resize(image, self._loaded.image_size) for image in images]).numpy())
@@ -65,12 +68,15 @@ def validate_file(data: bytes) -> bytes:
         data: Any image file.
 
     Returns:
-        An upright 8-bit JPEG or PNG file.
+        An upright JPEG or PNG file.
 
     Raises:
         Rejection: If it cannot be decoded, with the reason.
     """
-    return validate_image(data).encoded
+    encoded = validate_image(data).encoded
+    if encoded == data and not is_decodable(data):
+        return validate_image(data, keep_encoding=False).encoded
+    return encoded
 
 
 def _load(path: Path) -> LoadedModel:

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from statistics import median_low
 from typing import Any
 
-from topwork.data.dataset_manifest import DatasetMetadata
+from topwork.data.dataset_manifest import SEVERAL_FRAMES, DatasetMetadata
+from topwork.data.value_range import describe_value_range, resolve_value_range
+from topwork.registry.kept_weights import KeptWeights
 from topwork.registry.stage_results import HistoryRow
 from topwork.report.evaluation import Evaluation
 from topwork.report.export_check import ExportCheck
-from topwork.report.gates import GateResult
+from topwork.report.gates import GateResult, LatestVersion
 from topwork.spec import TransferJob
 
 # First columns of `history.csv`; other values of an epoch follow.
@@ -55,6 +57,8 @@ class Results:
         formats: Exported formats.
         export_check: Differences between the exported formats and the evaluated model.
         notes: Caveats shown before the metrics.
+        latest: The latest published version on the same images; None if no gate compares with it, or there is none.
+        weights: Stage and epoch that the weights come from.
     """
 
     job: TransferJob
@@ -69,6 +73,8 @@ class Results:
     formats: tuple[str, ...] = ()
     export_check: ExportCheck | None = None
     notes: tuple[str, ...] = ()
+    latest: LatestVersion | None = None
+    weights: KeptWeights | None = None
 
     @property
     def title(self) -> str:
@@ -81,6 +87,23 @@ class Results:
         values = self.evaluation.metrics
         requested: dict[str, float] = {name: values[name] for name in self.job.spec.evaluate.metrics if name in values}
         return {**requested, "loss": values["loss"]}
+
+    @property
+    def image_notes(self) -> tuple[str, ...]:
+        """How the images are decoded, and for which source files the signature `encoded` has no decoder."""
+        values, kinds = self.dataset.values, self.dataset.kinds
+        value_range = resolve_value_range(self.job.spec.dataset.value_range, values)
+        notes = list(describe_value_range(value_range, values)) if values else []
+        rejected = {original.kind for original in self.dataset.originals if not original.is_servable}
+        for kind in sorted(rejected):
+            share = 100 * kinds[kind] / max(1, self.dataset.images)
+            notes.append(
+                f"{kinds[kind]} source files ({share:.1f} %) are {kind}: the signature encoded rejects such files. "
+                "Convert them to PNG, or use topwork predict."
+            )
+        if frames := sum(count for kind, count in kinds.items() if kind.endswith(SEVERAL_FRAMES)):
+            notes.append(f"{frames} source files contain several pages or frames: only the first one is used.")
+        return tuple(notes)
 
     @property
     def main_metric(self) -> str:
@@ -125,7 +148,8 @@ def metrics_json(results: Results) -> bytes:
         results: The results.
 
     Returns:
-        JSON with camelCase keys; `metrics` contains the scalar metrics by their names in the job spec.
+        JSON with camelCase keys; `metrics` contains the scalar metrics by their names in the job spec. `confusion` of
+        `evaluation` is null for more than 100 classes; `confusions` lists the most frequent ones for any number.
     """
     content: dict[str, Any] = {
         "format": 1,
@@ -134,8 +158,11 @@ def metrics_json(results: Results) -> bytes:
         "run": results.job.run,
         "mainMetric": results.main_metric,
         "metrics": results.evaluation.metrics,
+        "weights": {"stage": results.weights.stage, "epoch": results.weights.epoch} if results.weights else None,
         "stepSeconds": results.step_seconds,
         "gates": [gate.model_dump(by_alias=True) for gate in results.gates],
+        "valueRange": resolve_value_range(results.job.spec.dataset.value_range, results.dataset.values),
+        "latest": results.latest.model_dump(by_alias=True) if results.latest else None,
         "evaluation": results.evaluation.model_dump(mode="json", by_alias=True),
         "recheck": results.export_check.model_dump(by_alias=True) if results.export_check else None,
     }

@@ -120,8 +120,8 @@ class Compute(SpecModel):
         default=10.0,
         gt=0.0,
         le=1440.0,
-        description="Minutes between checkpoints within an epoch. A checkpoint is always stored at the end of each "
-        "epoch.",
+        description="Minutes between checkpoints within an epoch. Another one is stored at the end of each epoch, but "
+        "at most once a minute.",
     )
 
 

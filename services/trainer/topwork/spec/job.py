@@ -17,7 +17,7 @@ from topwork.spec.model import Augmentation, Model
 from topwork.spec.optimizer import Optimizer
 from topwork.spec.spec_model import SpecModel, Violation, rule
 from topwork.spec.training import FeatureCache, Loss, Transfer
-from topwork.spec.uris import StorageUri
+from topwork.spec.uris import StorageUri, prefixes_overlap
 
 
 class Metadata(SpecModel):
@@ -164,6 +164,19 @@ def image_size_is_supported(spec: JobSpec) -> Iterator[Violation]:
                 f"dataset.imageSize.{index}",
                 f"{side} is too small for {application}, which needs at least {minimum} pixels.",
             )
+
+
+@rule(JobSpec)
+def storage_does_not_overlap_the_images(spec: JobSpec) -> Iterator[Violation]:
+    """Runs, datasets and models in the folder of the images would become classes, and images would mix with results."""
+    folder = spec.dataset.source.folder
+    if folder and folder.uri.startswith("s3://") and prefixes_overlap(spec.storage, folder.uri):
+        yield Violation(
+            "storage",
+            f"{format_value(spec.storage)} overlaps spec.dataset.source.folder.uri {format_value(folder.uri)}: each "
+            "directory in the folder is a class, so runs and models must be stored elsewhere. Use prefixes of which "
+            "neither contains the other, such as s3://bucket/topwork and s3://bucket/photos.",
+        )
 
 
 @rule(JobSpec)

@@ -39,7 +39,7 @@ def _layer_tag(value: object) -> str:
 
 
 class SavedBase(SpecModel):
-    """A saved Keras model: `.keras`, or legacy `.h5`."""
+    """A saved Keras model: `.keras`, or legacy `.h5` or `.hdf5`, of Keras 3 or 2."""
 
     uri: ModelUri = Field(description="S3 object or local path of the saved model.")
     cut_at: (

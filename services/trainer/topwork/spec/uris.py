@@ -18,7 +18,7 @@ SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/")
 SECRET = re.compile(SECRET_PARAMETER, re.IGNORECASE)
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 TABLES = (".csv", ".jsonl", ".ndjson")
-MODELS = (".keras", ".h5")
+MODELS = (".keras", ".h5", ".hdf5")
 
 
 def invalid_value(message: str) -> PydanticCustomError:
@@ -102,6 +102,19 @@ def _validate_s3(value: str, prefix: bool) -> None:
         raise invalid_value(f"{format_value(value)} has an empty segment, . or .. in its key")
 
 
+def prefixes_overlap(first: str, second: str) -> bool:
+    """Return whether two s3:// prefixes are equal or one contains the other.
+
+    Example:
+        >>> prefixes_overlap("s3://bucket/photos", "s3://bucket/photos/cats/")
+        True
+        >>> prefixes_overlap("s3://bucket/photos", "s3://bucket/photos2")
+        False
+    """
+    segments = [[part for part in uri.removeprefix("s3://").split("/") if part] for uri in (first, second)]
+    return all(left == right for left, right in zip(*segments, strict=False))
+
+
 StorageUri = Annotated[
     str, AfterValidator(uri_validator("s3", prefix=True)), ValueDescription("s3://bucket or s3://bucket/prefix")
 ]
@@ -123,7 +136,7 @@ TableUri = Annotated[
 ModelUri = Annotated[
     str,
     AfterValidator(uri_validator("s3", local=True, extensions=MODELS)),
-    ValueDescription("s3://bucket/key or a local path, ending in .keras or .h5"),
+    ValueDescription("s3://bucket/key or a local path, ending in .keras, .h5 or .hdf5"),
 ]
 HttpUrl = Annotated[str, AfterValidator(uri_validator("http", "https")), ValueDescription("http(s)://host:port")]
 

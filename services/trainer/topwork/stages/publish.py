@@ -68,6 +68,7 @@ class Published(BaseModel):
         metrics: The metrics requested by the job, in the order of the spec, and the loss.
         split: Split on which they were measured.
         images: Number of images in that split.
+        excluded_classes: Number of classes without images in that split, which averaged metrics exclude.
         stages: Cost of each training stage, in order.
         weights: Stage and epoch that the weights come from; None in records of older versions of topwork.
         started: Start of the publish stage; None in records of older versions of topwork.
@@ -85,6 +86,7 @@ class Published(BaseModel):
     metrics: dict[str, float]
     split: str
     images: int
+    excluded_classes: int = 0
     stages: dict[str, StageCost] = {}
     weights: KeptWeights | None = None
     started: datetime | None = None
@@ -110,9 +112,17 @@ class Published(BaseModel):
             f"Published {self.name} version {self.version}: {shown} on {self.images} images of the {self.split} split",
             f"  model   {self.uri}",
             f"  report  {self.report_uri}",
+            *self._caveats(),
             *([f"  step    {', '.join(steps)}"] if steps else []),
             *([f"  input   {', '.join(waits)}"] if waits else []),
             *([f"  note    {self.weights.note}"] if self.weights and self.weights.note else []),
+        ]
+
+    def _caveats(self) -> list[str]:
+        if not self.excluded_classes:
+            return []
+        return [
+            f"  classes {self.excluded_classes} without images in the {self.split} split, not part of averaged metrics"
         ]
 
 
@@ -266,6 +276,7 @@ def _upload(results: Results, key: str, weights_sha256: str, workspace: Workspac
         metrics=results.evaluation.metrics,
         split=results.evaluation.split,
         images=results.evaluation.images,
+        excluded_classes=results.evaluation.excluded_classes,
         dataset=dataset_prefix(results.dataset.name, results.dataset.fingerprint),
     )
     manifest = write_artifact(storage, prefix, folder, version.model_dump(mode="json"))
@@ -290,6 +301,7 @@ def _finish(job: TransferJob, version: Version, workspace: Workspace) -> Publish
         metrics={name: version.metrics[name] for name in requested if name in version.metrics},
         split=version.split,
         images=version.images,
+        excluded_classes=version.excluded_classes,
         stages=_stage_costs(job, workspace.storage),
         weights=_kept_weights(job, workspace.storage),
         started=workspace.metrics.stage_start_time("publish"),

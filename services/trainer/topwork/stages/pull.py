@@ -196,7 +196,7 @@ def _store_dataset(
         )
     directory.mkdir(parents=True)
     try:
-        dataset, metadata = _write_dataset(source, fingerprint, directory, workspace)
+        dataset, metadata = _write_dataset(source, fingerprint, directory, job, workspace)
         _check_dataset(metadata, job)
         if (entries := source.entries()) is not None:
             write_entries(entries, dataset)
@@ -223,8 +223,9 @@ def _check_free_space(source: Source, workspace: Workspace) -> None:
 
 
 def _write_dataset(
-    source: Source, fingerprint: str, directory: Path, workspace: Workspace
+    source: Source, fingerprint: str, directory: Path, job: TransferJob, workspace: Workspace
 ) -> tuple[Path, DatasetMetadata]:
+    from topwork.data.contradictions import resolve_contradictions
     from topwork.data.decoding import is_decodable
     from topwork.data.tfds_writer import write_tfds
 
@@ -233,7 +234,7 @@ def _write_dataset(
     with workspace.track("pull: images", total) as tracker, DecodePool(is_decodable=is_decodable) as pool:
         dataset, stats = write_tfds(source, pool, directory, tracker.advance)
     _count_rejected(stats.rejected, workspace)
-    return dataset, DatasetMetadata(
+    metadata = DatasetMetadata(
         name=source.name,
         fingerprint=fingerprint,
         pull_format=FORMAT,
@@ -247,6 +248,8 @@ def _write_dataset(
         originals=tuple(original for original, _ in stats.originals),
         values=summarize_values(stats.values),
     )
+    drop = job.spec.dataset.on_contradiction == "drop"
+    return dataset, resolve_contradictions(dataset, metadata, stats.contradictory, drop=drop)
 
 
 def _restore_metrics(result: PullResult, metadata: DatasetMetadata, workspace: Workspace) -> None:
@@ -270,13 +273,25 @@ def _check_dataset(metadata: DatasetMetadata, job: TransferJob) -> None:
             f"Some images are invalid, and spec.dataset.onCorruptImage is fail. {format_rejections(rejected)} "
             "Fix or remove them, or set onCorruptImage: skip."
         )
-    ratio = len(rejected) / max(1, len(rejected) + metadata.images)
-    if ratio > spec.max_rejected_ratio:
+    contradictions = metadata.contradictions
+    if contradictions and spec.on_contradiction == "fail":
+        raise DataError(
+            f"{contradictions.describe()} Correct their classes, or set spec.dataset.onContradiction to drop or keep."
+        )
+    dropped = contradictions.images if contradictions and contradictions.dropped else 0
+    _check_ratio(metadata, dropped, spec.max_rejected_ratio)
+    check_splits(spec.splits, metadata)
+
+
+def _check_ratio(metadata: DatasetMetadata, dropped: int, limit: float) -> None:
+    rejected = list(metadata.rejected)
+    ratio = (len(rejected) + dropped) / max(1, len(rejected) + dropped + metadata.images)
+    if ratio > limit:
+        contradictions = f" {metadata.contradictions.describe()}" if dropped and metadata.contradictions else ""
         raise DataError(
             f"{ratio:.1%} of the images of {metadata.origin} are invalid, more than spec.dataset.maxRejectedRatio "
-            f"{spec.max_rejected_ratio:g} allows. {format_rejections(rejected)}"
+            f"{limit:g} allows. {format_rejections(rejected)}{contradictions}"
         )
-    check_splits(spec.splits, metadata)
 
 
 def _log_dataset(metadata: DatasetMetadata) -> None:
@@ -292,10 +307,18 @@ def _log_dataset(metadata: DatasetMetadata) -> None:
     )
     log.info("images per class", counts=_format_counts(counts))
     if similar := find_similar_class_names(metadata.class_names):
-        log.warning("class names differ only by case or spaces", classes="; ".join(similar[:20]))
+        log.warning("class names differ only by case, spaces or invisible characters", classes="; ".join(similar[:20]))
     if metadata.rejected:
         reasons = Counter(image.reason for image in metadata.rejected)
         log.warning("images rejected", reasons=_format_counts(reasons))
+    if metadata.contradictions:
+        log.warning(
+            "the same image in several classes",
+            groups=metadata.contradictions.groups,
+            images=metadata.contradictions.images,
+            dropped=metadata.contradictions.dropped,
+            examples=metadata.contradictions.describe(),
+        )
 
 
 def _format_counts(counts: Mapping[str, int], limit: int = 20) -> str:

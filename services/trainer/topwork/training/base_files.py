@@ -12,7 +12,9 @@ import keras
 import structlog
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
-from topwork.errors import DataError, SpecError, UnavailableError
+from topwork.clients.s3.storage import partial_path
+from topwork.disk_space import require_free_space
+from topwork.errors import DataError, SpecError, UnavailableError, quote_error
 from topwork.model.backbones import find_backbone
 from topwork.spec.model import Base
 from topwork.workspace import Workspace
@@ -22,6 +24,7 @@ log = structlog.get_logger(__name__)
 MAX_ATTEMPTS = 3
 MAX_RETRY_WAIT_SECONDS = 2.0
 SOCKET_TIMEOUT_SECONDS = 60.0
+_SAVE_AS_FILE = "Use a file: save the model with model.save('model.keras'), not as a TensorFlow SavedModel."
 # Weights without a head are the same for every image size. MobileNet warns about sizes other than its standard ones.
 STANDARD_IMAGE_SIDE = 224
 
@@ -119,7 +122,8 @@ def _download_once(name: str) -> keras.Model:
         except (SpecError, ConnectionError, TimeoutError, ssl.SSLError, http.client.HTTPException) as error:
             if isinstance(error, SpecError) and "file hash" not in str(error):
                 raise
-            raise UnavailableError(f"The ImageNet weights of {name} could not be downloaded: {error}.") from error
+            reason = quote_error(error)
+            raise UnavailableError(f"The ImageNet weights of {name} could not be downloaded: {reason}.") from error
 
 
 @contextlib.contextmanager
@@ -135,14 +139,22 @@ def _socket_timeout() -> Iterator[None]:
 
 def _fetch(uri: str, spec_key: str, workspace: Workspace) -> Path:
     if not uri.startswith("s3://"):
-        path = Path(uri.removeprefix("file://"))
+        path = Path(uri)
+        if path.is_dir():
+            raise DataError(f"{spec_key} is {uri}, which is a directory. {_SAVE_AS_FILE}")
         if not path.is_file():
             raise DataError(f"{spec_key} is {uri}, which does not exist. Use a local file or an s3:// object.")
         return path
     directory, _, name = uri.rpartition("/")
     source = workspace.storage.at(directory)
-    if source.size(name) is None:
+    if (size := source.size(name)) is None:
+        if any(source.list(f"{name}/")):
+            raise DataError(f"{spec_key} is {uri}, which is a directory. {_SAVE_AS_FILE}")
         raise DataError(f"{spec_key} is {uri}, and storage has no such object.")
     path = workspace.scratch / name
+    # A copy that an earlier stage or attempt left must not count as used space.
+    path.unlink(missing_ok=True)
+    partial_path(path).unlink(missing_ok=True)
+    require_free_space(workspace.scratch, size, f"Downloading {uri}", workspace.scratch_limit)
     source.download(name, path)
     return path

@@ -6,8 +6,9 @@ import tempfile
 import threading
 import time
 import zipfile
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +17,9 @@ import structlog
 from pydantic import ValidationError
 
 from topwork.artifacts import MANIFEST_NAME, download_artifact, write_artifact
-from topwork.errors import DamagedError, DataError, FormatError, TopworkError
+from topwork.errors import DamagedError, DataError, FormatError, UnavailableError
 from topwork.training.train_state import TrainState
+from topwork.training.write_failures import WriteFailures
 from topwork.workspace import Workspace
 
 log = structlog.get_logger(__name__)
@@ -29,10 +31,17 @@ CHECKPOINTS_TO_KEEP = 2
 """The newest checkpoint, and the one before in case the newest is damaged. The older one is deleted only after a newer
 one is stored completely."""
 
+EPOCH_SECONDS = 60.0
+"""Minimum time between two checkpoints at the ends of epochs, unless `spec.compute.checkpointMinutes` is shorter."""
+
+RETRY_SECONDS = 60.0
+"""Time after a failed checkpoint at which the next one is due, unless `spec.compute.checkpointMinutes` is shorter."""
+
 # Values of the variables in each group, in the order of the model's variables.
 Values = dict[str, list[np.ndarray]]
 REQUIRED_GROUPS = frozenset({"model", "optimizer"})
 _ARRAYS_FILE = "state.npz"
+_TEMPORARY_PREFIX = "checkpoint-"
 _CHECKPOINT_NAME = re.compile(r"(\d{5})(?:-(\d{7}))?$")
 
 
@@ -66,7 +75,7 @@ def write_checkpoint(checkpoint: Checkpoint, prefix: str, workspace: Workspace) 
     Raises:
         UnavailableError: If storage cannot be reached.
     """
-    with tempfile.TemporaryDirectory(dir=workspace.scratch, prefix="checkpoint-") as directory:
+    with tempfile.TemporaryDirectory(dir=workspace.scratch, prefix=_TEMPORARY_PREFIX) as directory:
         arrays = {
             f"{group}/{index:05}": value
             for group, values in checkpoint.values.items()
@@ -120,15 +129,19 @@ def read_checkpoint(prefix: str, workspace: Workspace) -> Checkpoint:
 class Checkpoints:
     """The checkpoints of a stage. A background thread stores them; leaving the context waits for it."""
 
-    def __init__(self, workspace: Workspace, prefix: str, minutes: float) -> None:
+    def __init__(
+        self, workspace: Workspace, prefix: str, minutes: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         """Start the background thread.
 
         Args:
             workspace: Storage, metrics and scratch directory.
             prefix: Storage key prefix of the stage; checkpoints are stored in `checkpoints/` below it.
             minutes: Interval after which a checkpoint is due in the middle of an epoch.
+            clock: Returns the time in seconds.
         """
-        self._interval_seconds, self._last_save = 60 * minutes, time.monotonic()
+        self._interval_seconds, self._clock, self._last_save = 60 * minutes, clock, clock()
+        self._failures = WriteFailures("checkpoint", minutes, clock)
         self._workspace = workspace
         self._prefix = f"{prefix}/checkpoints"
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -156,9 +169,13 @@ class Checkpoints:
             FormatError: If a topwork version with a different checkpoint format wrote it.
             UnavailableError: If storage cannot be reached: a checkpoint may still exist.
         """
+        self._last_save = self._clock()  # training starts now
+        for leftover in self._workspace.scratch.glob(f"{_TEMPORARY_PREFIX}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
         stored = self._list()
         complete = [name for name, keys in stored.items() if _is_complete(keys)]
-        self._delete(stored.keys() - set(complete))
+        with self._tolerating_failures("incomplete checkpoints"):
+            self._delete(stored.keys() - set(complete))
         for name in sorted(complete, reverse=True):
             try:
                 return read_checkpoint(f"{self._prefix}/{name}", self._workspace)
@@ -171,38 +188,61 @@ class Checkpoints:
 
     @property
     def is_due(self) -> bool:
-        """Whether the interval since the last checkpoint has passed. The end of an epoch always stores one."""
-        return time.monotonic() - self._last_save >= self._interval_seconds
+        """Whether a checkpoint is due in the middle of an epoch: after the interval, or soon after a failure."""
+        is_retry = self._failures.is_failing and self._running is None
+        return self._is_older_than(RETRY_SECONDS if is_retry else self._interval_seconds)
+
+    @property
+    def is_due_after_epoch(self) -> bool:
+        """Whether a checkpoint is due at the end of an epoch. The last epoch of a stage always stores one."""
+        return self._is_older_than(EPOCH_SECONDS)
+
+    def _is_older_than(self, seconds: float) -> bool:
+        return self._clock() - self._last_save >= min(seconds, self._interval_seconds)
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Store a checkpoint in the background. It replaces a checkpoint that is still waiting."""
-        self._last_save = time.monotonic()
+        """Store a checkpoint in the background. It replaces a checkpoint that is still waiting.
+
+        A failure is logged. The next checkpoint is the next attempt; it contains all of the work.
+
+        Raises:
+            TopworkError: If checkpoints could not be stored for too long; see `WriteFailures`.
+        """
+        self._failures.check()
+        self._last_save = self._clock()
         with self._lock:
             self._pending = checkpoint
             if self._running is None:
                 self._running = self._thread.submit(self._write_pending)
 
     def save_now(self, checkpoint: Checkpoint) -> None:
-        """Store a checkpoint and wait for it.
+        """Store a checkpoint and wait for it. A failed attempt is repeated once.
 
         Raises:
-            UnavailableError: If storage cannot be reached.
+            UnavailableError: If the checkpoint could not be stored.
         """
         with self._lock:
             self._pending = None
-        self._thread.submit(self._write, checkpoint).result()
+        if self._thread.submit(self._try_to_write, checkpoint).result() is None:
+            return
+        if (error := self._thread.submit(self._try_to_write, checkpoint).result()) is not None:
+            raise UnavailableError(
+                f"The checkpoint could not be stored: {type(error).__name__}: {error} Earlier checkpoints are kept: "
+                "start the same job again to resume from the last one."
+            ) from error
 
     def wait(self) -> None:
-        """Wait until the newest checkpoint is stored."""
+        """Wait for the last attempt to store a checkpoint in the background."""
         with self._lock:
             running = self._running
         if running is not None:
             running.result()
 
     def clear(self) -> None:
-        """Delete all checkpoints of a completed stage."""
+        """Delete all checkpoints of a completed stage. A failure is logged: the next run deletes them."""
         self.wait()
-        self._workspace.storage.delete([stored.key for stored in self._workspace.storage.list(f"{self._prefix}/")])
+        with self._tolerating_failures("checkpoints"):
+            self._workspace.storage.delete([stored.key for stored in self._workspace.storage.list(f"{self._prefix}/")])
 
     def _write_pending(self) -> None:
         while True:
@@ -211,21 +251,40 @@ class Checkpoints:
                 if checkpoint is None:
                     self._running = None
                     return
-            try:
-                self._write(checkpoint)
-            except TopworkError as error:
-                # Training continues: the next checkpoint may succeed.
-                log.warning("checkpoint not stored", checkpoint=checkpoint.name, reason=str(error))
+            self._try_to_write(checkpoint)
+
+    def _try_to_write(self, checkpoint: Checkpoint) -> BaseException | None:
+        """Store a checkpoint; returns the error if it could not be stored."""
+        start = self._clock()
+        try:
+            self._write(checkpoint)
+        except BaseException as error:  # whatever it is, training continues, and the next checkpoint may succeed
+            self._failures.record_failure(error, start, checkpoint=checkpoint.name)
+            return error
+        self._failures.record_success()
+        with self._tolerating_failures("old checkpoints"):
+            self._delete_old(checkpoint)
+        return None
 
     def _write(self, checkpoint: Checkpoint) -> None:
         self._delete({checkpoint.name} & self._unreadable)
         start = time.monotonic()
         write_checkpoint(checkpoint, f"{self._prefix}/{checkpoint.name}", self._workspace)
         self._workspace.metrics.record_checkpoint(time.monotonic() - start)
+
+    def _delete_old(self, newest: Checkpoint) -> None:
         complete = {name for name, keys in self._list().items() if _is_complete(keys)}
-        old = sorted(complete - self._unreadable | {checkpoint.name})[:-CHECKPOINTS_TO_KEEP]
-        self._delete({*old, *self._unreadable} - {checkpoint.name})
+        old = sorted(complete - self._unreadable | {newest.name})[:-CHECKPOINTS_TO_KEEP]
+        self._delete({*old, *self._unreadable} - {newest.name})
         self._unreadable.clear()
+
+    @contextmanager
+    def _tolerating_failures(self, what: str) -> Iterator[None]:
+        """Log a failure to delete files: they only take space, and a later attempt or `topwork gc` deletes them."""
+        try:
+            yield
+        except Exception as error:  # cleanup never fails a stage
+            log.warning(f"{what} not deleted", prefix=self._prefix, reason=f"{type(error).__name__}: {error}")
 
     def _list(self) -> dict[str, list[str]]:
         """List the keys of each checkpoint, complete or not, manifest first, because it must be deleted first."""

@@ -3,8 +3,9 @@
 from typing import Any
 
 import keras
+import tensorflow as tf
 
-from topwork.errors import SpecError
+from topwork.errors import SpecError, quote_error
 from topwork.spec.optimizer import Optimizer, Schedule
 
 OPTIMIZER_CLASSES: dict[str, str] = {
@@ -22,13 +23,18 @@ OPTIMIZER_CLASSES: dict[str, str] = {
 }
 
 
-def make_optimizer(settings: Optimizer, *, steps_per_epoch: int, epochs: int) -> keras.optimizers.Optimizer:
+def make_optimizer(
+    settings: Optimizer, *, steps_per_epoch: int, epochs: int, replicas: int = 1, scale_loss: bool = False
+) -> keras.optimizers.Optimizer:
     """Create an optimizer.
 
     Args:
         settings: `spec.transfer.optimizer` or `spec.fineTune.optimizer`.
         steps_per_epoch: Steps per epoch.
         epochs: Maximum number of epochs; the learning rate schedule spans them.
+        replicas: Number of replicas of the strategy whose scope this is called in.
+        scale_loss: Whether to scale the loss, so that small gradients do not underflow to 0 in float16. Keras does this
+            by itself only if the whole model has the policy mixed_float16, including its logits.
 
     Returns:
         A new Keras optimizer.
@@ -57,9 +63,40 @@ def make_optimizer(settings: Optimizer, *, steps_per_epoch: int, epochs: int) ->
         parameters |= {"use_ema": True, "ema_momentum": settings.ema.momentum}
     rate = make_learning_rate(settings.learning_rate, settings.schedule, steps_per_epoch=steps_per_epoch, epochs=epochs)
     try:
-        return getattr(keras.optimizers, OPTIMIZER_CLASSES[settings.name])(learning_rate=rate, **parameters)
+        optimizer = getattr(keras.optimizers, OPTIMIZER_CLASSES[settings.name])(learning_rate=rate, **parameters)
     except (TypeError, ValueError) as error:
-        raise SpecError(f"optimizer {settings.name} does not accept {sorted(parameters)}: {error}") from error
+        raise SpecError(f"optimizer {settings.name} does not accept {sorted(parameters)}: {quote_error(error)}") from error
+    if scale_loss:
+        optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
+    return _sum_gradients_first(optimizer) if replicas > 1 else optimizer
+
+
+def _sum_gradients_first(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
+    """Make an optimizer sum the gradients of all replicas before it does anything else with them.
+
+    Keras sums them last. Each replica would clip only its own gradients, and loss scaling would check only those of the
+    first replica for infinite values.
+    """
+    apply = optimizer.apply
+
+    def apply_sums(gradients: Any, trainable_variables: Any = None) -> None:
+        apply(_sum_over_replicas(gradients), trainable_variables)
+
+    optimizer.apply = apply_sums
+    _inner_optimizer(optimizer)._all_reduce_sum_gradients = lambda gradients_and_variables: gradients_and_variables
+    return optimizer
+
+
+def _sum_over_replicas(gradients: Any) -> list[Any]:
+    """Sum each gradient over all replicas; a variable that does not affect the loss has no gradient."""
+    context = tf.distribute.get_replica_context()
+    sums = iter(context.all_reduce(tf.distribute.ReduceOp.SUM, [g for g in gradients if g is not None]))
+    return [None if gradient is None else next(sums) for gradient in gradients]
+
+
+def _inner_optimizer(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
+    """Return the optimizer inside a LossScaleOptimizer, otherwise the optimizer itself."""
+    return getattr(optimizer, "inner_optimizer", optimizer)
 
 
 def make_learning_rate(peak: float, schedule: Schedule, *, steps_per_epoch: int, epochs: int) -> Any:
@@ -121,7 +158,7 @@ def moving_averages(optimizer: keras.optimizers.Optimizer) -> list[tuple[Any, An
     Returns:
         Pairs of variable and average; empty without EMA.
     """
-    inner = getattr(optimizer, "inner_optimizer", optimizer)  # mixed_float16 wraps it in a LossScaleOptimizer
+    inner = _inner_optimizer(optimizer)
     if not inner.use_ema:
         return []
     return list(zip(inner._trainable_variables, inner._model_variables_moving_average, strict=True))

@@ -4,7 +4,8 @@ import keras
 import structlog
 
 from topwork.model.freezing import count_parameters
-from topwork.registry.stage_results import report_metrics
+from topwork.registry.kept_weights import KeptWeights
+from topwork.registry.stage_results import Classifier, report_metrics
 from topwork.training.input_stalls import input_bound_advice, input_wait_share, is_input_bound
 from topwork.training.plan import StageContext
 from topwork.training.train_state import TrainState
@@ -63,5 +64,60 @@ def report_resume(state: TrainState, context: StageContext) -> None:
     """
     stage, metrics = context.plan.stage, context.workspace.metrics
     report_metrics(state.rows, state.best_epoch, metrics)
+    if state.start and not state.best_epoch:
+        metrics.set_best_metric(stage, "accuracy", "validation", state.start["accuracy"])
     metrics.set_stage_start(stage, state.started)
     log.info("resumed", stage=stage, epoch=state.epoch, step=state.step)
+
+
+def report_start(start: dict[str, float], context: StageContext) -> None:
+    """Report the metrics that the epochs of a stage have to improve.
+
+    Args:
+        start: Metrics on the validation split before the first epoch.
+        context: The stage.
+    """
+    stage = context.plan.stage
+    values = {f"validation_{name}": value for name, value in start.items()}
+    log.info("start", stage=stage, epoch=0, monitor=f"validation_{context.plan.monitor}", **values)
+    context.workspace.metrics.set_best_metric(stage, "accuracy", "validation", start["accuracy"])
+
+
+def report_kept_weights(state: TrainState, context: StageContext, earlier: Classifier | None) -> KeptWeights:
+    """Report which weights a completed stage keeps, with a warning if fine-tuning did not improve the model.
+
+    Args:
+        state: State of the stage after its last epoch.
+        context: The stage.
+        earlier: Result of the stage before.
+
+    Returns:
+        Stage and epoch that the weights come from.
+    """
+    plan, kept = context.plan, _kept_weights(state, context, earlier)
+    log.info("kept weights", stage=plan.stage, weights=kept.description)
+    if kept.note:
+        log.warning("fine-tuning did not improve the model", stage=plan.stage, reason=kept.note)
+    return kept
+
+
+def _kept_weights(state: TrainState, context: StageContext, earlier: Classifier | None) -> KeptWeights:
+    plan = context.plan
+    values = {
+        name: float(value)
+        for row in state.rows
+        for name, value in row.items()
+        if row["epoch"] == state.best_epoch and name.startswith("validation_")
+    }
+    metrics = {name.removeprefix("validation_"): value for name, value in values.items()}
+    monitor = plan.monitor if metrics or state.start else None
+    source = earlier.kept if earlier and not state.best_epoch else None
+    return KeptWeights(
+        stage=source.stage if source else plan.stage,
+        epoch=source.epoch if source else state.best_epoch,
+        keep=plan.keep if monitor else "last",
+        monitor=monitor,
+        fine_tuned=plan.stage == "fine-tune",
+        start=state.start or {},
+        kept=metrics,
+    )

@@ -9,7 +9,7 @@ from typing import Any
 import structlog
 import tensorflow as tf
 
-from topwork.errors import SettingError
+from topwork.errors import SettingError, TopworkError, UnavailableError
 
 log = structlog.get_logger(__name__)
 
@@ -63,18 +63,21 @@ def get_strategy(replicas: int | None) -> tf.distribute.Strategy:
         return _process.strategy
 
 
-def choose_pod_replicas(gpus: int) -> int | None:
+def choose_pod_replicas(gpus: int, visible_devices: str | None = None) -> int | None:
     """Choose the replicas of a container of the Job by the GPUs that it has, which may differ from its spec.
 
     Args:
         gpus: `spec.compute.gpus`.
+        visible_devices: CUDA_VISIBLE_DEVICES; None if it is not set.
 
     Returns:
         The argument of `get_strategy`: number of replicas on the CPU, or None for one per visible GPU, or one on the
         CPU.
 
     Raises:
-        SettingError: If the spec requests GPUs and TensorFlow supports them, but detects none.
+        SettingError: If the spec requests GPUs, but the environment of the container hides all of them.
+        UnavailableError: If the spec requests GPUs and TensorFlow supports them, but detects none. This depends on the
+            node: its driver, device plugin and hardware.
     """
     visible = len(tf.config.list_physical_devices("GPU"))
     if visible or not gpus:
@@ -82,16 +85,27 @@ def choose_pod_replicas(gpus: int) -> int | None:
             log.warning("GPU count differs from spec", requested=gpus, visible=visible)
         return None
     if tf.test.is_built_with_cuda():
-        raise SettingError(
-            f"spec.compute.gpus requests {gpus} GPU{'s' * (gpus != 1)}, but TensorFlow detects none. Check the node's "
-            "driver (nvidia-smi), its device plugin (kubectl describe node: is nvidia.com/gpu allocatable?), the "
-            "RuntimeClass (nvidia, if it is not the node's default) and the image: its TensorFlow requires CUDA "
-            f"{tf.sysconfig.get_build_info().get('cuda_version', '(bundled)')} and a driver that supports it."
-        )
+        raise _no_gpu_error(gpus, visible_devices)
     log.warning(
         "using CPU replicas instead of GPUs", replicas=gpus, reason="this build of TensorFlow does not support CUDA"
     )
     return gpus
+
+
+def _no_gpu_error(gpus: int, visible_devices: str | None) -> TopworkError:
+    problem = f"spec.compute.gpus requests {gpus} GPU{'s' * (gpus != 1)}, but TensorFlow detects none."
+    # CUDA ignores all devices from the first invalid index on.
+    if visible_devices is not None and visible_devices.partition(",")[0].strip() in {"", "-1", "none", "void"}:
+        return SettingError(
+            f"{problem} The environment of the container hides all GPUs: CUDA_VISIBLE_DEVICES is {visible_devices!r}. "
+            "Remove the variable from the image or from the Secret."
+        )
+    return UnavailableError(
+        f"{problem} Another node may have them. If this happens again, check the node's driver (nvidia-smi), its "
+        "device plugin (kubectl describe node: is nvidia.com/gpu allocatable?), the RuntimeClass (nvidia, if it is not "
+        "the node's default) and the image: its TensorFlow requires CUDA "
+        f"{tf.sysconfig.get_build_info().get('cuda_version', '(bundled)')} and a driver that supports it."
+    )
 
 
 def _create_strategy(count: int, gpus: list[Any]) -> tf.distribute.Strategy:

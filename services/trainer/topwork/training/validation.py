@@ -4,21 +4,43 @@ from typing import Any
 
 import keras
 import numpy as np
+import numpy.typing as npt
 import tensorflow as tf
-from sklearn.metrics import roc_auc_score
 
 from topwork.data.batches import evaluation_batches
-from topwork.data.local_dataset import Split
-from topwork.errors import DataError
+from topwork.data.local_dataset import LocalDataset, Split
+from topwork.model.probabilities import roc_auc, to_probabilities
 from topwork.training.divergence import diverged_error
-from topwork.training.losses import correct_predictions, loss_targets
+from topwork.training.losses import loss_targets
+from topwork.training.plan import TrainingPlan
+
+Values = npt.NDArray[np.float32]
+
+# Logits that are evaluated at once, in bytes: with many classes, those of all images do not fit into memory.
+BLOCK_BYTES = 64 * 2**20
+
+
+def create_validation(data: LocalDataset, plan: TrainingPlan) -> "Validation | None":
+    """Create the validation of a stage.
+
+    Args:
+        data: Images or cached features of the dataset.
+        plan: Plan of the stage.
+
+    Returns:
+        The validation; None without a validation split.
+    """
+    if data.validation is None or not data.validation.size:
+        return None
+    classes, auc = len(data.class_names), plan.monitor == "auc"
+    return Validation(data.validation, classes=classes, batch_size=plan.batch_size, auc=auc)
 
 
 class Validation:
     """Evaluates a model on the validation split.
 
-    The logits of all batches are collected and evaluated together, without the padding of the last batch: every image
-    counts exactly once, regardless of the batch size and the number of replicas.
+    The logits of all batches are evaluated without the padding of the last batch: every image counts exactly once,
+    regardless of the batch size and the number of replicas.
     """
 
     def __init__(self, split: Split, *, classes: int, batch_size: int, auc: bool) -> None:
@@ -28,21 +50,17 @@ class Validation:
             split: Images and labels.
             classes: Number of classes.
             batch_size: Images per step over all replicas.
-            auc: Whether to compute the area under the ROC curve.
-
-        Raises:
-            DataError: If `auc` is set and a class has no image.
+            auc: Whether to compute the area under the ROC curve, which needs the probabilities of all images at once.
         """
-        self._labels = np.eye(classes, dtype=np.float32)[split.labels]
-        batches = evaluation_batches(split, classes=classes, batch_size=batch_size)
-        self._images = batches.map(lambda images, *_: images)
-        self._split, self._auc = split, auc
-        missing = np.flatnonzero(self._labels.sum(axis=0) == 0).tolist()
-        if auc and missing:
-            raise DataError(
-                f"earlyStopping.monitor is auc, but the validation split has no image of classes {missing}. "
-                "Use a larger split, or monitor: loss."
+        self._split, self._classes, self._auc = split, classes, auc
+        batches = max(1, BLOCK_BYTES // (4 * classes * batch_size))
+        self._blocks = []
+        for first in range(0, split.size, batches * batch_size):
+            block = evaluation_batches(
+                split, classes=classes, batch_size=batch_size, first=first // batch_size, count=batches
             )
+            indices = np.arange(first, min(split.size, first + batches * batch_size))
+            self._blocks.append((block.map(lambda images, *_: images), indices))
 
     def evaluate(self, model: keras.Model, loss: keras.losses.Loss) -> dict[str, float]:
         """Evaluate a model.
@@ -52,29 +70,38 @@ class Validation:
             loss: Loss over logits.
 
         Returns:
-            "loss", "accuracy" and, if requested, "auc" (macro average, one class against the rest).
+            "loss" and "accuracy"; with `auc`, also "auc" if at least two classes occur. Accuracy and AUC are those of
+            the probabilities, as in the evaluation of the published model.
 
         Raises:
             DataError: If the loss of an image is NaN or infinite.
         """
-        logits = np.asarray(model.predict(self._images, verbose=0), np.float32)[: len(self._labels)]
-        labels = loss_targets(self._labels)
-        with tf.device("CPU"):
-            losses = np.asarray(loss.call(tf.constant(labels), tf.constant(logits)))
-            if len(non_finite := np.flatnonzero(~np.isfinite(losses)).tolist()):
-                names = [self._split.names[index] for index in non_finite]
-                raise diverged_error(
-                    f"The loss is {losses[non_finite[0]]} on {len(non_finite)} of {len(losses)} validation images",
-                    names,
-                )
-            correct = np.asarray(correct_predictions(tf.constant(labels), tf.constant(logits)))
-        metrics = {"loss": float(losses.mean(dtype=np.float64)), "accuracy": float(correct.mean(dtype=np.float64))}
-        if self._auc:
-            metrics["auc"] = _macro_auc(self._labels, logits)
+        losses, correct, kept = [], [], []
+        for images, indices in self._blocks:
+            logits = np.asarray(model.predict(images, verbose=0), np.float32)[: len(indices)]
+            losses.append(self._losses(logits, indices, loss))
+            with tf.device("CPU"):
+                probabilities = to_probabilities(logits)
+            correct.append(probabilities.argmax(axis=1) == self._split.labels[indices])
+            kept += [probabilities] if self._auc else []
+        self._require_finite(np.concatenate(losses))
+        metrics = {"loss": _mean(losses), "accuracy": _mean(correct)}
+        if self._auc and (area := roc_auc(kept, self._split.labels)) is not None:
+            metrics["auc"] = area
         return metrics
 
+    def _losses(self, logits: Values, indices: npt.NDArray[np.int64], loss: keras.losses.Loss) -> Values:
+        with tf.device("CPU"):
+            labels = loss_targets(tf.one_hot(self._split.labels[indices], self._classes))
+            return np.asarray(loss.call(labels, tf.constant(logits)))
 
-def _macro_auc(one_hot: np.ndarray, logits: np.ndarray) -> float:
-    is_binary = logits.shape[-1] == 1
-    scores: Any = logits[:, 0] if is_binary else logits
-    return float(roc_auc_score(one_hot[:, 1] if is_binary else one_hot, scores, average="macro"))
+    def _require_finite(self, losses: Values) -> None:
+        if len(non_finite := np.flatnonzero(~np.isfinite(losses)).tolist()):
+            names = [self._split.names[index] for index in non_finite]
+            raise diverged_error(
+                f"The loss is {losses[non_finite[0]]} on {len(non_finite)} of {len(losses)} validation images", names
+            )
+
+
+def _mean(blocks: list[Any]) -> float:
+    return float(np.concatenate(blocks).mean(dtype=np.float64))

@@ -98,7 +98,7 @@ def _find_saved_base(job: TransferJob, workspace: "Workspace | None") -> tuple[P
         return None, ()
     from topwork.training.base_files import fetch_base_file
 
-    path = Path(saved.uri.removeprefix("file://"))
+    path = Path(saved.uri)
     if not saved.uri.startswith("s3://") and path.is_file():
         return path, ()
     try:

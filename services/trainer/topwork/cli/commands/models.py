@@ -73,6 +73,8 @@ def show(
     total = sum(entry.size for entry in files.values()) / MEBIBYTE
     lines = {"model": published.uri, "run": published.run, "published": published.published}
     lines |= {metric: f"{value:.4f}" for metric, value in published.metrics.items()}
+    if published.excluded_classes:
+        lines |= {"classes": f"{published.excluded_classes} without images in the {published.split} split are excluded"}
     lines |= {"files": f"{len(files)}, {total:.1f} MiB: {', '.join(sorted(files))}"}
     width = max(len(label) for label in lines)
     typer.echo(f"{published.name} version {published.version}")

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,6 +21,9 @@ from topwork.cli.options import State
 from topwork.cli.runtime.storage import open_storage
 from topwork.cli.runtime.tensorflow_import import quiet_tensorflow_import
 from topwork.clients.s3.storage import Storage
+from topwork.data.rejection import EMPTY, MAX_BYTES, TOO_LARGE, UNKNOWN_FORMAT, Rejection
+from topwork.data.sources.folder import ListedFile, list_directory, list_prefix
+from topwork.data.sources.source import IMAGE_SUFFIXES, escape_name, is_ignored
 from topwork.errors import DataError, SettingError
 from topwork.registry import versions
 
@@ -27,7 +31,6 @@ if TYPE_CHECKING:
     from topwork.report.predictor import Predictor
 
 BATCH_SIZE = 32
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff"})
 
 
 class OutputFormat(StrEnum):
@@ -40,10 +43,23 @@ class OutputFormat(StrEnum):
 
 @dataclass(frozen=True)
 class InputImage:
-    """An image to classify: its name, and a function that reads its bytes."""
+    """An image to classify.
+
+    Attributes:
+        name: Its path or URI, printable.
+        read: Returns the content; raises OSError or `Rejection`.
+        is_listed: Whether it was found in a directory or below a prefix, and not named by the user.
+    """
 
     name: str
     read: Callable[[], bytes]
+    is_listed: bool = False
+
+    @property
+    def may_be_other_file(self) -> bool:
+        """Whether the name suggests another type of file, such as `notes.txt`, next to the images."""
+        suffix = Path(self.name).suffix.lower()
+        return self.is_listed and bool(suffix) and suffix not in IMAGE_SUFFIXES
 
 
 @dataclass(frozen=True)
@@ -67,7 +83,12 @@ def predict(
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV with one row per class.")] = False,
     state: State = None,
 ) -> None:
-    """Print the most probable classes of each image. Unreadable images are reported, and the exit code is then 2."""
+    """Print the most probable classes of each image.
+
+    In directories and below prefixes, the content decides which files are images, and the files that a pull ignores are
+    ignored (hidden files, __MACOSX, Thumbs.db). Each unreadable image is one line of the output, and the other images
+    are predicted; the exit code is then 2.
+    """
     if as_json and as_csv:
         raise SettingError("--json and --csv are mutually exclusive.")
     write = _WRITERS[OutputFormat.json if as_json else OutputFormat.csv if as_csv else OutputFormat.text]()
@@ -127,36 +148,57 @@ def _find_images(paths: Sequence[str], storages: _Storages) -> Iterator[InputIma
         if name.startswith("s3://"):
             yield from _find_stored_images(name, storages)
         elif Path(name).is_dir():
-            files = sorted(path for path in Path(name).rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-            yield from (InputImage(str(path), path.read_bytes) for path in files)
+            for file in sorted(_select_files(list_directory(Path(name))), key=lambda file: file.parts):
+                path = Path(name, *file.parts)
+                yield InputImage(escape_name(str(path)), partial(_read_file, path), is_listed=True)
         else:
-            yield InputImage(name, Path(name).read_bytes)
+            yield InputImage(escape_name(name), partial(_read_file, Path(name)))
+
+
+def _select_files(files: Iterator[ListedFile]) -> Iterator[ListedFile]:
+    """Select files by the rule of the pull stage."""
+    return (file for file in files if not file.is_directory and not is_ignored(file.parts))
 
 
 def _find_stored_images(uri: str, storages: _Storages) -> Iterator[InputImage]:
     parent, name = uri.rstrip("/").rsplit("/", 1)
-    if uri.endswith("/"):
-        storage = storages.at(uri.rstrip("/"))
-        keys = [stored.key for stored in storage.list() if Path(stored.key).suffix.lower() in SUFFIXES]
-    else:
-        storage, keys = storages.at(parent), [name]
-    for key in keys:
-        yield InputImage(storage.uri_of(key), lambda key=key: _read(storage, key))  # type: ignore[misc]
+    if not uri.endswith("/"):
+        storage = storages.at(parent)
+        yield InputImage(escape_name(uri), partial(_read_object, storage, name))
+        return
+    storage = storages.at(uri.rstrip("/"))
+    for file in _select_files(list_prefix(storage)):
+        yield InputImage(
+            escape_name(storage.uri_of(file.path)), partial(_read_object, storage, file.path), is_listed=True
+        )
 
 
-def _read(storage: Storage, key: str) -> bytes:
-    data = storage.read(key)
+def _read_file(path: Path) -> bytes:
+    _check_size(path.stat().st_size)
+    return path.read_bytes()
+
+
+def _read_object(storage: Storage, key: str) -> bytes:
+    size = storage.size(key)
+    _check_size(size or 0)
+    data = storage.read(key) if size is not None else None
     if data is None:
-        raise FileNotFoundError(2, "No such object")
+        raise FileNotFoundError(2, "No such object; end a prefix with a slash")
     return data
+
+
+def _check_size(size: int) -> None:
+    if size > MAX_BYTES:
+        raise Rejection(TOO_LARGE, f"{size} bytes, the limit is {MAX_BYTES}")
 
 
 def _predict(predictor: "Predictor", images: Iterator[InputImage], top: int) -> Iterator[Prediction]:
     while batch := list(islice(images, BATCH_SIZE)):
-        contents = [_read_valid_image(image) for image in batch]
-        files = [data for data in contents if isinstance(data, bytes)]
+        results = [(image, _read_valid_image(image)) for image in batch]
+        contents = [(image, data) for image, data in results if data is not None]
+        files = [data for _, data in contents if isinstance(data, bytes)]
         probabilities = iter(predictor.probabilities(files)) if files else iter(())
-        for image, data in zip(batch, contents, strict=True):
+        for image, data in contents:
             if isinstance(data, str):
                 yield Prediction(image.name, error=data)
                 continue
@@ -165,9 +207,8 @@ def _predict(predictor: "Predictor", images: Iterator[InputImage], top: int) -> 
             yield Prediction(image.name, tuple((predictor.class_names[index], float(row[index])) for index in best))
 
 
-def _read_valid_image(image: InputImage) -> bytes | str:
-    """Return the image in the stored format, as in training, or the reason why it is unreadable."""
-    from topwork.data.image_validation import Rejection
+def _read_valid_image(image: InputImage) -> bytes | str | None:
+    """Return the image in the stored format, as in training, the reason why it is unreadable, or None for no image."""
     from topwork.report.predictor import validate_file
 
     try:
@@ -175,6 +216,8 @@ def _read_valid_image(image: InputImage) -> bytes | str:
     except OSError as error:
         return (error.strerror or str(error)).lower()
     except Rejection as rejection:
+        if image.may_be_other_file and rejection.reason in {UNKNOWN_FORMAT, EMPTY, TOO_LARGE}:
+            return None
         return f"{rejection.reason} ({rejection.detail})" if rejection.detail else rejection.reason
 
 

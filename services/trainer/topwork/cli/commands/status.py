@@ -34,11 +34,11 @@ def status(
     """Show the status of a run: stages, epochs, best metric, attempts, why it is pending or failed, and its model URI.
 
     The exit code is 0 regardless of the status of the run, 2 if there is no such run, and 75 if the API server does not
-    respond; with --follow, it is the exit code of the run. With --json:
-    job, run, namespace, phase (pending, pulling ahead, running, stopping, succeeded, failed or suspended), stage,
-    epoch, epochs, metric, value, model, exitCode, reason, error, created, ended, node, queue, failures, retries, and
-    attempts (pod, node, created, state, exitCode, error, counted, diskEviction, stages (stage, state, started, ended,
-    exitCode, epochs, metric, value, error)). Unknown values are null; keys are never removed or renamed.
+    respond; with --follow, it is the exit code of the run. With --json: job, run, namespace, phase (pending, pulling
+    ahead, running, stopping, succeeded, failed or suspended), stage, epoch, epochs, metric, value, model, weightsFrom,
+    exitCode, reason, error, created, ended, node, queue, failures, retries, and attempts (pod, node, created, state,
+    exitCode, error, counted, diskEviction, stages (stage, state, started, ended, exitCode, epochs, metric, value,
+    error)). Unknown values are null; keys are never removed or renamed.
     """
     if follow and (name is None or as_json):
         raise SettingError("--follow requires the name of a job or run, and can't be combined with --json.")

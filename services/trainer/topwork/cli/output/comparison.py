@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from topwork.stages.publish import Published
 
 GAP = 3
+AVERAGED_METRICS = frozenset({"precision", "recall", "f1", "auc"})
 HEADER = ("MODEL", "METRIC", "STAGE", "TRAINABLE", "BATCH SIZE", "SECONDS PER STEP", "RELATIVE TO FASTEST")
 
 
@@ -35,13 +36,22 @@ def _rows(published: Sequence["Published"]) -> Iterator[tuple[str, ...]]:
             fastest[stage] = min(seconds, fastest.get(stage, seconds))
     for version in published:
         name, value = next(iter(version.metrics.items()))
-        per_image, model = _image_seconds(version), (f"{version.name}/{version.version}", f"{name} {value:.4f}")
+        per_image, model = (
+            _image_seconds(version),
+            (f"{version.name}/{version.version}", f"{name} {value:.4f}{_caveat(version, name)}"),
+        )
         for stage, cost in version.stages.items():
             step_seconds = f"{cost.step_seconds:.3g}" if cost.step_seconds else ""
             ratio = f"{per_image[stage] / fastest[stage]:.2f}" if stage in per_image else ""
             yield *model, stage, f"{cost.trainable:,}", f"{cost.batch_size}", step_seconds, ratio
         if not version.stages:
             yield *model, "", "", "", "", ""
+
+
+def _caveat(published: "Published", metric: str) -> str:
+    """Say how many classes an averaged metric leaves out: models with other test images are not comparable."""
+    excluded = published.excluded_classes if metric in AVERAGED_METRICS else 0
+    return f" (without {excluded} {'class' if excluded == 1 else 'classes'})" if excluded else ""
 
 
 def _image_seconds(published: "Published") -> dict[str, float]:

@@ -16,7 +16,7 @@ from topwork.cli.runtime.shutdown import EXIT_CODE_BUG, push_to_pushgateway, to_
 from topwork.cli.runtime.signals import ignore_stop_signals
 from topwork.cluster.names import StageName
 from topwork.cluster.termination_message import TerminationMessage
-from topwork.errors import Stopped, TopworkError
+from topwork.errors import Stopped, TopworkError, limit_message
 from topwork.progress import Fact
 from topwork.redaction import redact
 
@@ -96,7 +96,7 @@ class Container:
         if isinstance(known, Stopped):
             known = self.eviction_error() or known
         code = known.exit_code if known else _exit_code(error)
-        text = redact(str(known) if known else f"{type(error).__name__}: {error}")
+        text = limit_message(redact(str(known) if known else f"{type(error).__name__}: {error}"))
         stopped = isinstance(known, Stopped)
         if self._write_termination_message("stopped" if stopped else "failed", code, error=text):
             fields = {"stage": self.stage, "run": self.run, "exit_code": code}

@@ -21,6 +21,7 @@ from structlog.processors import EventRenamer, JSONRenderer, TimeStamper, format
 from structlog.stdlib import ProcessorFormatter
 from structlog.typing import EventDict, Processor
 
+from topwork.errors import limit_message, limit_traceback
 from topwork.redaction import redact
 
 log = structlog.get_logger(__name__)
@@ -140,7 +141,12 @@ def _timestamp() -> TimeStamper:
 
 def _redact_event(_logger: object, _method: str, event: EventDict) -> EventDict:
     event["event"] = str(event["event"]).rstrip()
-    return {name: _redact_value(value) for name, value in event.items()}
+    redacted = {name: _redact_value(value) for name, value in event.items()}
+    limits = {"exception": limit_traceback}
+    return {
+        name: limits.get(name, limit_message)(value) if isinstance(value, str) else value
+        for name, value in redacted.items()
+    }
 
 
 def _redact_value(value: Any) -> Any:

@@ -1,6 +1,7 @@
 """Connection settings for S3, and creation of the boto3 client: endpoint, credentials, timeouts and retries."""
 
 import ipaddress
+import random
 import socket
 from dataclasses import dataclass, field
 from functools import cache
@@ -11,12 +12,12 @@ import boto3
 import botocore.session
 from botocore import exceptions as boto
 from botocore.config import Config
-from botocore.credentials import RefreshableCredentials
 from botocore.httpsession import URLLib3Session
 from botocore.loaders import create_loader
 from botocore.utils import get_environ_proxies
 
-from topwork.clients.s3.errors import DAMAGED_REQUEST_CODES, error_code, translate_errors
+from topwork.clients.s3.credentials import ReloadableCredentials, ReloadableProvider, retry_delay
+from topwork.clients.s3.errors import DAMAGED_REQUEST_CODES, error_code, is_temporary_status, translate_errors
 from topwork.clients.s3.stall_detection import StallDetector
 from topwork.clients.url_policy import check_plain_http
 from topwork.errors import SettingError
@@ -25,6 +26,7 @@ from topwork.redaction import register_secrets
 MAX_CONNECTIONS = 64
 # Delay before a damaged request is repeated, multiplied by the number of attempts so far.
 DAMAGED_RETRY_SECONDS = 0.2
+MAX_RETRY_SECONDS = 20.0
 # botocore uses this variable for TLS after AWS_CA_BUNDLE, but does not name it in its configuration.
 EXTRA_SESSION_VARIABLES = {"requests_ca_bundle": (None, "REQUESTS_CA_BUNDLE", None, None)}
 
@@ -45,6 +47,8 @@ class StorageSettings:
         connect_timeout_seconds: Timeout for a connection.
         read_timeout_seconds: Timeout for the next bytes of a response, and for the next chunk of its body.
         part_bytes: Part size of multipart uploads, and the minimum size of files uploaded in parts; at least 5 MiB.
+        uses_checksums: Whether requests contain checksums besides their signature. None uses
+            AWS_REQUEST_CHECKSUM_CALCULATION, which users set for servers that do not support them.
     """
 
     endpoint_url: str | None = None
@@ -57,6 +61,7 @@ class StorageSettings:
     connect_timeout_seconds: float = 10.0
     read_timeout_seconds: float = 60.0
     part_bytes: int = 16 << 20
+    uses_checksums: bool | None = None
 
 
 class TransferCounter(Protocol):
@@ -99,6 +104,8 @@ def connect(settings: StorageSettings, counter: TransferCounter) -> Any:
     try:
         with translate_errors(settings.endpoint_url or "the S3 endpoint", bucket="", target="storage"):
             botocore_session = _create_botocore_session()
+            provider = ReloadableProvider(botocore_session, _create_botocore_session)
+            botocore_session.register_component("credential_provider", provider)
             session = boto3.session.Session(region_name=settings.region, botocore_session=botocore_session)
             client = _create_client(session, settings, path_style)
             # The client has read the endpoint from AWS variables or files. An addressing style set there has priority.
@@ -111,7 +118,8 @@ def connect(settings: StorageSettings, counter: TransferCounter) -> Any:
         raise SettingError(f"The storage endpoint is not a URL: {error}. Check AWS_ENDPOINT_URL.") from error
 
     check_plain_http(str(client.meta.endpoint_url), "The storage endpoint (AWS_ENDPOINT_URL)")
-    _retry_damaged_requests(client, settings, counter)
+    credentials = None if settings.access_key else session.get_credentials()
+    _retry_rejected_requests(client, settings, counter, credentials)
     http_session = _create_http_session(botocore_session, client, settings)
     detector = StallDetector(http_session, settings.read_timeout_seconds)
     client.meta.events.register("before-send.s3", detector.send)
@@ -132,6 +140,9 @@ def _service_model_loader() -> Any:
 
 def _create_client(session: Any, settings: StorageSettings, path_style: bool | None) -> Any:
     endpoint = settings.endpoint_url
+    checksums = None
+    if settings.uses_checksums is not None:
+        checksums = "when_supported" if settings.uses_checksums else "when_required"
     config = Config(
         retries={"mode": "standard", "total_max_attempts": settings.attempts},
         connect_timeout=settings.connect_timeout_seconds,
@@ -139,6 +150,8 @@ def _create_client(session: Any, settings: StorageSettings, path_style: bool | N
         max_pool_connections=MAX_CONNECTIONS,
         # A server on this machine is never behind a proxy.
         proxies={} if endpoint and _is_loopback(endpoint) else None,
+        request_checksum_calculation=checksums,
+        response_checksum_validation=checksums,
         s3=None if path_style is None else {"addressing_style": "path" if path_style else "virtual"},
     )
     if settings.access_key is None:
@@ -155,28 +168,38 @@ def _create_client(session: Any, settings: StorageSettings, path_style: bool | N
     )
 
 
-def _redact_credentials(credentials: Any) -> None:
+def _redact_credentials(credentials: ReloadableCredentials | None) -> None:
     """Redact credentials from AWS files in all output, like those from environment variables.
 
     Credentials of a role are not redacted: they expire within hours, and reading them would require a request.
     """
-    if credentials is not None and not isinstance(credentials, RefreshableCredentials):
+    if credentials is not None and not credentials.is_temporary:
         register_secrets(
             [value for value in (credentials.secret_key, credentials.token) if value], "storage credentials"
         )
 
 
-def _retry_damaged_requests(client: Any, settings: StorageSettings, counter: TransferCounter) -> None:
-    """Retry requests that were damaged in transit, which botocore does not retry, and count all retries."""
+def _retry_rejected_requests(
+    client: Any, settings: StorageSettings, counter: TransferCounter, credentials: ReloadableCredentials | None
+) -> None:
+    """Retry requests that botocore does not retry, and count all retries.
+
+    These are requests that were damaged in transit, that failed with an unusual status of a proxy (such as 522), or
+    whose credentials have been replaced in the meantime.
+    """
 
     def on_attempt(attempts: int, response: Any, **_: object) -> float | None:
         # Called after each attempt: the second and later ones were retries.
         if attempts > 1:
             counter.count_storage_retry()
-        code = response[1].get("Error", {}).get("Code") if response else None
-        if code in DAMAGED_REQUEST_CODES and attempts < settings.attempts:
+        if response is None or attempts >= settings.attempts:
+            return None
+        status, code = response[0].status_code, response[1].get("Error", {}).get("Code", "")
+        if code in DAMAGED_REQUEST_CODES:
             return DAMAGED_RETRY_SECONDS * attempts
-        return None
+        if is_temporary_status(status):
+            return random.uniform(0, min(MAX_RETRY_SECONDS, 2 ** (attempts - 1)))  # noqa: S311 - not a secret
+        return retry_delay(credentials, attempts, status, code)
 
     client.meta.events.register("needs-retry.s3", on_attempt)
 

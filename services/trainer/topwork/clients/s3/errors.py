@@ -11,6 +11,10 @@ from topwork.errors import DamagedError, DataError, SettingError, TopworkError, 
 
 UNKNOWN_KEY = "{endpoint} does not know the access key. Check AWS_ACCESS_KEY_ID and AWS_PROFILE."
 EXPIRED_SESSION = "{endpoint} reports an expired session ({code}). Check AWS_SESSION_TOKEN, or log in again."
+DENIED = (
+    "{endpoint} denied access to {target} ({code}: {message}). Check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, "
+    "AWS_PROFILE, and their permissions on the bucket {bucket}."
+)
 WRONG_REGION = "{endpoint} is in the wrong region for the bucket {bucket} ({code}: {message}). Set AWS_REGION."
 STORAGE_FULL = (
     "{endpoint} has no space left for {target} ({code}: {message}). Delete data that is no longer needed (topwork gc "
@@ -29,6 +33,24 @@ DAMAGED_REQUEST_CODES = frozenset(
         "XAmzContentSHA256Mismatch",
     }
 )
+# Sources of credentials in a pod or node: their service or mounted token can be temporarily unavailable.
+CLUSTER_PROVIDERS = frozenset({"container-role", "iam-role", "assume-role-with-web-identity"})
+# Request Timeout, Too Early, Too Many Requests, and Temporary Redirect.
+TEMPORARY_STATUSES = frozenset({307, 408, 425, 429})
+
+
+class NoCredentialsError(SettingError):
+    """No credentials, or incomplete credentials, were found."""
+
+
+class AccessError(UnavailableError):
+    """Storage rejected the credentials or their permissions.
+
+    Not a `SettingError`: keys are rotated, permissions take effect with a delay, mounted tokens are updated, and the
+    clock of another node may be right. The Job bounds the number of retries.
+    """
+
+
 # Error type and message for each S3 error code. Other codes are mapped by HTTP status.
 ERRORS_BY_CODE: dict[str, tuple[type[TopworkError], str]] = {
     "NoSuchBucket": (
@@ -36,25 +58,32 @@ ERRORS_BY_CODE: dict[str, tuple[type[TopworkError], str]] = {
         "The bucket {bucket} does not exist at {endpoint}. Create it (aws s3 mb s3://{bucket} --endpoint-url "
         "{endpoint}) or correct the storage URI, AWS_ENDPOINT_URL or AWS_REGION.",
     ),
-    "InvalidAccessKeyId": (SettingError, UNKNOWN_KEY),
-    "InvalidClientTokenId": (SettingError, UNKNOWN_KEY),
-    "UnrecognizedClientException": (SettingError, UNKNOWN_KEY),
+    "InvalidAccessKeyId": (AccessError, UNKNOWN_KEY),
+    "InvalidClientTokenId": (AccessError, UNKNOWN_KEY),
+    "UnrecognizedClientException": (AccessError, UNKNOWN_KEY),
+    "TokenRefreshRequired": (AccessError, EXPIRED_SESSION),
     "SignatureDoesNotMatch": (
-        SettingError,
+        AccessError,
         "{endpoint} rejected the request signature. Check AWS_SECRET_ACCESS_KEY and AWS_REGION.",
     ),
-    "ExpiredToken": (SettingError, EXPIRED_SESSION),
-    "ExpiredTokenException": (SettingError, EXPIRED_SESSION),
-    "InvalidToken": (SettingError, EXPIRED_SESSION),
-    "RequestExpired": (SettingError, EXPIRED_SESSION),
+    "ExpiredToken": (AccessError, EXPIRED_SESSION),
+    "ExpiredTokenException": (AccessError, EXPIRED_SESSION),
+    "InvalidToken": (AccessError, EXPIRED_SESSION),
+    "RequestExpired": (AccessError, EXPIRED_SESSION),
     "RequestTimeTooSkewed": (
-        SettingError,
+        AccessError,
         "{endpoint} rejected the time of the request. Set the clock of this machine.",
     ),
     "301": (SettingError, WRONG_REGION),
     "PermanentRedirect": (SettingError, WRONG_REGION),
     "AuthorizationHeaderMalformed": (SettingError, WRONG_REGION),
     "IllegalLocationConstraintException": (SettingError, WRONG_REGION),
+    # Responses of the service that exchanges the token of a service account.
+    "InvalidIdentityToken": (AccessError, DENIED),
+    "IDPRejectedClaim": (AccessError, DENIED),
+    "IDPCommunicationError": (UnavailableError, FAILED),
+    # While DNS does not know a new bucket yet.
+    "TemporaryRedirect": (UnavailableError, FAILED),
     "404": (DataError, "{target} does not exist at {endpoint}."),
     "NoSuchKey": (DataError, "{target} does not exist at {endpoint}."),
     "InsufficientStorage": (UnavailableError, STORAGE_FULL),
@@ -70,10 +99,6 @@ ERRORS_BY_CODE: dict[str, tuple[type[TopworkError], str]] = {
 }
 
 
-class NoCredentialsError(SettingError):
-    """No credentials, or incomplete credentials, were found."""
-
-
 @contextmanager
 def translate_errors(endpoint: str, bucket: str, target: str) -> Iterator[None]:
     """Translate botocore exceptions into errors of topwork.
@@ -85,7 +110,8 @@ def translate_errors(endpoint: str, bucket: str, target: str) -> Iterator[None]:
 
     Raises:
         NoCredentialsError: If credentials are missing or incomplete.
-        SettingError: If the bucket does not exist, or the credentials, region or certificate are rejected.
+        AccessError: If the credentials are rejected.
+        SettingError: If the bucket does not exist, or the region or certificate is rejected.
         DataError: If the object does not exist.
         UnavailableError: If the server can't be reached or fails, after botocore's retries.
     """
@@ -100,8 +126,7 @@ def translate_errors(endpoint: str, bucket: str, target: str) -> Iterator[None]:
             f"{endpoint}."
         ) from error
     except (boto.CredentialRetrievalError, boto.TokenRetrievalError, boto.UnauthorizedSSOTokenError) as error:
-        # The credential service of a pod or node can be temporarily unavailable, like any server.
-        kind = UnavailableError if error.kwargs.get("provider") in {"container-role", "iam-role"} else SettingError
+        kind = UnavailableError if error.kwargs.get("provider") in CLUSTER_PROVIDERS else SettingError
         raise kind(f"The credentials for {target} could not be retrieved: {error}. Check AWS_PROFILE.") from error
     except boto.InvalidConfigError as error:
         raise SettingError(f"The AWS variables or files for {target} are invalid: {error}") from error
@@ -141,10 +166,7 @@ def error_from_response(error: boto.ClientError, endpoint: str, bucket: str, tar
 
 def _by_status(status: int) -> tuple[type[TopworkError], str]:
     if status in {401, 403}:
-        return SettingError, (
-            "{endpoint} denied access to {target} ({code}: {message}). Check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, "
-            "AWS_PROFILE, and their permissions on the bucket {bucket}."
-        )
+        return AccessError, DENIED
     if status == 501:
         return SettingError, (
             "{endpoint} does not support the request for {target} ({code}: {message}). "
@@ -153,9 +175,17 @@ def _by_status(status: int) -> tuple[type[TopworkError], str]:
         )
     if status == 507:
         return UnavailableError, STORAGE_FULL
-    if status >= 500 or status in {408, 429}:
+    if status >= 500 or status in TEMPORARY_STATUSES:
         return UnavailableError, FAILED
     return SettingError, "{endpoint} rejected the request for {target} ({code}: {message})."
+
+
+def is_temporary_status(status: int) -> bool:
+    """Return whether a request can succeed later without any change, judging by its HTTP status.
+
+    A full disk (507) is not temporary: it is not worth an immediate retry.
+    """
+    return status in TEMPORARY_STATUSES or (status >= 500 and status not in {501, 505, 507})
 
 
 def error_code(error: boto.ClientError) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from botocore import exceptions as boto
 
+from topwork.clients.s3.cleanup import tolerate_cleanup_failure
 from topwork.clients.s3.errors import error_code, http_status
 
 
@@ -92,7 +93,7 @@ class MultipartUploads:
         return aborted
 
     def abort_incomplete(self, prefix: str = "", older_than_seconds: float = 86400.0) -> int:
-        """Abort all incomplete uploads that have reached a minimum age.
+        """Abort all incomplete uploads that have reached a minimum age. A failure is logged as a warning.
 
         Args:
             prefix: Prefix of the keys, relative to the storage.
@@ -101,7 +102,9 @@ class MultipartUploads:
         Returns:
             Number of aborted uploads; 0 if the server does not support the request or denies access.
         """
-        return self.abort(self.list_incomplete(prefix, older_than_seconds))
+        with tolerate_cleanup_failure("incomplete uploads"):
+            return self.abort(self.list_incomplete(prefix, older_than_seconds))
+        return 0
 
     def _request(self, upload: IncompleteUpload) -> dict[str, str]:
         return {"Bucket": self._bucket, "Key": self._key_prefix + upload.key, "UploadId": upload.upload_id}

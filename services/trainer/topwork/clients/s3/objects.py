@@ -42,6 +42,11 @@ class FileEntry(BaseModel):
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
 
 
+def partial_path(path: Path) -> Path:
+    """Return the path of the incomplete file while a file is downloaded."""
+    return path.with_name(f"{path.name}.part")
+
+
 def describe_file(path: Path) -> FileEntry:
     """Compute the size and digest of a local file, in constant memory.
 

@@ -73,13 +73,22 @@ class StallDetector:
                 self._thread.start()
 
     def _run(self) -> None:
-        while True:
-            time.sleep(self._timeout_seconds / CHECKS_PER_TIMEOUT)
+        try:
+            while self._check_responses():
+                time.sleep(self._timeout_seconds / CHECKS_PER_TIMEOUT)
+        except BaseException:
+            # Without this, no thread would be started again, and a stalled response would block forever.
             with self._lock:
-                self._responses = [response for response in self._responses if self._is_arriving(response)]
-                if not self._responses:
-                    self._thread = None
-                    return
+                self._thread, self._responses = None, []
+            raise
+
+    def _check_responses(self) -> bool:
+        """Abort stalled responses; returns False, and ends the thread, if no response is left."""
+        with self._lock:
+            self._responses = [response for response in self._responses if self._is_arriving(response)]
+            if not self._responses:
+                self._thread = None
+            return bool(self._responses)
 
     def _is_arriving(self, response: _OpenResponse) -> bool:
         raw = response.raw()

@@ -6,7 +6,7 @@ Keys are relative to the URI of their `Storage`. botocore exceptions are transla
 
 import base64
 import hashlib
-import time
+import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from functools import partial
@@ -19,16 +19,13 @@ from boto3.s3.transfer import ProgressCallbackInvoker, TransferConfig, create_tr
 from botocore import exceptions as boto
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
-from topwork.clients.s3.connection import (
-    NullTransferCounter,
-    StorageSettings,
-    TransferCounter,
-    connect,
-    create_bucket,
-)
+from topwork.clients.s3.conditional_writes import CONCURRENT_PARTS, DIGEST_METADATA, FileCreation, put_object
+from topwork.clients.s3.connection import NullTransferCounter, StorageSettings, TransferCounter, create_bucket
+from topwork.clients.s3.deletion import MAX_BATCH
 from topwork.clients.s3.errors import error_code, error_from_response, http_status, translate_errors
 from topwork.clients.s3.multipart_uploads import IncompleteUpload, MultipartUploads
-from topwork.clients.s3.objects import MIN_TIME, FileEntry, StoredObject, describe_file
+from topwork.clients.s3.objects import MIN_TIME, FileEntry, StoredObject, describe_file, partial_path
+from topwork.clients.s3.server import Server
 from topwork.disk_space import report_full_disk
 from topwork.errors import DamagedError, SettingError, UnavailableError
 
@@ -42,14 +39,13 @@ __all__ = [
     "TransferCounter",
     "create_bucket",
     "describe_file",
+    "partial_path",
 ]
 
-# Maximum number of objects per delete request (limit of the S3 API).
-MAX_DELETE_OBJECTS = 1000
+# Prefix of the objects that test what the server supports.
+PROBE_PREFIX = ".topwork-check"
 # Read size of s3transfer for downloads. A response slower than one chunk per timeout counts as stalled.
 CHUNK_BYTES = 1 << 18
-CONCURRENT_PARTS = 8
-CONFLICT_RETRY_SECONDS = (0.1, 0.3, 1.0)
 
 
 class TruncatedBodyError(boto.HTTPClientError):
@@ -65,6 +61,10 @@ class Storage:
         uri: s3://bucket or s3://bucket/prefix.
         settings: Address and credentials of the server; None uses the AWS variables, files and roles.
         counter: Counts bytes and retries.
+
+    Attributes:
+        uri: The URI, without a slash at the end.
+        server: The server, shared with all storages that `at` returns.
 
     Raises:
         SettingError: If the URI, the AWS profile or the endpoint is invalid.
@@ -84,7 +84,7 @@ class Storage:
         self._bucket, self._key_prefix = _parse_uri(uri)
         self._settings = settings or StorageSettings()
         self._counter = counter or NullTransferCounter()
-        self._client = connect(self._settings, self._counter)
+        self.server = Server(self._settings, self._counter)
 
     def uri_of(self, key: str) -> str:
         """Return the s3:// URI of a key."""
@@ -113,7 +113,7 @@ class Storage:
             UnavailableError: If the server can't be reached.
         """
         # Not HeadBucket: its response has no body, so a wrong key and a wrong secret would look the same.
-        with self._translate_errors():
+        with self.translate_errors():
             self._client.list_objects_v2(Bucket=self._bucket, Prefix=self._key_prefix, MaxKeys=1)
 
     def list(self, prefix: str = "") -> Iterator[StoredObject]:
@@ -126,7 +126,7 @@ class Storage:
             The objects, with keys relative to `uri`.
         """
         paginator = self._client.get_paginator("list_objects_v2")
-        with self._translate_errors(prefix):
+        with self.translate_errors(prefix):
             for page in paginator.paginate(Bucket=self._bucket, Prefix=self._key_prefix + prefix):
                 for item in page.get("Contents", ()):
                     key, etag = item["Key"][len(self._key_prefix) :], item.get("ETag", "").strip('"')
@@ -134,7 +134,7 @@ class Storage:
 
     def size(self, key: str) -> int | None:
         """Return the size of an object in bytes; None if it does not exist."""
-        with self._translate_errors(key):
+        with self.translate_errors(key):
             try:
                 return int(self._client.head_object(Bucket=self._bucket, Key=self._key_prefix + key)["ContentLength"])
             except boto.ClientError as error:
@@ -144,7 +144,7 @@ class Storage:
 
     def read(self, key: str) -> bytes | None:
         """Return the content of a small object; None if it does not exist."""
-        with self._translate_errors(key):
+        with self.translate_errors(key):
             # botocore's own retries cover the response headers only; the body can still be truncated.
             for attempt in Retrying(
                 retry=retry_if_exception_type(TruncatedBodyError),
@@ -190,34 +190,33 @@ class Storage:
             Whether the object was written; False if it already existed.
         """
         request: dict[str, Any] = {"Bucket": self._bucket, "Key": self._key_prefix + key, "Body": data}
-        if self._uses_checksums:
+        if self.server.uses_checksums:
             request["ChecksumSHA256"] = base64.b64encode(hashlib.sha256(data).digest()).decode()
         if only_if_absent:
             request["IfNoneMatch"] = "*"
         if content_type:
             request["ContentType"] = content_type
-        with self._translate_errors(key):
-            is_written = self._put(key, request)
+        with self.translate_errors(key):
+            is_written = put_object(self.server, request, lambda: self.read(key))
         if is_written:
             self._counter.count_storage_bytes("upload", len(data))
         return is_written
 
-    def _put(self, key: str, request: dict[str, Any]) -> bool:
-        for delay_seconds in (*CONFLICT_RETRY_SECONDS, None):
-            try:
-                self._client.put_object(**request)
-            except boto.ClientError as error:
-                if http_status(error) == 412:
-                    is_retry = error.response["ResponseMetadata"].get("RetryAttempts", 0) > 0
-                    return bool(is_retry and self.read(key) == request["Body"])
-                # 409: a concurrent write is in progress. Only another attempt shows whether it succeeded.
-                if error_code(error) != "ConditionalRequestConflict" or delay_seconds is None:
-                    raise
-                self._counter.count_storage_retry()
-                time.sleep(delay_seconds)
-            else:
-                return True
-        raise AssertionError("the last attempt returns or raises")
+    def create(self, path: Path, key: str, entry: FileEntry) -> bool:
+        """Create an object with the content of a file, unless the key already exists. Never replaces an object.
+
+        Args:
+            path: Local file.
+            key: Key of the object.
+            entry: Size and digest of the file.
+
+        Returns:
+            Whether the object has the content of the file. If not, another writer created it, or the server can't
+            create an object of this size conditionally.
+        """
+        target, probe_key = self.target(key), self.target(f"{PROBE_PREFIX}/{uuid.uuid4().hex}")["Key"]
+        with self.translate_errors(key):
+            return FileCreation(self.server, target, path, entry, probe_key).run()
 
     def upload(self, path: Path, key: str) -> FileEntry:
         """Upload a file, in concurrent parts if it is large.
@@ -233,8 +232,10 @@ class Storage:
             UnavailableError: If the size of the stored object differs from that of the file.
         """
         entry = describe_file(path)
-        extra_args = {"ChecksumAlgorithm": "SHA256"} if self._uses_checksums else {}
-        with self._translate_errors(key), self._transfer_manager() as transfers:
+        extra_args: dict[str, Any] = {"Metadata": {DIGEST_METADATA: entry.sha256}}
+        if self.server.uses_checksums:
+            extra_args["ChecksumAlgorithm"] = "SHA256"
+        with self.translate_errors(key), self._transfer_manager() as transfers:
             callbacks = self._progress_callbacks("upload")
             transfers.upload(str(path), self._bucket, self._key_prefix + key, extra_args, callbacks).result()
         if (stored := self.size(key)) != entry.size:
@@ -261,7 +262,7 @@ class Storage:
             UnavailableError: If storage can't be reached, or the disk is full.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
+        part = partial_path(path)
         try:
             # A full disk must not look like a damaged object: callers handle the two differently.
             with report_full_disk(path.parent):
@@ -281,7 +282,7 @@ class Storage:
         return entry
 
     def _download(self, key: str, part: Path) -> FileEntry:
-        with self._translate_errors(key), part.open("wb") as file, self._transfer_manager() as transfers:
+        with self.translate_errors(key), part.open("wb") as file, self._transfer_manager() as transfers:
             callbacks = self._progress_callbacks("download")
             transfers.download(self._bucket, self._key_prefix + key, file, None, callbacks).result()
         return describe_file(part)
@@ -289,36 +290,45 @@ class Storage:
     def delete(self, keys: Iterable[str]) -> None:
         """Delete objects. Keys that do not exist are ignored.
 
+        Uses the form of deletion that the server supports, down to one request per object. If some objects can't be
+        deleted, the others are deleted nevertheless.
+
         Args:
             keys: Keys of the objects.
+
+        Raises:
+            UnavailableError: If an object can't be deleted; see `topwork.clients.s3.errors` for the other errors.
         """
         remaining = iter(keys)
-        while batch := [{"Key": self._key_prefix + key} for key in islice(remaining, MAX_DELETE_OBJECTS)]:
-            with self._translate_errors():
-                response = self._client.delete_objects(Bucket=self._bucket, Delete={"Objects": batch, "Quiet": True})
-            for error in response.get("Errors", ()):
-                target = f"s3://{self._bucket}/{error.get('Key')}"
-                status = {"HTTPStatusCode": 403 if error.get("Code") == "AccessDenied" else 500}
-                failure = boto.ClientError({"Error": error, "ResponseMetadata": status}, "DeleteObjects")
-                raise error_from_response(failure, self._endpoint, self._bucket, target)
+        failures: dict[str, boto.ClientError] = {}
+        while batch := [self._key_prefix + key for key in islice(remaining, MAX_BATCH)]:
+            with self.translate_errors():
+                failures |= self.server.deletion.delete(self._bucket, batch)
+        for key, error in failures.items():
+            more = f" (and {len(failures) - 1} other objects)" if len(failures) > 1 else ""
+            raise error_from_response(error, self.server.endpoint, self._bucket, f"s3://{self._bucket}/{key}{more}")
 
     @property
     def multipart_uploads(self) -> MultipartUploads:
         """Incomplete multipart uploads below `uri`."""
-        return MultipartUploads(self._client, self._bucket, self._key_prefix, self._translate_errors)
+        return MultipartUploads(self._client, self._bucket, self._key_prefix, self.translate_errors)
+
+    def target(self, key: str) -> dict[str, str]:
+        """Return the bucket and the complete key, as parameters of a request."""
+        return {"Bucket": self._bucket, "Key": self._key_prefix + key}
 
     @property
-    def _endpoint(self) -> str:
-        return str(self._client.meta.endpoint_url)
-
-    @property
-    def _uses_checksums(self) -> bool:
-        # Users disable them (AWS_REQUEST_CHECKSUM_CALCULATION) for servers that do not support them.
-        return bool(self._client.meta.config.request_checksum_calculation != "when_required")
+    def _client(self) -> Any:
+        return self.server.client
 
     @contextmanager
-    def _translate_errors(self, key: str = "") -> Iterator[None]:
-        with translate_errors(self._endpoint, self._bucket, self.uri_of(key) if key else self.uri):
+    def translate_errors(self, key: str = "") -> Iterator[None]:
+        """Translate botocore exceptions of the block into errors of topwork; see `topwork.clients.s3.errors`.
+
+        Args:
+            key: Key that the block works on; empty for `uri`.
+        """
+        with translate_errors(self.server.endpoint, self._bucket, self.uri_of(key) if key else self.uri):
             try:
                 yield
             except boto.ClientError as error:

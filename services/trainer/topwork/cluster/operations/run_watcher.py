@@ -144,7 +144,7 @@ class RunWatcher:
         return thread
 
     def _report_errors(self, target: Callable[[], None]) -> None:
-        """Pass an unexpected error on to the reader of the updates, who would otherwise wait for this thread forever."""
+        """Pass an unexpected error on to the reader of the updates, which would otherwise wait forever."""
         try:
             target()
         except Exception as error:

@@ -5,7 +5,14 @@ from dataclasses import dataclass, field
 
 import structlog
 
-from topwork.data.sources.source import ClassNames, escape_name, is_ignored, normalize_name, sanitize_name
+from topwork.data.sources.source import (
+    IMAGE_SUFFIXES,
+    ClassNames,
+    escape_name,
+    is_ignored,
+    normalize_name,
+    sanitize_name,
+)
 from topwork.errors import DataError
 
 log = structlog.get_logger(__name__)
@@ -16,7 +23,6 @@ MAX_DIRECTORIES = 10_000
 
 # Names of splits, in lower case. A folder of images has only one split.
 _SPLIT_NAMES = frozenset({"train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval"})
-_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff")
 
 
 @dataclass
@@ -64,7 +70,7 @@ class ClassDirectories:
         """Count a file and return its class; see `class_of`."""
         label = self.class_of(parts)
         if label is None:
-            if len(parts) == 1 and not is_ignored(parts) and parts[0].lower().endswith(_IMAGE_SUFFIXES):
+            if len(parts) == 1 and not is_ignored(parts) and parts[0].lower().endswith(IMAGE_SUFFIXES):
                 self._loose_count += 1
                 self._loose += [parts[0]] if len(self._loose) < MAX_NAMES_SHOWN else []
             return None

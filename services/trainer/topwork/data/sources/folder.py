@@ -32,14 +32,24 @@ log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True)
-class _File:
+class ListedFile:
+    """A file or directory in a listing.
+
+    Attributes:
+        parts: Components of the path, relative to the root.
+        size: Size in bytes.
+        version: ETag or modification time: changes when the content changes.
+        is_directory: Whether it is a directory.
+    """
+
     parts: tuple[str, ...]
     size: int
-    version: str  # ETag or modification time: changes when the content changes
+    version: str
     is_directory: bool = False
 
     @property
     def path(self) -> str:
+        """The path, relative to the root."""
         return "/".join(self.parts)
 
 
@@ -116,10 +126,14 @@ class ImageFolder:
         assert self._cached_summary
         return self._cached_summary
 
-    def _files(self) -> Iterator[_File]:
-        return _list_s3(self._storage) if self._storage else _list_directory(Path(self._uri))
+    def _files(self) -> Iterator[ListedFile]:
+        if self._storage:
+            return list_prefix(self._storage)
+        if not Path(self._uri).is_dir():
+            raise DataError(f"The directory {self._uri} of spec.dataset.source.folder.uri does not exist.")
+        return list_directory(Path(self._uri))
 
-    def _read(self, file: _File) -> bytes:
+    def _read(self, file: ListedFile) -> bytes:
         if file.size > MAX_BYTES:
             raise Rejection(TOO_LARGE, f"{file.size} bytes, the limit is {MAX_BYTES}")
         if self._storage:
@@ -133,31 +147,43 @@ class ImageFolder:
             raise Rejection(MISSING, error.strerror or str(error)) from error
 
 
-def _list_s3(storage: Storage) -> Iterator[_File]:
+def list_prefix(storage: Storage) -> Iterator[ListedFile]:
+    """List the objects below the URI of a storage, in the order of their keys."""
     for stored in storage.list():
         # Some tools write a key that ends with a slash for each directory.
         is_directory = stored.key.endswith("/")
         parts = tuple(stored.key.removesuffix("/").split("/"))
-        yield _File(parts, stored.size, stored.etag, is_directory=is_directory)
+        yield ListedFile(parts, stored.size, stored.etag, is_directory=is_directory)
 
 
-def _list_directory(root: Path) -> Iterator[_File]:
+def list_directory(root: Path) -> Iterator[ListedFile]:
+    """List a local directory, ordered by path. Links are followed, but no directory is listed twice.
+
+    Args:
+        root: The directory.
+
+    Yields:
+        Files and directories, without the content of ignored directories (`is_ignored`).
+
+    Raises:
+        DataError: If a directory does not exist or cannot be read.
+    """
     if not root.is_dir():
-        raise DataError(f"The directory {root} of spec.dataset.source.folder.uri does not exist.")
+        raise DataError(f"The directory {root} does not exist.")
     links = _DirectoryLinks(root)
     for path, directories, names in os.walk(root, followlinks=True, onerror=_raise_unreadable):
         read = (name for name in directories if not is_ignored((name,)) and not links.is_repeated(Path(path, name)))
         directories[:] = sorted(read)
         parents = Path(path).relative_to(root).parts
         for name in directories:
-            yield _File((*parents, name), 0, "", is_directory=True)
+            yield ListedFile((*parents, name), 0, "", is_directory=True)
         for name in sorted(names):
             try:
                 stat = Path(path, name).stat()
             except OSError:
-                yield _File((*parents, name), 0, "unreadable")  # a broken link: rejected when it is read
+                yield ListedFile((*parents, name), 0, "unreadable")  # a broken link: rejected when it is read
             else:
-                yield _File((*parents, name), stat.st_size, str(stat.st_mtime_ns))
+                yield ListedFile((*parents, name), stat.st_size, str(stat.st_mtime_ns))
     links.report()
 
 

@@ -14,6 +14,9 @@ from topwork.redaction import redact
 TRAIN = "train"
 """The only split of every source except TFDS."""
 
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff")
+"""Usual suffixes of images, for messages only: the content decides whether a file is an image."""
+
 # Control characters, line separators, and marks that change the direction of text.
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 _IGNORED_NAMES = {"thumbs.db", "desktop.ini", "icon\r", "icon?", "__macosx", "lost+found"}

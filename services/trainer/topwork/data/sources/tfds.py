@@ -26,7 +26,7 @@ from topwork.data.tfds_mirror import (
     is_prepared_key,
     list_mirrored,
 )
-from topwork.errors import DataError, UnavailableError
+from topwork.errors import DataError, UnavailableError, quote_error
 from topwork.workspace import Workspace
 
 ATTEMPTS = 3
@@ -167,14 +167,14 @@ class TfdsSource:
                 retrying(self._builder.download_and_prepare, download_dir=downloads, download_config=config)
         except ImportError as error:
             raise DataError(
-                f"{self._builder.name} cannot be prepared: {error}. Add the module to the container image, or provide "
+                f"{self._builder.name} cannot be prepared: {quote_error(error)}. Add the module to the container image, or provide "
                 "the images as a folder, archive or table."
             ) from error
         except Exception as error:
             if not _is_network_error(error):
                 raise
             raise UnavailableError(
-                f"{self._builder.name} could not be downloaded, after several attempts per file: {error} Without "
+                f"{self._builder.name} could not be downloaded, after several attempts per file: {quote_error(error)} Without "
                 f"internet access, run `{self._mirror_command}` on a machine that has it, or copy the TFDS download "
                 f"directory of such a machine to {self._mirror_uri}/.{self._mirrored_hint}"
             ) from error

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import numpy.typing as npt
 import structlog
 import tensorflow as tf
 
+from topwork.clients.s3.cleanup import tolerate_cleanup_failure
 from topwork.data.batches import view_batches
 from topwork.data.local_dataset import Indices, LocalDataset, Split
 from topwork.errors import SettingError, Stopped
@@ -148,9 +150,21 @@ def features_prefix(context: StageContext) -> str:
 
 
 def delete_features(context: StageContext) -> None:
-    """Delete the stored features of a completed stage."""
+    """Delete the stored features of a completed stage, also on scratch, where the next stage needs the space."""
+    delete_local_features(context.workspace.scratch)
     storage = context.workspace.storage
-    storage.delete(stored.key for stored in storage.list(f"{features_prefix(context)}/"))
+    with tolerate_cleanup_failure(f"features of {context.plan.stage}"):
+        storage.delete(stored.key for stored in storage.list(f"{features_prefix(context)}/"))
+
+
+def delete_local_features(scratch: Path) -> None:
+    """Delete features on scratch, which only their own stage and process use. Memory that maps them stays valid."""
+    for path in scratch.glob(_feature_file("*")):
+        path.unlink(missing_ok=True)
+
+
+def _feature_file(split: str) -> str:
+    return f"features-{split}.bin"
 
 
 def compute_features(request: FeatureRequest) -> LocalDataset | None:
@@ -178,6 +192,8 @@ def compute_features(request: FeatureRequest) -> LocalDataset | None:
     )
     dtype = _choose_dtype(request, extractor)
     size_bytes = dtype.itemsize * prod(feature_shape) * request.images
+    # Features of an earlier stage, or of a killed process, must not count as used space.
+    delete_local_features(workspace.scratch)
     placement = choose_placement(size_bytes, workspace.scratch, request.context.job)
     if placement is None:
         _report_lack_of_space(request.context, size_bytes)
@@ -185,7 +201,7 @@ def compute_features(request: FeatureRequest) -> LocalDataset | None:
     splits = {}
     for part in request.splits:
         shape = (part.split.size * part.views, *feature_shape)
-        values = allocate(workspace.scratch / f"features-{part.name}.bin", shape, dtype, placement)
+        values = allocate(workspace.scratch / _feature_file(part.name), shape, dtype, placement)
         with _open_chunks(request, part, size_bytes) as chunks:
             _SplitExtraction(request, part, extractor, chunks).fill(values)
         splits[part.name] = FeatureSplit(values, part.split)
@@ -229,7 +245,7 @@ class _SplitExtraction:
                 row += len(features)
                 is_stopping = self._workspace.stop.is_set()
                 if self._chunks and (row - stored >= CHUNK_IMAGES or row == len(values) or is_stopping):
-                    self._chunks.write(stored, values[stored:row].copy())
+                    self._chunks.write(stored, values[stored:row])  # filled rows do not change
                     stored = row
                 if is_stopping:
                     raise Stopped(
@@ -267,7 +283,9 @@ def _open_chunks(
 ) -> AbstractContextManager[FeatureChunks | None]:
     if size_bytes > MAX_STORED_BYTES:
         return nullcontext()
-    return FeatureChunks(request.context.workspace.storage, f"{request.prefix}/{part.name}")
+    context = request.context
+    minutes = context.job.spec.compute.checkpoint_minutes
+    return FeatureChunks(context.workspace.storage, f"{request.prefix}/{part.name}", minutes)
 
 
 def _report_lack_of_space(context: StageContext, size_bytes: int) -> None:

@@ -1,0 +1,1 @@
+"""Models saved by Keras 2: rebuilt with the layers of Keras 3, and their weights."""
