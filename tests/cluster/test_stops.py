@@ -33,7 +33,8 @@ def train(make_run, topwork):
 
 def checkpoints(run: Run, storage) -> list[str]:
     run_storage = storage.open(run.job.spec.storage)
-    return [stored.key for stored in run_storage.list(f"runs/{run.object_name}/transfer/checkpoints/")]
+    checkpoints_of_run = f"/runs/{run.object_name}/checkpoints/"
+    return [stored.key for stored in run_storage.list("stages/transfer/") if checkpoints_of_run in stored.key]
 
 
 @pytest.mark.smoke

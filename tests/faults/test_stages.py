@@ -191,9 +191,21 @@ def assert_consistent(storage: Storage) -> None:
             assert storage.size(f"{prefix}/{version}/{MANIFEST}")
         elif name == "done.json":
             done = json.loads(storage.read(stored.key) or b"")
-            references = [done[key] for key in ("key",) if key in done]
-            references += [f"{done['dataset']}/{MANIFEST}"] if "dataset" in done else []
-            assert all(storage.size(key) for key in references), stored.key
+            assert all(storage.size(key) for key in references_of(stored.key, done)), stored.key
+
+
+def references_of(key: str, done: dict[str, Any]) -> list[str]:
+    """Return the keys of all objects that a `done.json` refers to."""
+    if key.startswith("stages/"):
+        return [done["key"]]
+    stage = key.split("/")[-2]
+    if stage == "pull":
+        return [f"{done['dataset']}/{MANIFEST}"]
+    return (
+        [f"models/{done['name']}/{done['version']}/{MANIFEST}"]
+        if stage == "publish"
+        else [f"stages/{stage}/{done['key']}/done.json"]
+    )
 
 
 def without_digest(key: str) -> str:
@@ -280,26 +292,35 @@ def test_stage_with_faults_reports_them_and_leaves_storage_consistent(
         assert_matches_baseline(run_storage.direct, baseline.objects[stage])
 
 
+PULL_RECORDS = r"/pull/done\.json|/manifest\.json"
+
+
 @pytest.mark.parametrize(
-    ("stage", "hidden"),
+    ("stage", "records", "hidden_reads"),
     [
-        ("pull", ("/pull/done.json", "/manifest.json")),
-        # The stage reads done.json before it deletes leftovers, before training, and before it stores the result.
-        ("transfer", ("/transfer/done.json",) * 2),
-        ("transfer", ("/transfer/done.json",) * 3),
-        ("fine-tune", ("/fine-tune/done.json",) * 2),
-        ("fine-tune", ("/fine-tune/done.json",) * 3),
-        ("fine-tune", ("/publish/done.json",)),
+        # The stage reads the record of the run, and the manifest as the previous dataset, as the dataset of the source,
+        # and before it stores the images.
+        ("pull", PULL_RECORDS, 4),
+        # The stage reads done.json at its start, after the last epoch, and before it stores the result.
+        *(
+            (stage, rf"/stages/{stage}/[^/]+/done\.json", reads)
+            for stage in STAGES
+            if stage != "pull"
+            for reads in (1, 2, 3)
+        ),
+        ("fine-tune", r"/publish/done\.json", 1),
     ],
 )
-def test_concurrent_second_process_changes_nothing(stage, hidden, small_job, storage_after, proxy):
+def test_concurrent_second_process_changes_nothing(stage, records, hidden_reads, small_job, storage_after, proxy):
     run_storage = storage_after(stage)
     before = {stored.key: stored.etag for stored in run_storage.direct.list()}
-    # Each done.json is missing when it is first read, and exists when the stage repeats the work.
+    # Each record is missing at first, and exists when the stage repeats the work.
     missing = Fault(
-        "not yet complete", s3_error(404, "NoSuchKey", "No such key."), lambda request: request.path.endswith(hidden)
+        "not yet complete",
+        s3_error(404, "NoSuchKey", "No such key."),
+        lambda request: request.method != "PUT" and re.search(rf"(?:{records})$", request.path) is not None,
     )
-    proxy.set_fault(replace(missing, times=len(hidden)))
+    proxy.set_fault(replace(missing, times=hidden_reads))
     assert run_storage.run(stage, small_job) == (0, "")
-    assert proxy.fault_count == len(hidden)
+    assert proxy.fault_count == hidden_reads
     assert {stored.key: stored.etag for stored in run_storage.direct.list()} == before

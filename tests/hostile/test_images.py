@@ -85,6 +85,7 @@ def _hang_on_request(data: bytes, *, keep_encoding: bool) -> ValidatedImage:
 
 def test_decode_pool_rejects_an_image_that_hangs_its_worker_and_validates_the_others(monkeypatch):
     monkeypatch.setattr(decode_pool, "IMAGE_TIMEOUT_SECONDS", 6.0)
+    monkeypatch.setattr(decode_pool, "IMAGE_CPU_SECONDS", 2)
     valid = encode("PNG")
     with DecodePool(_hang_on_request, workers=1) as pool:
         results = [result for _, result in pool.validate_all([valid, b"hang", valid], lambda data: data)]
@@ -97,7 +98,7 @@ def test_decode_pool_rejects_an_image_that_hangs_its_worker_and_validates_the_ot
 )
 def test_decode_pool_rejects_no_image_that_another_machine_may_decode(monkeypatch, image, timeout_seconds, reason):
     monkeypatch.setattr(decode_pool, "IMAGE_TIMEOUT_SECONDS", timeout_seconds)
-    monkeypatch.setattr(decode_pool, "CPU_SHARE", 30.0)
+    monkeypatch.setattr(decode_pool, "ISOLATED_TIMEOUT_SECONDS", timeout_seconds)
     with (
         DecodePool(_hang_on_request, workers=1) as pool,
         pytest.raises(UnavailableError, match=f"^b'{image.decode()}': .*{reason}") as caught,
@@ -107,7 +108,8 @@ def test_decode_pool_rejects_no_image_that_another_machine_may_decode(monkeypatc
 
 
 def test_decode_pool_fails_when_too_many_images_hang(monkeypatch):
-    monkeypatch.setattr(decode_pool, "IMAGE_TIMEOUT_SECONDS", 3.0)
+    monkeypatch.setattr(decode_pool, "IMAGE_TIMEOUT_SECONDS", 1.0)
+    monkeypatch.setattr(decode_pool, "IMAGE_CPU_SECONDS", 1)
     monkeypatch.setattr(decode_pool, "MAX_TIMEOUTS", 0)
     with (
         DecodePool(_hang_on_request, workers=1) as pool,

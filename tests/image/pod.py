@@ -17,7 +17,7 @@ from kubernetes.utils.quantity import parse_quantity
 from tests.image.container import Container
 from tests.image.podman import LIMITS
 
-from topwork.cluster.names import JOB_UID_LABEL
+from topwork.cluster.names import JOB_UID_LABEL, RUN_LABEL
 
 KubernetesObject = dict[str, Any]
 
@@ -55,8 +55,9 @@ class Pod:
         assert spec["restartPolicy"] == "Never"
         # Both would add cluster data to the containers.
         assert spec["automountServiceAccountToken"] is spec["enableServiceLinks"] is False
-        # Kubernetes adds the UID of the Job to the labels of its pods.
-        labels = {**template["metadata"].get("labels", {}), JOB_UID_LABEL: str(uuid.uuid4())}
+        # Kubernetes adds the UID of the Job to the labels of its pods: all pods of a run have the same.
+        labels = template["metadata"]["labels"]
+        labels = {**labels, JOB_UID_LABEL: str(uuid.uuid5(uuid.NAMESPACE_URL, labels[RUN_LABEL]))}
         self._metadata = {"labels": labels, "annotations": template["metadata"].get("annotations", {})}
         self._namespace = namespace
         self._directory = directory / f"pod-{uuid.uuid4().hex[:8]}"

@@ -55,6 +55,6 @@ def test_contradictions_are_kept_or_fail_as_the_spec_says(make_job, workspace, c
 
 def test_dropped_images_count_towards_the_limit_of_rejected_images(make_job, workspace, contradictory_folder):
     with pytest.raises(
-        DataError, match=r"9\.3% of the images .* maxRejectedRatio 0\.05 allows.* blue/copy-1\.png \(blue\)"
+        DataError, match=r"9\.3% of the images .*maxRejectedRatio 0\.05 allows.* blue/copy-1\.png \(blue\)"
     ):
         pull(job_with(make_job, contradictory_folder, maxRejectedRatio=0.05), workspace)

@@ -61,7 +61,7 @@ def test_error_names_step_and_images_of_a_diverged_loss(
     assert len(names) == 4
     # Only this image can cause the divergence.
     assert "red/white.png" in names
-    keys = [stored.key for stored in workspace.storage.list(f"runs/{job.run}/transfer/checkpoints/")]
+    keys = [stored.key for stored in workspace.storage.list("stages/transfer/") if "/checkpoints/" in stored.key]
     checkpoints = [key.split("/")[-2] for key in keys if key.endswith("manifest.json")]
     assert checkpoints
     assert max(checkpoints) < f"{epoch - 1:05}-{step:07}"

@@ -85,9 +85,7 @@ class Images(Split):
         self._pixels = np.random.default_rng(0).integers(0, 256, (self.size, 6, 6, 3), np.uint8)
 
 
-@pytest.mark.parametrize(
-    "augmentation", [{"mix_up": 0.4}, {"cut_mix": 1.0}, {"mix_up": 0.4, "cut_mix": 1.0, "flip": "horizontal"}]
-)
+@pytest.mark.parametrize("augmentation", [{"mix_up": 0.4}, {"cut_mix": 1.0}, {"mix_up": 1.0, "flip": "horizontal"}])
 @pytest.mark.parametrize("labels", [[0] * 20 + [1] * 4, [0] * 9 + [1] * 12 + [2] * 3], ids=["binary", "three-classes"])
 def test_weight_of_a_mixed_image_is_the_mix_of_the_weights_of_its_classes(labels, augmentation):
     split, classes = Images(labels), len(set(labels))

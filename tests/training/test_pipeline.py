@@ -3,18 +3,23 @@
 import time
 
 from topwork.pipeline import abort_incomplete_uploads, run_pull, store_spec
+from topwork.registry.stage_results import attempt_prefix
 from topwork.spec.loading.loader import read_text
 
 
 def test_run_aborts_its_incomplete_uploads_but_not_recent_uploads_of_other_runs(make_job, workspace):
     job, storage = make_job(), workspace.storage
     base = storage.uri.removeprefix(f"s3://{storage._bucket}/")
-    for key in (f"runs/{job.run}/transfer/model.keras", "runs/other-12345678/transfer/model.keras"):
+    # A run does not know its stage keys before its dataset: another run can have the same ones.
+    own, other = (f"{attempt_prefix('transfer', '0a' * 8, run)}/x" for run in (job.run, "other-12345678"))
+    shared = f"stages/transfer/{'0a' * 8}/model-{'0b' * 8}.keras"
+    for key in (f"runs/{job.run}/report.html", "runs/other-12345678/report.html", own, other, shared):
         storage._client.create_multipart_upload(Bucket=storage._bucket, Key=f"{base}/{key}")
     time.sleep(1.1)  # the server reports whole seconds
     abort_incomplete_uploads(job, workspace)
     remaining = storage._client.list_multipart_uploads(Bucket=storage._bucket, Prefix=base).get("Uploads", [])
-    assert [upload["Key"] for upload in remaining] == [f"{base}/runs/other-12345678/transfer/model.keras"]
+    expected = sorted(f"{base}/{key}" for key in ("runs/other-12345678/report.html", other, shared))
+    assert sorted(upload["Key"] for upload in remaining) == expected
 
 
 def test_stored_spec_belongs_to_the_same_run(make_job, workspace):
@@ -26,7 +31,7 @@ def test_stored_spec_belongs_to_the_same_run(make_job, workspace):
 
 def test_pull_stores_the_spec_and_aborts_no_uploads(make_job, workspace):
     job, storage = make_job(), workspace.storage
-    key = f"{storage.uri.removeprefix(f's3://{storage._bucket}/')}/runs/{job.run}/transfer/model.keras"
+    key = f"{storage.uri.removeprefix(f's3://{storage._bucket}/')}/runs/{job.run}/report.html"
     storage._client.create_multipart_upload(Bucket=storage._bucket, Key=key)
     time.sleep(1.1)  # the server reports whole seconds
     assert run_pull(job, workspace).metadata.images == 40

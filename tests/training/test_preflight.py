@@ -75,7 +75,7 @@ def test_unsuitable_splits_are_rejected_before_training(make_job, workspace, cha
         stored = pull(job, workspace)
         fine_tune(job, transfer(job, stored, workspace), stored, workspace)
     assert str(raised.value) in {expected.replace("{missing}", name) for name in ("blue", "red")}
-    assert not [stored.key for stored in workspace.storage.list(f"runs/{job.run}/") if "checkpoints" in stored.key]
+    assert not [stored.key for stored in workspace.storage.list() if "/checkpoints/" in stored.key]
 
 
 def test_source_with_one_class_or_without_valid_images_is_rejected_before_training(

@@ -70,10 +70,15 @@ def run(job, workspace):
     return classifier, keras.models.load_model(path, compile=False).get_weights()
 
 
+def checkpoint_prefixes(job, workspace, stage):
+    """Return the key prefixes of all complete checkpoints of a run, by their names, the oldest first."""
+    keys = sorted(stored.key for stored in workspace.storage.list(f"stages/{stage}/"))
+    manifests = [key for key in keys if f"/runs/{job.run}/checkpoints/" in key and key.endswith("/manifest.json")]
+    return {key.split("/")[-2]: key.removesuffix("/manifest.json") for key in manifests}
+
+
 def checkpoints(job, workspace, stage):
-    prefix = f"runs/{job.run}/{stage}/checkpoints/"
-    keys = [stored.key.removeprefix(prefix) for stored in workspace.storage.list(prefix)]
-    return sorted(key.removesuffix("/manifest.json") for key in keys if key.endswith("manifest.json"))
+    return list(checkpoint_prefixes(job, workspace, stage))
 
 
 def rows(classifier):
@@ -213,7 +218,7 @@ def test_damaged_checkpoint_is_skipped_in_favor_of_the_previous_one(make_job, wo
     with pytest.raises(Stopped):
         run(job, run_workspace)
     assert checkpoints(job, run_workspace, "transfer") == ["00001", "00002"]
-    prefix = f"runs/{job.run}/transfer/checkpoints/00002"
+    prefix = checkpoint_prefixes(job, run_workspace, "transfer")["00002"]
     if damage == "bytes":
         corrupt(run_workspace.storage, f"{prefix}/state.npz")
     elif damage == "missing":
@@ -320,7 +325,7 @@ def test_checkpoint_of_another_format_is_an_error_that_suggests_a_fix(make_job, 
     run_workspace.progress.action = run_workspace.stop.set
     with pytest.raises(Stopped):
         run(job, run_workspace)
-    key = f"runs/{job.run}/transfer/checkpoints/00001/manifest.json"
+    key = f"{checkpoint_prefixes(job, run_workspace, 'transfer')['00001']}/manifest.json"
     manifest = json.loads(run_workspace.storage.read(key))
     manifest["facts"]["format"] = checkpoint_format
     run_workspace.storage.write(key, json.dumps(manifest).encode())

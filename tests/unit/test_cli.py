@@ -1,13 +1,15 @@
 """The command line as a whole: help, global options, missing libraries and unknown commands."""
 
+import os
 import subprocess
 import sys
 
 from topwork.errors import limit_message, limit_traceback, quote_error
 
 
-def run_python(script: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+def run_python(script: str, **variables: str) -> "subprocess.CompletedProcess[str]":
+    environment = os.environ | variables
+    return subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
 
 
 def test_help_names_every_command_without_training_libraries():
@@ -24,15 +26,15 @@ def test_help_names_every_command_without_training_libraries():
     assert all(f"\n  {name} " in result.stdout for name in result.stdout.splitlines()[-1].split())
 
 
-def test_missing_library_error_names_its_extra():
+def test_missing_library_error_names_its_extra(tmp_path):
     script = (
         "import sys\n"
         "sys.modules['numpy'] = None\n"
         "from topwork.cli import main\n"
-        "sys.argv = ['topwork', 'run', 'examples/solar-base.yaml']\n"
+        "sys.argv = ['topwork', 'run', 'examples/cats-vs-dogs.yaml']\n"
         "main()"
     )
-    result = run_python(script)
+    result = run_python(script, TOPWORK_STATE=str(tmp_path))
     assert result.returncode == 2
     assert result.stderr == (
         "topwork: numpy is not installed. To train and predict, install topwork[cpu] or topwork[gpu]; for the embedded "

@@ -53,6 +53,7 @@ DEFAULTS = {
         "source": {"tfds": "cats_vs_dogs", "folder": None, "archive": None, "table": None},
         "splits": {"train": "train[:80%]", "validation": None, "test": "train[80%:]", "perClass": None},
         "imageSize": [96, 96],
+        "valueRange": "auto",
         "onCorruptImage": "skip",
         "maxRejectedRatio": 0.2,
         "onContradiction": "drop",
@@ -146,7 +147,7 @@ def test_defaults_of_optional_sections() -> None:
         compute={"extraCA": {"configMap": "company-ca"}},
     ).model_dump(mode="json", by_alias=True)["spec"]
     assert job["dataset"]["source"]["archive"] == {"uri": "a.zip", "root": "", "sha256": None, "encoding": None}
-    assert job["model"]["base"]["saved"] == {"uri": "a.keras", "cutAt": None}
+    assert job["model"]["base"]["saved"] == {"uri": "a.keras", "cutAt": None, "scaling": None}
     assert job["augmentation"]["randAugment"] == {"operations": 2, "magnitude": 0.5}
     assert job["transfer"]["loss"] == {"name": "auto", "labelSmoothing": 0.0, "gamma": 2.0}
     assert job["transfer"]["earlyStopping"] == {"monitor": "loss", "patience": 3, "minDelta": 0.0}
@@ -155,10 +156,11 @@ def test_defaults_of_optional_sections() -> None:
 
 
 def test_digest_of_a_spec_is_stable() -> None:
-    # The digest is part of the run name in storage. If it changes for the same spec, running jobs lose their
-    # checkpoints and finished jobs are trained again. A new field or default changes it and needs a changelog entry.
+    # The digest is part of the names of runs and Jobs. If it changes for the same spec, `topwork submit` creates a new
+    # Job, whose attempts do not use the checkpoints of the old one. Results of stages are found by their own keys.
+    # A new field does not change it, because only values that differ from their defaults count.
     job = TransferJob.model_validate(MINIMAL)
-    assert job.digest == "a8489c528454ff7bab777e875701cd907f1c1c47f59ea13a237d60a9689f0d04"
+    assert job.digest == "f5704826069407c470cf7e5e710d52053b9f5f27fd41c36a7a0aabe897f9c0c0"
     assert job.run == f"least-{job.digest[:8]}"
 
 
@@ -166,11 +168,27 @@ def test_digest_excludes_fields_that_do_not_affect_the_result() -> None:
     job = TransferJob.model_validate(MINIMAL | {"metadata": {"name": "least", "labels": {"team": "vision"}}})
     compute = {"gpus": 2, "cpu": "500m", "extraCA": {"configMap": "company-ca"}, "prefetch": True}
     with_other_compute = with_spec(compute=compute, metrics={"lingerSeconds": 5})
-    allowed = with_spec(dataset={**MINIMAL["spec"]["dataset"], "onMissingClass": "allow"})
-    assert {job.digest, with_other_compute.digest, allowed.digest} == {TransferJob.model_validate(MINIMAL).digest}
+    assert {job.digest, with_other_compute.digest} == {TransferJob.model_validate(MINIMAL).digest}
 
 
-@pytest.mark.parametrize("changes", [{"seed": 1}, {"transfer": {"epochs": 11}}, {"storage": "s3://bucket/other"}])
+def test_digest_excludes_values_that_equal_their_defaults() -> None:
+    explicit = MINIMAL["spec"] | {key: value for key, value in DEFAULTS.items() if key != "metrics"}
+    assert with_spec(**explicit).digest == TransferJob.model_validate(MINIMAL).digest
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seed": 1},
+        {"transfer": {"epochs": 11}},
+        {"storage": "s3://bucket/other"},
+        {"compute": {"precision": "float32"}},
+        # Gates, formats and checks of the data change no weights, but whether the Job fails and what it publishes.
+        {"dataset": {**MINIMAL["spec"]["dataset"], "onMissingClass": "allow"}},
+        {"evaluate": {"gates": [{"metric": "accuracy", "atLeast": 0.9}]}},
+        {"publish": {"formats": ["keras"]}},
+    ],
+)
 def test_digest_depends_on_fields_that_affect_the_result(changes: dict[str, Any]) -> None:
     assert with_spec(**changes).digest != TransferJob.model_validate(MINIMAL).digest
 

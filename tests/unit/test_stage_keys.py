@@ -27,11 +27,11 @@ def test_keys_of_a_spec_are_stable(storage) -> None:
     job = with_spec(fineTune=FINE_TUNE)
     found = stage_keys(job, FINGERPRINT, storage)
     assert (found.transfer, found.fine_tune, found.publish) == (
-        "TRANSFER",
-        "FINETUNE",
-        "PUBLISH",
+        "50422c647d28fa5a",
+        "4279c37014cce0d5",
+        "99e68f3df63e511b",
     )
-    assert (run_name(job, found), cluster_run_name(job, FINGERPRINT, storage)) == ("RUN", "CLUSTER")
+    assert (run_name(job, found), cluster_run_name(job, FINGERPRINT, storage)) == ("least-0cfcb7da", "least-013fd61c")
 
 
 def test_new_key_with_a_default_changes_no_digest() -> None:
@@ -65,7 +65,7 @@ def test_explicit_defaults_resources_and_checks_change_no_key(storage, changes: 
 
 @pytest.mark.parametrize(
     "evaluate",
-    [{"gates": [{"metric": "accuracy", "atLeast": 0.9}]}, {"gates": [{"metric": "calibrationError", "atMost": 0.9}]}],
+    [{"gates": [{"metric": "accuracy", "atLeast": 0.9}]}, {"gates": [{"metric": "f1", "atLeastLatestMinus": 0.1}]}],
 )
 def test_gates_change_no_key(storage, evaluate: dict[str, Any]) -> None:
     assert keys(storage, evaluate=evaluate) == keys(storage)

@@ -6,7 +6,7 @@ the other; each skips the stages that are already complete in storage.
 
 from topwork.data.dataset_manifest import StoredDataset
 from topwork.disk_space import report_full_disk
-from topwork.registry.stage_results import Classifier
+from topwork.registry.stage_results import ROOT, Classifier
 from topwork.spec import TransferJob
 from topwork.spec.yaml_output import dump_job
 from topwork.stages.fine_tune import fine_tune
@@ -73,14 +73,16 @@ def prepare_training(job: TransferJob, workspace: Workspace) -> None:
 
 
 def abort_incomplete_uploads(job: TransferJob, workspace: Workspace) -> None:
-    """Abort uploads that killed processes left behind: all of this run, and those of other runs after a day.
+    """Abort uploads that killed processes left behind: all of this run, and all others after a day.
 
     Args:
         job: The job; no other process may train its run.
         workspace: Storage of the run.
     """
-    workspace.storage.multipart_uploads.abort_incomplete(f"runs/{job.run}/", older_than_seconds=0)
-    workspace.storage.multipart_uploads.abort_incomplete()
+    uploads, run = workspace.storage.multipart_uploads, f"runs/{job.run}/"
+    uploads.abort_incomplete(run, older_than_seconds=0)
+    uploads.abort_incomplete(f"{ROOT}/", older_than_seconds=0, containing=f"/{run}")
+    uploads.abort_incomplete()
 
 
 def store_spec(job: TransferJob, workspace: Workspace) -> None:

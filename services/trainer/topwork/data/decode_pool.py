@@ -25,9 +25,12 @@ _CONTEXT = multiprocessing.get_context("spawn")
 IMAGE_TIMEOUT_SECONDS = 300.0
 """Time limit for one image. The largest allowed image took two minutes on a CPU shared with ten other processes."""
 
-CPU_SHARE = 0.5
-"""An image that takes this share of `IMAGE_TIMEOUT_SECONDS` in CPU time hangs its decoder. Unlike the elapsed time, the
-CPU time does not depend on the load of the machine, so that every machine rejects the same images."""
+IMAGE_CPU_SECONDS = 150
+"""An image that takes this much CPU time hangs its decoder. Unlike the elapsed time, the CPU time does not depend on the
+load of the machine, so that every machine rejects the same images."""
+
+ISOLATED_TIMEOUT_SECONDS = 600.0
+"""Time limit for one image at the second attempt, on its own. It is long enough to use up the CPU time."""
 
 MAX_TIMEOUTS = 10
 """Number of timeouts that are tolerated before the pull fails. Each costs up to twice `IMAGE_TIMEOUT_SECONDS`."""
@@ -138,22 +141,21 @@ class DecodePool:
         with self._lock:
             if self._pool is broken:
                 self._pool = self._start(self._workers)
-            cpu_seconds = max(1, int(IMAGE_TIMEOUT_SECONDS * CPU_SHARE))
-            with self._start(1, cpu_seconds) as isolated:
+            with self._start(1, IMAGE_CPU_SECONDS) as isolated:
                 started = isolated.submit(os.getpid)
                 (worker,) = (isolated._processes or {}).values()
                 try:
                     # Wait for the process to start, so that its start does not count towards the time limit.
                     started.result()
                     future = isolated.submit(self._validate_image, data, keep_encoding=keep_encoding)
-                    return future.result(IMAGE_TIMEOUT_SECONDS)
+                    return future.result(ISOLATED_TIMEOUT_SECONDS)
                 except BrokenProcessPool as error:
                     worker.join(1.0)
                     raise self._explain_death(worker.exitcode) from error
                 except TimeoutError as error:
                     _kill(isolated)
                     raise DecoderLostError(
-                        f"An image was not decoded within {IMAGE_TIMEOUT_SECONDS:g} seconds, twice, although it used "
+                        f"An image was not decoded within {ISOLATED_TIMEOUT_SECONDS:g} seconds, although it used "
                         "little CPU time. This machine is overloaded. Try again later, or on another machine."
                     ) from error
 
@@ -167,7 +169,7 @@ class DecodePool:
         if exit_code != -signal.SIGXCPU:
             return Rejection(CRASHED, "the decoder process died")
         self._timeouts += 1
-        limit = f"{IMAGE_TIMEOUT_SECONDS * CPU_SHARE:g} seconds"
+        limit = f"{IMAGE_CPU_SECONDS} seconds"
         if self._timeouts > MAX_TIMEOUTS:
             return DataError(
                 f"More than {MAX_TIMEOUTS} images each took longer than {limit} to decode. Valid images are much "

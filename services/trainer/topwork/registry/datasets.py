@@ -100,11 +100,11 @@ def select_dataset(
     if job.spec.dataset.source.tfds:
         return None
     source = open_source(job.spec.dataset.source, workspace)
-    if not download and isinstance(source, ImageArchive) and not source.is_versioned:
-        return None
     previous = find_previous_dataset(job, source, workspace.storage)
     if pinned:
         return _pin(source, previous)
+    if not download and isinstance(source, ImageArchive) and not source.is_versioned:
+        return None
     fingerprint = fingerprint_of(source, job.spec.dataset)
     stored = read_stored_dataset(workspace.storage, dataset_prefix(source.name, fingerprint))
     selected = SelectedDataset(fingerprint, stored)

@@ -11,7 +11,7 @@ def delete_results(job: TransferJob, dataset: StoredDataset | None, storage: Sto
     """Delete the results of a run. Published versions and datasets stay.
 
     Results of its training stages are deleted even if other runs use them: those train the stage again when they need
-    it.
+    it. Checkpoints of other runs that are training such a stage now stay.
 
     Args:
         job: The job of the run; no process may work on it.
@@ -28,5 +28,7 @@ def delete_results(job: TransferJob, dataset: StoredDataset | None, storage: Sto
     for prefix in sorted(prefixes):
         # Without `done.json`, readers ignore the rest.
         storage.delete([f"{prefix}/done.json"])
-        storage.delete(stored.key for stored in list(storage.list(f"{prefix}/")))
+        attempts, own = f"{prefix}/runs/", f"{prefix}/runs/{job.run}/"
+        keys = [stored.key for stored in storage.list(f"{prefix}/")]
+        storage.delete(key for key in keys if key.startswith(own) or not key.startswith(attempts))
     storage.delete(stored.key for stored in list(storage.list(f"runs/{job.run}/")))

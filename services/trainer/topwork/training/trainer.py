@@ -28,7 +28,13 @@ from topwork.model.freezing import (
     verify_frozen_unchanged,
 )
 from topwork.progress import Tracker
-from topwork.registry.stage_results import Classifier, HistoryRow, TrainingSummary, store_stage_result
+from topwork.registry.stage_results import (
+    Classifier,
+    HistoryRow,
+    TrainingSummary,
+    read_stage_result,
+    store_stage_result,
+)
 from topwork.training import reporting
 from topwork.training.checkpoints import Checkpoint, Checkpoints
 from topwork.training.divergence import diverged_error, first_non_finite
@@ -48,6 +54,10 @@ log = structlog.get_logger(__name__)
 
 # Reading the loss waits for the device: often enough to stop a diverged run soon, rarely enough not to slow it down.
 STEPS_BETWEEN_LOSS_CHECKS = 20
+
+
+class CompletedElsewhere(Exception):  # noqa: N818 - not an error: the result is there
+    """Another run with the same key completed the stage."""
 
 
 class StopTraining(Exception):  # noqa: N818 - not an error: it ends `fit` between two steps
@@ -97,18 +107,7 @@ def train(
         inputs = prepare_inputs(context, model, partition, data)
         trainer = Trainer(context, model, inputs, checkpoints)
         workspace.metrics.set_planned_epochs(plan.stage, plan.epochs)
-        while trainer.state.phase < len(plan.phases):
-            trainer.fit_phase()
-        summary = TrainingSummary(
-            stage=plan.stage,
-            class_names=data.class_names,
-            image_size=job.spec.dataset.image_size,
-            history=[*(earlier.history if earlier else []), *trainer.state.rows],
-            best_epoch=trainer.state.best_epoch,
-            started=trainer.state.started,
-            weights=reporting.report_kept_weights(trainer.state, context, earlier),
-        )
-        classifier = store_stage_result(model, summary, context.key, workspace)
+        classifier = trainer.fit() or store_stage_result(model, trainer.summarize(earlier), context.key, workspace)
         checkpoints.clear()
         delete_features(context)
     return classifier
@@ -149,6 +148,32 @@ class Trainer:
         else:
             started = self.workspace.metrics.stage_start_time(self._plan.stage)
             self.state = TrainState(frozen=self._variables.frozen_hash, started=started)
+
+    def fit(self) -> Classifier | None:
+        """Train the remaining phases.
+
+        Returns:
+            None; if another run with the same key has completed the stage in the meantime, its result.
+        """
+        try:
+            while self.state.phase < len(self._plan.phases):
+                self.fit_phase()
+        except CompletedElsewhere:
+            log.info("another run has completed the stage", stage=self._plan.stage)
+            return read_stage_result(self.workspace.storage, self._plan.stage, self._context.key)
+        return None
+
+    def summarize(self, earlier: Classifier | None) -> TrainingSummary:
+        """Summarize the completed stage; `earlier` is the result of the stage before."""
+        return TrainingSummary(
+            stage=self._plan.stage,
+            class_names=self._inputs.data.class_names,
+            image_size=self._context.job.spec.dataset.image_size,
+            history=[*(earlier.history if earlier else []), *self.state.rows],
+            best_epoch=self.state.best_epoch,
+            started=self.state.started,
+            weights=reporting.report_kept_weights(self.state, self._context, earlier),
+        )
 
     def fit_phase(self) -> None:
         """Train the current phase to its end; the model then has the weights that the plan keeps.
@@ -276,6 +301,8 @@ class Trainer:
         is_last = state.epoch == self._plan.epochs or (state.ended and state.phase == len(self._plan.phases) - 1)
         if is_last or self._checkpoints.is_due_after_epoch:
             self._checkpoints.save(checkpoint)
+            if self._context.is_complete():
+                raise CompletedElsewhere
 
     def _evaluate_start(self) -> None:
         """Evaluate the result of the stage before as epoch 0: it is kept if no epoch of this stage is better."""

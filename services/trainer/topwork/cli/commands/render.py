@@ -52,12 +52,13 @@ SAME_RUN = (
 
 
 class RenderedJob(NamedTuple):
-    """A job, its file and overrides, and its rendered objects."""
+    """A job, its file and overrides, its rendered objects, and why its source was not checked, if it was not."""
 
     path: Path
     job: TransferJob
     rendered: RenderedObjects
     overrides: tuple[str, ...] = ()
+    unchecked: str = ""
 
 
 def read_and_render(

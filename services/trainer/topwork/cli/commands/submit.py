@@ -1,27 +1,24 @@
 """`topwork submit`: run job specs in a Kubernetes cluster."""
 
 import sys
-import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from topwork.cli.commands.render import RenderedJob, read_and_render
 from topwork.cli.options import Context, Image, Kubeconfig, Namespace, Overrides, format_overrides, open_cluster
 from topwork.cluster.manifests.render import RenderOptions, render
-from topwork.cluster.names import DATASET_ANNOTATION, RESTART_ANNOTATION
-from topwork.errors import SettingError, UnavailableError
+from topwork.errors import SettingError
 
 if TYPE_CHECKING:
     from topwork.cli.output.follow import ConnectionOptions
     from topwork.clients.kubernetes.cluster import Cluster
     from topwork.cluster.manifests.defaults import NamespaceDefaults
     from topwork.cluster.operations.submit import Outcome
-    from topwork.spec import TransferJob
 
 
 class DryRun(StrEnum):
@@ -78,7 +75,9 @@ def submit(
     if dry_run is DryRun.client:
         from topwork.spec.yaml_output import dump_yaml
 
-        jobs = _render(files, RenderOptions(image, namespace), overrides or (), wait_for_data)
+        if pinned:
+            raise SettingError("--dry-run=client can't be combined with --pinned: it does not read storage.")
+        jobs = _render(files, RenderOptions(image, namespace, restart=restart), overrides or (), wait_for_data)
         sys.stdout.write(dump_yaml([obj for job in jobs for obj in job.rendered.objects]))
         return
     try:
@@ -88,19 +87,22 @@ def submit(
         _render(files, RenderOptions(image, namespace), overrides or (), wait_for_data)
         raise
     defaults = _read_defaults(cluster)
-    options = RenderOptions(image or (defaults.image if defaults else None), namespace)
+    options = RenderOptions(image or (defaults.image if defaults else None), namespace, restart=restart)
     jobs = _render(files, options, overrides or (), wait_for_data, defaults)
     if defaults:
         _print_used_defaults(defaults, with_image=image is None)
+    jobs = [_select_dataset(job, options, pinned=pinned) for job in jobs]
     if dry_run is DryRun.server:
         for job in jobs:
-            _validate_on_server(cluster, job)
+            _validate_on_server(cluster, job, restart=restart)
         return
-    jobs = [_select_dataset(job, options, pinned=pinned, restart=restart) for job in jobs]
     from topwork.cli.output.follow import ConnectionOptions
 
-    connection = ConnectionOptions(cluster.namespace, context, kubeconfig)
-    if code := _submit_all(cluster, jobs, connection, follow=follow, wait_for_data=wait_for_data, restart=restart):
+    flags = (f"--image {image}" if image else "", "--pinned" if pinned else "", "--restart" if restart else "")
+    submitter = _Submitter(
+        cluster, ConnectionOptions(cluster.namespace, context, kubeconfig), restart, tuple(filter(None, flags))
+    )
+    if code := submitter.submit_all(jobs, follow=follow, wait_for_data=wait_for_data):
         raise typer.Exit(code)
 
 
@@ -119,58 +121,17 @@ def _render(
     return jobs
 
 
-def _select_dataset(job: RenderedJob, options: RenderOptions, *, pinned: bool, restart: bool) -> RenderedJob:
+def _select_dataset(job: RenderedJob, options: RenderOptions, *, pinned: bool) -> RenderedJob:
     """Check the source of a job, and render it again under the name of its run on that dataset."""
-    selected = _check_source(job.job, pinned=pinned)
-    annotations = {RESTART_ANNOTATION: "true"} if restart else {}
-    run = job.job.run
-    if selected:
-        run, changes, dataset = selected
-        if changes:
-            print(
-                f"transferjob {job.job.metadata.name}: source changed: {changes}; --pinned keeps the previous dataset"
-            )
-        annotations |= {DATASET_ANNOTATION: dataset} if pinned else {}
-    named = job.job.as_run(run)
-    return job._replace(job=named, rendered=render(named, replace(options, pod_annotations=annotations)))
+    from topwork.cli.runtime.source_check import check_source
 
-
-class _Selected(NamedTuple):
-    """The dataset that a run will use: name of the run, changes of the source, key prefix if it is stored."""
-
-    run: str
-    changes: str
-    dataset: str
-
-
-def _check_source(job: "TransferJob", *, pinned: bool) -> _Selected | None:
-    """Find the dataset that a job would use now; None if its source does not change or cannot be checked from here."""
-    from topwork.cli.output.progress import NoProgress
-    from topwork.cli.runtime.storage import open_optional_storage
-    from topwork.clients.prometheus.metrics import Metrics
-    from topwork.registry.datasets import select_dataset
-    from topwork.registry.stage_keys import cluster_run_name
-    from topwork.workspace import Workspace
-
-    reason = "no storage is configured here"
-    try:
-        with (
-            open_optional_storage(job.spec.storage) as storage,
-            tempfile.TemporaryDirectory(prefix="topwork-") as scratch,
-        ):
-            if storage:
-                workspace = Workspace(storage, Metrics(), NoProgress(), Path(scratch))
-                selected = select_dataset(job, workspace, pinned=pinned, download=False)
-                if selected is None:
-                    return None
-                dataset = selected.stored.prefix if selected.stored else ""
-                return _Selected(cluster_run_name(job, selected.fingerprint, storage), selected.changes, dataset)
-    except (SettingError, UnavailableError) as error:
-        reason = str(error)
-    if pinned:
-        raise SettingError(f"--pinned needs the storage of the job, to find its previous dataset: {reason}")
-    print(f"Note: the pod checks the source, not this command: {reason}", file=sys.stderr)
-    return None
+    source = check_source(job.job, pinned=pinned)
+    if source.changes:
+        name = job.job.metadata.name
+        print(f"transferjob {name}: source changed: {source.changes}; --pinned keeps the previous dataset")
+    named = job.job.as_run(source.run)
+    rendered = render(named, replace(options, dataset=source.dataset if pinned else ""))
+    return job._replace(job=named, rendered=rendered, unchecked=source.unchecked)
 
 
 def _read_defaults(cluster: "Cluster") -> "NamespaceDefaults | None":
@@ -199,62 +160,95 @@ def _print_used_defaults(defaults: "NamespaceDefaults", *, with_image: bool) -> 
         print(f"from {DEFAULTS_SOURCE}: {', '.join(used)}")
 
 
-def _submit_all(
-    cluster: "Cluster",
-    jobs: list[RenderedJob],
-    connection: "ConnectionOptions",
-    *,
-    follow: bool,
-    wait_for_data: bool,
-    restart: bool,
-) -> int:
-    """Submit all jobs, then wait for their data and follow them, one after the other."""
-    from topwork.cli.output import follow as following
+@dataclass(frozen=True)
+class _Submitter:
+    """Submits jobs with the same options.
 
-    codes = []
-    outcomes = [_submit(cluster, job, prefetch_only=wait_for_data, restart=restart) for job in jobs]
-    for job, outcome in zip(jobs, outcomes, strict=True):
-        code = 0
-        if wait_for_data and outcome in {"submitted", "replaced"}:
-            code = _wait_for_data(cluster, job, connection)
-            if code == 0:
-                _submit(cluster, job)
-        if follow and code == 0:
-            print(f"following {job.job.run}; press Ctrl-C to leave it running", flush=True)
-            code = following.follow(cluster, job.job.run, connection)
-        codes.append(code)
-        if code == following.INTERRUPTED:
-            break
-    if not follow and not wait_for_data:
+    Attributes:
+        cluster: The cluster.
+        connection: The options that selected it.
+        restart: Whether to replace complete Jobs, too.
+        options: The options that change what is submitted, to repeat them in commands that are shown to the user.
+    """
+
+    cluster: "Cluster"
+    connection: "ConnectionOptions"
+    restart: bool
+    options: tuple[str, ...]
+
+    def submit_all(self, jobs: list[RenderedJob], *, follow: bool, wait_for_data: bool) -> int:
+        """Submit all jobs, then wait for their data and follow them, one after the other."""
+        from topwork.cli.output import follow as following
+
+        codes = []
+        outcomes = [self._submit(job, prefetch_only=wait_for_data, restart=self.restart) for job in jobs]
         for job, outcome in zip(jobs, outcomes, strict=True):
-            if outcome != "complete":
-                print(f"  follow  {connection.command(f'status {job.job.run}', '--follow')}")
-                print(f"  logs    {connection.command(f'logs {job.job.run}', '-f')}")
-    return next((code for code in codes if code), 0)
+            code = 0
+            if wait_for_data and outcome in {"submitted", "replaced"}:
+                code = self._wait_for_data(job)
+                if code == 0:
+                    self._submit(job)
+            if follow and code == 0:
+                print(f"following {job.job.run}; press Ctrl-C to leave it running", flush=True)
+                code = following.follow(self.cluster, job.job.run, self.connection)
+            codes.append(code)
+            if code == following.INTERRUPTED:
+                break
+        if not follow and not wait_for_data:
+            for job, outcome in zip(jobs, outcomes, strict=True):
+                if outcome != "complete":
+                    print(f"  follow  {self.connection.command(f'status {job.job.run}', '--follow')}")
+                    print(f"  logs    {self.connection.command(f'logs {job.job.run}', '-f')}")
+        return next((code for code in codes if code), 0)
+
+    def _submit(self, job: RenderedJob, *, prefetch_only: bool = False, restart: bool = False) -> "Outcome":
+        """Submit a job and print the outcome."""
+        from topwork.cluster.operations.submit import Submission
+
+        known_warnings = len(self.cluster.warnings)
+        outcome = Submission(self.cluster, job.rendered, print).submit(prefetch_only=prefetch_only, restart=restart)
+        _print_unchecked_source(job, outcome, self.connection)
+        for warning in self.cluster.warnings[known_warnings:]:
+            print(f"Warning: {warning}", file=sys.stderr)
+        run, name, namespace = job.job.run, job.job.metadata.name, self.cluster.namespace
+        if outcome == "running":
+            print(f"transferjob {name} unchanged: job.batch/{run} in namespace {namespace} already exists")
+        elif outcome == "complete":
+            print(f"transferjob {name} unchanged: job.batch/{run} in namespace {namespace} is complete")
+            if model := _read_model_uri(self.cluster, run):
+                print(f"  model  {model}")
+        elif prefetch_only:
+            print(f"transferjob {name} pulls its dataset as job.batch/{run}-pull in namespace {namespace}")
+        else:
+            print(f"transferjob {name} submitted as job.batch/{run} in namespace {namespace}")
+            if job.rendered.prefetch:
+                print(f"  job.batch/{run}-pull pulls its dataset")
+        return outcome
+
+    def _wait_for_data(self, job: RenderedJob) -> int:
+        """Follow the prefetch Job to its end; return its exit code."""
+        from topwork.cli.output import follow as following
+
+        code = following.follow(self.cluster, job.job.run, self.connection, "prefetch")
+        if code:
+            options = (*format_overrides(job.overrides), *self.options, "--wait-for-data")
+            command = self.connection.command(f"submit {job.path}", *options)
+            print(f"transferjob {job.job.metadata.name} is not submitted yet. Continue with: {command}")
+        return code
 
 
-def _submit(cluster: "Cluster", job: RenderedJob, *, prefetch_only: bool = False, restart: bool = False) -> "Outcome":
-    """Submit a job and print the outcome."""
-    from topwork.cluster.operations.submit import Submission
-
-    known_warnings = len(cluster.warnings)
-    outcome = Submission(cluster, job.rendered, print).submit(prefetch_only=prefetch_only, restart=restart)
-    for warning in cluster.warnings[known_warnings:]:
-        print(f"Warning: {warning}", file=sys.stderr)
-    run, name, namespace = job.job.run, job.job.metadata.name, cluster.namespace
-    if outcome == "running":
-        print(f"transferjob {name} unchanged: job.batch/{run} in namespace {namespace} already exists")
-    elif outcome == "complete":
-        print(f"transferjob {name} unchanged: job.batch/{run} in namespace {namespace} is complete")
-        if model := _read_model_uri(cluster, run):
-            print(f"  model  {model}")
-    elif prefetch_only:
-        print(f"transferjob {name} pulls its dataset as job.batch/{run}-pull in namespace {namespace}")
-    else:
-        print(f"transferjob {name} submitted as job.batch/{run} in namespace {namespace}")
-        if job.rendered.prefetch:
-            print(f"  job.batch/{run}-pull pulls its dataset")
-    return outcome
+def _print_unchecked_source(job: RenderedJob, outcome: "Outcome", connection: "ConnectionOptions") -> None:
+    """Say that this command did not check the source, and whether a pod does."""
+    if not job.unchecked:
+        return
+    if outcome != "complete":
+        print(f"Note: the pod checks the source, not this command: {job.unchecked}", file=sys.stderr)
+        return
+    print(
+        f"Note: the source was not checked, and images may have changed since {job.job.run} was complete: "
+        f"{job.unchecked}. To let a pod check it, submit again after: {connection.command(f'cancel {job.job.run}')}",
+        file=sys.stderr,
+    )
 
 
 def _read_model_uri(cluster: "Cluster", run: str) -> str | None:
@@ -265,28 +259,18 @@ def _read_model_uri(cluster: "Cluster", run: str) -> str | None:
     return read_run_status(objects).model if objects.jobs else None
 
 
-def _wait_for_data(cluster: "Cluster", job: RenderedJob, connection: "ConnectionOptions") -> int:
-    """Follow the prefetch Job to its end; return its exit code."""
-    from topwork.cli.output import follow as following
-
-    code = following.follow(cluster, job.job.run, connection, "prefetch")
-    if code:
-        command = connection.command(f"submit {job.path}", *format_overrides(job.overrides), "--wait-for-data")
-        print(f"transferjob {job.job.metadata.name} is not submitted yet. Continue with: {command}")
-    return code
-
-
-def _validate_on_server(cluster: "Cluster", job: RenderedJob) -> None:
+def _validate_on_server(cluster: "Cluster", job: RenderedJob, *, restart: bool) -> None:
     """Let the API server validate what would be applied."""
     from topwork.cluster.operations.submit import Submission
     from topwork.cluster.status.objects import kubectl_name
 
-    existing, outcome = Submission(cluster, job.rendered, print).preview()
+    existing, outcome = Submission(cluster, job.rendered, print).preview(restart=restart)
     if existing is not None and outcome:
         print(f"{kubectl_name(existing)} unchanged, {outcome} (server dry run)")
         return
     if existing is not None:
-        print(f"{kubectl_name(existing)} would be replaced: it has failed or is being deleted (server dry run)")
+        cause = "is finished" if restart else "has failed"
+        print(f"{kubectl_name(existing)} would be replaced: it {cause} or is being deleted (server dry run)")
         return
     for obj in job.rendered.objects:
         cluster.apply(obj, dry_run=True)

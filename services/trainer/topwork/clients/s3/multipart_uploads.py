@@ -92,18 +92,20 @@ class MultipartUploads:
                 aborted += 1
         return aborted
 
-    def abort_incomplete(self, prefix: str = "", older_than_seconds: float = 86400.0) -> int:
+    def abort_incomplete(self, prefix: str = "", older_than_seconds: float = 86400.0, *, containing: str = "") -> int:
         """Abort all incomplete uploads that have reached a minimum age. A failure is logged as a warning.
 
         Args:
             prefix: Prefix of the keys, relative to the storage.
             older_than_seconds: Minimum age. Another process may still be writing a newer upload.
+            containing: Text that the keys contain, relative to the storage.
 
         Returns:
             Number of aborted uploads; 0 if the server does not support the request or denies access.
         """
         with tolerate_cleanup_failure("incomplete uploads"):
-            return self.abort(self.list_incomplete(prefix, older_than_seconds))
+            uploads = self.list_incomplete(prefix, older_than_seconds)
+            return self.abort(upload for upload in uploads if containing in upload.key)
         return 0
 
     def _request(self, upload: IncompleteUpload) -> dict[str, str]:

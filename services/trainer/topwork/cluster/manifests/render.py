@@ -5,13 +5,21 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from topwork import __version__
 from topwork.clients.kubernetes import KubernetesObject
 from topwork.cluster.manifests.job import build_job
 from topwork.cluster.manifests.pod import prefetch_pod_template, training_pod_template
-from topwork.cluster.names import DIGEST_ANNOTATION, JOB_FILE, labels, object_name, prefetch_job_name
+from topwork.cluster.names import (
+    DATASET_ANNOTATION,
+    DIGEST_ANNOTATION,
+    JOB_FILE,
+    RESTART_ANNOTATION,
+    labels,
+    object_name,
+    prefetch_job_name,
+)
 from topwork.errors import SettingError, SpecError
 from topwork.spec import TransferJob
 from topwork.spec.messages import format_value
@@ -34,7 +42,8 @@ class RenderOptions:
         image: Image of all containers; None for the image that `make image` builds, with GPU support if the job
             requests GPUs.
         namespace: Namespace of all objects; None leaves it to `kubectl apply`.
-        pod_annotations: Annotations of the training pod besides those of the spec.
+        dataset: Key prefix of the stored dataset that all pods use; empty if the source decides.
+        restart: Whether the first pod of the Job that trains deletes the results of the run.
 
     Raises:
         SettingError: If the image or the namespace is not valid.
@@ -42,7 +51,8 @@ class RenderOptions:
 
     image: str | None = None
     namespace: str | None = None
-    pod_annotations: Mapping[str, str] = field(default_factory=dict)
+    dataset: str = ""
+    restart: bool = False
 
     def __post_init__(self) -> None:
         if self.image is not None and not IMAGE_REFERENCE.fullmatch(self.image):
@@ -112,18 +122,23 @@ def render(job: TransferJob, options: RenderOptions) -> RenderedObjects:
     prefetch = None
     if job.spec.compute.prefetch:
         prefetch = build_job(job, "prefetch", prefetch_job_name(job), prefetch_pod_template(job, image))
+    pinned = {DATASET_ANNOTATION: options.dataset} if options.dataset else {}
+    restart = {RESTART_ANNOTATION: "true"} if options.restart else {}
+    training = _with_pod_annotations(_with_digest(training, job), pinned | restart)
+    # It only pulls: the Job that trains may already work on the results.
+    prefetch = _with_pod_annotations(_with_digest(prefetch, job), pinned) if prefetch else None
     return RenderedObjects(
         _with_namespace(config_map, options),
-        _with_namespace(_with_pod_annotations(_with_digest(training, job), options), options),
-        _with_namespace(_with_digest(prefetch, job), options) if prefetch else None,
+        _with_namespace(training, options),
+        _with_namespace(prefetch, options) if prefetch else None,
     )
 
 
-def _with_pod_annotations(kubernetes_job: KubernetesObject, options: RenderOptions) -> KubernetesObject:
+def _with_pod_annotations(kubernetes_job: KubernetesObject, annotations: Mapping[str, str]) -> KubernetesObject:
     """Add annotations to the pods of a Job. Its digest does not cover them: they change no setting of the spec."""
     result = deepcopy(kubernetes_job)
-    if options.pod_annotations:
-        result["spec"]["template"]["metadata"].setdefault("annotations", {}).update(options.pod_annotations)
+    if annotations:
+        result["spec"]["template"]["metadata"].setdefault("annotations", {}).update(annotations)
     return result
 
 

@@ -62,17 +62,10 @@ class Submission:
         """
         existing = self._get_settled_job(self.rendered.training)
         if existing is not None:
-            outcome = self._outcome_of(existing)
-            if outcome and not restart:
+            if outcome := self._outcome_of(existing, restart=restart):
                 return outcome
-            if outcome == "running":
-                raise SettingError(
-                    f"{kubectl_name(existing)} in namespace {self.cluster.namespace} is not finished, so --restart "
-                    "would delete results in use. Wait until it is finished, or stop it with: topwork cancel "
-                    f"{name_of(existing)} -n {self.cluster.namespace}"
-                )
             resumes = "starts over" if restart else "resumes from its last checkpoint"
-            state = "is complete" if outcome else "failed"
+            state = "failed" if find_condition(existing, "Failed") else "is complete"
             self.report(f"{kubectl_name(existing)} {state} and is replaced: the run {resumes}")
             self._delete_job(existing)
         self._wait_for_pods()
@@ -85,11 +78,14 @@ class Submission:
             current = self.cluster.get("Job", name_of(self.rendered.training))
             if current is None or existing is not None or not is_managed_by_topwork(current):
                 raise
-            return self._outcome_of(current) or "submitted"
+            return self._outcome_of(current, restart=restart) or "submitted"
         return "submitted" if existing is None else "replaced"
 
-    def preview(self) -> tuple[KubernetesObject | None, Outcome | None]:
+    def preview(self, *, restart: bool = False) -> tuple[KubernetesObject | None, Outcome | None]:
         """Check the existing Job, without waiting or changing anything.
+
+        Args:
+            restart: See `submit`.
 
         Returns:
             The existing Job, and the outcome of `submit` if it would apply nothing; None if it would apply objects.
@@ -98,7 +94,9 @@ class Submission:
             SettingError: See `submit`.
         """
         existing = self._get_job(self.rendered.training)
-        return existing, None if existing is None or is_being_deleted(existing) else self._outcome_of(existing)
+        return existing, None if existing is None or is_being_deleted(existing) else self._outcome_of(
+            existing, restart=restart
+        )
 
     def _apply(self, jobs: list[KubernetesObject]) -> None:
         """Apply the ConfigMap, then the Jobs, and make the Jobs its owners, so that it is garbage-collected."""
@@ -139,12 +137,18 @@ class Submission:
         self._wait(lambda: (current := self._get_job(job)) is None or not _is_ending(current), f"{name} has not ended")
         return self._get_job(job)
 
-    def _outcome_of(self, existing: KubernetesObject) -> Outcome | None:
-        """Return what an existing Job means for this submission; None if it failed and can be replaced."""
+    def _outcome_of(self, existing: KubernetesObject, *, restart: bool) -> Outcome | None:
+        """Return what an existing Job means for this submission; None if it is finished and can be replaced."""
         if find_condition(existing, "Complete") or find_condition(existing, "SuccessCriteriaMet"):
-            return "complete"
+            return None if restart else "complete"
         if find_condition(existing, "Failed") or find_condition(existing, "FailureTarget"):
             return None
+        if restart:
+            raise SettingError(
+                f"{kubectl_name(existing)} in namespace {self.cluster.namespace} is not finished, so --restart would "
+                "delete results in use. Wait until it is finished, or stop it with: topwork cancel "
+                f"{name_of(existing)} -n {self.cluster.namespace}"
+            )
         if _get_digest(existing) == _get_digest(self.rendered.training):
             return "running"
         config_map = self.cluster.get("ConfigMap", name_of(self.rendered.config_map))
