@@ -113,6 +113,11 @@ def test_run_trains_what_describe_shows(settings, write_job, describe_json, work
     after = describe_json(path)[0]
     assert after["data"].pop("dataset").startswith(workspace.storage.uri)
     assert before["data"].pop("dataset") is None
+    planned, plan = before.pop("plan"), after.pop("plan")
+    stages = ["pull", *(stage["stage"] for stage in before["stages"]), "publish"]
+    assert (planned["reuses"], planned["runs"]) == ([], stages)
+    assert (plan["reuses"], plan["runs"]) == (stages[:-1], ["publish"])
+    assert planned["run"] == plan["run"] == before["run"]
     assert after == before
 
 
