@@ -13,6 +13,8 @@ OVERRIDES = (
     "spec.fineTune.epochs=1",
     # One step, so that the update of Adam can be checked.
     "spec.fineTune.batchSize=40",
+    # One step need not improve on the result of transfer, which would be kept.
+    "spec.fineTune.keep=last",
     "spec.evaluate.gates=[]",
     "spec.compute.precision=float32",
     "spec.publish.formats=[keras]",

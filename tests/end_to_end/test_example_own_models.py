@@ -66,6 +66,8 @@ def reused(examples, model_a_digest):
         "spec.transfer.epochs=2",
         "spec.transfer.batchSize=10",
         "spec.fineTune.epochs=2",
+        # With so few images, fine-tuning need not improve on the result of transfer, which would be kept.
+        "spec.fineTune.keep=last",
         "spec.publish.formats=[keras]",
     )
 
@@ -159,6 +161,7 @@ def functional(examples, two_branches):
         "spec.transfer.epochs=1",
         "spec.transfer.batchSize=20",
         "spec.fineTune.epochs=1",
+        "spec.fineTune.keep=last",
         "spec.publish.formats=[keras]",
     )
 

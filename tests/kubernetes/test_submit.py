@@ -289,6 +289,40 @@ def test_existing_prefetch_job_is_kept_and_a_failed_one_is_replaced(submission, 
     assert len(api_server.get("ConfigMap", RUN)["metadata"]["ownerReferences"]) == 2
 
 
+def test_restart_replaces_a_complete_job(submission, api_server, simulated, reports):
+    submission().submit()
+    simulated.finish_run()
+    first = api_server.get("Job", RUN)["metadata"]["uid"]
+    assert submission().submit(restart=True) == "replaced"
+    assert api_server.get("Job", RUN)["metadata"]["uid"] != first
+    assert reports == [f"job.batch/{RUN} is complete and is replaced: the run starts over"]
+
+
+def test_restart_replaces_a_failed_job(submission, api_server, simulated, reports):
+    submission().submit()
+    fail(simulated)
+    assert submission().submit(restart=True) == "replaced"
+    assert reports == [f"job.batch/{RUN} failed and is replaced: the run starts over"]
+
+
+@pytest.mark.parametrize("compute", [{}, {"gpus": 1}], ids=["same settings", "other settings"])
+@pytest.mark.parametrize("method", ["submit", "preview"])
+def test_restart_of_a_running_job_is_rejected_and_deletes_nothing(submission, api_server, method, compute):
+    submission().submit()
+    before = write_requests(api_server)
+    with pytest.raises(SettingError) as raised:
+        getattr(submission(**compute), method)(restart=True)
+    assert str(raised.value) == (
+        f"job.batch/{RUN} in namespace team-a is not finished, so --restart would delete results in use. Wait until it "
+        f"is finished, or stop it with: topwork cancel {RUN} -n team-a"
+    )
+    assert write_requests(api_server) == before
+
+
+def test_restart_of_a_new_run_is_submitted(submission):
+    assert submission().submit(restart=True) == "submitted"
+
+
 # The command
 
 
@@ -324,7 +358,8 @@ def test_submit_again_reports_the_existing_run_or_its_model(topwork, tmp_path, s
         [
             f"transferjob flowers unchanged: job.batch/{RUN} in namespace team-a is complete",
             f"  model  {MODEL}",
-            SOURCE_NOTE,
+            f"Note: the source was not checked, and images may have changed since {RUN} was complete: no storage is "
+            f"configured here. To let a pod check it, submit again after: topwork cancel {RUN} -n team-a",
         ],
     )
 
@@ -434,7 +469,8 @@ def test_wait_for_data_exits_with_the_code_of_a_failed_pull(kubeconfig, tmp_path
         assert command.wait() == 2
     assert command.lines[-2:] == [
         "failed with exit code 2: no image in s3://photos",
-        f"transferjob flowers is not submitted yet. Continue with: topwork submit {file} -n team-a --wait-for-data",
+        f"transferjob flowers is not submitted yet. Continue with: topwork submit {file} -n team-a --image {IMAGE} "
+        "--wait-for-data",
     ]
     assert api_server.get("Job", RUN) is None
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
+from multiprocessing.process import BaseProcess
 from dataclasses import replace
 from pathlib import Path
 from typing import Self, TypeVar
@@ -26,8 +27,8 @@ IMAGE_TIMEOUT_SECONDS = 300.0
 """Time limit for one image. The largest allowed image took two minutes on a CPU shared with ten other processes."""
 
 IMAGE_CPU_SECONDS = 150
-"""An image that takes this much CPU time hangs its decoder. Unlike the elapsed time, the CPU time does not depend on the
-load of the machine, so that every machine rejects the same images."""
+"""An image that takes this much CPU time hangs its decoder. Unlike the elapsed time, it does not depend on the load of
+the machine, so that every machine rejects the same images."""
 
 ISOLATED_TIMEOUT_SECONDS = 600.0
 """Time limit for one image at the second attempt, on its own. It is long enough to use up the CPU time."""
@@ -150,8 +151,7 @@ class DecodePool:
                     future = isolated.submit(self._validate_image, data, keep_encoding=keep_encoding)
                     return future.result(ISOLATED_TIMEOUT_SECONDS)
                 except BrokenProcessPool as error:
-                    worker.join(1.0)
-                    raise self._explain_death(worker.exitcode) from error
+                    raise self._explain_death(_wait_for_exit(worker)) from error
                 except TimeoutError as error:
                     _kill(isolated)
                     raise DecoderLostError(
@@ -221,6 +221,17 @@ def _kill(pool: ProcessPoolExecutor) -> None:
     """Kill the processes of a pool, which marks it as broken. There is no other way to stop a decoder that hangs."""
     for process in list((pool._processes or {}).values()):
         process.kill()
+
+
+def _wait_for_exit(worker: BaseProcess) -> int | None:
+    """Return the exit code of a process that is ending; None if it does not end within five seconds.
+
+    The pool waits for the process too. While it does so, the exit code is not available here.
+    """
+    deadline = time.monotonic() + 5.0
+    while worker.exitcode is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return worker.exitcode
 
 
 def _initialize_worker(cpu_seconds: int | None) -> None:

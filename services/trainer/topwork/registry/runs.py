@@ -29,6 +29,6 @@ def delete_results(job: TransferJob, dataset: StoredDataset | None, storage: Sto
         # Without `done.json`, readers ignore the rest.
         storage.delete([f"{prefix}/done.json"])
         attempts, own = f"{prefix}/runs/", f"{prefix}/runs/{job.run}/"
-        keys = [stored.key for stored in storage.list(f"{prefix}/")]
-        storage.delete(key for key in keys if key.startswith(own) or not key.startswith(attempts))
+        found = [stored.key for stored in storage.list(f"{prefix}/")]
+        storage.delete(key for key in found if key.startswith(own) or not key.startswith(attempts))
     storage.delete(stored.key for stored in list(storage.list(f"runs/{job.run}/")))

@@ -178,11 +178,6 @@ def read_stage_result(storage: Storage, stage: TrainingStage, key: str) -> Class
     )
 
 
-def is_complete(storage: Storage, stage: TrainingStage, key: str) -> bool:
-    """Return whether the result of a stage is in storage."""
-    return storage.size(f"{result_prefix(stage, key)}/done.json") is not None
-
-
 def read_run_result(storage: Storage, run: str, stage: TrainingStage) -> Classifier | None:
     """Read the result of a stage that a run uses, by the name of the run only.
 

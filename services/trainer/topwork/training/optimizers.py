@@ -65,7 +65,9 @@ def make_optimizer(
     try:
         optimizer = getattr(keras.optimizers, OPTIMIZER_CLASSES[settings.name])(learning_rate=rate, **parameters)
     except (TypeError, ValueError) as error:
-        raise SpecError(f"optimizer {settings.name} does not accept {sorted(parameters)}: {quote_error(error)}") from error
+        raise SpecError(
+            f"optimizer {settings.name} does not accept {sorted(parameters)}: {quote_error(error)}"
+        ) from error
     if scale_loss:
         optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
     return _sum_gradients_first(optimizer) if replicas > 1 else optimizer

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from topwork.model.freezing import UnfreezeSetting
-from topwork.registry.stage_results import TrainingStage, attempt_prefix, is_complete
+from topwork.registry.stage_results import TrainingStage, attempt_prefix
 from topwork.spec import TransferJob
 from topwork.spec.fine_tune import Keep
 from topwork.spec.optimizer import Optimizer
@@ -104,7 +104,3 @@ class StageContext:
     def prefix(self) -> str:
         """Storage key prefix of the checkpoints and features of this run."""
         return attempt_prefix(self.plan.stage, self.key, self.job.run)
-
-    def is_complete(self) -> bool:
-        """Return whether another run with the same key has completed the stage."""
-        return is_complete(self.workspace.storage, self.plan.stage, self.key)

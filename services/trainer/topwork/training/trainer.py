@@ -59,6 +59,10 @@ STEPS_BETWEEN_LOSS_CHECKS = 20
 class CompletedElsewhere(Exception):  # noqa: N818 - not an error: the result is there
     """Another run with the same key completed the stage."""
 
+    def __init__(self, result: Classifier) -> None:
+        super().__init__(result.key)
+        self.result = result
+
 
 class StopTraining(Exception):  # noqa: N818 - not an error: it ends `fit` between two steps
     """A stop was requested, and the current step is complete."""
@@ -158,9 +162,9 @@ class Trainer:
         try:
             while self.state.phase < len(self._plan.phases):
                 self.fit_phase()
-        except CompletedElsewhere:
+        except CompletedElsewhere as completed:
             log.info("another run has completed the stage", stage=self._plan.stage)
-            return read_stage_result(self.workspace.storage, self._plan.stage, self._context.key)
+            return completed.result
         return None
 
     def summarize(self, earlier: Classifier | None) -> TrainingSummary:
@@ -301,8 +305,8 @@ class Trainer:
         is_last = state.epoch == self._plan.epochs or (state.ended and state.phase == len(self._plan.phases) - 1)
         if is_last or self._checkpoints.is_due_after_epoch:
             self._checkpoints.save(checkpoint)
-            if self._context.is_complete():
-                raise CompletedElsewhere
+            if result := read_stage_result(self.workspace.storage, self._plan.stage, self._context.key):
+                raise CompletedElsewhere(result)
 
     def _evaluate_start(self) -> None:
         """Evaluate the result of the stage before as epoch 0: it is kept if no epoch of this stage is better."""

@@ -123,7 +123,7 @@ def _render(
 
 def _select_dataset(job: RenderedJob, options: RenderOptions, *, pinned: bool) -> RenderedJob:
     """Check the source of a job, and render it again under the name of its run on that dataset."""
-    from topwork.cli.runtime.source_check import check_source
+    from topwork.cli.source_check import check_source
 
     source = check_source(job.job, pinned=pinned)
     if source.changes:
