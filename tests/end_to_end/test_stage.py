@@ -2,15 +2,29 @@
 
 import json
 import os
+import shutil
 import urllib.request
-from datetime import datetime
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from topwork.cli.commands.stage import _restart_once
+from topwork.clients.s3.objects import FileEntry
 from topwork.cluster.termination_message import TerminationMessage
+from topwork.registry.stage_keys import stage_keys
+from topwork.registry.stage_results import (
+    Classifier,
+    ParameterCounts,
+    attempt_prefix,
+    read_run_result,
+    write_reference,
+    write_stage_result,
+)
 from topwork.spec.loading.loader import read_jobs
+from topwork.stages.pull import pull
 
 FINE_TUNE = {"epochs": 2, "unfreeze": "all", "optimizer": {"name": "adam", "learningRate": 0.0001}}
 
@@ -113,6 +127,81 @@ def test_completed_pull_and_transfer_do_not_import_tensorflow(pod, write_job, wi
         assert code == 0, first.output
         code, repeated_message, repeated = pod.run(stage, job, **without_tensorflow)
         assert (code, repeated_message) == (0, message), repeated.output
+
+
+def test_pods_of_a_job_use_its_run_and_its_dataset_although_the_source_grows(
+    pod, write_job, make_job, workspace, two_class_folder, without_tensorflow
+):
+    stored = pull(make_job(), workspace)
+    variables = without_tensorflow | {"TOPWORK_RUN": "tiny-0a1b2c3d", "TOPWORK_ATTEMPT": "uid-1"}
+
+    def pull_in_pod(**changes):
+        code, message, container = pod.run("pull", write_job(), **(variables | changes))
+        assert message.run == "tiny-0a1b2c3d"
+        return code, container
+
+    assert pull_in_pod()[0] == 0
+    shutil.copytree(two_class_folder / "red", two_class_folder / "green")
+    # The same Job keeps its dataset; another one pulls the new images, which needs TensorFlow.
+    for changes, is_kept in (
+        ({}, True),
+        ({"TOPWORK_ATTEMPT": "uid-2"}, False),
+        ({"TOPWORK_ATTEMPT": "uid-2", "TOPWORK_DATASET": stored.prefix}, True),
+    ):
+        code, container = pull_in_pod(**changes)
+        assert code == (0 if is_kept else 1), container.output
+        if is_kept:
+            assert container.field("done", "dataset") == workspace.storage.uri_of(stored.prefix)
+    code, container = pull_in_pod(TOPWORK_DATASET="datasets/photos/0000000000000000")
+    assert (code, "Start the job again without --pinned" in container.output) == (2, True)
+
+
+def test_restart_deletes_the_results_once_per_job(make_job, workspace):
+    job, storage = make_job().as_run("tiny-0a1b2c3d"), workspace.storage
+    first_job, second_job = replace(workspace, attempt="uid-1"), replace(workspace, attempt="uid-2")
+    dataset = pull(job, first_job)
+    key = stage_keys(job, dataset.metadata.fingerprint, storage).transfer
+    checkpoints = {
+        run: f"{attempt_prefix('transfer', key, run)}/checkpoints/1/x" for run in (job.run, "other-1a2b3c4d")
+    }
+    storage.write("models/tiny/1/manifest.json", b"{}")
+
+    def train() -> None:
+        now = datetime.now(UTC)
+        write_stage_result(
+            storage,
+            key,
+            Classifier(
+                stage="transfer",
+                key=f"stages/transfer/{key}/model-0000000000000000.keras",
+                file=FileEntry(size=1, sha256="0" * 64),
+                class_names=("blue", "red"),
+                image_size=(32, 32),
+                history=[],
+                best_epoch=1,
+                parameters=ParameterCounts(trainable=1, frozen=0),
+                started=now,
+                finished=now,
+                seconds=1.0,
+            ),
+        )
+        write_reference(storage, job.run, "transfer", key)
+        for checkpoint in checkpoints.values():
+            storage.write(checkpoint, b"x")
+
+    for pod_workspace in (first_job, second_job):
+        train()
+        _restart_once(job, pod_workspace)
+        assert read_run_result(storage, job.run, "transfer") is None
+        # Checkpoints of another run that is training this stage stay, as do versions and datasets.
+        assert [bool(storage.size(name)) for name in checkpoints.values()] == [False, True]
+        assert storage.size("models/tiny/1/manifest.json")
+        assert storage.size(f"{dataset.prefix}/manifest.json")
+        train()
+        # The next container, and a pod that replaces this one.
+        for _ in range(2):
+            _restart_once(job, pod_workspace)
+            assert read_run_result(storage, job.run, "transfer")
 
 
 def test_single_fine_tune_container_publishes_a_job_without_fine_tuning(pod, write_job, storage):

@@ -183,14 +183,13 @@ def test_changed_spec_is_another_job_on_the_same_images(photos, submit, changes)
 def test_other_file_of_the_base_is_another_job_of_a_dataset_that_never_changes(photos, submit):
     uri = photos.workspace.storage.uri_of("mine.keras")
     photos.workspace.storage.write("mine.keras", b"one")
-    model = {"base": {"saved": {"uri": uri, "output": "gap"}}}
+    model = {"base": {"saved": {"uri": uri}}}
     source = {"tfds": "tf_flowers"}
     file = photos.write_spec(model=model, dataset=photos.content["spec"]["dataset"] | {"source": source})
-    assert submit(file)[:2] == 1
     names = [submit(file)[2], submit(file)[2]]
     photos.workspace.storage.write("mine.keras", b"two")
     names.append(submit(file)[2])
-    assert names[0] == names[1] != names[2], names
+    assert names[0] == names[1] != names[2] != ""
 
 
 # --pinned

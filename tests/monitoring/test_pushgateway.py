@@ -40,9 +40,9 @@ def gateway():
         server.wait()
 
 
-def create_metrics(run: str = RUN, accuracy: float = 0.9) -> Metrics:
+def create_metrics(run: str = RUN, job: str = "cats", *, accuracy: float = 0.9) -> Metrics:
     metrics = Metrics()
-    metrics.start_job(job="cats", run=run, stage="fine-tune", version="0.1.0")
+    metrics.start_job(job=job, run=run, stage="fine-tune", version="0.1.0")
     with metrics.track_stage("transfer"):
         metrics.record_step(images=64, seconds=0.2)
     metrics.set_evaluation("test", {"accuracy": accuracy})
@@ -85,10 +85,27 @@ def test_pushed_series_pass_promtool(gateway):
     assert (completed.returncode, completed.stdout + completed.stderr) == (0, b"")
 
 
-def test_delete_reads_run_and_pushgateway_from_a_job_spec(gateway):
-    run = read_jobs(SPEC)[0].run
-    push_outcome(gateway, create_metrics(run))
-    address = ("--set", f"spec.metrics.pushgateway={gateway}")
-    result = CliRunner().invoke(app, ["metrics", "delete", "--file", str(SPEC), *address])
+def test_delete_finds_the_run_of_a_job_spec(gateway):
+    # The name depends on the dataset, which the spec does not tell.
+    run, name = "cats-vs-dogs-0f1e2d3c", read_jobs(SPEC)[0].metadata.name
+    push_outcome(gateway, create_metrics(run, name))
+    push_outcome(gateway, create_metrics("cats-87654321"))
+    arguments = ["metrics", "delete", "--file", str(SPEC), "--set", f"spec.metrics.pushgateway={gateway}"]
+    result = CliRunner().invoke(app, arguments)
     assert (result.exit_code, result.output) == (0, f"Deleted {run} from {gateway}.\n")
     assert pushed_lines(gateway, run) == []
+    assert pushed_lines(gateway, "cats-87654321")
+    result = CliRunner().invoke(app, arguments)
+    assert (result.exit_code, result.output) == (0, f"{gateway} has no metrics of {name}.\n")
+
+
+def test_delete_lists_several_runs_of_a_job_and_deletes_none(gateway):
+    runs, name = ["cats-vs-dogs-0f1e2d3c", "cats-vs-dogs-1a2b3c4d"], read_jobs(SPEC)[0].metadata.name
+    for run in runs:
+        push_outcome(gateway, create_metrics(run, name))
+    result = CliRunner().invoke(app, ["metrics", "delete", "--file", str(SPEC), "--pushgateway", gateway])
+    assert str(result.exception) == (
+        f"{gateway} has metrics of 2 runs of {name}: {', '.join(runs)}. Nothing was deleted. Pass the name of one: "
+        f"topwork metrics delete {runs[0]} --pushgateway {gateway}"
+    )
+    assert all(pushed_lines(gateway, run) for run in runs)

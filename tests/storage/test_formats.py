@@ -5,10 +5,9 @@ import json
 import pytest
 
 from topwork import __version__
-from topwork.errors import DataError
-from topwork.registry import versions
 from topwork.data.dataset_manifest import DatasetMetadata, StoredDataset
-from topwork.registry import stage_results
+from topwork.errors import DataError
+from topwork.registry import stage_results, versions
 from topwork.stages.publish import find_published
 from topwork.stages.pull import find_pulled_dataset
 
@@ -100,7 +99,7 @@ def test_unknown_keys_of_a_record_are_ignored(workspace):
 @pytest.mark.parametrize("number", ["2", "1", 1.0, True, None, [1]])
 def test_format_that_is_not_an_integer_is_reported(workspace, number):
     workspace.storage.write("models/tiny/latest.json", json.dumps({**LATEST, "format": number}).encode())
-    with pytest.raises(DataError, match="is not a model published by topwork .*, expected an integer"):
+    with pytest.raises(DataError, match=r"is not a model published by topwork .*, expected an integer"):
         versions.read_latest(workspace.storage, "tiny")
 
 

@@ -31,6 +31,7 @@ def version(number, dataset):
 
 
 FINISHED_MODEL = "stages/transfer/2222/model-0000000000000000.keras"
+ATTEMPT = f"attempt-{0:032x}"
 # In the layout of version 0.1.0.
 OLD_MODEL = "runs/cats-0/transfer/model-0000000000000000.keras"
 
@@ -73,6 +74,7 @@ def with_leftovers(referenced, storage, tmp_path):
     storage.write("stages/transfer/2222/model-fedcba9876543210.keras", b"another process was faster")
     write_complete_artifact(storage, "stages/transfer/2222/runs/cats-2/checkpoints/00002", tmp_path / "made")
     storage.write("stages/transfer/2222/runs/cats-2/features/train-0000000000.npy", b"features")
+    storage.write(f"datasets/cats/aaaa0000/{ATTEMPT}/stored_images-train.tfrecord", b"of a writer that was too late")
     # The run that used this result was deleted.
     storage.write("stages/fine-tune/3333/done.json", json.dumps({"key": "stages/fine-tune/3333/model"}).encode())
     storage.write("stages/fine-tune/3333/model", b"model")
@@ -88,6 +90,7 @@ def with_leftovers(referenced, storage, tmp_path):
 
 
 LEFTOVERS = {
+    f"datasets/cats/aaaa0000/{ATTEMPT}": "half-written",
     "datasets/cats/dddd0000": "half-written",
     "datasets/cats/eeee0000": "unreferenced dataset",
     "models/cats/3": "half-written",

@@ -80,10 +80,11 @@ def test_pull_records_kinds_source_files_and_values(make_job, workspace, xray_fo
     stored = pull(job, workspace)
     metadata = stored.metadata
     assert metadata.kinds == {
-        "JPEG RGB": 20,
+        "JPEG RGB": 10,
         "JPEG RGB, EXIF orientation": 1,
         "PNG RGBA, transparency": 1,
-        "TIFF 16-bit grayscale": 18,
+        "PNG RGB": 20,
+        "TIFF 16-bit grayscale": 8,
         "TIFF 16-bit grayscale, several frames": 2,
     }
     assert {original.kind: original.is_servable for original in metadata.originals} == {
@@ -91,7 +92,7 @@ def test_pull_records_kinds_source_files_and_values(make_job, workspace, xray_fo
     }
     for original in metadata.originals:
         assert workspace.storage.read(f"{stored.prefix}/{original.file}") == (xray_folder / original.name).read_bytes()
-    assert (metadata.values.images, metadata.values.automatic_range) == (20, (0.0, 4095.0))
+    assert (metadata.values.images, metadata.values.automatic_range) == (10, (0.0, 4095.0))
     with capture_logs() as entries:
         dataset = fetch_dataset(stored, job, workspace)
     logged = {entry["event"]: entry for entry in entries}
@@ -104,7 +105,7 @@ def test_pull_records_kinds_source_files_and_values(make_job, workspace, xray_fo
     }
     split, index = splits["red/alpha.png"]
     assert (split.load_images(np.array([index])) == 255).all()
-    split, index = splits["red/15.tif"]
+    split, index = splits["red/16.tif"]
     assert split.load_images(np.array([index])).mean() > 100  # red is bright in the red channel
 
 

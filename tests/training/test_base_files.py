@@ -187,7 +187,13 @@ def test_mirrored_backbone_keeps_its_statistics_through_both_stages(make_job, wo
     job = make_job(
         model={"base": {"application": "MobileNetV2"}},
         transfer={"epochs": 2, "batchSize": 8, "optimizer": {"learningRate": 0.01}},
-        fineTune={"unfreeze": {"from": "block_15_expand"}, "epochs": 1, "optimizer": {"learningRate": 0.001}},
+        # The untrained backbone gains nothing in one epoch, so by default the weights of transfer would be kept.
+        fineTune={
+            "unfreeze": {"from": "block_15_expand"},
+            "epochs": 1,
+            "keep": "last",
+            "optimizer": {"learningRate": 0.001},
+        },
     )
     dataset = pull(job, workspace)
     classifier = fine_tune(job, transfer(job, dataset, workspace), dataset, workspace)

@@ -102,7 +102,7 @@ class _PlainPreprocessing(Preprocessing):
     """Decodes without alpha, orientation and value range, as `tf.io.decode_image` does."""
 
     def decode(self, encoded: tf.Tensor) -> tf.Tensor:
-        return tf.io.decode_image(encoded, channels=3, expand_animations=False)
+        return tf.repeat(tf.io.decode_image(encoded, expand_animations=False), 3, axis=-1)[..., :3]
 
 
 def test_export_that_decodes_source_files_differently_is_rejected(classifier, inputs, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from topwork.data.decoding import decode, decode_file
+from topwork.data.decoding import decode
 from topwork.data.image_validation import validate_image
 
 PHOTO = np.asarray(Image.radial_gradient("L").resize((60, 40)))
@@ -80,15 +80,15 @@ SERVABLE = {
 @pytest.mark.parametrize("name", SERVABLE)
 def test_source_file_is_decoded_like_its_stored_image(name):
     stored = validate_image(SERVABLE[name]).encoded
-    pixels = decode_file(SERVABLE[name]).numpy()
+    pixels = decode(SERVABLE[name]).numpy()
     with Image.open(io.BytesIO(stored)) as image:
         assert np.array_equal(pixels, np.asarray(image.convert("RGB")))
-    assert np.array_equal(pixels, decode_file(stored).numpy())
+    assert np.array_equal(pixels, decode(stored).numpy())
 
 
 def test_orientation_is_applied():
     rotated = encode(RGB.transpose(Image.Transpose.ROTATE_90), "PNG", exif=exif(6, little=True))
-    assert np.array_equal(decode_file(rotated).numpy(), COLORS)
+    assert np.array_equal(decode(rotated).numpy(), COLORS)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_orientation_is_applied():
 )
 def test_file_that_cannot_be_decoded_exactly_is_an_error(data):
     with pytest.raises(tf.errors.InvalidArgumentError):
-        decode_file(data)
+        decode(data)
 
 
 def png_16_bit(values: np.ndarray, color_type: int) -> bytes:
@@ -174,7 +174,7 @@ DEEP = {
 def test_value_range_maps_images_with_more_than_8_bits(name):
     data, expected = DEEP[name]
     validated = validate_image(data)
-    pixels = decode_file(validated.encoded, RANGE).numpy().astype(int)
+    pixels = decode(validated.encoded, RANGE).numpy().astype(int)
     if expected is None:
         # Half-way values are rounded to even on both sides.
         assert np.abs(255 - GRAY_EXPECTED.astype(int) - pixels).max() <= 1
@@ -183,10 +183,10 @@ def test_value_range_maps_images_with_more_than_8_bits(name):
         assert np.array_equal(pixels, expected)
     assert validated.values is not None
     if "PNG" in name:
-        assert np.array_equal(decode_file(data, RANGE).numpy(), expected)
+        assert np.array_equal(decode(data, RANGE).numpy(), expected)
         assert validated.encoded == data
     reencoded = validate_image(data, keep_encoding=False)
-    assert np.array_equal(decode_file(reencoded.encoded, RANGE).numpy(), pixels)
+    assert np.array_equal(decode(reencoded.encoded, RANGE).numpy(), pixels)
     assert reencoded.sha256 == validated.sha256
 
 
@@ -194,8 +194,8 @@ def test_value_range_maps_images_with_more_than_8_bits(name):
 def test_negative_values_are_kept(dtype):
     values = np.array([[-1024, -1, 0, 1, 3071]], dtype)
     stored = validate_image(encode(Image.fromarray(values), "TIFF")).encoded
-    assert decode_file(stored, (-1024.0, 3071.0)).numpy()[0, :, 0].tolist() == [0, 64, 64, 64, 255]
-    assert decode_file(stored, (0.0, 1.0)).numpy()[0, :, 0].tolist() == [0, 0, 0, 255, 255]
+    assert decode(stored, (-1024.0, 3071.0)).numpy()[0, :, 0].tolist() == [0, 64, 64, 64, 255]
+    assert decode(stored, (0.0, 1.0)).numpy()[0, :, 0].tolist() == [0, 0, 0, 255, 255]
 
 
 def test_images_with_8_bits_ignore_the_value_range():

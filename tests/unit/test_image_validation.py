@@ -35,9 +35,9 @@ def _pixels(validated):
 
 
 def _decode_with_tensorflow(validated):
-    from topwork.data.decoding import decode_file
+    from topwork.data.decoding import decode
 
-    return decode_file(validated.encoded).numpy()
+    return decode(validated.encoded).numpy()
 
 
 @pytest.mark.parametrize(

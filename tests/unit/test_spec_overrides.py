@@ -284,11 +284,12 @@ def topwork(*arguments: str) -> "subprocess.CompletedProcess[str]":
 
 
 def test_validate_accepts_overrides() -> None:
-    run = job_with("spec.seed=1", "spec.transfer.epochs=2").run
+    digest = job_with("spec.seed=1", "spec.transfer.epochs=2").digest[:8]
     completed = topwork("validate", str(FILE), "--set", "spec.seed=1", "--set", "spec.transfer.epochs=2")
-    assert (completed.returncode, completed.stdout) == (0, f"{FILE}: TransferJob cats-vs-dogs ok (run {run})\n"), (
-        completed.stderr
-    )
+    assert (completed.returncode, completed.stdout) == (
+        0,
+        f"{FILE}: TransferJob cats-vs-dogs ok (digest {digest})\n",
+    ), completed.stderr
 
 
 @pytest.mark.parametrize("command", ["validate", "render", "submit", "run"])

@@ -13,10 +13,10 @@ from topwork.spec.loading.loader import read_jobs
 VALID = Path(__file__).with_name("valid_spec.yaml")
 
 
-def test_validate_prints_each_job_and_its_run(capsys: pytest.CaptureFixture[str]) -> None:
+def test_validate_prints_each_job_and_its_digest(capsys: pytest.CaptureFixture[str]) -> None:
     (job,) = read_jobs(VALID)
     validate([VALID, VALID])
-    line = f"{VALID}: TransferJob cats-vs-dogs ok (run {job.run})\n"
+    line = f"{VALID}: TransferJob cats-vs-dogs ok (digest {job.digest[:8]})\n"
     assert capsys.readouterr() == (line * 2, "")
 
 

@@ -4,6 +4,7 @@
 the other; each skips the stages that are already complete in storage.
 """
 
+from topwork.clients.s3.storage_check import check_storage
 from topwork.data.dataset_manifest import StoredDataset
 from topwork.disk_space import report_full_disk
 from topwork.registry.stage_results import ROOT, Classifier
@@ -55,6 +56,7 @@ def run_transfer(job: TransferJob, workspace: Workspace) -> Classifier:
 def run_pull(job: TransferJob, workspace: Workspace) -> StoredDataset:
     """Run a job up to its stored dataset. Another process may pull for the same run at the same time."""
     with report_full_disk(workspace.scratch):
+        check_storage(workspace.storage)
         store_spec(job, workspace)
         return pull(job, workspace)
 
@@ -68,6 +70,8 @@ def prepare_training(job: TransferJob, workspace: Workspace) -> None:
     """
     # Replicas must be configured before pull initializes TensorFlow.
     get_strategy(workspace.replicas)
+    # An operation that the server does not support must not fail the run after it has trained.
+    check_storage(workspace.storage)
     abort_incomplete_uploads(job, workspace)
     store_spec(job, workspace)
 

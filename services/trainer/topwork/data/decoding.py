@@ -22,9 +22,8 @@ _UNSUPPORTED = (
 )
 
 
-@tf.autograph.experimental.do_not_convert  # type: ignore[untyped-decorator]
 def decode(encoded: tf.Tensor, value_range: ValueRange = FULL_RANGE) -> tf.Tensor:
-    """Decode an image file to RGB.
+    """Decode an image file to RGB, inside or outside a graph.
 
     Args:
         encoded: Scalar string with the bytes of a JPEG, PNG, WebP, GIF or BMP file, or of a stored image. Only the
@@ -37,10 +36,16 @@ def decode(encoded: tf.Tensor, value_range: ValueRange = FULL_RANGE) -> tf.Tenso
     Raises:
         tf.errors.InvalidArgumentError: If the file is damaged, or cannot be decoded exactly.
     """
-    encoded = tf.convert_to_tensor(encoded)
-    header = tf.io.decode_raw(
-        tf.strings.substr(tf.strings.join([encoded, b"\0" * _HEADER_BYTES]), 0, _HEADER_BYTES), tf.uint8
-    )
+    # A function of its own is traced only once: that takes a second.
+    return _decode(tf.convert_to_tensor(encoded), tf.constant(value_range, tf.float64))
+
+
+@tf.function(  # type: ignore[untyped-decorator]
+    input_signature=[tf.TensorSpec((), tf.string), tf.TensorSpec((2,), tf.float64)], autograph=False
+)
+def _decode(encoded: tf.Tensor, value_range: tf.Tensor) -> tf.Tensor:
+    padded = tf.strings.join([encoded, b"\0" * _HEADER_BYTES])
+    header = tf.io.decode_raw(tf.strings.substr(padded, 0, _HEADER_BYTES), tf.uint8)
     branches: list[tuple[tf.Tensor, Callable[[], tf.Tensor]]] = [
         (_starts_with(header, b"\xff\xd8\xff"), lambda: _decode_jpeg(encoded, header)),
         (_starts_with(header, b"\x89PNG"), lambda: _decode_png(encoded, header, value_range)),
@@ -61,24 +66,10 @@ def is_decodable(encoded: bytes) -> bool:
         True if `decode` accepts the file.
     """
     try:
-        decode_file(encoded)
+        decode(tf.constant(encoded))
     except tf.errors.InvalidArgumentError:
         return False
     return True
-
-
-@tf.function(  # type: ignore[untyped-decorator]
-    input_signature=[tf.TensorSpec((), tf.string), tf.TensorSpec((2,), tf.float64)],
-    reduce_retracing=True,
-    autograph=False,
-)
-def _decode_file(encoded: tf.Tensor, value_range: tf.Tensor) -> tf.Tensor:
-    return decode(encoded, (value_range[0], value_range[1]))
-
-
-def decode_file(encoded: bytes, value_range: ValueRange = FULL_RANGE) -> tf.Tensor:
-    """Decode an image file outside a graph; see `decode`."""
-    return _decode_file(tf.constant(encoded), tf.constant(value_range, tf.float64))
 
 
 def resize(image: tf.Tensor, size: tuple[int, int]) -> tf.Tensor:
@@ -146,7 +137,7 @@ def _decode_jpeg(encoded: tf.Tensor, header: tf.Tensor) -> tf.Tensor:
     return tf.cond(is_plain, lambda: pixels, lambda: apply_orientation(pixels, jpeg_orientation(encoded)))
 
 
-def _decode_png(encoded: tf.Tensor, header: tf.Tensor, value_range: ValueRange) -> tf.Tensor:
+def _decode_png(encoded: tf.Tensor, header: tf.Tensor, value_range: tf.Tensor) -> tf.Tensor:
     bit_depth, color_type = header[24], header[25]
     # Most files have no chunk before the pixels, so neither EXIF data nor transparent colors.
     is_plain = _starts_with(header, b"IDAT", 37) & (bit_depth <= 8) & ((color_type == 0) | (color_type == 2))
@@ -155,7 +146,7 @@ def _decode_png(encoded: tf.Tensor, header: tf.Tensor, value_range: ValueRange) 
     )
 
 
-def _decode_any_png(encoded: tf.Tensor, header: tf.Tensor, value_range: ValueRange) -> tf.Tensor:
+def _decode_any_png(encoded: tf.Tensor, header: tf.Tensor, value_range: tf.Tensor) -> tf.Tensor:
     is_packed = _starts_with(header, MARKER_CHUNK, 37) & (header[41] != ord("u"))
     pixels = tf.case(
         [
@@ -179,7 +170,7 @@ def _decode_8_bit_png(encoded: tf.Tensor, bit_depth: tf.Tensor) -> tf.Tensor:
     )
 
 
-def _decode_16_bit(encoded: tf.Tensor, header: tf.Tensor, value_range: ValueRange) -> tf.Tensor:
+def _decode_16_bit(encoded: tf.Tensor, header: tf.Tensor, value_range: tf.Tensor) -> tf.Tensor:
     pixels = tf.io.decode_png(encoded, channels=4, dtype=tf.uint16)
     is_inverted = _starts_with(header, MARKER_CHUNK, 37) & (header[42] == ord("1"))
     colors = _map_values(pixels[..., :3], is_inverted, value_range)
@@ -187,7 +178,7 @@ def _decode_16_bit(encoded: tf.Tensor, header: tf.Tensor, value_range: ValueRang
     return _composite(tf.concat([colors, alpha], -1))
 
 
-def _decode_packed(encoded: tf.Tensor, header: tf.Tensor, value_range: ValueRange) -> tf.Tensor:
+def _decode_packed(encoded: tf.Tensor, header: tf.Tensor, value_range: tf.Tensor) -> tf.Tensor:
     """Decode values that are not 16-bit integers; see `topwork.data.high_bit_depth`."""
     pixels = tf.io.decode_png(encoded, channels=4)
     values = tf.where(
@@ -199,8 +190,8 @@ def _decode_packed(encoded: tf.Tensor, header: tf.Tensor, value_range: ValueRang
     return tf.repeat(gray, 3, axis=-1)
 
 
-def _map_values(values: tf.Tensor, is_inverted: tf.Tensor, value_range: ValueRange) -> tf.Tensor:
-    low, high = (tf.cast(value, tf.float64) for value in value_range)
+def _map_values(values: tf.Tensor, is_inverted: tf.Tensor, value_range: tf.Tensor) -> tf.Tensor:
+    low, high = value_range[0], value_range[1]
     scaled = tf.clip_by_value((tf.cast(values, tf.float64) - low) / (high - low), 0.0, 1.0)
     scaled = tf.where(is_inverted, 1.0 - scaled, scaled)
     return tf.cast(tf.round(scaled * 255.0), tf.uint8)
@@ -235,13 +226,26 @@ def _decode_webp(encoded: tf.Tensor) -> tf.Tensor:
 
 
 def _decode_gif(encoded: tf.Tensor) -> tf.Tensor:
-    # Bytes 21 f9 04 begin a graphic control extension; bit 0 of the next byte marks a transparent color.
-    data = tf.cast(tf.io.decode_raw(tf.strings.join([encoded, b"\0" * 4]), tf.uint8), tf.int32)
-    begins = (data[:-3] == 0x21) & (data[1:-2] == 0xF9) & (data[2:-1] == 4)
-    first = tf.argmax(begins)
-    is_transparent = begins[first] & (data[first + 3] % 2 == 1)
-    with tf.control_dependencies([tf.debugging.Assert(~is_transparent, [_UNSUPPORTED])]):
+    with tf.control_dependencies([tf.debugging.Assert(~_has_transparent_color(encoded), [_UNSUPPORTED])]):
         return tf.io.decode_image(encoded, channels=3, expand_animations=False)
+
+
+def _has_transparent_color(encoded: tf.Tensor) -> tf.Tensor:
+    """Check the extension blocks before the first frame of a GIF file (GIF 89a, sections 18 and 23)."""
+    data = tf.cast(tf.io.decode_raw(tf.strings.join([encoded, b"\0" * 16]), tf.uint8), tf.int32)
+    has_palette, palette_size = data[10] >= 128, 3 * tf.bitwise.left_shift(2, data[10] % 8)
+
+    def is_extension(position: tf.Tensor, in_block: tf.Tensor, is_transparent: tf.Tensor) -> tf.Tensor:
+        return (position + 4 < tf.size(data)) & ~is_transparent & (in_block | (data[position] == 0x21))
+
+    def advance(position: tf.Tensor, in_block: tf.Tensor, _: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        is_control = ~in_block & (data[position + 1] == 0xF9)
+        following = tf.where(in_block, position + 1 + data[position], position + 2)
+        return following, ~in_block | (data[position] > 0), is_control & (data[position + 3] % 2 == 1)
+
+    start = 13 + tf.where(has_palette, palette_size, 0)
+    _, _, is_transparent = tf.while_loop(is_extension, advance, (start, tf.constant(False), tf.constant(False)))
+    return is_transparent
 
 
 def _is_plain_bmp(header: tf.Tensor) -> tf.Tensor:

@@ -18,7 +18,7 @@ import tensorflow as tf
 from topwork.artifacts import download_artifact
 from topwork.data.dataset_manifest import SEVERAL_FRAMES, DatasetMetadata, StoredDataset
 from topwork.data.decode_pool import available_cpus
-from topwork.data.decoding import decode, decode_file, resize
+from topwork.data.decoding import decode, resize
 from topwork.data.record_index import RecordIndex, open_record_index
 from topwork.data.splits import SPLIT_NAMES, SourceSplit, format_missing_classes, select_splits
 from topwork.data.value_range import FULL_RANGE, ValueRange, describe_value_range, resolve_value_range
@@ -112,7 +112,7 @@ class Split:
         if self._pixels is not None:
             return np.take(self._pixels, indices, axis=0)
         resized = [
-            resize(decode_file(self.load_encoded(index), self.value_range), self.image_size).numpy().astype(np.uint8)
+            resize(decode(self.load_encoded(index), self.value_range), self.image_size).numpy().astype(np.uint8)
             for index in indices
         ]
         return np.stack(resized) if resized else np.zeros((0, *self.image_size, 3), np.uint8)

@@ -35,6 +35,8 @@ _RESULT = re.compile(rf"{STAGES}/[^/]+/[^/]+(?=/)")
 _CHECKPOINT = re.compile(rf"{_STAGE}(?:/runs/[^/]+)?/checkpoints/[^/]+(?=/)")
 # Intermediate files of a stage. The stage deletes them when it finishes, unless it is killed at that moment.
 _INTERMEDIATE = re.compile(rf"{_STAGE}(?:/runs/[^/]+)?/(?:checkpoints|features)(?=/)")
+# Files of a writer whose artifact another writer completed; see `topwork.artifacts`.
+_ATTEMPT = re.compile(r"(?P<artifact>.+)/(?P<directory>attempt-[0-9a-f]{32})(?=/)")
 _REFERENCE = re.compile(r"runs/[^/]+/(?:transfer|fine-tune)/done\.json")
 # Uploads with other keys do not belong to topwork.
 _TOPWORK_KEYS = re.compile(rf"({DATASETS_PREFIX}|runs|{STAGES}|{versions.ROOT}|mirror|weights)/")
@@ -88,6 +90,7 @@ def find_leftovers(storage: Storage, older_than: timedelta) -> list[Leftover]:
     stored = list(storage.list())
     leftovers = [
         *_find_incomplete(stored),
+        *_find_unused_attempts(storage, stored),
         *_find_intermediate_files(stored),
         *_find_unreferenced_models(storage, stored),
         *_find_unreferenced_datasets(storage, stored),
@@ -152,6 +155,18 @@ def _find_incomplete(stored: list[StoredObject]) -> list[Leftover]:
         for group in _group_by_prefix(stored, pattern, "half-written").values()
         if not _is_complete(group)
     ]
+
+
+def _find_unused_attempts(storage: Storage, stored: list[StoredObject]) -> list[Leftover]:
+    """Find files that the manifest of their artifact does not name. Without a manifest, the artifact is incomplete."""
+    attempts = _group_by_prefix(stored, _ATTEMPT, "half-written")
+    return [attempt for prefix, attempt in attempts.items() if _is_unused_attempt(storage, prefix)]
+
+
+def _is_unused_attempt(storage: Storage, prefix: str) -> bool:
+    artifact, _, directory = prefix.rpartition("/")
+    manifest = read_manifest(storage, artifact)
+    return manifest is not None and manifest.directory != directory
 
 
 def _find_intermediate_files(stored: Sequence[StoredObject]) -> list[Leftover]:
@@ -248,6 +263,8 @@ def _is_referenced_now(storage: Storage, leftover: Leftover) -> bool:
     """Check again right before deletion: a run may now use the dataset, or a writer may have finished."""
     if MODEL_KEY.match(leftover.prefix):
         return _unreferenced_model_kind(storage, leftover.prefix) != leftover.kind
+    if _ATTEMPT.match(f"{leftover.prefix}/"):
+        return not _is_unused_attempt(storage, leftover.prefix)
     if leftover.kind == "half-written":
         return storage.size(f"{leftover.prefix}/{MANIFEST}") is not None
     if leftover.kind == "unreferenced dataset":

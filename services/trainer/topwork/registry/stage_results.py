@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict
 
 from topwork.artifacts import read_json_record
 from topwork.clients.prometheus.metrics import Metrics
+from topwork.clients.s3.cleanup import tolerate_cleanup_failure
 from topwork.clients.s3.storage import FileEntry, Storage, describe_file
 from topwork.registry.kept_weights import KeptWeights
 from topwork.workspace import Workspace
@@ -274,8 +275,9 @@ def store_stage_result(model: "keras.Model", summary: TrainingSummary, key: str,
     )
     result = write_stage_result(storage, key, classifier)
     # Delete models of processes that were killed before they stored their result, or that lost the race.
-    models = list(storage.list(models_prefix(stage, key)))
-    storage.delete(stored.key for stored in models if stored.key != result.key)
+    with tolerate_cleanup_failure(f"unused models of {stage}"):
+        models = list(storage.list(models_prefix(stage, key)))
+        storage.delete(stored.key for stored in models if stored.key != result.key)
     return result
 
 
@@ -310,7 +312,8 @@ def find_completed_stage(run: str, stage: TrainingStage, key: str, workspace: Wo
     epochs, best_epoch = len(classifier.rows), classifier.best_epoch
     log.info("stage already complete", stage=stage, epochs=epochs, best_epoch=best_epoch)
     write_reference(storage, run, stage, key)
-    storage.delete(stored.key for stored in list(storage.list(f"{attempt_prefix(stage, key, run)}/")))
+    with tolerate_cleanup_failure(f"checkpoints and features of {stage}"):
+        storage.delete(stored.key for stored in list(storage.list(f"{attempt_prefix(stage, key, run)}/")))
     republish_metrics(classifier, workspace.metrics)
     return classifier
 

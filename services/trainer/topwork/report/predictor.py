@@ -7,7 +7,7 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from topwork.data.decoding import decode_file, is_decodable, resize
+from topwork.data.decoding import decode, is_decodable, resize
 from topwork.data.image_validation import validate_image
 from topwork.errors import DataError, SettingError
 from topwork.model.export import EXPORTED_FILES
@@ -55,7 +55,7 @@ class Predictor:
         Returns:
             float32 (files, classes).
         """
-        images = [decode_file(file, self.value_range) for file in files]
+        images = [decode(file, self.value_range) for file in files]
         if self._loaded.image_size is None:  # the model resizes, so images may differ in size
             return np.concatenate([self._loaded.predict(image.numpy()[np.newaxis]) for image in images])
         return self._loaded.predict(tf.stack([resize(image, self._loaded.image_size) for image in images]).numpy())

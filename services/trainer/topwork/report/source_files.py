@@ -49,7 +49,7 @@ def write_source_files(
         value_range: Values that become 0 and 255 in images with more than 8 bits per channel.
         forward: The evaluated model.
     """
-    from topwork.data.decoding import decode_file, resize
+    from topwork.data.decoding import decode, resize
     from topwork.data.image_validation import validate_image
 
     originals = dataset.metadata.originals
@@ -60,7 +60,7 @@ def write_source_files(
     for number, original in enumerate(originals):
         shutil.copyfile(directory / original.file, folder / DIRECTORY / str(number))
         stored = validate_image((directory / original.file).read_bytes()).encoded
-        images.append(resize(decode_file(stored, value_range), image_size).numpy())
+        images.append(resize(decode(stored, value_range), image_size).numpy())
     np.save(folder / DIRECTORY / "expected.npy", forward(np.stack(images)))
     kinds = [(original.kind, original.is_servable) for original in originals]
     (folder / DIRECTORY / "kinds.json").write_text(json.dumps(kinds))

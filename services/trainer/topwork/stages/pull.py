@@ -202,7 +202,9 @@ def _store_dataset(
             write_entries(entries, dataset)
         # A concurrent pull of the same source uploads identical files: they depend only on the source.
         manifest = write_artifact(workspace.storage, prefix, dataset, metadata.model_dump(mode="json"))
-        return DatasetMetadata.model_validate(manifest.facts)
+        stored = DatasetMetadata.model_validate(manifest.facts)
+        _check_dataset(stored, job)
+        return stored
     finally:
         shutil.rmtree(directory, ignore_errors=True)
 

@@ -22,40 +22,53 @@ def delete_run(
     pushgateway: Annotated[str | None, typer.Option(help="URL of the Pushgateway, http(s)://host:port.")] = None,
     files: Annotated[
         list[Path] | None,
-        typer.Option("--file", "-f", help="Job specs that name run and Pushgateway; - reads standard input."),
+        typer.Option("--file", "-f", help="Job specs that name job and Pushgateway; - reads standard input."),
     ] = None,
     overrides: Overrides = None,
 ) -> None:
     """Delete the outcome of a run from a Pushgateway, which otherwise keeps it forever.
+
+    A job spec selects the only run of its job of which the Pushgateway has an outcome: the name of a run depends on the
+    dataset, too. If there are several, they are listed, and nothing is deleted.
 
     Exit codes: 0 it is deleted, or did not exist; 2 wrong arguments; 75 the Pushgateway can't be reached or rejects the
     request.
     """
     from topwork.clients.prometheus.pushgateway import delete_outcome
 
-    for name, gateway in _select_runs(run, pushgateway, files or [], overrides):
+    if bool(run) == bool(files):
+        raise SettingError("Pass either the name of a run, or job specs with --file.")
+    selected = [(run, _require_gateway(pushgateway, run))] if run else _find_runs(pushgateway, files or [], overrides)
+    for name, gateway in selected:
         if delete_outcome(gateway, name):
             typer.echo(f"Deleted {name} from {gateway}.")
         else:
             typer.echo(f"{gateway} has no metrics of {name}.")
 
 
-def _select_runs(
-    run: str | None, pushgateway: str | None, files: list[Path], overrides: list[str] | None
-) -> list[tuple[str, str]]:
-    """Return each run with its Pushgateway."""
-    if files and run is None:
-        from topwork.spec.loading.loader import read_files
+def _find_runs(pushgateway: str | None, files: list[Path], overrides: list[str] | None) -> list[tuple[str, str]]:
+    """Return the run of each job with its Pushgateway; the name of the job itself if there is none."""
+    from topwork.clients.prometheus.pushgateway import list_outcomes
+    from topwork.spec.loading.loader import read_files
 
-        jobs = [job for _, job in read_files(files, overrides or ())]
-        runs = [(job.run, pushgateway or job.spec.metrics.pushgateway) for job in jobs]
-    elif run and not files:
-        runs = [(run, pushgateway)]
-    else:
-        raise SettingError("Pass either the name of a run, or job specs with --file.")
-    if missing := [name for name, gateway in runs if not gateway]:
+    found = []
+    for _, job in read_files(files, overrides or ()):
+        name = job.metadata.name
+        gateway = _require_gateway(pushgateway or job.spec.metrics.pushgateway, name)
+        runs = list_outcomes(gateway, name)
+        if len(runs) > 1:
+            raise SettingError(
+                f"{gateway} has metrics of {len(runs)} runs of {name}: {', '.join(runs)}. Nothing was deleted. Pass "
+                f"the name of one: topwork metrics delete {runs[0]} --pushgateway {gateway}"
+            )
+        found.append((runs[0] if runs else name, gateway))
+    return found
+
+
+def _require_gateway(gateway: str | None, name: str) -> str:
+    if not gateway:
         raise SettingError(
-            f"The Pushgateway of {', '.join(missing)} is unknown. Pass --pushgateway http://host:port, or a job spec "
-            "with spec.metrics.pushgateway as --file."
+            f"The Pushgateway of {name} is unknown. Pass --pushgateway http://host:port, or a job spec with "
+            "spec.metrics.pushgateway as --file."
         )
-    return [(name, gateway) for name, gateway in runs if gateway]
+    return gateway

@@ -14,12 +14,12 @@ def validate(
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Job specs; - reads standard input.")],
     overrides: Overrides = None,
 ) -> None:
-    """Validate job specs and print the name of each run.
+    """Validate job specs and print the digest of each: specs with the same digest do the same.
 
     All problems of all files are reported together, with their line and column.
     """
     for path, job in read_files(files, overrides or ()):
-        print(f"{path}: TransferJob {job.metadata.name} ok (run {job.run})")
+        print(f"{path}: TransferJob {job.metadata.name} ok (digest {job.digest[:8]})")
 
 
 def schema() -> None:

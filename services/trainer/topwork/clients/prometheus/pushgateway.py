@@ -67,6 +67,30 @@ def delete_outcome(gateway: str, run: str, *, seconds: float = TIMEOUT_SECONDS) 
     return bool(matching)
 
 
+def list_outcomes(gateway: str, job: str, *, seconds: float = TIMEOUT_SECONDS) -> list[str]:
+    """List the runs of a job of which the Pushgateway has an outcome.
+
+    Args:
+        gateway: URL of the Pushgateway, as for `push_outcome`.
+        job: `metadata.name` of the job.
+        seconds: Timeout.
+
+    Returns:
+        The names of the runs, sorted.
+
+    Raises:
+        SettingError: If the URL is not a permitted one.
+        UnavailableError: If the Pushgateway can't be reached, rejects the request, or does not answer in time.
+    """
+    _check_url(gateway)
+    groups = _call_with_timeout(gateway, lambda: _list_groups(gateway, seconds), seconds)
+    return sorted({labels.get("run", "") for labels in groups if _belongs_to_job(labels, job)})
+
+
+def _belongs_to_job(labels: dict[str, str], job: str) -> bool:
+    return labels.get("job") == JOB and labels.get("transferjob") == job
+
+
 def _list_groups(gateway: str, seconds: float) -> list[dict[str, str]]:
     """List the grouping keys. https://github.com/prometheus/pushgateway#query-api."""
     request = Request(f"{gateway.rstrip('/')}/api/v1/metrics")  # noqa: S310 - the scheme is checked
