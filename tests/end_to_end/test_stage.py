@@ -76,10 +76,13 @@ def test_containers_publish_a_model_once_and_skip_completed_stages(
     assert pulled.field("done", "images") == 40
 
     code, message, transferred = pod.run("transfer", job)
-    best = {"metric": "validation_accuracy", "value": transferred.lines[-2]["validation_accuracy"]}
+    best_epoch = transferred.field("done", "best_epoch")
+    epochs = [line for line in transferred.lines if line["message"] == "epoch"]
+    best = {"metric": "validation_accuracy", "value": epochs[best_epoch - 1]["validation_accuracy"]}
+    weights = {"weights_from": f"transfer, epoch {best_epoch}"}
     assert (code, message) == (
         0,
-        TerminationMessage(stage="transfer", outcome="done", exit_code=0, run=run, epochs=2, **best),
+        TerminationMessage(stage="transfer", outcome="done", exit_code=0, run=run, epochs=2, **best, **weights),
     )
     assert transferred.field("stage already complete", "stage") == "pull"
     # TensorFlow without CUDA uses one CPU replica for each requested GPU.
@@ -92,6 +95,7 @@ def test_containers_publish_a_model_once_and_skip_completed_stages(
     code, message = container.stop(seconds=10)
     model = storage.uri_of("models/tiny/1")
     main_metric = {"metric": "accuracy", "value": container.field("done", "accuracy")}
+    main_metric |= {"weights_from": container.field("done", "weights_from")}
     done = TerminationMessage(
         stage="fine-tune", outcome="done", exit_code=0, run=run, epochs=2, model=model, **main_metric
     )

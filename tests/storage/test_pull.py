@@ -178,7 +178,8 @@ def test_concurrent_pulls_store_one_dataset(make_job, workspace, tmp_path):
         stored = list(pool.map(lambda run_workspace: pull(make_job(), run_workspace), (one, other)))
     assert stored[0] == stored[1]
     keys = [item.key for item in workspace.storage.list("datasets/")]
-    assert len(keys) == 5  # one shard, three TFDS metadata files and the manifest
+    # One shard, three TFDS metadata files, a JPEG and a PNG source file, the listing of the source, and the manifest.
+    assert len(keys) == 8
     assert fetch_dataset(stored[0], make_job(), one).train.size == 24
 
 

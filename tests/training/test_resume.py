@@ -72,9 +72,10 @@ def run(job, workspace):
 
 def checkpoint_prefixes(job, workspace, stage):
     """Return the key prefixes of all complete checkpoints of a run, by their names, the oldest first."""
-    keys = sorted(stored.key for stored in workspace.storage.list(f"stages/{stage}/"))
+    keys = [stored.key for stored in workspace.storage.list(f"stages/{stage}/")]
     manifests = [key for key in keys if f"/runs/{job.run}/checkpoints/" in key and key.endswith("/manifest.json")]
-    return {key.split("/")[-2]: key.removesuffix("/manifest.json") for key in manifests}
+    by_name = {key.split("/")[-2]: key.removesuffix("/manifest.json") for key in manifests}
+    return dict(sorted(by_name.items()))
 
 
 def checkpoints(job, workspace, stage):

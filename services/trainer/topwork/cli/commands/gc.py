@@ -30,7 +30,7 @@ def gc(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     state: State = None,
 ) -> None:
-    """Delete incomplete datasets, versions and uploads, unreferenced datasets, and checkpoints of finished stages.
+    """Delete incomplete datasets, versions and uploads, unreferenced datasets and results, and old checkpoints.
 
     Everything that a manifest, latest.json or a run references is kept, as are checkpoints of unfinished stages and
     mirrored datasets and weights.

@@ -38,8 +38,9 @@ def submit(
     dry_run: Annotated[
         DryRun | None,
         typer.Option(
-            help="client: print what would be applied, without the defaults of the namespace; server: let the API "
-            "server validate it."
+            help="client: print what would be applied, without a connection: without the defaults of the namespace, "
+            "and under the name that depends on the spec only; server: check the source, and let the API server "
+            "validate it."
         ),
     ] = None,
     follow: Annotated[
@@ -63,7 +64,7 @@ def submit(
     """Run job specs in the cluster; an existing run is left unchanged, and a failed run resumes.
 
     If the storage is configured here, the source is checked: if images were added, changed or removed, the job is a new
-    run on them. Stages with the same settings and data are shared by all runs.
+    run on them. Otherwise, its pods check the source. Stages with the same settings and data are shared by all runs.
 
     The ConfigMap topwork-defaults of the namespace, if there is one, provides values that a spec does not set. If any
     file is invalid, nothing is applied. With --follow, the exit code is that of the first run that did not succeed:

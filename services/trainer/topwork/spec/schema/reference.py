@@ -18,8 +18,11 @@ This reference lists every key of a `TransferJob`. It is generated from the mode
 `topwork schema` prints the same information as JSON Schema, and `topwork validate FILE` checks a file, including the
 rules between keys. Keys marked **required** must be set; keys with an empty default can be left out.
 
-The name of a run contains a digest of its spec. Labels, `spec.compute`, `spec.metrics` and
-`spec.dataset.onMissingClass` do not affect the result and are not part of the digest.
+The name of a run in a cluster contains a digest of everything that can change what its Job does: the spec, the images,
+and the file of the base. Only values that differ from their defaults are part of the digest. Labels, `spec.metrics`,
+and `spec.compute` except `precision` are not. `topwork run` names a run by what its weights depend on. Results are
+stored by stage, and every run with the same settings and images shares them; see [Stages and
+runs](training.md#stages-and-runs).
 """
 
 # Spelling of the words of rule names that are not plain lower-case words in a title.
