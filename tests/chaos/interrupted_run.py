@@ -285,9 +285,7 @@ class JobRun:
                     data = self._client.get_object(**location, VersionId=version)["Body"].read()
                     with np.load(io.BytesIO(data)) as arrays:
                         _, stage, *_, name = checkpoint.split("/")
-                        checkpoints[f"{stage}/{name}#{number}"] = {
-                            name: arrays[name] for name in arrays.files
-                        }
+                        checkpoints[f"{stage}/{name}#{number}"] = {name: arrays[name] for name in arrays.files}
         return checkpoints
 
     def orphans(self) -> list[int]:

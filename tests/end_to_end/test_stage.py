@@ -156,8 +156,6 @@ def test_pods_of_a_job_use_its_run_and_its_dataset_although_the_source_grows(
         assert code == (0 if is_kept else 1), container.output
         if is_kept:
             assert container.field("done", "dataset") == workspace.storage.uri_of(stored.prefix)
-    code, container = pull_in_pod(TOPWORK_DATASET="datasets/photos/0000000000000000")
-    assert (code, "Start the job again without --pinned" in container.output) == (2, True)
 
 
 def test_restart_deletes_the_results_once_per_job(make_job, workspace):

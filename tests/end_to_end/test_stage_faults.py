@@ -12,7 +12,7 @@ BUSY = Fault("503 SlowDown", error(503, "SlowDown", "Please reduce your request 
 @pytest.mark.parametrize(
     ("fault", "code", "expected"),
     [
-        (EXPIRED, 2, "reports an expired session (ExpiredToken). Check AWS_SESSION_TOKEN, or log in again."),
+        (EXPIRED, 75, "reports an expired session (ExpiredToken). Check AWS_SESSION_TOKEN, or log in again."),
         (BUSY, 75, "after all retries (SlowDown: Please reduce your request rate.). Try again later."),
     ],
 )

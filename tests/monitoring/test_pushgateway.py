@@ -21,13 +21,17 @@ RUN = "cats-12345678"
 
 
 @pytest.fixture(scope="module")
-def gateway():
+def gateway(tmp_path_factory):
     if SERVER is None:
         pytest.skip("prometheus-pushgateway is not installed; install it with: make prometheus")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    server = subprocess.Popen([SERVER, f"--web.listen-address=127.0.0.1:{port}"], stderr=subprocess.DEVNULL)
+    # The default file of some packages outlives the server.
+    persistence = f"--persistence.file={tmp_path_factory.mktemp('pushgateway') / 'metrics'}"
+    server = subprocess.Popen(
+        [SERVER, f"--web.listen-address=127.0.0.1:{port}", persistence], stderr=subprocess.DEVNULL
+    )
     try:
         for _ in range(100):
             with socket.socket() as connection:

@@ -171,7 +171,8 @@ def test_damaged_zip_member_is_rejected_and_the_others_are_read(workspace, tmp_p
 
 def test_file_that_is_not_an_archive_is_rejected(workspace, tmp_path):
     (tmp_path / "pets.zip").write_bytes(b"<html>Not Found</html>" * 100)
-    with pytest.raises(DataError, match=r"is not a readable archive\. It is an HTML page, .* Expected zip, tar, tar\.gz"):
+    expected = r"is not a readable archive\. It is an HTML page, .* Expected zip, tar, tar\.gz"
+    with pytest.raises(DataError, match=expected):
         _open(workspace, archive={"uri": str(tmp_path / "pets.zip")}).class_names()
 
 

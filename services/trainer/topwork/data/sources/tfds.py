@@ -167,16 +167,16 @@ class TfdsSource:
                 retrying(self._builder.download_and_prepare, download_dir=downloads, download_config=config)
         except ImportError as error:
             raise DataError(
-                f"{self._builder.name} cannot be prepared: {quote_error(error)}. Add the module to the container image, or provide "
-                "the images as a folder, archive or table."
+                f"{self._builder.name} cannot be prepared: {quote_error(error)}. Add the module to the container "
+                "image, or provide the images as a folder, archive or table."
             ) from error
         except Exception as error:
             if not _is_network_error(error):
                 raise
             raise UnavailableError(
-                f"{self._builder.name} could not be downloaded, after several attempts per file: {quote_error(error)} Without "
-                f"internet access, run `{self._mirror_command}` on a machine that has it, or copy the TFDS download "
-                f"directory of such a machine to {self._mirror_uri}/.{self._mirrored_hint}"
+                f"{self._builder.name} could not be downloaded, after several attempts per file: {quote_error(error)} "
+                f"Without internet access, run `{self._mirror_command}` on a machine that has it, or copy the TFDS "
+                f"download directory of such a machine to {self._mirror_uri}/.{self._mirrored_hint}"
             ) from error
 
     @property
