@@ -90,7 +90,11 @@ def test_weights_that_became_nan_or_infinite_are_not_stored_in_a_checkpoint(
         write_uniform_image(two_class_folder / ("red", "blue")[index % 2], f"gray-{index}.png", GRAY)
     job = make_job(
         model=overflowing_model,
-        dataset=with_splits(make_job().spec.dataset, train="train[:38]", validation="train[38:]"),
+        # All gray images are the same, so each class has images that contradict the other one.
+        dataset={
+            **with_splits(make_job().spec.dataset, train="train[:38]", validation="train[38:]"),
+            "onContradiction": "keep",
+        },
         transfer={
             "epochs": 1, "batchSize": 1, "featureCache": "off", "optimizer": {"name": "sgd", "learningRate": 10.0},
         },
