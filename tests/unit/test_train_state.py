@@ -51,6 +51,22 @@ def test_kept_epoch(values, options, expected):
     assert kept_epochs(values, **options) == expected
 
 
+def test_lower_loss_with_a_lower_accuracy_than_at_the_start_is_no_improvement():
+    def kept(early_stopping, epochs):
+        state = TrainState()
+        state.record_start({"loss": 9.6, "accuracy": 0.9, "auc": 0.9}, early_stopping)
+        for loss, accuracy, auc in epochs:
+            state.complete_epoch()
+            state.record_validation({"loss": loss, "accuracy": accuracy, "auc": auc}, early_stopping)
+        return state.best_epoch
+
+    # The accuracy collapses, although the loss of the overconfident start is much higher.
+    assert kept(None, [(1.4, 0.4, 0.5), (1.1, 0.8, 0.95)]) == 0
+    assert kept(None, [(1.4, 0.4, 0.5), (1.1, 0.9, 0.5), (1.0, 0.8, 0.95)]) == 2
+    # The spec decides if it names another metric.
+    assert kept(EarlyStopping(monitor="auc", patience=9), [(1.4, 0.4, 0.5), (1.1, 0.8, 0.95)]) == 2
+
+
 def test_note_says_what_fine_tuning_did_not_improve():
     kept = KeptWeights(
         stage="fine-tune", epoch=2, monitor="loss", fine_tuned=True,

@@ -45,10 +45,12 @@ class KeptWeights(BaseModel):
         if not self.fine_tuned or self.monitor is None:
             return ""
         if self.stage == "transfer":
+            accuracy = self.start.get("accuracy") if self.monitor == "loss" else None
+            limit = "" if accuracy is None else f" without lowering its accuracy ({accuracy:.4f})"
             return (
                 f"Fine-tuning did not improve the validation {self.monitor} of transfer "
-                f"({self.start[self.monitor]:.4f}), so the weights are those of {self}. To keep those of fine-tuning "
-                "anyway, set spec.fineTune.keep: last."
+                f"({self.start[self.monitor]:.4f}){limit}, so the weights are those of {self}. To keep those of "
+                "fine-tuning anyway, set spec.fineTune.keep: last."
             )
         before = {name: value for name, value in self.start.items() if _is_worse(name, self.kept[name], value)}
         changes = ", ".join(f"{name} from {value:.4f} to {self.kept[name]:.4f}" for name, value in before.items())

@@ -83,12 +83,23 @@ class TrainState(BaseModel):
     def _improves(self, validation: dict[str, float], early_stopping: EarlyStopping | None) -> bool:
         min_delta = early_stopping.min_delta if early_stopping else 0.0
         score = _score(validation, early_stopping)
-        if self.best_value is None or score > self.best_value + min_delta:
+        is_better = self.best_value is None or score > self.best_value + min_delta
+        if is_better and not self._loses_accuracy(validation, early_stopping):
             self.best_value, self.wait = score, 0
             return True
         self.wait += 1
         self.ended = early_stopping is not None and self.wait >= early_stopping.patience
         return False
+
+    def _loses_accuracy(self, validation: dict[str, float], early_stopping: EarlyStopping | None) -> bool:
+        """Return whether a lower loss comes with a lower accuracy than at the start of the stage.
+
+        Fine-tuning can lower the loss of an overconfident classifier a lot and still make it useless.
+        """
+        monitor = early_stopping.monitor if early_stopping else "loss"
+        if self.start is None or monitor != "loss":
+            return False
+        return validation.get("accuracy", 1.0) < self.start.get("accuracy", 0.0)
 
     def start_next_phase(self) -> None:
         """Continue with the next phase and reset the patience of early stopping."""
