@@ -105,7 +105,7 @@ def test_change_without_a_version_is_described_since_the_last_pull(make_job, wor
 
 def test_pinned_job_keeps_the_dataset_of_the_latest_version(make_job, workspace, two_class_folder):
     job = make_job()
-    with pytest.raises(DataError, match="storage has no dataset of .*Run the job without --pinned"):
+    with pytest.raises(DataError, match=r"storage has no dataset of .*Run the job without --pinned"):
         select_dataset(job, workspace, pinned=True)
     first = pull(job, workspace)
     publish_version(workspace, 1, first.prefix)
