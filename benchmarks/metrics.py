@@ -19,8 +19,8 @@ from prometheus_client import generate_latest
 from topwork.cli.output.progress import NoProgress
 from topwork.cli.runtime.tensorflow_import import quiet_tensorflow_import
 from topwork.clients.prometheus.metrics import Metrics
-from topwork.training.train_state import TrainState
-from topwork.training.trainer import TrainStep
+from topwork.training.checkpointing.train_state import TrainState
+from topwork.training.train_step import TrainStep
 from topwork.workspace import Workspace
 
 STEPS, SCRAPES, ROUNDS = 20_000, 200, 5

@@ -57,7 +57,7 @@ def test_model_of_the_previous_version_is_served_and_its_job_publishes_the_next_
     spec.write_bytes(old_storage.read(f"runs/{FINISHED}/spec.yaml"))
     image.write_bytes(old_storage.read("photos/red/00.jpg"))
     predicted = topwork_here("predict", f"{old_storage.uri}/models/finished/1", image, "--json").stdout
-    assert json.loads(predicted)[0]["class"] == "red"
+    assert json.loads(predicted)["classes"][0]["class"] == "red"
 
     log = [json.loads(line) for line in topwork_here("run", spec, "--log-format", "json").stderr.splitlines()]
     (changed,) = [event for event in log if event["message"] == "source changed"]

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from topwork.data.image_validation import Rejection, validate_image
+from topwork.data.images.image_validation import Rejection, validate_image
 from topwork.data.sources import archive_limits, open_source
 from topwork.errors import DataError
 from topwork.spec.dataset import DatasetSource

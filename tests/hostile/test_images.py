@@ -10,9 +10,9 @@ import zlib
 import pytest
 from PIL import Image
 
-from topwork.data import decode_pool, image_validation
-from topwork.data.decode_pool import DecodePool
-from topwork.data.image_validation import Rejection, ValidatedImage, validate_image
+from topwork.data.images import decode_pool, image_validation
+from topwork.data.images.decode_pool import DecodePool
+from topwork.data.images.image_validation import Rejection, ValidatedImage, validate_image
 from topwork.errors import DataError, UnavailableError
 
 

@@ -21,7 +21,7 @@ from topwork.cli import configure_process
 from topwork.cli.runtime.environment import register_environment_secrets
 from topwork.cli.runtime.logging import LogFormat, configure_logging
 from topwork.clients.s3.storage import Storage, create_bucket
-from topwork.data.image_validation import Rejection
+from topwork.data.images.image_validation import Rejection
 from topwork.data.sources import open_source
 from topwork.redaction import redact, register_secrets
 from topwork.spec.dataset import DatasetSource

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from structlog.testing import capture_logs
 
-from topwork.data.image_validation import Rejection
+from topwork.data.images.image_validation import Rejection
 from topwork.data.sources import open_source, table_reader
 from topwork.data.sources.source import find_similar_class_names
 from topwork.errors import DataError

@@ -11,7 +11,7 @@ _SCRIPT = """
 import resource, sys
 from pathlib import Path
 from types import SimpleNamespace
-from topwork.data.decode_pool import DecodePool
+from topwork.data.images.decode_pool import DecodePool
 from topwork.data.sources.folder import ImageFolder
 from topwork.data.tfds_writer import write_tfds
 from topwork.spec.dataset import FolderSource

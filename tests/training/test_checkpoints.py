@@ -11,10 +11,10 @@ from tests.faults.proxy import Fault, run_proxy
 
 from topwork.clients.s3.storage import Storage
 from topwork.errors import SettingError, UnavailableError
-from topwork.training import checkpoints as module
-from topwork.training.checkpoints import Checkpoint, Checkpoints
-from topwork.training.train_state import TrainState
-from topwork.training.write_failures import WriteFailures
+from topwork.training.checkpointing import checkpoints as module
+from topwork.training.checkpointing.checkpoints import Checkpoint, Checkpoints
+from topwork.training.checkpointing.train_state import TrainState
+from topwork.training.checkpointing.write_failures import WriteFailures
 
 MINUTES = 10.0
 DISK_BYTES = 4 << 20

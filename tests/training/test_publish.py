@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from topwork.artifacts import read_manifest, write_artifact
-from topwork.data.decoding import Preprocessing
+from topwork.data.images.decoding import Preprocessing
 from topwork.data.local_dataset import fetch_dataset
 from topwork.errors import GateError
 from topwork.model.export import EXPORTED_FILES, add_probabilities, export_model

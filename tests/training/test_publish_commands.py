@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from topwork.artifacts import write_artifact
 from topwork.cli import app
 from topwork.cli.model_address import ModelAddress, parse_model_address
-from topwork.data.decoding import Preprocessing
+from topwork.data.images.decoding import Preprocessing
 from topwork.errors import DataError, SettingError
 from topwork.model.export import export_model
 from topwork.registry import versions

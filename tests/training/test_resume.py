@@ -25,7 +25,7 @@ from topwork.errors import FormatError, Stopped, UnavailableError
 from topwork.stages.fine_tune import fine_tune
 from topwork.stages.pull import pull
 from topwork.stages.transfer import transfer
-from topwork.training import checkpoints as checkpoints_module
+from topwork.training.checkpointing import checkpoints as checkpoints_module
 
 # Every feature with state: augmentation, dropout, a schedule, a moving average, early stopping, phases.
 SPEC = {
@@ -156,7 +156,7 @@ from topwork.clients.s3.storage import Storage, StorageSettings
 from topwork.spec import TransferJob
 from topwork.stages.pull import pull
 from topwork.stages.transfer import transfer
-from topwork.training import checkpoints
+from topwork.training.checkpointing import checkpoints
 from topwork.workspace import Workspace
 
 checkpoints.EPOCH_SECONDS = 0.0

@@ -14,7 +14,7 @@ from topwork.registry.stage_keys import stage_keys
 from topwork.registry.stage_results import read_reference
 from topwork.stages.pull import pull
 from topwork.stages.transfer import transfer
-from topwork.training import checkpoints
+from topwork.training.checkpointing import checkpoints
 
 FINE_TUNE = {"epochs": 1, "optimizer": {"name": "adam", "learningRate": 1e-5}}
 PUBLISH = {"formats": ["keras"]}

@@ -10,8 +10,8 @@ import tensorflow as tf
 from PIL import Image
 
 from topwork.data.dataset_manifest import DatasetMetadata, OriginalFile, StoredDataset
-from topwork.data.decoding import Preprocessing, is_decodable
-from topwork.data.image_validation import validate_image
+from topwork.data.images.decoding import Preprocessing, is_decodable
+from topwork.data.images.image_validation import validate_image
 from topwork.model.export import add_probabilities, export_model
 from topwork.report.export_check import check_export, compare_predictions, write_check_inputs
 from topwork.report.exported_model import read_value_range

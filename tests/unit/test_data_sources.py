@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from topwork.clients.prometheus.metrics import Metrics
-from topwork.data.image_validation import Rejection
+from topwork.data.images.image_validation import Rejection
 from topwork.data.sources import download, open_source
 from topwork.errors import DataError, UnavailableError
 from topwork.spec.dataset import DatasetSource

@@ -9,8 +9,8 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from topwork.data.decoding import decode
-from topwork.data.image_validation import validate_image
+from topwork.data.images.decoding import decode
+from topwork.data.images.image_validation import validate_image
 
 PHOTO = np.asarray(Image.radial_gradient("L").resize((60, 40)))
 COLORS = np.dstack([PHOTO, PHOTO[::-1], PHOTO[:, ::-1]])

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from topwork.data import image_validation
-from topwork.data.decode_pool import DecodePool
-from topwork.data.image_validation import Rejection, ValidatedImage, validate_image
+from topwork.data.images import image_validation
+from topwork.data.images.decode_pool import DecodePool
+from topwork.data.images.image_validation import Rejection, ValidatedImage, validate_image
 
 RED, BLUE = (250, 10, 10), (10, 10, 250)
 
@@ -35,7 +35,7 @@ def _pixels(validated):
 
 
 def _decode_with_tensorflow(validated):
-    from topwork.data.decoding import decode
+    from topwork.data.images.decoding import decode
 
     return decode(validated.encoded).numpy()
 
@@ -212,7 +212,7 @@ def test_decode_pool_rejects_an_image_that_crashes_its_worker_and_validates_the_
 
 
 def test_decode_pool_reencodes_a_damaged_file_that_only_pillow_can_decode():
-    from topwork.data.decoding import is_decodable
+    from topwork.data.images.decoding import is_decodable
 
     intact = _encode(_red_and_blue(), "PNG")
     damaged = intact[:-1] + b"\0"  # invalid CRC of the last chunk

@@ -10,7 +10,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 
 from topwork.clients.prometheus.metrics import Metrics, StageProgress, serve_empty_page
 from topwork.clients.prometheus.series import MAX_SERIES
-from topwork.data.image_validation import REASONS
+from topwork.data.images.image_validation import REASONS
 from topwork.spec.evaluation import MetricName
 
 

@@ -14,7 +14,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from topwork.clients.prometheus.metrics import Metrics
-from topwork.data.rejection import Rejection
+from topwork.data.images.rejection import Rejection
 from topwork.data.sources import open_source
 from topwork.data.sources.name_encoding import guess_encoding
 from topwork.data.sources.source import find_similar_class_names

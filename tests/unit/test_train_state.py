@@ -4,7 +4,7 @@ import pytest
 
 from topwork.registry.kept_weights import KeptWeights
 from topwork.spec.training import EarlyStopping
-from topwork.training.train_state import TrainState
+from topwork.training.checkpointing.train_state import TrainState
 
 ACCURACY = EarlyStopping(monitor="accuracy", patience=2)
 

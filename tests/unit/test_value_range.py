@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from topwork.data.image_validation import validate_image
-from topwork.data.value_range import describe_value_range, resolve_value_range, summarize_values
+from topwork.data.images.image_validation import validate_image
+from topwork.data.images.value_range import describe_value_range, resolve_value_range, summarize_values
 from topwork.errors import DataError
 
 RANDOM = np.random.default_rng(3)

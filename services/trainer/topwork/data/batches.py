@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
-from topwork.data.decode_pool import available_cpus
+from topwork.data.images.decode_pool import available_cpus
 from topwork.data.local_dataset import Indices, Split, disable_autotune
 from topwork.data.splits import permutation
 from topwork.errors import DataError

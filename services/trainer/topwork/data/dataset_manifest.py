@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from topwork.artifacts import read_manifest
 from topwork.clients.s3.storage import Storage
-from topwork.data.value_range import ValueStatistics
+from topwork.data.images.value_range import ValueStatistics
 from topwork.errors import DataError
 
 TFDS_NAME = "stored_images"
@@ -36,7 +36,7 @@ class RejectedImage(BaseModel):
 
     Attributes:
         name: Name of the image in its source.
-        reason: One of `topwork.data.image_validation.REASONS`.
+        reason: One of `topwork.data.images.image_validation.REASONS`.
         detail: Error message of the decoder or the source.
     """
 
@@ -55,7 +55,7 @@ class OriginalFile(BaseModel):
         kind: Format and pixels, as in `DatasetMetadata.kinds`.
         name: Name of the image in its source.
         label: Its class name.
-        is_servable: Whether `topwork.data.decoding`, and therefore an exported model, can decode the file.
+        is_servable: Whether `topwork.data.images.decoding`, and therefore an exported model, can decode the file.
     """
 
     model_config = ConfigDict(frozen=True)

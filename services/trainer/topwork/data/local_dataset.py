@@ -17,11 +17,11 @@ import tensorflow as tf
 
 from topwork.artifacts import download_artifact
 from topwork.data.dataset_manifest import SEVERAL_FRAMES, DatasetMetadata, StoredDataset
-from topwork.data.decode_pool import available_cpus
-from topwork.data.decoding import decode, resize
+from topwork.data.images.decode_pool import available_cpus
+from topwork.data.images.decoding import decode, resize
+from topwork.data.images.value_range import FULL_RANGE, ValueRange, describe_value_range, resolve_value_range
 from topwork.data.record_index import RecordIndex, open_record_index
 from topwork.data.splits import SPLIT_NAMES, SourceSplit, format_missing_classes, select_splits
-from topwork.data.value_range import FULL_RANGE, ValueRange, describe_value_range, resolve_value_range
 from topwork.spec import TransferJob
 from topwork.spec.kubernetes_types import quantity_to_bytes
 from topwork.workspace import Workspace

@@ -16,10 +16,10 @@ from topwork.data.dataset_manifest import (
     RejectedImage,
     format_rejections,
 )
-from topwork.data.decode_pool import DecodePool
-from topwork.data.decoding import is_decodable
-from topwork.data.high_bit_depth import PixelValues
-from topwork.data.image_validation import NO_LABEL, Rejection, ValidatedImage
+from topwork.data.images.decode_pool import DecodePool
+from topwork.data.images.decoding import is_decodable
+from topwork.data.images.high_bit_depth import PixelValues
+from topwork.data.images.image_validation import NO_LABEL, Rejection, ValidatedImage
 from topwork.data.sources import Source, SourceImage
 from topwork.errors import DataError
 

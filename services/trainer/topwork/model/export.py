@@ -17,7 +17,7 @@ from topwork.model.classifier import with_precision
 
 
 class Preprocessing(Protocol):
-    """How image files become the input of a model; `topwork.data.decoding.Preprocessing` implements it."""
+    """How image files become the input of a model; `topwork.data.images.decoding.Preprocessing` implements it."""
 
     @property
     def value_range(self) -> tuple[float, float]:

@@ -9,7 +9,7 @@ import keras
 import numpy as np
 import structlog
 
-from topwork.data.decoding import Preprocessing
+from topwork.data.images.decoding import Preprocessing
 from topwork.model.export import add_probabilities, export_model, report_unsupported_format
 from topwork.report.exported_model import load_format
 from topwork.spec import TransferJob

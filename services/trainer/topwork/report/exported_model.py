@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from topwork.data.decode_pool import available_cpus
-from topwork.data.value_range import FULL_RANGE, ValueRange
+from topwork.data.images.decode_pool import available_cpus
+from topwork.data.images.value_range import FULL_RANGE, ValueRange
 from topwork.errors import DataError, quote_error
 
 # float32 or uint8 (batch, height, width, 3) in 0..255 -> float32 (batch, classes)

@@ -15,7 +15,7 @@ from ruamel.yaml import YAML
 
 from topwork.artifacts import download_artifact, read_manifest
 from topwork.clients.s3.storage import Storage
-from topwork.data.value_range import ValueRange
+from topwork.data.images.value_range import ValueRange
 from topwork.errors import DamagedError, DataError
 from topwork.model.export import EXPORTED_FILES
 from topwork.registry import versions

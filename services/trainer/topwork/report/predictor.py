@@ -7,8 +7,8 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from topwork.data.decoding import decode, is_decodable, resize
-from topwork.data.image_validation import validate_image
+from topwork.data.images.decoding import decode, is_decodable, resize
+from topwork.data.images.image_validation import validate_image
 from topwork.errors import DataError, SettingError
 from topwork.model.export import EXPORTED_FILES
 from topwork.report.exported_model import LoadedModel, load_format, load_keras, read_value_range

@@ -9,7 +9,7 @@ from statistics import median_low
 from typing import Any
 
 from topwork.data.dataset_manifest import SEVERAL_FRAMES, DatasetMetadata
-from topwork.data.value_range import describe_value_range, resolve_value_range
+from topwork.data.images.value_range import describe_value_range, resolve_value_range
 from topwork.registry.kept_weights import KeptWeights
 from topwork.registry.stage_results import HistoryRow
 from topwork.report.evaluation import Evaluation

@@ -49,8 +49,8 @@ def write_source_files(
         value_range: Values that become 0 and 255 in images with more than 8 bits per channel.
         forward: The evaluated model.
     """
-    from topwork.data.decoding import decode, resize
-    from topwork.data.image_validation import validate_image
+    from topwork.data.images.decoding import decode, resize
+    from topwork.data.images.image_validation import validate_image
 
     originals = dataset.metadata.originals
     if not originals:

@@ -103,7 +103,8 @@ class FineTune(SpecModel):
         default="best",
         description="Weights to keep. best: those of the epoch with the best monitored metric (earlyStopping.monitor, "
         "or else loss) on the validation split; if no epoch improves on the result of transfer, those of transfer. A "
-        "lower loss with a lower accuracy than that of transfer is no improvement. last: those of the last epoch of fine-tuning. Without a validation split, best is the same as last.",
+        "lower loss with a lower accuracy than that of transfer is no improvement. last: those of the last epoch of "
+        "fine-tuning. Without a validation split, best is the same as last.",
     )
     feature_cache: CacheSetting = Field(
         default="auto",

@@ -13,7 +13,7 @@ from topwork.artifacts import read_json_record, write_artifact
 from topwork.clients.prometheus.metrics import Metrics
 from topwork.clients.s3.storage import Storage
 from topwork.data.dataset_manifest import StoredDataset, dataset_prefix
-from topwork.data.value_range import resolve_value_range
+from topwork.data.images.value_range import resolve_value_range
 from topwork.errors import DataError
 from topwork.registry import versions
 from topwork.registry.kept_weights import KeptWeights
@@ -235,7 +235,7 @@ def _apply_gates(results: Results, workspace: Workspace) -> Results:
 
 
 def _export(results: Results, evaluated: "EvaluatedClassifier", folder: Path) -> Results:
-    from topwork.data.decoding import Preprocessing
+    from topwork.data.images.decoding import Preprocessing
     from topwork.model.export import export_model
     from topwork.report.export_check import check_export
 

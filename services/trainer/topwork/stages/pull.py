@@ -20,12 +20,12 @@ from topwork.data.dataset_manifest import (
     format_rejections,
     read_dataset_metadata,
 )
-from topwork.data.decode_pool import DecodePool
-from topwork.data.image_validation import REASONS
+from topwork.data.images.decode_pool import DecodePool
+from topwork.data.images.image_validation import REASONS
+from topwork.data.images.value_range import summarize_values
 from topwork.data.sources import Source, open_source
 from topwork.data.sources.source import find_similar_class_names
 from topwork.data.splits import check_splits
-from topwork.data.value_range import summarize_values
 from topwork.disk_space import directory_bytes, require_free_space
 from topwork.errors import DataError
 from topwork.registry.datasets import FORMAT, fingerprint_of, read_stored_dataset, select_dataset, write_entries
@@ -228,7 +228,7 @@ def _write_dataset(
     source: Source, fingerprint: str, directory: Path, job: TransferJob, workspace: Workspace
 ) -> tuple[Path, DatasetMetadata]:
     from topwork.data.contradictions import resolve_contradictions
-    from topwork.data.decoding import is_decodable
+    from topwork.data.images.decoding import is_decodable
     from topwork.data.tfds_writer import write_tfds
 
     counts = list(source.splits().values())

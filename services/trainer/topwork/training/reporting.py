@@ -6,9 +6,9 @@ import structlog
 from topwork.model.freezing import count_parameters
 from topwork.registry.kept_weights import KeptWeights
 from topwork.registry.stage_results import Classifier, report_metrics
+from topwork.training.checkpointing.train_state import TrainState
 from topwork.training.input_stalls import input_bound_advice, input_wait_share, is_input_bound
 from topwork.training.plan import StageContext
-from topwork.training.train_state import TrainState
 
 log = structlog.get_logger(__name__)
 

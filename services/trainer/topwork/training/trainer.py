@@ -5,10 +5,8 @@ what a preemptible job needs: checkpoints within an epoch, an exact resume, earl
 restart, and the check that frozen weights did not change.
 """
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import keras
 import structlog
@@ -27,7 +25,6 @@ from topwork.model.freezing import (
     synchronize_batch_norm,
     verify_frozen_unchanged,
 )
-from topwork.progress import Tracker
 from topwork.registry.stage_results import (
     Classifier,
     HistoryRow,
@@ -36,24 +33,21 @@ from topwork.registry.stage_results import (
     store_stage_result,
 )
 from topwork.training import reporting
-from topwork.training.checkpoints import Checkpoint, Checkpoints
-from topwork.training.divergence import diverged_error, first_non_finite
+from topwork.training.checkpointing.checkpoints import Checkpoint, Checkpoints
+from topwork.training.checkpointing.train_state import TrainState
+from topwork.training.checkpointing.variables import StageVariables, all_finite
+from topwork.training.divergence import diverged_error
 from topwork.training.feature_cache.features import delete_features
-from topwork.training.input_stalls import InputStalls
 from topwork.training.inputs import TrainingInputs, prepare_inputs, prepare_model
 from topwork.training.losses import balanced_class_weights, loss_targets, make_accuracy, make_loss
 from topwork.training.optimizers import make_optimizer, moving_averages
 from topwork.training.plan import StageContext, TrainingPhase
 from topwork.training.preflight import check_data, check_metrics, check_replicas
 from topwork.training.strategy import get_strategy, jit_compile
-from topwork.training.train_state import TrainState
+from topwork.training.train_step import StopTraining, TrainStep
 from topwork.training.validation import create_validation
-from topwork.training.variables import StageVariables, all_finite
 
 log = structlog.get_logger(__name__)
-
-# Reading the loss waits for the device: often enough to stop a diverged run soon, rarely enough not to slow it down.
-STEPS_BETWEEN_LOSS_CHECKS = 20
 
 
 class CompletedElsewhere(Exception):  # noqa: N818 - not an error: the result is there
@@ -62,10 +56,6 @@ class CompletedElsewhere(Exception):  # noqa: N818 - not an error: the result is
     def __init__(self, result: Classifier) -> None:
         super().__init__(result.key)
         self.result = result
-
-
-class StopTraining(Exception):  # noqa: N818 - not an error: it ends `fit` between two steps
-    """A stop was requested, and the current step is complete."""
 
 
 def train(
@@ -359,73 +349,3 @@ class Trainer:
 
     def _unfreeze(self, phase: TrainingPhase) -> None:
         set_trainable(self._model.get_layer("base"), phase.unfrozen, batch_norm=self._plan.train_batch_norm)
-
-
-class TrainStep:
-    """Wraps Keras' train function: runs one step, measures it, checks the loss, and handles checkpoints and stops.
-
-    A callback could not distinguish waiting for data from computing: Keras' train function itself takes the next batch.
-    """
-
-    def __init__(self, train_function: Callable[[Iterator[Any]], Any], trainer: Trainer, tracker: Tracker) -> None:
-        """Wrap a train function.
-
-        Args:
-            train_function: Keras' train function: takes an iterator of batches and returns logs.
-            trainer: The trainer; steps are counted in its state.
-            tracker: Progress bar of the steps.
-        """
-        self._train_function, self._trainer, self._tracker = train_function, trainer, tracker
-        self._losses: list[Any] = []
-        self._stalls = InputStalls()
-
-    def __call__(self, batches: Iterator[Any]) -> Any:
-        """Run one step.
-
-        Args:
-            batches: Iterator of batches.
-
-        Returns:
-            The logs of Keras' train function.
-
-        Raises:
-            StopTraining: If a stop was requested before the last step of the epoch. After the last step, the end of
-                the epoch handles it, once its history row is written.
-            DataError: If the loss is NaN or infinite.
-        """
-        trainer, state = self._trainer, self._trainer.state
-        requested = time.perf_counter()
-        batch = next(batches)
-        self._stalls.add_step(requested, time.perf_counter())
-        logs = self._train_function(iter((batch,)))
-        state.step += 1
-        self._losses.append(logs["loss"])
-        self._tracker.advance()
-        is_last, is_stopping = state.step == trainer.steps_per_epoch, trainer.workspace.stop.is_set()
-        should_save = not is_last and (is_stopping or trainer.checkpoint_is_due())
-        # The loss is checked before every checkpoint: a diverged model must not replace a good checkpoint.
-        if is_last or should_save or state.step % STEPS_BETWEEN_LOSS_CHECKS == 0:
-            self._check_losses()
-            self._record_stalls()
-        seconds = time.perf_counter() - requested
-        state.epoch_seconds += seconds
-        trainer.workspace.metrics.record_step(trainer.batch_size, seconds)
-        if is_stopping and not is_last:
-            raise StopTraining
-        if should_save:
-            trainer.save_checkpoint()
-        return logs
-
-    def _check_losses(self) -> None:
-        losses, self._losses = self._losses, []
-        if (non_finite := first_non_finite(losses)) is None:
-            return
-        index, value = non_finite
-        epoch = self._trainer.state.epoch + 1
-        step = self._trainer.state.step - len(losses) + index + 1
-        raise self._trainer.divergence_error(f"The loss is {value} in epoch {epoch} at step {step}", epoch, step)
-
-    def _record_stalls(self) -> None:
-        waited, computed = self._stalls.take_totals(time.perf_counter())
-        self._trainer.state.epoch_wait_seconds += waited
-        self._trainer.workspace.metrics.record_step_time(waited, computed)

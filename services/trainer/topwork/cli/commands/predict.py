@@ -21,7 +21,7 @@ from topwork.cli.options import State
 from topwork.cli.runtime.storage import open_storage
 from topwork.cli.runtime.tensorflow_import import quiet_tensorflow_import
 from topwork.clients.s3.storage import Storage
-from topwork.data.rejection import EMPTY, MAX_BYTES, TOO_LARGE, UNKNOWN_FORMAT, Rejection
+from topwork.data.images.rejection import EMPTY, MAX_BYTES, TOO_LARGE, UNKNOWN_FORMAT, Rejection
 from topwork.data.sources.folder import ListedFile, list_directory, list_prefix
 from topwork.data.sources.source import IMAGE_SUFFIXES, escape_name, is_ignored
 from topwork.errors import DataError, SettingError

@@ -10,7 +10,7 @@ from typing import Any
 import structlog
 
 from topwork.clients.s3.storage import Storage
-from topwork.data.rejection import UNSAFE, Rejection
+from topwork.data.images.rejection import UNSAFE, Rejection
 from topwork.data.sources.archive_limits import MAX_DEPTH, MAX_PATH_LENGTH
 from topwork.data.sources.archive_members import ArchiveMember, NameDecoder, open_archive, split_member_path
 from topwork.data.sources.class_directories import MAX_NAMES_SHOWN, ClassDirectories

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, cast
 
-from topwork.data.rejection import MAX_BYTES, TOO_LARGE, UNDECODABLE, UNSAFE, Rejection
+from topwork.data.images.rejection import MAX_BYTES, TOO_LARGE, UNDECODABLE, UNSAFE, Rejection
 from topwork.data.sources.archive_limits import (
     MAX_DEPTH,
     MAX_PATH_LENGTH,

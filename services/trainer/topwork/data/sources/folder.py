@@ -10,7 +10,7 @@ from typing import Any
 import structlog
 
 from topwork.clients.s3.storage import Storage
-from topwork.data.rejection import MAX_BYTES, MISSING, TOO_LARGE, Rejection
+from topwork.data.images.rejection import MAX_BYTES, MISSING, TOO_LARGE, Rejection
 from topwork.data.sources.class_directories import MAX_NAMES_SHOWN, ClassDirectories
 from topwork.data.sources.source import (
     TRAIN,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from topwork.clients.s3.objects import StoredObject
 from topwork.clients.s3.storage import Storage
-from topwork.data.rejection import MAX_BYTES, MISSING, TOO_LARGE, Rejection
+from topwork.data.images.rejection import MAX_BYTES, MISSING, TOO_LARGE, Rejection
 from topwork.data.sources.missing_images import explain_missing_file, explain_missing_object
 from topwork.data.sources.source import normalize_name
 from topwork.errors import DataError

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from topwork.clients.s3.storage import Storage
-from topwork.training.write_failures import WriteFailures
+from topwork.training.checkpointing.write_failures import WriteFailures
 
 # Larger features are not stored but computed again on resume: transferring them would take longer.
 MAX_STORED_BYTES = 4 * 2**30

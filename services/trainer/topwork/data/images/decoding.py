@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import tensorflow as tf
 
-from topwork.data.exif_orientation import apply_orientation, jpeg_orientation, png_orientation, webp_orientation
-from topwork.data.high_bit_depth import MARKER_CHUNK
-from topwork.data.value_range import FULL_RANGE, ValueRange
+from topwork.data.images.exif_orientation import apply_orientation, jpeg_orientation, png_orientation, webp_orientation
+from topwork.data.images.high_bit_depth import MARKER_CHUNK
+from topwork.data.images.value_range import FULL_RANGE, ValueRange
 
 # Bytes before the pixels that are inspected; shorter files are padded with zeros.
 _HEADER_BYTES = 64
@@ -179,7 +179,7 @@ def _decode_16_bit(encoded: tf.Tensor, header: tf.Tensor, value_range: tf.Tensor
 
 
 def _decode_packed(encoded: tf.Tensor, header: tf.Tensor, value_range: tf.Tensor) -> tf.Tensor:
-    """Decode values that are not 16-bit integers; see `topwork.data.high_bit_depth`."""
+    """Decode values that are not 16-bit integers; see `topwork.data.images.high_bit_depth`."""
     pixels = tf.io.decode_png(encoded, channels=4)
     values = tf.where(
         header[41] == ord("f"),

@@ -1,12 +1,12 @@
 """Images with more than 8 bits per channel: reads, measures and stores their pixel values without loss.
 
 Pillow keeps only the upper 8 bits of most of them, so the upper and the lower byte of each value are read separately.
-Runs in worker processes and does not import NumPy, for the reason in `topwork.data.decode_pool`.
+Runs in worker processes and does not import NumPy, for the reason in `topwork.data.images.decode_pool`.
 
 Stored as PNG: values from 0 to 65535 as 16-bit grayscale or RGB, with or without alpha. Other values (32-bit integers,
 floating point, negative numbers) are stored as an RGBA image whose four bytes are the little-endian value. A private
-chunk `twPx` after the header marks these, and images in which the lowest value is white. `topwork.data.decoding` reads
-this form.
+chunk `twPx` after the header marks these, and images in which the lowest value is white.
+`topwork.data.images.decoding` reads this form.
 """
 
 import array
@@ -21,8 +21,8 @@ from typing import cast
 
 from PIL import Image, ImageFile
 
-from topwork.data.image_metadata import PNG_SIGNATURE, find_png_chunk
-from topwork.data.rejection import UNKNOWN_FORMAT, Rejection
+from topwork.data.images.image_metadata import PNG_SIGNATURE, find_png_chunk
+from topwork.data.images.rejection import UNKNOWN_FORMAT, Rejection
 
 MARKER_CHUNK = b"twPx"
 """PNG chunk after the header: the kind of the values (u, i or f), then 1 if the lowest value is white, otherwise 0."""

@@ -7,8 +7,8 @@ import numpy as np
 
 from topwork.errors import DataError, FormatError
 from topwork.model.freezing import frozen_variables, hash_variables
-from topwork.training.checkpoints import Checkpoint
-from topwork.training.train_state import TrainState
+from topwork.training.checkpointing.checkpoints import Checkpoint
+from topwork.training.checkpointing.train_state import TrainState
 
 
 class StageVariables:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import tensorflow as tf
 
-from topwork.data.image_metadata import EXIF_HEADER
+from topwork.data.images.image_metadata import EXIF_HEADER
 
 _ORIENTATION = 0x0112
 _UPRIGHT = 1

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict
 from topwork.errors import DataError
 
 if TYPE_CHECKING:  # imports Pillow, which is not installed where jobs are only submitted
-    from topwork.data.high_bit_depth import PixelValues
+    from topwork.data.images.high_bit_depth import PixelValues
 
 ValueRange = tuple[float, float]
 """The values that become 0 and 255. Values outside are clipped."""

@@ -18,8 +18,8 @@ from pydantic import ValidationError
 
 from topwork.artifacts import MANIFEST_NAME, download_artifact, write_artifact
 from topwork.errors import DamagedError, DataError, FormatError, UnavailableError
-from topwork.training.train_state import TrainState
-from topwork.training.write_failures import WriteFailures
+from topwork.training.checkpointing.train_state import TrainState
+from topwork.training.checkpointing.write_failures import WriteFailures
 from topwork.workspace import Workspace
 
 log = structlog.get_logger(__name__)

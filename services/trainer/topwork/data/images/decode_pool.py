@@ -17,7 +17,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Self, TypeVar
 
-from topwork.data.image_validation import CRASHED, HUNG, Rejection, ValidatedImage, validate_image
+from topwork.data.images.image_validation import CRASHED, HUNG, Rejection, ValidatedImage, validate_image
 from topwork.errors import DataError, UnavailableError
 
 # Spawn, not fork: the threads of TensorFlow do not survive a fork.

@@ -12,15 +12,15 @@ from dataclasses import dataclass, replace
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from topwork.data.dataset_manifest import SEVERAL_FRAMES
-from topwork.data.high_bit_depth import (
+from topwork.data.images.high_bit_depth import (
     MARKER_CHUNK,
     TRANSPOSITIONS,
     HighBitDepthImage,
     PixelValues,
     read_high_bit_depth,
 )
-from topwork.data.image_metadata import MAX_STORED_METADATA_BYTES, find_png_chunk, remove_metadata
-from topwork.data.rejection import (
+from topwork.data.images.image_metadata import MAX_STORED_METADATA_BYTES, find_png_chunk, remove_metadata
+from topwork.data.images.rejection import (
     CRASHED,
     EMPTY,
     HUNG,
@@ -85,11 +85,11 @@ class ValidatedImage:
 
     Attributes:
         encoded: Bytes of an upright RGB or grayscale JPEG or PNG file with 8 bits per channel, or of a PNG file as
-            described in `topwork.data.high_bit_depth`.
+            described in `topwork.data.images.high_bit_depth`.
         sha256: Hex digest of the size and the pixels, independent of the encoding.
         kind: Format and pixels of the original file, such as `PNG RGBA` or `JPEG RGB, EXIF orientation`.
         values: Pixel values; None for an image with 8 bits per channel.
-        original: The original file, if `encoded` is another one. Set by `topwork.data.decode_pool`.
+        original: The original file, if `encoded` is another one. Set by `topwork.data.images.decode_pool`.
     """
 
     encoded: bytes
@@ -193,7 +193,7 @@ def _describe_start(data: bytes) -> str:
 
 
 def _read_orientation(image: ImageFile.ImageFile) -> int:
-    """Read the orientation as `topwork.data.decoding` does: from EXIF data, or from the TIFF tag."""
+    """Read the orientation as `topwork.data.images.decoding` does: from EXIF data, or from the TIFF tag."""
     try:
         if image.format == "TIFF":
             value = getattr(image, "tag_v2", {}).get(_ORIENTATION, _UPRIGHT)

@@ -1,0 +1,1 @@
+"""Image files: validation in worker processes, decoding in a TensorFlow graph, and value ranges."""

@@ -1,0 +1,1 @@
+"""Checkpoints of a training stage: the state that they store, and how failed writes are handled."""
