@@ -1,4 +1,4 @@
-"""One step of the training loop of Keras: measured, checked for a diverged loss, and followed by a checkpoint or a stop."""
+"""One training step of Keras: measured, checked for divergence, and followed by a checkpoint or stop if one is due."""
 
 import time
 from collections.abc import Callable, Iterator
