@@ -92,7 +92,7 @@ def job_patch(metadata: KubernetesObject, **fields: KubernetesObject) -> Kuberne
 
 def queues() -> list[KubernetesObject]:
     """Build the objects of a queue: a resource flavor, a cluster queue with quotas, and a local queue."""
-    quantities = {"cpu": 32, "memory": "128Gi", GPU_RESOURCE: 4}
+    quantities = {"cpu": 32, "memory": "128Gi", "ephemeral-storage": "500Gi", GPU_RESOURCE: 4}
     quotas = [{"name": resource, "nominalQuota": quantity} for resource, quantity in quantities.items()]
     cluster_metadata = {"name": QUEUE, "labels": dict(LABELS)}
     spec = {

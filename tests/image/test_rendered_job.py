@@ -53,14 +53,26 @@ def test_rendered_job_publishes_a_model_that_plain_keras_loads(transfer_pod, sol
     metrics = json.loads(solar.at(model).read("metrics.json"))["metrics"]
     result = terminated["transfer"].lines("done")[0]
     best = terminated["transfer"].lines("epoch", epoch=result["best_epoch"])[0]
+    kept = terminated["fine-tune"].lines("kept weights")[-1]["weights"].partition(" (")[0]
     common = {"outcome": "done", "exit_code": 0, "run": job.run}
     assert [terminated[stage].termination_message for stage in STAGES] == [
         TerminationMessage(stage="pull", **common),
         TerminationMessage(
-            stage="transfer", **common, epochs=25, metric="validation_accuracy", value=best["validation_accuracy"]
+            stage="transfer",
+            **common,
+            epochs=25,
+            metric="validation_accuracy",
+            value=best["validation_accuracy"],
+            weights_from=f"transfer, epoch {result['best_epoch']}",
         ),
         TerminationMessage(
-            stage="fine-tune", **common, epochs=13, metric="accuracy", value=metrics["accuracy"], model=model
+            stage="fine-tune",
+            **common,
+            epochs=13,
+            metric="accuracy",
+            value=metrics["accuracy"],
+            model=model,
+            weights_from=kept,
         ),
     ]
 

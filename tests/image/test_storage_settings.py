@@ -37,9 +37,10 @@ def test_missing_secret_is_reported_with_exit_code_2(pull):
     assert "topwork-s3" in failure_message(job, terminated)
 
 
-def test_wrong_secret_key_is_reported_with_exit_code_2_and_not_logged(pull, secret):
+def test_wrong_secret_key_is_reported_with_exit_code_75_and_not_logged(pull, secret):
+    # A corrected Secret works without a new Job, so the pod is retried.
     job, terminated = pull(secret | {"AWS_SECRET_ACCESS_KEY": "not-the-secret-key"})
-    assert terminated.exit_code == 2
+    assert terminated.exit_code == 75
     assert "AWS_SECRET_ACCESS_KEY" in failure_message(job, terminated)
     assert "not-the-secret-key" not in terminated.log
 

@@ -102,10 +102,12 @@ SITUATIONS: dict[tuple[str, str], list[tuple[Prepare, list[str]]]] = {
     ("top", "no such job or run"): [(start, ["top", "roses", "-n", "team-a"])],
     ("status --follow", "the run fails"): [(fail, ["status", "flowers", "--follow"])],
 }
-# Tested in test_submit.py and test_follow.py.
+# Tested in test_submit.py, test_submit_source.py and test_follow.py.
 ELSEWHERE = {
     ("submit", "the same run exists with the same settings: it is left unchanged"),
-    ("submit", "the same run is not finished and has different settings"),
+    ("submit", "the same run is not finished and has different settings, or `--restart` is given"),
+    ("submit", "the source cannot be checked from here: a note says so"),
+    ("submit", "the source does not exist, or `--pinned` finds no dataset"),
     ("status --follow", "the Job is deleted"),
 }
 CODE_OF_RUN = {"that of the run": "2"}

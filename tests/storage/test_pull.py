@@ -34,11 +34,12 @@ def test_pull_stores_a_dataset_that_a_second_pull_reuses(make_job, workspace, tw
     assert {item.key: item.etag for item in workspace.storage.list()} == before
 
 
-def test_pull_keeps_the_dataset_of_a_run_when_its_source_changes(make_job, workspace, two_class_folder):
+def test_pull_stores_a_new_dataset_when_the_source_has_changed(make_job, workspace, two_class_folder):
     stored = pull(make_job(), workspace)
+    assert pull(make_job(seed=7), workspace) == stored
     (two_class_folder / "red" / "00.jpg").unlink()
-    assert pull(make_job(), workspace) == stored
-    assert pull(make_job(seed=7), workspace).metadata.images == 39
+    changed = pull(make_job(), workspace)
+    assert (changed.prefix != stored.prefix, changed.metadata.images) == (True, 39)
 
 
 def test_tfds_reads_the_stored_dataset(make_job, workspace, two_class_folder, tmp_path):

@@ -5,6 +5,7 @@ import posixpath
 import unicodedata
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from topwork.clients.s3.storage import Storage
 from topwork.data.images.rejection import MAX_BYTES, MISSING, TOO_LARGE, Rejection
 from topwork.data.sources.missing_images import explain_missing_file, explain_missing_object
 from topwork.data.sources.source import normalize_name
-from topwork.errors import DataError
+from topwork.errors import DataError, SettingError
 from topwork.workspace import Workspace
 
 MAX_SINGLE_REQUESTS = 500
@@ -70,7 +71,9 @@ class TableImages:
                 root, key = self._locate(image)
                 keys.setdefault(root, {}).update(dict.fromkeys(_spellings(key), (None, None)))
         for root, found in keys.items():
-            self._find_versions(self._storage(root), found)
+            # The images of a bucket that does not exist are missing; the pull rejects them one by one.
+            with suppress(SettingError):
+                self._find_versions(self._storage(root), found)
 
         def version(image: str) -> SizeAndVersion:
             if not image:
@@ -150,7 +153,11 @@ class TableImages:
             return f"{root}/{stored.key}" if stored else None
 
         parent = self._parent if self._is_on_s3 else root
-        raise Rejection(MISSING, explain_missing_object(image, f"{root}/{key}", parent, find))
+        try:
+            reason = explain_missing_object(image, f"{root}/{key}", parent, find)
+        except SettingError as error:
+            reason = str(error)
+        raise Rejection(MISSING, reason)
 
 
 def _spellings(name: str) -> tuple[str, ...]:
