@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import sys
 import threading
 import uuid
@@ -28,14 +29,18 @@ BUCKET = "topwork-test"
 
 @pytest.fixture(autouse=True)
 def restore_process_settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Restore the process-wide settings that a command changes: logging and the hooks for unhandled exceptions."""
+    """Restore the process-wide settings that a command changes: logging, signals, hooks for unhandled exceptions."""
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
     monkeypatch.setattr(threading, "excepthook", threading.excepthook)
     monkeypatch.setattr(logging, "raiseExceptions", logging.raiseExceptions)
     configure_structlog()
     root, topwork = logging.getLogger(), logging.getLogger("topwork")
     handlers, levels = root.handlers[:], (root.level, topwork.level)
+    # Child processes inherit ignored signals.
+    signal_handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)}
     yield
+    for number, handler in signal_handlers.items():
+        signal.signal(number, handler)
     logging.captureWarnings(False)
     root.handlers = handlers
     root.setLevel(levels[0])
