@@ -4,9 +4,13 @@
 the other; each skips the stages that are already complete in storage.
 """
 
+import structlog
+
+from topwork.clients.s3.errors import AccessError
 from topwork.clients.s3.storage_check import check_storage
 from topwork.data.dataset_manifest import StoredDataset
 from topwork.disk_space import report_full_disk
+from topwork.errors import UnavailableError
 from topwork.registry.stage_results import ROOT, Classifier
 from topwork.spec import TransferJob
 from topwork.spec.yaml_output import dump_job
@@ -16,6 +20,8 @@ from topwork.stages.pull import pull
 from topwork.stages.transfer import transfer
 from topwork.training.strategy import get_strategy
 from topwork.workspace import Workspace
+
+log = structlog.get_logger(__name__)
 
 
 def run(job: TransferJob, workspace: Workspace) -> Published:
@@ -56,7 +62,7 @@ def run_transfer(job: TransferJob, workspace: Workspace) -> Classifier:
 def run_pull(job: TransferJob, workspace: Workspace) -> StoredDataset:
     """Run a job up to its stored dataset. Another process may pull for the same run at the same time."""
     with report_full_disk(workspace.scratch):
-        check_storage(workspace.storage)
+        check_operations(workspace)
         store_spec(job, workspace)
         return pull(job, workspace)
 
@@ -70,10 +76,29 @@ def prepare_training(job: TransferJob, workspace: Workspace) -> None:
     """
     # Replicas must be configured before pull initializes TensorFlow.
     get_strategy(workspace.replicas)
-    # An operation that the server does not support must not fail the run after it has trained.
-    check_storage(workspace.storage)
+    check_operations(workspace)
     abort_incomplete_uploads(job, workspace)
     store_spec(job, workspace)
+
+
+def check_operations(workspace: Workspace) -> None:
+    """Check that storage supports all operations: one that it does not support must not fail the run after training.
+
+    A server that fails or cannot be reached for the moment is left to the operations themselves, which are retried.
+
+    Args:
+        workspace: Storage of the run.
+
+    Raises:
+        SettingError: If the server does not support an operation.
+        AccessError: If the credentials are rejected, or do not permit an operation.
+    """
+    try:
+        check_storage(workspace.storage)
+    except AccessError:
+        raise
+    except UnavailableError as error:
+        log.warning("storage check was interrupted", reason=str(error))
 
 
 def abort_incomplete_uploads(job: TransferJob, workspace: Workspace) -> None:

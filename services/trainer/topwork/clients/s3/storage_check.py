@@ -30,7 +30,7 @@ from topwork.clients.s3.errors import (
 )
 from topwork.clients.s3.part_upload import PartUpload
 from topwork.clients.s3.storage import PROBE_PREFIX, Storage
-from topwork.errors import SettingError
+from topwork.errors import SettingError, UnavailableError
 
 log = structlog.get_logger(__name__)
 
@@ -89,7 +89,7 @@ class StorageCheck:
         # Objects of checks that were killed.
         self._old_keys: list[str] = []
         self._failures: list[str] = []
-        self._is_denied = False
+        self._is_denied = self._is_damaged = False
 
     def run(self) -> None:
         """Run all operations, and raise one error for those that failed."""
@@ -105,7 +105,7 @@ class StorageCheck:
         if self._failures:
             with tolerate_cleanup_failure("objects of the storage check"), self._storage.translate_errors():
                 self._server.deletion.delete(self._plain["Bucket"], [self._plain["Key"], self._conditional["Key"]])
-            kind = AccessError if self._is_denied else SettingError
+            kind = AccessError if self._is_denied else UnavailableError if self._is_damaged else SettingError
             raise kind("\n".join([f"{self._storage.uri} at {self._server.endpoint} can't be used:", *self._failures]))
 
     def _run(self, name: str, operation: Callable[[], str | None]) -> None:
@@ -118,6 +118,7 @@ class StorageCheck:
                 if not _is_unsupported(error):
                     raise
                 self._is_denied |= http_status(error) in {401, 403}
+                self._is_damaged |= error_code(error) in DAMAGED_REQUEST_CODES
                 problem = f"{error_code(error)}: {error.response.get('Error', {}).get('Message') or 'no message'}"
         if problem is None:
             self._report(name, time.monotonic() - started)
