@@ -83,6 +83,7 @@ def observed_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObservedR
     file = ROOT / "examples/solar-transfer.yaml"
     ((_, job),) = read_files([file], TRANSFER)
     run_topwork(directory, "run", str(ROOT / "examples/solar-base.yaml"), *set_options(BASE), with_images=True)
+    job = job.as_run(name_of_run(directory, str(file), *set_options(TRANSFER)))
     pod, port, exporter = f"{job.run}-abcde", free_port(), Exporter()
     exporter.pages |= {
         "/kube": kube_state_page(NAMESPACE, job.run, pod, complete=False),
@@ -165,6 +166,13 @@ def run_topwork(directory: Path, *arguments: str, with_images: bool = False) -> 
         commands.insert(0, [sys.executable, str(ROOT / "examples/solar/upload_images.py")])
     for command in commands:
         subprocess.run(command, env=environment(directory), cwd=directory, check=True, capture_output=True, timeout=900)
+
+
+def name_of_run(directory: Path, *arguments: str) -> str:
+    """Return the name that `topwork run` gives to a run: it depends on the images, too."""
+    command = [sys.executable, "-m", "topwork", "describe", *arguments, "--json"]
+    described = subprocess.run(command, env=environment(directory), cwd=directory, check=True, capture_output=True)
+    return str(json.loads(described.stdout)[0]["run"])
 
 
 def start_topwork(directory: Path, *arguments: str) -> "subprocess.Popen[bytes]":
