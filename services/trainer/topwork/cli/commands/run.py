@@ -74,7 +74,8 @@ def run(
     )
     published = []
     for job in jobs:
-        metrics.start_job(job=job.metadata.name, run=job.run, stage="run", version=__version__)
+        # The run is named after the check of its source. An empty label is none.
+        metrics.start_job(job=job.metadata.name, run="", stage="run", version=__version__)
         with record_outcome(job, metrics, served=metrics_port is not None):
             published.append(runner.run(job))
             for line in published[-1].summary():
