@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import subprocess
 import sys
 import threading
 import uuid
@@ -64,6 +65,23 @@ def workspace(storage: Storage, tmp_path: Path) -> Workspace:
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     return Workspace(storage=storage, metrics=Metrics(), progress=NoProgress(), scratch=scratch)
+
+
+@pytest.fixture
+def mount_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """Mount a tmpfs file system of a number of bytes; it is unmounted after the test."""
+    disk = tmp_path / "disk"
+
+    def mount(size: int) -> Path:
+        disk.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)]
+        if subprocess.run(command, capture_output=True, check=False).returncode:
+            pytest.skip("needs to mount a small disk: run as root (in a container with --cap-add SYS_ADMIN)")
+        return disk
+
+    yield mount
+    if disk.is_mount():
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import errno
 import gc
 import os
 import shutil
-import subprocess
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -26,15 +25,9 @@ DISK_BYTES = 80 << 20
 
 
 @pytest.fixture
-def small_disk(tmp_path):
+def small_disk(mount_disk):
     """A tmpfs file system of 80 MiB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(disk)]
-    if subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("needs to mount a small disk: run as root (in a container with --cap-add SYS_ADMIN)")
-    yield disk
-    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+    return mount_disk(DISK_BYTES)
 
 
 def fill_disk(disk: Path, free: int) -> None:

@@ -1,6 +1,5 @@
 """Checkpoints that cannot be stored: reported at once, tried again, and an error of the stage if that persists."""
 
-import subprocess
 from dataclasses import replace
 
 import numpy as np
@@ -63,15 +62,9 @@ def stored_names(storage):
 
 
 @pytest.fixture
-def small_disk(tmp_path):
+def small_disk(mount_disk):
     """A tmpfs file system of 4 MiB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(disk)]
-    if subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("needs to mount a small disk: run as root (in a container with --cap-add SYS_ADMIN)")
-    yield disk
-    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+    return mount_disk(DISK_BYTES)
 
 
 def test_full_disk_is_reported_and_the_next_checkpoint_is_stored(open_checkpoints, small_disk, storage):
