@@ -1,7 +1,5 @@
 """Containers with failing storage or a full scratch volume: exit code, termination message and log line."""
 
-import subprocess
-
 import pytest
 from tests.faults.proxy import Fault, error, run_proxy
 
@@ -25,17 +23,9 @@ def test_storage_fault_exits_with_its_code_and_one_error_line(pod, write_job, s3
     assert [line["message"] for line in container.lines if line["level"] == "error"] == [message.error]
 
 
-def test_full_scratch_is_reported_and_retryable(pod, write_job, tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(disk)]
-    if subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("needs the right to mount a tmpfs: run as root (in a container with --cap-add SYS_ADMIN)")
-    try:
-        pod.scratch = disk
-        code, message, container = pod.run("pull", write_job())
-    finally:
-        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+def test_full_scratch_is_reported_and_retryable(pod, write_job, mount_disk):
+    disk = pod.scratch = mount_disk(200 << 10)
+    code, message, container = pod.run("pull", write_job())
     assert code == message.exit_code == 75
     assert f"but {disk}/tiny-" in message.error
     assert " free. Free space there, or use a larger disk or another node, then start again." in message.error
