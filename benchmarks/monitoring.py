@@ -2,7 +2,7 @@
 
     python benchmarks/monitoring.py        about five minutes on two CPU cores; requires make prometheus
 
-Runs examples/solar-base.yaml and examples/solar-transfer.yaml with two replicas, while Prometheus scrapes them and
+Runs solar-base.yaml and solar-transfer.yaml of tests/fixtures/jobs with two replicas, while Prometheus scrapes them and
 evaluates the rules of the chart. Then sends the queries of the panels and draws the responses, except for panels that
 require GPUs or a cluster.
 """
@@ -64,7 +64,7 @@ def run_examples(directory: Path, port: int, prometheus: Prometheus) -> Iterator
         start = time.time()
         values = [*overrides, f"spec.metrics.lingerSeconds={LINGER_SECONDS}"]
         settings = [argument for value in values for argument in ("--set", value)]
-        command = [sys.executable, "-m", "topwork", "run", ROOT / f"examples/{name}.yaml", "--replicas", "2"]
+        command = [sys.executable, "-m", "topwork", "run", ROOT / f"tests/fixtures/jobs/{name}.yaml", "--replicas", "2"]
         process = subprocess.Popen([*command, "--metrics-port", str(port), *settings], env=environment)
         query = f'topwork_stage_duration_seconds{{transferjob="{name}", stage="publish"}}'
         prometheus.wait_for(query, process, seconds=600)

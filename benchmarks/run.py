@@ -84,7 +84,7 @@ def validate_seconds() -> float:
     for _ in range(5):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run(
-            [sys.executable, "-m", "topwork", "validate", "examples/solar-base.yaml"],
+            [sys.executable, "-m", "topwork", "validate", "examples/solar-scratch.yaml"],
             check=True,
             stdout=subprocess.DEVNULL,
         )

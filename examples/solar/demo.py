@@ -1,8 +1,8 @@
 """`make demo`: trains on real images of solar cells, and compares results with and without transfer learning.
 
-1. solar-base trains a CNN from scratch to classify monocrystalline cells as sound or defective.
-2. solar-transfer transfers it to polycrystalline cells, with 10 images per class.
-3. solar-scratch trains on the same images without transfer.
+1. Converts EfficientNet-Lite0 with ImageNet weights to a Keras model, and checks it on known photographs.
+2. solar-transfer trains a new head on its features to tell defective cells from sound ones, with 100 images per class.
+3. solar-scratch trains a small CNN on the same images without transfer.
 """
 
 import json
@@ -13,6 +13,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from upload_base import upload_base
 from upload_images import STORAGE, upload_images
 
 from topwork.cli.runtime.storage import open_storage
@@ -24,15 +25,16 @@ COMPARED_JOBS = {"solar-scratch": "without transfer", "solar-transfer": "with tr
 def main() -> None:
     """Run the jobs, fetch their models and print a table of the results."""
     with open_storage(STORAGE) as storage:
+        upload_base(storage)
         counts = upload_images(storage)
-    print("Images:", ", ".join(f"{count} {kind}crystalline cells" for kind, count in counts.items()))
-    for name in ("solar-base", *COMPARED_JOBS):
+    print(f"Base: EfficientNet-Lite0 with ImageNet weights. Images: {counts['poly']} polycrystalline cells.")
+    for name in COMPARED_JOBS:
         topwork("run", f"examples/{name}.yaml")
     directories = {name: fetch_model(name) for name in COMPARED_JOBS}
     metrics = {
         name: json.loads((directory / "metrics.json").read_text())["metrics"] for name, directory in directories.items()
     }
-    table = Table("metric on test split", title="Polycrystalline cells, 10 training images per class")
+    table = Table("metric on test split", title="Polycrystalline cells, 100 training images per class")
     for title in COMPARED_JOBS.values():
         table.add_column(title, justify="right")
     for metric in ("accuracy", "f1", "auc", "loss"):

@@ -66,7 +66,8 @@ def test_mirrored_job_connects_only_to_its_storage(offline, write_job, storage, 
     model.save_weights(tmp_path / "downloaded.weights.h5")
     prepare_dataset(tmp_path / "data", "cats_vs_dogs", "4.0.1", ("cat", "dog"), {"train": 60})
 
-    completed = offline("mirror", "weights", storage.uri, "MobileNetV2", "--file", tmp_path / "downloaded.weights.h5")
+    downloaded = tmp_path / "downloaded.weights.h5"
+    completed = offline("mirror", "weights", storage.uri, "--from", downloaded, "--as", "MobileNetV2")
     weights = f"{storage.uri}/weights/imagenet/MobileNetV2.weights.h5"
     assert (completed.returncode, completed.stdout) == (0, f"mirrored {weights}\n"), completed.stderr
     completed = offline("mirror", "tfds", storage.uri, "cats_vs_dogs", "--data-dir", tmp_path / "data")

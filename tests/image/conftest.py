@@ -1,4 +1,4 @@
-"""Fixtures of the image tests: the built image, pods of rendered Jobs, a real S3 server, and the solar examples."""
+"""Fixtures of the image tests: the built image, pods of rendered Jobs, a real S3 server, and jobs on solar cells."""
 
 import os
 import subprocess
@@ -30,7 +30,7 @@ def image() -> str:
         if os.environ.get("CI") == "true":
             pytest.fail(MISSING)
         pytest.skip(MISSING)
-    job = read_example("solar-transfer")
+    job = read_fixture_job("solar-transfer")
     name = str(render(job, RenderOptions()).training["spec"]["template"]["spec"]["containers"][0]["image"])
     base = next(line for line in Path("Dockerfile").read_text().splitlines() if line.startswith("ARG BASE="))
     run_build("tests/image/base_image.sh", base.removeprefix("ARG BASE="))
@@ -53,9 +53,9 @@ def run_build(*command: str) -> None:
     assert completed.returncode == 0, completed.stdout
 
 
-def read_example(name: str, **spec: Any) -> TransferJob:
-    """Read an example; keyword arguments replace top-level keys of its spec."""
-    (job,) = read_jobs(Path("examples") / f"{name}.yaml")
+def read_fixture_job(name: str, **spec: Any) -> TransferJob:
+    """Read a job of tests/fixtures; keyword arguments replace top-level keys of its spec."""
+    (job,) = read_jobs(Path("tests/fixtures/jobs") / f"{name}.yaml")
     content = job.model_dump(mode="json", by_alias=True, exclude_unset=True)
     return TransferJob.model_validate(content | {"spec": content["spec"] | spec})
 
@@ -73,8 +73,8 @@ def secret(s3_settings: StorageSettings) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def solar(s3_settings: StorageSettings, secret: dict[str, str]) -> Storage:
-    """Storage of the solar examples, with their images."""
-    uri = read_example("solar-transfer").spec.storage
+    """Storage of the jobs, with the images of solar cells."""
+    uri = read_fixture_job("solar-transfer").spec.storage
     create_bucket(s3_settings, uri.removeprefix("s3://").split("/")[0])
     subprocess.run([sys.executable, "examples/solar/upload_images.py", uri], env=os.environ | secret, check=True)
     return Storage(uri, s3_settings)
@@ -118,8 +118,8 @@ def make_pod(image: str, secret: dict[str, str], tmp_path: Path) -> Iterator[Cal
 def solar_base(
     image: str, secret: dict[str, str], solar: Storage, tmp_path_factory: pytest.TempPathFactory
 ) -> TransferJob:
-    """The job that trains the base of the transfer example. It has already completed in the image."""
-    job = read_example("solar-base")
+    """The job that trains the base of solar-transfer. It has already completed in the image."""
+    job = read_fixture_job("solar-base")
     pods = PodFactory(tmp_path_factory.mktemp("solar-base"), secret)
     pod = pods(job)
     for name in pod.containers:

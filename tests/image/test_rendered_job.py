@@ -1,4 +1,4 @@
-"""The rendered Job of examples/solar-transfer.yaml, run in the image container by container."""
+"""The rendered Job of tests/fixtures/jobs/solar-transfer.yaml, run in the image container by container."""
 
 import json
 import subprocess
@@ -6,7 +6,7 @@ import sys
 import urllib.request
 
 import pytest
-from tests.image.conftest import read_example
+from tests.image.conftest import read_fixture_job
 
 from topwork.cluster.names import METRICS_PORTS, STAGES
 from topwork.cluster.termination_message import TerminationMessage
@@ -25,8 +25,8 @@ print(json.dumps(keras.models.load_model(model).predict(image[np.newaxis], verbo
 
 @pytest.fixture
 def transfer_pod(make_pod, solar_base):
-    """The pod and the job of the transfer example, which uses the model of the base example."""
-    job = read_example("solar-transfer")
+    """The pod and the job of solar-transfer, which uses the model of solar-base."""
+    job = read_fixture_job("solar-transfer")
     return make_pod(job), job
 
 

@@ -4,7 +4,7 @@ import csv
 import io
 
 import pytest
-from tests.image.conftest import read_example
+from tests.image.conftest import read_fixture_job
 
 from topwork.cluster.termination_message import TerminationMessage
 
@@ -18,12 +18,12 @@ DOWNLOADED_BYTES = 'topwork_storage_bytes_total{direction="download"}'
 
 @pytest.fixture
 def job(solar, solar_base):
-    """A job with a dataset that no other test has pulled: the images of the example except one."""
+    """A job with a dataset that no other test has pulled: the images of solar-transfer except one."""
     *rows, _ = solar.read("pictures/poly.csv").decode().splitlines(keepends=True)
     solar.write("pictures/stopped.csv", "".join(rows).encode())
     source = {"table": {"uri": solar.uri_of("pictures/stopped.csv"), "image": "path", "label": "condition"}}
     splits = {"perClass": {"train": 10, "validation": 50, "test": 250}}
-    return read_example(
+    return read_fixture_job(
         "solar-transfer",
         dataset={"source": source, "splits": splits, "imageSize": [96, 96]},
         transfer=TRANSFER,

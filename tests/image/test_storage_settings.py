@@ -1,7 +1,7 @@
 """Containers of the rendered Job with a wrong Secret or unreachable storage."""
 
 import pytest
-from tests.image.conftest import read_example
+from tests.image.conftest import read_fixture_job
 
 from topwork.cluster.termination_message import TerminationMessage
 
@@ -15,7 +15,7 @@ def pull(make_pod, solar):
     """Function that runs the pull container of the transfer example with a Secret; returns the job and final state."""
 
     def run(secret):
-        job = read_example("solar-transfer")
+        job = read_fixture_job("solar-transfer")
         return job, make_pod(job, secret).start("pull").wait()
 
     return run

@@ -80,9 +80,11 @@ class ObservedRun:
 def observed_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObservedRun]:
     require_command("prometheus")
     directory = tmp_path_factory.mktemp("observed_run")
-    file = ROOT / "examples/solar-transfer.yaml"
+    file = ROOT / "tests/fixtures/jobs/solar-transfer.yaml"
     ((_, job),) = read_files([file], TRANSFER)
-    run_topwork(directory, "run", str(ROOT / "examples/solar-base.yaml"), *set_options(BASE), with_images=True)
+    run_topwork(
+        directory, "run", str(ROOT / "tests/fixtures/jobs/solar-base.yaml"), *set_options(BASE), with_images=True
+    )
     job = job.as_run(name_of_run(directory, str(file), *set_options(TRANSFER)))
     pod, port, exporter = f"{job.run}-abcde", free_port(), Exporter()
     exporter.pages |= {

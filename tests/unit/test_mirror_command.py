@@ -14,16 +14,23 @@ def test_unknown_model_is_rejected_with_the_nearest_name():
     assert str(error.value) == ("ResNet51 is not a classification model of keras.applications. Did you mean ResNet50?")
 
 
-def test_file_of_weights_is_rejected_for_several_models(tmp_path):
-    with pytest.raises(
-        SettingError, match=r"^--file contains the weights of one model, but 2 models are named\. Name one\.$"
-    ):
-        weights("s3://photos/topwork", ["VGG16", "VGG19"], tmp_path / "x.weights.h5")
+@pytest.mark.parametrize(
+    ("names", "file", "application", "message"),
+    [
+        (["VGG16"], Path("x.h5"), None, "--from and --as belong together"),
+        ([], None, "VGG16", "--from and --as belong together"),
+        (["VGG16", "VGG19"], Path("x.h5"), "VGG16", "Name either models to download, or a file and its model"),
+        ([], None, None, "Name either models to download, or a file and its model"),
+        ([], Path("x.h5"), "VGG17", r"VGG17 is not a classification model .* Did you mean VGG19\?"),
+        ([], Path("/nowhere/x.h5"), "VGG16", r"--from /nowhere/x\.h5 does not exist or is not a file\.$"),
+    ],
+)
+def test_options_that_do_not_fit_together_are_rejected(names, file, application, message):
+    with pytest.raises(SettingError, match=f"^{message}"):
+        weights("s3://photos/topwork", names, file, application)
 
 
-def test_missing_file_or_directory_is_rejected():
-    with pytest.raises(SettingError, match=r"^--file /nowhere/x\.h5 does not exist or is not a file\.$"):
-        weights("s3://photos/topwork", ["VGG16"], Path("/nowhere/x.h5"))
+def test_missing_directory_is_rejected():
     with pytest.raises(SettingError, match=r"^--data-dir /nowhere does not exist or is not a directory\.$"):
         tfds("s3://photos/topwork", "cats_vs_dogs", Path("/nowhere"))
 

@@ -1,4 +1,4 @@
-"""Models of keras.applications as backbones, each with the input scaling that its weights expect."""
+"""Models of keras.applications, and EfficientNet-Lite0: each with the input scaling that its weights expect."""
 
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -8,6 +8,7 @@ from typing import Any, Literal
 import keras
 
 from topwork.errors import SpecError, UnavailableError, quote_error
+from topwork.model.efficientnet_lite import build_efficientnet_lite0
 from topwork.model.weights import load_weights
 from topwork.spec.applications import APPLICATIONS, Scaling
 
@@ -18,10 +19,10 @@ _CAFFE_MEAN = (103.939, 116.779, 123.68)
 
 @dataclass(frozen=True)
 class Backbone:
-    """A model of keras.applications.
+    """A model of `APPLICATIONS`.
 
     Attributes:
-        name: Its name in keras.applications.
+        name: Its name.
     """
 
     name: str
@@ -53,7 +54,7 @@ class Backbone:
         return base
 
     def _build(self, image_size: tuple[int, int], weights: str | None) -> keras.Model:
-        application = getattr(keras.applications, self.name)
+        application = find_architecture(self.name)
         try:
             # Renamed to "base" below: Keras derives the weights file of EfficientNet and the scaling of EfficientNetV2
             # from the model name.
@@ -73,8 +74,17 @@ class Backbone:
         return keras.Model(model.inputs[0], model.outputs[0], name="base")
 
 
+def find_architecture(name: str) -> Any:
+    """Return the function that builds a model of `APPLICATIONS`, with the signature of those in keras.applications.
+
+    Args:
+        name: Its name.
+    """
+    return build_efficientnet_lite0 if name == "EfficientNetLite0" else getattr(keras.applications, name)
+
+
 def find_backbone(name: str) -> Backbone:
-    """Look up a backbone by its name in keras.applications.
+    """Look up a backbone by its name.
 
     Raises:
         SpecError: If there is no classification model of that name.
@@ -86,7 +96,7 @@ def find_backbone(name: str) -> Backbone:
     if name not in APPLICATIONS:
         near = get_close_matches(name, APPLICATIONS, n=1, cutoff=0.4)
         hint = f" Did you mean {near[0]}?" if near else f" Available models: {', '.join(sorted(APPLICATIONS))}."
-        raise SpecError(f"spec.model.base.application is {name}, which keras.applications does not have.{hint}")
+        raise SpecError(f"spec.model.base.application is {name}, which topwork does not have.{hint}")
     return Backbone(name)
 
 

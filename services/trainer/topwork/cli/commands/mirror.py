@@ -32,29 +32,48 @@ StorageUri = Annotated[str, typer.Argument(metavar="STORAGE", help="s3://bucket/
 @app.command()
 def weights(
     storage_uri: StorageUri,
-    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Models of keras.applications.")],
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="NAME...", help="Models of keras.applications whose ImageNet weights Keras downloads."),
+    ] = None,
     file: Annotated[
         Path | None,
         typer.Option(
-            help="Copy this file, written by model.save_weights without the head or a *_notop.h5 of Keras, instead of "
-            "downloading.",
+            "--from",
+            help="Copy the weights in this file instead of downloading: a file written by model.save_weights without "
+            "the head, a *_notop.h5 file of Keras, or a state dict of PyTorch (.safetensors, .pth) of "
+            "EfficientNetLite0.",
         ),
+    ] = None,
+    application: Annotated[
+        str | None, typer.Option("--as", metavar="APPLICATION", help="Model that the weights of --from belong to.")
     ] = None,
     state: State = None,
 ) -> None:
     """Copy ImageNet weights, unless they are already in storage."""
-    for name in names:
+    models = _select_models(names or [], file, application)
+    with _open_workspace(storage_uri, state) as workspace:
+        for name in models:
+            _mirror_weights(name, workspace, file)
+
+
+def _select_models(names: list[str], file: Path | None, application: str | None) -> list[str]:
+    """Return the models to copy: those named, or the one that --from and --as describe."""
+    if (file is None) != (application is None):
+        raise SettingError("--from and --as belong together: --from FILE --as APPLICATION.")
+    if bool(names) == (application is not None):
+        raise SettingError(
+            "Name either models to download, or a file and its model: STORAGE NAME..., or STORAGE --from FILE --as "
+            "APPLICATION."
+        )
+    for name in (selected := names or [str(application)]):
         if name not in MIN_SIDE:
             raise SettingError(
                 f"{name} is not a classification model of keras.applications.{did_you_mean(name, MIN_SIDE)}"
             )
-    if file and len(names) > 1:
-        raise SettingError(f"--file contains the weights of one model, but {len(names)} models are named. Name one.")
     if file and not file.is_file():
-        raise SettingError(f"--file {file} does not exist or is not a file.")
-    with _open_workspace(storage_uri, state) as workspace:
-        for name in names:
-            _mirror_weights(name, workspace, file)
+        raise SettingError(f"--from {file} does not exist or is not a file.")
+    return selected
 
 
 @app.command()

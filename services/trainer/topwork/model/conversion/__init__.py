@@ -1,0 +1,1 @@
+"""Conversion of weights files of other frameworks to models of keras.applications."""
