@@ -12,6 +12,7 @@ from typing import Any
 import keras
 
 DEFAULT_SIDE = 224
+_MIN_SIDE = 32
 _STEM_FILTERS, _TOP_FILTERS = 32, 1280
 _BATCH_NORM_EPSILON = 1e-3
 # MEAN_RGB and STDDEV_RGB in efficientnet_lite_builder.py, for pixels in 0..255.
@@ -78,11 +79,17 @@ def build_efficientnet_lite0(
         The model. It expects RGB pixels in 0..255 and scales them itself. Its output is the feature map, float32
         (batch, height, width, 1280), or with the top the probabilities, float32 (batch, 1000).
 
+    Raises:
+        ValueError: If the images are smaller than 32x32.
+
     Example:
         >>> build_efficientnet_lite0(include_top=False, input_shape=(64, 64, 3)).output_shape
         (None, 2, 2, 1280)
     """
-    image = keras.Input(input_shape or (DEFAULT_SIDE, DEFAULT_SIDE, 3))
+    input_shape = input_shape or (DEFAULT_SIDE, DEFAULT_SIDE, 3)
+    if min(input_shape[:2]) < _MIN_SIDE:
+        raise ValueError(f"Input size must be at least {_MIN_SIDE}x{_MIN_SIDE}, but input_shape is {input_shape}.")
+    image = keras.Input(input_shape)
     x = keras.layers.Rescaling(1 / _DEVIATION, offset=-_MEAN / _DEVIATION, name="rescaling")(image)
     x = _convolution(x, "stem", _STEM_FILTERS, kernel_size=3, strides=2)
     for block in blocks():
