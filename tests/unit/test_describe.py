@@ -367,5 +367,5 @@ def test_largest_model_is_described_without_allocating_its_weights(write_job):
     assert completed.returncode == 0
     assert "transfer: 4 epochs of ? steps" in completed.stdout
     assert "  data  4 classes; images: ? train" in completed.stdout
-    # Standard error contains only the peak memory in MiB; with weights it would be 2,200.
-    assert int(completed.stderr) < 1500
+    # Standard error contains only the peak memory in MiB: about 1,500, and 2,200 with weights.
+    assert int(completed.stderr) < 1800

@@ -34,14 +34,14 @@ def build_from_file(name: str, image_size: tuple[int, int], path: Path) -> keras
     Example:
         `build_from_file("EfficientNetLite0", (224, 224), Path("efficientnet_lite0.pth"))`
     """
-    if _is_hdf5(path):
+    if path.suffix in {".h5", ".hdf5"} or _is_hdf5(path):
         return find_backbone(name).build(image_size, path)
     state = read_state_dict(path)
     if name not in LAYER_NAMES:
         raise DataError(
             f"{path.name} is a state dict of PyTorch, which topwork converts only for {', '.join(LAYER_NAMES)}: "
             f"models of other frameworks that are named {name} can compute other features than the one of Keras. "
-            f"Use a file that model.save_weights of Keras wrote, or convert the model to a .keras file and set "
+            "Use a file that model.save_weights of Keras wrote, or convert the model to a .keras file and set "
             "spec.model.base.saved."
         )
     base = find_backbone(name).build(image_size, None)
