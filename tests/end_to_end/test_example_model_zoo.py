@@ -43,9 +43,9 @@ def listed(examples):
     return {backbone["name"]: backbone for backbone in json.loads(completed.stdout)}
 
 
-def test_backbones_lists_all_classification_models_of_keras(listed):
+def test_backbones_lists_all_classification_models_of_keras_and_efficientnet_lite0(listed):
     available = {name for name, value in vars(keras.applications).items() if inspect.isfunction(value)}
-    assert set(listed) == available
+    assert set(listed) == available | {"EfficientNetLite0"}
     assert len(DOCUMENTED) == 18
     assert set(DOCUMENTED) <= set(listed)
 

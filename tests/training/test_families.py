@@ -1,4 +1,7 @@
-"""One model of each family of keras.applications, transferred and fine-tuned: frozen layers stay bit-identical."""
+"""One model of each family, transferred and fine-tuned: frozen layers stay bit-identical.
+
+The families are those of keras.applications, and EfficientNet-Lite0.
+"""
 
 import io
 import os
@@ -38,6 +41,7 @@ FAMILIES = {
     ),
     "DenseNet121": ({"layers": 4}, numbered("conv", 1, 5)),
     "EfficientNetB0": ({"layers": 4}, f"stem {numbered('block', 1, 7)} top"),
+    "EfficientNetLite0": ({"layers": 4}, f"stem {numbered('block', 1, 7)} top"),
     "EfficientNetV2B0": ({"from": "block6h_project_conv"}, f"stem {numbered('block', 1, 6)} top"),
     "InceptionResNetV2": ({"layers": 2}, "stem mixed_5b block35 mixed_6a block17 mixed_7a block8"),
     "InceptionV3": ({"layers": 4}, f"stem {numbered('mixed', 0, 9)}"),
@@ -61,6 +65,7 @@ WITH_FEATURE_CACHE = {
     "ConvNeXtTiny",
     "DenseNet121",
     "EfficientNetB0",
+    "EfficientNetLite0",
     "EfficientNetV2B0",
     "InceptionResNetV2",
     "InceptionV3",
