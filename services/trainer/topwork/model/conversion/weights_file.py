@@ -10,7 +10,7 @@ from topwork.model.backbones import find_backbone
 from topwork.model.conversion import efficientnet_lite
 from topwork.model.conversion.layers import assign_layers
 from topwork.model.conversion.state_dict import read_state_dict
-from topwork.model.files.inspection import HDF5_SIGNATURE
+from topwork.model.files.inspection import is_hdf5
 
 # An architecture of the same name can compute differently in PyTorch: ResNet50 strides another convolution, and
 # MobileNetV2 pads differently. Only architectures whose features are equal are listed.
@@ -34,7 +34,7 @@ def build_from_file(name: str, image_size: tuple[int, int], path: Path) -> keras
     Example:
         `build_from_file("EfficientNetLite0", (224, 224), Path("efficientnet_lite0.pth"))`
     """
-    if path.suffix in {".h5", ".hdf5"} or _is_hdf5(path):
+    if path.suffix in {".h5", ".hdf5"} or is_hdf5(path):
         return find_backbone(name).build(image_size, path)
     state = read_state_dict(path)
     if name not in LAYER_NAMES:
@@ -50,8 +50,3 @@ def build_from_file(name: str, image_size: tuple[int, int], path: Path) -> keras
     except DataError as error:
         raise DataError(f"{path.name} does not contain the weights of {name}: {error}") from error
     return base
-
-
-def _is_hdf5(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(len(HDF5_SIGNATURE)) == HDF5_SIGNATURE

@@ -113,10 +113,13 @@ def is_keras_format(path: Path) -> bool:
     A file can be both valid ZIP and valid HDF5, with a different model in each. Up to version 2.12, Keras wrote HDF5 to
     files of any name; these are recognized by their first bytes, and Keras 3 never reads them.
     """
-    if not path.name.endswith(".keras"):
-        return False
+    return path.name.endswith(".keras") and not is_hdf5(path)
+
+
+def is_hdf5(path: Path) -> bool:
+    """Return whether a file starts as HDF5 files do."""
     with path.open("rb") as file:
-        return file.read(len(HDF5_SIGNATURE)) != HDF5_SIGNATURE
+        return file.read(len(HDF5_SIGNATURE)) == HDF5_SIGNATURE
 
 
 def inspect_keras_file(path: Path) -> ModelFile:
