@@ -9,6 +9,7 @@ import pytest
 from tests.faults import proxy as faults
 from tests.faults.proxy import Exchange, Fault, Proxy, Request, Response, run_proxy
 
+from topwork.artifacts import download_artifact, write_artifact
 from topwork.clients.s3.errors import AccessError
 from topwork.clients.s3.storage import Storage, StorageSettings, describe_file
 from topwork.clients.s3.storage_check import check_storage
@@ -68,10 +69,10 @@ def test_check_leaves_nothing_behind_and_needs_few_requests(behind: Callable[...
         "put", "conditional put (If-None-Match: *)", "get", "multipart upload", "abort of a multipart upload", "list",
         "delete", "head",
     ]  # fmt: skip
-    assert len(proxy.requests) == 14
+    assert len(proxy.requests) == 13
     assert list(checked.list()) == []
     assert checked.multipart_uploads.abort_incomplete(older_than_seconds=0) == 0
-    assert (checked.server.deletion.mode, checked.server.has_conditional_completion) == ("batch", True)
+    assert checked.server.deletion.mode == "batch"
 
 
 def test_concurrent_checks_do_not_disturb_each_other(storage: Storage) -> None:
@@ -239,15 +240,15 @@ def test_server_without_checksums_is_used_without_them(
         assert limited.download(f"created-{size}", tmp_path / "copy", entry) == entry
 
 
-def test_large_file_is_never_replaced_by_a_server_that_completes_uploads_unconditionally(
-    behind: Callable[..., Storage], storage: Storage, tmp_path: Path
+def test_file_that_is_too_large_for_one_request_is_stored_in_parts(
+    behind: Callable[..., Storage], tmp_path: Path
 ) -> None:
-    limited = behind(ignore_condition, completes_upload)
-    for name in ("first", "second"):
-        (tmp_path / name).write_bytes(name.encode() * MEBIBYTE)
-    first, second = (describe_file(tmp_path / name) for name in ("first", "second"))
-    assert limited.create(tmp_path / "first", "file", first) is True
-    assert limited.server.has_conditional_completion is False
-    assert limited.create(tmp_path / "second", "file", second) is False
-    assert storage.download("file", tmp_path / "copy") == first
-    assert [item.key for item in storage.list()] == ["file"]
+    def is_large_put(request: Request) -> bool:
+        return "If-None-Match" in request.headers and int(request.headers["Content-Length"]) > 11 * MEBIBYTE
+
+    limited = behind(faults.error(413, "EntityTooLarge", "Your proposed upload is too large."), is_large_put)
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "weights").write_bytes(bytes(12 * MEBIBYTE))
+    manifest = write_artifact(limited, "model", tmp_path / "files", {})
+    assert download_artifact(limited, "model", tmp_path / "copy") == manifest
+    assert limited.size("model/weights") == 12 * MEBIBYTE

@@ -7,7 +7,6 @@ from typing import IO, Any, Self
 
 from botocore import exceptions as boto
 
-from topwork.clients.s3.errors import http_status
 from topwork.clients.s3.objects import READ_BYTES
 from topwork.clients.s3.server import Server
 
@@ -17,21 +16,20 @@ Part = dict[str, str | int]
 class PartUpload:
     """Uploads one object in parts. `upload` is thread-safe."""
 
-    def __init__(self, server: Server, target: dict[str, str], metadata: dict[str, str] | None = None) -> None:
+    def __init__(self, server: Server, target: dict[str, str]) -> None:
         """Prepare the upload; the context starts it.
 
         Args:
             server: The server.
             target: Bucket and key.
-            metadata: Metadata of the object.
         """
-        self._server, self._target, self._metadata = server, target, metadata or {}
+        self._server, self._target = server, target
         self._upload_id = ""
         self._is_complete = False
 
     def __enter__(self) -> Self:
         checksum = {"ChecksumAlgorithm": "SHA256"} if self._server.uses_checksums else {}
-        response = self._server.client.create_multipart_upload(**self._target, **checksum, Metadata=self._metadata)
+        response = self._server.client.create_multipart_upload(**self._target, **checksum)
         self._upload_id = str(response["UploadId"])
         return self
 
@@ -65,16 +63,14 @@ class PartUpload:
         response = self._server.client.upload_part(**request)
         return {"PartNumber": number, "ETag": response["ETag"], **checksum}
 
-    def complete(self, parts: list[Part], *, only_if_absent: bool = False) -> None:
+    def complete(self, parts: list[Part]) -> None:
         """Create the object from its parts.
 
         Args:
             parts: Results of `upload`, in the order of their numbers.
-            only_if_absent: Whether to fail with status 412 if the object exists.
         """
-        condition = {"IfNoneMatch": "*"} if only_if_absent else {}
         self._server.client.complete_multipart_upload(
-            **self._target, UploadId=self._upload_id, MultipartUpload={"Parts": parts}, **condition
+            **self._target, UploadId=self._upload_id, MultipartUpload={"Parts": parts}
         )
         self._is_complete = True
 
@@ -82,26 +78,3 @@ class PartUpload:
         """Abort the upload, which deletes its parts."""
         self._server.client.abort_multipart_upload(**self._target, UploadId=self._upload_id)
         self._is_complete = True
-
-    def refuses_to_replace(self, parts: list[Part]) -> bool:
-        """Complete the upload on the condition that the object does not exist, although it does.
-
-        Args:
-            parts: Results of `upload`.
-
-        Returns:
-            Whether the server refuses. If not, it either does not know the condition, or it replaced the object.
-        """
-        try:
-            self.complete(parts, only_if_absent=True)
-        except boto.ClientError as error:
-            status = http_status(error)
-            if status in {401, 403} or (status >= 500 and status != 501):
-                raise
-            return status in {409, 412}
-        return False
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether the upload was completed or aborted."""
-        return self._is_complete

@@ -15,15 +15,12 @@ class Server:
         counter: Counts bytes and retries.
         client: The boto3 client.
         deletion: Deletes objects in the form that the server supports.
-        has_conditional_completion: Whether the server honors If-None-Match when a multipart upload is completed. None
-            if this is not known yet.
     """
 
     def __init__(self, settings: StorageSettings, counter: TransferCounter) -> None:
         self.settings, self.counter = settings, counter
         self.client: Any = connect(settings, counter)
         self.deletion = ObjectDeletion(self.client)
-        self.has_conditional_completion: bool | None = None
 
     @property
     def endpoint(self) -> str:

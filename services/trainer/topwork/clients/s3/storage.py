@@ -6,7 +6,6 @@ Keys are relative to the URI of their `Storage`. botocore exceptions are transla
 
 import base64
 import hashlib
-import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from functools import partial
@@ -19,7 +18,7 @@ from boto3.s3.transfer import ProgressCallbackInvoker, TransferConfig, create_tr
 from botocore import exceptions as boto
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
-from topwork.clients.s3.conditional_writes import CONCURRENT_PARTS, DIGEST_METADATA, FileCreation, put_object
+from topwork.clients.s3.conditional_writes import DIGEST_METADATA, FileCreation, put_object
 from topwork.clients.s3.connection import NullTransferCounter, StorageSettings, TransferCounter, create_bucket
 from topwork.clients.s3.deletion import MAX_BATCH
 from topwork.clients.s3.errors import error_code, error_from_response, http_status, translate_errors
@@ -44,6 +43,7 @@ __all__ = [
 
 # Prefix of the objects that test what the server supports.
 PROBE_PREFIX = ".topwork-check"
+CONCURRENT_PARTS = 8
 # Read size of s3transfer for downloads. A response slower than one chunk per timeout counts as stalled.
 CHUNK_BYTES = 1 << 18
 
@@ -214,9 +214,8 @@ class Storage:
             Whether the object has the content of the file. If not, another writer created it, or the server can't
             create an object of this size conditionally.
         """
-        target, probe_key = self.target(key), self.target(f"{PROBE_PREFIX}/{uuid.uuid4().hex}")["Key"]
         with self.translate_errors(key):
-            return FileCreation(self.server, target, path, entry, probe_key).run()
+            return FileCreation(self.server, self.target(key), path, entry).run()
 
     def upload(self, path: Path, key: str) -> FileEntry:
         """Upload a file, in concurrent parts if it is large.

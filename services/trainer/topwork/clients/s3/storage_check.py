@@ -1,8 +1,7 @@
 """Tests every S3 operation that jobs need, with small objects, before any work starts.
 
 Each call uses its own random keys, so that concurrent processes do not disturb each other. Where topwork can do without
-an operation, the result is kept in the `Server` of the storage: checksums, DeleteObjects, and conditional completion of
-multipart uploads.
+an operation, the result is kept in the `Server` of the storage: checksums and DeleteObjects.
 """
 
 import base64
@@ -59,7 +58,7 @@ PURPOSES: dict[str, tuple[str, str]] = {
 
 
 def check_storage(storage: Storage, report: Callable[[str, float], None] = lambda *_: None) -> None:
-    """Check that a storage supports the operations that jobs need. Sends 14 requests and leaves nothing behind.
+    """Check that a storage supports the operations that jobs need. Sends 13 requests and leaves nothing behind.
 
     Args:
         storage: The storage. What it was found to support is kept in `storage.server`.
@@ -166,10 +165,7 @@ class StorageCheck:
 
     def _upload_parts(self) -> None:
         with PartUpload(self._server, self._plain) as upload:
-            part = upload.upload(1, io.BytesIO(CONTENT))
-            self._server.has_conditional_completion = upload.refuses_to_replace([part])
-            if not upload.is_complete:
-                upload.complete([part])
+            upload.complete([upload.upload(1, io.BytesIO(CONTENT))])
 
     def _abort_upload(self) -> None:
         with PartUpload(self._server, self._plain) as upload:
