@@ -9,7 +9,7 @@ from topwork.data.images.decoding import Preprocessing, resize
 from topwork.errors import SpecError
 from topwork.model.export import add_probabilities, export_model
 from topwork.report import export_check, export_preflight
-from topwork.report.export_check import check_export, spread_indices, write_check_inputs
+from topwork.report.export_check import CheckProcess, spread_indices, write_check_inputs
 from topwork.report.export_preflight import check_exportable
 from topwork.report.exported_model import LoadedModel, load_format
 from topwork.report.rounding import MIN_LOGIT_TOLERANCE, estimate_logit_tolerance, logit_differences
@@ -68,7 +68,8 @@ def test_every_format_predicts_like_the_model_and_tampering_is_detected(classes,
     assert capfd.readouterr().out == ""
     assert files == ("model.keras", "saved_model.pb", "model.tflite", "model.onnx")
     if classes == 2:  # one check in a new process is enough
-        result = check_export(version, tmp_path / "inputs", FORMATS)
+        with CheckProcess() as process:
+            result = process.check(version, tmp_path / "inputs", FORMATS)
         assert (result.images, result.encoded_images) == (12, 6)
         assert set(result.largest_difference) == {*FORMATS, "encoded"}
         assert set(result.accuracy.values()) == {1.0}
@@ -330,8 +331,11 @@ def test_export_check_fails_if_a_file_does_not_load(tmp_path):
     model = add_probabilities(logits_model(2), 2)
     check_inputs(model, tmp_path / "inputs")
     (tmp_path / "model.keras").write_bytes(b"not a model")
-    with pytest.raises(RuntimeError, match="The exported model cannot be loaded by a new process"):
-        check_export(tmp_path, tmp_path / "inputs", ("keras",))
+    with (
+        CheckProcess() as process,
+        pytest.raises(RuntimeError, match="The exported model cannot be loaded by a new process"),
+    ):
+        process.check(tmp_path, tmp_path / "inputs", ("keras",))
 
 
 def test_sampled_indices_are_spread_over_the_split():

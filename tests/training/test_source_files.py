@@ -13,7 +13,7 @@ from topwork.data.dataset_manifest import DatasetMetadata, OriginalFile, StoredD
 from topwork.data.images.decoding import Preprocessing, is_decodable
 from topwork.data.images.image_validation import validate_image
 from topwork.model.export import add_probabilities, export_model
-from topwork.report.export_check import check_export, compare_predictions, write_check_inputs
+from topwork.report.export_check import CheckProcess, compare_predictions, write_check_inputs
 from topwork.report.exported_model import read_value_range
 from topwork.report.source_files import write_source_files
 
@@ -107,8 +107,8 @@ class _PlainPreprocessing(Preprocessing):
 
 def test_export_that_decodes_source_files_differently_is_rejected(classifier, inputs, tmp_path):
     version = export(classifier, _PlainPreprocessing(), tmp_path / "version")
-    with pytest.raises(RuntimeError) as raised:
-        check_export(version, inputs, ("keras", "savedModel"))
+    with CheckProcess() as process, pytest.raises(RuntimeError) as raised:
+        process.check(version, inputs, ("keras", "savedModel"))
     for kind in ("PNG RGBA, transparency", "JPEG RGB, EXIF orientation", "PNG 16-bit grayscale"):
         assert f"encoded ({kind}) by" in str(raised.value)
     assert "topwork predict by" in str(raised.value)  # preprocessing.json contains another range

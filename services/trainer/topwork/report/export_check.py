@@ -1,17 +1,21 @@
 """Checks that exported models predict like the evaluated model: each format is loaded by a new process.
 
-That process is `python -m topwork.report.export_check FOLDER INPUTS FORMAT...`.
+That process is `python -m topwork.report.export_check`, which reads a JSON list from standard input: the directory of
+the files, the directory of the inputs, and the formats.
 """
 
 import json
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from topwork.keras_import import import_keras
 from topwork.report.evaluation import MetricsSection
 from topwork.report.exported_model import load_format, predict_encoded
 from topwork.report.rounding import logit_differences, probability_tolerance
@@ -83,26 +87,61 @@ def write_check_inputs(
         (folder / f"{index}.image").write_bytes(data)
 
 
-def check_export(folder: Path, inputs: Path, formats: Iterable[str]) -> ExportCheck:
-    """Load each exported format in a new process and compare its predictions.
+class CheckProcess:
+    """A new process that checks an export. It imports TensorFlow at once, while this process still evaluates.
 
-    Args:
-        folder: Directory of the exported files.
-        inputs: Directory written by `write_check_inputs`.
-        formats: The exported formats.
+    The process ends with the `with` block, and also if this process is killed, which closes its standard input.
 
-    Returns:
-        The differences, all within the tolerance.
-
-    Raises:
-        RuntimeError: If a format cannot be loaded, or its predictions differ.
+    Example:
+        >>> with CheckProcess() as process:
+        ...     check = process.check(folder, inputs, ("keras", "savedModel"))
     """
-    result_file = inputs / "result.json"
-    command = [sys.executable, "-m", "topwork.report.export_check", str(folder), str(inputs), *formats]
-    process = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-    if process.returncode or not result_file.exists():
-        raise RuntimeError(f"The exported model cannot be loaded by a new process:\n{process.stderr[-4000:]}")
-    result = ExportCheck.model_validate_json(result_file.read_text())
+
+    def __enter__(self) -> Self:
+        """Start the process."""
+        self._errors = tempfile.TemporaryFile()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "topwork.report.export_check"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=self._errors,
+            text=True,
+        )
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        """End the process, whether or not it has checked an export."""
+        self._process.kill()
+        self._process.communicate()
+        self._errors.close()
+
+    def check(self, folder: Path, inputs: Path, formats: Iterable[str]) -> ExportCheck:
+        """Load each exported format in the process and compare its predictions. Call it once.
+
+        Args:
+            folder: Directory of the exported files.
+            inputs: Directory written by `write_check_inputs`.
+            formats: The exported formats.
+
+        Returns:
+            The differences, all within the tolerance.
+
+        Raises:
+            RuntimeError: If a format cannot be loaded, or its predictions differ.
+        """
+        result_file = inputs / "result.json"
+        result_file.unlink(missing_ok=True)
+        self._process.communicate(json.dumps([str(folder), str(inputs), *formats]))
+        if self._process.returncode or not result_file.exists():
+            self._errors.seek(0)
+            errors = self._errors.read().decode("utf-8", "replace")
+            raise RuntimeError(f"The exported model cannot be loaded by a new process:\n{errors[-4000:]}")
+        result = ExportCheck.model_validate_json(result_file.read_text())
+        _require_equal(result)
+        return result
+
+
+def _require_equal(result: ExportCheck) -> None:
     wrong = [
         f"{name} by {result.largest_difference[name]:.2g} (logits by {difference:.2g})"
         for name, difference in result.largest_logit_difference.items()
@@ -114,7 +153,6 @@ def check_export(folder: Path, inputs: Path, formats: Iterable[str]) -> ExportCh
             f"{', '.join(wrong)}; rounding explains at most {result.logit_tolerance:.2g} for a logit of this model. "
             "Nothing is published."
         )
-    return result
 
 
 def compare_predictions(folder: Path, inputs: Path, formats: Sequence[str]) -> ExportCheck:
@@ -161,13 +199,22 @@ def compare_predictions(folder: Path, inputs: Path, formats: Sequence[str]) -> E
 
 
 def main() -> None:
-    """Compare on the CPU: the parent process uses the GPUs."""
+    """Compare on the CPU: the parent process uses the GPUs.
+
+    Imports everything first, then waits for directories and formats on standard input. If the parent process ends
+    without sending them, so does this one.
+    """
+    import_keras()
     import tensorflow as tf
 
+    import topwork.report.predictor  # noqa: F401
+
     tf.config.set_visible_devices([], "GPU")
-    folder, inputs, formats = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
-    result = compare_predictions(folder, inputs, formats)
-    (inputs / "result.json").write_text(json.dumps(result.model_dump(by_alias=True)))
+    if not (request := sys.stdin.read()):
+        return
+    folder, inputs, *formats = json.loads(request)
+    result = compare_predictions(Path(folder), Path(inputs), formats)
+    (Path(inputs) / "result.json").write_text(json.dumps(result.model_dump(by_alias=True)))
 
 
 if __name__ == "__main__":

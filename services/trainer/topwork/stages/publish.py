@@ -29,6 +29,7 @@ from topwork.training.input_stalls import input_wait_share, is_input_bound
 from topwork.workspace import Workspace
 
 if TYPE_CHECKING:
+    from topwork.report.export_check import CheckProcess
     from topwork.report.held_out_evaluation import EvaluatedClassifier
 
 log = structlog.get_logger(__name__)
@@ -152,9 +153,10 @@ def publish(job: TransferJob, classifier: Classifier, dataset: StoredDataset, wo
         folder = workspace.scratch / "publish"
         shutil.rmtree(folder, ignore_errors=True)  # leftovers of an earlier attempt
         folder.mkdir(parents=True)
-        evaluated = _evaluate(job, classifier, dataset, workspace, folder)
-        results = _apply_gates(evaluated.results, workspace)
-        results = _export(results, evaluated, folder)
+        with _start_export_check() as check_process:
+            evaluated = _evaluate(job, classifier, dataset, workspace, folder)
+            results = _apply_gates(evaluated.results, workspace)
+            results = _export(results, evaluated, folder, check_process)
         published = _upload(results, key, classifier.file.sha256, workspace, folder / "version")
         shutil.rmtree(folder)
         return published
@@ -208,6 +210,12 @@ def _read_record(job: TransferJob, storage: Storage) -> Published | None:
     )
 
 
+def _start_export_check() -> "CheckProcess":
+    from topwork.report import export_check
+
+    return export_check.CheckProcess()
+
+
 def _evaluate(
     job: TransferJob, classifier: Classifier, dataset: StoredDataset, workspace: Workspace, folder: Path
 ) -> "EvaluatedClassifier":
@@ -234,10 +242,9 @@ def _apply_gates(results: Results, workspace: Workspace) -> Results:
     return results
 
 
-def _export(results: Results, evaluated: "EvaluatedClassifier", folder: Path) -> Results:
+def _export(results: Results, evaluated: "EvaluatedClassifier", folder: Path, check_process: "CheckProcess") -> Results:
     from topwork.data.images.decoding import Preprocessing
     from topwork.model.export import export_model
-    from topwork.report.export_check import check_export
 
     formats = results.job.spec.publish.formats
     log.info("export", formats=" ".join(formats))
@@ -245,7 +252,7 @@ def _export(results: Results, evaluated: "EvaluatedClassifier", folder: Path) ->
     version.mkdir()
     value_range = resolve_value_range(results.job.spec.dataset.value_range, results.dataset.values)
     export_model(evaluated.model, results.evaluation.class_names, formats, Preprocessing(value_range), version)
-    check = check_export(version, evaluated.check_inputs, formats)
+    check = check_process.check(version, evaluated.check_inputs, formats)
     log.info(
         "export check",
         images=check.images,

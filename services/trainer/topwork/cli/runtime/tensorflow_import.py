@@ -7,18 +7,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 
 from topwork.cli.runtime.environment import limit_tensorflow_log
+from topwork.keras_import import import_keras
 
 MAX_SHOWN_BYTES = 65536
 
 
 @contextmanager
 def quiet_tensorflow_import(*, verbose: bool = False) -> Iterator[None]:
-    """Suppress TensorFlow's startup messages while the block imports it, unless `verbose`."""
+    """Import TensorFlow, and suppress its startup messages until the block ends, unless `verbose`."""
     limit_tensorflow_log(verbose=verbose)
     if not verbose:
         # Every phase of a stage traces its own training step, and TensorFlow warns about repeated tracing.
         logging.getLogger("tensorflow").setLevel(logging.ERROR)
     with nullcontext() if verbose else suppress_stderr():
+        import_keras()
         yield
 
 
