@@ -19,7 +19,8 @@ def test_every_application_is_described_without_downloading_weights(name, monkey
     monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("TOPWORK_STATE", str(tmp_path / "state"))
-    side = APPLICATIONS[name].default_side
+    # The smallest size: every feature map keeps at least one cell.
+    side = APPLICATIONS[name].min_side
     fine = {"epochs": 1, "unfreeze": {"layers": 2}, "optimizer": {"learningRate": 1e-5}}
     job = make_job(
         model={"base": {"application": "VGG16", "weights": "none"}}, transfer={"train": "head"}, fineTune=fine

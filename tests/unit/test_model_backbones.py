@@ -43,9 +43,6 @@ def test_table_matches_the_built_model(name):
     assert sum(bool(layer.weights) for layer in leaf_layers(model)) == entry.depth
     # MobileNetV3 is built for any size; 224 appears only in the names of its weight files.
     assert model.input_shape[1:3] in {(entry.default_side, entry.default_side), (None, None)}
-    base = build_without_values(name, include_top=False, input_shape=(entry.min_side, entry.min_side, 3))
-    assert base.count_params() == entry.parameters_without_top
-    assert min(base.output_shape[1:3]) >= 1
 
 
 @pytest.mark.parametrize("name", APPLICATIONS)
