@@ -34,7 +34,7 @@ def published_uri(summary: str) -> str:
 
 
 def test_run_publishes_a_model_that_keras_and_tensorflow_load(topwork, write_local_job, two_class_folder, tmp_path):
-    completed = topwork("run", write_local_job(fineTune=FINE_TUNE))
+    completed = topwork("run", write_local_job(fineTune=FINE_TUNE, publish={"formats": ["keras", "savedModel"]}))
     assert completed.returncode == 0, completed.stderr
     assert published_uri(completed.stdout) == "s3://photos/topwork/models/tiny/1"
     assert "Traceback" not in completed.stderr

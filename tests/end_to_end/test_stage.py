@@ -68,7 +68,10 @@ def stage_seconds(storage, run: str, stage: str) -> float:
 def test_containers_publish_a_model_once_and_skip_completed_stages(
     pod, write_job, storage, without_tensorflow, topwork
 ):
-    job = write_job(fineTune=FINE_TUNE, compute={"gpus": 2}, metrics={"lingerSeconds": 300})
+    formats = ["keras", "savedModel"]
+    job = write_job(
+        fineTune=FINE_TUNE, publish={"formats": formats}, compute={"gpus": 2}, metrics={"lingerSeconds": 300}
+    )
     run = run_of(job)
 
     code, message, pulled = pod.run("pull", job)

@@ -88,7 +88,7 @@ def test_grace_period_that_is_not_a_number_is_reported(pod, write_job):
 
 
 def test_fine_tune_stops_in_training_evaluation_export_and_upload_and_publishes_once(pod, write_job, storage, proxy):
-    job = write_job(fineTune=FINE_TUNE)
+    job = write_job(fineTune=FINE_TUNE, publish={"formats": ["keras", "savedModel"]})
     message, _ = run_and_stop(pod, "fine-tune", job, '"stage": "fine-tune", "epoch": 3, ', seconds=60)
     assert 3 <= message.epochs < 12
     message, container = run_and_stop(pod, "fine-tune", job, '"message": "evaluation"')

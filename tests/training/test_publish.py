@@ -251,7 +251,7 @@ def keys_below(storage, prefix):
 def test_published_version_is_complete_and_loads_with_standard_libraries(
     make_job, store_classifier, workspace, two_class_folder, tmp_path
 ):
-    job = make_job()
+    job = make_job(publish={"formats": ["keras", "savedModel"]})
     dataset = pull(job, workspace)
     classifier = store_classifier(job)
     published = publish(job, classifier, dataset, workspace)

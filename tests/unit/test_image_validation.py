@@ -3,6 +3,8 @@
 import io
 import os
 import struct
+import subprocess
+import sys
 import zlib
 
 import numpy as np
@@ -209,6 +211,13 @@ def test_decode_pool_rejects_an_image_that_crashes_its_worker_and_validates_the_
         "empty",
         "valid",
     ]
+
+
+def test_workers_start_quickly_because_they_import_only_pillow():
+    script = "import sys, topwork.data.images.decode_pool; print(*sys.modules)"
+    modules = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
+    assert "PIL" in modules
+    assert not {"numpy", "boto3", "pydantic", "structlog", "tensorflow"} & set(modules)
 
 
 def test_decode_pool_reencodes_a_damaged_file_that_only_pillow_can_decode():

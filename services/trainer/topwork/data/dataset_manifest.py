@@ -19,9 +19,6 @@ DATASETS_PREFIX = "datasets"
 ORIGINALS_DIRECTORY = "originals"
 """Directory of the unmodified source files in a dataset."""
 
-SEVERAL_FRAMES = ", several frames"
-"""End of the kind of a file that contains more pages or frames than the first one, which is used."""
-
 MAX_DETAIL_LENGTH = 120
 """Length of the detail of a rejected image in a message; the metadata contains all of it."""
 

@@ -16,9 +16,10 @@ import structlog
 import tensorflow as tf
 
 from topwork.artifacts import download_artifact
-from topwork.data.dataset_manifest import SEVERAL_FRAMES, DatasetMetadata, StoredDataset
+from topwork.data.dataset_manifest import DatasetMetadata, StoredDataset
 from topwork.data.images.decode_pool import available_cpus
 from topwork.data.images.decoding import decode, resize
+from topwork.data.images.image_validation import SEVERAL_FRAMES
 from topwork.data.images.value_range import FULL_RANGE, ValueRange, describe_value_range, resolve_value_range
 from topwork.data.record_index import RecordIndex, open_record_index
 from topwork.data.splits import SPLIT_NAMES, SourceSplit, format_missing_classes, select_splits

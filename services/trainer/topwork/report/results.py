@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from statistics import median_low
 from typing import Any
 
-from topwork.data.dataset_manifest import SEVERAL_FRAMES, DatasetMetadata
+from topwork.data.dataset_manifest import DatasetMetadata
+from topwork.data.images.image_validation import SEVERAL_FRAMES
 from topwork.data.images.value_range import describe_value_range, resolve_value_range
 from topwork.registry.kept_weights import KeptWeights
 from topwork.registry.stage_results import HistoryRow

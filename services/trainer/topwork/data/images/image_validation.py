@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 
 from PIL import Image, ImageFile, UnidentifiedImageError
 
-from topwork.data.dataset_manifest import SEVERAL_FRAMES
 from topwork.data.images.high_bit_depth import (
     MARKER_CHUNK,
     TRANSPOSITIONS,
@@ -59,6 +58,9 @@ MAX_PIXELS = 64_000_000
 
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF")
 """Accepted formats, as Pillow names them. The format is detected from the content, not from the file name."""
+
+SEVERAL_FRAMES = ", several frames"
+"""End of the kind of a file that contains more pages or frames than the first one, which is used."""
 
 # Start-of-frame markers of baseline, extended and progressive Huffman-coded JPEG, which TensorFlow decodes too.
 _DECODABLE_JPEG_FRAMES = (0xC0, 0xC1, 0xC2)
