@@ -191,7 +191,7 @@ def test_resized_images_of_an_earlier_stage_do_not_count_as_used_space(make_job,
     split = Split(records, np.arange(1024), (128, 128))  # 48 MiB of pixels
     job = make_job()
     assert _fits_on_scratch([split], small_disk, job)
-    split._pixel_file(small_disk).write_bytes(bytes(1024 * 128 * 128 * 3))
+    split.pixel_file(small_disk).write_bytes(bytes(1024 * 128 * 128 * 3))
     assert split.has_cached_pixels(small_disk)
     assert _fits_on_scratch([split], small_disk, job)
     # Files that still have to be written do need free space.

@@ -239,11 +239,12 @@ def _write_dataset(
     source: Source, fingerprint: str, directory: Path, job: TransferJob, workspace: Workspace
 ) -> tuple[Path, DatasetMetadata]:
     from topwork.data.contradictions import resolve_contradictions
-    from topwork.data.images.decoding import is_decodable
+    from topwork.data.images.decoding import is_decodable, prepare_decoding
     from topwork.data.tfds_writer import write_tfds
 
     counts = list(source.splits().values())
     total = None if None in counts else sum(count or 0 for count in counts)
+    prepare_decoding()
     with workspace.track("pull: images", total) as tracker, DecodePool(is_decodable=is_decodable) as pool:
         dataset, stats = write_tfds(source, pool, directory, tracker.advance)
     _count_rejected(stats.rejected, workspace)

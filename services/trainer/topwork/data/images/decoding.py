@@ -72,6 +72,14 @@ def is_decodable(encoded: bytes) -> bool:
     return True
 
 
+def prepare_decoding() -> None:
+    """Load the graph of `decode`. Call it before several threads call `is_decodable`.
+
+    TensorFlow loads a graph at its first call. That takes 0.6 s, and each of several threads would do it again.
+    """
+    is_decodable(b"")
+
+
 def resize(image: tf.Tensor, size: tuple[int, int]) -> tf.Tensor:
     """Resize images to an exact size: bilinear with antialiasing, rounded to integers.
 
