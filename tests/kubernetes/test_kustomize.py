@@ -32,6 +32,11 @@ print(json.dumps({str(path.relative_to(generate.HERE)): text for path, text in g
 
 
 def kustomize(directory: str) -> list[KubernetesObject]:
+    return copy.deepcopy(_kustomized(directory))
+
+
+@cache
+def _kustomized(directory: str) -> list[KubernetesObject]:
     completed = subprocess.run([KUBECTL, "kustomize", K8S / directory], capture_output=True, text=True, check=False)
     assert completed.returncode == 0, completed.stderr
     return list(YAML(typ="safe").load_all(completed.stdout))
