@@ -56,6 +56,12 @@ test-kills: $(SETUP) ## Kill and stop stages at random times, and check that run
 test-faults: $(SETUP) ## Inject storage faults into every stage [TOPWORK_LONG=1 also measures memory]
 	$(BIN)/python -m pytest -s tests/faults
 
+.PHONY: test-conversion
+test-conversion: $(SETUP) $(TORCH)/.complete ## Compare converted models with PyTorch, torchvision and timm (20 minutes)
+	directory=$$(mktemp -d) && trap 'rm -r "$$directory"' EXIT && \
+		$(TORCH)/bin/python tests/conversion/timm_reference.py "$$directory" && \
+		$(BIN)/python tests/conversion/compare_features.py "$$directory"
+
 .PHONY: test-monitoring
 test-monitoring: $(SETUP) ## Test every dashboard query and alert with a real Prometheus server and a real run
 	@command -v promtool >/dev/null || { echo "make test-monitoring requires prometheus and promtool. On Debian or Ubuntu, install them with make prometheus."; exit 1; }

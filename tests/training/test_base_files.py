@@ -11,17 +11,23 @@ import numpy as np
 import pytest
 from keras.src.applications import efficientnet, mobilenet
 from keras.src.legacy.saving import legacy_h5_format
+from safetensors.numpy import save_file
+from tests.conversion.random_weights import draw_state
 
+from topwork.description.describe import describe
+from topwork.description.known_dataset import KnownDataset
 from topwork.errors import DataError, UnavailableError
 from topwork.model.backbones import find_backbone
-from topwork.model.classifier import with_precision
+from topwork.model.classifier import build_classifier, with_precision
+from topwork.model.conversion.mobile_blocks import timm_mobilenet_v2
 from topwork.model.layer_tree import leaf_layers
+from topwork.registry.stage_keys import stage_keys
 from topwork.spec.model import Base
 from topwork.stages.fine_tune import fine_tune
 from topwork.stages.pull import pull
 from topwork.stages.transfer import transfer
 from topwork.training import base_files
-from topwork.training.base_files import fetch_base_file, mirror_weights
+from topwork.training.base_files import fetch_base_file, mirror_weights, mirror_weights_file
 
 
 @pytest.fixture
@@ -34,8 +40,8 @@ def weights(tmp_path):
 
 def test_weights_are_mirrored_once_and_then_fetched(workspace, weights):
     file, values = weights
-    assert mirror_weights("MobileNet", workspace, file) is False
-    assert mirror_weights("MobileNet", workspace, file) is True
+    assert not mirror_weights_file("MobileNet", workspace, file).existed
+    assert mirror_weights_file("MobileNet", workspace, file).existed
     path = fetch_base_file(Base(application="MobileNet"), workspace)
     assert path.name == "MobileNet.weights.h5"
     model = find_backbone("MobileNet").build((64, 48), path)
@@ -57,12 +63,61 @@ def test_weights_in_the_spec_can_be_a_local_path_or_in_storage(workspace, weight
         fetch_base_file(Base(application="MobileNet", weights="/no/w.h5"), workspace)
 
 
+@pytest.fixture
+def state_dict(tmp_path):
+    """File of a state dict of mobilenetv2_100 of timm."""
+    shapes = {}
+    model = keras.applications.MobileNetV2(weights=None, include_top=False, input_shape=(32, 32, 3))
+    names = timm_mobilenet_v2([layer.name for layer in model.layers if layer.weights])
+    for layer in model.layers:
+        if isinstance(layer, keras.layers.BatchNormalization):
+            for suffix in ("weight", "bias", "running_mean", "running_var"):
+                shapes[f"{names[layer.name]}.{suffix}"] = layer.gamma.shape
+        elif layer.weights:
+            height, width, inputs, outputs = layer.kernel.shape
+            is_depthwise = isinstance(layer, keras.layers.DepthwiseConv2D)
+            shape = (inputs, 1, height, width) if is_depthwise else (outputs, inputs, height, width)
+            shapes[f"{names[layer.name]}.weight"] = shape
+    save_file(draw_state(shapes), tmp_path / "model.safetensors")
+    return tmp_path / "model.safetensors"
+
+
+def test_converted_weights_are_used_by_jobs_and_never_mixed_with_others(workspace, state_dict, make_job, tmp_path):
+    job = make_job(model={"base": {"application": "MobileNetV2"}})
+    before = stage_keys(job, "0" * 16, workspace.storage).transfer
+    mirrored = mirror_weights_file("MobileNetV2", workspace, state_dict)
+    assert mirrored.key == "weights/imagenet/MobileNetV2.converted.weights.h5"
+    assert mirrored.variant.describe() == (
+        "timm/mobilenetv2_100: symmetric padding of strided convolutions, BatchNorm epsilon 1e-05, mean 0.485 0.456 "
+        "0.406, deviation 0.229 0.224 0.225"
+    )
+    assert stage_keys(job, "0" * 16, workspace.storage).transfer != before
+    assert mirror_weights("MobileNetV2", workspace).key == mirrored.key
+    path = fetch_base_file(Base(application="MobileNetV2"), workspace)
+    model = build_classifier(job.spec.model, (32, 32), 2, path)
+    np.testing.assert_allclose(model.get_layer("input_scaling").scale, [1 / 58.395, 1 / 57.12, 1 / 57.375], rtol=1e-6)
+    assert model.get_layer("base").get_layer("bn_Conv1").epsilon == 1e-5
+    assert "mean 0.485 0.456 0.406" in describe(job, KnownDataset(2, {}, None, ()), path).base.scaling
+
+    assert mirror_weights_file("MobileNetV2", workspace, state_dict).existed
+    with pytest.raises(DataError, match=r"^Storage already has other weights of MobileNetV2, which jobs use: s3://"):
+        mirror_weights_file("MobileNetV2", workspace, state_dict, None, "half")
+    find_backbone("MobileNetV2").build((32, 32), None).save_weights(tmp_path / "keras.weights.h5")
+    with pytest.raises(DataError, match=r"^Storage already has other weights"):
+        mirror_weights_file("MobileNetV2", workspace, tmp_path / "keras.weights.h5")
+
+
+def test_state_dict_as_weights_of_a_job_is_rejected(state_dict):
+    with pytest.raises(DataError, match=r"^model\.safetensors is a file of PyTorch.*--from model\.safetensors --as"):
+        find_backbone("MobileNetV2").build((32, 32), state_dict)
+
+
 def test_weights_of_another_model_are_rejected_and_not_stored(workspace, weights):
     with pytest.raises(DataError, match=r"^own\.weights\.h5 does not contain the weights of MobileNetV2"):
-        mirror_weights("MobileNetV2", workspace, weights[0])
+        mirror_weights_file("MobileNetV2", workspace, weights[0])
     (weights[0].parent / "text.weights.h5").write_text("no weights")
     with pytest.raises(DataError, match=r"^text\.weights\.h5 does not contain the weights of MobileNet without"):
-        mirror_weights("MobileNet", workspace, weights[0].parent / "text.weights.h5")
+        mirror_weights_file("MobileNet", workspace, weights[0].parent / "text.weights.h5")
     assert list(workspace.storage.list("weights/")) == []
 
 
@@ -70,7 +125,7 @@ def test_weights_files_of_keras_are_accepted(workspace, tmp_path):
     model = keras.applications.MobileNet(weights=None, include_top=False)
     with h5py.File(tmp_path / "mobilenet_1_0_224_tf_no_top.h5", "w") as file:
         legacy_h5_format.save_weights_to_hdf5_group(file, model)
-    mirror_weights("MobileNet", workspace, tmp_path / "mobilenet_1_0_224_tf_no_top.h5")
+    mirror_weights_file("MobileNet", workspace, tmp_path / "mobilenet_1_0_224_tf_no_top.h5")
     other = find_backbone("MobileNet").build((32, 32), fetch_base_file(Base(application="MobileNet"), workspace))
     for actual, expected in zip(other.get_weights(), model.get_weights(), strict=True):
         np.testing.assert_array_equal(actual, expected)
@@ -183,7 +238,7 @@ def test_mirrored_backbone_keeps_its_statistics_through_both_stages(make_job, wo
             # These statistics differ from those of the images: batch normalization in training mode would change them.
             layer.moving_mean.assign(np.full(layer.moving_mean.shape, 0.1))
     source.save_weights(tmp_path / "source.weights.h5")
-    mirror_weights("MobileNetV2", workspace, tmp_path / "source.weights.h5")
+    mirror_weights_file("MobileNetV2", workspace, tmp_path / "source.weights.h5")
     job = make_job(
         model={"base": {"application": "MobileNetV2"}},
         transfer={"epochs": 2, "batchSize": 8, "optimizer": {"learningRate": 0.01}},

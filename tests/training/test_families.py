@@ -20,12 +20,12 @@ from topwork.clients.s3.storage import Storage
 from topwork.model.backbones import find_backbone
 from topwork.model.layer_groups import name_layer_groups
 from topwork.model.layer_tree import leaf_layers
+from topwork.registry.imagenet_weights import mirrored_weights_key
 from topwork.spec import TransferJob
 from topwork.spec.applications import MIN_SIDE
 from topwork.stages.fine_tune import fine_tune
 from topwork.stages.pull import pull
 from topwork.stages.transfer import transfer
-from topwork.training.base_files import mirrored_weights_key
 from topwork.workspace import Workspace
 
 

@@ -17,7 +17,7 @@ from topwork.model.efficientnet_lite import blocks, build_efficientnet_lite0
 from topwork.spec import TransferJob
 from topwork.spec.model import Base
 from topwork.stages.pull import pull
-from topwork.training.base_files import fetch_base_file, mirror_weights
+from topwork.training.base_files import fetch_base_file, mirror_weights_file
 
 
 @pytest.fixture(scope="module")
@@ -124,16 +124,16 @@ def test_rejected_state_dict_changes_nothing(weights_file):
     model = build_efficientnet_lite0(include_top=False, input_shape=(32, 32, 3))
     before = model.get_weights()
     state = read_state_dict(weights_file)
-    for change in (
-        {"_conv_head.weight": state["_conv_head.weight"][:640]},
-        {"_conv_head.bias": state["_bn1.bias"]},
-        {"_blocks.16._bn1.weight": state["_bn1.weight"]},
+    for change, message in (
+        ({"_conv_head.weight": state["_conv_head.weight"][:640]}, r"_conv_head\.weight has shape \(640, 320, 1, 1\)"),
+        ({"_conv_head.bias": state["_bn1.bias"]}, r"_conv_head\.bias \(1280\) is left over"),
+        ({"_blocks.16._bn1.weight": state["_bn1.weight"]}, r"_blocks\.16\._bn1\.weight \(1280\) is left over"),
     ):
-        with pytest.raises(DataError):
-            assign_layers(model, state | change, layer_names())
+        with pytest.raises(DataError, match=f"^{message}"):
+            assign_layers(model, state | change, layer_names(), ignored=(r"^_fc\.",))
     missing = {name: values for name, values in state.items() if not name.startswith("_blocks.3._bn1.")}
     with pytest.raises(DataError, match=r"_blocks\.3\._bn1"):
-        assign_layers(model, missing, layer_names())
+        assign_layers(model, missing, layer_names(), ignored=(r"^_fc\.",))
     for actual, expected in zip(model.get_weights(), before, strict=True):
         np.testing.assert_array_equal(actual, expected)
 
@@ -176,17 +176,19 @@ def test_weights_are_read_from_storage_and_never_downloaded(workspace, tmp_path,
         fetch_base_file(Base(application="EfficientNetLite0"), workspace)
     source = find_backbone("EfficientNetLite0").build((32, 32), None)
     source.save_weights(tmp_path / "lite.weights.h5")
-    assert mirror_weights("EfficientNetLite0", workspace, tmp_path / "lite.weights.h5") is False
+    assert not mirror_weights_file("EfficientNetLite0", workspace, tmp_path / "lite.weights.h5").existed
     path = fetch_base_file(Base(application="EfficientNetLite0"), workspace)
     model = find_backbone("EfficientNetLite0").build((48, 64), path)
     for actual, expected in zip(model.get_weights(), source.get_weights(), strict=True):
         np.testing.assert_array_equal(actual, expected)
 
 
-def test_state_dict_is_copied_to_storage_only_for_models_with_equal_features(workspace, weights_file):
-    with pytest.raises(DataError, match=r"\.pth is a state dict of PyTorch.*only for EfficientNetLite0"):
-        mirror_weights("MobileNetV2", workspace, weights_file)
-    assert mirror_weights("EfficientNetLite0", workspace, weights_file) is False
+def test_state_dict_is_copied_to_storage_only_for_its_own_model(workspace, weights_file):
+    with pytest.raises(DataError, match=r"It seems to be EfficientNetLite0: use --as EfficientNetLite0\."):
+        mirror_weights_file("MobileNetV2", workspace, weights_file)
+    mirrored = mirror_weights_file("EfficientNetLite0", workspace, weights_file)
+    assert (mirrored.key, mirrored.existed) == ("weights/imagenet/EfficientNetLite0.weights.h5", False)
+    assert mirror_weights_file("EfficientNetLite0", workspace, weights_file).existed
     path = fetch_base_file(Base(application="EfficientNetLite0"), workspace)
     (kernel,) = find_backbone("EfficientNetLite0").build((32, 32), path).get_layer("stem_conv").get_weights()
     expected = read_state_dict(weights_file)["_conv_stem.weight"].transpose(2, 3, 1, 0)

@@ -18,12 +18,13 @@ from topwork.description.job_description import (
     StageDescription,
 )
 from topwork.description.known_dataset import KnownDataset
+from topwork.model.backbones import find_backbone
 from topwork.model.classifier import build_classifier
+from topwork.model.conversion.variant import Normalization
 from topwork.model.freezing import UnfreezeSetting, count_parameters, set_trainable
 from topwork.model.input_scaling import find_input_scaling
 from topwork.model.partition import partition_model
 from topwork.spec import TransferJob
-from topwork.spec.applications import APPLICATIONS
 from topwork.spec.fine_tune import UnfreezeFrom, UnfreezeLayers
 from topwork.spec.job import JobSpec
 from topwork.spec.model import Base
@@ -61,7 +62,8 @@ def describe(
     Args:
         job: The job.
         data: Known facts about its images.
-        file: The saved model named by the spec; None if it is unavailable or the base is not a saved model.
+        file: The saved model or the weights file that the base is built from; None if it is unavailable or the base
+            needs none.
         notes: Additional notes for the user.
         plan: Which stages a run would reuse; None if unknown.
 
@@ -78,7 +80,7 @@ def describe(
         model = _build_model(spec, data.classes or ASSUMED_CLASSES, file)
         plans = [plan for plan in (plan_transfer(spec), plan_fine_tune(spec)) if plan]
         stages = tuple(_stage(plan, model, data) for plan in plans)
-        base = _base(spec, model)
+        base = _base(spec, model, file)
     keras.utils.clear_session()
     return JobDescription(
         name=job.metadata.name,
@@ -185,7 +187,7 @@ def _describe_unfrozen(unfrozen: UnfreezeSetting) -> str:
     return "the head and all of the base" if unfrozen == "all" else "the head"
 
 
-def _base(spec: JobSpec, model: keras.Model | None) -> BaseDescription:
+def _base(spec: JobSpec, model: keras.Model | None, file: Path | None) -> BaseDescription:
     base = spec.model.base
     kind = "application" if base.application else "saved" if base.saved else "cnn"
     return BaseDescription(
@@ -193,7 +195,7 @@ def _base(spec: JobSpec, model: keras.Model | None) -> BaseDescription:
         name=base.application or (base.saved.uri if base.saved else "CNN trained from scratch"),
         weights={"saved": "from the file", "cnn": "random"}.get(kind) or _weights(base),
         input_size=spec.dataset.image_size,
-        scaling=_scaling(base, model),
+        scaling=_scaling(base, model, file),
         parameters=None if model is None else model.get_layer("base").count_params(),
     )
 
@@ -202,9 +204,14 @@ def _weights(base: Base) -> str:
     return {"none": "random", "imagenet": "ImageNet"}.get(base.weights or "imagenet", str(base.weights))
 
 
-def _scaling(base: Base, model: keras.Model | None) -> str:
+def _scaling(base: Base, model: keras.Model | None, file: Path | None) -> str:
     if base.application:
-        return _SCALINGS[APPLICATIONS[base.application].scaling]
+        scaling = find_backbone(base.application).find_scaling(file)
+        if isinstance(scaling, Normalization):
+            return f"(pixels / 255 - mean) / deviation, {scaling.describe()}"
+        # Without a file in storage or at hand, the weights may be converted ones.
+        unsure = ", unless the weights were converted" if file is None and base.has_weights_file else ""
+        return _SCALINGS[scaling] + unsure
     if base.saved is None:
         return _SCALINGS["zeroToOne"]
     if base.saved.scaling is not None:

@@ -7,13 +7,16 @@ from typing import Any, Literal
 
 import keras
 
-from topwork.errors import SpecError, UnavailableError, quote_error
+from topwork.errors import DataError, SpecError, UnavailableError, quote_error
+from topwork.model.conversion.converted_file import load_converted, read_variant
+from topwork.model.conversion.graph import apply_variant
+from topwork.model.conversion.variant import Normalization, Variant
 from topwork.model.efficientnet_lite import build_efficientnet_lite0
 from topwork.model.weights import load_weights
 from topwork.spec.applications import APPLICATIONS, Scaling
 
 # ImageNet constants of keras.applications.imagenet_utils: RGB in 0..1 for torch, BGR in 0..255 for caffe.
-_TORCH_MEAN, _TORCH_DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_TORCH = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _CAFFE_MEAN = (103.939, 116.779, 123.68)
 
 
@@ -29,8 +32,29 @@ class Backbone:
 
     @property
     def scaling(self) -> Scaling:
-        """How raw pixels are scaled for this model."""
+        """How raw pixels are scaled for this model with its own weights."""
         return APPLICATIONS[self.name].scaling
+
+    def find_scaling(self, file: Path | None) -> Scaling | Normalization:
+        """Return how raw pixels are scaled: converted weights expect the scaling that they were trained with.
+
+        Args:
+            file: Weights file, if any.
+
+        Raises:
+            DataError: If the file contains converted weights of another model, or they are not valid.
+        """
+        variant = self._read_variant(file)
+        return (variant and variant.normalization) or self.scaling
+
+    def _read_variant(self, file: Path | None) -> Variant | None:
+        variant = read_variant(file) if file else None
+        if file and variant and variant.application != self.name:
+            raise DataError(
+                f"{file.name} contains weights converted to {variant.application}, but spec.model.base.application is "
+                f"{self.name}."
+            )
+        return variant
 
     def build(self, image_size: tuple[int, int], weights: Literal["imagenet"] | Path | None) -> keras.Model:
         """Build the model without its classification head.
@@ -38,18 +62,22 @@ class Backbone:
         Args:
             image_size: Height and width in pixels.
             weights: "imagenet" (downloaded by Keras), a weights file of this model without its head, or None for
-                random initialization.
+                random initialization. With converted weights, the model computes as the one that they come from.
 
         Returns:
-            The model, named "base". It expects input scaled by `scale_inputs`.
+            The model, named "base". It expects input scaled by `scale_inputs` with the result of `find_scaling`.
 
         Raises:
             SpecError: If the model does not support this image size.
             DataError: If the file does not contain this model's weights.
             UnavailableError: If the download failed.
         """
+        variant = self._read_variant(weights) if isinstance(weights, Path) else None
         base = self._build(image_size, "imagenet" if weights == "imagenet" else None)
-        if isinstance(weights, Path):
+        if isinstance(weights, Path) and variant:
+            base = apply_variant(base, variant)
+            load_converted(base, weights)
+        elif isinstance(weights, Path):
             load_weights(base, weights, self.name)
         return base
 
@@ -100,7 +128,7 @@ def find_backbone(name: str) -> Backbone:
     return Backbone(name)
 
 
-def scale_inputs(image: Any, scaling: Scaling) -> Any:
+def scale_inputs(image: Any, scaling: Scaling | Normalization) -> Any:
     """Scale raw pixels with built-in layers, so that plain `keras.models.load_model` can load the result.
 
     Args:
@@ -111,12 +139,14 @@ def scale_inputs(image: Any, scaling: Scaling) -> Any:
         KerasTensor of the same shape.
     """
     rescaling = keras.layers.Rescaling
+    if scaling == "torch":
+        scaling = _TORCH
+    if isinstance(scaling, Normalization):
+        scale = [1 / (255 * deviation) for deviation in scaling.deviation]
+        offset = [-mean / deviation for mean, deviation in zip(scaling.mean, scaling.deviation, strict=True)]
+        return rescaling(scale, offset=offset, name="input_scaling")(image)
     if scaling == "tf":
         return rescaling(1 / 127.5, offset=-1.0, name="input_scaling")(image)
-    if scaling == "torch":
-        scale = [1 / (255 * deviation) for deviation in _TORCH_DEVIATION]
-        offset = [-mean / deviation for mean, deviation in zip(_TORCH_MEAN, _TORCH_DEVIATION, strict=True)]
-        return rescaling(scale, offset=offset, name="input_scaling")(image)
     if scaling == "caffe":
         offset = [-mean for mean in _CAFFE_MEAN]
         return rescaling(1.0, offset=offset, name="input_scaling")(keras.ops.flip(image, axis=-1))

@@ -109,7 +109,7 @@ def build_base(settings: Base, image_size: tuple[int, int], file: Path | None) -
         return BaseOutput(image, _cnn(settings.cnn, image_size)(_scale_to_unit_range(image)))
     model = find_backbone(settings.application or "")
     base = model.build(image_size, file or ("imagenet" if settings.needs_imagenet else None))
-    return BaseOutput(image, base(scale_inputs(image, model.scaling)))
+    return BaseOutput(image, base(scale_inputs(image, model.find_scaling(file))))
 
 
 def _scale_to_unit_range(image: Any) -> Any:

@@ -12,6 +12,8 @@ from topwork.model.files.inspection import UnsafeFileError, inspect_h5
 # Standard deviation of ImageNet pixels in 0..1: IMAGENET_STDDEV_RGB in keras/src/applications/efficientnet.py.
 _IMAGENET_DEVIATION = np.array([0.229, 0.224, 0.225], np.float32)
 
+_PYTORCH_SUFFIXES = frozenset({".safetensors", ".pth", ".pt", ".bin"})
+
 
 def load_weights(model: keras.Model, path: Path, name: str) -> None:
     """Load a weights file into a randomly initialized model of keras.applications.
@@ -24,6 +26,11 @@ def load_weights(model: keras.Model, path: Path, name: str) -> None:
     Raises:
         DataError: If the file does not contain this model's weights.
     """
+    if path.suffix in _PYTORCH_SUFFIXES:
+        raise DataError(
+            f"{path.name} is a file of PyTorch, which computes differently. Convert it first: topwork mirror weights "
+            f"STORAGE --from {path.name} --as {name}. Jobs with weights: imagenet and this storage then use it."
+        )
     try:
         inspect_h5(path, path.name)
         with warnings.catch_warnings():

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from topwork.clients.s3.storage import Storage, describe_file
+from topwork.registry.imagenet_weights import find_converted_weights
 from topwork.registry.stage_results import TrainingStage
 from topwork.spec import TransferJob
 from topwork.spec.digest import DIGEST_LENGTH, digest_of, evaluation_content, training_content
@@ -99,12 +100,16 @@ def read_base_version(base: Base, storage: Storage) -> str:
 
     Args:
         base: `spec.model.base`.
-        storage: Any storage that can read the object.
+        storage: Storage of the job.
 
     Returns:
         The ETag and size of an object, the SHA-256 of a local file; empty if the base needs no file of the user or the
         file does not exist.
     """
+    if base.needs_imagenet:
+        # Those of Keras never change.
+        converted = find_converted_weights(str(base.application), storage)
+        return f"{converted.etag} {converted.size}" if converted else ""
     uri = base.saved.uri if base.saved else base.weights
     if uri in {None, "imagenet", "none"}:
         return ""

@@ -84,7 +84,7 @@ class Base(SpecModel):
     weights: Weights | None = Field(
         default=None,
         description="Initial weights of application: imagenet, none (random), or the URI of a weights file such as "
-        "s3://…/x.weights.h5. Unset: imagenet.",
+        "s3://…/x.weights.h5. Converted weights are scaled and computed as the model they come from. Unset: imagenet.",
     )
     saved: SavedBase | None = Field(default=None, description="A model that you saved earlier.")
     cnn: Cnn | None = Field(default=None, description="A small convolutional network, trained from scratch.")
@@ -93,6 +93,11 @@ class Base(SpecModel):
     def is_pretrained(self) -> bool:
         """Whether the base starts with trained weights."""
         return self.saved is not None or (self.application is not None and self.weights != "none")
+
+    @property
+    def has_weights_file(self) -> bool:
+        """Whether the base starts from a weights file that the spec names."""
+        return self.weights not in {None, "imagenet", "none"}
 
     @property
     def needs_imagenet(self) -> bool:

@@ -6,6 +6,7 @@ import io
 import socket
 import ssl
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import keras
@@ -16,7 +17,9 @@ from topwork.clients.s3.storage import partial_path
 from topwork.disk_space import require_free_space
 from topwork.errors import DataError, SpecError, UnavailableError, quote_error
 from topwork.model.backbones import find_backbone
-from topwork.model.conversion.weights_file import build_from_file
+from topwork.model.conversion.variant import Variant
+from topwork.model.conversion.weights_file import LoadedWeights, load_weights_file
+from topwork.registry.imagenet_weights import converted_weights_key, find_converted_weights, mirrored_weights_key
 from topwork.spec.applications import NOT_DOWNLOADED
 from topwork.spec.model import Base
 from topwork.workspace import Workspace
@@ -49,21 +52,17 @@ def fetch_base_file(base: Base, workspace: Workspace) -> Path | None:
     """
     if base.saved:
         return _fetch(base.saved.uri, "spec.model.base.saved.uri", workspace)
-    if base.weights not in {None, "imagenet", "none"}:
-        return _fetch(base.weights, "spec.model.base.weights", workspace)
+    if base.has_weights_file:
+        return _fetch(str(base.weights), "spec.model.base.weights", workspace)
     if not base.needs_imagenet:
         return None
-    name = str(base.application)
-    mirror_weights(name, workspace)
-    key = mirrored_weights_key(name)
+    return _fetch_mirrored(mirror_weights(str(base.application), workspace).key, workspace)
+
+
+def _fetch_mirrored(key: str, workspace: Workspace) -> Path:
     path = workspace.scratch / Path(key).name
     workspace.storage.download(key, path)
     return path
-
-
-def mirrored_weights_key(name: str) -> str:
-    """Return the storage key of the mirrored ImageNet weights of a keras.applications model."""
-    return f"weights/imagenet/{name}.weights.h5"
 
 
 def require_mirrored_weights(name: str, workspace: Workspace) -> None:
@@ -85,35 +84,97 @@ def require_mirrored_weights(name: str, workspace: Workspace) -> None:
         )
 
 
-def mirror_weights(name: str, workspace: Workspace, file: Path | None = None) -> bool:
-    """Copy ImageNet weights to storage unless they are already stored, so that jobs do not need internet access.
+@dataclass(frozen=True)
+class MirroredWeights:
+    """ImageNet weights in storage.
+
+    Attributes:
+        key: Their key.
+        existed: Whether storage already had them.
+        variant: How the model computes that they were converted from, if a file was converted.
+    """
+
+    key: str
+    existed: bool
+    variant: Variant | None = None
+
+
+def mirror_weights(name: str, workspace: Workspace) -> MirroredWeights:
+    """Copy the ImageNet weights of Keras to storage unless it has some, so that jobs do not need internet access.
 
     Args:
-        name: Name of the model in keras.applications.
+        name: Name of the model in `APPLICATIONS`.
         workspace: Storage and scratch directory.
-        file: Weights of the model without its head, from Keras or PyTorch; None downloads them with Keras.
 
     Returns:
-        Whether storage already had the weights.
+        The weights in storage. Converted weights take precedence.
 
     Raises:
-        DataError: If the file does not contain weights of this model.
         UnavailableError: If the download or storage failed.
 
     Example:
         `mirror_weights("MobileNetV2", workspace)`
     """
+    if find_converted_weights(name, workspace.storage):
+        return MirroredWeights(converted_weights_key(name), existed=True)
     key = mirrored_weights_key(name)
     if workspace.storage.size(key) is not None:
-        return True
-    model = (
-        build_from_file(name, (STANDARD_IMAGE_SIDE, STANDARD_IMAGE_SIDE), file) if file else _download(name, workspace)
-    )
+        return MirroredWeights(key, existed=True)
+    _upload_weights(LoadedWeights(_download(name, workspace), None), key, workspace)
+    return MirroredWeights(key, existed=False)
+
+
+def mirror_weights_file(
+    name: str, workspace: Workspace, file: Path, source_model: str | None = None, normalization: str | None = None
+) -> MirroredWeights:
+    """Copy ImageNet weights from a file to storage, converted if they come from another framework.
+
+    Args:
+        name: Name of the model in `APPLICATIONS`.
+        workspace: Storage and scratch directory.
+        file: Weights of the model, from Keras or PyTorch.
+        source_model: Model of a PyTorch library that the weights come from; needed if several fit.
+        normalization: Input normalization of that model; needed if several are usual.
+
+    Returns:
+        The weights in storage.
+
+    Raises:
+        DataError: If the file does not contain weights of this model, or storage has other weights of it.
+        SettingError: If the model that the weights come from is unclear or unknown.
+        UnavailableError: If storage failed.
+    """
+    weights = load_weights_file(name, (STANDARD_IMAGE_SIDE, STANDARD_IMAGE_SIDE), file, source_model, normalization)
+    key = converted_weights_key(name) if weights.variant else mirrored_weights_key(name)
+    existed = False
+    for stored in (converted_weights_key(name), mirrored_weights_key(name)):
+        if workspace.storage.size(stored) is not None:
+            _require_equal(weights, name, stored, workspace)
+            existed = True
+    if not existed:
+        _upload_weights(weights, key, workspace)
+    return MirroredWeights(key, existed, weights.variant)
+
+
+def _require_equal(weights: LoadedWeights, name: str, key: str, workspace: Workspace) -> None:
+    """Reject a file if storage has other weights: jobs would use those in storage, without a warning."""
+    path = _fetch_mirrored(key, workspace)
+    stored = load_weights_file(name, (STANDARD_IMAGE_SIDE, STANDARD_IMAGE_SIDE), path)
+    path.unlink()
+    if not weights.equals(stored):
+        uri = workspace.storage.uri_of(key)
+        raise DataError(
+            f"Storage already has other weights of {name}, which jobs use: {uri}. To replace them, delete that object "
+            "first. To use both, copy these weights to another storage, and name the copied file in "
+            "spec.model.base.weights."
+        )
+
+
+def _upload_weights(weights: LoadedWeights, key: str, workspace: Workspace) -> None:
     path = workspace.scratch / Path(key).name
-    model.save_weights(path)
+    weights.save(path)
     workspace.storage.upload(path, key)
     path.unlink()
-    return False
 
 
 def _download(name: str, workspace: Workspace) -> keras.Model:

@@ -71,7 +71,7 @@ def _describe(job: TransferJob, state: Path, classes: int | None, images: int | 
         except (SettingError, UnavailableError) as error:
             notes.append(str(error))
         data = find_known_dataset(job, workspace, classes, images)
-        file, missing = _find_saved_base(job, workspace)
+        file, missing = _find_base_file(job, workspace)
         plan = find_reusable_results(job, workspace) if workspace else None
         return describe_job(job, data, file, (*notes, *missing), plan)
 
@@ -87,24 +87,37 @@ def _workspace(job: TransferJob, state: Path, scratch: Path) -> "Iterator[Worksp
         yield Workspace(storage, Metrics(), NoProgress(), scratch) if storage else None
 
 
-def _find_saved_base(job: TransferJob, workspace: "Workspace | None") -> tuple[Path | None, tuple[str, ...]]:
-    """Find the saved model that a job uses as its base.
+def _find_base_file(job: TransferJob, workspace: "Workspace | None") -> tuple[Path | None, tuple[str, ...]]:
+    """Find the saved model or the weights file that a job builds its base from. Nothing is downloaded from Keras.
 
     Returns:
-        The file, or None and the reason if it is unavailable; None without a reason if the base is not a saved model.
+        The file, or None and the reason if it is unavailable; None without a reason if the base needs no file.
     """
-    saved = job.spec.model.base.saved
-    if saved is None:
+    base = job.spec.model.base
+    uri = base.saved.uri if base.saved else str(base.weights or "imagenet")
+    if (base.application is None and base.saved is None) or uri == "none":
+        return None, ()
+    if uri == "imagenet" and (workspace is None or not _has_converted_weights(str(base.application), workspace)):
         return None, ()
     from topwork.training.base_files import fetch_base_file
 
-    path = Path(saved.uri)
-    if not saved.uri.startswith("s3://") and path.is_file():
+    path = Path(uri)
+    if not uri.startswith("s3://") and path.is_file():
         return path, ()
+    key, unknown = ("saved.uri", "the layers of the base are") if base.saved else ("weights", "its input scaling is")
     try:
         if workspace is not None:
-            return fetch_base_file(job.spec.model.base, workspace), ()
-        reason = f"spec.model.base.saved.uri is {saved.uri}, which is unavailable here."
+            return fetch_base_file(base, workspace), ()
+        reason = f"spec.model.base.{key} is {uri}, which is unavailable here."
     except (DataError, SettingError, UnavailableError) as error:
         reason = str(error)
-    return None, (f"{reason} Without it, the layers of the base are unknown.",)
+    return None, (f"{reason} Without it, {unknown} unknown.",)
+
+
+def _has_converted_weights(name: str, workspace: "Workspace") -> bool:
+    from topwork.registry.imagenet_weights import find_converted_weights
+
+    try:
+        return find_converted_weights(name, workspace.storage) is not None
+    except UnavailableError:
+        return False  # other notes say that storage is unavailable

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -26,6 +26,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+# The names of NORMALIZATIONS in topwork.model.conversion.source_models, which imports Keras.
+Normalization = Literal["imagenet", "half", "none", "clip", "caffe"]
 StorageUri = Annotated[str, typer.Argument(metavar="STORAGE", help="s3://bucket/prefix, as in spec.storage.")]
 
 
@@ -41,20 +43,46 @@ def weights(
         typer.Option(
             "--from",
             help="Copy the weights in this file instead of downloading: a file written by model.save_weights without "
-            "the head, a *_notop.h5 file of Keras, or a state dict of PyTorch (.safetensors, .pth) of "
-            "EfficientNetLite0.",
+            "the head, a *_notop.h5 file of Keras, or a state dict (.safetensors, .pth) of PyTorch, torchvision or "
+            "timm, which is converted.",
         ),
     ] = None,
     application: Annotated[
         str | None, typer.Option("--as", metavar="APPLICATION", help="Model that the weights of --from belong to.")
     ] = None,
+    source_model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Model that a state dict comes from, such as timm/tf_efficientnet_b0.in1k or torchvision/resnet50. "
+            "Needed if models with equal tensors compute differently.",
+        ),
+    ] = None,
+    normalization: Annotated[
+        Normalization | None,
+        typer.Option(
+            help="Input normalization that a state dict was trained with, by mean and deviation of pixels in 0..1: "
+            "imagenet, half (0.5 and 0.5), none (0 and 1), clip, or caffe (1/255 as the deviation). Needed if several "
+            "are usual."
+        ),
+    ] = None,
     state: State = None,
 ) -> None:
-    """Copy ImageNet weights, unless they are already in storage."""
+    """Copy ImageNet weights, unless they are already in storage.
+
+    Models of the same name can compute differently in Keras and PyTorch: they pad, stride and normalize differently.
+    Converted weights are stored with a description of these differences, and jobs then compute the features of the
+    original model. What was assumed about the original model is printed.
+    """
     models = _select_models(names or [], file, application)
+    if file is None and (source_model or normalization):
+        raise SettingError("--source-model and --normalization describe the file of --from, which is missing.")
     with _open_workspace(storage_uri, state) as workspace:
         for name in models:
-            _mirror_weights(name, workspace, file)
+            if file:
+                _mirror_file(name, workspace, file, source_model, normalization)
+            else:
+                _mirror_weights(name, workspace)
 
 
 def _select_models(names: list[str], file: Path | None, application: str | None) -> list[str]:
@@ -116,12 +144,24 @@ def _needs_downloads(spec: JobSpec) -> bool:
     return spec.model.base.needs_imagenet or spec.dataset.source.tfds is not None
 
 
-def _mirror_weights(name: str, workspace: Workspace, file: Path | None = None) -> None:
+def _mirror_weights(name: str, workspace: Workspace) -> None:
     with quiet_tensorflow_import():
-        from topwork.training.base_files import mirror_weights, mirrored_weights_key
+        from topwork.training.base_files import mirror_weights
 
-    existed = mirror_weights(name, workspace, file)
-    print(f"{'found' if existed else 'mirrored'} {workspace.storage.uri_of(mirrored_weights_key(name))}")
+    mirrored = mirror_weights(name, workspace)
+    print(f"{'found' if mirrored.existed else 'mirrored'} {workspace.storage.uri_of(mirrored.key)}")
+
+
+def _mirror_file(
+    name: str, workspace: Workspace, file: Path, source_model: str | None, normalization: str | None
+) -> None:
+    with quiet_tensorflow_import():
+        from topwork.training.base_files import mirror_weights_file
+
+    mirrored = mirror_weights_file(name, workspace, file, source_model, normalization)
+    print(f"{'found' if mirrored.existed else 'mirrored'} {workspace.storage.uri_of(mirrored.key)}")
+    if mirrored.variant:
+        print(f"converted as {mirrored.variant.describe()}")
 
 
 def _mirror_tfds(name: str, workspace: Workspace, data_dir: Path | None = None) -> None:

@@ -1,0 +1,162 @@
+"""Writes random state dicts of PyTorch models, and the features that PyTorch computes from them.
+
+    .venv-torch/bin/python tests/conversion/timm_reference.py --fixtures     writes tests/fixtures/conversion.json
+    .venv-torch/bin/python tests/conversion/timm_reference.py DIRECTORY      writes files of all other models
+
+A model is `torchvision/NAME` or `timm/NAME`, followed by the name of a normalization unless it is that of ImageNet. The
+fixtures contain no weights: `draw_state` draws them again from names and shapes.
+"""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+import torchvision
+from random_weights import draw_state, make_image
+
+FIXTURES = Path(__file__).parents[1] / "fixtures/conversion.json"
+# One small architecture of each family, and models that differ only in how they compute from equal tensors.
+FIXTURE_MODELS = (
+    "torchvision/resnet50",
+    "torchvision/vgg16.caffe",
+    "torchvision/mobilenet_v2",
+    "torchvision/mobilenet_v3_small",
+    "timm/mobilenetv3_small_100",
+    "timm/tf_mobilenetv3_small_100.half",
+    "timm/efficientnet_b0",
+    "timm/tf_efficientnet_b0.half",
+    "timm/tf_efficientnetv2_b0",
+    "timm/densenet121",
+    "torchvision/convnext_tiny",
+)
+OTHER_MODELS = (
+    "timm/resnet50",
+    "timm/resnet101",
+    "torchvision/resnet152",
+    "timm/vgg16",
+    "torchvision/vgg19",
+    "timm/mobilenetv2_100",
+    "torchvision/mobilenet_v3_large",
+    "timm/mobilenetv3_large_100.none",
+    "timm/tf_mobilenetv3_large_100.half",
+    *(f"torchvision/efficientnet_b{size}" for size in (0, 1, 4, 5, 7)),
+    *(f"timm/efficientnet_b{size}" for size in (2, 3, 6)),
+    *(f"timm/tf_efficientnet_b{size}" for size in (1, 3, 5)),
+    *(f"torchvision/efficientnet_v2_{size}" for size in "sm"),
+    "torchvision/efficientnet_v2_l.half",
+    *(f"timm/tf_efficientnetv2_{size}" for size in ("b1", "b2", "b3")),
+    "timm/tf_efficientnetv2_s.half",
+    "timm/efficientnetv2_s",
+    "torchvision/densenet121",
+    "torchvision/densenet169",
+    "timm/densenet201",
+    "torchvision/convnext_small",
+    "timm/convnext_tiny",
+    "timm/convnext_base.clip",
+    "timm/convnext_large",
+    "timm/convnext_xlarge",
+)
+# Larger tensors, all in the head of VGG, are left out of the fixtures.
+MAX_FIXTURE_VALUES = 10_000_000
+SIZES = ((70, 96), (75, 91))
+# `mean` and `std` in timm/data/constants.py, and of VGG16_Weights.IMAGENET1K_FEATURES in torchvision.
+NORMALIZATIONS = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+    "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+    "caffe": ((0.48235, 0.45882, 0.40784), (1 / 255, 1 / 255, 1 / 255)),
+}
+
+
+def build(model: str) -> torch.nn.Module:
+    """Build a model in inference mode, with random weights."""
+    library, _, name = model.partition(".")[0].partition("/")
+    built = timm.create_model(name) if library == "timm" else torchvision.models.get_model(name)
+    state = draw_state({key: values.shape for key, values in built.state_dict().items()})
+    built.load_state_dict({key: torch.from_numpy(values) for key, values in state.items()})
+    return built.eval()
+
+
+def compute_features(model: torch.nn.Module, image: np.ndarray, normalization: str) -> np.ndarray:
+    """Compute the features that the classifier of a model sees, for one image."""
+    mean, deviation = (torch.tensor(values) for values in NORMALIZATIONS[normalization])
+    pixels = ((torch.from_numpy(image).float() / 255 - mean) / deviation).permute(2, 0, 1)[None]
+    with torch.no_grad():
+        return _pool(model, pixels).flatten().numpy()
+
+
+def _pool(model: torch.nn.Module, pixels: torch.Tensor) -> torch.Tensor:
+    """Compute the average of the last feature maps. ConvNeXt normalizes this average."""
+    if hasattr(model, "forward_features"):
+        maps = model.forward_features(pixels)
+    elif isinstance(model, torchvision.models.ResNet):
+        stages = (model.conv1, model.bn1, model.relu, model.maxpool, model.layer1, model.layer2, model.layer3)
+        maps = model.layer4(torch.nn.Sequential(*stages)(pixels))
+    else:
+        maps = model.features(pixels)
+        maps = torch.relu(maps) if isinstance(model, torchvision.models.DenseNet) else maps
+    average = maps.mean(dim=(2, 3), keepdim=True)
+    if isinstance(model, torchvision.models.ConvNeXt):
+        return model.classifier[0](average)
+    return model.head.norm(average) if isinstance(model, timm.models.convnext.ConvNeXt) else average
+
+
+def describe(model: str, sizes: tuple[tuple[int, int], ...]) -> dict[str, object]:
+    """Return shapes of the tensors of a model, and its features for an image of each size."""
+    built = build(model)
+    normalization = model.partition(".")[2] or "imagenet"
+    features = {
+        f"{height}x{width}": compute_features(built, make_image(height, width), normalization).tolist()
+        for height, width in sizes
+    }
+    return {"shapes": {key: list(values.shape) for key, values in built.state_dict().items()}, "features": features}
+
+
+def write_fixtures() -> None:
+    """Write shapes and every eighth feature of the fixture models, for the first size."""
+    content = {}
+    for model in FIXTURE_MODELS:
+        description = describe(model, SIZES[:1])
+        shapes = {
+            key: "x".join(map(str, shape))
+            for key, shape in description["shapes"].items()
+            if math.prod(shape) < MAX_FIXTURE_VALUES
+        }
+        features = [float(f"{value:.7g}") for value in description["features"]["70x96"][::8]]
+        content[model] = {"features": features, "shapes": shapes}
+    entries = [f"{json.dumps(model)}: {json.dumps(fixture)}" for model, fixture in content.items()]
+    FIXTURES.write_text("{\n" + ",\n".join(entries) + "\n}\n")
+
+
+def read_tags(name: str) -> dict[str, str]:
+    """Return the tags of the pretrained weights of a timm model, by the name of their normalization."""
+    names = {values: key for key, values in NORMALIZATIONS.items()}
+    tags: dict[str, list[str]] = {}
+    for model in timm.list_pretrained():
+        architecture, _, tag = model.partition(".")
+        if architecture == name:
+            config = timm.get_pretrained_cfg(model)
+            tags.setdefault(names[tuple(config.mean), tuple(config.std)], []).append(tag)
+    return {key: " ".join(values) for key, values in tags.items()}
+
+
+def write_others(directory: Path) -> None:
+    """Write shapes and all features of the other models, for every size, and the tags of all models of timm."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "tags.json").write_text(json.dumps({name: read_tags(name) for name in timm.list_models()}))
+    for model in OTHER_MODELS:
+        path = directory / f"{model.replace('/', '+')}.json"
+        path.write_text(json.dumps({"model": model, **describe(model, SIZES)}))
+        print(model, flush=True)
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "--fixtures":
+        write_fixtures()
+    else:
+        write_others(Path(sys.argv[1]))
