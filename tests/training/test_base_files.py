@@ -85,7 +85,7 @@ def state_dict(tmp_path):
 def test_converted_weights_are_used_by_jobs_and_never_mixed_with_others(workspace, state_dict, make_job, tmp_path):
     job = make_job(model={"base": {"application": "MobileNetV2"}})
     before = stage_keys(job, "0" * 16, workspace.storage).transfer
-    mirrored = mirror_weights_file("MobileNetV2", workspace, state_dict)
+    mirrored = mirror_weights_file("MobileNetV2", workspace, state_dict, "mobilenetv2_100")
     assert mirrored.key == "weights/imagenet/MobileNetV2.converted.weights.h5"
     assert mirrored.variant.describe() == (
         "timm/mobilenetv2_100: symmetric padding of strided convolutions, BatchNorm epsilon 1e-05, mean 0.485 0.456 "
@@ -99,9 +99,9 @@ def test_converted_weights_are_used_by_jobs_and_never_mixed_with_others(workspac
     assert model.get_layer("base").get_layer("bn_Conv1").epsilon == 1e-5
     assert "mean 0.485 0.456 0.406" in describe(job, KnownDataset(2, {}, None, ()), path).base.scaling
 
-    assert mirror_weights_file("MobileNetV2", workspace, state_dict).existed
+    assert mirror_weights_file("MobileNetV2", workspace, state_dict, "mobilenetv2_100").existed
     with pytest.raises(DataError, match=r"^Storage already has other weights of MobileNetV2, which jobs use: s3://"):
-        mirror_weights_file("MobileNetV2", workspace, state_dict, None, "half")
+        mirror_weights_file("MobileNetV2", workspace, state_dict, "mobilenetv2_100", "half")
     find_backbone("MobileNetV2").build((32, 32), None).save_weights(tmp_path / "keras.weights.h5")
     with pytest.raises(DataError, match=r"^Storage already has other weights"):
         mirror_weights_file("MobileNetV2", workspace, tmp_path / "keras.weights.h5")

@@ -6,8 +6,10 @@ import pytest
 import structlog
 
 from topwork.errors import DataError
+from topwork.model.backbones import scale_inputs
 from topwork.model.classifier import build_base
-from topwork.model.input_scaling import find_input_scaling
+from topwork.model.conversion.variant import Normalization
+from topwork.model.input_scaling import describe_input_scaling, find_input_scaling
 from topwork.spec.model import Base
 
 SIZE = (8, 8)
@@ -128,3 +130,19 @@ def test_input_is_not_scaled_twice(tmp_path):
 def test_batch_normalization_and_scaling_are_a_warning(tmp_path):
     save(tmp_path, layers.BatchNormalization())
     assert build(tmp_path, "zeroToOne")[1] == ["the base may scale its input, too: check that it is not scaled twice"]
+
+
+@pytest.mark.parametrize(
+    ("scaling", "description"),
+    [
+        ("inside", "in the base"),
+        ("tf", "pixel * 0.00784314 - 1"),
+        ("caffe", "blue * 1 - 103.939, green * 1 - 116.779, red * 1 - 123.68"),
+        ("torch", "red * 0.0171248 - 2.1179, green * 0.017507 - 2.03571, blue * 0.0174292 - 1.80444"),
+        (Normalization((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)), "pixel * 0.00784314 - 1"),
+        (Normalization((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)), "pixel * 0.00392157"),
+    ],
+)
+def test_description_is_what_the_layer_computes(scaling, description):
+    image = keras.Input((*SIZE, 3))
+    assert describe_input_scaling(keras.Model(image, scale_inputs(image, scaling))) == description

@@ -131,6 +131,35 @@ def find_input_scaling(model: keras.Model) -> FoundScaling:
     )
 
 
+def describe_input_scaling(model: keras.Model) -> str:
+    """Describe how a classifier scales raw pixels, as its layer computes it.
+
+    Args:
+        model: Result of `build_classifier`, also with other layers around it.
+
+    Returns:
+        One factor and offset, or one for each channel.
+
+    Example:
+        >>> describe_input_scaling(classifier)
+        'red * 0.0171248 - 2.1179, green * 0.017507 - 2.03571, blue * 0.0174292 - 1.80444'
+    """
+    layer = next((layer for layer in model.layers if layer.name == "input_scaling"), None)
+    if layer is None:
+        return "in the base"
+    scales, offsets = (np.broadcast_to(np.asarray(value), 3) for value in (layer.scale, layer.offset))
+    if len({*zip(scales, offsets, strict=True)}) == 1:
+        return _describe_channel("pixel", scales[0], offsets[0])
+    is_flipped = _kind(layer.input._keras_history.operation) in {"Flip", "Stack"}
+    channels = ("blue", "green", "red") if is_flipped else ("red", "green", "blue")
+    return ", ".join(map(_describe_channel, channels, scales, offsets))
+
+
+def _describe_channel(name: str, scale: float, offset: float) -> str:
+    shown = f"{name} * {scale:.6g}"
+    return shown if offset == 0 else f"{shown} {'+' if offset > 0 else '-'} {abs(offset):.6g}"
+
+
 _Pair = tuple[Any, Any]
 
 

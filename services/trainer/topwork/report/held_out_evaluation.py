@@ -17,6 +17,7 @@ from topwork.data.dataset_manifest import StoredDataset
 from topwork.data.local_dataset import LocalDataset, Split, fetch_dataset
 from topwork.errors import DataError
 from topwork.model.export import add_probabilities
+from topwork.model.input_scaling import describe_input_scaling
 from topwork.registry.stage_results import Classifier
 from topwork.report.evaluation import Evaluation
 from topwork.report.export_check import MAX_BYTES, MAX_ENCODED, MAX_IMAGES, spread_indices, write_check_inputs
@@ -86,7 +87,7 @@ def evaluate_classifier(
         evaluation=evaluation,
         gates=(),
         mistakes=_worst_mistakes(held_out.images, predictions, local.class_names),
-        lineage=_lineage(job, classifier, dataset, workspace),
+        lineage=_lineage(job, classifier, dataset, workspace, describe_input_scaling(model)),
         notes=(*_write_notes(job, evaluation), *filter(None, [classifier.kept.note])),
         weights=classifier.kept,
         latest=evaluate_latest(job, classifier.file.sha256, held_out, folder / "latest"),
@@ -185,12 +186,15 @@ def _write_check_inputs(
     write_check_inputs(folder, images, predictions.kept, split.labels[chosen], encoded, tolerance)
 
 
-def _lineage(job: TransferJob, classifier: Classifier, dataset: StoredDataset, workspace: Workspace) -> dict[str, str]:
+def _lineage(
+    job: TransferJob, classifier: Classifier, dataset: StoredDataset, workspace: Workspace, scaling: str
+) -> dict[str, str]:
     model = job.spec.model.model_dump(mode="json", by_alias=True, exclude_none=True)
     return {
         "Run": job.run,
         "Spec digest": job.digest,
         "Base": summarize(model["base"]),
+        "Input scaling": scaling,
         "Head": summarize(model["head"]),
         "Stages": "transfer, fine-tune" if job.spec.fine_tune else "transfer",
         "Weights from": classifier.kept.description,

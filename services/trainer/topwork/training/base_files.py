@@ -133,7 +133,7 @@ def mirror_weights_file(
         name: Name of the model in `APPLICATIONS`.
         workspace: Storage and scratch directory.
         file: Weights of the model, from Keras or PyTorch.
-        source_model: Model of a PyTorch library that the weights come from; needed if several fit.
+        source_model: Model of a PyTorch library that the weights come from.
         normalization: Input normalization of that model; needed if several are usual.
 
     Returns:

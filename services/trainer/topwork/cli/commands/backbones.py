@@ -17,7 +17,8 @@ def backbones(as_json: Annotated[bool, typer.Option("--json", help="Print JSON."
     For each model: default and minimum input size in pixels, parameters with and without the 1,000-class top, number
     of layers with weights, size of the weights, and accuracy on the ImageNet validation set. With --json: name,
     defaultSide, leastSide, scaling, parameters, parametersWithoutTop, depth, sizeMB, top1 and top5; top5 is null if
-    keras.io does not list it.
+    keras.io does not list it. The scaling is that of the ImageNet weights of Keras: `topwork describe` shows that of a
+    job, which differs for weights converted from PyTorch.
     """
     if as_json:
         print(json.dumps([_as_json(name, application) for name, application in APPLICATIONS.items()], indent=2))

@@ -55,7 +55,7 @@ def weights(
         typer.Option(
             metavar="NAME",
             help="Model that a state dict comes from, such as timm/tf_efficientnet_b0.in1k or torchvision/resnet50. "
-            "Needed if models with equal tensors compute differently.",
+            "Required: models with equal tensors compute differently. Only EfficientNetLite0 needs none.",
         ),
     ] = None,
     normalization: Annotated[

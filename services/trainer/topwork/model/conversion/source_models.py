@@ -22,6 +22,13 @@ NORMALIZATIONS = {
 }
 """Input normalizations by name."""
 
+# Models whose tensors have the same names and shapes, but whose layers Keras does not have.
+_SIMILAR = {
+    "ResNet50": "timm/resnetaa50, timm/resnetblur50 and the ResNets of Detectron",
+    "ResNet101": "the ResNets of Detectron",
+    "ResNet152": "the ResNets of Detectron",
+    "EfficientNetB0": "timm/efficientnet_blur_b0",
+}
 _TORCH_EPSILON, _TENSORFLOW_EPSILON = 1e-5, 1e-3
 LITE_LIBRARY = "efficientnet-lite-pytorch"
 
@@ -42,6 +49,9 @@ class SourceModel:
     application: str
     tags: dict[str, tuple[str, ...]]
 
+    def __str__(self) -> str:
+        return f"{self.library}/{self.name}"
+
     def variant(self, normalization: str) -> Variant | None:
         """Return how it computes.
 
@@ -57,7 +67,7 @@ class SourceModel:
         strided = re.match("MobileNet|EfficientNet", self.application)
         return Variant(
             application=self.application,
-            source=f"{self.library}/{self.name}",
+            source=str(self),
             padding="symmetric" if strided and not same else "same",
             stride_in_3x3=self.application.startswith("ResNet"),
             batch_norm_epsilon=self._epsilon(),
@@ -99,7 +109,9 @@ class _Choice:
 def choose_variant(
     application: str, libraries: Collection[str], source_model: str | None, normalization: str | None
 ) -> Variant | None:
-    """Find out how the model computes that weights come from.
+    """Return how the model computes that weights come from.
+
+    It is never guessed: the tensors of several models have the same names and shapes.
 
     Args:
         application: Name of the model in `APPLICATIONS`.
@@ -114,6 +126,8 @@ def choose_variant(
     Raises:
         SettingError: If the options are wrong, or do not tell the variants of this application apart.
     """
+    if not source_model and LITE_LIBRARY not in libraries:
+        raise SettingError(_ask_for_source_model(application, libraries))
     models, tag = find_source_models(application, libraries), ""
     if source_model:
         models, tag = _parse_source_model(source_model, application, libraries)
@@ -126,8 +140,8 @@ def choose_variant(
     unknown = [model for model in models if not model.tags and not normalization]
     computations = {choice.computation() for choice in choices}
     if unknown or len(computations) != 1:
-        raise SettingError(_explain_ambiguity(application, models, choices))
-    names = dict.fromkeys(f"{choice.model.library}/{choice.model.name}" for choice in choices)
+        raise SettingError(_explain_ambiguity(models, choices))
+    names = dict.fromkeys(str(choice.model) for choice in choices)
     variant = computations.pop()
     return variant and replace(variant, source=" or ".join(names) + (f".{tag}" if tag else ""))
 
@@ -157,14 +171,18 @@ def _parse_source_model(text: str, application: str, libraries: Collection[str])
     return tagged, tag
 
 
-def _explain_ambiguity(application: str, models: list[SourceModel], choices: list[_Choice]) -> str:
-    """Name the models and weights among which the user has to choose."""
-    names = {model.name for model in models}
-    if len(names) > 1 and len({choice.model.name for choice in choices} | names) > 1:
-        return (
-            f"The file fits several models that compute differently from equal tensors: {_join(models)}. Name the one "
-            f"that the weights of {application} were trained in: --source-model {models[0].library}/{models[0].name}."
-        )
+def _ask_for_source_model(application: str, libraries: Collection[str]) -> str:
+    models = find_source_models(application, libraries)
+    similar = _SIMILAR.get(application)
+    others = f" Cannot be converted although their tensors fit: {similar}." if similar else ""
+    return (
+        "A state dict does not contain how its model pads, strides and normalizes, and models with equal tensors "
+        f"differ. Name the model that was trained: --source-model {' or '.join(map(str, models))}.{others}"
+    )
+
+
+def _explain_ambiguity(models: list[SourceModel], choices: list[_Choice]) -> str:
+    """Name the weights among which the user has to choose."""
     options = [
         f"--normalization {choice.normalization} ({NORMALIZATIONS[choice.normalization].describe()})"
         + (f" for {', '.join(tags[:4])}" if (tags := choice.model.tags.get(choice.normalization, ())) else "")
@@ -178,7 +196,7 @@ def _explain_ambiguity(application: str, models: list[SourceModel], choices: lis
 
 
 def _join(models: list[SourceModel]) -> str:
-    return ", ".join(f"{model.library}/{model.name}" for model in models) or "no model"
+    return ", ".join(map(str, models)) or "no model"
 
 
 def _torchvision_models() -> Iterator[SourceModel]:

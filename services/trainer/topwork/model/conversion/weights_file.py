@@ -67,7 +67,7 @@ def load_weights_file(
         name: Name of the model in `APPLICATIONS`.
         image_size: Height and width in pixels.
         path: HDF5 file of Keras with the weights of the base, or state dict of PyTorch (`.safetensors`, `.pth`).
-        source_model: Model of a PyTorch library that the weights come from; needed if several fit.
+        source_model: Model of a PyTorch library that the weights come from.
         normalization: Input normalization of that model; needed if several are usual.
 
     Returns:
