@@ -69,6 +69,8 @@ class _Rebuilder:
         # Normalizes each location with the mean and variance of the average over all locations. The average of the
         # result is the normalized average, as in the original model, and every other pooling has maps to work on.
         average = keras.layers.GlobalAveragePooling2D(keepdims=True, name=f"{FINAL_NORM}_average")(maps)
+        # As LayerNormalization does under mixed precision. The results below are float32 then.
+        average = keras.ops.cast(average, "float32")
         mean = keras.ops.mean(average, axis=-1, keepdims=True)
         variance = keras.ops.mean(keras.ops.square(average - mean), axis=-1, keepdims=True)
         normalized = (maps - mean) * keras.ops.rsqrt(variance + layer.epsilon)
