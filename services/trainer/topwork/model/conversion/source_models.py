@@ -22,11 +22,10 @@ NORMALIZATIONS = {
 }
 """Input normalizations by name."""
 
-# Models whose tensors have the same names and shapes, but whose layers Keras does not have.
+# Models whose tensors have the same names and shapes, but which compute differently and cannot be converted.
 _SIMILAR = {
-    "ResNet50": "timm/resnetaa50, timm/resnetblur50 and the ResNets of Detectron",
-    "ResNet101": "the ResNets of Detectron",
-    "ResNet152": "the ResNets of Detectron",
+    "ResNet50": "timm/resnetaa50, timm/resnetblur50, and resnet50_caffe of MMDetection",
+    "ResNet101": "resnet101_caffe of MMDetection",
     "EfficientNetB0": "timm/efficientnet_blur_b0",
 }
 _TORCH_EPSILON, _TENSORFLOW_EPSILON = 1e-5, 1e-3
