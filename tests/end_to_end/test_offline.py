@@ -80,6 +80,7 @@ def test_mirrored_job_connects_only_to_its_storage(offline, write_job, storage, 
     completed = offline("run", job)
     assert completed.returncode == 0, completed.stderr
     assert f"{storage.uri}/models/tiny/1" in completed.stdout
+    assert "- Input scaling: `pixel * 0.00784314 - 1`" in storage.read("models/tiny/1/card.md").decode()
     assert not blocked.exists(), blocked.read_text()
 
 
