@@ -35,45 +35,29 @@ FIXTURE_MODELS = {
 }
 # Every architecture, and models that differ only in how they compute from equal tensors.
 MODELS = (
-    "torchvision/resnet50",
-    "timm/resnet50",
-    "timm/resnet101",
-    "torchvision/resnet152",
-    "torchvision/vgg16.caffe",
-    "timm/vgg16",
-    "torchvision/vgg19",
-    "torchvision/mobilenet_v2",
-    "timm/mobilenetv2_100",
-    "torchvision/mobilenet_v3_small",
-    "torchvision/mobilenet_v3_large",
-    "timm/mobilenetv3_small_100",
-    "timm/tf_mobilenetv3_small_100.half",
-    "timm/mobilenetv3_large_100.none",
-    "timm/tf_mobilenetv3_large_100.half",
-    *(f"torchvision/efficientnet_b{size}" for size in (0, 1, 4, 5, 7)),
-    *(f"timm/efficientnet_b{size}" for size in (0, 2, 3, 6)),
-    "timm/tf_efficientnet_b0.half",
-    *(f"timm/tf_efficientnet_b{size}" for size in (1, 3, 5)),
-    *(f"torchvision/efficientnet_v2_{size}" for size in "sm"),
-    "torchvision/efficientnet_v2_l.half",
-    *(f"timm/tf_efficientnetv2_{size}" for size in ("b0", "b1", "b2", "b3")),
-    "timm/tf_efficientnetv2_s.half",
-    "timm/efficientnetv2_s",
-    "torchvision/densenet121",
-    "timm/densenet121",
-    "torchvision/densenet169",
-    "timm/densenet201",
-    "facebookresearch/convnext_tiny",
-    "torchvision/convnext_tiny",
-    "timm/convnext_tiny",
-    "torchvision/convnext_small",
-    "timm/convnext_base.clip",
-    "timm/convnext_large",
-    "timm/convnext_xlarge",
+    *(f"torchvision/mobilenet_{name}" for name in ("v2", "v3_small", "v3_large")),
+    *(f"timm/{name}" for name in ("mobilenetv2_100", "mobilenetv3_small_100", "mobilenetv3_large_100.none")),
+    *(f"timm/tf_mobilenetv3_{size}_100.half" for size in ("small", "large")),
+    *(
+        f"timm/{name}"
+        for name in ("efficientnet_b0", "tf_efficientnet_b0.half", "efficientnet_b2", "tf_efficientnet_b3")
+    ),
+    *(f"torchvision/efficientnet_b{size}" for size in (0, 1, 4)),
+    *(f"timm/tf_efficientnetv2_b{size}" for size in range(4)),
+    *("torchvision/densenet121", "torchvision/densenet169", "timm/densenet201"),
+    *("torchvision/resnet50", "timm/resnet101", "torchvision/resnet152"),
+    *("torchvision/vgg16.caffe", "timm/vgg16", "torchvision/vgg19"),
+    *(f"{library}/convnext_tiny" for library in ("torchvision", "timm", "facebookresearch")),
+    *("torchvision/efficientnet_v2_s", "timm/efficientnetv2_s", "timm/tf_efficientnetv2_s.half"),
+    *("torchvision/efficientnet_b5", "timm/tf_efficientnet_b5", "timm/efficientnet_b6", "torchvision/efficientnet_b7"),
+    *("torchvision/efficientnet_v2_m", "torchvision/efficientnet_v2_l.half"),
+    *("torchvision/convnext_small", "timm/convnext_base.clip", "timm/convnext_large", "timm/convnext_xlarge"),
 )
 # Larger tensors, all in the head of VGG, are left out of the fixtures.
 MAX_FIXTURE_VALUES = 10_000_000
-SIZES = ((70, 96), (75, 91))
+FIXTURE_SIZE = (70, 96)
+# Maps with an odd and an even number of rows and columns occur in every model.
+SIZE = (75, 96)
 # `mean` and `std` in timm/data/constants.py, and of VGG16_Weights.IMAGENET1K_FEATURES in torchvision.
 NORMALIZATIONS = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
@@ -136,28 +120,25 @@ def _pool(model: torch.nn.Module, pixels: torch.Tensor) -> torch.Tensor:
     return model.head.norm(average) if isinstance(model, timm.models.convnext.ConvNeXt) else average
 
 
-def describe(model: str, built: torch.nn.Module, sizes: tuple[tuple[int, int], ...]) -> dict[str, object]:
-    """Return shapes of the tensors of a model, and its features for an image of each size."""
+def describe(model: str, built: torch.nn.Module, size: tuple[int, int]) -> dict[str, object]:
+    """Return shapes of the tensors of a model, and its features for an image."""
     shapes = load_random_weights(built, model.partition("/")[0])
     normalization = model.partition(".")[2] or "imagenet"
-    features = {
-        f"{height}x{width}": compute_features(built, make_image(height, width), normalization).tolist()
-        for height, width in sizes
-    }
-    return {"shapes": shapes, "features": features}
+    features = compute_features(built, make_image(*size), normalization).tolist()
+    return {"shapes": shapes, "size": size, "features": features}
 
 
 def write_fixtures() -> None:
-    """Write shapes and every eighth feature of the fixture models, for the first size."""
+    """Write shapes and every eighth feature of the fixture models."""
     content = {}
     for model, build_shallow in FIXTURE_MODELS.items():
-        description = describe(model, build_shallow() if build_shallow else build(model), SIZES[:1])
+        description = describe(model, build_shallow() if build_shallow else build(model), FIXTURE_SIZE)
         shapes = {
             key: "x".join(map(str, shape))
             for key, shape in description["shapes"].items()
             if math.prod(shape) < MAX_FIXTURE_VALUES
         }
-        features = [float(f"{value:.7g}") for value in description["features"]["70x96"][::8]]
+        features = [float(f"{value:.7g}") for value in description["features"][::8]]
         content[model] = {"features": features, "shapes": shapes}
     entries = [f"{json.dumps(model)}: {json.dumps(fixture)}" for model, fixture in content.items()]
     FIXTURES.write_text("{\n" + ",\n".join(entries) + "\n}\n")
@@ -176,12 +157,12 @@ def read_tags(name: str) -> dict[str, str]:
 
 
 def write_all(directory: Path) -> None:
-    """Write shapes and all features of all models, for every size, and the tags of all models of timm."""
+    """Write shapes and all features of all models, and the tags of all models of timm."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "tags.json").write_text(json.dumps({name: read_tags(name) for name in timm.list_models()}))
     for model in MODELS:
         path = directory / f"{model.replace('/', '+')}.json"
-        path.write_text(json.dumps({"model": model, **describe(model, build(model), SIZES)}))
+        path.write_text(json.dumps({"model": model, **describe(model, build(model), SIZE)}))
         print(model, flush=True)
 
 
