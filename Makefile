@@ -110,6 +110,15 @@ bench-cache: $(SETUP) ## Compare the feature cache with a plain Keras script (30
 bench-train: $(SETUP) $(TORCH)/.complete ## Compare training of all layers with plain Keras, and with PyTorch and timm
 	$(BIN)/python benchmarks/train.py --torch $(TORCH)/bin/python
 
+.PHONY: bench-overhead
+bench-overhead: $(SETUP) ## Show which part of the time of a small and a large job is not spent computing
+	$(BIN)/python benchmarks/overhead.py
+
+.PHONY: bench-transfers
+bench-transfers: $(SETUP) ## Compare uploads and downloads with rclone on the same S3 server (needs 20 GB of disk space)
+	@command -v rclone >/dev/null || { echo "make bench-transfers requires rclone. On Debian or Ubuntu, install it with apt-get install rclone."; exit 1; }
+	$(BIN)/python benchmarks/transfers.py
+
 .PHONY: bench-records
 bench-records: $(SETUP) ## Compare read throughput of stored datasets with the array_record format
 	$(BIN)/python benchmarks/records.py
