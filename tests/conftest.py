@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from tests.preloaded_python import PreloadedPython
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
@@ -53,6 +54,13 @@ def s3_settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StorageSet
     with embedded_storage(tmp_path_factory.mktemp("s3")) as settings:
         create_bucket(settings, BUCKET)
         yield settings
+
+
+@pytest.fixture(scope="session")
+def preloaded_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PreloadedPython]:
+    python = PreloadedPython(tmp_path_factory.mktemp("python"))
+    yield python
+    python.close()
 
 
 @pytest.fixture

@@ -1,4 +1,8 @@
-"""Fixtures that run `topwork` in separate processes, like a user or a pod, with embedded or real S3 storage."""
+"""Fixtures that run `topwork` in separate processes, like a user or a pod, with embedded or real S3 storage.
+
+Processes are forks of one that has imported TensorFlow; see `tests.preloaded_python`. A test or file that replaces the
+fixture `preloaded_python` by None, or a process with a PYTHONPATH of its own, uses new interpreters.
+"""
 
 import json
 import os
@@ -20,6 +24,7 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 from tests.end_to_end.example_systems import STORAGE, ExampleRunner
+from tests.preloaded_python import PreloadedProcess, PreloadedPython
 
 from topwork.clients.s3.storage import Storage, StorageSettings, create_bucket
 from topwork.cluster.termination_message import TerminationMessage
@@ -39,32 +44,50 @@ def isolated_environment(directory: Path) -> dict[str, str]:
     return inherited | {"HOME": str(directory / "home"), "TOPWORK_STATE": str(directory / "state"), "NO_COLOR": "1"}
 
 
+def run_topwork(
+    arguments: tuple[str | Path, ...], environment: dict[str, str], directory: Path, python: PreloadedPython | None
+) -> "subprocess.CompletedProcess[str]":
+    command = ["-m", "topwork", *map(str, arguments)]
+    if python and python.accepts(environment):
+        return python.run(command, env=environment, cwd=directory)
+    return subprocess.run(
+        [sys.executable, *command],
+        env=environment,
+        cwd=directory,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+
+
 @pytest.fixture
-def topwork(environment: dict[str, str], tmp_path: Path) -> Command:
+def topwork(environment: dict[str, str], tmp_path: Path, preloaded_python: PreloadedPython | None) -> Command:
     """Run `topwork` in the directory of the test and wait until it exits."""
+    return lambda *arguments, **variables: run_topwork(arguments, environment | variables, tmp_path, preloaded_python)
 
-    def run(*arguments: str | Path, **variables: str) -> "subprocess.CompletedProcess[str]":
-        return subprocess.run(
-            [sys.executable, "-m", "topwork", *map(str, arguments)],
-            env=environment | variables,
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=900,
-            check=False,
-        )
 
-    return run
+@pytest.fixture
+def topwork_in_new_interpreter(environment: dict[str, str], tmp_path: Path) -> Command:
+    """Run `topwork` like a user: the process imports TensorFlow itself."""
+    return lambda *arguments, **variables: run_topwork(arguments, environment | variables, tmp_path, None)
 
 
 class BackgroundProcess:
     """A `topwork` process that runs in the background and writes all output to one file."""
 
-    def __init__(self, arguments: list[str], environment: dict[str, str], directory: Path) -> None:
+    def __init__(
+        self, arguments: list[str], environment: dict[str, str], directory: Path, python: PreloadedPython | None
+    ) -> None:
         self._log = directory / f"{uuid.uuid4().hex[:8]}.log"
+        self.process: PreloadedProcess | subprocess.Popen[bytes]
+        arguments = ["-m", "topwork", *arguments]
         with self._log.open("w") as log:
-            command = [sys.executable, "-m", "topwork", *arguments]
-            self.process = subprocess.Popen(command, env=environment, cwd=directory, stdout=log, stderr=log)
+            settings: dict[str, Any] = {"env": environment, "cwd": directory, "stdout": log, "stderr": log}
+            if python and python.accepts(environment):
+                self.process = python.start(arguments, **settings)
+            else:
+                self.process = subprocess.Popen([sys.executable, *arguments], **settings)
 
     @property
     def output(self) -> str:
@@ -92,12 +115,14 @@ class BackgroundProcess:
 
 
 @pytest.fixture
-def start_topwork(environment: dict[str, str], tmp_path: Path) -> Iterator[Callable[..., BackgroundProcess]]:
+def start_topwork(
+    environment: dict[str, str], tmp_path: Path, preloaded_python: PreloadedPython | None
+) -> Iterator[Callable[..., BackgroundProcess]]:
     """Start `topwork` in the directory of the test; it is killed when the test ends."""
     processes: list[BackgroundProcess] = []
 
     def start(*arguments: str | Path) -> BackgroundProcess:
-        processes.append(BackgroundProcess([*map(str, arguments)], environment, tmp_path))
+        processes.append(BackgroundProcess([*map(str, arguments)], environment, tmp_path, preloaded_python))
         return processes[-1]
 
     yield start
@@ -123,9 +148,14 @@ class Container(BackgroundProcess):
     """The process of a container: `topwork stage`."""
 
     def __init__(
-        self, arguments: list[str], environment: dict[str, str], directory: Path, termination_log: Path
+        self,
+        arguments: list[str],
+        environment: dict[str, str],
+        directory: Path,
+        python: PreloadedPython | None,
+        termination_log: Path,
     ) -> None:
-        super().__init__(["stage", *arguments], environment, directory)
+        super().__init__(["stage", *arguments], environment, directory, python)
         self._termination_log = termination_log
 
     @property
@@ -155,7 +185,8 @@ class Container(BackgroundProcess):
 class Pod:
     """Runs containers that share volumes and environment variables."""
 
-    def __init__(self, directory: Path, variables: dict[str, str]) -> None:
+    def __init__(self, directory: Path, variables: dict[str, str], python: PreloadedPython | None) -> None:
+        self.python = python
         self.scratch = directory / "scratch"
         self.variables = variables
         self.working_directory = directory / "empty"
@@ -171,7 +202,7 @@ class Pod:
         arguments = [stage, "--job", job, "--scratch", self.scratch, "--metrics-port", "0"]
         arguments += ["--termination-log", self._termination_log]
         self.containers.append(
-            Container([*map(str, arguments)], environment, self.working_directory, self._termination_log)
+            Container([*map(str, arguments)], environment, self.working_directory, self.python, self._termination_log)
         )
         return self.containers[-1]
 
@@ -182,14 +213,14 @@ class Pod:
 
 
 @pytest.fixture
-def pod(environment, s3_settings, tmp_path) -> Iterator[Pod]:
+def pod(environment, s3_settings, tmp_path, preloaded_python) -> Iterator[Pod]:
     """A pod with the variables of the Secret topwork-s3."""
     secret = {
         "AWS_ENDPOINT_URL": s3_settings.endpoint_url,
         "AWS_ACCESS_KEY_ID": s3_settings.access_key,
         "AWS_SECRET_ACCESS_KEY": s3_settings.secret_key,
     }
-    pod = Pod(tmp_path, environment | secret | {"AWS_EC2_METADATA_DISABLED": "true"})
+    pod = Pod(tmp_path, environment | secret | {"AWS_EC2_METADATA_DISABLED": "true"}, preloaded_python)
     yield pod
     for container in pod.containers:
         container.kill()

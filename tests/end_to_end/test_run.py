@@ -33,8 +33,12 @@ def published_uri(summary: str) -> str:
     return next(word for word in summary.split() if word.startswith("s3://photos/topwork/models/tiny/")).rstrip("/.,")
 
 
-def test_run_publishes_a_model_that_keras_and_tensorflow_load(topwork, write_local_job, two_class_folder, tmp_path):
-    completed = topwork("run", write_local_job(fineTune=FINE_TUNE, publish={"formats": ["keras", "savedModel"]}))
+def test_run_publishes_a_model_that_keras_and_tensorflow_load(
+    topwork, topwork_in_new_interpreter, write_local_job, two_class_folder, tmp_path
+):
+    completed = topwork_in_new_interpreter(
+        "run", write_local_job(fineTune=FINE_TUNE, publish={"formats": ["keras", "savedModel"]})
+    )
     assert completed.returncode == 0, completed.stderr
     assert published_uri(completed.stdout) == "s3://photos/topwork/models/tiny/1"
     assert "Traceback" not in completed.stderr

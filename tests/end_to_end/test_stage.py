@@ -210,8 +210,10 @@ def test_restart_deletes_the_results_once_per_job(make_job, workspace):
 
 
 def test_single_fine_tune_container_publishes_a_job_without_fine_tuning(pod, write_job, storage):
+    pod.python = None  # like in a container, the process imports TensorFlow itself
     code, message, container = pod.run("fine-tune", write_job())
     assert code == 0, container.output
+    assert "done" in container.messages  # every line is JSON, in spite of TensorFlow's own messages
     assert (message.outcome, message.epochs, message.model) == ("done", None, storage.uri_of("models/tiny/1"))
 
 

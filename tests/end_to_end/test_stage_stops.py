@@ -5,6 +5,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from topwork.cluster.termination_message import TerminationMessage
 from topwork.spec.loading.loader import read_jobs
 
@@ -13,6 +15,11 @@ TRANSFER = {"train": "all", "epochs": 12, "batchSize": 8, "featureCache": "off"}
 STOPPED = "Stopped. Start the same job again to resume."
 # Logged just before TensorFlow is imported.
 STARTED = '"message": "run"'
+
+
+@pytest.fixture
+def preloaded_python() -> None:
+    """Stops come while TensorFlow is imported, too, so that every process is a new interpreter."""
 
 
 def run_and_stop(

@@ -311,7 +311,9 @@ def _assert_same_probabilities_in_another_process(storage, classifier, image, tm
     assert plain["encoded"]["classes"] == [["blue", "red"]]
 
 
-def test_unmet_gate_publishes_nothing_and_raises_the_same_error_again(make_job, store_classifier, workspace):
+def test_unmet_gate_publishes_nothing_and_raises_the_same_error_again(
+    make_job, store_classifier, workspace, export_check_in_process
+):
     gates = [{"metric": "accuracy", "atLeast": 0.0}, {"metric": "auc", "atMost": 0.0}, {"metric": "f1", "atLeast": 1.0}]
     job = make_job(evaluate={"metrics": ["accuracy", "auc", "f1"], "gates": gates})
     dataset, classifier = pull(job, workspace), store_classifier(job)

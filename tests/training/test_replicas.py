@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -73,12 +71,14 @@ np.savez(out / f"{replicas}.npz", *(array for result in results for array in wei
 
 
 @pytest.fixture(scope="module")
-def run_on_one_and_two_replicas(tmp_path_factory, s3_settings):
+def run_on_one_and_two_replicas(tmp_path_factory, s3_settings, preloaded_python):
     """Run the same job on one and on two replicas, each in its own process."""
-    return lambda job, cached_job: _run(job, cached_job, tmp_path_factory.mktemp("replicas"), s3_settings)
+    return lambda job, cached_job: _run(
+        job, cached_job, tmp_path_factory.mktemp("replicas"), s3_settings, preloaded_python
+    )
 
 
-def _run(job, cached_job, directory, settings):
+def _run(job, cached_job, directory, settings, python):
     runs = []
     for replicas in (1, 2):
         scratch = directory / f"scratch-{replicas}"
@@ -91,13 +91,7 @@ def _run(job, cached_job, directory, settings):
             "URI": f"{job.spec.storage}/{replicas}",
             "SCRATCH": str(scratch),
         }
-        completed = subprocess.run(
-            [sys.executable, "-c", RUN, str(replicas), str(directory)],
-            env=env,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        completed = python.run(["-c", RUN, str(replicas), directory], env=env)
         assert completed.returncode == 0, completed.stderr[-3000:]
         with np.load(directory / f"{replicas}.npz") as arrays:
             weights = [arrays[name] for name in arrays.files]
@@ -170,6 +164,6 @@ assert not train(4, Optimizer(name="sgd", learning_rate=1.0), True, steps=1, inp
 """
 
 
-def test_four_replicas_clip_and_scale_the_summed_gradient_like_one_device():
-    completed = subprocess.run([sys.executable, "-c", CLIPPING], capture_output=True, text=True, check=False)
+def test_four_replicas_clip_and_scale_the_summed_gradient_like_one_device(preloaded_python):
+    completed = preloaded_python.run(["-c", CLIPPING])
     assert completed.returncode == 0, completed.stderr[-3000:]

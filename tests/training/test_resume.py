@@ -377,7 +377,7 @@ except Stopped as stopped:
 """
 
 
-def test_run_resumes_with_another_number_of_replicas(make_job, workspace, s3_settings):
+def test_run_resumes_with_another_number_of_replicas(make_job, workspace, s3_settings, preloaded_python):
     # Dropout draws for each replica separately. Without it, results differ only by rounding.
     model = {"base": SPEC["model"]["base"], "head": {"hidden": [8], "dropout": 0.0}}
     job = make_job(**{**SPEC, "model": model, "transfer": {**SPEC["transfer"], "batchSize": 6}})
@@ -386,13 +386,7 @@ def test_run_resumes_with_another_number_of_replicas(make_job, workspace, s3_set
     s3 = f"{s3_settings.endpoint_url} {s3_settings.access_key} {s3_settings.secret_key}"
     variables = {"URI": run_workspace.storage.uri, "S3": s3, "SCRATCH": str(run_workspace.scratch)}
     variables["JOB"] = job.model_dump_json(by_alias=True)
-    completed = subprocess.run(
-        [sys.executable, "-c", ON_TWO_REPLICAS],
-        env={**os.environ, **variables},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    completed = preloaded_python.run(["-c", ON_TWO_REPLICAS], env={**os.environ, **variables})
     assert completed.stdout.startswith("Stopped in epoch 2 of transfer after step 2"), completed.stderr[-3000:]
     assert completed.stdout.endswith(" 2.0\n")
     again = RunObserver()
