@@ -4,7 +4,8 @@
     python examples/solar/learning_curve.py --seeds 1 2 3        fewer seeds; the default is five
 
 Runs solar-transfer.yaml and solar-scratch.yaml with each number of images and each seed. The seed selects the images of
-all splits, the initial weights and the order of training. Finished runs are read from storage, so an interrupted
+all splits, the initial weights and the order of training. All runs of a job have the same number of steps: the fewer
+images, the more epochs. Finished runs are read from storage, so an interrupted
 measurement can be continued. Each of the 30 runs takes one to two minutes on two CPU cores.
 """
 
@@ -22,6 +23,7 @@ from upload_images import STORAGE, upload_images
 
 from topwork.cli.runtime.storage import open_storage
 from topwork.clients.s3.storage import Storage
+from topwork.spec.loading.loader import read_jobs
 
 JOBS = {"solar-transfer": "with transfer", "solar-scratch": "without transfer"}
 IMAGES_PER_CLASS = (10, 25, 100)
@@ -59,9 +61,11 @@ def measure(job: str, images: int, seed: int) -> float:
     if finished is not None:
         return finished
     splits = {"train": images, "validation": VALIDATION_IMAGES, "test": TEST_IMAGES}
+    (example,) = read_jobs(Path(f"examples/{job}.yaml"))
     settings = {
         "metadata.name": name,
         "spec.seed": seed,
+        "spec.transfer.epochs": example.spec.transfer.epochs * max(IMAGES_PER_CLASS) // images,
         "spec.dataset.splits.perClass": json.dumps(splits),
         "spec.evaluate.gates": "[]",
         "spec.publish.formats": "[keras]",
