@@ -50,7 +50,6 @@ MODELS = (
     *(f"{library}/convnext_tiny" for library in ("torchvision", "timm", "facebookresearch")),
     *("torchvision/efficientnet_v2_s", "timm/efficientnetv2_s", "timm/tf_efficientnetv2_s.half"),
     *("torchvision/efficientnet_b5", "timm/tf_efficientnet_b5", "timm/efficientnet_b6", "torchvision/efficientnet_b7"),
-    *("torchvision/efficientnet_v2_m", "torchvision/efficientnet_v2_l.half"),
     *("torchvision/convnext_small", "timm/convnext_base.clip", "timm/convnext_large", "timm/convnext_xlarge"),
 )
 # Larger tensors, all in the head of VGG, are left out of the fixtures.

@@ -222,6 +222,7 @@ def test_other_kinds_of_resnet_are_rejected(tmp_path, change, message):
     [
         ("MobileNetV3Large", r"It seems to be MobileNetV3Small: use --as MobileNetV3Small\.$"),
         ("ResNet50", r"it has no layer1\.0\.conv1\.weight\. It seems to be MobileNetV3Small: use --as"),
+        ("EfficientNetV2M", "cannot be converted to EfficientNetV2M"),
         ("Xception", r"cannot be converted to Xception\. Models that can be converted: ConvNeXtBase"),
     ],
 )
@@ -248,7 +249,6 @@ BOTH = ("torchvision", "timm")
         ("EfficientNetB0", TIMM, "timm/tf_efficientnet_b0", "imagenet", ("same", 1e-3, "imagenet")),
         ("EfficientNetB4", VISION, "torchvision/efficientnet_b4", None, ("symmetric", 1e-5, "imagenet")),
         ("EfficientNetB5", VISION, "efficientnet_b5", None, ("symmetric", 1e-3, "imagenet")),
-        ("EfficientNetV2L", VISION, "efficientnet_v2_l", None, ("symmetric", 1e-3, "half")),
         ("ConvNeXtBase", TIMM, "convnext_base.clip_laion2b", None, ("same", None, "clip")),
         ("VGG16", BOTH, "torchvision/vgg16.IMAGENET1K_FEATURES", None, ("same", None, "caffe")),
     ],

@@ -172,13 +172,15 @@ STYLES = (
         r"^(conv_head|norm_head|classifier)\.",
     ),
     Style(
-        "EfficientNet(B|V2).+",
+        "EfficientNet(B|V2B|V2S).*",
         ("torchvision",),
         "features.0.0.weight",
         mobile_blocks.torchvision_efficientnet,
         r"^classifier\.",
     ),
-    Style("EfficientNet(B|V2).+", ("timm",), "conv_stem.weight", mobile_blocks.timm_efficientnet, r"^classifier\."),
+    Style(
+        "EfficientNet(B|V2B|V2S).*", ("timm",), "conv_stem.weight", mobile_blocks.timm_efficientnet, r"^classifier\."
+    ),
     Style("ConvNeXt.+", ("torchvision",), "features.0.0.weight", _TORCHVISION_CONVNEXT, r"^classifier\.[12]\."),
     Style("ConvNeXt.+", ("timm",), "stem.0.weight", _TIMM_CONVNEXT, r"^head\.fc\."),
     Style(

@@ -202,14 +202,12 @@ def _torchvision_models() -> Iterator[SourceModel]:
     names = {f"resnet{depth}": f"ResNet{depth}" for depth in (50, 101, 152)}
     names |= {f"densenet{depth}": f"DenseNet{depth}" for depth in (121, 169, 201)}
     names |= {f"efficientnet_b{size}": f"EfficientNetB{size}" for size in range(8)}
-    names |= {f"efficientnet_v2_{size.lower()}": f"EfficientNetV2{size}" for size in "SML"}
     names |= {f"mobilenet_v3_{size.lower()}": f"MobileNetV3{size}" for size in ("Small", "Large")}
     names |= {f"convnext_{size.lower()}": f"ConvNeXt{size}" for size in ("Tiny", "Small", "Base", "Large")}
     names |= {"vgg16": "VGG16", "vgg19": "VGG19", "mobilenet_v2": "MobileNetV2"}
+    names |= {"efficientnet_v2_s": "EfficientNetV2S"}
     for name, application in names.items():
-        tags: dict[str, tuple[str, ...]] = {
-            "half" if name == "efficientnet_v2_l" else "imagenet": ("IMAGENET1K_V1", "IMAGENET1K_V2")
-        }
+        tags: dict[str, tuple[str, ...]] = {"imagenet": ("IMAGENET1K_V1", "IMAGENET1K_V2")}
         if name == "vgg16":
             tags["caffe"] = ("IMAGENET1K_FEATURES",)
         yield SourceModel("torchvision", name, application, tags)

@@ -49,11 +49,7 @@ TIMM_MODELS: Mapping[str, tuple[str, Mapping[str, str]]] = {
     "tf_efficientnetv2_b2": ("EfficientNetV2B2", {"imagenet": "in1k"}),
     "tf_efficientnetv2_b3": ("EfficientNetV2B3", {"imagenet": "in1k", "half": "in21k in21k_ft_in1k"}),
     "tf_efficientnetv2_s": ("EfficientNetV2S", {"half": "in1k in21k in21k_ft_in1k"}),
-    "tf_efficientnetv2_m": ("EfficientNetV2M", {"half": "in1k in21k in21k_ft_in1k"}),
-    "tf_efficientnetv2_l": ("EfficientNetV2L", {"half": "in1k in21k in21k_ft_in1k"}),
     "efficientnetv2_s": ("EfficientNetV2S", {}),
-    "efficientnetv2_m": ("EfficientNetV2M", {}),
-    "efficientnetv2_l": ("EfficientNetV2L", {}),
     "convnext_tiny": (
         "ConvNeXtTiny",
         {
