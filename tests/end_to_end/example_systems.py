@@ -224,12 +224,12 @@ class ExampleRunner:
         """
         for name in names:
             if name not in self.backbones:
-                from topwork.training.base_files import mirror_weights
+                from topwork.training.base_files import mirror_weights_file
 
                 file = self.directory / f"{name}.weights.h5"
                 self.backbones[name] = build_untrained_backbone(name, side)
                 self.backbones[name].save_weights(file)
-                mirror_weights(name, self._workspace, file)
+                mirror_weights_file(name, self._workspace, file)
 
     @property
     def _workspace(self) -> Workspace:
