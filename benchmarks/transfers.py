@@ -57,7 +57,9 @@ def run_rclone(settings: StorageSettings, options: list[str], source: str, targe
         "RCLONE_CONFIG_S3_ACCESS_KEY_ID": str(settings.access_key),
         "RCLONE_CONFIG_S3_SECRET_ACCESS_KEY": str(settings.secret_key),
     }
-    subprocess.run(["rclone", "copy", *options, source, target], env=os.environ | environment, check=True)
+    # rclone reads the AWS variables, too.
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+    subprocess.run(["rclone", "copy", *options, source, target], env=inherited | environment, check=True)
 
 
 def transfers_of(
