@@ -252,3 +252,14 @@ def test_file_that_is_too_large_for_one_request_is_stored_in_parts(
     manifest = write_artifact(limited, "model", tmp_path / "files", {})
     assert download_artifact(limited, "model", tmp_path / "copy") == manifest
     assert limited.size("model/weights") == 12 * MEBIBYTE
+
+
+def test_reason_is_reported_if_only_the_response_to_head_lacks_it(behind: Callable[..., Storage]) -> None:
+    requests: list[str] = []
+
+    def follows_head(request: Request) -> bool:
+        requests.append(request.method)
+        return "HEAD" in requests
+
+    with pytest.raises(AccessError, match="Set the clock of this machine"):
+        check_storage(behind(faults.error(403, "RequestTimeTooSkewed", "Too far."), follows_head))

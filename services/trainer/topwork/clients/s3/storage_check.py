@@ -189,10 +189,19 @@ class StorageCheck:
         try:
             self._server.client.head_object(**self._conditional)
         except boto.ClientError as error:
-            if http_status(error) != 404:
-                raise
-            return None
+            if http_status(error) == 404:
+                return None
+            self._raise_reason()
+            raise
         return "the object still exists after it was deleted"
+
+    def _raise_reason(self) -> None:
+        """Raise what is wrong with the whole storage, if anything: the response to a head request has no body."""
+        try:
+            self._server.client.get_object(**self._conditional)
+        except boto.ClientError as error:
+            if not _is_unsupported(error):
+                raise
 
 
 def _is_unsupported(error: boto.ClientError) -> bool:
