@@ -10,13 +10,12 @@ import keras
 from topwork.errors import DataError, SpecError, UnavailableError, quote_error
 from topwork.model.conversion.converted_file import load_converted, read_variant
 from topwork.model.conversion.graph import apply_variant
-from topwork.model.conversion.variant import Normalization, Variant
+from topwork.model.conversion.variant import IMAGENET, Normalization, Variant
 from topwork.model.efficientnet_lite import build_efficientnet_lite0
 from topwork.model.weights import load_weights
 from topwork.spec.applications import APPLICATIONS, Scaling
 
-# ImageNet constants of keras.applications.imagenet_utils: RGB in 0..1 for torch, BGR in 0..255 for caffe.
-_TORCH = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+# Mean of ImageNet in keras.applications.imagenet_utils, BGR in 0..255.
 _CAFFE_MEAN = (103.939, 116.779, 123.68)
 
 
@@ -140,7 +139,7 @@ def scale_inputs(image: Any, scaling: Scaling | Normalization) -> Any:
     """
     rescaling = keras.layers.Rescaling
     if scaling == "torch":
-        scaling = _TORCH
+        scaling = IMAGENET
     if isinstance(scaling, Normalization):
         scale = [1 / (255 * deviation) for deviation in scaling.deviation]
         offset = [-mean / deviation for mean, deviation in zip(scaling.mean, scaling.deviation, strict=True)]

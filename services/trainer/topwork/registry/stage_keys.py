@@ -110,9 +110,9 @@ def read_base_version(base: Base, storage: Storage) -> str:
         # Those of Keras never change.
         converted = find_converted_weights(str(base.application), storage)
         return f"{converted.etag} {converted.size}" if converted else ""
-    uri = base.saved.uri if base.saved else base.weights
-    if uri in {None, "imagenet", "none"}:
+    if base.saved is None and not base.has_weights_file:
         return ""
+    uri = base.saved.uri if base.saved else base.weights
     if not str(uri).startswith("s3://"):
         path = Path(str(uri))
         return describe_file(path).sha256 if path.is_file() else ""

@@ -165,7 +165,7 @@ def _find_local_paths(job: TransferJob) -> Iterator[tuple[str, str]]:
     for kind in ("folder", "archive", "table"):
         if (location := getattr(source, kind)) and not SCHEME.match(location.uri):
             yield f"spec.dataset.source.{kind}.uri", location.uri
-    if base.weights not in (None, "imagenet", "none") and not SCHEME.match(base.weights):
-        yield "spec.model.base.weights", base.weights
+    if base.has_weights_file and not SCHEME.match(str(base.weights)):
+        yield "spec.model.base.weights", str(base.weights)
     if base.saved and not SCHEME.match(base.saved.uri):
         yield "spec.model.base.saved.uri", base.saved.uri

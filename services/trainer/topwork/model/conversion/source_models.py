@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 
 from topwork.errors import SettingError
 from topwork.model.conversion.timm_models import TIMM_MODELS
-from topwork.model.conversion.variant import Normalization, Variant
+from topwork.model.conversion.variant import IMAGENET, Normalization, Variant
 
 NORMALIZATIONS = {
-    "imagenet": Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "imagenet": IMAGENET,
     "half": Normalization((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
     "none": Normalization((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
     "clip": Normalization((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),

@@ -28,6 +28,10 @@ class Normalization:
         return f"mean {_join(self.mean)}, deviation {_join(self.deviation)}"
 
 
+IMAGENET = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+"""Mean and deviation of ImageNet, as most models of PyTorch use them."""
+
+
 @dataclass(frozen=True)
 class Variant:
     """How to build a model of `APPLICATIONS` so that converted weights compute what they were trained to compute.
