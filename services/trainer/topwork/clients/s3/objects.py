@@ -1,9 +1,12 @@
 """Descriptions of stored objects and of files: size, digest and modification time."""
 
 import hashlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -56,9 +59,33 @@ def describe_file(path: Path) -> FileEntry:
     Returns:
         The entry of the file in a manifest.
     """
-    digest, size = hashlib.sha256(), 0
     with path.open("rb") as file:
-        while chunk := file.read(READ_BYTES):
-            digest.update(chunk)
-            size += len(chunk)
+        return _describe(iter(partial(file.read, READ_BYTES), b""))
+
+
+def write_chunks(path: Path, chunks: Iterable[bytes]) -> FileEntry:
+    """Write a file from chunks, and compute its size and digest, in constant memory.
+
+    Args:
+        path: The file, which is replaced if it exists.
+        chunks: The content.
+
+    Returns:
+        The entry of the file in a manifest.
+    """
+    with path.open("wb") as file:
+        return _describe(_written(chunks, file))
+
+
+def _written(chunks: Iterable[bytes], file: BinaryIO) -> Iterator[bytes]:
+    for chunk in chunks:
+        file.write(chunk)
+        yield chunk
+
+
+def _describe(chunks: Iterable[bytes]) -> FileEntry:
+    digest, size = hashlib.sha256(), 0
+    for chunk in chunks:
+        digest.update(chunk)
+        size += len(chunk)
     return FileEntry(size=size, sha256=digest.hexdigest())

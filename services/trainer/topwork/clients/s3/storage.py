@@ -6,12 +6,12 @@ Keys are relative to the URI of their `Storage`. botocore exceptions are transla
 
 import base64
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from boto3.s3.transfer import ProgressCallbackInvoker, TransferConfig, create_transfer_manager
@@ -23,7 +23,7 @@ from topwork.clients.s3.connection import NullTransferCounter, StorageSettings, 
 from topwork.clients.s3.deletion import MAX_BATCH
 from topwork.clients.s3.errors import error_code, error_from_response, http_status, translate_errors
 from topwork.clients.s3.multipart_uploads import IncompleteUpload, MultipartUploads
-from topwork.clients.s3.objects import MIN_TIME, FileEntry, StoredObject, describe_file, partial_path
+from topwork.clients.s3.objects import MIN_TIME, FileEntry, StoredObject, describe_file, partial_path, write_chunks
 from topwork.clients.s3.server import Server
 from topwork.disk_space import report_full_disk
 from topwork.errors import DamagedError, SettingError, UnavailableError
@@ -46,6 +46,8 @@ PROBE_PREFIX = ".topwork-check"
 CONCURRENT_PARTS = 8
 # Read size of s3transfer for downloads. A response slower than one chunk per timeout counts as stalled.
 CHUNK_BYTES = 1 << 18
+
+Content = TypeVar("Content")
 
 
 class TruncatedBodyError(boto.HTTPClientError):
@@ -145,34 +147,43 @@ class Storage:
     def read(self, key: str) -> bytes | None:
         """Return the content of a small object; None if it does not exist."""
         with self.translate_errors(key):
-            # botocore's own retries cover the response headers only; the body can still be truncated.
-            for attempt in Retrying(
-                retry=retry_if_exception_type(TruncatedBodyError),
-                stop=stop_after_attempt(self._settings.attempts),
-                wait=wait_random_exponential(multiplier=0.1, max=5),
-                before_sleep=lambda _: self._counter.count_storage_retry(),
-                reraise=True,
-            ):
-                with attempt:
-                    data = self._get(key)
-        if data is not None:
-            self._counter.count_storage_bytes("download", len(data))
+            try:
+                data = self._get(key, b"".join)
+            except boto.ClientError as error:
+                if error_code(error) == "NoSuchKey":
+                    return None
+                raise
+        self._counter.count_storage_bytes("download", len(data))
         return data
 
-    def _get(self, key: str) -> bytes | None:
-        try:
-            response = self._client.get_object(Bucket=self._bucket, Key=self._key_prefix + key)
-        except boto.ClientError as error:
-            if error_code(error) == "NoSuchKey":
-                return None
-            raise
-        # Not `with response["Body"]`: that returns the raw stream, whose checksum and length are not verified.
-        with closing(response["Body"]) as body:
-            try:
-                # Read in chunks, so that the stall detection sees progress.
-                return b"".join(iter(partial(body.read, CHUNK_BYTES), b""))
-            except (boto.HTTPClientError, boto.IncompleteReadError, boto.FlexibleChecksumError) as error:
-                raise TruncatedBodyError(error=error) from error
+    def _get(self, key: str, consume: Callable[[Iterator[bytes]], Content]) -> Content:
+        """Send GetObject, and again if the body is truncated.
+
+        Args:
+            key: Key of the object.
+            consume: Reads the body in chunks.
+
+        Returns:
+            The result of `consume` for a complete body.
+        """
+        # botocore's own retries cover the response headers only; the body can still be truncated.
+        for attempt in Retrying(
+            retry=retry_if_exception_type(TruncatedBodyError),
+            stop=stop_after_attempt(self._settings.attempts),
+            wait=wait_random_exponential(multiplier=0.1, max=5),
+            before_sleep=lambda _: self._counter.count_storage_retry(),
+            reraise=True,
+        ):
+            with attempt:
+                response = self._client.get_object(**self.target(key))
+                # Not `with response["Body"]`: that returns the raw stream, whose checksum and length are not verified.
+                with closing(response["Body"]) as body:
+                    try:
+                        # Read in chunks, so that the stall detection sees progress.
+                        return consume(iter(partial(body.read, CHUNK_BYTES), b""))
+                    except (boto.HTTPClientError, boto.IncompleteReadError, boto.FlexibleChecksumError) as error:
+                        raise TruncatedBodyError(error=error) from error
+        raise AssertionError("the last attempt returns or raises")
 
     def write(self, key: str, data: bytes, *, only_if_absent: bool = False, content_type: str | None = None) -> bool:
         """Write a small object.
@@ -265,10 +276,10 @@ class Storage:
         try:
             # A full disk must not look like a damaged object: callers handle the two differently.
             with report_full_disk(path.parent):
-                entry = self._download(key, part)
+                entry = self._download(key, part, expected)
             if expected and entry != expected:
                 self._counter.count_storage_retry()
-                entry = self._download(key, part)
+                entry = self._download(key, part, expected)
             if expected and entry != expected:
                 raise DamagedError(
                     f"{self.uri_of(key)} does not match its manifest: expected {expected.size} bytes with SHA-256 "
@@ -280,11 +291,20 @@ class Storage:
             part.unlink(missing_ok=True)
         return entry
 
-    def _download(self, key: str, part: Path) -> FileEntry:
+    def _download(self, key: str, part: Path, expected: FileEntry | None) -> FileEntry:
+        if expected and expected.size <= self._settings.part_bytes:
+            return self._download_in_one_request(key, part)
         with self.translate_errors(key), part.open("wb") as file, self._transfer_manager() as transfers:
             callbacks = self._progress_callbacks("download")
             transfers.download(self._bucket, self._key_prefix + key, file, None, callbacks).result()
         return describe_file(part)
+
+    def _download_in_one_request(self, key: str, part: Path) -> FileEntry:
+        """Compute the digest while the object arrives: for small files, everything but the request takes time."""
+        with self.translate_errors(key):
+            entry = self._get(key, partial(write_chunks, part))
+        self._counter.count_storage_bytes("download", entry.size)
+        return entry
 
     def delete(self, keys: Iterable[str]) -> None:
         """Delete objects. Keys that do not exist are ignored.
