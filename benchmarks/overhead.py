@@ -3,7 +3,7 @@
     python benchmarks/overhead.py            prints a table of a small and a large job
 
 Both jobs train EfficientNet-Lite0 on images of solar cells: the small one is that of `make demo`, a head on frozen
-features of 200 images; the large one then also trains all layers, on 1,000 images. Each runs in a new process with
+features of 200 images; the large one then also trains all layers, on 600 images. Each runs in a new process with
 `topwork run` and the embedded S3 server. Time is wall time from the start of the process. A phase excludes the phases
 within it. Computing is the features of the frozen base, the training steps except the first of each phase, and
 validation.
@@ -25,8 +25,8 @@ from rich.table import Table
 SMALL: tuple[str, ...] = ("metadata.name=overhead-small",)
 LARGE = (
     "metadata.name=overhead-large",
-    "spec.dataset.splits.perClass={train: 400, validation: 50, test: 50}",
-    "spec.fineTune={epochs: 6, unfreeze: all, batchSize: 20, optimizer: {learningRate: 0.0001}}",
+    "spec.dataset.splits.perClass={train: 300, validation: 50, test: 50}",
+    "spec.fineTune={epochs: 8, unfreeze: all, batchSize: 20, optimizer: {learningRate: 0.0001}}",
 )
 IMPORT, FIRST_STEPS, STEPS = "import of TensorFlow, Keras and topwork", "first steps (tracing)", "training steps"
 FEATURES, VALIDATION, OTHER = "features of the frozen base", "validation", "other"

@@ -127,6 +127,8 @@ def save_saved_model(
     height, width = model.input_shape[1:3]
     names = tf.constant([name.encode() for name in class_names])
 
+    # Traced once, for both signatures.
+    @tf.function(autograph=False, input_signature=[tf.TensorSpec((None, height, width, 3), tf.float32)])
     def classify(images: tf.Tensor) -> dict[str, tf.Tensor]:
         probabilities = model(images, training=False)
         best = tf.argmax(probabilities, axis=-1)
@@ -148,12 +150,18 @@ def save_saved_model(
         # One by one: the images of a request may differ in size before they are resized.
         return classify(tf.map_fn(decode, encoded, fn_output_signature=tf.TensorSpec((height, width, 3), tf.float32)))
 
-    archive = keras.export.ExportArchive()
-    archive.track(model)
-    image = tf.TensorSpec((None, None, None, 3), tf.float32, name="image")
-    archive.add_endpoint("serving_default", from_image, [image])
-    archive.add_endpoint("encoded", from_encoded, [tf.TensorSpec((None,), tf.string, name="bytes")])
-    archive.write_out(str(folder), verbose=False)
+    # Not `keras.export.ExportArchive`: it also exports methods, and traces the model four times.
+    module = tf.Module()
+    module.weights = [variable.value for variable in model.variables]
+    arguments = {
+        from_image: tf.TensorSpec((None, None, None, 3), tf.float32, name="image"),
+        from_encoded: tf.TensorSpec((None,), tf.string, name="bytes"),
+    }
+    served, encoded = (
+        tf.function(function, autograph=False, input_signature=[argument]).get_concrete_function()
+        for function, argument in arguments.items()
+    )
+    tf.saved_model.save(module, str(folder), signatures={"serving_default": served, "encoded": encoded})
 
 
 @contextlib.contextmanager

@@ -17,14 +17,14 @@ from numpy.typing import NDArray
 
 from topwork.keras_import import import_keras
 from topwork.report.evaluation import MetricsSection
-from topwork.report.exported_model import load_format, predict_encoded
+from topwork.report.exported_model import load_format
 from topwork.report.rounding import logit_differences, probability_tolerance
 from topwork.report.source_files import predict_source_files, read_source_files
 
-# More images would not make the check more reliable, and formats that run on a single core would be slow.
-MAX_IMAGES = 1000
+# A wrong export differs for most images, so that more of them would only take more time.
+MAX_IMAGES = 200
 MAX_BYTES = 512 * 2**20
-MAX_ENCODED = 200
+MAX_ENCODED = 100
 
 
 class ExportCheck(MetricsSection):
@@ -169,17 +169,17 @@ def compare_predictions(folder: Path, inputs: Path, formats: Sequence[str]) -> E
     images = np.load(inputs / "images.npy", mmap_mode="r")
     expected, labels = np.load(inputs / "probabilities.npy"), np.load(inputs / "labels.npy")
     encoded_indices = np.load(inputs / "encoded.npy")
-    predictions = {name: (load_format(folder, name).predict(images), expected, labels) for name in formats}
-    if "savedModel" in formats and len(encoded_indices):
+    predictions, predict_files = {}, None
+    for name in formats:
+        model = load_format(folder, name)
+        predictions[name] = (model.predict(images), expected, labels)
+        predict_files = model.predict_files or predict_files
+    if predict_files and len(encoded_indices):
         files = [(inputs / f"{index}.image").read_bytes() for index in encoded_indices]
-        predictions["encoded"] = (
-            predict_encoded(folder, files),
-            expected[encoded_indices],
-            labels[encoded_indices],
-        )
+        predictions["encoded"] = (predict_files(files), expected[encoded_indices], labels[encoded_indices])
     differences = {name: (actual, reference) for name, (actual, reference, _) in predictions.items()}
     if source_files := read_source_files(inputs):
-        differences |= predict_source_files(folder, source_files, formats)
+        differences |= predict_source_files(folder, source_files, predict_files)
     logit_tolerance = float(np.load(inputs / "logit_tolerance.npy"))
     return ExportCheck(
         tolerance=probability_tolerance(logit_tolerance),

@@ -16,6 +16,8 @@ from topwork.errors import DataError, quote_error
 
 # float32 or uint8 (batch, height, width, 3) in 0..255 -> float32 (batch, classes)
 Predict = Callable[[NDArray[Any]], NDArray[np.float32]]
+# Content of image files -> float32 (files, classes)
+PredictFiles = Callable[[Sequence[bytes]], NDArray[np.float32]]
 BATCH_SIZE = 32
 
 
@@ -26,10 +28,12 @@ class LoadedModel:
     Attributes:
         predict: Function from images to probabilities.
         image_size: Required height and width in pixels; None if the model resizes images itself.
+        predict_files: Function from the content of image files to probabilities; None if the model decodes no files.
     """
 
     predict: Predict
     image_size: tuple[int, int] | None
+    predict_files: PredictFiles | None = None
 
 
 def load_keras(path: Path) -> LoadedModel:
@@ -46,7 +50,7 @@ def load_keras(path: Path) -> LoadedModel:
 
 
 def load_saved_model(folder: Path) -> LoadedModel:
-    """Load a SavedModel with `tf.saved_model.load` and call its signature `serving_default`."""
+    """Load a SavedModel with `tf.saved_model.load`, and call its signatures `serving_default` and `encoded`."""
     import tensorflow as tf
 
     model = tf.saved_model.load(str(folder))
@@ -56,7 +60,12 @@ def load_saved_model(folder: Path) -> LoadedModel:
         outputs = model.signatures["serving_default"](image=tf.constant(images.astype(np.float32)))
         return np.asarray(outputs["probabilities"].numpy(), np.float32)
 
-    return LoadedModel(_in_batches(predict), None)
+    def predict_files(files: Sequence[bytes]) -> NDArray[np.float32]:
+        signature = model.signatures["encoded"]
+        batches = [list(files[start : start + BATCH_SIZE]) for start in range(0, len(files), BATCH_SIZE)]
+        return np.concatenate([signature(bytes=tf.constant(batch))["probabilities"].numpy() for batch in batches])
+
+    return LoadedModel(_in_batches(predict), None, predict_files)
 
 
 def load_tflite(path: Path) -> LoadedModel:
@@ -133,27 +142,6 @@ def read_value_range(folder: Path) -> ValueRange:
         return (float(low), float(high))
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{file} is damaged: {quote_error(error)}. Download the version again.") from error
-
-
-def predict_encoded(folder: Path, files: Sequence[bytes]) -> NDArray[np.float32]:
-    """Predict with the signature `encoded` of a SavedModel.
-
-    Args:
-        folder: Directory of the SavedModel.
-        files: Content of image files.
-
-    Returns:
-        float32 (files, classes).
-    """
-    import tensorflow as tf
-
-    model = tf.saved_model.load(str(folder))
-    signature = model.signatures["encoded"]
-    batches = [
-        signature(bytes=tf.constant(list(files[start : start + BATCH_SIZE])))["probabilities"].numpy()
-        for start in range(0, len(files), BATCH_SIZE)
-    ]
-    return np.concatenate(batches).astype(np.float32)
 
 
 def _in_batches(predict: Predict) -> Predict:

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from topwork.data.dataset_manifest import StoredDataset
+from topwork.report.exported_model import PredictFiles
 
 DIRECTORY = "source-files"
 
@@ -81,14 +82,14 @@ def read_source_files(folder: Path) -> SourceFiles | None:
 
 
 def predict_source_files(
-    version: Path, files: SourceFiles, formats: Sequence[str]
+    version: Path, files: SourceFiles, predict_files: PredictFiles | None
 ) -> dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]:
     """Predict source files as a model server and `topwork predict` do.
 
     Args:
         version: Directory of the exported files.
         files: The files.
-        formats: The exported formats.
+        predict_files: Signature `encoded` of the SavedModel; None if it was not exported.
 
     Returns:
         Predicted and expected probabilities, float32 (files, classes), by what predicted them.
@@ -100,21 +101,19 @@ def predict_source_files(
 
     stored = [validate_file(content) for content in files.contents]
     predictions = {"topwork predict": (Predictor(version).probabilities(stored), files.expected)}
-    if "savedModel" in formats:
+    if predict_files:
         for number, (kind, is_servable) in enumerate(zip(files.kinds, files.is_servable, strict=True)):
             if is_servable:
-                actual = _predict_served(version, files.contents[number], kind)
+                actual = _predict_served(predict_files, files.contents[number], kind)
                 predictions[f"encoded ({kind})"] = (actual, files.expected[number : number + 1])
     return predictions
 
 
-def _predict_served(version: Path, content: bytes, kind: str) -> NDArray[np.float32]:
+def _predict_served(predict_files: PredictFiles, content: bytes, kind: str) -> NDArray[np.float32]:
     import tensorflow as tf
 
-    from topwork.report.exported_model import predict_encoded
-
     try:
-        return predict_encoded(version, [content])
+        return predict_files([content])
     except tf.errors.OpError as error:
         raise RuntimeError(
             f"The signature encoded of the exported model does not decode a source file of the kind {kind}: "
