@@ -4,6 +4,9 @@ The import takes 5 of the 6 seconds of processor time that a small `topwork` pro
 its own main module, arguments, environment variables, output files, signals and exit code. TensorFlow starts its
 threads at its first operation, so the server has no threads that a fork would lose; it checks this at its start.
 
+The export check of such a process is another fork: `topwork.report.export_check.COMMAND` starts this file, which asks
+the server for it and waits.
+
 Tests start a new interpreter instead if they test the import itself, or what a process does before it.
 """
 
@@ -18,12 +21,20 @@ import subprocess
 import sys
 import tempfile
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import IO, Any
 
-PRELOADED = ("tensorflow", "keras", "tensorflow_datasets", "topwork.cli", "topwork.pipeline")
+PRELOADED = (
+    "tensorflow",
+    "keras",
+    "tensorflow_datasets",
+    "topwork.cli",
+    "topwork.pipeline",
+    "topwork.report.predictor",
+)
 
 
 class PreloadedProcess:
@@ -88,14 +99,10 @@ class PreloadedPython:
         cwd: str | Path = ".",
     ) -> PreloadedProcess:
         """Start a process with these arguments of Python; its standard input is empty."""
-        assert env is None or self.accepts(env)
-        request = [[*map(str, arguments)], dict(os.environ if env is None else env), str(Path(cwd).absolute())]
-        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        connection.connect(self._address)
+        environment = dict(os.environ if env is None else env)
+        assert self.accepts(environment)
         with Path(os.devnull).open() as empty:
-            message = json.dumps(request).encode()
-            socket.send_fds(connection, [message], [empty.fileno(), stdout.fileno(), stderr.fileno()])
-            return PreloadedProcess(connection)
+            return _start(self._address, [*map(str, arguments)], environment, cwd, (empty, stdout, stderr))
 
     def run(
         self,
@@ -116,7 +123,32 @@ class PreloadedPython:
         return subprocess.CompletedProcess([*map(str, arguments)], returncode, *output)
 
 
+def _start(
+    address: str,
+    arguments: Sequence[str],
+    environment: Mapping[str, str],
+    directory: str | Path,
+    files: Iterable[IO[Any]],
+) -> PreloadedProcess:
+    """Ask the server for a process with these standard files."""
+    request = [arguments, environment, str(Path(directory).absolute())]
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    connection.connect(address)
+    socket.send_fds(connection, [json.dumps(request).encode()], [file.fileno() for file in files])
+    return PreloadedProcess(connection)
+
+
 def main() -> None:
+    """Serve processes, or be one: with arguments after the address, start such a process and exit with its code."""
+    address, *arguments = sys.argv[1:]
+    if not arguments:
+        _serve_until_end_of_input(address)
+        return
+    process = _start(address, arguments, dict(os.environ), ".", (sys.stdin, sys.stdout, sys.stderr))
+    sys.exit(process.wait())
+
+
+def _serve_until_end_of_input(address: str) -> None:
     """Import the libraries and fork a process for each request, until standard input is closed."""
     for name in PRELOADED:
         import_module(name)
@@ -125,12 +157,12 @@ def main() -> None:
     gc.collect()
     gc.freeze()  # forks do not traverse, and so copy, the memory of the libraries
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
-        listener.bind(sys.argv[1])
+        listener.bind(address)
         listener.listen()
         os.write(1, b"ready\n")
         arguments = _serve(listener)
     if arguments:
-        _run(arguments)
+        _run(arguments, address)
 
 
 def _serve(listener: socket.socket) -> list[str] | None:
@@ -155,8 +187,12 @@ def _fork(connection: socket.socket, message: bytes, descriptors: list[int]) -> 
         for descriptor in (0, 1, 2, *descriptors):
             os.close(descriptor)
         connection.send(str(pid).encode())
+        # The connection is readable when the other side has closed it: nobody waits for the process any more.
+        if connection in select.select([os.pidfd_open(pid), connection], [], [])[0]:
+            os.kill(pid, signal.SIGKILL)
         _, status = os.waitpid(pid, 0)
-        connection.send(str(os.waitstatus_to_exitcode(status)).encode())
+        with suppress(BrokenPipeError):
+            connection.send(str(os.waitstatus_to_exitcode(status)).encode())
         os._exit(0)
     for number, descriptor in enumerate(descriptors):
         os.dup2(descriptor, number)
@@ -176,10 +212,14 @@ def _reap() -> None:
         pass
 
 
-def _run(arguments: list[str]) -> None:
+def _run(arguments: list[str], address: str) -> None:
     """Run a module or code like the interpreter."""
     import numpy as np
 
+    from topwork.report import export_check
+
+    # Without `site` and its packages, the process that asks the server starts in milliseconds.
+    export_check.COMMAND = (sys.executable, "-I", "-S", __file__, address, *export_check.COMMAND[1:])
     np.random.seed()  # every fork starts with the same state
     option, program, *rest = arguments
     sys.argv = [option, *rest]

@@ -57,3 +57,30 @@ def test_process_ends_at_a_signal(preloaded_python, tmp_path, number):
 def test_variables_that_change_the_imports_require_a_new_interpreter(preloaded_python):
     assert preloaded_python.accepts(dict(os.environ))
     assert not preloaded_python.accepts({**os.environ, "PYTHONPATH": "/elsewhere"})
+
+
+def test_export_check_of_a_process_is_a_process_with_tensorflow_imported(preloaded_python):
+    code = """
+import subprocess
+from topwork.report.export_check import COMMAND
+check = "import os, sys; print('tensorflow' in sys.modules, sys.stdin.read(), sys.argv, os.getcwd()); sys.exit(3)"
+command = [*COMMAND[:COMMAND.index("-m")], "-c", check, "one"]
+result = subprocess.run(command, input="request", capture_output=True, text=True, cwd="/")
+print(result.returncode, result.stdout, result.stderr)
+"""
+    assert preloaded_python.run(["-c", code]).stdout == "3 True request ['-c', 'one'] /\n \n"
+
+
+def test_process_is_killed_with_the_program_that_waits_for_it(preloaded_python, tmp_path):
+    code = f"""
+import subprocess
+from topwork.report.export_check import COMMAND
+check = "import time; print('started', flush=True); time.sleep(2); open({str(tmp_path / "survived")!r}, 'w')"
+command = [*COMMAND[:COMMAND.index("-m")], "-c", check]
+process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+print(process.stdout.readline())
+process.kill()
+process.communicate()  # until the process has closed its standard output
+"""
+    assert preloaded_python.run(["-c", code], timeout=30).stdout == "started\n\n"
+    assert not (tmp_path / "survived").exists()

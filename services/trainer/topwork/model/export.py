@@ -5,9 +5,9 @@ import io
 import json
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import keras
 import tensorflow as tf
@@ -73,7 +73,13 @@ def add_probabilities(model: keras.Model, classes: int) -> keras.Model:
 
 
 def export_model(
-    model: keras.Model, class_names: Sequence[str], formats: Sequence[str], preprocessing: Preprocessing, folder: Path
+    model: keras.Model,
+    class_names: Sequence[str],
+    formats: Sequence[str],
+    preprocessing: Preprocessing,
+    folder: Path,
+    *,
+    decodes_files: bool = True,
 ) -> tuple[str, ...]:
     """Export a model in the given formats.
 
@@ -84,6 +90,7 @@ def export_model(
         preprocessing: Decoding and resizing as in training. Only the SavedModel contains it; other formats expect
             images of the model's input size. The value range is also written to `PREPROCESSING_FILE`.
         folder: Existing directory for the files.
+        decodes_files: Whether the SavedModel has the signature `encoded`.
 
     Returns:
         The main file of each format, relative to `folder`.
@@ -98,7 +105,7 @@ def export_model(
             if name == "keras":
                 model.save(path)
             elif name == "savedModel":
-                save_saved_model(model, class_names, preprocessing, folder)
+                save_saved_model(model, class_names, preprocessing, folder, decodes_files=decodes_files)
             else:
                 _convert(model, name, path)
     content = {"format": 1, "valueRange": preprocessing.value_range}
@@ -107,13 +114,14 @@ def export_model(
 
 
 def save_saved_model(
-    model: keras.Model, class_names: Sequence[str], preprocessing: Preprocessing, folder: Path
+    model: keras.Model, class_names: Sequence[str], preprocessing: Preprocessing, folder: Path, *, decodes_files: bool
 ) -> None:
     """Write a SavedModel that accepts images of any size.
 
     Signatures:
         serving_default: `image` float32 (batch, height, width, 3) in 0..255.
-        encoded: `bytes` string (batch,), each the content of a JPEG, PNG, WebP, GIF or BMP file.
+        encoded: `bytes` string (batch,), each the content of a JPEG, PNG, WebP, GIF or BMP file. Only if
+            `decodes_files` is true.
 
     Both return `class` string (batch,), `probability` float32 (batch,), `classes` string (batch, classes) and
     `probabilities` float32 (batch, classes).
@@ -123,12 +131,11 @@ def save_saved_model(
         class_names: Name of each class, in the order of the outputs.
         preprocessing: Decoding and resizing as in training.
         folder: Directory for `saved_model.pb` and `variables/`.
+        decodes_files: Whether to write the signature `encoded`.
     """
     height, width = model.input_shape[1:3]
     names = tf.constant([name.encode() for name in class_names])
 
-    # Traced once, for both signatures.
-    @tf.function(autograph=False, input_signature=[tf.TensorSpec((None, height, width, 3), tf.float32)])
     def classify(images: tf.Tensor) -> dict[str, tf.Tensor]:
         probabilities = model(images, training=False)
         best = tf.argmax(probabilities, axis=-1)
@@ -139,29 +146,33 @@ def save_saved_model(
             "probabilities": probabilities,
         }
 
+    # Traced once, for both signatures.
+    classify_images: Callable[[tf.Tensor], dict[str, tf.Tensor]] = tf.function(
+        classify, autograph=False, input_signature=[tf.TensorSpec((None, height, width, 3), tf.float32)]
+    )
+
     def decode(encoded: tf.Tensor) -> tf.Tensor:
         image = tf.cast(preprocessing.decode(encoded), tf.float32)
         return tf.ensure_shape(preprocessing.resize(image, (height, width)), (height, width, 3))
 
     def from_image(image: tf.Tensor) -> dict[str, tf.Tensor]:
-        return classify(tf.ensure_shape(preprocessing.resize(image, (height, width)), (None, height, width, 3)))
+        return classify_images(tf.ensure_shape(preprocessing.resize(image, (height, width)), (None, height, width, 3)))
 
     def from_encoded(encoded: tf.Tensor) -> dict[str, tf.Tensor]:
         # One by one: the images of a request may differ in size before they are resized.
-        return classify(tf.map_fn(decode, encoded, fn_output_signature=tf.TensorSpec((height, width, 3), tf.float32)))
+        output = tf.TensorSpec((height, width, 3), tf.float32)
+        return classify_images(tf.map_fn(decode, encoded, fn_output_signature=output))
+
+    def trace(function: Callable[[tf.Tensor], dict[str, tf.Tensor]], argument: tf.TensorSpec) -> Any:
+        return tf.function(function, autograph=False, input_signature=[argument]).get_concrete_function()
 
     # Not `keras.export.ExportArchive`: it also exports methods, and traces the model four times.
+    signatures = {"serving_default": trace(from_image, tf.TensorSpec((None, None, None, 3), tf.float32, name="image"))}
+    if decodes_files:
+        signatures["encoded"] = trace(from_encoded, tf.TensorSpec((None,), tf.string, name="bytes"))
     module = tf.Module()
-    module.weights = [variable.value for variable in model.variables]
-    arguments = {
-        from_image: tf.TensorSpec((None, None, None, 3), tf.float32, name="image"),
-        from_encoded: tf.TensorSpec((None,), tf.string, name="bytes"),
-    }
-    served, encoded = (
-        tf.function(function, autograph=False, input_signature=[argument]).get_concrete_function()
-        for function, argument in arguments.items()
-    )
-    tf.saved_model.save(module, str(folder), signatures={"serving_default": served, "encoded": encoded})
+    module.weights = list(signatures["serving_default"].variables)
+    tf.saved_model.save(module, str(folder), signatures=signatures)
 
 
 @contextlib.contextmanager

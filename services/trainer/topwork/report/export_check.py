@@ -25,6 +25,7 @@ from topwork.report.source_files import predict_source_files, read_source_files
 MAX_IMAGES = 200
 MAX_BYTES = 512 * 2**20
 MAX_ENCODED = 100
+COMMAND: tuple[str, ...] = (sys.executable, "-m", "topwork.report.export_check")
 
 
 class ExportCheck(MetricsSection):
@@ -101,7 +102,7 @@ class CheckProcess:
         """Start the process."""
         self._errors = tempfile.TemporaryFile()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "topwork.report.export_check"],
+            COMMAND,
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=self._errors,

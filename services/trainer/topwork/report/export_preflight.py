@@ -61,7 +61,8 @@ def check_exportable(
         for name in pending:
             folder = Path(directory) / name
             folder.mkdir()
-            export_model(model, class_names, (name,), Preprocessing(), folder)
+            # Decoding does not depend on the model, and tracing it takes as long as a small model.
+            export_model(model, class_names, (name,), Preprocessing(), folder, decodes_files=False)
             if name in CONVERTED_FORMATS:
                 with report_unsupported_format(name):
                     _predict_one(folder, name, model.input_shape[1:3], len(class_names))
