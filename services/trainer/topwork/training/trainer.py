@@ -40,6 +40,7 @@ from topwork.training.divergence import diverged_error
 from topwork.training.feature_cache.features import delete_features
 from topwork.training.inputs import TrainingInputs, prepare_inputs, prepare_model
 from topwork.training.losses import balanced_class_weights, loss_targets, make_accuracy, make_loss
+from topwork.training.memory_allocation import keep_freed_memory
 from topwork.training.optimizers import make_optimizer, moving_averages
 from topwork.training.plan import StageContext, TrainingPhase
 from topwork.training.preflight import check_data, check_metrics, check_replicas
@@ -82,6 +83,7 @@ def train(
     """
     job, plan, workspace = context.job, context.plan, context.workspace
     strategy = get_strategy(workspace.replicas)
+    keep_freed_memory()
     for phase in plan.phases:
         check_replicas(strategy.num_replicas_in_sync, plan.batch_size, phase.optimizer)
     data = fetch_dataset(dataset, job, workspace)
