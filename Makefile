@@ -114,6 +114,10 @@ bench-train: $(SETUP) $(TORCH)/.complete ## Compare training of all layers with 
 bench-overhead: $(SETUP) ## Show which part of the time of a small and a large job is not spent computing
 	$(BIN)/python benchmarks/overhead.py
 
+.PHONY: bench-steps
+bench-steps: $(SETUP) ## Compare training steps on the CPU with other memory allocators, threads and compilers
+	$(BIN)/python benchmarks/steps.py
+
 .PHONY: bench-transfers
 bench-transfers: $(SETUP) ## Compare uploads and downloads with rclone on the same S3 server (needs 20 GB of disk space)
 	@command -v rclone >/dev/null || { echo "make bench-transfers requires rclone. On Debian or Ubuntu, install it with apt-get install rclone."; exit 1; }

@@ -26,7 +26,7 @@ SMALL: tuple[str, ...] = ("metadata.name=overhead-small",)
 LARGE = (
     "metadata.name=overhead-large",
     "spec.dataset.splits.perClass={train: 300, validation: 50, test: 50}",
-    "spec.fineTune={epochs: 8, unfreeze: all, batchSize: 20, optimizer: {learningRate: 0.0001}}",
+    "spec.fineTune={epochs: 24, unfreeze: all, batchSize: 20, optimizer: {learningRate: 0.0001}}",
 )
 IMPORT, FIRST_STEPS, STEPS = "import of TensorFlow, Keras and topwork", "first steps (tracing)", "training steps"
 FEATURES, VALIDATION, OTHER = "features of the frozen base", "validation", "other"

@@ -22,9 +22,9 @@ from topwork.report.rounding import logit_differences, probability_tolerance
 from topwork.report.source_files import predict_source_files, read_source_files
 
 # A wrong export differs for most images, so that more of them would only take more time.
-MAX_IMAGES = 200
+MAX_IMAGES = 128
 MAX_BYTES = 512 * 2**20
-MAX_ENCODED = 100
+MAX_ENCODED = 64
 COMMAND: tuple[str, ...] = (sys.executable, "-m", "topwork.report.export_check")
 
 
