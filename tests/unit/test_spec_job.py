@@ -51,7 +51,13 @@ OPTIMIZER = {
 DEFAULTS = {
     "dataset": {
         "source": {"tfds": "cats_vs_dogs", "folder": None, "archive": None, "table": None},
-        "splits": {"train": "train[:80%]", "validation": None, "test": "train[80%:]", "perClass": None},
+        "splits": {
+            "train": "train[:80%]",
+            "validation": None,
+            "test": "train[80%:]",
+            "stratify": True,
+            "perClass": None,
+        },
         "imageSize": [96, 96],
         "valueRange": "auto",
         "onCorruptImage": "skip",

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 from topwork.data.dataset_manifest import DatasetMetadata
-from topwork.data.splits import SourceSplit, check_splits, format_missing_classes, permutation, select_splits
+from topwork.data.splits import (
+    SourceSplit,
+    check_splits,
+    count_images,
+    format_missing_classes,
+    permutation,
+    select_splits,
+)
 from topwork.errors import DataError
 from topwork.spec.dataset import Dataset, Splits
 
@@ -137,6 +144,61 @@ def test_select_splits_returns_exact_counts_per_class():
     assert len(np.unique(np.concatenate(list(selected.values())))) == 70
 
 
+FRACTIONS = {"train": 0.8, "validation": 0.1, "test": 0.1}
+
+
+def test_fractions_divide_every_class_for_every_seed():
+    sources = {"train": SourceSplit(0, np.repeat(np.arange(10), 20))}
+    names = tuple(map(str, range(10)))
+    for seed in range(20):
+        selected = select_splits(_dataset(**FRACTIONS), sources, names, seed)
+        labels = {
+            name: np.bincount(sources["train"].labels[positions]).tolist() for name, positions in selected.items()
+        }
+        assert labels == {"train": [16] * 10, "validation": [2] * 10, "test": [2] * 10}
+
+
+def test_fractions_use_all_source_splits_and_depend_only_on_the_seed():
+    sources = {
+        "test": SourceSplit(0, np.repeat([0, 1], [5, 30])),
+        "train": SourceSplit(35, np.repeat([0, 1], [15, 30])),
+    }
+    one, again, other = (select_splits(_dataset(**FRACTIONS), sources, CLASSES, seed) for seed in (1, 1, 2))
+    assert sorted(np.concatenate(list(one.values()))) == list(range(80))
+    assert all((one[name] == again[name]).all() for name in FRACTIONS)
+    assert any((one[name] != other[name]).any() for name in FRACTIONS)
+
+
+def test_fractions_without_stratification_ignore_the_classes():
+    dogs = set()
+    for seed in range(10):
+        selected = select_splits(_dataset(**FRACTIONS, stratify=False), _train(), CLASSES, seed)
+        assert {name: len(positions) for name, positions in selected.items()} == {
+            "train": 80,
+            "validation": 10,
+            "test": 10,
+        }
+        dogs.add(int((selected["train"] >= 50).sum()))
+    assert len(dogs) > 1
+
+
+def test_fractions_reject_a_class_with_fewer_images_than_splits():
+    message = "divides each class into 3 splits, but dog has fewer than 3 images."
+    with pytest.raises(DataError, match=re.escape(message)):
+        select_splits(_dataset(**FRACTIONS), _train(dogs=2), CLASSES, seed=1)
+    with pytest.raises(DataError, match=re.escape(message)):
+        check_splits(_dataset(**FRACTIONS), _metadata(train=(50, 2)))
+    selected = select_splits(_dataset("allow", **FRACTIONS), _train(dogs=2), CLASSES, seed=1)
+    assert len(np.unique(np.concatenate(list(selected.values())))) == 52
+
+
+def test_number_of_images_is_known_before_the_pull():
+    splits = _splits(**FRACTIONS)
+    assert count_images(splits, {"train": 1005}, None) == {"train": 804, "validation": 101, "test": 100}
+    assert count_images(splits, {}, 2) == {"train": None, "validation": None, "test": None}
+    assert count_images(splits, {"train": 9}, 3, [3, 3, 3]) == {"train": 3, "validation": 3, "test": 3}
+
+
 @pytest.mark.parametrize(
     ("splits", "message"),
     [
@@ -160,17 +222,16 @@ def test_select_splits_returns_exact_counts_per_class():
 )
 def test_check_splits_rejects_splits_that_a_dataset_cannot_fill(splits, message):
     with pytest.raises(DataError, match=re.escape(message)):
-        check_splits(Splits.model_construct(**_fields(splits)), _metadata(train=(50, 20)))
+        check_splits(_unvalidated_dataset(splits), _metadata(train=(50, 20)))
 
 
-def _fields(splits):
-    """Fields of `Splits`, not validated by the spec."""
+def _unvalidated_dataset(splits):
+    """A dataset whose splits the spec does not validate."""
     from topwork.spec.dataset import PerClass
 
-    empty = {"train": None, "validation": None, "test": None, "per_class": None}
     if "perClass" in splits:
-        return {**empty, "per_class": PerClass.model_validate(splits["perClass"])}
-    return {**empty, **splits}
+        splits = {"per_class": PerClass.model_validate(splits["perClass"])}
+    return Dataset.model_construct(splits=Splits.model_construct(**splits))
 
 
 def test_select_splits_rejects_a_class_without_training_images():

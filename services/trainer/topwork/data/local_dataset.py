@@ -21,9 +21,11 @@ from topwork.data.images.decode_pool import available_cpus
 from topwork.data.images.decoding import decode, resize
 from topwork.data.images.image_validation import SEVERAL_FRAMES
 from topwork.data.images.value_range import FULL_RANGE, ValueRange, describe_value_range, resolve_value_range
+from topwork.data.predefined_splits import describe_predefined
 from topwork.data.record_index import RecordIndex, open_record_index
-from topwork.data.splits import SPLIT_NAMES, SourceSplit, format_missing_classes, select_splits
+from topwork.data.splits import SourceSplit, format_missing_classes, select_splits
 from topwork.spec import TransferJob
+from topwork.spec.dataset import SPLIT_NAMES, Dataset
 from topwork.spec.kubernetes_types import quantity_to_bytes
 from topwork.workspace import Workspace
 
@@ -232,7 +234,7 @@ def fetch_dataset(dataset: StoredDataset, job: TransferJob, workspace: Workspace
     _delete_incomplete_pixels(directory)
     if _fits_on_scratch(list(splits.values()), directory, job):
         cache_pixels(list(splits.values()), directory, workspace)
-    _log_splits_once(directory / "splits-logged", splits, metadata, value_range)
+    _log_splits_once(directory / "splits-logged", spec, splits, metadata, value_range)
     return LocalDataset(metadata.class_names, *(splits.get(name) for name in SPLIT_NAMES))  # type: ignore[arg-type]
 
 
@@ -297,7 +299,7 @@ def _fits_on_scratch(splits: Sequence[Split], directory: Path, job: TransferJob)
 
 
 def _log_splits_once(
-    marker: Path, splits: dict[str, Split], metadata: DatasetMetadata, value_range: ValueRange
+    marker: Path, spec: Dataset, splits: dict[str, Split], metadata: DatasetMetadata, value_range: ValueRange
 ) -> None:
     """Log what the splits contain and how images are decoded, only in the first stage that uses this directory."""
     if marker.exists():
@@ -307,6 +309,9 @@ def _log_splits_once(
         common = int(np.isin(splits[second].digests, splits[first].digests).sum())
         if common:
             log.warning("duplicates across splits", images=common, split=second, other_split=first)
+    if spec.splits == "auto":
+        for note in describe_predefined(metadata.splits, metadata.origin):
+            log.warning("predefined splits", note=note)
     for name, split in splits.items():
         if missing := format_missing_classes(split.labels, metadata.class_names):
             log.warning("classes without images", split=name, classes=missing)

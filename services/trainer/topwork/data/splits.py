@@ -1,18 +1,19 @@
 """Dataset splits: selects which stored images are used for training, validation and test."""
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from topwork.data.dataset_manifest import DatasetMetadata
+from topwork.data.predefined_splits import carved_fractions, match_splits
+from topwork.data.stratification import Counts, allocate
 from topwork.errors import DataError
-from topwork.spec.dataset import Dataset, PerClass, Splits
+from topwork.spec.dataset import SPLIT_NAMES, Dataset, PerClass, Splits
 from topwork.spec.slices import Slice, parse_slices
-
-SPLIT_NAMES = ("train", "validation", "test")
 
 Positions = npt.NDArray[np.int64]
 
@@ -30,33 +31,47 @@ class SourceSplit:
     labels: npt.NDArray[np.int64]
 
 
-def check_splits(splits: Splits, dataset: DatasetMetadata) -> None:
+def check_splits(settings: Dataset, dataset: DatasetMetadata) -> None:
     """Check that a stored dataset can fill the splits of a spec, using only the counts in its metadata.
 
     Args:
-        splits: `spec.dataset.splits`.
+        settings: `spec.dataset`.
         dataset: Metadata of the stored dataset.
 
     Raises:
         DataError: If a slice is empty or out of range, names an unknown split, or a class has too few images.
     """
+    splits = settings.splits
+    if splits == "auto":
+        _check_predefined(settings, dataset)
+        return
     if splits.per_class:
         _check_counts(splits.per_class, dataset.class_counts)
-        return
+    if splits.fractions and splits.stratify:
+        _check_classes(settings, len(splits.fractions), list(dataset.class_counts.values()), dataset.class_names)
     sizes = {name: sum(counts.values()) for name, counts in dataset.splits.items()}
-    for name in SPLIT_NAMES:
-        text = getattr(splits, name)
-        if text:
-            _resolve_slices(name, text, sizes)
+    for name, text in splits.slices.items():
+        _resolve_slices(name, text, sizes)
 
 
-def count_images(splits: Splits, sizes: Mapping[str, int], classes: int | None) -> dict[str, int | None]:
+def _check_predefined(settings: Dataset, dataset: DatasetMetadata) -> None:
+    found = match_splits(dataset.splits, dataset.origin)
+    if fractions := carved_fractions(found):
+        counts = dataset.splits[found["train"]]
+        sizes = [counts.get(name, 0) for name in dataset.class_names]
+        _check_classes(settings, len(fractions), sizes, dataset.class_names)
+
+
+def count_images(
+    splits: Splits | Literal["auto"], sizes: Mapping[str, int], classes: int | None, class_sizes: Sequence[int] = ()
+) -> dict[str, int | None]:
     """Compute the number of images in each split of a spec, before the dataset is pulled.
 
     Args:
         splits: `spec.dataset.splits`.
         sizes: Number of images in each split of the source, for the splits where it is known.
         classes: Number of classes, or None if unknown.
+        class_sizes: Number of images of each class, if known.
 
     Returns:
         Number of images in each split that the spec defines. None where it can't be determined.
@@ -68,15 +83,31 @@ def count_images(splits: Splits, sizes: Mapping[str, int], classes: int | None) 
         >>> count_images(Splits(train="train[:80%]", test="train[80%:]"), {"train": 1000}, None)
         {'train': 800, 'test': 200}
     """
+    if splits == "auto":
+        return _count_predefined(sizes)
     if splits.per_class:
         counts = {name: getattr(splits.per_class, name) for name in SPLIT_NAMES}
         return {name: classes and count * classes for name, count in counts.items() if count}
+    if fractions := splits.fractions:
+        strata = class_sizes if class_sizes and splits.stratify else [sum(sizes.values())]
+        totals = allocate(strata, list(fractions.values())).sum(axis=0).tolist()
+        return dict(zip(fractions, totals if sizes else [None] * len(totals), strict=True))
     images: dict[str, int | None] = {}
-    for name in SPLIT_NAMES:
-        if text := getattr(splits, name):
-            is_known = all(piece.split in sizes for piece in parse_slices(text))
-            ranges = _resolve_slices(name, text, sizes) if is_known else []
-            images[name] = sum(end - start for _, start, end in ranges) if is_known else None
+    for name, text in splits.slices.items():
+        is_known = all(piece.split in sizes for piece in parse_slices(text))
+        ranges = _resolve_slices(name, text, sizes) if is_known else []
+        images[name] = sum(end - start for _, start, end in ranges) if is_known else None
+    return images
+
+
+def _count_predefined(sizes: Mapping[str, int]) -> dict[str, int | None]:
+    if not sizes:
+        return dict.fromkeys(SPLIT_NAMES)
+    found = match_splits(sizes, "The source")
+    images: dict[str, int | None] = {split: sizes[name] for split, name in found.items()}
+    if fractions := carved_fractions(found):
+        carved = allocate([sizes[found["train"]]], list(fractions.values()))[0].tolist()
+        images |= dict(zip(fractions, carved, strict=True))
     return images
 
 
@@ -86,8 +117,9 @@ def select_splits(
     """Select the examples of each split.
 
     Slices are taken from a permutation of each source split. The permutation depends only on the seed and on the name
-    and size of the source split, so slices mix the classes even if the images were stored class by class. Counts per
-    class are taken from a permutation of all source splits together.
+    and size of the source split, so slices mix the classes even if the images were stored class by class. Fractions and
+    counts per class are taken from a permutation of all source splits together. With `auto`, the source splits are used
+    as they are, and a missing one is a fraction of the train split.
 
     Args:
         dataset: `spec.dataset`.
@@ -102,13 +134,22 @@ def select_splits(
         DataError: If the splits can't be filled, or a split lacks a class that it must contain.
     """
     splits = dataset.splits
-    if splits.per_class:
-        selected = _select_per_class(splits.per_class, sources, class_names, seed)
-    else:
-        selected = {
-            name: _select_slices(name, text, sources, seed) for name in SPLIT_NAMES if (text := getattr(splits, name))
-        }
     labels = np.concatenate([source.labels for source in sources.values()])
+    class_sizes = np.bincount(labels, minlength=len(class_names))
+    if splits == "auto":
+        selected = _select_predefined(dataset, sources, class_names, seed)
+    elif splits.per_class:
+        _check_counts(splits.per_class, dict(zip(class_names, class_sizes.tolist(), strict=True)))
+        requested = {name: count for name in SPLIT_NAMES if (count := getattr(splits.per_class, name))}
+        counts = np.tile(np.array(list(requested.values()), np.int64), (len(class_names), 1))
+        selected = _select_strata(requested, counts, labels, seed)
+    elif fractions := splits.fractions:
+        if splits.stratify:
+            _check_classes(dataset, len(fractions), class_sizes.tolist(), class_names)
+        strata = labels if splits.stratify else np.zeros_like(labels)
+        selected = _select_strata(fractions, allocate(np.bincount(strata), list(fractions.values())), strata, seed)
+    else:
+        selected = {name: _select_slices(name, text, sources, seed) for name, text in splits.slices.items()}
     for name, positions in selected.items():
         if missing := format_missing_classes(labels[positions], class_names):
             _check_missing_classes(name, missing, dataset)
@@ -134,7 +175,7 @@ def _check_missing_classes(name: str, missing: str, dataset: Dataset) -> None:
         return
     fixes = [
         f"Enlarge spec.dataset.splits.{name}",
-        "use exact counts with splits.perClass",
+        "use fractions, such as train: 0.8, which divide every class",
         "remove the class from the source",
         *([] if name == "train" else ["evaluate without it: spec.dataset.onMissingClass: allow"]),
     ]
@@ -193,23 +234,50 @@ def _resolve_boundary(boundary: tuple[int, int], size: int) -> int:
     return (percent * size + 50) // 100 + images
 
 
-def _select_per_class(
-    requested: PerClass, sources: Mapping[str, SourceSplit], class_names: tuple[str, ...], seed: int
+def _select_strata(names: Iterable[str], counts: Counts, strata: Positions, seed: int) -> dict[str, Positions]:
+    """Select a number of examples of each stratum for each split, from one permutation.
+
+    Args:
+        names: Names of the splits.
+        counts: int64 (strata, splits).
+        strata: Stratum of each stored example, such as its label, int64 (size,).
+        seed: `spec.seed`.
+    """
+    sizes = np.bincount(strata, minlength=len(counts))
+    order = permutation(len(strata), seed)
+    # A stable sort keeps the examples of a stratum in the order of the permutation; `rank` counts them from 0.
+    order = order[np.argsort(strata[order], kind="stable")]
+    rank = np.arange(len(strata)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    ends = np.cumsum(counts, axis=1)[strata[order]]
+    starts = ends - counts[strata[order]]
+    return {name: order[(rank >= starts[:, i]) & (rank < ends[:, i])] for i, name in enumerate(names)}
+
+
+def _select_predefined(
+    dataset: Dataset, sources: Mapping[str, SourceSplit], class_names: tuple[str, ...], seed: int
 ) -> dict[str, Positions]:
-    labels = np.concatenate([source.labels for source in sources.values()])
-    class_sizes = np.bincount(labels, minlength=len(class_names))
-    _check_counts(requested, dict(zip(class_names, class_sizes.tolist(), strict=True)))
-    order = permutation(len(labels), seed)
-    # A stable sort keeps the images of a class in the order of the permutation; `rank` counts them from 0.
-    order = order[np.argsort(labels[order], kind="stable")]
-    rank = np.arange(len(labels)) - np.repeat(np.cumsum(class_sizes) - class_sizes, class_sizes)
-    counts = {"train": requested.train, "validation": requested.validation, "test": requested.test}
-    selected, start = dict[str, Positions](), 0
-    for name, count in counts.items():
-        if count:
-            selected[name] = order[(rank >= start) & (rank < start + count)]
-            start += count
-    return selected
+    found = match_splits(sources, "The stored dataset")
+    selected = {split: sources[name].first + np.arange(len(sources[name].labels)) for split, name in found.items()}
+    if fractions := carved_fractions(found):
+        train = sources[found["train"]]
+        class_sizes = np.bincount(train.labels, minlength=len(class_names))
+        _check_classes(dataset, len(fractions), class_sizes.tolist(), class_names)
+        counts = allocate(class_sizes, list(fractions.values()))
+        carved = _select_strata(fractions, counts, train.labels, seed)
+        selected |= {split: train.first + positions for split, positions in carved.items()}
+    return {split: selected[split] for split in SPLIT_NAMES}
+
+
+def _check_classes(dataset: Dataset, needed: int, class_sizes: Sequence[int], class_names: tuple[str, ...]) -> None:
+    """Check that every class has an image for each of the splits that divide it."""
+    small = [label for label, size in enumerate(class_sizes) if size < needed]
+    if small and dataset.on_missing_class == "fail":
+        raise DataError(
+            f"spec.dataset.splits divides each class into {needed} splits, but "
+            f"{_format_class_names(class_names, small)} {'has' if len(small) == 1 else 'have'} fewer than {needed} "
+            "images. Add images, remove the class from the source, or accept splits without it: "
+            "spec.dataset.onMissingClass: allow."
+        )
 
 
 def _check_counts(requested: PerClass, counts: Mapping[str, int]) -> None:

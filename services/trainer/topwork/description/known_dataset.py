@@ -55,12 +55,12 @@ def find_known_dataset(
     if stored is None or workspace is None:
         return KnownDataset(classes, count_images(splits, {TRAIN: images} if images else {}, classes))
     facts = stored.metadata
-    check_splits(splits, facts)
+    check_splits(job.spec.dataset, facts)
     sizes = {name: sum(counts.values()) for name, counts in facts.splits.items()}
     given = {"--classes": (classes, len(facts.class_names)), "--images": (images, sizes.get(TRAIN))}
     return KnownDataset(
         len(facts.class_names),
-        count_images(splits, sizes, len(facts.class_names)),
+        count_images(splits, sizes, len(facts.class_names), list(facts.class_counts.values())),
         workspace.storage.uri_of(stored.prefix),
         tuple(
             f"{option} {value} is ignored: the stored dataset has {actual}."

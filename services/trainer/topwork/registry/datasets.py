@@ -99,7 +99,9 @@ def select_dataset(
     """
     if job.spec.dataset.source.tfds:
         return None
-    source = open_source(job.spec.dataset.source, workspace)
+    source = open_source(
+        job.spec.dataset.source, workspace, has_split_directories=job.spec.dataset.has_split_directories
+    )
     previous = find_previous_dataset(job, source, workspace.storage)
     if pinned:
         return _pin(source, previous)
@@ -190,9 +192,8 @@ def write_entries(entries: Iterable[SourceEntry], directory: Path) -> None:
     ):
         writer = csv.writer(text)
         for entry in entries:
-            writer.writerow(
-                (entry.path, entry.label or "", "" if entry.size is None else entry.size, entry.version or "")
-            )
+            row = (entry.path, entry.label or "", "" if entry.size is None else entry.size, entry.version or "")
+            writer.writerow((*row, entry.split) if entry.split else row)
 
 
 def read_entries(dataset: StoredDataset, storage: Storage) -> list[SourceEntry] | None:
@@ -202,8 +203,8 @@ def read_entries(dataset: StoredDataset, storage: Storage) -> list[SourceEntry] 
         return None
     rows: Iterator[list[str]] = csv.reader(io.StringIO(gzip.decompress(data).decode(), newline=""))
     return [
-        SourceEntry(path, label or None, int(size) if size else None, version or None)
-        for path, label, size, version in rows
+        SourceEntry(path, label or None, int(size) if size else None, version or None, *split)
+        for path, label, size, version, *split in rows
     ]
 
 
@@ -231,6 +232,7 @@ def describe_changes(before: Iterable[SourceEntry] | None, after: Iterable[Sourc
             for path in common
         ),
     )
+    counts["moved to another split"] = sum(old[path].split != new[path].split for path in common)
     parts = [f"{count} {what}" for what, count in counts.items() if count]
     if parts:
         count, _, what = parts[0].partition(" ")

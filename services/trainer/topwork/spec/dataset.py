@@ -4,12 +4,14 @@ from collections.abc import Iterator
 from itertools import combinations
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, StrictFloat, StrictInt, StringConstraints, Tag
+from pydantic import Discriminator, Field, StrictBool, StrictFloat, StrictInt, StringConstraints, Tag
 
 from topwork.spec.messages import format_value, join_words
 from topwork.spec.slices import Slicing, parse_slices
 from topwork.spec.spec_model import SpecModel, ValueDescription, Violation, rule
 from topwork.spec.uris import ArchiveUri, FolderUri, TableUri
+
+SPLIT_NAMES = ("train", "validation", "test")
 
 SideLength = Annotated[StrictInt, Field(ge=16, le=2048)]
 FiniteNumber = Annotated[float, Field(strict=True, allow_inf_nan=False)]
@@ -34,6 +36,9 @@ NameEncoding = Literal[
     "utf-8", "cp437", "cp850", "cp852", "cp857", "cp866", "cp932", "cp949", "cp1250", "cp1251", "cp1252", "cp1253",
     "cp1254", "cp1255", "cp1256", "cp1258", "gbk", "gb18030", "big5", "euc-jp", "euc-kr", "koi8-r",
 ]  # fmt: skip
+Fraction = Annotated[
+    StrictFloat, Field(gt=0.0, lt=1.0), ValueDescription("a fraction above 0 and below 1, such as 0.8")
+]
 Column = Annotated[str, StringConstraints(min_length=1, max_length=200), ValueDescription("the name of a column")]
 
 
@@ -47,6 +52,16 @@ ValueRangeSetting = Annotated[
     Annotated[Literal["auto", "full"], Tag("<name>")] | Annotated[tuple[FiniteNumber, FiniteNumber], Tag("<range>")],
     Discriminator(_value_range_tag),
     ValueDescription("auto, full or [low, high]"),
+]
+
+
+def _share_tag(value: object) -> str:
+    return "<fraction>" if isinstance(value, int | float) and not isinstance(value, bool) else "<slice>"
+
+
+Share = Annotated[
+    Annotated[Fraction, Tag("<fraction>")] | Annotated[Slicing, Tag("<slice>")],
+    Discriminator(_share_tag),
 ]
 
 
@@ -84,6 +99,9 @@ class TableSource(SpecModel):
         default="image", description="Column with the path or URI of the image, relative to the table."
     )
     label: Column = Field(default="label", description="Column with the class name.")
+    split: Column | None = Field(
+        default=None, description="Column with the split of each image: train, validation or test. Needs splits: auto."
+    )
 
 
 class DatasetSource(SpecModel):
@@ -108,20 +126,43 @@ class PerClass(SpecModel):
 
 
 class Splits(SpecModel):
-    """Training, validation and test splits of the stored dataset, as TFDS slices or as counts per class."""
+    """Training, validation and test splits of the stored dataset: fractions, TFDS slices or counts per class."""
 
-    train: Slicing | None = Field(default=None, description="Images used for training, such as train[:40%].")
-    validation: Slicing | None = Field(
-        default=None,
-        description="Images used for early stopping and for selecting the best epoch, such as train[40%:50%].",
+    train: Share | None = Field(
+        default=None, description="Images used for training: a fraction of all images, such as 0.8, or a TFDS slice."
     )
-    test: Slicing | None = Field(
+    validation: Share | None = Field(
         default=None,
-        description="Images used to evaluate the final model, such as train[50%:60%]. Unset: the validation split.",
+        description="Images used for early stopping and for selecting the best epoch, such as 0.1 or train[40%:50%].",
+    )
+    test: Share | None = Field(
+        default=None,
+        description="Images used to evaluate the final model, such as 0.1 or train[50%:60%]. Unset: the validation "
+        "split.",
+    )
+    stratify: StrictBool = Field(
+        default=True,
+        description="Whether fractions apply to each class, so that every split contains every class in the same "
+        "proportion. Slices are never stratified, counts per class always.",
     )
     per_class: PerClass | None = Field(
-        default=None, description="Exact number of images per class. Cannot be combined with slices."
+        default=None, description="Exact number of images per class. Cannot be combined with fractions or slices."
     )
+
+    @property
+    def shares(self) -> dict[str, float | str]:
+        """The fraction or slice of each split that is set."""
+        return {name: share for name in SPLIT_NAMES if (share := getattr(self, name)) is not None}
+
+    @property
+    def fractions(self) -> dict[str, float]:
+        """The fraction of each split that is set; empty if the splits are slices or counts per class."""
+        return {name: share for name, share in self.shares.items() if isinstance(share, float)}
+
+    @property
+    def slices(self) -> dict[str, str]:
+        """The slice of each split that is set; empty if the splits are fractions or counts per class."""
+        return {name: share for name, share in self.shares.items() if isinstance(share, str)}
 
     @property
     def has_validation(self) -> bool:
@@ -129,11 +170,27 @@ class Splits(SpecModel):
         return self.validation is not None or (self.per_class is not None and self.per_class.validation > 0)
 
 
+def _splits_tag(value: object) -> str | None:
+    if isinstance(value, str):
+        return "<name>"
+    return "<mapping>" if isinstance(value, dict | Splits) else None
+
+
+SplitsSetting = Annotated[
+    Annotated[Literal["auto"], Tag("<name>")] | Annotated[Splits, Tag("<mapping>")],
+    Discriminator(_splits_tag),
+]
+
+
 class Dataset(SpecModel):
     """The images that train and evaluate the classifier."""
 
     source: DatasetSource = Field(description="Where the images come from.")
-    splits: Splits = Field(description="Which images are used for training, validation and test.")
+    splits: SplitsSetting = Field(
+        description="Which images are used for training, validation and test. auto uses the splits of the source: "
+        "directories such as train, val and test above those of the classes, the column table.split, or the splits of "
+        "a TFDS dataset. A missing validation or test split is replaced by 10 % of each class of the train split."
+    )
     image_size: tuple[SideLength, SideLength] = Field(
         description="Height and width in pixels to which every image is resized."
     )
@@ -165,6 +222,16 @@ class Dataset(SpecModel):
         "images always fails the job.",
     )
 
+    @property
+    def has_validation(self) -> bool:
+        """Whether there is a validation split."""
+        return self.splits == "auto" or self.splits.has_validation
+
+    @property
+    def has_split_directories(self) -> bool:
+        """Whether the directories of the classes are below those of the splits."""
+        return self.splits == "auto" and bool(self.source.folder or self.source.archive)
+
 
 @rule(Dataset)
 def value_range_is_ascending(dataset: Dataset) -> Iterator[Violation]:
@@ -180,13 +247,29 @@ def value_range_is_ascending(dataset: Dataset) -> Iterator[Violation]:
 def pull_settings(dataset: Dataset) -> dict[str, Any]:
     """Return the settings that change the content of the stored dataset, as far as they differ from their defaults.
 
-    `fail` stores the same images as `keep`; whether the job fails is decided for each job.
+    `fail` stores the same images as `keep`; whether the job fails is decided for each job. With `splits: auto`, the
+    classes are one level below the directories of the splits.
 
     Example:
         >>> pull_settings(job.spec.dataset)
         {'onContradiction': 'keep'}
     """
-    return {} if dataset.on_contradiction == "drop" else {"onContradiction": "keep"}
+    settings = {} if dataset.on_contradiction == "drop" else {"onContradiction": "keep"}
+    return settings | ({"splits": "auto"} if dataset.has_split_directories else {})
+
+
+@rule(Dataset)
+def column_of_splits_is_used(dataset: Dataset) -> Iterator[Violation]:
+    """A table defines splits in a column, and `auto` is the setting that uses it."""
+    table, is_auto = dataset.source.table, dataset.splits == "auto"
+    if table and table.split and not is_auto:
+        yield Violation("source.table.split", "is used only with spec.dataset.splits: auto. Set that, or remove split.")
+    if table and not table.split and is_auto:
+        yield Violation(
+            "splits",
+            "auto uses the splits of the source, but the table has none. Set spec.dataset.source.table.split to the "
+            "column with the split of each image, or set fractions, such as {train: 0.8, validation: 0.1, test: 0.1}.",
+        )
 
 
 @rule(ArchiveSource)
@@ -197,8 +280,15 @@ def root_is_inside_the_archive(archive: ArchiveSource) -> Iterator[Violation]:
 
 
 @rule(TableSource)
-def image_and_label_are_different_columns(table: TableSource) -> Iterator[Violation]:
-    """One column cannot contain both the image and its class."""
+def columns_are_different(table: TableSource) -> Iterator[Violation]:
+    """One column cannot contain both the image and its class or split."""
+    for name in ("image", "label"):
+        if table.split == getattr(table, name):
+            yield Violation(
+                "split",
+                f"{format_value(table.split)} is also set as spec.dataset.source.table.{name}. Name the column with "
+                "the split.",
+            )
     if table.image == table.label:
         yield Violation(
             "label",
@@ -217,13 +307,20 @@ def exactly_one_source(source: DatasetSource) -> Iterator[Violation]:
 
 
 @rule(Splits)
-def slices_or_counts(splits: Splits) -> Iterator[Violation]:
-    """Slices and counts per class would define the same splits twice."""
-    given = [name for name in ("train", "validation", "test") if getattr(splits, name) is not None]
-    if splits.per_class and given:
+def one_kind_of_splits(splits: Splits) -> Iterator[Violation]:
+    """Fractions, slices and counts per class would define the same splits twice."""
+    if splits.per_class and splits.shares:
         yield Violation(
             "perClass",
-            f"cannot be combined with {join_words(given)}. Use either counts per class or slices.",
+            f"cannot be combined with {join_words(list(splits.shares))}. Use either counts per class, fractions or "
+            "slices.",
+        )
+    if splits.fractions and splits.slices:
+        (fraction, value), (slice_, text) = next(iter(splits.fractions.items())), next(iter(splits.slices.items()))
+        yield Violation(
+            slice_,
+            f"{text} is a slice, but {fraction} is the fraction {value:g} of all images. Use only fractions or only "
+            "slices.",
         )
 
 
@@ -231,25 +328,37 @@ def slices_or_counts(splits: Splits) -> Iterator[Violation]:
 def training_split_is_set(splits: Splits) -> Iterator[Violation]:
     """Training needs a training split."""
     if not splits.per_class and splits.train is None:
-        yield Violation("train", "is required. Set a slice, such as train: train[:80%], or use perClass.")
+        yield Violation("train", "is required. Set a fraction, such as train: 0.8, or use perClass.")
 
 
 @rule(Splits)
 def evaluation_split_is_set(splits: Splits) -> Iterator[Violation]:
     """Only an evaluated model is published. Without a test split, the validation split is used."""
     if not splits.per_class and splits.test is None and splits.validation is None:
-        yield Violation("test", "is required if there is no validation split. Set a slice, such as test: train[80%:].")
+        example = "train[80%:]" if splits.slices else "0.1"
+        yield Violation("test", f"is required if there is no validation split. Set it, such as test: {example}.")
+
+
+@rule(Splits)
+def fractions_are_at_most_all_images(splits: Splits) -> Iterator[Violation]:
+    """Each image belongs to one split."""
+    total = sum(splits.fractions.values())
+    if total > 1 + 1e-9:
+        given = " + ".join(f"{value:g}" for value in splits.fractions.values())
+        yield Violation("train", f"{given} is {total:g}, but the fractions of all splits must add up to at most 1.")
+
+
+@rule(Splits)
+def only_fractions_are_not_stratified(splits: Splits) -> Iterator[Violation]:
+    """Only fractions can be taken with and without regard to classes."""
+    if not splits.stratify and not splits.fractions:
+        yield Violation("stratify", "applies only to fractions, such as train: 0.8. Remove it, or use fractions.")
 
 
 @rule(Splits)
 def splits_do_not_overlap(splits: Splits) -> Iterator[Violation]:
     """Evaluating on training images overestimates the quality of the model."""
-    given = {
-        name: first_text
-        for name in ("train", "validation", "test")
-        if (first_text := getattr(splits, name)) is not None
-    }
-    for (first, first_text), (second, second_text) in combinations(given.items(), 2):
+    for (first, first_text), (second, second_text) in combinations(splits.slices.items(), 2):
         if any(
             left.definitely_overlaps(right) for left in parse_slices(first_text) for right in parse_slices(second_text)
         ):

@@ -145,7 +145,7 @@ def early_stopping_requires_validation(spec: JobSpec) -> Iterator[Violation]:
     if spec.fine_tune:
         stages["fineTune"] = spec.fine_tune.early_stopping
     for stage, early_stopping in stages.items():
-        if early_stopping and not spec.dataset.splits.has_validation:
+        if early_stopping and not spec.dataset.has_validation:
             yield Violation(
                 f"{stage}.earlyStopping",
                 f"monitors the validation {early_stopping.monitor}, but there is no validation split. Add "

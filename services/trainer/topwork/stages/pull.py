@@ -175,7 +175,9 @@ def _write_result(job: TransferJob, result: PullResult, storage: Storage) -> Non
 
 def _pull_source(job: TransferJob, workspace: Workspace) -> StoredDataset:
     """Find the dataset of the source in storage, or store it."""
-    source = open_source(job.spec.dataset.source, workspace)
+    source = open_source(
+        job.spec.dataset.source, workspace, has_split_directories=job.spec.dataset.has_split_directories
+    )
     fingerprint = fingerprint_of(source, job.spec.dataset)
     prefix = dataset_prefix(source.name, fingerprint)
     metadata = read_dataset_metadata(workspace.storage, prefix)
@@ -294,7 +296,7 @@ def _check_dataset(metadata: DatasetMetadata, job: TransferJob) -> None:
         )
     dropped = contradictions.images if contradictions and contradictions.dropped else 0
     _check_ratio(metadata, dropped, spec.max_rejected_ratio)
-    check_splits(spec.splits, metadata)
+    check_splits(spec, metadata)
 
 
 def _check_ratio(metadata: DatasetMetadata, dropped: int, limit: float) -> None:

@@ -8,7 +8,7 @@ from topwork.workspace import Workspace
 __all__ = ["Source", "SourceEntry", "SourceImage", "SpaceEstimate", "open_source"]
 
 
-def open_source(source: DatasetSource, workspace: Workspace) -> Source:
+def open_source(source: DatasetSource, workspace: Workspace, *, has_split_directories: bool = False) -> Source:
     """Create the source that a spec selects.
 
     Example:
@@ -21,6 +21,7 @@ def open_source(source: DatasetSource, workspace: Workspace) -> Source:
     Args:
         source: `spec.dataset.source`.
         workspace: Storage, which also reads S3 sources, and scratch space for downloads.
+        has_split_directories: Whether the directories of a folder or archive are splits, which contain the classes.
 
     Returns:
         The source.
@@ -32,11 +33,11 @@ def open_source(source: DatasetSource, workspace: Workspace) -> Source:
     if source.folder:
         from topwork.data.sources.folder import ImageFolder
 
-        return ImageFolder(source.folder, workspace)
+        return ImageFolder(source.folder, workspace, has_split_directories=has_split_directories)
     if source.archive:
         from topwork.data.sources.archive import ImageArchive
 
-        return ImageArchive(source.archive, workspace)
+        return ImageArchive(source.archive, workspace, has_split_directories=has_split_directories)
     if source.table:
         from topwork.data.sources.table import ImageTable
 

@@ -36,9 +36,13 @@ log = structlog.get_logger(__name__)
 
 
 class ImageArchive:
-    """Images at `<root>/<class>/<image>` in a zip file, or in a tar file with any of its compressions."""
+    """Images at `<root>/<class>/<image>` or `<root>/<split>/<class>/<image>` in a zip file or a tar file.
 
-    def __init__(self, source: ArchiveSource, workspace: Workspace) -> None:
+    A tar file may be compressed.
+    """
+
+    def __init__(self, source: ArchiveSource, workspace: Workspace, *, has_split_directories: bool = False) -> None:
+        self._has_splits = has_split_directories
         self._source = source
         self._workspace = workspace
         is_remote = source.uri.startswith(("http://", "https://"))
@@ -121,18 +125,18 @@ class ImageArchive:
         return self._class_names
 
     def splits(self) -> Mapping[str, int | None]:
-        """Return one split with all images."""
-        return {TRAIN: self._summary().images}
+        """Return the splits of the directories, or one split with all images."""
+        return self._summary().split_sizes
 
     def images(self, split: str) -> Iterator[SourceImage]:
-        """Yield the images in the order of the archive."""
+        """Yield the images of a split in the order of the archive."""
         directories = self._summary()
         with open_archive(self._open_local(), self._display_uri, self._names, with_data=True) as members:
             for member in members:
                 label = self._class_of(member, directories)
-                if not member.parts and not member.is_directory:
+                if not member.parts and not member.is_directory and split == TRAIN:
                     yield SourceImage(member.name, "", partial(_reject_path, member.name))
-                elif label is not None:
+                elif label is not None and directories.split_of(self._below_root(member)) == split:
                     yield SourceImage(sanitize_name("/".join(member.parts)), label, member.read)
 
     def _summary(self) -> ClassDirectories:
@@ -156,7 +160,8 @@ class ImageArchive:
         return self._directories
 
     def _list(self) -> ClassDirectories:
-        directories = ClassDirectories(self._display_uri, "/".join(self._root), "spec.dataset.source.archive.root")
+        root, key = "/".join(self._root), "spec.dataset.source.archive.root"
+        directories = ClassDirectories(self._display_uri, root, key, self._has_splits)
         with open_archive(self._open_local(), self._display_uri, self._names, with_data=False) as members:
             for member in members:
                 parts = self._below_root(member)

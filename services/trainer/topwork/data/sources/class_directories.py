@@ -1,12 +1,17 @@
-"""The rule of folders and archives that each top-level directory is a class, and explanations if this looks wrong."""
+"""The rule of folders and archives that each top-level directory is a class, and explanations if this looks wrong.
+
+With `splits: auto`, the top-level directories are splits, and those below them classes.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import structlog
 
+from topwork.data.predefined_splits import format_spellings, match_splits, split_of_name
 from topwork.data.sources.source import (
     IMAGE_SUFFIXES,
+    TRAIN,
     ClassNames,
     escape_name,
     is_ignored,
@@ -21,9 +26,6 @@ MAX_NAMES_SHOWN = 10
 MAX_DIRECTORIES = 10_000
 """Directories that are remembered to explain a wrong root."""
 
-# Names of splits, in lower case. A folder of images has only one split.
-_SPLIT_NAMES = frozenset({"train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval"})
-
 
 @dataclass
 class ClassDirectories:
@@ -33,15 +35,19 @@ class ClassDirectories:
         origin: URI of the source for messages.
         root: Directory of the listing, for messages and suggestions.
         root_key: Spec key that selects the root.
+        has_splits: Whether the top-level directories are splits.
         images: Number of images in class directories.
         total_bytes: Size of these images.
+        split_sizes: Number of these images in each split.
     """
 
     origin: str
     root: str
     root_key: str
+    has_splits: bool = False
     images: int = 0
     total_bytes: int = 0
+    split_sizes: dict[str, int] = field(default_factory=dict)
     _names: ClassNames = field(init=False)
     _classes: set[str] = field(default_factory=set)
     _empty: set[str] = field(default_factory=set)
@@ -55,7 +61,9 @@ class ClassDirectories:
         self._names = ClassNames(self.origin)
 
     def class_of(self, parts: tuple[str, ...]) -> str | None:
-        """Return the class of a file, which is its first directory; None if it is ignored or outside of all classes.
+        """Return the class of a file: its first directory, or the one below a split.
+
+        None if the file is ignored or outside of all classes.
 
         Args:
             parts: Components of the path, relative to the root.
@@ -64,17 +72,30 @@ class ClassDirectories:
             DataError: If two directories would get the same class name.
         """
         parts = tuple(part for part in parts if part)
-        return self._names.add(parts[0]) if len(parts) > 1 and not is_ignored(parts) else None
+        if len(parts) <= self._class_depth or is_ignored(parts):
+            return None
+        return self._names.add(parts[self._class_depth - 1])
+
+    def split_of(self, parts: tuple[str, ...]) -> str:
+        """Return the split of a file: train, unless the top-level directories are splits.
+
+        Args:
+            parts: Components of the path of a file with a class.
+        """
+        return (split_of_name(next(filter(None, parts))) or TRAIN) if self.has_splits else TRAIN
 
     def add_file(self, parts: tuple[str, ...], size: int = 0) -> str | None:
         """Count a file and return its class; see `class_of`."""
         label = self.class_of(parts)
         if label is None:
-            if len(parts) == 1 and not is_ignored(parts) and parts[0].lower().endswith(IMAGE_SUFFIXES):
+            is_loose = len(parts) <= self._class_depth and not is_ignored(parts)
+            if is_loose and parts[-1].lower().endswith(IMAGE_SUFFIXES):
                 self._loose_count += 1
-                self._loose += [parts[0]] if len(self._loose) < MAX_NAMES_SHOWN else []
+                self._loose += ["/".join(parts)] if len(self._loose) < MAX_NAMES_SHOWN else []
             return None
         self._classes.add(label)
+        split = self.split_of(parts)
+        self.split_sizes[split] = self.split_sizes.get(split, 0) + 1
         self.images += 1
         self.total_bytes += size
         directory = parts[:-1]
@@ -91,8 +112,8 @@ class ClassDirectories:
 
     def add_directory(self, parts: tuple[str, ...]) -> None:
         """Record a directory, which may turn out to be an empty class."""
-        if len(parts) == 1 and parts[0] and not is_ignored(parts):
-            self._empty.add(parts[0])
+        if len(parts) == self._class_depth and parts[-1] and not is_ignored(parts):
+            self._empty.add(parts[-1])
 
     def finish(self) -> tuple[str, ...]:
         """Return the class names, sorted, and report what was ignored.
@@ -102,7 +123,10 @@ class ClassDirectories:
         """
         if not self.images:
             raise self._no_images()
-        self._check_level()
+        if self.has_splits:
+            self._check_splits()
+        else:
+            self._check_level()
         if empty := sorted(name for name in self._empty if sanitize_name(normalize_name(name)) not in self._classes):
             log.warning("class directories without images are ignored", origin=self.origin, **_shorten(empty))
         if self._loose:
@@ -128,18 +152,29 @@ class ClassDirectories:
             "the class directories."
         )
 
+    def _check_splits(self) -> None:
+        """Reject a root whose directories are not splits."""
+        top = sorted(self._children.get((), set()))
+        if others := [name for name in top if split_of_name(name) is None]:
+            named = ", ".join(map(escape_name, others[:MAX_NAMES_SHOWN]))
+            raise DataError(
+                f"spec.dataset.splits is auto, which expects only directories of splits ({format_spellings()}), each "
+                f"with one directory per class, but {self.origin} contains {named}{self._below_root}. Set "
+                f"{self.root_key} to the directory of the splits, or divide the images with fractions: "
+                "spec.dataset.splits: {train: 0.8, validation: 0.1, test: 0.1}."
+            )
+        match_splits(top, self.origin)
+
     def _check_level(self) -> None:
         """Reject a root that is one or more levels above the class directories."""
         top = self._children.get((), set())
-        lowered = {name.lower() for name in top}
-        if len(top) > 1 and lowered <= _SPLIT_NAMES and not any((name,) in self._with_images for name in top):
+        if len(top) > 1 and all(map(split_of_name, top)) and not any((name,) in self._with_images for name in top):
             found = ", ".join(sorted(map(escape_name, top)))
-            train = next((name for name in sorted(top) if name.lower().startswith("train")), min(top))
+            train = next((name for name in sorted(top) if split_of_name(name) == TRAIN), min(top))
             raise DataError(
                 f"{self.origin} contains directories of splits ({found}){self._below_root}, not of "
-                f"classes: {self._describe_children((train,))}. Set {self.root_key} to one of them, such as "
-                f"{self._join((train,))}, and divide it with spec.dataset.splits, or list all images in a table "
-                "(spec.dataset.source.table)."
+                f"classes: {self._describe_children((train,))}. Set spec.dataset.splits: auto to use these splits, or "
+                f"set {self.root_key} to one of them, such as {self._join((train,))}, and divide it."
             )
         wrapper: tuple[str, ...] = ()
         while len(children := self._children.get(wrapper, set())) == 1 and wrapper not in self._with_images:
@@ -150,6 +185,11 @@ class ClassDirectories:
                 f"which is probably one level too high: {self._describe_children(wrapper)}. Set {self.root_key} to "
                 f"{self._join(wrapper)}."
             )
+
+    @property
+    def _class_depth(self) -> int:
+        """Number of components of the path of a class directory."""
+        return 2 if self.has_splits else 1
 
     @property
     def _below_root(self) -> str:

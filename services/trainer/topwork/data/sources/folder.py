@@ -13,7 +13,6 @@ from topwork.clients.s3.storage import Storage
 from topwork.data.images.rejection import MAX_BYTES, MISSING, TOO_LARGE, Rejection
 from topwork.data.sources.class_directories import MAX_NAMES_SHOWN, ClassDirectories
 from topwork.data.sources.source import (
-    TRAIN,
     SourceEntry,
     SourceImage,
     SpaceEstimate,
@@ -56,14 +55,18 @@ class ListedFile:
 @dataclass(frozen=True)
 class _Summary:
     class_names: tuple[str, ...]
-    images: int
+    splits: Mapping[str, int]
     total_bytes: int
 
 
 class ImageFolder:
-    """Images at `<class>/<image>` below a prefix or path; subdirectories belong to their class."""
+    """Images at `<class>/<image>` or `<split>/<class>/<image>` below a prefix or path.
 
-    def __init__(self, source: FolderSource, workspace: Workspace) -> None:
+    Subdirectories belong to their class.
+    """
+
+    def __init__(self, source: FolderSource, workspace: Workspace, *, has_split_directories: bool = False) -> None:
+        self._has_splits = has_split_directories
         self._uri = source.uri.rstrip("/") or "/"
         self._storage = workspace.storage.at(self._uri) if self._uri.startswith("s3://") else None
         self.name = slugify(base_name(str(Path(self._uri).resolve()) if self._storage is None else self._uri))
@@ -94,7 +97,7 @@ class ImageFolder:
             elif (label := directories.add_file(file.parts, file.size)) is not None:
                 path = file.path.encode(errors="surrogateescape").decode(errors="backslashreplace")
                 yield SourceEntry(path, label, file.size, file.version)
-        self._cached_summary = _Summary(directories.finish(), directories.images, directories.total_bytes)
+        self._cached_summary = _Summary(directories.finish(), directories.split_sizes, directories.total_bytes)
         self._directories = directories
 
     def estimate_space(self) -> SpaceEstimate:
@@ -106,18 +109,18 @@ class ImageFolder:
         return self._summary().class_names
 
     def splits(self) -> Mapping[str, int | None]:
-        """Return one split with all images."""
-        return {TRAIN: self._summary().images}
+        """Return the splits of the directories, or one split with all images."""
+        return self._summary().splits
 
     def images(self, split: str) -> Iterator[SourceImage]:
-        """Yield the images, ordered by path."""
+        """Yield the images of a split, ordered by path."""
         for file in self._files():
             label = None if file.is_directory else self._directories.class_of(file.parts)
-            if label is not None:
+            if label is not None and self._directories.split_of(file.parts) == split:
                 yield SourceImage(sanitize_name(file.path), label, partial(self._read, file))
 
     def _new_directories(self) -> ClassDirectories:
-        return ClassDirectories(self._uri, self._uri, "spec.dataset.source.folder.uri")
+        return ClassDirectories(self._uri, self._uri, "spec.dataset.source.folder.uri", self._has_splits)
 
     def _summary(self) -> _Summary:
         """List the files once."""

@@ -12,7 +12,7 @@ from topwork.errors import DataError
 from topwork.redaction import redact
 
 TRAIN = "train"
-"""The only split of every source except TFDS."""
+"""The only split of a source that defines none."""
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff")
 """Usual suffixes of images, for messages only: the content decides whether a file is an image."""
@@ -47,12 +47,14 @@ class SourceEntry:
         label: Class name; None if the source has none for this image.
         size: Size of the image file in bytes; None if it is unknown.
         version: ETag, checksum or modification time, which changes when the content changes; None if it is unknown.
+        split: Split of a table's image; empty if the path says it, or there is only one.
     """
 
     path: str
     label: str | None
     size: int | None
     version: str | None
+    split: str = ""
 
 
 @dataclass(frozen=True)
@@ -195,7 +197,8 @@ def digest_entries(entries: Iterable[SourceEntry]) -> str:
     """Return the SHA-256 of a listing in hex. It depends on the order of the entries."""
     digest = hashlib.sha256()
     for entry in entries:
-        digest.update(json.dumps([entry.path, entry.label, entry.size, entry.version]).encode())
+        fields = [entry.path, entry.label, entry.size, entry.version]
+        digest.update(json.dumps([*fields, entry.split] if entry.split else fields).encode())
     return digest.hexdigest()
 
 

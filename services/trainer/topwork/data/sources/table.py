@@ -1,5 +1,6 @@
 """Images listed in a table: each row of a CSV or JSON Lines file has the path of an image and its class."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -7,8 +8,8 @@ from typing import Any
 
 import structlog
 
+from topwork.data.predefined_splits import match_splits
 from topwork.data.sources.source import (
-    TRAIN,
     ClassNames,
     SourceEntry,
     SourceImage,
@@ -38,12 +39,12 @@ class ImageTable:
         self._classes = ClassNames(source.uri)
         self._digest: str | None = None
         self._local_path: Path | None = None
-        self._classes_and_count: tuple[tuple[str, ...], int] | None = None
+        self._classes_and_splits: tuple[tuple[str, ...], Mapping[str, int]] | None = None
         self.name = slugify(base_name(source.uri).rpartition(".")[0])
 
     def description(self) -> dict[str, Any]:
         """Return the location of the table and the names of its columns."""
-        return {"table": self._source.model_dump(mode="json")}
+        return {"table": self._source.model_dump(mode="json", exclude_none=True)}
 
     def digest(self) -> str:
         """Return a digest of the rows in their order, and of the sizes and versions of their images."""
@@ -57,11 +58,12 @@ class ImageTable:
         Size and version are None if the image does not exist.
         """
         self._summary()
-        versions = self._images.versions(image for _, image, _ in self._rows())
-        for _, image, label in self._rows():
+        versions = self._images.versions(image for _, image, _, _ in self._rows())
+        for _, image, label, split in self._rows():
             size, version = versions(image)
             path = image.encode(errors="backslashreplace").decode()
-            yield SourceEntry(path, self._classes.add(label) if label else None, size, version)
+            class_name = self._classes.add(label) if label else None
+            yield SourceEntry(path, class_name, size, version, split if self._source.split else "")
 
     def estimate_space(self) -> None:
         """Return None: the sizes are unknown without a request for each image."""
@@ -71,31 +73,36 @@ class ImageTable:
         return self._summary()[0]
 
     def splits(self) -> Mapping[str, int | None]:
-        """Return one split with all rows."""
-        return {TRAIN: self._summary()[1]}
+        """Return the number of rows of each split; all rows are in one split if the table has no column for it."""
+        return self._summary()[1]
 
     def images(self, split: str) -> Iterator[SourceImage]:
-        """Yield the images in the order of the rows."""
-        for _, image, label in self._rows():
+        """Yield the images of a split in the order of the rows."""
+        for _, image, label, split_of_row in self._rows():
+            if split_of_row != split:
+                continue
             class_name = self._classes.add(label) if label else None
             yield SourceImage(sanitize_name(image), class_name, partial(self._images.read, image))
 
-    def _summary(self) -> tuple[tuple[str, ...], int]:
-        if self._classes_and_count is None:
-            classes, checker = set(), DuplicateChecker(self._source.uri)
-            for line_number, image, label in self._rows():
+    def _summary(self) -> tuple[tuple[str, ...], Mapping[str, int]]:
+        if self._classes_and_splits is None:
+            classes, splits, checker = set(), Counter[str](), DuplicateChecker(self._source.uri)
+            for line_number, image, label, split in self._rows():
                 class_name = self._classes.add(label) if label else ""
-                checker.add(line_number, image, class_name)
+                checker.add(line_number, image, class_name, split if self._source.split else "")
+                splits[split] += 1
                 if class_name:
                     classes.add(class_name)
             if not checker.rows:
                 raise DataError(f"The table {self._source.uri} has no rows.")
             if checker.duplicates:
                 log.warning("duplicate rows in table", uri=self._source.uri, rows=checker.duplicates)
-            self._classes_and_count = tuple(sorted(classes)), checker.rows
-        return self._classes_and_count
+            if self._source.split:
+                match_splits(splits, self._source.uri)
+            self._classes_and_splits = tuple(sorted(classes)), splits
+        return self._classes_and_splits
 
-    def _rows(self) -> Iterator[tuple[int, str, str]]:
+    def _rows(self) -> Iterator[tuple[int, str, str, str]]:
         return read_rows(self._open_local(), self._source)
 
     def _open_local(self) -> Path:

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from topwork.data.predefined_splits import format_spellings, split_of_name
+from topwork.data.sources.source import TRAIN
 from topwork.errors import DataError
 from topwork.spec.dataset import TableSource
 
@@ -35,24 +37,26 @@ class DuplicateChecker:
         self._table_uri = table_uri
         self._label_hashes: dict[bytes, bytes] = {}
 
-    def add(self, line_number: int, image: str, label: str) -> None:
+    def add(self, line_number: int, image: str, label: str, split: str) -> None:
         """Add a row.
 
         Raises:
-            DataError: If an earlier row assigns a different class to the same image.
+            DataError: If an earlier row assigns a different class or split to the same image.
         """
         self.rows += 1
         if not (image and label):
             return  # rejected later, with the reason
-        label_hash = _short_hash(label)
+        label_hash = _short_hash(f"{split}/{label}")
         known_hash = self._label_hashes.setdefault(_short_hash(image), label_hash)
         if known_hash is label_hash:
             return
         self.duplicates += 1
         if known_hash != label_hash:
+            in_split, or_split = (f" in the split {split}", " or split") if split else ("", "")
             raise DataError(
-                f"{self._table_uri}, line {line_number}: {image[:200]} has the class {label[:100]!r}, but another "
-                "class in an earlier row. Keep one of the rows: images with several classes are not supported."
+                f"{self._table_uri}, line {line_number}: {image[:200]} has the class {label[:100]!r}{in_split}, but "
+                f"another class{or_split} in an earlier row. Keep one of the rows: images with several "
+                f"classes{or_split and ' or splits'} are not supported."
             )
 
 
@@ -60,7 +64,7 @@ def _short_hash(text: str) -> bytes:
     return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest()
 
 
-def read_rows(path: Path, source: TableSource) -> Iterator[tuple[int, str, str]]:
+def read_rows(path: Path, source: TableSource) -> Iterator[tuple[int, str, str, str]]:
     """Read the rows of a table.
 
     Args:
@@ -68,10 +72,11 @@ def read_rows(path: Path, source: TableSource) -> Iterator[tuple[int, str, str]]
         source: Names of the columns, and the URI for error messages.
 
     Yields:
-        Line number, image path and class of each row. Image and class may be empty.
+        Line number, image path, class and split of each row. Image and class may be empty. The split is train if the
+        source has no column for it.
 
     Raises:
-        DataError: If the file is not UTF-8 text or not a table, or a row is malformed.
+        DataError: If the file is not UTF-8 text or not a table, or a row is malformed or has no valid split.
     """
     # utf-8-sig: spreadsheets start a CSV file with a byte order mark.
     with path.open(encoding="utf-8-sig", newline="") as file:
@@ -79,7 +84,8 @@ def read_rows(path: Path, source: TableSource) -> Iterator[tuple[int, str, str]]
         try:
             for line_number, row in parse(_lines(file, source.uri), source):
                 location = f"{source.uri}, line {line_number}"
-                yield line_number, _cell(row, source.image, location), _cell(row, source.label, location)
+                image, label = _cell(row, source.image, location), _cell(row, source.label, location)
+                yield line_number, image, label, _split(row, source.split, location) if source.split else TRAIN
         except UnicodeDecodeError as error:
             hint = " It looks like UTF-16." if error.object[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
             raise DataError(f"{source.uri} is not UTF-8 text: {error}.{hint} Save it as UTF-8.") from error
@@ -105,8 +111,8 @@ def _csv_rows(lines: Iterator[str], source: TableSource) -> Iterator[tuple[int, 
     reader = csv.DictReader(lines, restkey=_EXTRA_FIELDS, strict=True)
     columns = list(reader.fieldnames or ())
     duplicates = {name for name in columns if columns.count(name) > 1}
-    if duplicates & {source.image, source.label}:
-        raise DataError(f"{source.uri}: several columns are named {min(duplicates)}. Rename all but one of them.")
+    if used := duplicates & {source.image, source.label, source.split}:
+        raise DataError(f"{source.uri}: several columns are named {used.pop()}. Rename all but one of them.")
     for row in reader:
         # A comma at the end of each line is harmless; a comma in a name shifts the columns.
         if any(row.pop(_EXTRA_FIELDS, ())):
@@ -135,6 +141,15 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(row) < len(pairs):
         raise ValueError("duplicate key")
     return row
+
+
+def _split(row: dict[str, Any], column: str, location: str) -> str:
+    text = _cell(row, column, location)
+    if (split := split_of_name(text)) is None:
+        raise DataError(
+            f"{location}: {column} is {text[:40]!r}, which is not the name of a split. Accepted: {format_spellings()}."
+        )
+    return split
 
 
 def _cell(row: dict[str, Any], column: str, location: str) -> str:

@@ -1,0 +1,66 @@
+"""Splits that the source defines, from the source to the images of each split."""
+
+import csv
+import shutil
+
+import pytest
+from structlog.testing import capture_logs
+
+from topwork.data.local_dataset import fetch_dataset
+from topwork.errors import DataError
+from topwork.stages.pull import pull
+
+
+@pytest.fixture
+def split_tree(two_class_folder, tmp_path):
+    """`<tmp>/tree/{Train,Test}/{blue,red}/*`: 16 and 4 images per class."""
+    for name in ("blue", "red"):
+        for path in sorted((two_class_folder / name).iterdir()):
+            target = tmp_path / "tree" / ("Test" if int(path.stem) < 4 else "Train") / name / path.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, target)
+    return tmp_path / "tree"
+
+
+@pytest.fixture
+def make_split_job(make_job, split_tree):
+    def make(source, splits="auto"):
+        return make_job(dataset={"source": source, "splits": splits, "imageSize": [32, 32]})
+
+    return make
+
+
+def test_images_stay_in_the_split_of_their_directory(make_split_job, workspace, split_tree):
+    job = make_split_job({"folder": {"uri": str(split_tree)}})
+    dataset = pull(job, workspace)
+    assert dataset.metadata.class_names == ("blue", "red")
+    assert dataset.metadata.splits == {"test": {"blue": 4, "red": 4}, "train": {"blue": 16, "red": 16}}
+    with capture_logs() as logs:
+        local = fetch_dataset(dataset, job, workspace)
+    assert {name.split("/")[0] for name in local.test.names} == {"Test"}
+    assert {name.split("/")[0] for name in (*local.train.names, *local.validation.names)} == {"Train"}
+    assert (local.train.size, local.validation.size, local.test.size) == (29, 3, 8)
+    (note,) = [entry["note"] for entry in logs if entry["event"] == "predefined splits"]
+    assert note == "The source has no validation split. 10% of each class of its train split replace it."
+
+
+def test_tree_of_splits_is_not_trained_on_as_classes(make_split_job, workspace, split_tree):
+    source = {"folder": {"uri": str(split_tree)}}
+    pull(make_split_job(source), workspace)
+    with pytest.raises(DataError, match=r"directories of splits \(Test, Train\).* Set spec\.dataset\.splits: auto"):
+        pull(make_split_job(source, {"train": 0.8, "test": 0.2}), workspace)
+
+
+def test_images_stay_in_the_split_of_their_row(make_split_job, workspace, split_tree, tmp_path):
+    rows = []
+    for path in sorted(split_tree.glob("*/*/*")):
+        split, label, _ = path.relative_to(split_tree).parts
+        rows.append((str(path), label, "val" if path.stem in {"04", "05"} else split.lower()))
+    with (tmp_path / "images.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("image", "label", "fold"), *rows])
+    job = make_split_job({"table": {"uri": str(tmp_path / "images.csv"), "split": "fold"}})
+    local = fetch_dataset(pull(job, workspace), job, workspace)
+    expected = {"train": local.train, "validation": local.validation, "test": local.test}
+    for name, split in expected.items():
+        names = {"validation": "val"}.get(name, name)
+        assert sorted(split.names) == sorted(image for image, _, fold in rows if fold == names)
