@@ -64,3 +64,19 @@ def test_images_stay_in_the_split_of_their_row(make_split_job, workspace, split_
     for name, split in expected.items():
         names = {"validation": "val"}.get(name, name)
         assert sorted(split.names) == sorted(image for image, _, fold in rows if fold == names)
+
+
+def test_groups_of_a_table_are_stored_with_the_images(make_split_job, workspace, split_tree, tmp_path):
+    rows = [(str(path), path.parent.name, f"patient {path.stem}") for path in sorted(split_tree.glob("*/*/*"))]
+    with (tmp_path / "images.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("image", "label", "patient"), *rows])
+    splits = {"train": 0.6, "validation": 0.2, "test": 0.2}
+    source = {"table": {"uri": str(tmp_path / "images.csv")}}
+    job = make_split_job(source, splits | {"groupBy": {"column": "patient"}})
+    dataset = pull(job, workspace)
+    assert dataset.prefix != pull(make_split_job(source, splits), workspace).prefix
+    local = fetch_dataset(dataset, job, workspace)
+    patients = [{name.split("/")[-1].split(".")[0] for name in part.names} for part in (local.train, local.test)]
+    assert [len(found) for found in patients] == [12, 4]
+    assert not patients[0] & patients[1]
+    assert (local.train.size, local.validation.size, local.test.size) == (24, 8, 8)

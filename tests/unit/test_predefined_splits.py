@@ -128,7 +128,7 @@ def test_image_that_moves_to_another_split_changes_the_dataset(open_table):
     [
         ([*ROWS, ("e.png", "cat", "holdout")], "line 5: fold is 'holdout', which is not the name of a split"),
         ([*ROWS, ("e.png", "cat", "")], "line 5: fold is ''"),
-        ([*ROWS, ("a.png", "cat", "test")], "line 5: a.png has the class 'cat' in the split test, but another"),
+        ([*ROWS, ("a.png", "cat", "test")], "line 5: a.png has the class 'cat' and the split 'test', but another"),
         (ROWS[2:], "has no train split"),
     ],
 )

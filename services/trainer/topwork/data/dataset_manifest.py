@@ -16,6 +16,10 @@ TFDS_NAME = "stored_images"
 DATASETS_PREFIX = "datasets"
 """Key prefix of all datasets in storage."""
 
+ENTRIES_FILE = "entries.csv.gz"
+"""Listing of the source in a stored dataset: path, class, size and version of each image, and split and group if a
+table defines them."""
+
 ORIGINALS_DIRECTORY = "originals"
 """Directory of the unmodified source files in a dataset."""
 

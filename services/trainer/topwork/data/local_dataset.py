@@ -16,7 +16,8 @@ import structlog
 import tensorflow as tf
 
 from topwork.artifacts import download_artifact
-from topwork.data.dataset_manifest import DatasetMetadata, StoredDataset
+from topwork.data.dataset_manifest import ENTRIES_FILE, DatasetMetadata, StoredDataset
+from topwork.data.groups import find_groups
 from topwork.data.images.decode_pool import available_cpus
 from topwork.data.images.decoding import decode, resize
 from topwork.data.images.image_validation import SEVERAL_FRAMES
@@ -228,7 +229,11 @@ def fetch_dataset(dataset: StoredDataset, job: TransferJob, workspace: Workspace
     sources = {
         name: SourceSplit(first, records.labels[first : first + size]) for name, (first, size) in records.splits.items()
     }
-    selected = select_splits(spec, sources, metadata.class_names, job.spec.seed)
+    groups = None
+    if spec.splits != "auto" and spec.splits.group_by:
+        names = records.image_names(np.arange(len(records.labels)))
+        groups = find_groups(spec.splits.group_by, names, metadata.class_names, directory / ENTRIES_FILE)
+    selected = select_splits(spec, sources, metadata.class_names, job.spec.seed, groups)
     value_range = resolve_value_range(spec.value_range, metadata.values)
     splits = {name: Split(records, positions, spec.image_size, value_range) for name, positions in selected.items()}
     _delete_incomplete_pixels(directory)

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from topwork.data.dataset_manifest import DatasetMetadata
+from topwork.data.groups import assign_groups, check_group_splits
 from topwork.data.predefined_splits import carved_fractions, match_splits
 from topwork.data.stratification import Counts, allocate
 from topwork.errors import DataError
@@ -112,7 +113,11 @@ def _count_predefined(sizes: Mapping[str, int]) -> dict[str, int | None]:
 
 
 def select_splits(
-    dataset: Dataset, sources: Mapping[str, SourceSplit], class_names: tuple[str, ...], seed: int
+    dataset: Dataset,
+    sources: Mapping[str, SourceSplit],
+    class_names: tuple[str, ...],
+    seed: int,
+    groups: Positions | None = None,
 ) -> dict[str, Positions]:
     """Select the examples of each split.
 
@@ -126,6 +131,7 @@ def select_splits(
         sources: The stored examples, by source split.
         class_names: Class names, in label order.
         seed: `spec.seed`.
+        groups: Group of each stored example, int64 (size,), from 0, if the spec sets `groupBy`.
 
     Returns:
         For each split that the spec defines, the positions of its examples among all stored examples, int64 (size,).
@@ -147,13 +153,31 @@ def select_splits(
         if splits.stratify:
             _check_classes(dataset, len(fractions), class_sizes.tolist(), class_names)
         strata = labels if splits.stratify else np.zeros_like(labels)
+        if groups is not None:
+            return _check_all(_select_groups(fractions, strata, groups, seed), labels, class_names, dataset)
         selected = _select_strata(fractions, allocate(np.bincount(strata), list(fractions.values())), strata, seed)
     else:
         selected = {name: _select_slices(name, text, sources, seed) for name, text in splits.slices.items()}
+    return _check_all(selected, labels, class_names, dataset)
+
+
+def _check_all(
+    selected: dict[str, Positions], labels: Positions, class_names: tuple[str, ...], dataset: Dataset
+) -> dict[str, Positions]:
+    """Check that each split contains the classes that it must contain, and return the splits."""
     for name, positions in selected.items():
         if missing := format_missing_classes(labels[positions], class_names):
             _check_missing_classes(name, missing, dataset)
     return selected
+
+
+def _select_groups(
+    fractions: Mapping[str, float], strata: Positions, groups: Positions, seed: int
+) -> dict[str, Positions]:
+    split_of_image = assign_groups(strata, groups, list(fractions.values()), seed)
+    check_group_splits(split_of_image, groups, list(fractions))
+    order = permutation(len(strata), seed)
+    return {name: order[split_of_image[order] == index] for index, name in enumerate(fractions)}
 
 
 def format_missing_classes(labels: npt.NDArray[np.int64], class_names: tuple[str, ...]) -> str:

@@ -12,11 +12,12 @@ from pathlib import Path
 from topwork.clients.s3.storage import Storage
 from topwork.data.dataset_manifest import (
     DATASETS_PREFIX,
+    ENTRIES_FILE,
     StoredDataset,
     dataset_prefix,
     read_dataset_metadata,
 )
-from topwork.data.sources import Source, open_source
+from topwork.data.sources import Source, open_dataset_source
 from topwork.data.sources.archive import ImageArchive
 from topwork.data.sources.source import SourceEntry
 from topwork.errors import DataError
@@ -28,9 +29,6 @@ from topwork.workspace import Workspace
 
 FORMAT = 2
 """Version of the stored dataset format. It is part of every fingerprint, so a new version pulls every dataset again."""
-
-ENTRIES_FILE = "entries.csv.gz"
-"""Listing of the source in a stored dataset: path, class, size and version of each image."""
 
 
 @dataclass(frozen=True)
@@ -99,9 +97,7 @@ def select_dataset(
     """
     if job.spec.dataset.source.tfds:
         return None
-    source = open_source(
-        job.spec.dataset.source, workspace, has_split_directories=job.spec.dataset.has_split_directories
-    )
+    source = open_dataset_source(job.spec.dataset, workspace)
     previous = find_previous_dataset(job, source, workspace.storage)
     if pinned:
         return _pin(source, previous)
@@ -193,7 +189,7 @@ def write_entries(entries: Iterable[SourceEntry], directory: Path) -> None:
         writer = csv.writer(text)
         for entry in entries:
             row = (entry.path, entry.label or "", "" if entry.size is None else entry.size, entry.version or "")
-            writer.writerow((*row, entry.split) if entry.split else row)
+            writer.writerow((*row, entry.split, entry.group) if entry.split or entry.group else row)
 
 
 def read_entries(dataset: StoredDataset, storage: Storage) -> list[SourceEntry] | None:
@@ -203,8 +199,8 @@ def read_entries(dataset: StoredDataset, storage: Storage) -> list[SourceEntry] 
         return None
     rows: Iterator[list[str]] = csv.reader(io.StringIO(gzip.decompress(data).decode(), newline=""))
     return [
-        SourceEntry(path, label or None, int(size) if size else None, version or None, *split)
-        for path, label, size, version, *split in rows
+        SourceEntry(path, label or None, int(size) if size else None, version or None, *others)
+        for path, label, size, version, *others in rows
     ]
 
 
@@ -233,6 +229,7 @@ def describe_changes(before: Iterable[SourceEntry] | None, after: Iterable[Sourc
         ),
     )
     counts["moved to another split"] = sum(old[path].split != new[path].split for path in common)
+    counts["moved to another group"] = sum(old[path].group != new[path].group for path in common)
     parts = [f"{count} {what}" for what, count in counts.items() if count]
     if parts:
         count, _, what = parts[0].partition(" ")

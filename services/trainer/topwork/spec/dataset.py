@@ -1,15 +1,16 @@
 """`spec.dataset`: where the images come from and how they are split."""
 
+import re
 from collections.abc import Iterator
 from itertools import combinations
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, StrictBool, StrictFloat, StrictInt, StringConstraints, Tag
+from pydantic import AfterValidator, Discriminator, Field, StrictBool, StrictFloat, StrictInt, StringConstraints, Tag
 
 from topwork.spec.messages import format_value, join_words
 from topwork.spec.slices import Slicing, parse_slices
 from topwork.spec.spec_model import SpecModel, ValueDescription, Violation, rule
-from topwork.spec.uris import ArchiveUri, FolderUri, TableUri
+from topwork.spec.uris import ArchiveUri, FolderUri, TableUri, invalid_value
 
 SPLIT_NAMES = ("train", "validation", "test")
 
@@ -40,6 +41,22 @@ Fraction = Annotated[
     StrictFloat, Field(gt=0.0, lt=1.0), ValueDescription("a fraction above 0 and below 1, such as 0.8")
 ]
 Column = Annotated[str, StringConstraints(min_length=1, max_length=200), ValueDescription("the name of a column")]
+
+
+def _validate_regex(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise invalid_value(f"{format_value(text)} is not a regular expression: {error}") from error
+    return text
+
+
+Regex = Annotated[
+    str,
+    StringConstraints(min_length=1, max_length=1000),
+    AfterValidator(_validate_regex),
+    ValueDescription("a regular expression"),
+]
 
 
 def _value_range_tag(value: object) -> str | None:
@@ -117,6 +134,39 @@ class DatasetSource(SpecModel):
     table: TableSource | None = Field(default=None, description="A table that lists images and their classes.")
 
 
+class GroupColumn(SpecModel):
+    """Groups images by a column of the table."""
+
+    column: Column = Field(description="Column with the group of each image.")
+
+
+class GroupRegex(SpecModel):
+    """Groups images by their names."""
+
+    regex: Regex = Field(
+        description="Regular expression (Python) that is searched in the name of each image, its path in the source. "
+        "The group is its first capture group, or the whole match."
+    )
+
+
+def _group_tag(value: object) -> str | None:
+    if isinstance(value, str):
+        return "<folder>"
+    for key, model in (("column", GroupColumn), ("regex", GroupRegex)):
+        if isinstance(value, model) or (isinstance(value, dict) and key in value):
+            return f"<{key}>"
+    return None
+
+
+GroupBy = Annotated[
+    Annotated[Literal["folder"], Tag("<folder>")]
+    | Annotated[GroupColumn, Tag("<column>")]
+    | Annotated[GroupRegex, Tag("<regex>")],
+    Discriminator(_group_tag),
+    ValueDescription("folder, {column: name} or {regex: …}"),
+]
+
+
 class PerClass(SpecModel):
     """Exact number of images per class in each split."""
 
@@ -144,6 +194,12 @@ class Splits(SpecModel):
         default=True,
         description="Whether fractions apply to each class, so that every split contains every class in the same "
         "proportion. Slices are never stratified, counts per class always.",
+    )
+    group_by: GroupBy | None = Field(
+        default=None,
+        description="Keeps images of a group, such as a patient, a camera or a series, in one split: folder (the "
+        "directory that contains the image, below its class), {column: name} of the table, or {regex: …}. With "
+        "fractions only, which are then approximate.",
     )
     per_class: PerClass | None = Field(
         default=None, description="Exact number of images per class. Cannot be combined with fractions or slices."
@@ -228,6 +284,12 @@ class Dataset(SpecModel):
         return self.splits == "auto" or self.splits.has_validation
 
     @property
+    def group_column(self) -> str | None:
+        """Column of the table with the groups of images."""
+        group_by = None if self.splits == "auto" else self.splits.group_by
+        return group_by.column if isinstance(group_by, GroupColumn) else None
+
+    @property
     def has_split_directories(self) -> bool:
         """Whether the directories of the classes are below those of the splits."""
         return self.splits == "auto" and bool(self.source.folder or self.source.archive)
@@ -248,14 +310,15 @@ def pull_settings(dataset: Dataset) -> dict[str, Any]:
     """Return the settings that change the content of the stored dataset, as far as they differ from their defaults.
 
     `fail` stores the same images as `keep`; whether the job fails is decided for each job. With `splits: auto`, the
-    classes are one level below the directories of the splits.
+    classes are one level below the directories of the splits. The groups of a table are stored with the images.
 
     Example:
         >>> pull_settings(job.spec.dataset)
         {'onContradiction': 'keep'}
     """
     settings = {} if dataset.on_contradiction == "drop" else {"onContradiction": "keep"}
-    return settings | ({"splits": "auto"} if dataset.has_split_directories else {})
+    settings |= {"splits": "auto"} if dataset.has_split_directories else {}
+    return settings | ({"groupBy": dataset.group_column} if dataset.group_column else {})
 
 
 @rule(Dataset)
@@ -269,6 +332,15 @@ def column_of_splits_is_used(dataset: Dataset) -> Iterator[Violation]:
             "splits",
             "auto uses the splits of the source, but the table has none. Set spec.dataset.source.table.split to the "
             "column with the split of each image, or set fractions, such as {train: 0.8, validation: 0.1, test: 0.1}.",
+        )
+
+
+@rule(Dataset)
+def column_of_groups_is_in_a_table(dataset: Dataset) -> Iterator[Violation]:
+    """Only tables have columns."""
+    if dataset.group_column and not dataset.source.table:
+        yield Violation(
+            "splits.groupBy.column", "needs spec.dataset.source.table. Use groupBy: folder or {regex: …} instead."
         )
 
 
@@ -349,10 +421,11 @@ def fractions_are_at_most_all_images(splits: Splits) -> Iterator[Violation]:
 
 
 @rule(Splits)
-def only_fractions_are_not_stratified(splits: Splits) -> Iterator[Violation]:
-    """Only fractions can be taken with and without regard to classes."""
-    if not splits.stratify and not splits.fractions:
-        yield Violation("stratify", "applies only to fractions, such as train: 0.8. Remove it, or use fractions.")
+def options_of_fractions(splits: Splits) -> Iterator[Violation]:
+    """Slices and counts per class are taken without regard to groups, and are always or never stratified."""
+    given = {"stratify": not splits.stratify, "groupBy": splits.group_by is not None}
+    for key in (key for key, is_given in given.items() if is_given and not splits.fractions):
+        yield Violation(key, "applies only to fractions, such as train: 0.8. Remove it, or use fractions.")
 
 
 @rule(Splits)

@@ -23,7 +23,7 @@ from topwork.data.dataset_manifest import (
 from topwork.data.images.decode_pool import DecodePool
 from topwork.data.images.image_validation import REASONS
 from topwork.data.images.value_range import summarize_values
-from topwork.data.sources import Source, open_source
+from topwork.data.sources import Source, open_dataset_source
 from topwork.data.sources.source import find_similar_class_names
 from topwork.data.splits import check_splits
 from topwork.disk_space import directory_bytes, require_free_space
@@ -175,9 +175,7 @@ def _write_result(job: TransferJob, result: PullResult, storage: Storage) -> Non
 
 def _pull_source(job: TransferJob, workspace: Workspace) -> StoredDataset:
     """Find the dataset of the source in storage, or store it."""
-    source = open_source(
-        job.spec.dataset.source, workspace, has_split_directories=job.spec.dataset.has_split_directories
-    )
+    source = open_dataset_source(job.spec.dataset, workspace)
     fingerprint = fingerprint_of(source, job.spec.dataset)
     prefix = dataset_prefix(source.name, fingerprint)
     metadata = read_dataset_metadata(workspace.storage, prefix)

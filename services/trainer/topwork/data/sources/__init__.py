@@ -2,13 +2,25 @@
 
 from topwork.data.sources.source import Source, SourceEntry, SourceImage, SpaceEstimate
 from topwork.errors import SpecError
-from topwork.spec.dataset import DatasetSource
+from topwork.spec.dataset import Dataset, DatasetSource
 from topwork.workspace import Workspace
 
-__all__ = ["Source", "SourceEntry", "SourceImage", "SpaceEstimate", "open_source"]
+__all__ = ["Source", "SourceEntry", "SourceImage", "SpaceEstimate", "open_dataset_source", "open_source"]
 
 
-def open_source(source: DatasetSource, workspace: Workspace, *, has_split_directories: bool = False) -> Source:
+def open_dataset_source(settings: Dataset, workspace: Workspace) -> Source:
+    """Create the source of `spec.dataset`, with the splits and groups that its settings select; see `open_source`."""
+    return open_source(
+        settings.source,
+        workspace,
+        has_split_directories=settings.has_split_directories,
+        group_column=settings.group_column,
+    )
+
+
+def open_source(
+    source: DatasetSource, workspace: Workspace, *, has_split_directories: bool = False, group_column: str | None = None
+) -> Source:
     """Create the source that a spec selects.
 
     Example:
@@ -22,6 +34,7 @@ def open_source(source: DatasetSource, workspace: Workspace, *, has_split_direct
         source: `spec.dataset.source`.
         workspace: Storage, which also reads S3 sources, and scratch space for downloads.
         has_split_directories: Whether the directories of a folder or archive are splits, which contain the classes.
+        group_column: Column of a table with the groups of images.
 
     Returns:
         The source.
@@ -41,7 +54,7 @@ def open_source(source: DatasetSource, workspace: Workspace, *, has_split_direct
     if source.table:
         from topwork.data.sources.table import ImageTable
 
-        return ImageTable(source.table, workspace)
+        return ImageTable(source.table, workspace, group_column)
     if source.tfds:
         from topwork.data.sources.tfds import TfdsSource
 

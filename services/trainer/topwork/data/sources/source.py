@@ -48,6 +48,7 @@ class SourceEntry:
         size: Size of the image file in bytes; None if it is unknown.
         version: ETag, checksum or modification time, which changes when the content changes; None if it is unknown.
         split: Split of a table's image; empty if the path says it, or there is only one.
+        group: Group of a table's image; empty without groups.
     """
 
     path: str
@@ -55,6 +56,7 @@ class SourceEntry:
     size: int | None
     version: str | None
     split: str = ""
+    group: str = ""
 
 
 @dataclass(frozen=True)
@@ -197,8 +199,9 @@ def digest_entries(entries: Iterable[SourceEntry]) -> str:
     """Return the SHA-256 of a listing in hex. It depends on the order of the entries."""
     digest = hashlib.sha256()
     for entry in entries:
-        fields = [entry.path, entry.label, entry.size, entry.version]
-        digest.update(json.dumps([*fields, entry.split] if entry.split else fields).encode())
+        fields = [entry.path, entry.label, entry.size, entry.version, entry.split, entry.group]
+        # Earlier versions of topwork had neither splits nor groups.
+        digest.update(json.dumps(fields if entry.split or entry.group else fields[:4]).encode())
     return digest.hexdigest()
 
 

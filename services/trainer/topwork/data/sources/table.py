@@ -10,6 +10,7 @@ import structlog
 
 from topwork.data.predefined_splits import match_splits
 from topwork.data.sources.source import (
+    TRAIN,
     ClassNames,
     SourceEntry,
     SourceImage,
@@ -19,7 +20,7 @@ from topwork.data.sources.source import (
     slugify,
 )
 from topwork.data.sources.table_images import TableImages
-from topwork.data.sources.table_reader import DuplicateChecker, read_rows
+from topwork.data.sources.table_reader import DuplicateChecker, Row, read_rows
 from topwork.errors import DataError
 from topwork.spec.dataset import TableSource
 from topwork.workspace import Workspace
@@ -30,7 +31,8 @@ log = structlog.get_logger(__name__)
 class ImageTable:
     """A table with one image per row: a path relative to the table, an absolute path or an s3:// URI."""
 
-    def __init__(self, source: TableSource, workspace: Workspace) -> None:
+    def __init__(self, source: TableSource, workspace: Workspace, group_column: str | None = None) -> None:
+        self._group_column = group_column
         self._source = source
         self._workspace = workspace
         self._parent = source.uri.rpartition("/")[0] or ("/" if source.uri.startswith("/") else ".")
@@ -58,12 +60,11 @@ class ImageTable:
         Size and version are None if the image does not exist.
         """
         self._summary()
-        versions = self._images.versions(image for _, image, _, _ in self._rows())
-        for _, image, label, split in self._rows():
-            size, version = versions(image)
-            path = image.encode(errors="backslashreplace").decode()
-            class_name = self._classes.add(label) if label else None
-            yield SourceEntry(path, class_name, size, version, split if self._source.split else "")
+        versions = self._images.versions(row.image for row in self._rows())
+        for row in self._rows():
+            size, version = versions(row.image)
+            path = row.image.encode(errors="backslashreplace").decode()
+            yield SourceEntry(path, self._class_of(row), size, version, row.split, row.group)
 
     def estimate_space(self) -> None:
         """Return None: the sizes are unknown without a request for each image."""
@@ -78,19 +79,17 @@ class ImageTable:
 
     def images(self, split: str) -> Iterator[SourceImage]:
         """Yield the images of a split in the order of the rows."""
-        for _, image, label, split_of_row in self._rows():
-            if split_of_row != split:
-                continue
-            class_name = self._classes.add(label) if label else None
-            yield SourceImage(sanitize_name(image), class_name, partial(self._images.read, image))
+        for row in self._rows():
+            if (row.split or TRAIN) == split:
+                yield SourceImage(sanitize_name(row.image), self._class_of(row), partial(self._images.read, row.image))
 
     def _summary(self) -> tuple[tuple[str, ...], Mapping[str, int]]:
         if self._classes_and_splits is None:
             classes, splits, checker = set(), Counter[str](), DuplicateChecker(self._source.uri)
-            for line_number, image, label, split in self._rows():
-                class_name = self._classes.add(label) if label else ""
-                checker.add(line_number, image, class_name, split if self._source.split else "")
-                splits[split] += 1
+            for row in self._rows():
+                class_name = self._class_of(row) or ""
+                checker.add(row._replace(label=class_name))
+                splits[row.split or TRAIN] += 1
                 if class_name:
                     classes.add(class_name)
             if not checker.rows:
@@ -102,8 +101,11 @@ class ImageTable:
             self._classes_and_splits = tuple(sorted(classes)), splits
         return self._classes_and_splits
 
-    def _rows(self) -> Iterator[tuple[int, str, str, str]]:
-        return read_rows(self._open_local(), self._source)
+    def _class_of(self, row: Row) -> str | None:
+        return self._classes.add(row.label) if row.label else None
+
+    def _rows(self) -> Iterator[Row]:
+        return read_rows(self._open_local(), self._source, self._group_column)
 
     def _open_local(self) -> Path:
         """Return the local path of the table. Downloads it on the first call."""

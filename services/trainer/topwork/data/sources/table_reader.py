@@ -5,10 +5,9 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from topwork.data.predefined_splits import format_spellings, split_of_name
-from topwork.data.sources.source import TRAIN
 from topwork.errors import DataError
 from topwork.spec.dataset import TableSource
 
@@ -17,6 +16,24 @@ MAX_LINE_LENGTH = 2**20
 
 _JSON_LINES_SUFFIXES = (".jsonl", ".ndjson")
 _EXTRA_FIELDS = "extra fields"
+
+
+class Row(NamedTuple):
+    """A row of a table.
+
+    Attributes:
+        line_number: Its last line, from 1.
+        image: Path or URI of the image; empty if it is missing.
+        label: Class name; empty if it is missing.
+        split: train, validation or test; empty without a column of splits.
+        group: Group of the image; empty if it is missing, or without a column of groups.
+    """
+
+    line_number: int
+    image: str
+    label: str
+    split: str
+    group: str
 
 
 class DuplicateChecker:
@@ -37,26 +54,28 @@ class DuplicateChecker:
         self._table_uri = table_uri
         self._label_hashes: dict[bytes, bytes] = {}
 
-    def add(self, line_number: int, image: str, label: str, split: str) -> None:
+    def add(self, row: Row) -> None:
         """Add a row.
 
         Raises:
-            DataError: If an earlier row assigns a different class or split to the same image.
+            DataError: If an earlier row assigns a different class, split or group to the same image.
         """
         self.rows += 1
-        if not (image and label):
+        if not (row.image and row.label):
             return  # rejected later, with the reason
-        label_hash = _short_hash(f"{split}/{label}")
-        known_hash = self._label_hashes.setdefault(_short_hash(image), label_hash)
+        label_hash = _short_hash("\0".join((row.label, row.split, row.group)))
+        known_hash = self._label_hashes.setdefault(_short_hash(row.image), label_hash)
         if known_hash is label_hash:
             return
         self.duplicates += 1
         if known_hash != label_hash:
-            in_split, or_split = (f" in the split {split}", " or split") if split else ("", "")
+            values = {"class": row.label, "split": row.split, "group": row.group}
+            given = {name: value[:100] for name, value in values.items() if value}
             raise DataError(
-                f"{self._table_uri}, line {line_number}: {image[:200]} has the class {label[:100]!r}{in_split}, but "
-                f"another class{or_split} in an earlier row. Keep one of the rows: images with several "
-                f"classes{or_split and ' or splits'} are not supported."
+                f"{self._table_uri}, line {row.line_number}: {row.image[:200]} has the "
+                f"{' and the '.join(f'{name} {value!r}' for name, value in given.items())}, but another "
+                f"{' or '.join(given)} in an earlier row. Keep one of the rows: images with several classes, splits or "
+                "groups are not supported."
             )
 
 
@@ -64,16 +83,16 @@ def _short_hash(text: str) -> bytes:
     return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest()
 
 
-def read_rows(path: Path, source: TableSource) -> Iterator[tuple[int, str, str, str]]:
+def read_rows(path: Path, source: TableSource, group_column: str | None = None) -> Iterator[Row]:
     """Read the rows of a table.
 
     Args:
         path: Local path of the table.
         source: Names of the columns, and the URI for error messages.
+        group_column: Column with the groups; None for none.
 
     Yields:
-        Line number, image path, class and split of each row. Image and class may be empty. The split is train if the
-        source has no column for it.
+        The rows.
 
     Raises:
         DataError: If the file is not UTF-8 text or not a table, or a row is malformed or has no valid split.
@@ -82,10 +101,15 @@ def read_rows(path: Path, source: TableSource) -> Iterator[tuple[int, str, str, 
     with path.open(encoding="utf-8-sig", newline="") as file:
         parse = _json_rows if source.uri.lower().endswith(_JSON_LINES_SUFFIXES) else _csv_rows
         try:
-            for line_number, row in parse(_lines(file, source.uri), source):
+            for line_number, row in parse(_lines(file, source.uri), source, group_column):
                 location = f"{source.uri}, line {line_number}"
-                image, label = _cell(row, source.image, location), _cell(row, source.label, location)
-                yield line_number, image, label, _split(row, source.split, location) if source.split else TRAIN
+                yield Row(
+                    line_number,
+                    _cell(row, source.image, location),
+                    _cell(row, source.label, location),
+                    _split(row, source.split, location) if source.split else "",
+                    _cell(row, group_column, location) if group_column else "",
+                )
         except UnicodeDecodeError as error:
             hint = " It looks like UTF-16." if error.object[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
             raise DataError(f"{source.uri} is not UTF-8 text: {error}.{hint} Save it as UTF-8.") from error
@@ -107,11 +131,13 @@ def _lines(file: IO[str], table_uri: str) -> Iterator[str]:
         yield line
 
 
-def _csv_rows(lines: Iterator[str], source: TableSource) -> Iterator[tuple[int, dict[str, Any]]]:
+def _csv_rows(
+    lines: Iterator[str], source: TableSource, group_column: str | None
+) -> Iterator[tuple[int, dict[str, Any]]]:
     reader = csv.DictReader(lines, restkey=_EXTRA_FIELDS, strict=True)
     columns = list(reader.fieldnames or ())
     duplicates = {name for name in columns if columns.count(name) > 1}
-    if used := duplicates & {source.image, source.label, source.split}:
+    if used := duplicates & {source.image, source.label, source.split, group_column}:
         raise DataError(f"{source.uri}: several columns are named {used.pop()}. Rename all but one of them.")
     for row in reader:
         # A comma at the end of each line is harmless; a comma in a name shifts the columns.
@@ -123,7 +149,9 @@ def _csv_rows(lines: Iterator[str], source: TableSource) -> Iterator[tuple[int, 
         yield reader.line_num, row
 
 
-def _json_rows(lines: Iterator[str], source: TableSource) -> Iterator[tuple[int, dict[str, Any]]]:
+def _json_rows(
+    lines: Iterator[str], source: TableSource, _group_column: str | None
+) -> Iterator[tuple[int, dict[str, Any]]]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
