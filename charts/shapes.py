@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from topwork.spec import TransferJob
+from topwork.spec.dataset import GROUP_MODELS
 from topwork.spec.digest import NO_RESULT
 from topwork.spec.fine_tune import UNFREEZE_MODELS
 from topwork.spec.job import JobSpec
@@ -22,7 +23,7 @@ Shape = dict[str, Any]
 # Helm parses YAML 1.1, in which these strings are booleans.
 SWITCHES = {"on", "off"}
 # Keys that distinguish the models of a union.
-DISCRIMINATOR_KEYS = {part: key for key, part in UNFREEZE_MODELS.items()}
+DISCRIMINATOR_KEYS = {part: key for key, part in (GROUP_MODELS | UNFREEZE_MODELS).items()}
 
 
 def shapes_text() -> str:

@@ -135,13 +135,20 @@ BASE = (
     | st.fixed_dictionaries({"saved": st.just({"uri": "s3://bucket/ä.keras"})}).map(lambda base: base)
     | (NAME | st.integers(-10000, 10000)).map(lambda cut: {"saved": {"uri": "s3://bucket/m.keras", "cutAt": cut}})
 )
+SPLITS = st.just({"train": "train[:80%]", "test": "train[80%:]"}) | st.fixed_dictionaries(
+    {"train": st.floats(0.01, 0.9), "test": st.floats(0.001, 0.1)},
+    optional={
+        "stratify": st.booleans(),
+        "groupBy": st.just("folder") | st.sampled_from(["(a)", "\\d+"]).map(lambda regex: {"regex": regex}),
+    },
+)
 SPEC = st.fixed_dictionaries(
     {
         "storage": st.just("s3://bucket/prefix"),
         "dataset": st.fixed_dictionaries(
             {
                 "source": SOURCE,
-                "splits": st.just({"train": "train[:80%]", "test": "train[80%:]"}),
+                "splits": SPLITS,
                 "imageSize": st.tuples(st.integers(16, 2048), st.integers(16, 2048)).map(list),
             },
             optional={"maxRejectedRatio": SHARE, "onMissingClass": st.just("allow")},

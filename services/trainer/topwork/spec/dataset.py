@@ -149,10 +149,13 @@ class GroupRegex(SpecModel):
     )
 
 
+GROUP_MODELS: dict[str, type[SpecModel]] = {"column": GroupColumn, "regex": GroupRegex}
+
+
 def _group_tag(value: object) -> str | None:
     if isinstance(value, str):
         return "<folder>"
-    for key, model in (("column", GroupColumn), ("regex", GroupRegex)):
+    for key, model in GROUP_MODELS.items():
         if isinstance(value, model) or (isinstance(value, dict) and key in value):
             return f"<{key}>"
     return None
