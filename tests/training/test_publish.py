@@ -374,3 +374,21 @@ def test_export_with_different_predictions_is_not_published(make_job, store_clas
     ):
         publish(job, classifier, dataset, workspace)
     assert keys_below(workspace.storage, "models/") == []
+
+
+def test_report_says_which_split_of_the_source_was_replaced(
+    make_job, store_classifier, workspace, two_class_folder, tmp_path, export_check_in_process
+):
+    (tmp_path / "tree").mkdir()
+    two_class_folder.rename(tmp_path / "tree" / "Train")
+    source = {"folder": {"uri": str(tmp_path / "tree")}}
+    job = make_job(
+        dataset={"source": source, "splits": "auto", "imageSize": [32, 32]},
+        evaluate={"metrics": ["accuracy"], "gates": [{"metric": "accuracy", "atMost": 0.0}]},
+    )
+    with pytest.raises(GateError):
+        publish(job, store_classifier(job, color_model()), pull(job, workspace), workspace)
+    report = workspace.storage.read(f"runs/{job.run}/report.html").decode()
+    for split in ("validation", "test"):
+        assert f"The source has no {split} split. 10% of each class of its train split replace it." in report
+    assert json.loads(workspace.storage.read(f"runs/{job.run}/metrics.json"))["evaluation"]["images"] == 4
