@@ -288,7 +288,9 @@ def forward(
 
 
 @pytest.fixture(scope="session")
-def examples(tmp_path_factory: pytest.TempPathFactory, s3_settings: StorageSettings) -> ExampleRunner:
+def examples(
+    tmp_path_factory: pytest.TempPathFactory, s3_settings: StorageSettings, preloaded_python: PreloadedPython
+) -> ExampleRunner:
     """Runs the examples with the storage that they name."""
     directory = tmp_path_factory.mktemp("examples")
     variables = {
@@ -298,4 +300,5 @@ def examples(tmp_path_factory: pytest.TempPathFactory, s3_settings: StorageSetti
         "AWS_REGION": "us-east-1",
     }
     create_bucket(s3_settings, "ml-artifacts")
-    return ExampleRunner(directory, isolated_environment(directory) | variables, Storage(STORAGE, s3_settings))
+    environment = isolated_environment(directory) | variables
+    return ExampleRunner(directory, environment, Storage(STORAGE, s3_settings), preloaded_python)

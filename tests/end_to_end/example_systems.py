@@ -6,7 +6,6 @@
 
 import json
 import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from tests.preloaded_python import PreloadedPython
 from tests.tfds_datasets import prepare_dataset
 
 from topwork.artifacts import read_manifest
@@ -148,23 +148,18 @@ class ExampleRunner:
         backbones: The models whose weights are in the mirror, by name.
     """
 
-    def __init__(self, directory: Path, environment: Mapping[str, str], storage: Storage) -> None:
+    def __init__(
+        self, directory: Path, environment: Mapping[str, str], storage: Storage, python: PreloadedPython
+    ) -> None:
         self.directory, self.storage = directory, storage
+        self._python = python
         self.backbones: dict[str, Any] = {}
         self._environment = dict(environment)
         self._runs: dict[tuple[str, ...], list[ExampleRun]] = {}
         self._datasets: set[str] = set()
 
     def topwork(self, *arguments: str | Path) -> "subprocess.CompletedProcess[str]":
-        return subprocess.run(
-            [sys.executable, "-m", "topwork", *map(str, arguments)],
-            env=self._environment,
-            cwd=self.directory,
-            capture_output=True,
-            text=True,
-            timeout=1000,
-            check=False,
-        )
+        return self._python.run(["-m", "topwork", *arguments], env=self._environment, cwd=self.directory, timeout=1000)
 
     def read(self, example: str, *overrides: str) -> TransferJob:
         """Read an example with one job."""
