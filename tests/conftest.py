@@ -8,7 +8,9 @@ import sys
 import threading
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -61,6 +63,15 @@ def preloaded_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prelo
     python = PreloadedPython(tmp_path_factory.mktemp("python"))
     yield python
     python.close()
+
+
+@pytest.fixture
+def export_check_in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the export check in this process: a new process takes seconds to start and is tested elsewhere."""
+    from topwork.report import export_check
+
+    process = SimpleNamespace(check=export_check.compare_predictions)
+    monkeypatch.setattr(export_check, "CheckProcess", lambda: nullcontext(process))
 
 
 @pytest.fixture

@@ -2,8 +2,6 @@
 
 import uuid
 from collections.abc import Iterator
-from contextlib import nullcontext
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,15 +10,12 @@ from tests.conftest import BUCKET
 from tests.faults.proxy import Proxy, run_proxy
 
 from topwork.clients.s3.storage import Storage, StorageSettings
-from topwork.report import export_check
 from topwork.spec import TransferJob
 
 
 @pytest.fixture(autouse=True)
-def check_exports_in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run the export check in this process: a new process takes seconds to start and sends no requests to storage."""
-    process = SimpleNamespace(check=export_check.compare_predictions)
-    monkeypatch.setattr(export_check, "CheckProcess", lambda: nullcontext(process))
+def check_exports_in_process(export_check_in_process: None) -> None:
+    """The export check sends no requests to storage."""
 
 
 @pytest.fixture

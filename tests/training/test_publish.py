@@ -6,9 +6,7 @@ import io
 import json
 import subprocess
 import sys
-from contextlib import nullcontext
 from datetime import UTC, datetime
-from types import SimpleNamespace
 
 import keras
 import numpy as np
@@ -22,7 +20,7 @@ from topwork.model.export import EXPORTED_FILES, add_probabilities, export_model
 from topwork.registry import versions
 from topwork.registry.stage_results import Classifier, ParameterCounts
 from topwork.registry.versions import Version
-from topwork.report import export_check, held_out_split
+from topwork.report import held_out_split
 from topwork.report.gates import LatestVersion
 from topwork.report.held_out_split import HeldOutSplit, graph_of
 from topwork.report.latest_version import evaluate_latest
@@ -57,13 +55,6 @@ def build_untrained_model():
     base = keras.Model(base_input, keras.layers.Conv2D(4, 3, activation="relu")(base_input), name="base")
     vector = keras.layers.GlobalAveragePooling2D()(base(pixels))
     return keras.Model(image, keras.layers.Dense(1, name="logits")(vector))
-
-
-@pytest.fixture
-def export_check_in_process(monkeypatch):
-    """Run the export check in this process: a new process takes seconds to start and is tested elsewhere."""
-    process = SimpleNamespace(check=export_check.compare_predictions)
-    monkeypatch.setattr(export_check, "CheckProcess", lambda: nullcontext(process))
 
 
 @pytest.fixture

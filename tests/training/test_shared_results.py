@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import pytest
 from structlog.testing import capture_logs
 
 from topwork.cli.output.progress import NoProgress
@@ -15,6 +16,8 @@ from topwork.registry.stage_results import read_reference
 from topwork.stages.pull import pull
 from topwork.stages.transfer import transfer
 from topwork.training.checkpointing import checkpoints
+
+pytestmark = pytest.mark.usefixtures("export_check_in_process")
 
 FINE_TUNE = {"epochs": 1, "optimizer": {"name": "adam", "learningRate": 1e-5}}
 PUBLISH = {"formats": ["keras"]}
