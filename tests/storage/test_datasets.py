@@ -8,7 +8,8 @@ from PIL import Image
 
 from topwork.data.sources.source import SourceEntry
 from topwork.errors import DataError
-from topwork.registry.datasets import FORMAT, describe_changes, read_entries, select_dataset, write_entries
+from topwork.registry.dataset_changes import describe_changes
+from topwork.registry.datasets import FORMAT, read_entries, select_dataset, write_entries
 from topwork.stages.pull import find_pulled_dataset, pull
 
 
@@ -34,6 +35,10 @@ BEFORE = [entry("cat/1.jpg"), entry("cat/2.jpg"), entry("dog/1.jpg")]
         ([entry("cat/1.jpg", "2"), *BEFORE[1:]], "1 image changed"),
         ([SourceEntry("cat/1.jpg", "dog", 10, "1"), *BEFORE[1:]], "1 image relabeled"),
         ([*BEFORE, entry("fox/1.jpg"), entry("owl/1.jpg")], "2 images added, 2 new classes"),
+        (
+            [SourceEntry("cat/1.jpg", "cat", 10, "1", "test", "p1"), *BEFORE[1:]],
+            "1 image moved to another split or group",
+        ),
         (None, "content changed"),
     ],
 )

@@ -33,6 +33,7 @@ COMMANDS = {
     "schema": "topwork.cli.commands.spec:schema",
     "predict": "topwork.cli.commands.predict:predict",
     "models": "topwork.cli.commands.models:app",
+    "datasets": "topwork.cli.commands.datasets:app",
     "mirror": "topwork.cli.commands.mirror:app",
     "storage": "topwork.cli.commands.storage:app",
     "metrics": "topwork.cli.commands.metrics:app",

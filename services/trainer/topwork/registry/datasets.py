@@ -4,7 +4,6 @@ import csv
 import gzip
 import io
 import json
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from topwork.data.sources.archive import ImageArchive
 from topwork.data.sources.source import SourceEntry
 from topwork.errors import DataError
 from topwork.registry import versions
+from topwork.registry.dataset_changes import describe_changes
 from topwork.spec import TransferJob
 from topwork.spec.dataset import Dataset, pull_settings
 from topwork.spec.digest import DIGEST_LENGTH, digest_of
@@ -202,40 +202,3 @@ def read_entries(dataset: StoredDataset, storage: Storage) -> list[SourceEntry] 
         SourceEntry(path, label or None, int(size) if size else None, version or None, *others)
         for path, label, size, version, *others in rows
     ]
-
-
-def describe_changes(before: Iterable[SourceEntry] | None, after: Iterable[SourceEntry] | None) -> str:
-    """Describe how the listing of a source has changed.
-
-    Args:
-        before: The earlier listing; None if it is unknown.
-        after: The current listing; None if it is unknown.
-
-    Returns:
-        Such as `3 images added, 1 removed, 1 new class`. Empty if the listings are equal.
-    """
-    if before is None or after is None:
-        return "content changed"
-    old, new = {entry.path: entry for entry in before}, {entry.path: entry for entry in after}
-    common = old.keys() & new.keys()
-    counts = Counter(
-        added=len(new.keys() - old.keys()),
-        removed=len(old.keys() - new.keys()),
-        relabeled=sum(old[path].label != new[path].label for path in common),
-        changed=sum(
-            old[path].label == new[path].label
-            and (old[path].size, old[path].version) != (new[path].size, new[path].version)
-            for path in common
-        ),
-    )
-    counts["moved to another split"] = sum(old[path].split != new[path].split for path in common)
-    counts["moved to another group"] = sum(old[path].group != new[path].group for path in common)
-    parts = [f"{count} {what}" for what, count in counts.items() if count]
-    if parts:
-        count, _, what = parts[0].partition(" ")
-        parts[0] = f"{count} {'image' if count == '1' else 'images'} {what}"
-    old_classes, new_classes = {entry.label for entry in old.values()}, {entry.label for entry in new.values()}
-    for what, classes in (("new", new_classes - old_classes), ("removed", old_classes - new_classes)):
-        if classes:
-            parts.append(f"{len(classes)} {what} {'class' if len(classes) == 1 else 'classes'}")
-    return ", ".join(parts)
