@@ -11,12 +11,12 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from topwork.spec import TransferJob
-from topwork.spec.dataset import GROUP_MODELS
 from topwork.spec.digest import NO_RESULT
 from topwork.spec.fine_tune import UNFREEZE_MODELS
 from topwork.spec.job import JobSpec
 from topwork.spec.schema.key_types import KeyType, expand_types, fields_by_key, is_list, is_model, walk_models
 from topwork.spec.spec_model import SpecModel
+from topwork.spec.splits import GROUP_MODELS
 
 Shape = dict[str, Any]
 

@@ -15,11 +15,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import Result
 from PIL import Image
 from tests.preloaded_python import PreloadedPython
+from typer.testing import CliRunner
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
+from topwork.cli import app
 from topwork.cli.output.progress import NoProgress
 from topwork.cli.runtime.logging import configure_structlog
 from topwork.clients.prometheus.metrics import Metrics
@@ -77,6 +80,23 @@ def export_check_in_process(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def storage(s3_settings: StorageSettings) -> Storage:
     return Storage(f"s3://{BUCKET}/{uuid.uuid4().hex[:12]}", s3_settings)
+
+
+@pytest.fixture
+def command(s3_settings: StorageSettings, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """Run a command against the test storage, like a user with their own endpoint."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", str(s3_settings.endpoint_url))
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", str(s3_settings.access_key))
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", str(s3_settings.secret_key))
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+
+    def run(*arguments: object) -> Result:
+        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+        if result.exception and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return result
+
+    return run
 
 
 @pytest.fixture

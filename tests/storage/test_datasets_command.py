@@ -5,29 +5,16 @@ import shutil
 import time
 
 import pytest
-from typer.testing import CliRunner
 
 from topwork.artifacts import write_artifact
-from topwork.cli import app
 from topwork.errors import SettingError
 from topwork.registry import versions
 from topwork.stages.pull import pull
 
 
 @pytest.fixture
-def command(s3_settings, monkeypatch):
-    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_settings.endpoint_url)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", s3_settings.access_key)
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", s3_settings.secret_key)
-    monkeypatch.setenv("AWS_REGION", "us-east-1")
-
-    def run(*arguments):
-        result = CliRunner().invoke(app, ["datasets", *map(str, arguments)])
-        if result.exception and not isinstance(result.exception, SystemExit):
-            raise result.exception
-        return result.output
-
-    return run
+def datasets_command(command):
+    return lambda *arguments: command("datasets", *arguments).output
 
 
 @pytest.fixture
@@ -49,45 +36,45 @@ def datasets(make_job, workspace, two_class_folder, tmp_path):
     return first, second
 
 
-def test_list_shows_each_dataset_with_its_models(command, datasets, workspace, two_class_folder):
-    lines = [line.split() for line in command("list", workspace.storage.uri).splitlines()]
+def test_list_shows_each_dataset_with_its_models(datasets_command, datasets, workspace, two_class_folder):
+    lines = [line.split() for line in datasets_command("list", workspace.storage.uri).splitlines()]
     first, second = (dataset.prefix.removeprefix("datasets/") for dataset in datasets)
     assert lines == [
         ["DATASET", "SOURCE", "MODELS", "CLASSES", "IMAGES"],
         [first, str(two_class_folder), "2", "40"],
         [second, str(two_class_folder), "colors/1", "2", "41"],
     ]
-    content = json.loads(command("list", workspace.storage.uri, "--json"))
+    content = json.loads(datasets_command("list", workspace.storage.uri, "--json"))
     assert [(entry["images"], entry["models"]) for entry in content] == [(40, []), (41, ["colors/1"])]
-    assert command("list", f"{workspace.storage.uri}/elsewhere").startswith("No datasets are stored in ")
+    assert datasets_command("list", f"{workspace.storage.uri}/elsewhere").startswith("No datasets are stored in ")
 
 
-def test_show_counts_the_images_of_each_class(command, datasets, workspace, two_class_folder):
-    output = command("show", workspace.storage.uri, "photos")
+def test_show_counts_the_images_of_each_class(datasets_command, datasets, workspace, two_class_folder):
+    output = datasets_command("show", workspace.storage.uri, "photos")
     assert f'source      {{"folder": {{"uri": "{two_class_folder}"}}}}' in output
     assert "models      colors/1" in output
     assert [line.split() for line in output.splitlines()[-3:]] == [["CLASS", "TRAIN"], ["blue", "21"], ["red", "20"]]
     first = datasets[0].prefix.removeprefix("datasets/")
-    content = json.loads(command("show", workspace.storage.uri, first, "--json"))
+    content = json.loads(datasets_command("show", workspace.storage.uri, first, "--json"))
     assert content["splits"] == {"train": {"blue": 20, "red": 20}}
     assert content["bytes"] > 0
 
 
-def test_diff_lists_added_removed_and_changed_images(command, datasets, workspace):
+def test_diff_lists_added_removed_and_changed_images(datasets_command, datasets, workspace):
     first, second = (dataset.prefix for dataset in datasets)
-    assert command("diff", workspace.storage.uri, first, second).splitlines() == [
+    assert datasets_command("diff", workspace.storage.uri, first, second).splitlines() == [
         "- red/02.jpg (red)",
         "+ blue/moved.jpg (blue)",
         "+ red/new.jpg (red)",
         "* blue/04.jpg (blue): content changed",
         "2 images added, 1 removed, 1 changed",
     ]
-    content = json.loads(command("diff", workspace.storage.uri, first, second, "--json"))
+    content = json.loads(datasets_command("diff", workspace.storage.uri, first, second, "--json"))
     assert [entry["path"] for entry in content["added"]] == ["blue/moved.jpg", "red/new.jpg"]
-    assert command("diff", workspace.storage.uri, first, first) == "The datasets have the same images.\n"
+    assert datasets_command("diff", workspace.storage.uri, first, first) == "The datasets have the same images.\n"
 
 
-def test_relabeled_images_of_a_table_are_listed(command, make_job, workspace, two_class_folder):
+def test_relabeled_images_of_a_table_are_listed(datasets_command, make_job, workspace, two_class_folder):
     def pull_table(label, split):
         rows = [f"{path},{path.parent.name},train" for path in sorted(two_class_folder.glob("*/*.jpg"))]
         rows += [f"{two_class_folder}/red/01.png,{label},test", f"{two_class_folder}/red/03.png,red,{split}"]
@@ -98,14 +85,14 @@ def test_relabeled_images_of_a_table_are_listed(command, make_job, workspace, tw
         return pull(make_job(dataset=dataset), workspace).prefix
 
     before, after = pull_table("red", "test"), pull_table("blue", "train")
-    assert command("diff", workspace.storage.uri, before, after).splitlines() == [
+    assert datasets_command("diff", workspace.storage.uri, before, after).splitlines() == [
         f"! {two_class_folder}/red/01.png (red) -> blue",
         f"> {two_class_folder}/red/03.png (red): test -> train",
         "1 image relabeled, 1 moved to another split or group",
     ]
 
 
-def test_missing_dataset_is_reported_with_those_that_exist(command, datasets, workspace):
+def test_missing_dataset_is_reported_with_those_that_exist(datasets_command, datasets, workspace):
     for address in ("pets", "photos/0123456789abcdef"):
         with pytest.raises(SettingError, match=rf"has no dataset {address}\. Stored datasets: photos/.*, photos/"):
-            command("show", workspace.storage.uri, address)
+            datasets_command("show", workspace.storage.uri, address)

@@ -9,32 +9,13 @@ import keras
 import numpy as np
 import pytest
 from PIL import Image
-from typer.testing import CliRunner
 
 from topwork.artifacts import write_artifact
-from topwork.cli import app
 from topwork.cli.model_address import ModelAddress, parse_model_address
 from topwork.data.images.decoding import Preprocessing
 from topwork.errors import DataError, SettingError
 from topwork.model.export import export_model
 from topwork.registry import versions
-
-
-@pytest.fixture
-def command(s3_settings, monkeypatch):
-    """Run a command against the test storage, like a user with their own endpoint."""
-    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_settings.endpoint_url)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", s3_settings.access_key)
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", s3_settings.secret_key)
-    monkeypatch.setenv("AWS_REGION", "us-east-1")
-
-    def run(*arguments):
-        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-        if result.exception and not isinstance(result.exception, SystemExit):
-            raise result.exception
-        return result
-
-    return run
 
 
 @pytest.fixture(scope="module")

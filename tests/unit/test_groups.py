@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from topwork.data.groups import assign_groups, find_groups
 from topwork.data.splits import SourceSplit, select_splits
 from topwork.errors import DataError
-from topwork.spec.dataset import Dataset, GroupColumn, GroupRegex
+from topwork.spec.dataset import Dataset
+from topwork.spec.splits import GroupColumn, GroupRegex
 
 CLASSES = ("healthy", "ill")
 FRACTIONS = [0.7, 0.1, 0.2]

@@ -15,7 +15,8 @@ from topwork.data.splits import (
     select_splits,
 )
 from topwork.errors import DataError
-from topwork.spec.dataset import Dataset, Splits
+from topwork.spec.dataset import Dataset
+from topwork.spec.splits import Splits
 
 CLASSES = ("cat", "dog")
 
@@ -227,7 +228,7 @@ def test_check_splits_rejects_splits_that_a_dataset_cannot_fill(splits, message)
 
 def _unvalidated_dataset(splits):
     """A dataset whose splits the spec does not validate."""
-    from topwork.spec.dataset import PerClass
+    from topwork.spec.splits import PerClass
 
     if "perClass" in splits:
         splits = {"per_class": PerClass.model_validate(splits["perClass"])}

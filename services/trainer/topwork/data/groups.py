@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from topwork.data.sources.source import sanitize_name
 from topwork.errors import DataError
-from topwork.spec.dataset import GroupBy, GroupColumn, GroupRegex
+from topwork.spec.splits import GroupBy, GroupColumn, GroupRegex
 
 Int64Array = npt.NDArray[np.int64]
 

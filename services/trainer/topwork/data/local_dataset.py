@@ -26,8 +26,9 @@ from topwork.data.predefined_splits import describe_predefined
 from topwork.data.record_index import RecordIndex, open_record_index
 from topwork.data.splits import SourceSplit, format_missing_classes, select_splits
 from topwork.spec import TransferJob
-from topwork.spec.dataset import SPLIT_NAMES, Dataset
+from topwork.spec.dataset import Dataset
 from topwork.spec.kubernetes_types import quantity_to_bytes
+from topwork.spec.splits import SPLIT_NAMES
 from topwork.workspace import Workspace
 
 log = structlog.get_logger(__name__)

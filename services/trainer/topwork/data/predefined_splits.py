@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 
 from topwork.errors import DataError
-from topwork.spec.dataset import SPLIT_NAMES
+from topwork.spec.splits import SPLIT_NAMES
 
 # Spellings of the names of splits, in lower case. `dev` and `eval` as in Hugging Face Datasets.
 _SPELLINGS = {

@@ -13,8 +13,9 @@ from topwork.data.groups import assign_groups, check_group_splits
 from topwork.data.predefined_splits import carved_fractions, match_splits
 from topwork.data.stratification import Counts, allocate
 from topwork.errors import DataError
-from topwork.spec.dataset import SPLIT_NAMES, Dataset, PerClass, Splits
+from topwork.spec.dataset import Dataset
 from topwork.spec.slices import Slice, parse_slices
+from topwork.spec.splits import SPLIT_NAMES, PerClass, Splits
 
 Positions = npt.NDArray[np.int64]
 

@@ -1,18 +1,14 @@
 """`spec.dataset`: where the images come from and how they are split."""
 
-import re
 from collections.abc import Iterator
-from itertools import combinations
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Discriminator, Field, StrictBool, StrictFloat, StrictInt, StringConstraints, Tag
+from pydantic import Discriminator, Field, StrictFloat, StrictInt, StringConstraints, Tag
 
 from topwork.spec.messages import format_value, join_words
-from topwork.spec.slices import Slicing, parse_slices
 from topwork.spec.spec_model import SpecModel, ValueDescription, Violation, rule
-from topwork.spec.uris import ArchiveUri, FolderUri, TableUri, invalid_value
-
-SPLIT_NAMES = ("train", "validation", "test")
+from topwork.spec.splits import Column, GroupColumn, SplitsSetting
+from topwork.spec.uris import ArchiveUri, FolderUri, TableUri
 
 SideLength = Annotated[StrictInt, Field(ge=16, le=2048)]
 FiniteNumber = Annotated[float, Field(strict=True, allow_inf_nan=False)]
@@ -37,26 +33,6 @@ NameEncoding = Literal[
     "utf-8", "cp437", "cp850", "cp852", "cp857", "cp866", "cp932", "cp949", "cp1250", "cp1251", "cp1252", "cp1253",
     "cp1254", "cp1255", "cp1256", "cp1258", "gbk", "gb18030", "big5", "euc-jp", "euc-kr", "koi8-r",
 ]  # fmt: skip
-Fraction = Annotated[
-    StrictFloat, Field(gt=0.0, lt=1.0), ValueDescription("a fraction above 0 and below 1, such as 0.8")
-]
-Column = Annotated[str, StringConstraints(min_length=1, max_length=200), ValueDescription("the name of a column")]
-
-
-def _validate_regex(text: str) -> str:
-    try:
-        re.compile(text)
-    except re.error as error:
-        raise invalid_value(f"{format_value(text)} is not a regular expression: {error}") from error
-    return text
-
-
-Regex = Annotated[
-    str,
-    StringConstraints(min_length=1, max_length=1000),
-    AfterValidator(_validate_regex),
-    ValueDescription("a regular expression"),
-]
 
 
 def _value_range_tag(value: object) -> str | None:
@@ -69,16 +45,6 @@ ValueRangeSetting = Annotated[
     Annotated[Literal["auto", "full"], Tag("<name>")] | Annotated[tuple[FiniteNumber, FiniteNumber], Tag("<range>")],
     Discriminator(_value_range_tag),
     ValueDescription("auto, full or [low, high]"),
-]
-
-
-def _share_tag(value: object) -> str:
-    return "<fraction>" if isinstance(value, int | float) and not isinstance(value, bool) else "<slice>"
-
-
-Share = Annotated[
-    Annotated[Fraction, Tag("<fraction>")] | Annotated[Slicing, Tag("<slice>")],
-    Discriminator(_share_tag),
 ]
 
 
@@ -132,113 +98,6 @@ class DatasetSource(SpecModel):
     )
     archive: ArchiveSource | None = Field(default=None, description="An archive with one directory per class.")
     table: TableSource | None = Field(default=None, description="A table that lists images and their classes.")
-
-
-class GroupColumn(SpecModel):
-    """Groups images by a column of the table."""
-
-    column: Column = Field(description="Column with the group of each image.")
-
-
-class GroupRegex(SpecModel):
-    """Groups images by their names."""
-
-    regex: Regex = Field(
-        description="Regular expression (Python) that is searched in the name of each image, its path in the source. "
-        "The group is its first capture group, or the whole match."
-    )
-
-
-GROUP_MODELS: dict[str, type[SpecModel]] = {"column": GroupColumn, "regex": GroupRegex}
-
-
-def _group_tag(value: object) -> str | None:
-    if isinstance(value, str):
-        return "<folder>"
-    for key, model in GROUP_MODELS.items():
-        if isinstance(value, model) or (isinstance(value, dict) and key in value):
-            return f"<{key}>"
-    return None
-
-
-GroupBy = Annotated[
-    Annotated[Literal["folder"], Tag("<folder>")]
-    | Annotated[GroupColumn, Tag("<column>")]
-    | Annotated[GroupRegex, Tag("<regex>")],
-    Discriminator(_group_tag),
-    ValueDescription("folder, {column: name} or {regex: …}"),
-]
-
-
-class PerClass(SpecModel):
-    """Exact number of images per class in each split."""
-
-    train: StrictInt = Field(ge=1, description="Training images per class.")
-    validation: StrictInt = Field(default=0, ge=0, description="Validation images per class.")
-    test: StrictInt = Field(ge=1, description="Test images per class.")
-
-
-class Splits(SpecModel):
-    """Training, validation and test splits of the stored dataset: fractions, TFDS slices or counts per class."""
-
-    train: Share | None = Field(
-        default=None, description="Images used for training: a fraction of all images, such as 0.8, or a TFDS slice."
-    )
-    validation: Share | None = Field(
-        default=None,
-        description="Images used for early stopping and for selecting the best epoch, such as 0.1 or train[40%:50%].",
-    )
-    test: Share | None = Field(
-        default=None,
-        description="Images used to evaluate the final model, such as 0.1 or train[50%:60%]. Unset: the validation "
-        "split.",
-    )
-    stratify: StrictBool = Field(
-        default=True,
-        description="Whether fractions apply to each class, so that every split contains every class in the same "
-        "proportion. Slices are never stratified, counts per class always.",
-    )
-    group_by: GroupBy | None = Field(
-        default=None,
-        description="Keeps images of a group, such as a patient, a camera or a series, in one split: folder (the "
-        "directory that contains the image, below its class), {column: name} of the table, or {regex: …}. With "
-        "fractions only, which are then approximate.",
-    )
-    per_class: PerClass | None = Field(
-        default=None, description="Exact number of images per class. Cannot be combined with fractions or slices."
-    )
-
-    @property
-    def shares(self) -> dict[str, float | str]:
-        """The fraction or slice of each split that is set."""
-        return {name: share for name in SPLIT_NAMES if (share := getattr(self, name)) is not None}
-
-    @property
-    def fractions(self) -> dict[str, float]:
-        """The fraction of each split that is set; empty if the splits are slices or counts per class."""
-        return {name: share for name, share in self.shares.items() if isinstance(share, float)}
-
-    @property
-    def slices(self) -> dict[str, str]:
-        """The slice of each split that is set; empty if the splits are fractions or counts per class."""
-        return {name: share for name, share in self.shares.items() if isinstance(share, str)}
-
-    @property
-    def has_validation(self) -> bool:
-        """Whether there is a validation split."""
-        return self.validation is not None or (self.per_class is not None and self.per_class.validation > 0)
-
-
-def _splits_tag(value: object) -> str | None:
-    if isinstance(value, str):
-        return "<name>"
-    return "<mapping>" if isinstance(value, dict | Splits) else None
-
-
-SplitsSetting = Annotated[
-    Annotated[Literal["auto"], Tag("<name>")] | Annotated[Splits, Tag("<mapping>")],
-    Discriminator(_splits_tag),
-]
 
 
 class Dataset(SpecModel):
@@ -379,67 +238,3 @@ def exactly_one_source(source: DatasetSource) -> Iterator[Violation]:
     if len(given) != 1:
         found = f"{join_words(given)} are set" if given else "none is set"
         yield Violation("", f"{found}, but exactly one of tfds, folder, archive and table is required.")
-
-
-@rule(Splits)
-def one_kind_of_splits(splits: Splits) -> Iterator[Violation]:
-    """Fractions, slices and counts per class would define the same splits twice."""
-    if splits.per_class and splits.shares:
-        yield Violation(
-            "perClass",
-            f"cannot be combined with {join_words(list(splits.shares))}. Use either counts per class, fractions or "
-            "slices.",
-        )
-    if splits.fractions and splits.slices:
-        (fraction, value), (slice_, text) = next(iter(splits.fractions.items())), next(iter(splits.slices.items()))
-        yield Violation(
-            slice_,
-            f"{text} is a slice, but {fraction} is the fraction {value:g} of all images. Use only fractions or only "
-            "slices.",
-        )
-
-
-@rule(Splits)
-def training_split_is_set(splits: Splits) -> Iterator[Violation]:
-    """Training needs a training split."""
-    if not splits.per_class and splits.train is None:
-        yield Violation("train", "is required. Set a fraction, such as train: 0.8, or use perClass.")
-
-
-@rule(Splits)
-def evaluation_split_is_set(splits: Splits) -> Iterator[Violation]:
-    """Only an evaluated model is published. Without a test split, the validation split is used."""
-    if not splits.per_class and splits.test is None and splits.validation is None:
-        example = "train[80%:]" if splits.slices else "0.1"
-        yield Violation("test", f"is required if there is no validation split. Set it, such as test: {example}.")
-
-
-@rule(Splits)
-def fractions_are_at_most_all_images(splits: Splits) -> Iterator[Violation]:
-    """Each image belongs to one split."""
-    total = sum(splits.fractions.values())
-    if total > 1 + 1e-9:
-        given = " + ".join(f"{value:g}" for value in splits.fractions.values())
-        yield Violation("train", f"{given} is {total:g}, but the fractions of all splits must add up to at most 1.")
-
-
-@rule(Splits)
-def options_of_fractions(splits: Splits) -> Iterator[Violation]:
-    """Slices and counts per class are taken without regard to groups, and are always or never stratified."""
-    given = {"stratify": not splits.stratify, "groupBy": splits.group_by is not None}
-    for key in (key for key, is_given in given.items() if is_given and not splits.fractions):
-        yield Violation(key, "applies only to fractions, such as train: 0.8. Remove it, or use fractions.")
-
-
-@rule(Splits)
-def splits_do_not_overlap(splits: Splits) -> Iterator[Violation]:
-    """Evaluating on training images overestimates the quality of the model."""
-    for (first, first_text), (second, second_text) in combinations(splits.slices.items(), 2):
-        if any(
-            left.definitely_overlaps(right) for left in parse_slices(first_text) for right in parse_slices(second_text)
-        ):
-            yield Violation(
-                second,
-                f"{second_text} overlaps {first}: {first_text}. Shared images make the metrics too optimistic. "
-                "Choose slices that do not overlap.",
-            )
