@@ -96,6 +96,8 @@ MISTAKES: list[tuple[dict[str, str], list[str]]] = [
     ({"      train: train[:40%]": "      train: train[60%:40%]"}, ['13:14: spec.dataset.splits.train: "train[60%:40%]" contains no images: its end is not after its start.', ]),
     ({"      train: train[:40%]": "      train: train[:30%]+train[20%:40%]"}, ["13:14: spec.dataset.splits.train: train[:30%] and train[20%:40%] overlap: the same images would be used twice.", ]),
     ({"      train: train[:40%]": "      train: 0.4"}, ["14:19: spec.dataset.splits.validation: train[40%:50%] is a slice, but train is the fraction 0.4 of all images. Use only fractions or only slices.", ]),
+    ({"      train: train[:40%]": "      train: '0.4'"}, ['13:14: spec.dataset.splits.train: "0.4" is text. Write a fraction as a number, such as 0.8.', ]),
+    ({"      train: train[:40%]": "      train: 40%"}, ['13:14: spec.dataset.splits.train: "40%" is text. Write a fraction as a number, such as 0.8.', ]),
     ({"      train: train[:40%]": "      train: 80"}, ["13:14: spec.dataset.splits.train: 80 is not allowed. Allowed: a fraction above 0 and below 1, such as 0.8 or TFDS slicing, such as train, train[:40%] or train[100:]+test[:-50].", ]),
     ({"      train: train[:40%]\n      validation: train[40%:50%]\n      test: train[50%:60%]\n": "      train: 0.8\n      validation: 0.2\n      test: 0.1\n"}, ["13:14: spec.dataset.splits.train: 0.8 + 0.2 + 0.1 is 1.1, but the fractions of all splits must add up to at most 1.", ]),
     ({"      train: train[:40%]": "      stratify: false\n      train: train[:40%]"}, ["13:17: spec.dataset.splits.stratify: applies only to fractions, such as train: 0.8. Remove it, or use fractions.", ]),

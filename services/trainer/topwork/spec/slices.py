@@ -12,6 +12,7 @@ from topwork.spec.spec_model import ValueDescription
 from topwork.spec.uris import invalid_value
 
 TERM = re.compile(r"(?P<split>[A-Za-z0-9_.-]+?)(?:\[(?P<start>[^:\]]*):(?P<end>[^:\]]*)\])?")
+NUMBER = re.compile(r"[0-9]*\.?[0-9]+ ?%?")
 BOUNDARY = re.compile(r"(?P<value>-?[0-9][0-9_]{0,15})(?P<percent>%?)")
 
 
@@ -77,6 +78,8 @@ Slicing = Annotated[
 
 
 def _parse_term(term: str) -> Slice:
+    if NUMBER.fullmatch(term):
+        raise invalid_value(f"{format_value(term)} is text. Write a fraction as a number, such as 0.8")
     match = TERM.fullmatch(term)
     if not match:
         raise invalid_value(
