@@ -12,9 +12,10 @@ import pytest
 from topwork.clients.prometheus.metrics import Metrics
 from topwork.data.dataset_manifest import DatasetMetadata
 from topwork.data.predefined_splits import describe_predefined, match_splits
-from topwork.data.sources import open_source
+from topwork.data.sources import open_dataset_source, open_source
 from topwork.data.splits import SourceSplit, check_splits, count_images, select_splits
 from topwork.errors import DataError
+from topwork.registry.datasets import fingerprint_of
 from topwork.spec.dataset import Dataset, DatasetSource
 
 TREE = (
@@ -93,6 +94,18 @@ def test_other_trees_are_rejected(open_tree, kind, names, message):
     (uri,) = [settings["uri"] for settings in source.description().values()]
     with pytest.raises(DataError, match=re.escape(message.format(uri))):
         source.class_names()
+
+
+def test_archive_that_has_classes_on_both_levels_gives_two_datasets(open_tree):
+    names = ("train/1.png", "train/cat/2.png", "train/dog/3.png", "test/4.png", "test/cat/5.png")
+    given = open_tree("zip", names).description()
+    found = {}
+    for splits in ("auto", {"train": 0.8, "test": 0.2}):
+        settings = Dataset.model_validate({"source": given, "splits": splits, "imageSize": [32, 32]})
+        source = open_dataset_source(settings, SimpleNamespace(scratch=None, storage=None, metrics=Metrics()))
+        found[source.class_names()] = fingerprint_of(source, settings)
+    assert list(found) == [("cat", "dog"), ("test", "train")]
+    assert len(set(found.values())) == 2
 
 
 @pytest.fixture

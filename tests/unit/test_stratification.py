@@ -21,6 +21,13 @@ def test_every_image_is_used_at_most_once_and_every_class_is_in_every_split(size
     assert (counts[large] >= 1).all()
 
 
+@pytest.mark.parametrize(
+    ("size", "expected"), [(3, [1, 1, 1]), (4, [2, 1, 1]), (5, [3, 1, 1]), (60, [58, 1, 1]), (200, [196, 2, 2])]
+)
+def test_small_class_has_an_image_in_each_split(size, expected):
+    assert allocate([size], [0.98, 0.01, 0.01]).tolist() == [expected]
+
+
 @given(st.lists(st.integers(200, 3000), min_size=1, max_size=40), FRACTIONS)
 def test_sizes_differ_from_the_fractions_by_at_most_one_image(sizes, percent):
     fractions = np.array(percent) / 100
