@@ -56,6 +56,7 @@ DEFAULTS = {
             "validation": None,
             "test": "train[80%:]",
             "stratify": True,
+            "groupBy": None,
             "perClass": None,
         },
         "imageSize": [96, 96],
