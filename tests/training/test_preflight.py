@@ -39,20 +39,20 @@ REJECTED = [
     ),
     (
         {"dataset": {"train": "train[1:]", "validation": "train[:1]"}},
-        "The validation split contains no image of {missing}. Enlarge spec.dataset.splits.validation, use exact counts "
-        "with splits.perClass, remove the class from the source, or evaluate without it: spec.dataset.onMissingClass: "
-        "allow.",
+        "The validation split contains no image of {missing}. Enlarge spec.dataset.splits.validation, use fractions, "
+        "such as train: 0.8, which divide every class, remove the class from the source, or evaluate without it: "
+        "spec.dataset.onMissingClass: allow.",
     ),
     (
         {"dataset": {"train": "train[1:]", "test": "train[:1]"}},
-        "The test split contains no image of {missing}. Enlarge spec.dataset.splits.test, use exact counts "
-        "with splits.perClass, remove the class from the source, or evaluate without it: spec.dataset.onMissingClass: "
-        "allow.",
+        "The test split contains no image of {missing}. Enlarge spec.dataset.splits.test, use fractions, such "
+        "as train: 0.8, which divide every class, remove the class from the source, or evaluate without it: "
+        "spec.dataset.onMissingClass: allow.",
     ),
     (
         {"dataset": {"train": "train[:1]", "validation": "train[1:]"}, "transfer": {"batchSize": 1}},
-        "The training split contains no image of {missing}. Enlarge spec.dataset.splits.train, use exact counts "
-        "with splits.perClass, or remove the class from the source.",
+        "The training split contains no image of {missing}. Enlarge spec.dataset.splits.train, use fractions, such "
+        "as train: 0.8, which divide every class, or remove the class from the source.",
     ),
     (
         {"dataset": {"train": "train[:39]", "validation": "train[40:]"}},
