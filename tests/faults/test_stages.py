@@ -280,7 +280,9 @@ def test_stage_with_faults_reports_them_and_leaves_storage_consistent(
     stage, case, baseline, storage_after, faulty_stage_of
 ):
     before = {"pull": "", "transfer": "pull", "fine-tune": "transfer"}[stage]
-    faulty_stage, count = faulty_stage_of(stage), sum(map(case.fault.matches, baseline.requests[stage]))
+    # Only the first run of a process checks the export formats, which takes one request.
+    count = max(1, sum(map(case.fault.matches, baseline.requests[stage])) - 1)
+    faulty_stage = faulty_stage_of(stage)
     generator = random.Random(f"{SEED} {stage} {case.fault.name}")
     for first in sorted({0, count // 2, count - 1}) if LONG else [generator.randrange(count)]:
         run_storage = storage_after(before)

@@ -56,6 +56,23 @@ def test_work_that_swallows_the_interrupt_is_terminated_by_the_watchdog():
     assert run_until_signals(work, signal.SIGTERM, seconds=0.3) == (7, "swallowed\n")
 
 
+def test_native_code_that_replaces_the_interrupt_is_stopped():
+    # pybind11, if the signal arrives while it creates another exception.
+    message = "MISMATCH: ORIGINAL InvalidArgumentError REPLACED BY {type(error).__name__}"
+    work = (
+        "try:\n    ready()\n    time.sleep(60)\nexcept BaseException as error:\n"
+        f"    raise RuntimeError(f'{message}') from None"
+    )
+    assert run_until_signals(work, signal.SIGTERM) == (143, "")
+
+
+def test_other_errors_after_a_signal_are_reported():
+    work = "with stop.deferred():\n    ready()\n    time.sleep(1)\n    raise RuntimeError('of the work')"
+    code, output = run_until_signals(work, signal.SIGTERM)
+    assert code == 1
+    assert output.endswith("RuntimeError: of the work\n")
+
+
 def test_work_that_defers_the_request_may_exceed_the_watchdog_timeout():
     work = "with stop.deferred():\n    ready()\n    time.sleep(3.5)\n    print('stored', stop.is_set(), flush=True)"
     assert run_until_signals(work, signal.SIGTERM, seconds=2) == (143, "stored True\n")

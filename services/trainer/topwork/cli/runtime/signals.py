@@ -53,13 +53,25 @@ def stop_on_signals(stop: StopRequest, *, ignore_repeats: bool = False) -> Itera
         signal.signal(number, request_stop)
     try:
         yield
-    except StopInterrupt:
-        raise Stopped(STOPPED_MESSAGE) from None
+    except BaseException as error:
+        if _is_interrupt(error, stop):
+            raise Stopped(STOPPED_MESSAGE) from None
+        raise
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in previous_handlers.items():
             signal.signal(number, handler)
         sys.unraisablehook = previous_hook
+
+
+def _is_interrupt(error: BaseException, stop: StopRequest) -> bool:
+    """Whether an exception is the `StopInterrupt` of a request, or the one that native code raises in its place.
+
+    If pybind11 creates an exception when the signal arrives, it raises a RuntimeError that names both.
+    """
+    return isinstance(error, StopInterrupt) or (
+        stop.is_set() and isinstance(error, RuntimeError) and StopInterrupt.__name__ in str(error)
+    )
 
 
 def _is_unwinding(handled: BaseException | None) -> bool:
