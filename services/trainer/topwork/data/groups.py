@@ -45,7 +45,7 @@ def find_groups(group_by: GroupBy, names: Sequence[str], class_names: Iterable[s
                 "spec.dataset.splits.groupBy is folder, but the images are directly in the directories of their "
                 "classes. Move the images of each group to a directory of their own, or use groupBy: {regex: …}."
             )
-    return np.unique(np.array(groups, dtype=object).astype(str), return_inverse=True)[1].astype(np.int64)
+    return np.unique(groups, return_inverse=True)[1].astype(np.int64)
 
 
 def _match_regex(pattern: "re.Pattern[str]", names: Sequence[str]) -> list[str]:

@@ -22,9 +22,8 @@ from topwork.data.images.decode_pool import available_cpus
 from topwork.data.images.decoding import decode, resize
 from topwork.data.images.image_validation import SEVERAL_FRAMES
 from topwork.data.images.value_range import FULL_RANGE, ValueRange, describe_value_range, resolve_value_range
-from topwork.data.predefined_splits import describe_predefined
 from topwork.data.record_index import RecordIndex, open_record_index
-from topwork.data.splits import SourceSplit, format_missing_classes, select_splits
+from topwork.data.splits import SourceSplit, describe_splits, format_missing_classes, select_splits
 from topwork.spec import TransferJob
 from topwork.spec.dataset import Dataset
 from topwork.spec.kubernetes_types import quantity_to_bytes
@@ -231,9 +230,9 @@ def fetch_dataset(dataset: StoredDataset, job: TransferJob, workspace: Workspace
         name: SourceSplit(first, records.labels[first : first + size]) for name, (first, size) in records.splits.items()
     }
     groups = None
-    if spec.splits != "auto" and spec.splits.group_by:
+    if spec.group_by:
         names = records.image_names(np.arange(len(records.labels)))
-        groups = find_groups(spec.splits.group_by, names, metadata.class_names, directory / ENTRIES_FILE)
+        groups = find_groups(spec.group_by, names, metadata.class_names, directory / ENTRIES_FILE)
     selected = select_splits(spec, sources, metadata.class_names, job.spec.seed, groups)
     value_range = resolve_value_range(spec.value_range, metadata.values)
     splits = {name: Split(records, positions, spec.image_size, value_range) for name, positions in selected.items()}
@@ -315,9 +314,8 @@ def _log_splits_once(
         common = int(np.isin(splits[second].digests, splits[first].digests).sum())
         if common:
             log.warning("duplicates across splits", images=common, split=second, other_split=first)
-    if spec.splits == "auto":
-        for note in describe_predefined(metadata.splits, metadata.origin):
-            log.warning("predefined splits", note=note)
+    for note in describe_splits(spec, metadata):
+        log.warning("predefined splits", note=note)
     for name, split in splits.items():
         if missing := format_missing_classes(split.labels, metadata.class_names):
             log.warning("classes without images", split=name, classes=missing)

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from topwork.data.dataset_manifest import DatasetMetadata
 from topwork.data.groups import assign_groups, check_group_splits
-from topwork.data.predefined_splits import carved_fractions, match_splits
+from topwork.data.predefined_splits import carved_fractions, describe_predefined, match_splits
 from topwork.data.stratification import Counts, allocate
 from topwork.errors import DataError
 from topwork.spec.dataset import Dataset
@@ -113,6 +113,16 @@ def _count_predefined(sizes: Mapping[str, int]) -> dict[str, int | None]:
     return images
 
 
+def describe_splits(settings: Dataset, dataset: DatasetMetadata) -> tuple[str, ...]:
+    """Describe what is not obvious about the splits of a job, in sentences for the log and the report.
+
+    Args:
+        settings: `spec.dataset`.
+        dataset: Metadata of the stored dataset.
+    """
+    return describe_predefined(dataset.splits, dataset.origin) if settings.splits == "auto" else ()
+
+
 def select_splits(
     dataset: Dataset,
     sources: Mapping[str, SourceSplit],
@@ -155,17 +165,11 @@ def select_splits(
             _check_classes(dataset, len(fractions), class_sizes.tolist(), class_names)
         strata = labels if splits.stratify else np.zeros_like(labels)
         if groups is not None:
-            return _check_all(_select_groups(fractions, strata, groups, seed), labels, class_names, dataset)
-        selected = _select_strata(fractions, allocate(np.bincount(strata), list(fractions.values())), strata, seed)
+            selected = _select_groups(fractions, strata, groups, seed)
+        else:
+            selected = _select_strata(fractions, allocate(np.bincount(strata), list(fractions.values())), strata, seed)
     else:
         selected = {name: _select_slices(name, text, sources, seed) for name, text in splits.slices.items()}
-    return _check_all(selected, labels, class_names, dataset)
-
-
-def _check_all(
-    selected: dict[str, Positions], labels: Positions, class_names: tuple[str, ...], dataset: Dataset
-) -> dict[str, Positions]:
-    """Check that each split contains the classes that it must contain, and return the splits."""
     for name, positions in selected.items():
         if missing := format_missing_classes(labels[positions], class_names):
             _check_missing_classes(name, missing, dataset)

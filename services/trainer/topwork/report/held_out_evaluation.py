@@ -15,7 +15,7 @@ from PIL import Image
 from topwork import __version__
 from topwork.data.dataset_manifest import StoredDataset
 from topwork.data.local_dataset import LocalDataset, Split, fetch_dataset
-from topwork.data.predefined_splits import describe_predefined
+from topwork.data.splits import describe_splits
 from topwork.errors import DataError
 from topwork.model.export import add_probabilities
 from topwork.model.input_scaling import describe_input_scaling
@@ -89,7 +89,11 @@ def evaluate_classifier(
         gates=(),
         mistakes=_worst_mistakes(held_out.images, predictions, local.class_names),
         lineage=_lineage(job, classifier, dataset, workspace, describe_input_scaling(model)),
-        notes=(*_write_notes(job, evaluation), *_split_notes(job, dataset), *filter(None, [classifier.kept.note])),
+        notes=(
+            *_write_notes(job, evaluation),
+            *describe_splits(job.spec.dataset, dataset.metadata),
+            *filter(None, [classifier.kept.note]),
+        ),
         weights=classifier.kept,
         latest=evaluate_latest(job, classifier.file.sha256, held_out, folder / "latest"),
     )
@@ -125,12 +129,6 @@ def _write_notes(job: TransferJob, evaluation: Evaluation) -> tuple[str, ...]:
     for note in (caveats := (*evaluation.notes, *not_applicable)):
         log.warning("evaluation caveat", note=note)
     return (*(() if evaluation.split == "test" else (NO_TEST_SPLIT,)), *caveats)
-
-
-def _split_notes(job: TransferJob, dataset: StoredDataset) -> tuple[str, ...]:
-    if job.spec.dataset.splits != "auto":
-        return ()
-    return describe_predefined(dataset.metadata.splits, dataset.metadata.origin)
 
 
 def _count_images(local: LocalDataset) -> dict[str, dict[str, int]]:

@@ -7,7 +7,7 @@ from pydantic import Discriminator, Field, StrictFloat, StrictInt, StringConstra
 
 from topwork.spec.messages import format_value, join_words
 from topwork.spec.spec_model import SpecModel, ValueDescription, Violation, rule
-from topwork.spec.splits import Column, GroupColumn, SplitsSetting
+from topwork.spec.splits import Column, GroupBy, GroupColumn, SplitsSetting
 from topwork.spec.uris import ArchiveUri, FolderUri, TableUri
 
 SideLength = Annotated[StrictInt, Field(ge=16, le=2048)]
@@ -146,10 +146,14 @@ class Dataset(SpecModel):
         return self.splits == "auto" or self.splits.has_validation
 
     @property
+    def group_by(self) -> GroupBy | None:
+        """How images are grouped; None if they are not."""
+        return None if self.splits == "auto" else self.splits.group_by
+
+    @property
     def group_column(self) -> str | None:
         """Column of the table with the groups of images."""
-        group_by = None if self.splits == "auto" else self.splits.group_by
-        return group_by.column if isinstance(group_by, GroupColumn) else None
+        return self.group_by.column if isinstance(self.group_by, GroupColumn) else None
 
     @property
     def has_split_directories(self) -> bool:

@@ -36,8 +36,7 @@ class ClassDirectories:
         root: Directory of the listing, for messages and suggestions.
         root_key: Spec key that selects the root.
         has_splits: Whether the top-level directories are splits.
-        images: Number of images in class directories.
-        total_bytes: Size of these images.
+        total_bytes: Size of the images in class directories.
         split_sizes: Number of these images in each split.
     """
 
@@ -45,7 +44,6 @@ class ClassDirectories:
     root: str
     root_key: str
     has_splits: bool = False
-    images: int = 0
     total_bytes: int = 0
     split_sizes: dict[str, int] = field(default_factory=dict)
     _names: ClassNames = field(init=False)
@@ -96,7 +94,6 @@ class ClassDirectories:
         self._classes.add(label)
         split = self.split_of(parts)
         self.split_sizes[split] = self.split_sizes.get(split, 0) + 1
-        self.images += 1
         self.total_bytes += size
         directory = parts[:-1]
         if directory not in self._with_images and len(self._with_images) < MAX_DIRECTORIES:
@@ -121,7 +118,7 @@ class ClassDirectories:
         Raises:
             DataError: If there is no image in a class directory, or the root is not the directory of the classes.
         """
-        if not self.images:
+        if not self.split_sizes:
             raise self._no_images()
         if self.has_splits:
             self._check_splits()
