@@ -187,7 +187,7 @@ def test_require_free_space_accepts_sufficient_space(tmp_path):
 
 
 def test_resized_images_of_an_earlier_stage_do_not_count_as_used_space(make_job, small_disk):
-    records = SimpleNamespace(labels=np.zeros(1024, np.int64))
+    records = SimpleNamespace(labels=np.zeros(2048, np.int64))
     split = Split(records, np.arange(1024), (128, 128))  # 48 MiB of pixels
     job = make_job()
     assert _fits_on_scratch([split], small_disk, job)
@@ -195,5 +195,8 @@ def test_resized_images_of_an_earlier_stage_do_not_count_as_used_space(make_job,
     assert split.has_cached_pixels(small_disk)
     assert _fits_on_scratch([split], small_disk, job)
     # Files that still have to be written do need free space.
-    other = Split(records, np.arange(1024)[::-1], (128, 128))
+    other = Split(records, np.arange(1024, 2048), (128, 128))
     assert not _fits_on_scratch([split, other], small_disk, job)
+    # Another division of the same images, as in another fold, uses the same file.
+    halves = [Split(records, positions, (128, 128)) for positions in np.split(np.arange(1024)[::-1], [700])]
+    assert _fits_on_scratch(halves, small_disk, job)

@@ -83,6 +83,7 @@ class Images(Split):
         self.labels = np.asarray(labels, np.int64)
         self.size, self.image_size = len(self.labels), (6, 6)
         self._pixels = np.random.default_rng(0).integers(0, 256, (self.size, 6, 6, 3), np.uint8)
+        self._rows = np.arange(self.size)
 
 
 @pytest.mark.parametrize("augmentation", [{"mix_up": 0.4}, {"cut_mix": 1.0}, {"mix_up": 1.0, "flip": "horizontal"}])

@@ -23,6 +23,7 @@ class Pixels(Split):
         self.size, self.image_size = len(self.labels), (2, 2)
         self.names = [f"{index}.png" for index in range(self.size)]
         self._pixels = np.random.default_rng(3).integers(0, 256, (self.size, 2, 2, 3), np.uint8)
+        self._rows = np.arange(self.size)
 
 
 def make_classifier(classes, scale):

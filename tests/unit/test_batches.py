@@ -21,6 +21,7 @@ class _InMemory(Split):
         self.image_size = (4, 6)
         self.labels = np.arange(size, dtype=np.int64) % CLASSES
         self._pixels = np.repeat(np.arange(size, dtype=np.uint8), 4 * 6 * 3).reshape(size, 4, 6, 3)
+        self._rows = np.arange(size)
 
 
 def _indices(batch):

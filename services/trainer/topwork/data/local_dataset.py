@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import combinations, islice
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,9 @@ from topwork.workspace import Workspace
 
 log = structlog.get_logger(__name__)
 
-_PIXEL_CACHE = "pixels-2"
-"""File name prefix of cached resized images. Increment the number when `decode` or `resize` changes its results."""
+_PIXEL_CACHE = "pixels-3"
+"""File name prefix of cached resized images. Increment the number when `decode` or `resize` changes its results, or when
+the order of the images in the file changes."""
 
 _PIXEL_CACHE_MAX_SHARE = 0.8
 """Maximum share of the free scratch space for cached resized images."""
@@ -70,6 +71,7 @@ class Split:
         self._records = records
         self._positions = positions
         self._pixels: Pixels | None = None
+        self._rows = positions
 
     @cached_property
     def names(self) -> Sequence[str]:
@@ -89,9 +91,9 @@ class Split:
             return self
         return Split(self._records, self._positions, image_size, value_range)
 
-    def extended(self, others: Sequence["Split"]) -> "Split":
-        """Return the images of this split, followed by those of other splits of the same dataset."""
-        positions = np.concatenate([split._positions for split in (self, *others)])
+    def merged(self, others: Sequence["Split"]) -> "Split":
+        """Return the images of this split and other splits of the same dataset, each once, in stored order."""
+        positions = np.unique(np.concatenate([split._positions for split in (self, *others)]))
         return Split(self._records, positions, self.image_size, self.value_range)
 
     def load_encoded(self, index: int) -> bytes:
@@ -119,7 +121,7 @@ class Split:
             (10, 224, 224, 3)
         """
         if self._pixels is not None:
-            return np.take(self._pixels, indices, axis=0)
+            return np.take(self._pixels, self._rows[indices], axis=0)
         resized = [
             resize(decode(self.load_encoded(index), self.value_range), self.image_size).numpy().astype(np.uint8)
             for index in indices
@@ -151,10 +153,11 @@ class Split:
     def _load_files(self, indices: Indices) -> npt.NDArray[np.object_]:
         return np.array([self.load_encoded(index) for index in indices], dtype=object)
 
-    def use_cached_pixels(self, directory: Path) -> None:
-        """Open the file of all resized images in the directory of the dataset on scratch; see `cache_pixels`."""
-        shape = (self.size, *self.image_size, 3)
-        self._pixels = np.memmap(self.pixel_file(directory), np.uint8, "r", shape=shape).view(np.ndarray)
+    def use_cached_pixels(self, images: "Split", directory: Path) -> None:
+        """Use the file with the resized images of a split that contains these; see `cache_pixels`."""
+        shape = (images.size, *images.image_size, 3)
+        self._pixels = np.memmap(images.pixel_file(directory), np.uint8, "r", shape=shape).view(np.ndarray)
+        self._rows = np.searchsorted(images._positions, self._positions)
 
     def has_cached_pixels(self, directory: Path) -> bool:
         """Return whether an earlier stage or attempt has written all resized images to the directory."""
@@ -244,28 +247,26 @@ def fetch_dataset(dataset: StoredDataset, job: TransferJob, workspace: Workspace
 
 
 def cache_pixels(splits: Sequence[Split], directory: Path, workspace: Workspace) -> None:
-    """Decode and resize the images of each split into one file, or open the file if an earlier stage has written it.
+    """Decode and resize the images of all splits into one file, or open the file if an earlier stage has written it.
+
+    The file does not depend on how the images are divided among the splits: the folds of cross-validation share it.
 
     Args:
         splits: Splits of the same dataset, with the same image size and value range.
         directory: Directory of the dataset on scratch.
         workspace: Workspace that displays the progress.
     """
-    missing = [split for split in splits if not split.has_cached_pixels(directory)]
-    if missing:
-        # One pass over the images of all splits: to load the graph for each split takes most of a second.
-        images = missing[0].extended(missing[1:]).decode_all()
-        with workspace.track("images: decode", sum(split.size for split in missing)) as tracker:
-            for split in missing:
-                path = split.pixel_file(directory)
-                part = path.with_name(f"{path.name}.{os.getpid()}.part")
-                with part.open("wb") as file:
-                    for image in islice(images, split.size):
-                        file.write(image.tobytes())
-                        tracker.advance(1)
-                part.replace(path)
+    images = splits[0].merged(splits[1:])
+    if not images.has_cached_pixels(directory):
+        path = images.pixel_file(directory)
+        part = path.with_name(f"{path.name}.{os.getpid()}.part")
+        with workspace.track("images: decode", images.size) as tracker, part.open("wb") as file:
+            for image in images.decode_all():
+                file.write(image.tobytes())
+                tracker.advance(1)
+        part.replace(path)
     for split in splits:
-        split.use_cached_pixels(directory)
+        split.use_cached_pixels(images, directory)
 
 
 def disable_autotune(dataset: Any) -> Any:
@@ -297,8 +298,9 @@ def _fits_on_scratch(splits: Sequence[Split], directory: Path, job: TransferJob)
 
     Files that exist already are not written again, so every stage of a run gets the same answer.
     """
-    needed = sum(map(_pixel_bytes, splits))
-    existing = sum(_pixel_bytes(split) for split in splits if split.has_cached_pixels(directory))
+    images = splits[0].merged(splits[1:])
+    needed = _pixel_bytes(images)
+    existing = needed if images.has_cached_pixels(directory) else 0
     available = min(shutil.disk_usage(directory).free + existing, quantity_to_bytes(job.spec.compute.scratch) / 2)
     return needed <= _PIXEL_CACHE_MAX_SHARE * available
 
