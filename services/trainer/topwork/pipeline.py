@@ -1,5 +1,7 @@
 """The pipeline of a run on one screen: pull, transfer, fine-tune, publish. Start reading here.
 
+With `spec.dataset.splits.folds`, it trains and evaluates each fold first.
+
 `topwork run` calls `run`. In a cluster the containers of the Job call `run_pull`, `run_transfer` and `run`, one after
 the other; each skips the stages that are already complete in storage.
 """
@@ -11,9 +13,12 @@ from topwork.clients.s3.storage_check import check_storage
 from topwork.data.dataset_manifest import StoredDataset
 from topwork.disk_space import report_full_disk
 from topwork.errors import UnavailableError
+from topwork.registry.cross_validation import CrossValidation, fold_jobs
 from topwork.registry.stage_results import ROOT, Classifier
+from topwork.report.results import Results
 from topwork.spec import TransferJob
 from topwork.spec.yaml_output import dump_job
+from topwork.stages.evaluate_folds import combine_folds, evaluate_fold
 from topwork.stages.fine_tune import fine_tune
 from topwork.stages.publish import Published, publish
 from topwork.stages.pull import pull
@@ -24,8 +29,8 @@ from topwork.workspace import Workspace
 log = structlog.get_logger(__name__)
 
 
-def run(job: TransferJob, workspace: Workspace) -> Published:
-    """Run a job from its dataset to its published model.
+def run(job: TransferJob, workspace: Workspace) -> Published | CrossValidation:
+    """Run a job from its dataset to its published model, or to the metrics of cross-validation.
 
     Every stage is idempotent: a completed stage is skipped, an interrupted one resumes from its newest checkpoint. It
     is always safe to call this again after the process was killed or stopped, or after a failure.
@@ -35,7 +40,7 @@ def run(job: TransferJob, workspace: Workspace) -> Published:
         workspace: Storage, metrics, progress and scratch directory of the run.
 
     Returns:
-        The published version with its metrics.
+        The published version with its metrics; the metrics only if the job cross-validates and does not publish.
 
     Raises:
         TopworkError: With the exit code that the cluster acts on; see `topwork.errors`.
@@ -46,17 +51,50 @@ def run(job: TransferJob, workspace: Workspace) -> Published:
     with report_full_disk(workspace.scratch):
         prepare_training(job, workspace)
         dataset = pull(job, workspace)
-        classifier = transfer(job, dataset, workspace)
-        if job.spec.fine_tune:
-            classifier = fine_tune(job, classifier, dataset, workspace)
-        return publish(job, classifier, dataset, workspace)
+        if not job.spec.dataset.folds:
+            return publish(job, train(job, dataset, workspace), dataset, workspace)
+        validation, results = cross_validate(job, dataset, workspace)
+        if not job.spec.publishes:
+            return validation
+        return publish(job, train(job, dataset, workspace), dataset, workspace, results)
+
+
+def cross_validate(job: TransferJob, dataset: StoredDataset, workspace: Workspace) -> tuple[CrossValidation, Results]:
+    """Train and evaluate each fold as a run of its own, one after the other. Completed folds are skipped.
+
+    Args:
+        job: The job, whose spec has folds.
+        dataset: The stored dataset.
+        workspace: Storage, metrics, progress and scratch directory of the run.
+
+    Returns:
+        The metrics of all folds, and the results that describe a final model.
+
+    Raises:
+        GateError: If the mean of a metric does not meet a gate.
+    """
+    results = {}
+    for fold in fold_jobs(job):
+        log.info("fold", number=fold.spec.dataset.fold, of=job.spec.dataset.folds, run=fold.run)
+        results[fold.run] = evaluate_fold(fold, train(fold, dataset, workspace), dataset, workspace)
+    return combine_folds(job, results, dataset, workspace)
+
+
+def train(job: TransferJob, dataset: StoredDataset, workspace: Workspace) -> Classifier:
+    """Run the training stages of a job, or of one of its folds."""
+    classifier = transfer(job, dataset, workspace)
+    return fine_tune(job, classifier, dataset, workspace) if job.spec.fine_tune else classifier
 
 
 def run_transfer(job: TransferJob, workspace: Workspace) -> Classifier:
-    """Run a job up to its transferred classifier. Arguments and errors are those of `run`."""
+    """Run a job up to its transferred classifier, which is that of the last fold in cross-validation.
+
+    Arguments and errors are those of `run`.
+    """
     with report_full_disk(workspace.scratch):
         prepare_training(job, workspace)
-        return transfer(job, pull(job, workspace), workspace)
+        dataset = pull(job, workspace)
+        return [transfer(part, dataset, workspace) for part in fold_jobs(job) or [job]][-1]
 
 
 def run_pull(job: TransferJob, workspace: Workspace) -> StoredDataset:
@@ -108,9 +146,10 @@ def abort_incomplete_uploads(job: TransferJob, workspace: Workspace) -> None:
         job: The job; no other process may train its run.
         workspace: Storage of the run.
     """
-    uploads, run = workspace.storage.multipart_uploads, f"runs/{job.run}/"
-    uploads.abort_incomplete(run, older_than_seconds=0)
-    uploads.abort_incomplete(f"{ROOT}/", older_than_seconds=0, containing=f"/{run}")
+    uploads = workspace.storage.multipart_uploads
+    for run in (job.run, *(fold.run for fold in fold_jobs(job))):
+        uploads.abort_incomplete(f"runs/{run}/", older_than_seconds=0)
+        uploads.abort_incomplete(f"{ROOT}/", older_than_seconds=0, containing=f"/runs/{run}/")
     uploads.abort_incomplete()
 
 

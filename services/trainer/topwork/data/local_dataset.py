@@ -33,8 +33,8 @@ from topwork.workspace import Workspace
 log = structlog.get_logger(__name__)
 
 _PIXEL_CACHE = "pixels-3"
-"""File name prefix of cached resized images. Increment the number when `decode` or `resize` changes its results, or when
-the order of the images in the file changes."""
+"""File name prefix of cached resized images. Increment the number when `decode` or `resize` changes its results, or
+when the order of the images in the file changes."""
 
 _PIXEL_CACHE_MAX_SHARE = 0.8
 """Maximum share of the free scratch space for cached resized images."""
@@ -242,7 +242,8 @@ def fetch_dataset(dataset: StoredDataset, job: TransferJob, workspace: Workspace
     _delete_incomplete_pixels(directory)
     if _fits_on_scratch(list(splits.values()), directory, job):
         cache_pixels(list(splits.values()), directory, workspace)
-    _log_splits_once(directory / "splits-logged", spec, splits, metadata, value_range)
+    marker = directory / f"splits-logged-{spec.fold or 'all'}"
+    _log_splits_once(marker, spec, splits, metadata, value_range)
     return LocalDataset(metadata.class_names, *(splits.get(name) for name in SPLIT_NAMES))  # type: ignore[arg-type]
 
 

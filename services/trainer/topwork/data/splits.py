@@ -49,8 +49,8 @@ def check_splits(settings: Dataset, dataset: DatasetMetadata) -> None:
         return
     if splits.per_class:
         _check_counts(splits.per_class, dataset.class_counts)
-    if splits.fractions and splits.stratify:
-        _check_classes(settings, len(splits.fractions), list(dataset.class_counts.values()), dataset.class_names)
+    if (needed := splits.folds or len(splits.fractions)) and splits.stratify:
+        _check_classes(settings, needed, list(dataset.class_counts.values()), dataset.class_names)
     sizes = {name: sum(counts.values()) for name, counts in dataset.splits.items()}
     for name, text in splits.slices.items():
         _resolve_slices(name, text, sizes)
@@ -90,6 +90,8 @@ def count_images(
     if splits.per_class:
         counts = {name: getattr(splits.per_class, name) for name in SPLIT_NAMES}
         return {name: classes and count * classes for name, count in counts.items() if count}
+    if splits.folds:
+        return _count_fold(splits, sum(sizes.values()) if sizes else None)
     if fractions := splits.fractions:
         strata = class_sizes if class_sizes and splits.stratify else [sum(sizes.values())]
         totals = allocate(strata, list(fractions.values())).sum(axis=0).tolist()
@@ -100,6 +102,17 @@ def count_images(
         ranges = _resolve_slices(name, text, sizes) if is_known else []
         images[name] = sum(end - start for _, start, end in ranges) if is_known else None
     return images
+
+
+def _count_fold(splits: Splits, size: int | None) -> dict[str, int | None]:
+    """Count the images of a fold; without `fold`, of the first one, from which others differ by at most one image."""
+    folds = splits.folds or 1
+    rest = _fractions_of_rest(splits, 1 / folds)
+    if size is None:
+        return dict.fromkeys([*rest, "test"])
+    test = int(allocate([size], [1 / folds] * folds)[0, (splits.fold or 1) - 1])
+    counts: list[int | None] = [*allocate([size - test], list(rest.values()))[0].tolist(), test]
+    return dict(zip([*rest, "test"], counts, strict=True))
 
 
 def _count_predefined(sizes: Mapping[str, int]) -> dict[str, int | None]:
@@ -160,25 +173,56 @@ def select_splits(
         requested = {name: count for name in SPLIT_NAMES if (count := getattr(splits.per_class, name))}
         counts = np.tile(np.array(list(requested.values()), np.int64), (len(class_names), 1))
         selected = _select_strata(requested, counts, labels, seed)
+    elif splits.folds:
+        selected = _select_fold(dataset, labels, class_names, groups, seed)
     elif fractions := splits.fractions:
         if splits.stratify:
             _check_classes(dataset, len(fractions), class_sizes.tolist(), class_names)
-        strata = labels if splits.stratify else np.zeros_like(labels)
-        if groups is not None:
-            selected = _select_groups(fractions, strata, groups, seed)
-        else:
-            selected = _select_strata(fractions, allocate(np.bincount(strata), list(fractions.values())), strata, seed)
+        selected = _divide(fractions, labels if splits.stratify else np.zeros_like(labels), groups, seed)
     else:
         selected = {name: _select_slices(name, text, sources, seed) for name, text in splits.slices.items()}
-    for name, positions in selected.items():
-        if missing := format_missing_classes(labels[positions], class_names):
-            _check_missing_classes(name, missing, dataset)
+    _check_classes_of_splits(selected, labels, class_names, dataset)
     return selected
 
 
-def _select_groups(
-    fractions: Mapping[str, float], strata: Positions, groups: Positions, seed: int
+def _select_fold(
+    dataset: Dataset, labels: Positions, class_names: tuple[str, ...], groups: Positions | None, seed: int
 ) -> dict[str, Positions]:
+    """Select the splits of one fold of cross-validation or, if `splits.fold` is unset, of the final model.
+
+    Checks all folds, so that the first one already fails if a later one would.
+    """
+    splits = dataset.splits
+    if splits == "auto" or not splits.folds:
+        raise ValueError("The spec has no folds.")
+    if splits.stratify:
+        _check_classes(dataset, splits.folds, np.bincount(labels, minlength=len(class_names)).tolist(), class_names)
+    strata = labels if splits.stratify else np.zeros_like(labels)
+    folds = _divide({str(index + 1): 1 / splits.folds for index in range(splits.folds)}, strata, groups, seed)
+    selected = {}
+    for fold in (None, *range(1, splits.folds + 1)):
+        test = folds[str(fold)] if fold else np.zeros(0, np.int64)
+        rest = np.setdiff1d(np.arange(len(labels)), test)
+        rest_groups = None if groups is None else groups[rest]
+        parts = _divide(_fractions_of_rest(splits, 1 / splits.folds if fold else 0.0), strata[rest], rest_groups, seed)
+        selected[fold] = {name: rest[positions] for name, positions in parts.items()} | ({"test": test} if fold else {})
+        _check_classes_of_splits(selected[fold], labels, class_names, dataset)
+    return selected[splits.fold]
+
+
+def _fractions_of_rest(splits: Splits, test: float) -> dict[str, float]:
+    """Return the fractions of train and validation among the images that are not in the fraction for test."""
+    if not (validation := splits.fractions.get("validation")):
+        return {"train": 1.0}
+    return {"train": 1 - validation / (1 - test), "validation": validation / (1 - test)}
+
+
+def _divide(
+    fractions: Mapping[str, float], strata: Positions, groups: Positions | None, seed: int
+) -> dict[str, Positions]:
+    """Divide images among splits: every stratum by the same fractions, and whole groups if there are any."""
+    if groups is None:
+        return _select_strata(fractions, allocate(np.bincount(strata), list(fractions.values())), strata, seed)
     split_of_image = assign_groups(strata, groups, list(fractions.values()), seed)
     check_group_splits(split_of_image, groups, list(fractions))
     order = permutation(len(strata), seed)
@@ -199,9 +243,16 @@ def format_missing_classes(labels: npt.NDArray[np.int64], class_names: tuple[str
     return _format_class_names(class_names, missing) if missing else ""
 
 
-def _check_missing_classes(name: str, missing: str, dataset: Dataset) -> None:
-    if name != "train" and dataset.on_missing_class != "fail":
-        return
+def _check_classes_of_splits(
+    selected: Mapping[str, Positions], labels: Positions, class_names: tuple[str, ...], dataset: Dataset
+) -> None:
+    for name, positions in selected.items():
+        missing = format_missing_classes(labels[positions], class_names)
+        if missing and (name == "train" or dataset.on_missing_class == "fail"):
+            raise DataError(_describe_missing_classes(name, missing))
+
+
+def _describe_missing_classes(name: str, missing: str) -> str:
     fixes = [
         f"Enlarge spec.dataset.splits.{name}",
         "use fractions, such as train: 0.8, which divide every class",
@@ -209,7 +260,7 @@ def _check_missing_classes(name: str, missing: str, dataset: Dataset) -> None:
         *([] if name == "train" else ["evaluate without it: spec.dataset.onMissingClass: allow"]),
     ]
     split = "training" if name == "train" else name
-    raise DataError(f"The {split} split contains no image of {missing}. {', '.join(fixes[:-1])}, or {fixes[-1]}.")
+    return f"The {split} split contains no image of {missing}. {', '.join(fixes[:-1])}, or {fixes[-1]}."
 
 
 def permutation(size: int, *seeds: int) -> Positions:

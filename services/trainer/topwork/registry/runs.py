@@ -2,6 +2,7 @@
 
 from topwork.clients.s3.storage import Storage
 from topwork.data.dataset_manifest import StoredDataset
+from topwork.registry.cross_validation import fold_jobs
 from topwork.registry.stage_keys import stage_keys
 from topwork.registry.stage_results import TRAINING_STAGES, read_reference, result_prefix
 from topwork.spec import TransferJob
@@ -18,6 +19,11 @@ def delete_results(job: TransferJob, dataset: StoredDataset | None, storage: Sto
         dataset: Its dataset; None if it has not been pulled.
         storage: Storage of the job.
     """
+    for part in (*fold_jobs(job), job):
+        _delete_results(part, dataset, storage)
+
+
+def _delete_results(job: TransferJob, dataset: StoredDataset | None, storage: Storage) -> None:
     prefixes = set()
     for stage in TRAINING_STAGES:
         if reference := read_reference(storage, job.run, stage):

@@ -40,7 +40,7 @@ def check_exportable(
     the spec since; Keras' own formats support every model that could be trained so far.
 
     Args:
-        job: The job, for `spec.publish.formats`.
+        job: The job, for `spec.publish.formats`; nothing is checked if it does not publish.
         build_model: Returns the classifier, trained or not; called only if there is a format to check.
         class_names: Name of each class.
         workspace: Storage and scratch. One format at a time needs as much scratch space as the published file.
@@ -50,7 +50,8 @@ def check_exportable(
     Raises:
         SpecError: If the model cannot be exported in a format.
     """
-    pending = [name for name in job.spec.publish.formats if (architecture, name) not in _checked]
+    formats = job.spec.publish.formats if job.spec.publishes else ()
+    pending = [name for name in formats if (architecture, name) not in _checked]
     if pending and any(True for _ in workspace.storage.list(f"{attempt_prefix}/")):
         pending = [name for name in pending if name in CONVERTED_FORMATS]
     if not pending:

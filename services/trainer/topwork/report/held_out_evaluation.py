@@ -2,7 +2,7 @@
 
 import base64
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import keras
@@ -24,7 +24,7 @@ from topwork.report.evaluation import Evaluation
 from topwork.report.export_check import MAX_BYTES, MAX_ENCODED, MAX_IMAGES, spread_indices, write_check_inputs
 from topwork.report.held_out_split import HeldOutSplit, full_float32_precision, graph_of
 from topwork.report.latest_version import evaluate_latest
-from topwork.report.predictions import Predictions
+from topwork.report.predictions import Predictions, array_batches, collect_predictions
 from topwork.report.results import Misclassification, Results, summarize
 from topwork.report.rounding import estimate_logit_tolerance
 from topwork.report.source_files import write_source_files
@@ -35,6 +35,10 @@ log = structlog.get_logger(__name__)
 
 MAX_MISTAKES = 24
 THUMBNAIL_PIXELS = 160
+FINAL_MODEL = (
+    "The model was trained on all images. The metrics are those of cross-validation: of other models with the same "
+    "settings, each on images that it was not trained on."
+)
 NO_TEST_SPLIT = (
     "There is no test split. The metrics are measured on the validation split, which also selected the best epoch, so "
     "they are optimistic."
@@ -48,12 +52,16 @@ class EvaluatedClassifier:
     Attributes:
         model: Images float32 (batch, height, width, 3) in 0..255 to probabilities float32 (batch, classes).
         results: Its results, without gates.
-        check_inputs: Directory with the inputs of the export check; see `topwork.report.export_check`.
+        predictions: What it predicted for the images on which it was evaluated; with the probabilities of `chosen`.
+        images: Images for the export check.
+        chosen: int64 (n,), which of them are checked.
     """
 
     model: keras.Model
     results: Results
-    check_inputs: Path
+    predictions: Predictions
+    images: Split
+    chosen: NDArray[np.int64]
 
 
 def evaluate_classifier(
@@ -69,15 +77,14 @@ def evaluate_classifier(
         folder: Empty local directory for temporary files.
 
     Returns:
-        The loaded model, its results, and the inputs of the export check.
+        The loaded model and its results.
 
     Raises:
         DataError: If there is neither a test nor a validation split, or a predicted probability is not finite.
     """
     local = fetch_dataset(dataset, job, workspace)
     held_out = _held_out_split(local, job, workspace)
-    workspace.storage.download(classifier.key, folder / "model.keras", classifier.file)
-    model = add_probabilities(keras.models.load_model(folder / "model.keras", compile=False), len(local.class_names))
+    model = _load_model(classifier, workspace, folder)
     chosen = _choose_check_images(held_out.images, len(local.class_names))
     evaluation, predictions = held_out.evaluate(graph_of(model), auc="auc" in job.spec.evaluate.metrics, keep=chosen)
     results = Results(
@@ -88,7 +95,7 @@ def evaluate_classifier(
         evaluation=evaluation,
         gates=(),
         mistakes=_worst_mistakes(held_out.images, predictions, local.class_names),
-        lineage=_lineage(job, classifier, dataset, workspace, describe_input_scaling(model)),
+        lineage=lineage(job, dataset, workspace, classifier, describe_input_scaling(model)),
         notes=(
             *_write_notes(job, evaluation),
             *describe_splits(job.spec.dataset, dataset.metadata),
@@ -97,17 +104,78 @@ def evaluate_classifier(
         weights=classifier.kept,
         latest=evaluate_latest(job, classifier.file.sha256, held_out, folder / "latest"),
     )
-    _write_check_inputs(model, held_out.images, chosen, predictions, folder / "check_inputs")
+    return EvaluatedClassifier(model, results, predictions, held_out.images, chosen)
+
+
+def describe_final_model(
+    job: TransferJob,
+    classifier: Classifier,
+    dataset: StoredDataset,
+    workspace: Workspace,
+    folder: Path,
+    validated: Results,
+) -> EvaluatedClassifier:
+    """Describe a classifier that was trained on all images by the results of cross-validation.
+
+    Args:
+        job: The job.
+        classifier: The classifier; its model is downloaded from storage.
+        dataset: The stored dataset.
+        workspace: Storage, progress and scratch.
+        folder: Empty local directory for temporary files.
+        validated: Results of the folds.
+
+    Returns:
+        The loaded model and the results.
+    """
+    local = fetch_dataset(dataset, job, workspace)
+    model = _load_model(classifier, workspace, folder)
+    results = replace(
+        validated,
+        counts=_count_images(local),
+        history=classifier.history,
+        lineage=lineage(job, dataset, workspace, classifier, describe_input_scaling(model)),
+        notes=(FINAL_MODEL, *validated.notes, *filter(None, [classifier.kept.note])),
+        weights=classifier.kept,
+    )
+    images = local.validation or local.train
+    chosen = _choose_check_images(images, len(local.class_names))
+    forward, pixels = graph_of(model), tf.cast(images.load_images(chosen), tf.float32)
+    with full_float32_precision():
+        predictions = collect_predictions(
+            array_batches(forward(pixels)), images.labels[chosen], keep=np.arange(len(chosen))
+        )
+    return EvaluatedClassifier(model, results, predictions, images, chosen)
+
+
+def write_export_check(
+    evaluated: EvaluatedClassifier, dataset: StoredDataset, workspace: Workspace, folder: Path
+) -> None:
+    """Write the inputs of the export check, with the predictions of the evaluated model.
+
+    Args:
+        evaluated: The evaluated classifier.
+        dataset: The stored dataset.
+        workspace: Scratch with the files of the dataset.
+        folder: Local directory for the inputs; see `topwork.report.export_check`.
+    """
+    model, images = evaluated.model, evaluated.images
+    _write_check_inputs(model, images, evaluated.chosen, evaluated.predictions, folder)
     with full_float32_precision():
         write_source_files(
-            folder / "check_inputs",
+            folder,
             dataset,
             workspace.scratch / dataset.prefix,
-            held_out.images.image_size,
-            held_out.images.value_range,
-            lambda images: model(images, training=False).numpy(),
+            images.image_size,
+            images.value_range,
+            lambda batch: model(batch, training=False).numpy(),
         )
-    return EvaluatedClassifier(model, results, folder / "check_inputs")
+
+
+def _load_model(classifier: Classifier, workspace: Workspace, folder: Path) -> keras.Model:
+    workspace.storage.download(classifier.key, folder / "model.keras", classifier.file)
+    model = keras.models.load_model(folder / "model.keras", compile=False)
+    return add_probabilities(model, len(classifier.class_names))
 
 
 def _held_out_split(local: LocalDataset, job: TransferJob, workspace: Workspace) -> HeldOutSplit:
@@ -191,19 +259,35 @@ def _write_check_inputs(
     write_check_inputs(folder, images, predictions.kept, split.labels[chosen], encoded, tolerance)
 
 
-def _lineage(
-    job: TransferJob, classifier: Classifier, dataset: StoredDataset, workspace: Workspace, scaling: str
+def lineage(
+    job: TransferJob, dataset: StoredDataset, workspace: Workspace, classifier: Classifier | None, scaling: str = ""
 ) -> dict[str, str]:
+    """Describe the provenance of a classifier, or of the folds of a job, as label and value.
+
+    Args:
+        job: The job.
+        dataset: The stored dataset.
+        workspace: Storage of the job.
+        classifier: The classifier; None for all folds.
+        scaling: Description of its input scaling.
+    """
+    weights = (
+        {
+            "Weights from": classifier.kept.description,
+            "Weights": f"{workspace.storage.uri_of(classifier.key)} (sha256 {classifier.file.sha256})",
+        }
+        if classifier
+        else {}
+    )
     model = job.spec.model.model_dump(mode="json", by_alias=True, exclude_none=True)
     return {
         "Run": job.run,
         "Spec digest": job.digest,
         "Base": summarize(model["base"]),
-        "Input scaling": scaling,
+        **({"Input scaling": scaling} if scaling else {}),
         "Head": summarize(model["head"]),
         "Stages": "transfer, fine-tune" if job.spec.fine_tune else "transfer",
-        "Weights from": classifier.kept.description,
-        "Weights": f"{workspace.storage.uri_of(classifier.key)} (sha256 {classifier.file.sha256})",
+        **weights,
         "Dataset": workspace.storage.uri_of(dataset.prefix),
         "Dataset fingerprint": dataset.metadata.fingerprint,
         "topwork": __version__,

@@ -11,6 +11,7 @@ from typing import Any
 from topwork.data.dataset_manifest import DatasetMetadata
 from topwork.data.images.image_validation import SEVERAL_FRAMES
 from topwork.data.images.value_range import describe_value_range, resolve_value_range
+from topwork.registry.cross_validation import CrossValidation, format_images
 from topwork.registry.kept_weights import KeptWeights
 from topwork.registry.stage_results import HistoryRow
 from topwork.report.evaluation import Evaluation
@@ -60,6 +61,7 @@ class Results:
         notes: Caveats shown before the metrics.
         latest: The latest published version on the same images; None if no gate compares with it, or there is none.
         weights: Stage and epoch that the weights come from.
+        cross_validation: Metrics of each fold, if `evaluation` is that of cross-validation.
     """
 
     job: TransferJob
@@ -76,6 +78,7 @@ class Results:
     notes: tuple[str, ...] = ()
     latest: LatestVersion | None = None
     weights: KeptWeights | None = None
+    cross_validation: CrossValidation | None = None
 
     @property
     def title(self) -> str:
@@ -105,6 +108,11 @@ class Results:
         if frames := sum(count for kind, count in kinds.items() if kind.endswith(SEVERAL_FRAMES)):
             notes.append(f"{frames} source files contain several pages or frames: only the first one is used.")
         return tuple(notes)
+
+    @property
+    def measured_on(self) -> str:
+        """The images that the metrics were measured on, such as "400 images of the test split"."""
+        return format_images(self.evaluation.images, self.evaluation.split)
 
     @property
     def main_metric(self) -> str:
@@ -163,11 +171,17 @@ def metrics_json(results: Results) -> bytes:
         "stepSeconds": results.step_seconds,
         "gates": [gate.model_dump(by_alias=True) for gate in results.gates],
         "valueRange": resolve_value_range(results.job.spec.dataset.value_range, results.dataset.values),
+        "crossValidation": _cross_validation(results.cross_validation) if results.cross_validation else None,
         "latest": results.latest.model_dump(by_alias=True) if results.latest else None,
         "evaluation": results.evaluation.model_dump(mode="json", by_alias=True),
         "recheck": results.export_check.model_dump(by_alias=True) if results.export_check else None,
     }
     return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+
+
+def _cross_validation(validation: CrossValidation) -> dict[str, Any]:
+    folds = [{"fold": fold.fold, "images": fold.images, "metrics": fold.metrics} for fold in validation.folds]
+    return {"folds": folds, "mean": validation.means, "standardDeviation": validation.deviations}
 
 
 def history_csv(history: Sequence[HistoryRow]) -> bytes:

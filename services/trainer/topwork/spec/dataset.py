@@ -146,6 +146,16 @@ class Dataset(SpecModel):
         return self.splits == "auto" or self.splits.has_validation
 
     @property
+    def folds(self) -> int:
+        """Number of folds of cross-validation; 0 without."""
+        return 0 if self.splits == "auto" else self.splits.folds or 0
+
+    @property
+    def fold(self) -> int | None:
+        """The only fold that is trained; None for all of them."""
+        return None if self.splits == "auto" else self.splits.fold
+
+    @property
     def group_by(self) -> GroupBy | None:
         """How images are grouped; None if they are not."""
         return None if self.splits == "auto" else self.splits.group_by

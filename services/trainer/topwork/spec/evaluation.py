@@ -51,6 +51,11 @@ class Publish(SpecModel):
     formats: tuple[Literal["keras", "savedModel", "tflite", "onnx"], ...] = Field(
         default=("keras", "savedModel"), min_length=1, description="Formats to export the model to."
     )
+    fold: Literal["all"] | None = Field(
+        default=None,
+        description="What cross-validation publishes. all: a final model that is trained on all images, with the "
+        "metrics of cross-validation. Unset: nothing.",
+    )
 
 
 @rule(Gate)

@@ -49,6 +49,11 @@ class JobSpec(SpecModel):
     metrics: Metrics = Field(default=Metrics(), description="Export of Prometheus metrics.")
     seed: StrictInt = Field(default=42, ge=0, le=2**31 - 1, description="Seed of all random number generators.")
 
+    @property
+    def publishes(self) -> bool:
+        """Whether the job publishes a model; cross-validation does so only on request."""
+        return not self.dataset.folds or self.publish.fold == "all"
+
 
 class TransferJob(SpecModel):
     """A transfer learning job, in the form of a Kubernetes object."""
@@ -79,6 +84,15 @@ class TransferJob(SpecModel):
         job = self.model_copy()
         job._run = name
         return job
+
+    def with_fold(self, fold: int | None) -> "TransferJob":
+        """Return a copy of the job that trains only one fold of cross-validation, or all images if `fold` is None."""
+        dataset = self.spec.dataset
+        if dataset.splits == "auto" or dataset.fold == fold:
+            return self
+        splits = dataset.splits.model_copy(update={"fold": fold})
+        spec = self.spec.model_copy(update={"dataset": dataset.model_copy(update={"splits": splits})})
+        return self.model_copy(update={"spec": spec})
 
     @property
     def model_name(self) -> str:
@@ -150,6 +164,33 @@ def early_stopping_requires_validation(spec: JobSpec) -> Iterator[Violation]:
                 f"{stage}.earlyStopping",
                 f"monitors the validation {early_stopping.monitor}, but there is no validation split. Add "
                 "spec.dataset.splits.validation, or remove earlyStopping.",
+            )
+
+
+@rule(JobSpec)
+def final_model_requires_all_folds(spec: JobSpec) -> Iterator[Violation]:
+    """The metrics of a model that is trained on all images are those of all folds."""
+    if spec.publish.fold and not spec.dataset.folds:
+        yield Violation(
+            "publish.fold", "applies only to cross-validation. Set spec.dataset.splits.folds, or remove fold."
+        )
+    elif spec.publish.fold and spec.dataset.fold:
+        yield Violation(
+            "publish.fold",
+            f"all needs the metrics of all folds, but spec.dataset.splits.fold selects fold {spec.dataset.fold}. "
+            "Remove one of them.",
+        )
+
+
+@rule(JobSpec)
+def cross_validation_does_not_compare_versions(spec: JobSpec) -> Iterator[Violation]:
+    """The latest version may have been trained on any of the images, so no fold can tell which model is better."""
+    for index, gate in enumerate(spec.evaluate.gates):
+        if spec.dataset.folds and gate.at_least_latest_minus is not None:
+            yield Violation(
+                f"evaluate.gates.{index}.atLeastLatestMinus",
+                "cannot be combined with spec.dataset.splits.folds: the latest version may have been trained on the "
+                "images of every fold. Use atLeast.",
             )
 
 

@@ -91,7 +91,7 @@ class PerClass(SpecModel):
 
 
 class Splits(SpecModel):
-    """Training, validation and test splits of the stored dataset: fractions, TFDS slices or counts per class."""
+    """Splits of the stored dataset: fractions, TFDS slices, counts per class, or the folds of cross-validation."""
 
     train: Share | None = Field(
         default=None, description="Images used for training: a fraction of all images, such as 0.8, or a TFDS slice."
@@ -118,6 +118,14 @@ class Splits(SpecModel):
     )
     per_class: PerClass | None = Field(
         default=None, description="Exact number of images per class. Cannot be combined with fractions or slices."
+    )
+    folds: Annotated[StrictInt, Field(ge=2, le=20)] | None = Field(
+        default=None,
+        description="Cross-validation: divides the images into this many parts of the same size. Each of them is the "
+        "test split of one training, and all others, without the fraction for validation, train.",
+    )
+    fold: Annotated[StrictInt, Field(ge=1)] | None = Field(
+        default=None, description="Trains only this fold, from 1 to folds. Unset: all folds, one after the other."
     )
 
     @property
@@ -174,14 +182,14 @@ def one_kind_of_splits(splits: Splits) -> Iterator[Violation]:
 @rule(Splits)
 def training_split_is_set(splits: Splits) -> Iterator[Violation]:
     """Training needs a training split."""
-    if not splits.per_class and splits.train is None:
+    if not splits.per_class and not splits.folds and splits.train is None:
         yield Violation("train", "is required. Set a fraction, such as train: 0.8, or use perClass.")
 
 
 @rule(Splits)
 def evaluation_split_is_set(splits: Splits) -> Iterator[Violation]:
     """Only an evaluated model is published. Without a test split, the validation split is used."""
-    if not splits.per_class and splits.test is None and splits.validation is None:
+    if not splits.per_class and not splits.folds and splits.test is None and splits.validation is None:
         example = "train[80%:]" if splits.slices else "0.1"
         yield Violation("test", f"is required if there is no validation split. Set it, such as test: {example}.")
 
@@ -199,8 +207,33 @@ def fractions_are_at_most_all_images(splits: Splits) -> Iterator[Violation]:
 def options_of_fractions(splits: Splits) -> Iterator[Violation]:
     """Slices and counts per class are taken without regard to groups, and are always or never stratified."""
     given = {"stratify": not splits.stratify, "groupBy": splits.group_by is not None}
-    for key in (key for key, is_given in given.items() if is_given and not splits.fractions):
+    for key in (key for key, is_given in given.items() if is_given and not (splits.fractions or splits.folds)):
         yield Violation(key, "applies only to fractions, such as train: 0.8. Remove it, or use fractions.")
+
+
+@rule(Splits)
+def folds_define_the_test_split(splits: Splits) -> Iterator[Violation]:
+    """Each image is in the test split of one fold and trains the others."""
+    if not splits.folds:
+        if splits.fold:
+            yield Violation("fold", "selects a fold of cross-validation. Set folds, too, or remove fold.")
+        return
+    given = {"train": splits.train, "test": splits.test, "perClass": splits.per_class, "validation": splits.slices}
+    for key in (key for key, value in given.items() if value):
+        yield Violation(
+            key,
+            "cannot be combined with folds, which define the splits. Set only validation, to a fraction such as 0.1."
+            if key == "validation"
+            else "cannot be combined with folds, which define the splits. Remove one of them.",
+        )
+    validation = splits.fractions.get("validation", 0.0)
+    if validation + 1 / splits.folds > 1 - 1e-9:
+        yield Violation(
+            "validation",
+            f"{validation:g} and the test split, 1/{splits.folds} of the images, leave nothing to train on. Lower it.",
+        )
+    if splits.fold and splits.fold > splits.folds:
+        yield Violation("fold", f"is {splits.fold}, but there are only {splits.folds} folds.")
 
 
 @rule(Splits)

@@ -55,7 +55,8 @@ def fine_tune(job: TransferJob, classifier: Classifier, dataset: StoredDataset, 
             return _load(classifier, workspace)
 
         names = dataset.metadata.class_names
-        check_exportable(job, load_model, names, workspace, architecture=keys.transfer, attempt_prefix=context.prefix)
+        architecture = stage_keys(job.with_fold(None), dataset.metadata.fingerprint, workspace.storage).transfer
+        check_exportable(job, load_model, names, workspace, architecture=architecture, attempt_prefix=context.prefix)
         result = train(context, dataset, load_model, classifier)
         write_reference(workspace.storage, job.run, "fine-tune", key)
         return result

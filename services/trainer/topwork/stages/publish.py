@@ -16,6 +16,13 @@ from topwork.data.dataset_manifest import StoredDataset, dataset_prefix
 from topwork.data.images.value_range import resolve_value_range
 from topwork.errors import DataError
 from topwork.registry import versions
+from topwork.registry.cross_validation import (
+    CrossValidation,
+    cross_validation_key,
+    format_images,
+    format_mean,
+    read_cross_validation,
+)
 from topwork.registry.kept_weights import KeptWeights
 from topwork.registry.stage_keys import stage_keys
 from topwork.registry.stage_results import TRAINING_STAGES, Classifier, read_run_result
@@ -74,6 +81,7 @@ class Published(BaseModel):
         weights: Stage and epoch that the weights come from; None in records of older versions of topwork.
         started: Start of the publish stage; None in records of older versions of topwork.
         finished: End of the publish stage.
+        deviations: Standard deviation of the metrics between the folds of cross-validation; empty without.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -92,6 +100,7 @@ class Published(BaseModel):
     weights: KeptWeights | None = None
     started: datetime | None = None
     finished: datetime | None = None
+    deviations: dict[str, float] = {}
 
     def restore_metrics(self, metrics: Metrics) -> None:
         """Set the Prometheus metrics of the evaluation, so that a resumed run exposes them too."""
@@ -102,7 +111,10 @@ class Published(BaseModel):
 
     def summary(self) -> list[str]:
         """Summarize the version and its metrics in a few lines."""
-        shown = ", ".join(f"{name} {value:.4f}" for name, value in list(self.metrics.items())[:SHOWN_METRICS])
+        shown = ", ".join(
+            f"{name} {format_mean(value, self.deviations.get(name))}"
+            for name, value in list(self.metrics.items())[:SHOWN_METRICS]
+        )
         steps = [f"{stage} {cost.step_seconds:.3g} s" for stage, cost in self.stages.items() if cost.step_seconds]
         waits = [
             f"{stage} waited for input {100 * cost.input_wait_share:.0f} % of the time"
@@ -110,7 +122,7 @@ class Published(BaseModel):
             if cost.input_wait_share
         ]
         return [
-            f"Published {self.name} version {self.version}: {shown} on {self.images} images of the {self.split} split",
+            f"Published {self.name} version {self.version}: {shown} on {format_images(self.images, self.split)}",
             f"  model   {self.uri}",
             f"  report  {self.report_uri}",
             *self._caveats(),
@@ -127,7 +139,13 @@ class Published(BaseModel):
         ]
 
 
-def publish(job: TransferJob, classifier: Classifier, dataset: StoredDataset, workspace: Workspace) -> Published:
+def publish(
+    job: TransferJob,
+    classifier: Classifier,
+    dataset: StoredDataset,
+    workspace: Workspace,
+    validated: Results | None = None,
+) -> Published:
     """Evaluate a trained classifier and publish it as a new version of its model.
 
     Args:
@@ -135,6 +153,7 @@ def publish(job: TransferJob, classifier: Classifier, dataset: StoredDataset, wo
         classifier: The result of the last training stage.
         dataset: The stored dataset.
         workspace: Storage, metrics, progress and scratch.
+        validated: Results of cross-validation, for a classifier that was trained on all images.
 
     Returns:
         The published version. If these weights were already published with the same metrics and formats, that version.
@@ -153,9 +172,12 @@ def publish(job: TransferJob, classifier: Classifier, dataset: StoredDataset, wo
         folder = workspace.scratch / "publish"
         shutil.rmtree(folder, ignore_errors=True)  # leftovers of an earlier attempt
         folder.mkdir(parents=True)
+        from topwork.report.held_out_evaluation import write_export_check
+
         with _start_export_check() as check_process:
-            evaluated = _evaluate(job, classifier, dataset, workspace, folder)
-            results = _apply_gates(evaluated.results, workspace)
+            evaluated = _evaluate(job, classifier, dataset, workspace, folder, validated)
+            results = apply_gates(evaluated.results, workspace)
+            write_export_check(evaluated, dataset, workspace, folder / "check_inputs")
             results = _export(results, evaluated, folder, check_process)
         published = _upload(results, key, classifier.file.sha256, workspace, folder / "version")
         shutil.rmtree(folder)
@@ -180,6 +202,22 @@ def find_published(job: TransferJob, dataset: StoredDataset, workspace: Workspac
     key = stage_keys(job, dataset.metadata.fingerprint, workspace.storage).publish
     published = _read_published(job, key, workspace.storage)
     return _reuse(job, published, workspace) if published else None
+
+
+def find_outcome(job: TransferJob, dataset: StoredDataset, workspace: Workspace) -> Published | CrossValidation | None:
+    """Find what a run results in: its published version, or its metrics if it cross-validates and does not publish.
+
+    Arguments, errors and a result of None are those of `find_published`.
+    """
+    if job.spec.publishes:
+        return find_published(job, dataset, workspace)
+    key = cross_validation_key(job, dataset.metadata.fingerprint, workspace.storage)
+    validation = read_cross_validation(workspace.storage, job.run, key)
+    if validation:
+        log.info("already evaluated", report=validation.report_uri)
+        validation.restore_metrics(workspace.metrics)
+        require_gates(check_gates(job.spec.evaluate.gates, validation.means, None), validation.report_uri)
+    return validation
 
 
 def _reuse(job: TransferJob, published: Published, workspace: Workspace) -> Published:
@@ -217,29 +255,50 @@ def _start_export_check() -> "CheckProcess":
 
 
 def _evaluate(
-    job: TransferJob, classifier: Classifier, dataset: StoredDataset, workspace: Workspace, folder: Path
+    job: TransferJob,
+    classifier: Classifier,
+    dataset: StoredDataset,
+    workspace: Workspace,
+    folder: Path,
+    validated: Results | None,
 ) -> "EvaluatedClassifier":
-    from topwork.report.held_out_evaluation import evaluate_classifier
+    from topwork.report.held_out_evaluation import describe_final_model, evaluate_classifier
 
+    if validated:
+        return describe_final_model(job, classifier, dataset, workspace, folder, validated)
     evaluated = evaluate_classifier(job, classifier, dataset, workspace, folder)
-    evaluation = evaluated.results.evaluation
-    workspace.metrics.set_evaluation(evaluation.split, evaluation.metrics)
-    log.info("evaluation", images=evaluation.images, split=evaluation.split, **evaluated.results.metrics)
+    show_evaluation(evaluated.results, workspace)
     return evaluated
 
 
-def _apply_gates(results: Results, workspace: Workspace) -> Results:
-    """Check the gates, and store evaluation and report with the run even if a gate is not met."""
+def show_evaluation(results: Results, workspace: Workspace) -> None:
+    """Log the metrics, and expose them to Prometheus."""
+    evaluation = results.evaluation
+    workspace.metrics.set_evaluation(evaluation.split, evaluation.metrics)
+    log.info("evaluation", images=evaluation.images, split=evaluation.split, **results.metrics)
+
+
+def apply_gates(results: Results, workspace: Workspace) -> Results:
+    """Check the gates, and store evaluation and report with the run even if a gate is not met.
+
+    Raises:
+        GateError: If a gate is not met.
+    """
     evaluation = results.evaluation
     gates = check_gates(results.job.spec.evaluate.gates, evaluation.metrics, results.latest, evaluation.undefined)
     workspace.metrics.set_failed_gates(sum(not gate.met for gate in gates))
     results = dataclasses.replace(results, gates=gates)
-    storage, prefix = workspace.storage, f"runs/{results.job.run}"
+    require_gates(gates, store_evaluation(results, workspace.storage))
+    return results
+
+
+def store_evaluation(results: Results, storage: Storage) -> str:
+    """Store metrics, history and report with the run; return the URI of their prefix."""
+    prefix = f"runs/{results.job.run}"
     storage.write(f"{prefix}/metrics.json", metrics_json(results), content_type="application/json")
     storage.write(f"{prefix}/history.csv", history_csv(results.history), content_type="text/csv")
     storage.write(f"{prefix}/report.html", render_report(results).encode(), content_type="text/html; charset=utf-8")
-    require_gates(gates, storage.uri_of(prefix))
-    return results
+    return storage.uri_of(prefix)
 
 
 def _export(results: Results, evaluated: "EvaluatedClassifier", folder: Path, check_process: "CheckProcess") -> Results:
@@ -252,7 +311,7 @@ def _export(results: Results, evaluated: "EvaluatedClassifier", folder: Path, ch
     version.mkdir()
     value_range = resolve_value_range(results.job.spec.dataset.value_range, results.dataset.values)
     export_model(evaluated.model, results.evaluation.class_names, formats, Preprocessing(value_range), version)
-    check = check_process.check(version, evaluated.check_inputs, formats)
+    check = check_process.check(version, folder / "check_inputs", formats)
     log.info(
         "export check",
         images=check.images,
@@ -285,6 +344,7 @@ def _upload(results: Results, key: str, weights_sha256: str, workspace: Workspac
         images=results.evaluation.images,
         excluded_classes=results.evaluation.excluded_classes,
         dataset=dataset_prefix(results.dataset.name, results.dataset.fingerprint),
+        deviations=results.cross_validation.deviations if results.cross_validation else {},
     )
     manifest = write_artifact(storage, prefix, folder, version.model_dump(mode="json"))
     if manifest.facts != version.model_dump(mode="json"):
@@ -313,6 +373,7 @@ def _finish(job: TransferJob, version: Version, workspace: Workspace) -> Publish
         weights=_kept_weights(job, workspace.storage),
         started=workspace.metrics.stage_start_time("publish"),
         finished=datetime.now(UTC),
+        deviations=version.deviations,
     )
     storage, key, data = workspace.storage, f"runs/{job.run}/publish/done.json", published.model_dump_json().encode()
     if not storage.write(key, data, only_if_absent=True, content_type="application/json"):

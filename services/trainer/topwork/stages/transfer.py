@@ -50,7 +50,9 @@ def transfer(job: TransferJob, dataset: StoredDataset, workspace: Workspace) -> 
 
         context = StageContext(job, plan_transfer(job.spec), key, workspace)
         names = dataset.metadata.class_names
-        check_exportable(job, build_model, names, workspace, architecture=key, attempt_prefix=context.prefix)
+        # All folds have the same architecture.
+        architecture = stage_keys(job.with_fold(None), dataset.metadata.fingerprint, workspace.storage).transfer
+        check_exportable(job, build_model, names, workspace, architecture=architecture, attempt_prefix=context.prefix)
         classifier = train(context, dataset, build_model)
         write_reference(workspace.storage, job.run, "transfer", key)
         return classifier

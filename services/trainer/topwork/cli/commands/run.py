@@ -27,6 +27,7 @@ from topwork.spec.loading.loader import read_files
 from topwork.workspace import Workspace
 
 if TYPE_CHECKING:
+    from topwork.registry.cross_validation import CrossValidation
     from topwork.stages.publish import Published
 
 log = structlog.get_logger(__name__)
@@ -72,15 +73,15 @@ def run(
     runner = _Runner(
         metrics, progress, state or default_state_directory(), replicas, restart, pinned, verbose or is_verbose()
     )
-    published = []
+    outcomes = []
     for job in jobs:
         # The run is named after the check of its source. An empty label is none.
         metrics.start_job(job=job.metadata.name, run="", stage="run", version=__version__)
         with record_outcome(job, metrics, served=metrics_port is not None):
-            published.append(runner.run(job))
-            for line in published[-1].summary():
+            outcomes.append(runner.run(job))
+            for line in outcomes[-1].summary():
                 print(line, flush=True)
-    for line in format_comparison(published):
+    for line in format_comparison(outcomes):
         print(line)
 
 
@@ -117,7 +118,7 @@ class _Runner:
     pinned: bool
     verbose: bool
 
-    def run(self, job: TransferJob) -> "Published":
+    def run(self, job: TransferJob) -> "Published | CrossValidation":
         stop = StopRequest()
         with open_storage(job.spec.storage, self.state, self.metrics) as storage, stop_on_signals(stop):
             workspace = Workspace(storage, self.metrics, self.progress, self.state, self.replicas, stop=stop)
@@ -139,9 +140,9 @@ class _Runner:
         job = job.as_run(run_name(job, stage_keys(job, selected.fingerprint, workspace.storage)))
         return job, replace(workspace, dataset=selected.stored.prefix if selected.stored else "")
 
-    def _run(self, job: TransferJob, workspace: Workspace) -> "Published":
+    def _run(self, job: TransferJob, workspace: Workspace) -> "Published | CrossValidation":
         from topwork.registry.runs import delete_results
-        from topwork.stages.publish import find_published
+        from topwork.stages.publish import find_outcome
         from topwork.stages.pull import find_pulled_dataset
 
         self.metrics.start_job(job=job.metadata.name, run=job.run, stage="run", version=__version__)
@@ -149,8 +150,8 @@ class _Runner:
         dataset = find_pulled_dataset(job, workspace)
         if self.restart:
             delete_results(job, dataset, workspace.storage)
-        if dataset and (published := find_published(job, dataset, workspace)):
-            return published
+        if dataset and (outcome := find_outcome(job, dataset, workspace)):
+            return outcome
         with quiet_tensorflow_import(verbose=self.verbose):
             from topwork import pipeline
 

@@ -20,6 +20,7 @@ from topwork.errors import SettingError, TopworkError
 if TYPE_CHECKING:
     from topwork.clients.prometheus.metrics import Metrics
     from topwork.data.dataset_manifest import StoredDataset
+    from topwork.registry.cross_validation import CrossValidation
     from topwork.registry.stage_results import Classifier
     from topwork.spec import TransferJob
     from topwork.stages.publish import Published
@@ -191,21 +192,21 @@ def _restart_once(job: "TransferJob", workspace: "Workspace") -> None:
 
 def _find_result(
     container: Container, job: "TransferJob", workspace: "Workspace"
-) -> "StoredDataset | Classifier | Published | None":
+) -> "StoredDataset | Classifier | Published | CrossValidation | None":
     """Find the result of an earlier attempt and restore its metrics, without importing TensorFlow."""
     from topwork.registry.stage_keys import stage_keys
     from topwork.registry.stage_results import find_completed_stage
-    from topwork.stages.publish import find_published
+    from topwork.stages.publish import find_outcome
     from topwork.stages.pull import find_pulled_dataset
 
     dataset = find_pulled_dataset(job, workspace)
     if dataset is None:
         return None
     keys = stage_keys(job, dataset.metadata.fingerprint, workspace.storage)
-    if published := find_published(job, dataset, workspace):
+    if outcome := find_outcome(job, dataset, workspace):
         for stage, key in keys.training_stages.items():
             find_completed_stage(job.run, stage, key, workspace)
-        return published
+        return outcome
     if container.stage == "pull":
         return dataset
     return (
@@ -215,7 +216,7 @@ def _find_result(
 
 def _run_stage(
     container: Container, job: "TransferJob", workspace: "Workspace"
-) -> "StoredDataset | Classifier | Published":
+) -> "StoredDataset | Classifier | Published | CrossValidation":
     from topwork.cli.runtime.tensorflow_import import quiet_tensorflow_import
 
     if not _owns_gpus(container, job):
@@ -233,9 +234,10 @@ def _run_stage(
 
 
 def _report_success(
-    container: Container, result: "StoredDataset | Classifier | Published", workspace: "Workspace"
+    container: Container, result: "StoredDataset | Classifier | Published | CrossValidation", workspace: "Workspace"
 ) -> None:
     from topwork.data.dataset_manifest import StoredDataset
+    from topwork.registry.cross_validation import CrossValidation
     from topwork.registry.stage_results import Classifier
 
     if isinstance(result, StoredDataset):
@@ -246,6 +248,16 @@ def _report_success(
             best_epoch=result.best_epoch,
             weights_from=str(result.kept),
             weights=workspace.storage.uri_of(result.key),
+        )
+    elif isinstance(result, CrossValidation):
+        container.report_success(
+            metric=next(iter(result.metrics.items())) if container.stage == "fine-tune" else None,
+            model=None,
+            weights_from=None,
+            folds=len(result.folds),
+            report=result.report_uri,
+            images=result.images,
+            **result.metrics,
         )
     else:
         container.report_success(

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from topwork.cli.output.tables import format_table
 
 if TYPE_CHECKING:
+    from topwork.registry.cross_validation import CrossValidation
     from topwork.stages.publish import Published
 
 GAP = 3
@@ -13,16 +14,19 @@ AVERAGED_METRICS = frozenset({"precision", "recall", "f1", "auc"})
 HEADER = ("MODEL", "METRIC", "STAGE", "TRAINABLE", "BATCH SIZE", "SECONDS PER STEP", "RELATIVE TO FASTEST")
 
 
-def format_comparison(published: Sequence["Published"]) -> Iterator[str]:
+def format_comparison(outcomes: Sequence["Published | CrossValidation"]) -> Iterator[str]:
     """Compare published versions by their main metric and training speed.
 
     Args:
-        published: The versions, in the order of the jobs.
+        outcomes: Results of the jobs, in their order. Only versions are compared.
 
     Yields:
         An empty line and the lines of a table with one row per training stage, or nothing for a single version. The
         last column is the training time per image, relative to the fastest model in the same stage.
     """
+    from topwork.stages.publish import Published
+
+    published = [outcome for outcome in outcomes if isinstance(outcome, Published)]
     if len(published) < 2:
         return
     yield ""
