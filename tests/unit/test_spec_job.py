@@ -58,6 +58,8 @@ DEFAULTS = {
             "stratify": True,
             "groupBy": None,
             "perClass": None,
+            "folds": None,
+            "fold": None,
         },
         "imageSize": [96, 96],
         "valueRange": "auto",
@@ -102,7 +104,7 @@ DEFAULTS = {
         "featureCache": "auto",
     },
     "evaluate": {"metrics": ["accuracy", "f1", "auc"], "gates": []},
-    "publish": {"name": None, "formats": ["keras", "savedModel"]},
+    "publish": {"name": None, "formats": ["keras", "savedModel"], "fold": None},
     "compute": {
         "gpus": 1,
         "cpu": 4,

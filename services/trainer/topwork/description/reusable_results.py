@@ -1,11 +1,13 @@
 """Finds the stages of a job whose results are already in storage, so that a run would reuse them."""
 
 from topwork.description.job_description import PlanDescription
+from topwork.clients.s3.storage import Storage
 from topwork.errors import DataError, UnavailableError
 from topwork.registry import versions
 from topwork.registry.datasets import select_dataset
-from topwork.registry.stage_keys import run_name, stage_keys
-from topwork.registry.stage_results import read_stage_result
+from topwork.registry.cross_validation import fold_jobs
+from topwork.registry.stage_keys import StageKeys, run_name, stage_keys
+from topwork.registry.stage_results import Classifier, TrainingStage, read_stage_result
 from topwork.spec import TransferJob
 from topwork.stages.pull import find_dataset
 from topwork.workspace import Workspace
@@ -21,7 +23,9 @@ def find_reusable_results(job: TransferJob, workspace: Workspace) -> PlanDescrip
     Returns:
         The stages, or why they are unknown.
     """
-    stages = ["pull", "transfer", *(["fine-tune"] if job.spec.fine_tune else []), "publish"]
+    stages = ["pull", *(f"fold {fold.spec.dataset.fold}" for fold in fold_jobs(job))]
+    if job.spec.publishes:
+        stages += ["transfer", *(["fine-tune"] if job.spec.fine_tune else []), "publish"]
     try:
         selected = select_dataset(job, workspace, download=False)
         dataset = selected.stored if selected else find_dataset(job, workspace)
@@ -33,8 +37,11 @@ def find_reusable_results(job: TransferJob, workspace: Workspace) -> PlanDescrip
         return PlanDescription(runs=tuple(stages), changes=changes)
     keys = stage_keys(job, fingerprint, workspace.storage)
     reused = ["pull"] if dataset else []
-    results = {stage: read_stage_result(workspace.storage, stage, key) for stage, key in keys.training_stages.items()}
-    reused += [stage for stage, result in results.items() if result]
+    for fold in fold_jobs(job):
+        results = _read_results(stage_keys(fold, fingerprint, workspace.storage), workspace.storage)
+        reused += [f"fold {fold.spec.dataset.fold}"] if all(results.values()) else []
+    results = _read_results(keys, workspace.storage)
+    reused += [stage for stage, result in results.items() if result and stage in stages]
     last = list(results.values())[-1]
     if last and versions.find_version_by_key(workspace.storage, job.model_name, keys.publish, last.file.sha256):
         reused.append("publish")
@@ -44,3 +51,7 @@ def find_reusable_results(job: TransferJob, workspace: Workspace) -> PlanDescrip
         runs=tuple(stage for stage in stages if stage not in reused),
         changes=changes,
     )
+
+
+def _read_results(keys: StageKeys, storage: Storage) -> dict[TrainingStage, Classifier | None]:
+    return {stage: read_stage_result(storage, stage, key) for stage, key in keys.training_stages.items()}
