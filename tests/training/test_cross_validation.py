@@ -14,7 +14,6 @@ from topwork.registry.runs import delete_results
 from topwork.registry.versions import list_models, read_latest
 from topwork.stages.publish import find_outcome
 from topwork.stages.pull import pull
-from topwork.workspace import Workspace
 
 FAST = {"train": "all", "epochs": 1, "batchSize": 4, "optimizer": {"learningRate": 0.01}}
 

@@ -90,10 +90,10 @@ def count_images(
     if splits.per_class:
         counts = {name: getattr(splits.per_class, name) for name in SPLIT_NAMES}
         return {name: classes and count * classes for name, count in counts.items() if count}
+    strata = class_sizes if class_sizes and splits.stratify else [sum(sizes.values())]
     if splits.folds:
-        return _count_fold(splits, sum(sizes.values()) if sizes else None)
+        return _count_fold(splits, strata if sizes else None)
     if fractions := splits.fractions:
-        strata = class_sizes if class_sizes and splits.stratify else [sum(sizes.values())]
         totals = allocate(strata, list(fractions.values())).sum(axis=0).tolist()
         return dict(zip(fractions, totals if sizes else [None] * len(totals), strict=True))
     images: dict[str, int | None] = {}
@@ -104,15 +104,15 @@ def count_images(
     return images
 
 
-def _count_fold(splits: Splits, size: int | None) -> dict[str, int | None]:
+def _count_fold(splits: Splits, strata: Sequence[int] | None) -> dict[str, int | None]:
     """Count the images of a fold; without `fold`, of the first one, from which others differ by at most one image."""
     folds = splits.folds or 1
     rest = _fractions_of_rest(splits, 1 / folds)
-    if size is None:
+    if strata is None:
         return dict.fromkeys([*rest, "test"])
-    test = int(allocate([size], [1 / folds] * folds)[0, (splits.fold or 1) - 1])
-    counts: list[int | None] = [*allocate([size - test], list(rest.values()))[0].tolist(), test]
-    return dict(zip([*rest, "test"], counts, strict=True))
+    test = allocate(strata, [1 / folds] * folds)[:, (splits.fold or 1) - 1]
+    counts = allocate(np.array(strata) - test, list(rest.values())).sum(axis=0)
+    return dict(zip([*rest, "test"], [*counts.tolist(), int(test.sum())], strict=True))
 
 
 def _count_predefined(sizes: Mapping[str, int]) -> dict[str, int | None]:

@@ -1,11 +1,11 @@
 """Finds the stages of a job whose results are already in storage, so that a run would reuse them."""
 
-from topwork.description.job_description import PlanDescription
 from topwork.clients.s3.storage import Storage
+from topwork.description.job_description import PlanDescription
 from topwork.errors import DataError, UnavailableError
 from topwork.registry import versions
-from topwork.registry.datasets import select_dataset
 from topwork.registry.cross_validation import fold_jobs
+from topwork.registry.datasets import select_dataset
 from topwork.registry.stage_keys import StageKeys, run_name, stage_keys
 from topwork.registry.stage_results import Classifier, TrainingStage, read_stage_result
 from topwork.spec import TransferJob
