@@ -127,6 +127,26 @@ def test_containers_publish_a_model_once_and_skip_completed_stages(
     assert "already published" in topwork("run", job, **pod.variables).stderr
 
 
+def test_containers_train_all_folds(pod, write_job, storage, two_class_folder, without_tensorflow):
+    dataset = {
+        "source": {"folder": {"uri": str(two_class_folder)}}, "splits": {"folds": 2}, "imageSize": [32, 32],
+    }  # fmt: skip
+    job = write_job(dataset=dataset, fineTune=FINE_TUNE)
+    assert pod.run("pull", job)[0] == 0
+    code, message, transferred = pod.run("transfer", job)
+    assert (code, message.outcome) == (0, "done"), transferred.output
+    runs = [f"{run_of(job)}-fold-{number}" for number in (1, 2)]
+    assert all(storage.size(f"runs/{run}/transfer/done.json") for run in runs)
+    code, message, container = pod.run("fine-tune", job)
+    assert (code, message.outcome, message.model) == (0, "done", None), container.output
+    # The results of the first container are used.
+    assert {line["stage"] for line in container.lines if line["message"] == "epoch"} == {"fine-tune"}
+    metrics = json.loads(storage.read(f"runs/{run_of(job)}/metrics.json"))["metrics"]
+    assert (message.metric, message.value) == ("accuracy", pytest.approx(metrics["accuracy"]))
+    code, repeated_message, repeated = pod.run("fine-tune", job, **without_tensorflow)
+    assert (code, repeated_message) == (0, message), repeated.output
+
+
 def test_completed_pull_and_transfer_do_not_import_tensorflow(pod, write_job, without_tensorflow):
     job = write_job()
     for stage in ("pull", "transfer"):

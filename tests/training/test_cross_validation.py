@@ -90,7 +90,7 @@ def test_final_model_is_trained_on_all_images_and_published_with_the_metrics_of_
     assert version.deviations == together["crossValidation"]["standardDeviation"]
     assert fetch_dataset(pull(job, workspace), job, workspace).train.size == 40
     card = workspace.storage.read(f"models/{job.model_name}/1/card.md").decode()
-    assert "The model was trained on all images" in card
+    assert "No image was kept to test this model" in card
     assert "by cross-validation with 3 folds on 40 images" in card
     assert "± " in published.summary()[0]
     # The same run again finds the version without training.

@@ -52,7 +52,8 @@ def run(job: TransferJob, workspace: Workspace) -> Published | CrossValidation:
         prepare_training(job, workspace)
         dataset = pull(job, workspace)
         if not job.spec.dataset.folds:
-            return publish(job, train(job, dataset, workspace), dataset, workspace)
+            log.info("final model")
+        return publish(job, train(job, dataset, workspace), dataset, workspace)
         validation, results = cross_validate(job, dataset, workspace)
         if not job.spec.publishes:
             return validation

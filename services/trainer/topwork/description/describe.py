@@ -89,7 +89,7 @@ def describe(
         base=base,
         data=DataDescription(classes=data.classes, images=data.images, dataset=data.dataset),
         stages=stages,
-        notes=(*data.notes, *notes, *_notes(data, stages, has_model=model is not None)),
+        notes=(*data.notes, *notes, *_notes(spec, data, stages, has_model=model is not None)),
     )
 
 
@@ -222,7 +222,13 @@ def _scaling(base: Base, model: keras.Model | None, file: Path | None) -> str:
     return f"inside the base ({', '.join(found.layers[:3])})" if found.scales_pixels else "none (pixels in 0..255)"
 
 
-def _notes(data: KnownDataset, stages: tuple[StageDescription, ...], *, has_model: bool) -> Iterator[str]:
+def _notes(
+    spec: JobSpec, data: KnownDataset, stages: tuple[StageDescription, ...], *, has_model: bool
+) -> Iterator[str]:
+    if spec.dataset.folds:
+        final = ", and then a final model on all images" if spec.publishes else ""
+        trained = f"fold {spec.dataset.fold} only" if spec.dataset.fold else "each of them"
+        yield f"Images and steps are those of one of {spec.dataset.folds} folds. The job trains {trained}{final}."
     if data.classes is None and has_model:
         yield (
             f"The number of classes is unknown until the dataset is pulled; the head is shown for {ASSUMED_CLASSES}. "

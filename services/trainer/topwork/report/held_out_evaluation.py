@@ -36,7 +36,7 @@ log = structlog.get_logger(__name__)
 MAX_MISTAKES = 24
 THUMBNAIL_PIXELS = 160
 FINAL_MODEL = (
-    "The model was trained on all images. The metrics are those of cross-validation: of other models with the same "
+    "No image was kept to test this model. Its metrics are those of cross-validation: of other models with the same "
     "settings, each on images that it was not trained on."
 )
 NO_TEST_SPLIT = (
