@@ -24,7 +24,7 @@ def make_folds_job(make_job, two_class_folder):
         return make_job(
             dataset={
                 "source": {"folder": {"uri": str(two_class_folder)}},
-                "splits": {"folds": 3, **splits},
+                "splits": {"folds": 2, **splits},
                 "imageSize": [32, 32],
             },
             transfer=FAST,
@@ -60,7 +60,7 @@ def test_folds_are_evaluated_on_all_images_and_nothing_is_published(make_folds_j
     report = workspace.storage.read(f"runs/{job.run}/report.html").decode()
     assert "Nothing is published" in report
     assert f"{outcome.metrics['accuracy']:.4f} ± {outcome.deviations['accuracy']:.4f}" in report
-    assert f"3 folds: accuracy {outcome.metrics['accuracy']:.4f} ± " in outcome.summary()[0]
+    assert f"2 folds: accuracy {outcome.metrics['accuracy']:.4f} ± " in outcome.summary()[0]
 
 
 def test_no_image_of_a_test_split_trains_its_fold(make_folds_job, workspace):
@@ -91,7 +91,7 @@ def test_final_model_is_trained_on_all_images_and_published_with_the_metrics_of_
     assert fetch_dataset(pull(job, workspace), job, workspace).train.size == 40
     card = workspace.storage.read(f"models/{job.model_name}/1/card.md").decode()
     assert "No image was kept to test this model" in card
-    assert "by cross-validation with 3 folds on 40 images" in card
+    assert "by cross-validation with 2 folds on 40 images" in card
     assert "± " in published.summary()[0]
     # The same run again finds the version without training.
     assert find_outcome(job, pull(job, workspace), workspace).version == 1
@@ -107,7 +107,7 @@ def test_missed_gate_keeps_the_final_model_from_being_trained(make_folds_job, wo
 
 
 def test_completed_folds_are_not_trained_again(make_folds_job, workspace, monkeypatch):
-    job = make_folds_job()
+    job = make_folds_job(folds=3)
     evaluate, calls = pipeline.evaluate_fold, []
 
     def fail_at_the_second(fold, *arguments):
@@ -133,11 +133,11 @@ def test_one_fold_is_the_same_training_as_in_all_folds(make_folds_job, workspace
     outcome = pipeline.run(single, workspace)
     assert [fold.fold for fold in outcome.folds] == [2]
     assert outcome.deviations == {}
-    assert "fold 2 of 3" in outcome.summary()[0]
+    assert "fold 2 of 2" in outcome.summary()[0]
     series = workspace.metrics.registry.get_sample_value
     steps = series("topwork_steps_total")
     both = pipeline.run(make_folds_job(), workspace)
-    assert series("topwork_steps_total") == 3 * steps
+    assert series("topwork_steps_total") == 2 * steps
     assert both.folds[1].metrics == outcome.folds[0].metrics
 
 
