@@ -81,7 +81,8 @@ def test_no_image_of_a_test_split_trains_its_fold(make_folds_job, workspace):
 
 @pytest.mark.usefixtures("export_check_in_process")
 def test_final_model_is_trained_on_all_images_and_published_with_the_metrics_of_the_folds(make_folds_job, workspace):
-    job = make_folds_job(publish={"fold": "all"})
+    gates = [{"metric": "auc", "atLeast": 0.0}]
+    job = make_folds_job(publish={"fold": "all"}, evaluate={"gates": gates})
     published = pipeline.run(job, workspace)
     version = read_latest(workspace.storage, job.model_name)
     together = read_json(workspace, f"{version.uri.removeprefix(workspace.storage.uri).strip('/')}/metrics.json")

@@ -52,11 +52,11 @@ def run(job: TransferJob, workspace: Workspace) -> Published | CrossValidation:
         prepare_training(job, workspace)
         dataset = pull(job, workspace)
         if not job.spec.dataset.folds:
-            log.info("final model")
-        return publish(job, train(job, dataset, workspace), dataset, workspace)
+            return publish(job, train(job, dataset, workspace), dataset, workspace)
         validation, results = cross_validate(job, dataset, workspace)
         if not job.spec.publishes:
             return validation
+        log.info("final model", folds=len(validation.folds))
         return publish(job, train(job, dataset, workspace), dataset, workspace, results)
 
 
