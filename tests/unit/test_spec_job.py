@@ -60,6 +60,7 @@ DEFAULTS = {
             "perClass": None,
         },
         "imageSize": [96, 96],
+        "imageFit": "stretch",
         "valueRange": "auto",
         "onCorruptImage": "skip",
         "maxRejectedRatio": 0.2,

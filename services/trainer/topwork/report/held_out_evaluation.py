@@ -14,6 +14,7 @@ from PIL import Image
 
 from topwork import __version__
 from topwork.data.dataset_manifest import StoredDataset
+from topwork.data.images.decoding import Preprocessing
 from topwork.data.local_dataset import LocalDataset, Split, fetch_dataset
 from topwork.data.splits import describe_splits
 from topwork.errors import DataError
@@ -48,11 +49,13 @@ class EvaluatedClassifier:
     Attributes:
         model: Images float32 (batch, height, width, 3) in 0..255 to probabilities float32 (batch, classes).
         results: Its results, without gates.
+        preprocessing: How its images were decoded and resized.
         check_inputs: Directory with the inputs of the export check; see `topwork.report.export_check`.
     """
 
     model: keras.Model
     results: Results
+    preprocessing: Preprocessing
     check_inputs: Path
 
 
@@ -69,7 +72,7 @@ def evaluate_classifier(
         folder: Empty local directory for temporary files.
 
     Returns:
-        The loaded model, its results, and the inputs of the export check.
+        The loaded model, its results and preprocessing, and the inputs of the export check.
 
     Raises:
         DataError: If there is neither a test nor a validation split, or a predicted probability is not finite.
@@ -104,10 +107,10 @@ def evaluate_classifier(
             dataset,
             workspace.scratch / dataset.prefix,
             held_out.images.image_size,
-            held_out.images.value_range,
+            held_out.images.preprocessing,
             lambda images: model(images, training=False).numpy(),
         )
-    return EvaluatedClassifier(model, results, folder / "check_inputs")
+    return EvaluatedClassifier(model, results, held_out.images.preprocessing, folder / "check_inputs")
 
 
 def _held_out_split(local: LocalDataset, job: TransferJob, workspace: Workspace) -> HeldOutSplit:
