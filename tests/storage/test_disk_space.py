@@ -14,6 +14,7 @@ import pytest
 
 from topwork.artifacts import download_artifact, write_artifact
 from topwork.cli.runtime.shutdown import to_topwork_error
+from topwork.data.images.decoding import Preprocessing
 from topwork.data.local_dataset import Split, _fits_on_scratch
 from topwork.data.sources import open_source
 from topwork.disk_space import MARGIN_BYTES, disk_full_error, format_bytes, report_full_disk, require_free_space
@@ -188,15 +189,16 @@ def test_require_free_space_accepts_sufficient_space(tmp_path):
 
 def test_resized_images_of_an_earlier_stage_do_not_count_as_used_space(make_job, small_disk):
     records = SimpleNamespace(labels=np.zeros(2048, np.int64))
-    split = Split(records, np.arange(1024), (128, 128))  # 48 MiB of pixels
+    split = Split(records, np.arange(1024), (128, 128), Preprocessing())  # 48 MiB of pixels
     job = make_job()
     assert _fits_on_scratch([split], small_disk, job)
     split.pixel_file(small_disk).write_bytes(bytes(1024 * 128 * 128 * 3))
     assert split.has_cached_pixels(small_disk)
     assert _fits_on_scratch([split], small_disk, job)
     # Files that still have to be written do need free space.
-    other = Split(records, np.arange(1024, 2048), (128, 128))
+    other = Split(records, np.arange(1024, 2048), (128, 128), Preprocessing())
     assert not _fits_on_scratch([split, other], small_disk, job)
     # Another division of the same images, as in another fold, uses the same file.
-    halves = [Split(records, positions, (128, 128)) for positions in np.split(np.arange(1024)[::-1], [700])]
+    parts = np.split(np.arange(1024)[::-1], [700])
+    halves = [Split(records, positions, (128, 128), Preprocessing()) for positions in parts]
     assert _fits_on_scratch(halves, small_disk, job)

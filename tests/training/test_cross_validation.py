@@ -72,7 +72,8 @@ def test_no_image_of_a_test_split_trains_its_fold(make_folds_job, workspace):
         assert local.test.size + local.train.size + local.validation.size == dataset.metadata.images
         # The images are those of the names, although all folds share one file of resized images.
         index = local.test.size - 1
-        fresh = local.test.resized((16, 16)).resized(local.test.image_size)
+        fresh = local.test.resized((16, 16), local.test.preprocessing)
+        fresh = fresh.resized(local.test.image_size, local.test.preprocessing)
         assert np.array_equal(local.test.load_images(np.array([index])), fresh.load_images(np.array([index])))
         tested += local.test.names
     assert len(tested) == len(set(tested)) == dataset.metadata.images

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from topwork.data.images.decoding import Preprocessing, resize
+from topwork.data.images.decoding import Preprocessing
+from topwork.data.images.resizing import resize
 from topwork.errors import SpecError
 from topwork.model.export import add_probabilities, export_model
 from topwork.report import export_check, export_preflight

@@ -95,10 +95,12 @@ def biased_model(red, image_size=(32, 32)):
     return keras.Model(image, keras.layers.Dense(1, name="logits", bias_initializer=bias)(vector))
 
 
-def color_model(image_size=(32, 32), red_index=1):
+def color_model(image_size=(32, 32), red_index=1, visible_columns=None):
     """A model that is always right on `two_class_folder`: it compares the red with the blue channel."""
     image = keras.Input((*image_size, 3), name="image")
-    vector = keras.layers.GlobalAveragePooling2D()(image)
+    hidden_columns = image_size[1] - visible_columns if visible_columns else 0
+    visible = keras.layers.Cropping2D(((0, 0), (0, hidden_columns)))(image)
+    vector = keras.layers.GlobalAveragePooling2D()(visible)
     dense = keras.layers.Dense(1, name="logits")
     model = keras.Model(image, dense(vector))
     sign = 1.0 if red_index == 1 else -1.0
@@ -113,6 +115,7 @@ def publish_version(
     *,
     names=("blue", "red"),
     formats=("keras",),
+    image_fit="stretch",
     weights="0a",
     stored=None,
     content=None,
@@ -122,7 +125,7 @@ def publish_version(
     number = len(versions.list_versions(storage, "tiny")) + 1
     directory, prefix = folder / f"version-{number}", f"models/tiny/{number}"
     directory.mkdir()
-    export_model(add_probabilities(model, len(names)), names, formats, Preprocessing(), directory)
+    export_model(add_probabilities(model, len(names)), names, formats, Preprocessing(image_fit=image_fit), directory)
     for name in formats if content else ():
         (directory / EXPORTED_FILES[name]).write_bytes(content)
     (directory / "metrics.json").write_text(json.dumps({"evaluation": {"classNames": names}}))
@@ -167,6 +170,13 @@ def test_latest_version_is_evaluated_on_the_images_of_this_job(evaluate_earlier_
         latest = evaluate_earlier_version(color_model((20, 24)), formats=(name,), stored={"accuracy": 0.0})
         assert (latest.version, latest.reason, latest.metrics["accuracy"]) == (f"tiny/{number}", "", 1.0)
     assert evaluate_earlier_version(biased_model(1.0)).metrics["accuracy"] < 1.0
+
+
+def test_latest_version_resizes_the_images_of_this_job_as_it_was_trained(evaluate_earlier_version):
+    # It sees only the left edge, which is black if the images of 40x36 pixels are padded.
+    model = color_model(visible_columns=2)
+    assert evaluate_earlier_version(model).metrics["accuracy"] == 1.0
+    assert evaluate_earlier_version(model, image_fit="pad").metrics["accuracy"] < 1.0
 
 
 def test_latest_version_may_have_another_order_of_classes(evaluate_earlier_version):
@@ -282,6 +292,20 @@ def test_published_version_is_complete_and_loads_with_standard_libraries(
     assert again.started > published.finished
     assert again == published.model_copy(update={"started": again.started, "finished": again.finished})
     assert keys_below(storage, "") == before
+
+
+def test_published_version_states_how_it_resizes_images(make_job, store_classifier, workspace, export_check_in_process):
+    dataset = {**make_job().spec.dataset.model_dump(by_alias=True, exclude_unset=True), "imageFit": "pad"}
+    job = make_job(dataset=dataset, publish={"formats": ["keras", "savedModel"]})
+    publish(job, store_classifier(job), pull(job, workspace), workspace)
+    storage = workspace.storage
+    assert json.loads(storage.read("models/tiny/1/preprocessing.json"))["imageFit"] == "pad"
+    content = json.loads(storage.read("models/tiny/1/metrics.json"))
+    assert content["imageFit"] == "pad"
+    # Compared with images that were loaded as in training.
+    assert content["recheck"]["largestLogitDifference"]["encoded"] <= content["recheck"]["logitTolerance"]
+    for name in ("card.md", "report.html"):
+        assert "centered on black" in storage.read(f"models/tiny/1/{name}").decode()
 
 
 def _assert_same_probabilities_in_another_process(storage, classifier, image, tmp_path):

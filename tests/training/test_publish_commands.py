@@ -185,6 +185,44 @@ def test_predict_works_without_a_keras_file(command, exported, tmp_path):
     assert [line.split(": ")[1] for line in lines] == ["blue 100.0 %", "red 100.0 %"]
 
 
+@pytest.fixture
+def cropping_version(exported, tmp_path):
+    """A version that was trained with `imageFit: crop`, and an image that is red in the center and blue elsewhere."""
+    version = tmp_path / "cropping"
+    version.mkdir()
+    model = keras.models.load_model(exported / "model.keras", compile=False)
+    export_model(model, ("blue", "red"), ("keras",), Preprocessing(image_fit="crop"), version)
+    shutil.copy(exported / "labels.txt", version)
+    pixels = np.full((40, 200, 3), (20, 20, 200), np.uint8)
+    pixels[:, 80:120] = (220, 20, 30)
+    Image.fromarray(pixels).save(tmp_path / "wide.png")
+    return version, tmp_path / "wide.png"
+
+
+def test_predict_resizes_images_as_the_version_was_trained(command, cropping_version):
+    version, image = cropping_version
+    assert command("predict", version, image).output == f"{image}: red 100.0 %\n"
+    settings = json.loads((version / "preprocessing.json").read_text())
+    del settings["imageFit"]  # as published before this setting existed
+    (version / "preprocessing.json").write_text(json.dumps(settings))
+    assert command("predict", version, image).output == f"{image}: blue 100.0 %\n"
+
+
+def test_predict_with_a_keras_file_uses_the_settings_next_to_it(command, cropping_version, storage):
+    version, image = cropping_version
+    for path in version.iterdir():
+        storage.upload(path, f"files/{path.name}")
+    for model in (version / "model.keras", storage.uri_of("files/model.keras")):
+        assert command("predict", model, image).output == f"{image}: red 100.0 %\n"
+    (version / "preprocessing.json").unlink()
+    result = command("predict", version / "model.keras", image)
+    assert result.stdout == f"{image}: blue 100.0 %\n"
+    assert result.stderr == (
+        f"preprocessing.json is not next to {version}/model.keras: images are resized without preserving their aspect "
+        "ratio.\n"
+    )
+
+
 def test_predict_rejects_a_path_without_a_model(command, tmp_path):
     with pytest.raises(SettingError, match=r"nowhere does not exist\. Expected an s3:// URI, a \.keras file"):
         command("predict", tmp_path / "nowhere", "image.jpg")

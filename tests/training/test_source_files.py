@@ -14,7 +14,6 @@ from topwork.data.images.decoding import Preprocessing, is_decodable
 from topwork.data.images.image_validation import validate_image
 from topwork.model.export import add_probabilities, export_model
 from topwork.report.export_check import CheckProcess, compare_predictions, write_check_inputs
-from topwork.report.exported_model import read_value_range
 from topwork.report.source_files import write_source_files
 
 SIZE, RANGE = (24, 24), (0.0, 4095.0)
@@ -70,7 +69,12 @@ def inputs(classifier, tmp_path):
     probabilities = classifier(images.astype(np.float32)).numpy()
     write_check_inputs(tmp_path / "inputs", images, probabilities, probabilities.argmax(axis=1), [], 1e-4)
     write_source_files(
-        tmp_path / "inputs", StoredDataset("", metadata), tmp_path, SIZE, RANGE, lambda batch: classifier(batch).numpy()
+        tmp_path / "inputs",
+        StoredDataset("", metadata),
+        tmp_path,
+        SIZE,
+        Preprocessing(RANGE, "crop"),
+        lambda batch: classifier(batch).numpy(),
     )
     return tmp_path / "inputs"
 
@@ -82,8 +86,7 @@ def export(classifier, preprocessing, folder):
 
 
 def test_source_files_are_predicted_like_stored_images(classifier, inputs, tmp_path):
-    version = export(classifier, Preprocessing(RANGE), tmp_path / "version")
-    assert read_value_range(version) == RANGE
+    version = export(classifier, Preprocessing(RANGE, "crop"), tmp_path / "version")
     result = compare_predictions(version, inputs, ("keras", "savedModel"))
     assert max(result.largest_difference.values()) < 1e-5
     assert set(result.largest_difference) == {
@@ -114,5 +117,8 @@ def test_export_that_decodes_source_files_differently_is_rejected(classifier, in
     assert "topwork predict by" in str(raised.value)  # preprocessing.json contains another range
 
 
-def test_version_without_value_range_uses_the_full_range(tmp_path):
-    assert read_value_range(tmp_path) == (0.0, 65535.0)
+def test_export_with_another_fit_is_detected(classifier, inputs, tmp_path):
+    version = export(classifier, Preprocessing(RANGE, "pad"), tmp_path / "version")
+    result = compare_predictions(version, inputs, ("keras", "savedModel"))
+    wrong = {name for name, value in result.largest_logit_difference.items() if value > result.logit_tolerance}
+    assert {"topwork predict", "encoded (JPEG RGB, EXIF orientation)"} <= wrong

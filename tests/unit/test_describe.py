@@ -185,7 +185,8 @@ def test_unknown_values_are_noted(write_job, capsys):
     run = read_files([path])[0][1].run
     assert capsys.readouterr().out == (
         f"tiny (run {run})\n"
-        "  base  CNN trained from scratch; 408 parameters, weights: random; images of 32x32 pixels, scaling: to 0..1\n"
+        "  base  CNN trained from scratch; 408 parameters, weights: random; images of 32x32 pixels "
+        "(stretch), scaling: to 0..1\n"
         "  data  ? classes; images: ? train, ? validation, ? test\n"
         "  note  The number of classes is unknown until the dataset is pulled; the head is shown for 2. "
         "Use --classes N.\n"

@@ -285,3 +285,43 @@ def test_dumped_spec_reads_back_as_the_same_job(job):
     reloaded = TransferJob.model_validate(YAML(typ="safe").load(dump_job(job)))
     assert reloaded == job
     assert reloaded.run == job.run
+
+
+def with_dataset(job, **settings):
+    """Return the job with other settings of `spec.dataset`."""
+    dataset = job.spec.dataset.model_copy(update=settings)
+    return job.model_copy(update={"spec": job.spec.model_copy(update={"dataset": dataset})})
+
+
+@pytest.mark.parametrize("shape", [(90, 60), (60, 90), (31, 47), (1, 500), (7, 3)])
+@pytest.mark.parametrize("fit", ["stretch", "crop", "pad"])
+def test_code_in_the_card_resizes_images_as_in_training(job, fit, shape):
+    from topwork.data.images.resizing import resize
+
+    results = make_results(with_dataset(job, image_fit=fit, image_size=(32, 48)), ("cat", "dog"))
+    code = re.search(r"```python\n([^`]*def resize[^`]*)```", render_model_card(results))[1]
+    functions = {}
+    exec(code, functions)  # the code of the card
+    pixels = np.random.default_rng(1).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    expected = resize(pixels, (32, 48), fit).numpy()
+    assert np.array_equal(functions["resize"](pixels).numpy(), expected)
+
+
+@pytest.mark.parametrize(
+    ("fit", "sentence", "limit"),
+    [
+        ("stretch", "resized to 32x48 pixels (height x width) without preserving", "objects look different"),
+        ("crop", "cropped to the central part with the aspect ratio of the input, then resized", "Objects outside"),
+        ("pad", "scaled to fit into 32x48 pixels (height x width) with their aspect ratio", "Objects are small"),
+    ],
+)
+def test_card_and_report_state_how_images_are_resized(job, fit, sentence, limit):
+    results = make_results(with_dataset(job, image_fit=fit, image_size=(32, 48)), ("cat", "dog"))
+    card = render_model_card(results).replace("\\", "")
+    for text in (card, Page(render_report(results)).text):
+        assert f"{sentence}" in text
+        assert f"(imageFit: {fit}). The interpolation is bilinear with antialiasing" in text
+    assert limit in card.partition("## Limits")[2]
+    assert card.count("def resize") == 1
+    served = render_model_card(dataclasses.replace(results, formats=("savedModel",)))
+    assert "def resize" not in served

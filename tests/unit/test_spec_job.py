@@ -62,6 +62,7 @@ DEFAULTS = {
             "fold": None,
         },
         "imageSize": [96, 96],
+        "imageFit": "stretch",
         "valueRange": "auto",
         "onCorruptImage": "skip",
         "maxRejectedRatio": 0.2,

@@ -34,6 +34,8 @@ MISTAKES: list[tuple[dict[str, str], list[str]]] = [
     ({"    imageSize: [150, 150]": "    imageSize: [150]"}, ["16:16: spec.dataset.imageSize: a list of 1 is not allowed. Allowed: a list of 2, each an integer from 16 to 2048.", ]),
     ({"    imageSize: [150, 150]": "    imageSize: [150, 150, 3]"}, ["16:16: spec.dataset.imageSize: a list of 3 is not allowed. Allowed: a list of 2, each an integer from 16 to 2048.", ]),
     ({"    imageSize: [150, 150]": "    imageSize: [150, wide]"}, ['16:22: spec.dataset.imageSize[1]: "wide" is not allowed. Allowed: an integer from 16 to 2048.', ]),
+    ({"    imageSize: [150, 150]": "    imageSize: [150, 150]\n    imageFit: crp"}, ['17:15: spec.dataset.imageFit: "crp" is not allowed. Did you mean crop? Allowed: stretch, crop, pad.', ]),
+    ({"    imageSize: [150, 150]": "    imageSize: [150, 150]\n    imageFit: {pad: black}"}, ["17:15: spec.dataset.imageFit: a mapping with \"pad\" is not allowed. Allowed: stretch, crop, pad.", ]),
     ({"    head: {pooling: avg, hidden: [], dropout: 0.2}": "    head: avg"}, ['22:11: spec.model.head: "avg" is not allowed. Allowed: a mapping with pooling, hidden, dropout.', ]),
     ({"  seed: 42": "  seed: 2001-01-01"}, ['51:9: spec.seed: "2001-01-01" is not allowed. Allowed: an integer from 0 to 2147483647.', ]),
     ({"name: adam, learningRate: 0.001}": "name: adam, learningRate: '0.001'}"}, ['28:43: spec.transfer.optimizer.learningRate: "0.001" is not allowed. Remove the quotes. Allowed: a number above 0 and at most 10.', ]),

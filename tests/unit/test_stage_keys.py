@@ -56,6 +56,7 @@ def test_new_key_with_a_default_changes_no_digest() -> None:
         {"transfer": {}, "augmentation": {}, "evaluate": {}, "publish": {}, "metrics": {}},
         {"transfer": {"optimizer": {"name": "adam", "learningRate": 0.001}}},
         {"compute": {"gpus": 4, "cpu": 16, "precision": "auto"}},
+        {"dataset": {**DATASET, "imageFit": "stretch"}},
         {"dataset": {**DATASET, "maxRejectedRatio": 0.5, "onCorruptImage": "fail", "onMissingClass": "allow"}},
     ],
 )
@@ -104,6 +105,7 @@ def test_fine_tune_does_not_change_the_key_of_transfer(storage, fine_tune: dict[
         {"augmentation": {"rotation": 0.1}},
         {"transfer": {"epochs": 11}},
         {"dataset": {**DATASET, "imageSize": [64, 64]}},
+        {"dataset": {**DATASET, "imageFit": "crop"}},
         {"dataset": {**DATASET, "valueRange": "full"}},
         {"model": {"base": {"application": "ResNet50"}}},
     ],

@@ -19,9 +19,9 @@ from topwork.artifacts import download_artifact
 from topwork.data.dataset_manifest import ENTRIES_FILE, DatasetMetadata, StoredDataset
 from topwork.data.groups import find_groups
 from topwork.data.images.decode_pool import available_cpus
-from topwork.data.images.decoding import decode, resize
+from topwork.data.images.decoding import Preprocessing
 from topwork.data.images.image_validation import SEVERAL_FRAMES
-from topwork.data.images.value_range import FULL_RANGE, ValueRange, describe_value_range, resolve_value_range
+from topwork.data.images.value_range import ValueRange, describe_value_range, resolve_value_range
 from topwork.data.record_index import RecordIndex, open_record_index
 from topwork.data.splits import SourceSplit, describe_splits, format_missing_classes, select_splits
 from topwork.spec import TransferJob
@@ -33,8 +33,8 @@ from topwork.workspace import Workspace
 log = structlog.get_logger(__name__)
 
 _PIXEL_CACHE = "pixels-3"
-"""File name prefix of cached resized images. Increment the number when `decode` or `resize` changes its results, or
-when the order of the images in the file changes."""
+"""File name prefix of cached resized images. Increment the number when `Preprocessing` changes its results, or when
+the order of the images in the file changes."""
 
 _PIXEL_CACHE_MAX_SHARE = 0.8
 """Maximum share of the free scratch space for cached resized images."""
@@ -50,7 +50,7 @@ class Split:
         size: Number of images.
         labels: int64 (size,), values 0..classes-1.
         image_size: Height and width in pixels.
-        value_range: Values that become 0 and 255 in images with more than 8 bits per channel.
+        preprocessing: How the stored files are decoded and resized.
         views: Number of cached views per image. Row v * size + i is view v of image i.
     """
 
@@ -61,13 +61,13 @@ class Split:
         records: RecordIndex,
         positions: Indices,
         image_size: tuple[int, int],
-        value_range: ValueRange = FULL_RANGE,
+        preprocessing: Preprocessing,
     ) -> None:
         """Select images by their positions among all stored examples, int64 (size,)."""
         self.size = len(positions)
         self.labels: npt.NDArray[np.int64] = records.labels[positions]
         self.image_size = image_size
-        self.value_range = value_range
+        self.preprocessing = preprocessing
         self._records = records
         self._positions = positions
         self._pixels: Pixels | None = None
@@ -84,17 +84,16 @@ class Split:
         digests: npt.NDArray[np.uint64] = self._records.digests[self._positions]
         return digests
 
-    def resized(self, image_size: tuple[int, int], value_range: ValueRange | None = None) -> "Split":
-        """Return the same images in another size and value range; they are decoded each time they are used."""
-        value_range = value_range or self.value_range
-        if (image_size, value_range) == (self.image_size, self.value_range):
+    def resized(self, image_size: tuple[int, int], preprocessing: Preprocessing) -> "Split":
+        """Return the same images in another size and preprocessing; they are decoded each time they are used."""
+        if (image_size, preprocessing) == (self.image_size, self.preprocessing):
             return self
-        return Split(self._records, self._positions, image_size, value_range)
+        return Split(self._records, self._positions, image_size, preprocessing)
 
     def merged(self, others: Sequence["Split"]) -> "Split":
         """Return the images of this split and other splits of the same dataset, each once, in stored order."""
         positions = np.unique(np.concatenate([split._positions for split in (self, *others)]))
-        return Split(self._records, positions, self.image_size, self.value_range)
+        return Split(self._records, positions, self.image_size, self.preprocessing)
 
     def load_encoded(self, index: int) -> bytes:
         """Load the stored file of one image.
@@ -123,7 +122,7 @@ class Split:
         if self._pixels is not None:
             return np.take(self._pixels, self._rows[indices], axis=0)
         resized = [
-            resize(decode(self.load_encoded(index), self.value_range), self.image_size).numpy().astype(np.uint8)
+            self.preprocessing.load(self.load_encoded(index), self.image_size).numpy().astype(np.uint8)
             for index in indices
         ]
         return np.stack(resized) if resized else np.zeros((0, *self.image_size, 3), np.uint8)
@@ -144,7 +143,7 @@ class Split:
             # Decode in the graph. TensorFlow ops inside numpy_function could deadlock on TensorFlow's own threads.
             files = tf.numpy_function(self._load_files, [indices], tf.string, stateful=False)
             images = tf.map_fn(
-                lambda file: resize(decode(file, self.value_range), self.image_size),
+                lambda file: self.preprocessing.load(file, self.image_size),
                 tf.ensure_shape(files, indices.shape),
                 fn_output_signature=tf.float32,
             )
@@ -166,7 +165,7 @@ class Split:
 
     def pixel_file(self, directory: Path) -> Path:
         """Return the path of the file of all resized images."""
-        settings = f"{self.image_size}{self.value_range}".encode()
+        settings = f"{self.image_size}{self.preprocessing}".encode()
         content = hashlib.sha256(settings + self._positions.tobytes()).hexdigest()[:16]
         return directory / f"{_PIXEL_CACHE}-{content}.u8"
 
@@ -175,8 +174,7 @@ class Split:
 
         def load_image(index: tf.Tensor) -> tf.Tensor:
             file = tf.ensure_shape(tf.numpy_function(self.load_encoded, [index], tf.string, stateful=False), ())
-            pixels = tf.cast(resize(decode(file, self.value_range), self.image_size), tf.uint8)
-            return tf.ensure_shape(pixels, (*self.image_size, 3))
+            return tf.cast(self.preprocessing.load(file, self.image_size), tf.uint8)
 
         images = tf.data.Dataset.range(self.size).map(
             load_image, num_parallel_calls=available_cpus(), deterministic=True
@@ -237,13 +235,13 @@ def fetch_dataset(dataset: StoredDataset, job: TransferJob, workspace: Workspace
         names = records.image_names(np.arange(len(records.labels)))
         groups = find_groups(spec.group_by, names, metadata.class_names, directory / ENTRIES_FILE)
     selected = select_splits(spec, sources, metadata.class_names, job.spec.seed, groups)
-    value_range = resolve_value_range(spec.value_range, metadata.values)
-    splits = {name: Split(records, positions, spec.image_size, value_range) for name, positions in selected.items()}
+    preprocessing = Preprocessing(resolve_value_range(spec.value_range, metadata.values), spec.image_fit)
+    splits = {name: Split(records, positions, spec.image_size, preprocessing) for name, positions in selected.items()}
     _delete_incomplete_pixels(directory)
     if _fits_on_scratch(list(splits.values()), directory, job):
         cache_pixels(list(splits.values()), directory, workspace)
     marker = directory / f"splits-logged-{spec.fold or 'all'}"
-    _log_splits_once(marker, spec, splits, metadata, value_range)
+    _log_splits_once(marker, spec, splits, metadata, preprocessing.value_range)
     return LocalDataset(metadata.class_names, *(splits.get(name) for name in SPLIT_NAMES))  # type: ignore[arg-type]
 
 
@@ -253,7 +251,7 @@ def cache_pixels(splits: Sequence[Split], directory: Path, workspace: Workspace)
     The file does not depend on how the images are divided among the splits: the folds of cross-validation share it.
 
     Args:
-        splits: Splits of the same dataset, with the same image size and value range.
+        splits: Splits of the same dataset, with the same image size and preprocessing.
         directory: Directory of the dataset on scratch.
         workspace: Workspace that displays the progress.
     """

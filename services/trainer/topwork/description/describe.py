@@ -195,6 +195,7 @@ def _base(spec: JobSpec, model: keras.Model | None, file: Path | None) -> BaseDe
         name=base.application or (base.saved.uri if base.saved else "CNN trained from scratch"),
         weights={"saved": "from the file", "cnn": "random"}.get(kind) or _weights(base),
         input_size=spec.dataset.image_size,
+        image_fit=spec.dataset.image_fit,
         scaling=_scaling(base, model, file),
         parameters=None if model is None else model.get_layer("base").count_params(),
     )

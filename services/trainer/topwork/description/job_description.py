@@ -112,6 +112,7 @@ class BaseDescription(_DescriptionModel):
         name: Name of the application, or URI of the saved model.
         weights: Origin of the weights.
         input_size: Height and width in pixels.
+        image_fit: How images with another aspect ratio are resized, as in the spec.
         scaling: Scaling of raw pixels.
         parameters: Number of parameters; None if the base is unavailable.
     """
@@ -120,6 +121,7 @@ class BaseDescription(_DescriptionModel):
     name: str
     weights: str
     input_size: tuple[int, int]
+    image_fit: str
     scaling: str
     parameters: int | None
 

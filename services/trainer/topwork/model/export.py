@@ -1,4 +1,7 @@
-"""Exports a trained classifier as Keras, SavedModel, TFLite or ONNX, with all preprocessing inside the model."""
+"""Exports a trained classifier as Keras, SavedModel, TFLite or ONNX.
+
+Input scaling is part of every format. Decoding and resizing are part of the SavedModel.
+"""
 
 import contextlib
 import io
@@ -6,6 +9,7 @@ import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,8 +28,13 @@ class Preprocessing(Protocol):
         """Values that become 0 and 255 in images with more than 8 bits per channel."""
         ...
 
-    def decode(self, encoded: tf.Tensor) -> tf.Tensor:
-        """Decode a file, scalar string, to uint8 (height, width, 3) inside a graph."""
+    @property
+    def image_fit(self) -> str:
+        """How images with another aspect ratio than the input are resized."""
+        ...
+
+    def load(self, encoded: tf.Tensor, size: tuple[int, int]) -> tf.Tensor:
+        """Decode and resize a file, scalar string, to float32 (height, width, 3) in 0..255 inside a graph."""
         ...
 
     def resize(self, image: tf.Tensor, size: tuple[int, int]) -> tf.Tensor:
@@ -88,7 +97,7 @@ def export_model(
         class_names: Name of each class, in the order of the outputs.
         formats: Any of keras, savedModel, tflite and onnx.
         preprocessing: Decoding and resizing as in training. Only the SavedModel contains it; other formats expect
-            images of the model's input size. The value range is also written to `PREPROCESSING_FILE`.
+            images of the model's input size. Its settings are also written to `PREPROCESSING_FILE`.
         folder: Existing directory for the files.
         decodes_files: Whether the SavedModel has the signature `encoded`.
 
@@ -108,7 +117,7 @@ def export_model(
                 save_saved_model(model, class_names, preprocessing, folder, decodes_files=decodes_files)
             else:
                 _convert(model, name, path)
-    content = {"format": 1, "valueRange": preprocessing.value_range}
+    content = {"format": 1, "valueRange": preprocessing.value_range, "imageFit": preprocessing.image_fit}
     (folder / PREPROCESSING_FILE).write_text(json.dumps(content) + "\n")
     return tuple(EXPORTED_FILES[name] for name in formats)
 
@@ -151,17 +160,14 @@ def save_saved_model(
         classify, autograph=False, input_signature=[tf.TensorSpec((None, height, width, 3), tf.float32)]
     )
 
-    def decode(encoded: tf.Tensor) -> tf.Tensor:
-        image = tf.cast(preprocessing.decode(encoded), tf.float32)
-        return tf.ensure_shape(preprocessing.resize(image, (height, width)), (height, width, 3))
-
     def from_image(image: tf.Tensor) -> dict[str, tf.Tensor]:
         return classify_images(tf.ensure_shape(preprocessing.resize(image, (height, width)), (None, height, width, 3)))
 
     def from_encoded(encoded: tf.Tensor) -> dict[str, tf.Tensor]:
         # One by one: the images of a request may differ in size before they are resized.
         output = tf.TensorSpec((height, width, 3), tf.float32)
-        return classify_images(tf.map_fn(decode, encoded, fn_output_signature=output))
+        load = partial(preprocessing.load, size=(height, width))
+        return classify_images(tf.map_fn(load, encoded, fn_output_signature=output))
 
     def trace(function: Callable[[tf.Tensor], dict[str, tf.Tensor]], argument: tf.TensorSpec) -> Any:
         return tf.function(function, autograph=False, input_signature=[argument]).get_concrete_function()

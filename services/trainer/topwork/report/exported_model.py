@@ -5,14 +5,17 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from topwork.data.images.decode_pool import available_cpus
-from topwork.data.images.value_range import FULL_RANGE, ValueRange
 from topwork.errors import DataError, quote_error
+from topwork.spec.dataset import ImageFit
+
+if TYPE_CHECKING:
+    from topwork.data.images.decoding import Preprocessing
 
 # float32 or uint8 (batch, height, width, 3) in 0..255 -> float32 (batch, classes)
 Predict = Callable[[NDArray[Any]], NDArray[np.float32]]
@@ -123,25 +126,37 @@ def load_format(folder: Path, name: str) -> LoadedModel:
     return loader(folder / file)
 
 
-def read_value_range(folder: Path) -> ValueRange:
-    """Read the value range with which the images of a version were decoded in training.
+def read_preprocessing(folder: Path) -> "Preprocessing":
+    """Read how the images of a version were decoded and resized in training.
 
     Args:
         folder: Directory of the version.
 
     Returns:
-        The values that become 0 and 255. The full range of 16 bits for versions of topwork 0.1, which used no other.
+        Its settings. Versions of an older topwork, which had fewer settings, have the defaults: the full range of 16
+        bits, and images are stretched.
+
+    Raises:
+        DataError: If the file is damaged, or was written by a newer topwork with settings that this one does not know.
     """
+    from topwork.data.images.decoding import Preprocessing
     from topwork.model.export import PREPROCESSING_FILE  # imports Keras
 
     file = folder / PREPROCESSING_FILE
     if not file.is_file():
-        return FULL_RANGE
+        return Preprocessing()
     try:
-        low, high = json.loads(file.read_text())["valueRange"]
-        return (float(low), float(high))
-    except (ValueError, KeyError, TypeError) as error:
+        content = json.loads(file.read_text())
+        low, high = content["valueRange"]
+        value_range, image_fit = (float(low), float(high)), content.get("imageFit", "stretch")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{file} is damaged: {quote_error(error)}. Download the version again.") from error
+    if image_fit not in get_args(ImageFit):
+        raise DataError(
+            f"{file} has the imageFit {image_fit!r}, but this version of topwork supports "
+            f"{', '.join(get_args(ImageFit))}. Use the topwork version that published the model."
+        )
+    return Preprocessing(value_range, image_fit)
 
 
 def _in_batches(predict: Predict) -> Predict:

@@ -167,7 +167,7 @@ def write_export_check(
             dataset,
             workspace.scratch / dataset.prefix,
             images.image_size,
-            images.value_range,
+            images.preprocessing,
             lambda batch: model(batch, training=False).numpy(),
         )
 

@@ -15,12 +15,12 @@ from ruamel.yaml import YAML
 
 from topwork.artifacts import download_artifact, read_manifest
 from topwork.clients.s3.storage import Storage
-from topwork.data.images.value_range import ValueRange
+from topwork.data.images.decoding import Preprocessing
 from topwork.errors import DamagedError, DataError
 from topwork.model.export import EXPORTED_FILES
 from topwork.registry import versions
 from topwork.registry.versions import Version
-from topwork.report.exported_model import load_format, read_value_range
+from topwork.report.exported_model import load_format, read_preprocessing
 from topwork.report.gates import LatestVersion
 from topwork.report.held_out_split import Forward, HeldOutSplit, graph_of
 from topwork.spec import TransferJob
@@ -42,13 +42,13 @@ class LoadedVersion:
     Attributes:
         class_names: Name of each class, in the order of its outputs.
         image_size: Height and width of its inputs.
-        value_range: Values that become 0 and 255 in images with more than 8 bits per channel.
+        preprocessing: How its images are decoded and resized.
         forward: The model.
     """
 
     class_names: list[str]
     image_size: tuple[int, int]
-    value_range: ValueRange
+    preprocessing: Preprocessing
     forward: Forward
 
 
@@ -111,13 +111,13 @@ def _load(storage: Storage, latest: Version, folder: Path) -> LoadedVersion:
     download_artifact(storage, prefix, folder, select=lambda file: file not in others and file != "report.html")
     try:
         class_names = json.loads((folder / "metrics.json").read_bytes())["evaluation"]["classNames"]
-        value_range = read_value_range(folder)
+        preprocessing = read_preprocessing(folder)
         if name == "keras":
             model = keras.models.load_model(folder / EXPORTED_FILES[name], compile=False)
-            return LoadedVersion(class_names, model.input_shape[1:3], value_range, graph_of(model))
+            return LoadedVersion(class_names, model.input_shape[1:3], preprocessing, graph_of(model))
         loaded = load_format(folder, name)
         size = loaded.image_size or _read_image_size(folder / "spec.yaml")
-        return LoadedVersion(class_names, size, value_range, lambda images: loaded.predict(images.numpy()))
+        return LoadedVersion(class_names, size, preprocessing, lambda images: loaded.predict(images.numpy()))
     except Exception as error:
         raise NotComparableError(
             f"{EXPORTED_FILES[name]} cannot be loaded ({type(error).__name__}: {_one_line(error)})"
@@ -136,7 +136,7 @@ def _evaluate(loaded: LoadedVersion, held_out: HeldOutSplit, auc: bool) -> dict[
     ours, its = held_out.images.image_size, loaded.image_size
     # Larger images must not need more memory than those of this job.
     batch_size = max(1, held_out.batch_size * ours[0] * ours[1] // max(ours[0] * ours[1], its[0] * its[1]))
-    resized = replace(held_out, images=held_out.images.resized(its, loaded.value_range), batch_size=batch_size)
+    resized = replace(held_out, images=held_out.images.resized(its, loaded.preprocessing), batch_size=batch_size)
 
     def forward(images: Any) -> NDArray[np.float32]:
         return loaded.forward(images)[:, order]

@@ -7,11 +7,11 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from topwork.data.images.decoding import decode, is_decodable, resize
+from topwork.data.images.decoding import is_decodable
 from topwork.data.images.image_validation import validate_image
 from topwork.errors import DataError, SettingError
 from topwork.model.export import EXPORTED_FILES
-from topwork.report.exported_model import LoadedModel, load_format, load_keras, read_value_range
+from topwork.report.exported_model import LoadedModel, load_format, load_keras, read_preprocessing
 
 
 class Predictor:
@@ -19,7 +19,7 @@ class Predictor:
 
     Attributes:
         class_names: Name of each class, or its index if there is no `labels.txt` next to the model.
-        value_range: Values that become 0 and 255 in images with more than 8 bits per channel.
+        preprocessing: How image files are decoded and resized, as in training.
 
     Example:
         >>> predictor = Predictor(Path("models/cats-vs-dogs/1"))
@@ -39,7 +39,7 @@ class Predictor:
         """
         self._loaded = _load(path)
         folder = path if path.is_dir() else path.parent
-        self.value_range = read_value_range(folder)
+        self.preprocessing = read_preprocessing(folder)
         labels = folder / "labels.txt"
         height, width = self._loaded.image_size or (64, 64)
         classes = self._loaded.predict(np.zeros((1, height, width, 3), np.uint8)).shape[-1]
@@ -47,7 +47,7 @@ class Predictor:
         self.class_names = tuple(names) if len(names) == classes else tuple(str(index) for index in range(classes))
 
     def probabilities(self, files: Sequence[bytes]) -> NDArray[np.float32]:
-        """Predict image files, decoded as in training: upright, opaque, in the value range of the dataset.
+        """Predict image files, decoded and resized as in training.
 
         Args:
             files: Image files returned by `validate_file`.
@@ -55,10 +55,11 @@ class Predictor:
         Returns:
             float32 (files, classes).
         """
-        images = [decode(file, self.value_range) for file in files]
         if self._loaded.image_size is None:  # the model resizes, so images may differ in size
-            return np.concatenate([self._loaded.predict(image.numpy()[np.newaxis]) for image in images])
-        return self._loaded.predict(tf.stack([resize(image, self._loaded.image_size) for image in images]).numpy())
+            images = (self.preprocessing.decode(file).numpy() for file in files)
+            return np.concatenate([self._loaded.predict(image[np.newaxis]) for image in images])
+        loaded = [self.preprocessing.load(file, self._loaded.image_size) for file in files]
+        return self._loaded.predict(tf.stack(loaded).numpy())
 
 
 def validate_file(data: bytes) -> bytes:

@@ -18,9 +18,16 @@ from topwork.report.evaluation import Evaluation
 from topwork.report.export_check import ExportCheck
 from topwork.report.gates import GateResult, LatestVersion
 from topwork.spec import TransferJob
+from topwork.spec.dataset import ImageFit
 
 # First columns of `history.csv`; other values of an epoch follow.
 LEADING_COLUMNS = ("stage", "epoch", "loss", "accuracy", "validation_loss", "validation_accuracy", "learning_rate")
+
+_RESIZING: dict[ImageFit, str] = {
+    "stretch": "Images are resized to {size} without preserving their aspect ratio",
+    "crop": "Images are cropped to the central part with the aspect ratio of the input, then resized to {size}",
+    "pad": "Images are scaled to fit into {size} with their aspect ratio, and centered on black",
+}
 
 
 @dataclass(frozen=True)
@@ -91,6 +98,16 @@ class Results:
         values = self.evaluation.metrics
         requested: dict[str, float] = {name: values[name] for name in self.job.spec.evaluate.metrics if name in values}
         return {**requested, "loss": values["loss"]}
+
+    @property
+    def resizing(self) -> str:
+        """How images of any size become inputs of the model, in two sentences."""
+        height, width = self.job.spec.dataset.image_size
+        fit = self.job.spec.dataset.image_fit
+        return (
+            f"{_RESIZING[fit].format(size=f'{height}x{width} pixels (height x width)')} (imageFit: {fit}). "
+            "The interpolation is bilinear with antialiasing, and values are rounded to integers."
+        )
 
     @property
     def image_notes(self) -> tuple[str, ...]:
@@ -170,6 +187,7 @@ def metrics_json(results: Results) -> bytes:
         "weights": {"stage": results.weights.stage, "epoch": results.weights.epoch} if results.weights else None,
         "stepSeconds": results.step_seconds,
         "gates": [gate.model_dump(by_alias=True) for gate in results.gates],
+        "imageFit": results.job.spec.dataset.image_fit,
         "valueRange": resolve_value_range(results.job.spec.dataset.value_range, results.dataset.values),
         "crossValidation": _cross_validation(results.cross_validation) if results.cross_validation else None,
         "latest": results.latest.model_dump(by_alias=True) if results.latest else None,

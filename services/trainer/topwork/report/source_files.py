@@ -5,12 +5,16 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from topwork.data.dataset_manifest import StoredDataset
 from topwork.report.exported_model import PredictFiles
+
+if TYPE_CHECKING:
+    from topwork.data.images.decoding import Preprocessing
 
 DIRECTORY = "source-files"
 
@@ -37,20 +41,19 @@ def write_source_files(
     dataset: StoredDataset,
     directory: Path,
     image_size: tuple[int, int],
-    value_range: tuple[float, float],
+    preprocessing: "Preprocessing",
     forward: Callable[[NDArray[np.float32]], NDArray[np.float32]],
 ) -> None:
-    """Write the source files of a dataset and what the evaluated model predicts for them, decoded as in training.
+    """Write the source files of a dataset and what the evaluated model predicts for them.
 
     Args:
         folder: Directory of the inputs of the export check.
         dataset: The stored dataset.
         directory: Its local copy.
         image_size: Height and width of the inputs of the model.
-        value_range: Values that become 0 and 255 in images with more than 8 bits per channel.
+        preprocessing: How images are decoded and resized in training.
         forward: The evaluated model.
     """
-    from topwork.data.images.decoding import decode, resize
     from topwork.data.images.image_validation import validate_image
 
     originals = dataset.metadata.originals
@@ -61,7 +64,7 @@ def write_source_files(
     for number, original in enumerate(originals):
         shutil.copyfile(directory / original.file, folder / DIRECTORY / str(number))
         stored = validate_image((directory / original.file).read_bytes()).encoded
-        images.append(resize(decode(stored, value_range), image_size).numpy())
+        images.append(preprocessing.load(stored, image_size).numpy())
     np.save(folder / DIRECTORY / "expected.npy", forward(np.stack(images)))
     kinds = [(original.kind, original.is_servable) for original in originals]
     (folder / DIRECTORY / "kinds.json").write_text(json.dumps(kinds))

@@ -11,6 +11,7 @@ from topwork.spec.splits import Column, GroupBy, GroupColumn, SplitsSetting
 from topwork.spec.uris import ArchiveUri, FolderUri, TableUri
 
 SideLength = Annotated[StrictInt, Field(ge=16, le=2048)]
+ImageFit = Literal["stretch", "crop", "pad"]
 FiniteNumber = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Sha256 = Annotated[
     str,
@@ -111,6 +112,12 @@ class Dataset(SpecModel):
     )
     image_size: tuple[SideLength, SideLength] = Field(
         description="Height and width in pixels to which every image is resized."
+    )
+    image_fit: ImageFit = Field(
+        default="stretch",
+        description="How images with another aspect ratio than imageSize are resized: stretch uses the whole image and "
+        "does not preserve its aspect ratio, crop uses its central part, pad uses the whole image and adds black "
+        "borders. Resizing is bilinear with antialiasing.",
     )
     value_range: ValueRangeSetting = Field(
         default="auto",

@@ -13,7 +13,6 @@ from topwork.artifacts import read_json_record, write_artifact
 from topwork.clients.prometheus.metrics import Metrics
 from topwork.clients.s3.storage import Storage
 from topwork.data.dataset_manifest import StoredDataset, dataset_prefix
-from topwork.data.images.value_range import resolve_value_range
 from topwork.errors import DataError
 from topwork.registry import versions
 from topwork.registry.cross_validation import (
@@ -302,15 +301,14 @@ def store_evaluation(results: Results, storage: Storage) -> str:
 
 
 def _export(results: Results, evaluated: "EvaluatedClassifier", folder: Path, check_process: "CheckProcess") -> Results:
-    from topwork.data.images.decoding import Preprocessing
     from topwork.model.export import export_model
 
     formats = results.job.spec.publish.formats
     log.info("export", formats=" ".join(formats))
     version = folder / "version"
     version.mkdir()
-    value_range = resolve_value_range(results.job.spec.dataset.value_range, results.dataset.values)
-    export_model(evaluated.model, results.evaluation.class_names, formats, Preprocessing(value_range), version)
+    preprocessing = evaluated.images.preprocessing
+    export_model(evaluated.model, results.evaluation.class_names, formats, preprocessing, version)
     check = check_process.check(version, folder / "check_inputs", formats)
     log.info(
         "export check",

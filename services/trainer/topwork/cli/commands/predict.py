@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from topwork.report.predictor import Predictor
 
 BATCH_SIZE = 32
+PREPROCESSING_FILE = "preprocessing.json"
+# Files next to a model that change how its predictions are computed and named.
+MODEL_SETTINGS = ("labels.txt", PREPROCESSING_FILE)
 
 
 class OutputFormat(StrEnum):
@@ -121,6 +124,11 @@ def _load(model: str, storages: _Storages, stack: ExitStack) -> "Predictor":
     path = Path(model)
     if model.startswith("s3://"):
         path = _download_model(model, storages, Path(stack.enter_context(TemporaryDirectory(prefix="topwork-"))))
+    if path.is_file() and not path.with_name(PREPROCESSING_FILE).is_file():
+        typer.echo(
+            f"{PREPROCESSING_FILE} is not next to {model}: images are resized without preserving their aspect ratio.",
+            err=True,
+        )
     with quiet_tensorflow_import():
         from topwork.report.predictor import Predictor
 
@@ -130,13 +138,17 @@ def _load(model: str, storages: _Storages, stack: ExitStack) -> "Predictor":
 def _download_model(model: str, storages: _Storages, directory: Path) -> Path:
     if not MODEL_URI.fullmatch(model) and model.endswith(".keras"):
         parent, name = model.rsplit("/", 1)
-        storages.at(parent).download(name, directory / name)
+        storage = storages.at(parent)
+        storage.download(name, directory / name)
+        for file in MODEL_SETTINGS:
+            if (content := storage.read(file)) is not None:
+                (directory / file).write_bytes(content)
         return directory / name
     address = parse_model_address(model)
     storage = storages.at(address.storage)
     version = find_version(storage, address)
     prefix = versions.version_prefix(version.name, version.version)
-    files = {"model.keras", "labels.txt", "preprocessing.json"}
+    files = {"model.keras", *MODEL_SETTINGS}
     manifest = download_artifact(storage, prefix, directory, select=lambda file: file in files)
     if "model.keras" not in manifest.files:
         download_artifact(storage, prefix, directory)

@@ -54,8 +54,8 @@ def _base(base: "BaseDescription") -> str:
     height, width = base.input_size
     count = "unknown" if base.parameters is None else f"{base.parameters:,}"
     return (
-        f"{base.name}; {count} parameters, weights: {base.weights}; images of {height}x{width} pixels, scaling: "
-        f"{base.scaling}"
+        f"{base.name}; {count} parameters, weights: {base.weights}; images of {height}x{width} pixels "
+        f"({base.image_fit}), scaling: {base.scaling}"
     )
 
 

@@ -1,4 +1,4 @@
-"""Decoding and resizing in TensorFlow: one code path for training, evaluation, `topwork predict` and serving.
+"""Decoding in TensorFlow: one code path for training, evaluation, `topwork predict` and serving.
 
 The pixels of every file equal those of Pillow, bit for bit: transparency is composited on white, the EXIF orientation
 is applied, and values with more than 8 bits are mapped by the value range of the dataset. A file for which a graph
@@ -12,7 +12,9 @@ import tensorflow as tf
 
 from topwork.data.images.exif_orientation import apply_orientation, jpeg_orientation, png_orientation, webp_orientation
 from topwork.data.images.high_bit_depth import MARKER_CHUNK
+from topwork.data.images.resizing import resize
 from topwork.data.images.value_range import FULL_RANGE, ValueRange
+from topwork.spec.dataset import ImageFit
 
 # Bytes before the pixels that are inspected; shorter files are padded with zeros.
 _HEADER_BYTES = 64
@@ -80,35 +82,33 @@ def prepare_decoding() -> None:
     is_decodable(b"")
 
 
-def resize(image: tf.Tensor, size: tuple[int, int]) -> tf.Tensor:
-    """Resize images to an exact size: bilinear with antialiasing, rounded to integers.
-
-    The aspect ratio is not preserved.
-
-    Args:
-        image: Any numeric dtype, values 0..255, (height, width, 3) or (batch, height, width, 3).
-        size: Target height and width in pixels.
-
-    Returns:
-        float32 with the same rank as `image`. Values are integers 0..255, so a cast to uint8 is lossless.
-
-    Example:
-        >>> resize(decode(Path("cat.jpg").read_bytes()), (224, 224)).shape
-        TensorShape([224, 224, 3])
-    """
-    resized = tf.image.resize(image, size, method="bilinear", antialias=True)
-    return tf.clip_by_value(tf.round(resized), 0.0, 255.0)
-
-
 @dataclass(frozen=True)
 class Preprocessing:
-    """How the images of a dataset become the input of a model; part of the exported SavedModel.
+    """How image files become the input of a model; part of the exported SavedModel.
 
     Attributes:
         value_range: Values that become 0 and 255 in images with more than 8 bits per channel.
+        image_fit: How images with another aspect ratio than the input are resized.
+
+    Example:
+        >>> Preprocessing(image_fit="crop").load(Path("cat.jpg").read_bytes(), (224, 224)).shape
+        TensorShape([224, 224, 3])
     """
 
     value_range: ValueRange = FULL_RANGE
+    image_fit: ImageFit = "stretch"
+
+    def load(self, encoded: tf.Tensor, size: tuple[int, int]) -> tf.Tensor:
+        """Decode and resize an image file, inside or outside a graph.
+
+        Args:
+            encoded: Scalar string; see the function `decode`.
+            size: Height and width in pixels.
+
+        Returns:
+            float32 (height, width, 3). Values are integers 0..255.
+        """
+        return tf.ensure_shape(self.resize(self.decode(encoded), size), (*size, 3))
 
     def decode(self, encoded: tf.Tensor) -> tf.Tensor:
         """Decode an image file; see the function `decode`."""
@@ -116,7 +116,7 @@ class Preprocessing:
 
     def resize(self, image: tf.Tensor, size: tuple[int, int]) -> tf.Tensor:
         """Resize images; see the function `resize`."""
-        return resize(image, size)
+        return resize(image, size, self.image_fit)
 
 
 def _first_match(branches: list[tuple[tf.Tensor, Callable[[], tf.Tensor]]]) -> tf.Tensor:
