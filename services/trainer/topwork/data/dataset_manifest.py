@@ -113,6 +113,47 @@ class Contradictions(BaseModel):
         return f"{self.images} images have the same pixels as an image of another class: {named}{more}."
 
 
+class ClassSelectionSummary(BaseModel):
+    """What `spec.dataset.classes` made of the classes of a source, as of the pull.
+
+    Attributes:
+        setting: The setting, as returned by `topwork.spec.classes.classes_content`.
+        merged: The classes of the source that each merged or renamed class consists of.
+        left_out: Number of images of each class of the source that was left out.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    setting: Any
+    merged: dict[str, tuple[str, ...]]
+    left_out: dict[str, int]
+
+    def describe(self, limit: int = 10) -> tuple[str, ...]:
+        """Return sentences on merged classes and on those that were left out; none if only their order was chosen.
+
+        Args:
+            limit: Maximum number of names in a sentence.
+        """
+        notes = [
+            f"The class {name} contains the {'class' if len(sources) == 1 else 'classes'} "
+            f"{_join(list(sources), limit)} of the source."
+            for name, sources in self.merged.items()
+        ]
+        if len(notes) > limit:
+            notes[limit:] = [f"{len(notes) - limit} more classes are merged or renamed."]
+        if self.left_out:
+            images, classes = sum(self.left_out.values()), len(self.left_out)
+            notes.append(
+                f"Left out: {classes} {'class' if classes == 1 else 'classes'} of the source with {images} "
+                f"{'image' if images == 1 else 'images'}, {_join(list(self.left_out), limit)}."
+            )
+        return tuple(notes)
+
+
+def _join(names: list[str], limit: int) -> str:
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
 class DatasetMetadata(BaseModel):
     """Metadata of a stored dataset.
 
@@ -122,6 +163,7 @@ class DatasetMetadata(BaseModel):
         pull_format: Version of the rules by which the images were stored; see `topwork.registry.datasets.FORMAT`.
         source: Where the images come from, without credentials.
         class_names: Class names, in label order.
+        class_selection: What `spec.dataset.classes` made of the classes of the source; None if it was not set.
         splits: Number of images per class, for each split of the source.
         images: Number of stored images.
         rejected: Images that were not stored.
@@ -148,6 +190,18 @@ class DatasetMetadata(BaseModel):
     kinds: dict[str, int] = {}
     originals: tuple[OriginalFile, ...] = ()
     values: ValueStatistics | None = None
+    class_selection: ClassSelectionSummary | None = None
+
+    @property
+    def class_setting(self) -> Any:
+        """`spec.dataset.classes` in the form of `pull_settings`; None if it was not set."""
+        return self.class_selection and self.class_selection.setting
+
+    @property
+    def source_class_names(self) -> tuple[str, ...]:
+        """Names in the source of the classes whose images are stored."""
+        merged = self.class_selection.merged if self.class_selection else {}
+        return tuple(source for name in self.class_names for source in merged.get(name, (name,)))
 
     @property
     def class_counts(self) -> dict[str, int]:

@@ -22,7 +22,8 @@ def _class_tag(value: object) -> str:
 
 
 ListedClass = Annotated[
-    Annotated[_Name, Tag("<name>")] | Annotated[dict[ClassName, MergedNames], Tag("<merged>")],
+    Annotated[_Name, Tag("<name>")]
+    | Annotated[dict[ClassName, MergedNames], Field(min_length=1, max_length=1), Tag("<merged>")],
     Discriminator(_class_tag),
     ValueDescription('the name of a class, in quotes if it is like "1", "0.5" or "true"; or {name: [class, …]}'),
 ]
@@ -66,7 +67,7 @@ def list_classes(classes: tuple[ListedClass, ...]) -> Iterator[tuple[int, str, t
             yield index, normalize_class_name(name), tuple(map(normalize_class_name, sources))
 
 
-def classes_content(classes: tuple[ListedClass, ...] | ExcludedClasses) -> Any:
+def classes_content(classes: ClassesSetting) -> Any:
     """Return the setting as JSON values in a canonical form: equal for settings that select the same classes.
 
     Example:
@@ -78,7 +79,7 @@ def classes_content(classes: tuple[ListedClass, ...] | ExcludedClasses) -> Any:
     return [name if sources == (name,) else {name: sorted(sources)} for _, name, sources in list_classes(classes)]
 
 
-def check_classes(classes: tuple[ListedClass, ...] | ExcludedClasses) -> Iterator[Violation]:
+def check_classes(classes: ClassesSetting) -> Iterator[Violation]:
     """Reject settings that are ambiguous, or leave too few classes, whatever the source contains.
 
     Args:
@@ -94,25 +95,16 @@ def check_classes(classes: tuple[ListedClass, ...] | ExcludedClasses) -> Iterato
                 yield Violation(f"exclude.{index}", f"{format_value(name)} is listed twice. Remove one of them.")
             seen.add(name)
         return
-    yield from _check_merges(classes)
     yield from _check_unique(classes)
-    if len(classes) == 1:
-        yield Violation("", "has only one class, but a classifier needs at least two.")
-
-
-def _check_merges(classes: tuple[ListedClass, ...]) -> Iterator[Violation]:
     for index, listed in enumerate(classes):
-        if isinstance(listed, dict) and len(listed) != 1:
-            yield Violation(
-                str(index),
-                f"has {len(listed)} names, but is one class: {{name: [class, …]}}. List each class separately.",
-            )
-        elif isinstance(listed, dict) and EXCLUDE in listed:
+        if isinstance(listed, dict) and EXCLUDE in listed:
             yield Violation(
                 str(index),
                 "would merge classes to one that is named exclude. To leave out classes, set classes: {exclude: […]} "
                 "without a list.",
             )
+    if len(classes) == 1:
+        yield Violation("", "has only one class, but a classifier needs at least two.")
 
 
 def _check_unique(classes: tuple[ListedClass, ...]) -> Iterator[Violation]:

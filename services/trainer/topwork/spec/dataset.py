@@ -198,7 +198,7 @@ def pull_settings(dataset: Dataset) -> dict[str, Any]:
 
 @rule(Dataset)
 def selected_classes_are_unambiguous(dataset: Dataset) -> Iterator[Violation]:
-    """Each class of the source belongs to at most one class of the model, and there are at least two with unique names."""
+    """Each class of the source belongs to at most one class of the model, and names are unique."""
     if dataset.classes is not None:
         for path, message in check_classes(dataset.classes):
             yield Violation(f"classes.{path}".removesuffix("."), message)

@@ -43,6 +43,9 @@ log = structlog.get_logger(__name__)
 class TfdsSource:
     """A dataset of the TFDS catalog, of a module that registers one, or of the mirror in storage."""
 
+    is_listed = False
+    is_versioned = True
+
     def __init__(self, name: str, workspace: Workspace) -> None:
         self._workspace = workspace
         self._name = TfdsName.parse(name)
@@ -99,6 +102,9 @@ class TfdsSource:
     def _names_of_labels(self) -> list[str]:
         names = ClassNames(f"The dataset {self._builder.info.full_name}")
         return [names.add(name) for name in self._builder.info.features[self._label_key].names]
+
+    def class_sizes(self) -> None:
+        """Return None: TFDS records the number of examples of a split, but not of its classes."""
 
     def splits(self) -> Mapping[str, int | None]:
         """Return the splits of the dataset. Downloads it."""
