@@ -142,6 +142,9 @@ SPLITS = st.just({"train": "train[:80%]", "test": "train[80%:]"}) | st.fixed_dic
         "groupBy": st.just("folder") | st.sampled_from(["(a)", "\\d+"]).map(lambda regex: {"regex": regex}),
     },
 )
+CLASSES = st.sampled_from(
+    [["cat", "dog"], ["no", "1"], [{"0.5": ["true", "ä\u2028\x7f"]}, "~"], {"exclude": ["on", "=", "0o7"]}]
+)
 SPEC = st.fixed_dictionaries(
     {
         "storage": st.just("s3://bucket/prefix"),
@@ -151,7 +154,7 @@ SPEC = st.fixed_dictionaries(
                 "splits": SPLITS,
                 "imageSize": st.tuples(st.integers(16, 2048), st.integers(16, 2048)).map(list),
             },
-            optional={"maxRejectedRatio": SHARE, "onMissingClass": st.just("allow")},
+            optional={"maxRejectedRatio": SHARE, "onMissingClass": st.just("allow"), "classes": CLASSES},
         ),
         "model": st.fixed_dictionaries({"base": BASE}, optional={"head": mapping(hidden=st.lists(COUNT, max_size=3))}),
     },

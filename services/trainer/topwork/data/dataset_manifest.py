@@ -140,7 +140,7 @@ class ClassSelectionSummary(BaseModel):
             for name, sources in self.merged.items()
         ]
         if len(notes) > limit:
-            notes[limit:] = [f"{len(notes) - limit} more classes are merged or renamed."]
+            notes[limit:] = [f"Merged or renamed classes that are not listed: {len(notes) - limit}."]
         if self.left_out:
             images, classes = sum(self.left_out.values()), len(self.left_out)
             notes.append(
