@@ -143,7 +143,7 @@ SPLITS = st.just({"train": "train[:80%]", "test": "train[80%:]"}) | st.fixed_dic
     },
 )
 CLASSES = st.sampled_from(
-    [["cat", "dog"], ["no", "1"], [{"0.5": ["true", "ä\u2028\x7f"]}, "~"], {"exclude": ["on", "=", "0o7"]}]
+    [["cat", "dog"], ["no", "1"], [{"0.5": ["true", "ä\u2028\x85"]}, "~"], {"exclude": ["on", "=", "0o7"]}]
 )
 SPEC = st.fixed_dictionaries(
     {
@@ -190,6 +190,7 @@ PHASES = (Phase.explicit, Phase.generate)
         "storage": "s3://b/ä\U0001f431\x7f",
         "dataset": {
             "source": {"archive": {"uri": "https://host/\u2028.zip", "root": 'ä"<&>\\u0008\U0001f431'}},
+            "classes": [{"0.5": ["true", "ä\u2028\x85"]}, "no"],
             "splits": {"perClass": {"train": 1, "test": 1}},
             "imageSize": [16, 16],
         },

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import tensorflow_datasets as tfds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,6 +22,7 @@ from topwork.data.images.rejection import Rejection
 from topwork.data.sources import open_dataset_source
 from topwork.data.sources.class_selection import ClassSelection, SelectedClasses
 from topwork.data.sources.source import SourceImage, SpaceEstimate
+from topwork.data.sources.tfds import read_label_names
 from topwork.errors import DataError
 from topwork.registry.datasets import fingerprint_of
 from topwork.spec.dataset import Dataset
@@ -289,13 +291,10 @@ def test_fingerprint_of_a_table_depends_only_on_selected_rows(tmp_path):
         assert (fingerprint(tmp_path, given, MERGED) == before) is is_same
 
 
-def test_fingerprint_of_an_archive_is_the_same_before_and_after_it_is_listed(tmp_path):
+def test_digest_of_an_archive_is_that_of_the_file_even_if_it_can_be_listed(tmp_path):
     given = write_source(tmp_path, "zip", paths_of(CLASSES))
-    source = open_with(tmp_path, given, MERGED)
-    before = fingerprint_of(source, make_settings(given, MERGED))
-    source.class_names()
-    list(source.entries())
-    assert fingerprint_of(source, make_settings(given, MERGED)) == before
+    # A remote archive can be listed only after the download, and must have the same digest before.
+    assert open_with(tmp_path, given, MERGED).digest() == open_with(tmp_path, given, None).digest()
 
 
 # Any selection
@@ -408,6 +407,15 @@ def test_split_that_turns_out_to_have_no_selected_images_is_rejected():
     source = select_unlisted(["person", "car"], ["0", "truck", "0"])
     with pytest.raises(DataError, match=r"split train of unlisted/1\.0\.0 has no image of the classes"):
         list(source.images("train"))
+
+
+def test_labels_without_names_are_numbers_in_quotes():
+    features = {"label": tfds.features.ClassLabel(num_classes=3), "other": tfds.features.ClassLabel()}
+    builder = SimpleNamespace(info=SimpleNamespace(full_name="digits/1.0.0", features=features))
+    names = tuple(read_label_names(builder, "label"))
+    assert ClassSelection(("2", "0")).select(names, "digits/1.0.0") == ("2", "0")
+    with pytest.raises(DataError, match=r"The feature other of digits/1\.0\.0 defines no classes"):
+        read_label_names(builder, "other")
 
 
 # Description

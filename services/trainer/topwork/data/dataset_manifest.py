@@ -163,7 +163,6 @@ class DatasetMetadata(BaseModel):
         pull_format: Version of the rules by which the images were stored; see `topwork.registry.datasets.FORMAT`.
         source: Where the images come from, without credentials.
         class_names: Class names, in label order.
-        class_selection: What `spec.dataset.classes` made of the classes of the source; None if it was not set.
         splits: Number of images per class, for each split of the source.
         images: Number of stored images.
         rejected: Images that were not stored.
@@ -173,6 +172,7 @@ class DatasetMetadata(BaseModel):
             of topwork stored the dataset.
         originals: A few unmodified source files, one of each kind.
         values: Pixel values of images with more than 8 bits per channel; None without such images.
+        class_selection: What `spec.dataset.classes` made of the classes of the source; None if it was not set.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -211,8 +211,18 @@ class DatasetMetadata(BaseModel):
     @property
     def origin(self) -> str:
         """Where the images come from: a URI, or the name of a TFDS dataset."""
-        ((_, source),) = self.source.items()
-        return str(source["uri"] if isinstance(source, dict) else source)
+        return origin_of(self.source)
+
+
+def origin_of(source: dict[str, Any]) -> str:
+    """Return the URI in the description of a source, or the name of a TFDS dataset.
+
+    Example:
+        >>> origin_of({"folder": {"uri": "s3://photos/pets"}})
+        's3://photos/pets'
+    """
+    ((_, settings),) = source.items()
+    return str(settings["uri"] if isinstance(settings, dict) else settings)
 
 
 @dataclass(frozen=True)

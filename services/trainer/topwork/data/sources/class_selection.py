@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from topwork.data.dataset_manifest import ClassSelectionSummary
+from topwork.data.dataset_manifest import ClassSelectionSummary, origin_of
 from topwork.data.sources.source import (
     ClassSize,
     Source,
@@ -103,7 +103,10 @@ class ClassSelection:
 
 
 class SelectedClasses:
-    """A source with the classes of a selection. Images of other classes are neither listed nor read."""
+    """A source with the classes of a selection. Images of other classes are neither listed nor read.
+
+    Images without a class are kept: they are rejected with this reason.
+    """
 
     def __init__(self, source: Source, selection: ClassSelection) -> None:
         self.name = source.name
@@ -224,13 +227,12 @@ class SelectedClasses:
     def _empty_split(self, split: str) -> DataError:
         return DataError(
             f"The split {split} of {self._origin} has no image of the classes that spec.dataset.classes selects: "
-            f"{_join(self.class_names())}. Select other classes, or use other splits."
+            f"{_join(self.class_names())}. Select at least one class that it has."
         )
 
     @property
     def _origin(self) -> str:
-        ((_, source),) = self.description().items()
-        return str(source["uri"] if isinstance(source, dict) else source)
+        return origin_of(self.description())
 
 
 def _class_name(name: str) -> str:
