@@ -142,6 +142,9 @@ SPLITS = st.just({"train": "train[:80%]", "test": "train[80%:]"}) | st.fixed_dic
         "groupBy": st.just("folder") | st.sampled_from(["(a)", "\\d+"]).map(lambda regex: {"regex": regex}),
     },
 )
+CLASSES = st.sampled_from(
+    [["cat", "dog"], ["no", "1"], [{"0.5": ["true", "ä\u2028\x85"]}, "~"], {"exclude": ["on", "=", "0o7"]}]
+)
 SPEC = st.fixed_dictionaries(
     {
         "storage": st.just("s3://bucket/prefix"),
@@ -151,7 +154,7 @@ SPEC = st.fixed_dictionaries(
                 "splits": SPLITS,
                 "imageSize": st.tuples(st.integers(16, 2048), st.integers(16, 2048)).map(list),
             },
-            optional={"maxRejectedRatio": SHARE, "onMissingClass": st.just("allow")},
+            optional={"maxRejectedRatio": SHARE, "onMissingClass": st.just("allow"), "classes": CLASSES},
         ),
         "model": st.fixed_dictionaries({"base": BASE}, optional={"head": mapping(hidden=st.lists(COUNT, max_size=3))}),
     },
@@ -187,6 +190,7 @@ PHASES = (Phase.explicit, Phase.generate)
         "storage": "s3://b/ä\U0001f431\x7f",
         "dataset": {
             "source": {"archive": {"uri": "https://host/\u2028.zip", "root": 'ä"<&>\\u0008\U0001f431'}},
+            "classes": [{"0.5": ["true", "ä\u2028\x85"]}, "no"],
             "splits": {"perClass": {"train": 1, "test": 1}},
             "imageSize": [16, 16],
         },

@@ -92,6 +92,31 @@ def test_relabeled_images_of_a_table_are_listed(datasets_command, make_job, work
     ]
 
 
+def test_selected_classes_are_shown_and_compared(datasets_command, make_job, workspace, two_class_folder):
+    shutil.copytree(two_class_folder / "red", two_class_folder / "pink")
+    source = {"source": {"folder": {"uri": str(two_class_folder)}}, "imageSize": [32, 32]}
+    settings = [{"exclude": ["pink"]}, ["blue", {"warm": ["pink", "red"]}]]
+    before, after = (
+        pull(make_job(dataset={**source, "splits": {"train": 0.8, "test": 0.2}, "classes": classes}), workspace).prefix
+        for classes in settings
+    )
+    shown = datasets_command("show", workspace.storage.uri, before)
+    assert "classes     Left out: 1 class of the source with 20 images, pink.\n" in shown
+    shown = datasets_command("show", workspace.storage.uri, after)
+    assert "classes     The class warm contains the classes pink, red of the source.\n" in shown
+    content = json.loads(datasets_command("show", workspace.storage.uri, after, "--json"))
+    assert content["class_selection"] == {"setting": settings[1], "merged": {"warm": ["pink", "red"]}, "left_out": {}}
+    lines = datasets_command("diff", workspace.storage.uri, before, after).splitlines()
+    assert lines[-2:] == [
+        'spec.dataset.classes: {"exclude": ["pink"]} -> ["blue", {"warm": ["pink", "red"]}]',
+        "20 images added, 20 relabeled, 1 new class, 1 removed class",
+    ]
+    assert "+ pink/00.jpg (warm)" in lines
+    assert "! red/00.jpg (red) -> warm" in lines
+    content = json.loads(datasets_command("diff", workspace.storage.uri, before, after, "--json"))
+    assert content["class_settings"] == settings
+
+
 def test_missing_dataset_is_reported_with_those_that_exist(datasets_command, datasets, workspace):
     for address in ("pets", "photos/0123456789abcdef"):
         with pytest.raises(SettingError, match=rf"has no dataset {address}\. Stored datasets: photos/.*, photos/"):

@@ -149,6 +149,17 @@ def test_pull_larger_than_the_scratch_limit_does_not_start(make_job, workspace, 
     assert [stored.key for stored in workspace.storage.list("datasets/")] == []
 
 
+def test_only_selected_images_of_an_archive_need_space(make_job, workspace, two_class_folder, tmp_path):
+    shutil.copytree(two_class_folder / "red", two_class_folder / "pink")
+    archive = shutil.make_archive(str(tmp_path / "photos"), "tar", two_class_folder)
+    needed = sum(path.stat().st_size for name in ("blue", "red") for path in (two_class_folder / name).iterdir())
+    dataset = make_job().spec.dataset.model_dump(by_alias=True, mode="json", exclude_unset=True)
+    dataset |= {"source": {"archive": {"uri": archive}}, "classes": ["red", "blue"]}
+    with pytest.raises(SettingError, match=rf"needs about {format_bytes(needed)} of the scratch volume"):
+        run_pull(make_job(dataset=dataset), replace(workspace, scratch_limit=needed - 1))
+    assert run_pull(make_job(dataset=dataset), replace(workspace, scratch_limit=needed)).metadata.images == 40
+
+
 def test_pull_larger_than_the_free_disk_space_does_not_start(make_job, workspace, small_disk):
     fill_disk(small_disk, free=1 << 20)
     with pytest.raises(UnavailableError, match=rf"^Pulling .* needs about .*, but {small_disk} has 1\.0 MiB free\."):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from ruamel.yaml import YAML
 
-from topwork.data.dataset_manifest import DatasetMetadata, RejectedImage
+from topwork.data.dataset_manifest import ClassSelectionSummary, DatasetMetadata, RejectedImage
 from topwork.report.documents import listed_classes, render_model_card, render_report, top_confusions
 from topwork.report.evaluation import evaluate_predictions
 from topwork.report.export_check import ExportCheck
@@ -188,6 +188,19 @@ def test_documents_name_classes_without_images(job):
     assert content["perClass"][3] == {
         "name": "never", "images": 0, "predicted": 0, "precision": None, "recall": None, "f1": None,
     }  # fmt: skip
+
+
+def test_documents_say_which_classes_were_merged_and_left_out(results):
+    selection = ClassSelectionSummary(setting={}, merged={"cat": ("lion", HOSTILE)}, left_out={"fox": 3, HOSTILE: 4})
+    dataset = results.dataset.model_copy(update={"class_selection": selection})
+    results = dataclasses.replace(results, dataset=dataset)
+    text = Page(render_report(results)).text
+    assert f"The class cat contains the classes lion, {HOSTILE} of the source." in text
+    assert f"Left out: 2 classes of the source with 7 images, fox, {HOSTILE}." in text
+    card = render_model_card(results)
+    assert " The class cat contains the classes lion, " in card
+    assert " Left out: 2 classes of the source with 7 images, fox, " in card
+    assert HOSTILE not in card.replace("spec.yaml", "")
 
 
 def test_documents_show_the_latest_version_on_the_same_images(results):

@@ -51,6 +51,7 @@ OPTIMIZER = {
 DEFAULTS = {
     "dataset": {
         "source": {"tfds": "cats_vs_dogs", "folder": None, "archive": None, "table": None},
+        "classes": None,
         "splits": {
             "train": "train[:80%]",
             "validation": None,

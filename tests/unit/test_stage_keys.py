@@ -117,6 +117,13 @@ def test_everything_that_affects_the_weights_changes_all_keys(storage, changes: 
     assert changed.publish != before.publish
 
 
+def test_selected_classes_change_keys_through_the_images_only(storage) -> None:
+    # The fingerprint of the images covers the selection, in any notation.
+    changes = {"dataset": {**DATASET, "classes": [{"pet": ["dog", "cat"]}, "fox"]}}
+    assert keys(storage, **changes) == keys(storage)
+    assert with_spec(**changes).digest != with_spec().digest
+
+
 def test_other_images_change_all_keys_and_the_run(storage) -> None:
     job = with_spec(fineTune=FINE_TUNE)
     before, changed = stage_keys(job, FINGERPRINT, storage), stage_keys(job, "fedcba9876543210", storage)

@@ -113,6 +113,47 @@ class Contradictions(BaseModel):
         return f"{self.images} images have the same pixels as an image of another class: {named}{more}."
 
 
+class ClassSelectionSummary(BaseModel):
+    """What `spec.dataset.classes` made of the classes of a source, as of the pull.
+
+    Attributes:
+        setting: The setting, as returned by `topwork.spec.classes.classes_content`.
+        merged: The classes of the source that each merged or renamed class consists of.
+        left_out: Number of images of each class of the source that was left out.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    setting: Any
+    merged: dict[str, tuple[str, ...]]
+    left_out: dict[str, int]
+
+    def describe(self, limit: int = 10) -> tuple[str, ...]:
+        """Return sentences on merged classes and on those that were left out; none if only their order was chosen.
+
+        Args:
+            limit: Maximum number of names in a sentence.
+        """
+        notes = [
+            f"The class {name} contains the {'class' if len(sources) == 1 else 'classes'} "
+            f"{_join(list(sources), limit)} of the source."
+            for name, sources in self.merged.items()
+        ]
+        if len(notes) > limit:
+            notes[limit:] = [f"Merged or renamed classes that are not listed: {len(notes) - limit}."]
+        if self.left_out:
+            images, classes = sum(self.left_out.values()), len(self.left_out)
+            notes.append(
+                f"Left out: {classes} {'class' if classes == 1 else 'classes'} of the source with {images} "
+                f"{'image' if images == 1 else 'images'}, {_join(list(self.left_out), limit)}."
+            )
+        return tuple(notes)
+
+
+def _join(names: list[str], limit: int) -> str:
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
 class DatasetMetadata(BaseModel):
     """Metadata of a stored dataset.
 
@@ -131,6 +172,7 @@ class DatasetMetadata(BaseModel):
             of topwork stored the dataset.
         originals: A few unmodified source files, one of each kind.
         values: Pixel values of images with more than 8 bits per channel; None without such images.
+        class_selection: What `spec.dataset.classes` made of the classes of the source; None if it was not set.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -148,6 +190,18 @@ class DatasetMetadata(BaseModel):
     kinds: dict[str, int] = {}
     originals: tuple[OriginalFile, ...] = ()
     values: ValueStatistics | None = None
+    class_selection: ClassSelectionSummary | None = None
+
+    @property
+    def class_setting(self) -> Any:
+        """`spec.dataset.classes` in the form of `pull_settings`; None if it was not set."""
+        return self.class_selection and self.class_selection.setting
+
+    @property
+    def source_class_names(self) -> tuple[str, ...]:
+        """Names in the source of the classes whose images are stored."""
+        merged = self.class_selection.merged if self.class_selection else {}
+        return tuple(source for name in self.class_names for source in merged.get(name, (name,)))
 
     @property
     def class_counts(self) -> dict[str, int]:
@@ -157,8 +211,18 @@ class DatasetMetadata(BaseModel):
     @property
     def origin(self) -> str:
         """Where the images come from: a URI, or the name of a TFDS dataset."""
-        ((_, source),) = self.source.items()
-        return str(source["uri"] if isinstance(source, dict) else source)
+        return origin_of(self.source)
+
+
+def origin_of(source: dict[str, Any]) -> str:
+    """Return the URI in the description of a source, or the name of a TFDS dataset.
+
+    Example:
+        >>> origin_of({"folder": {"uri": "s3://photos/pets"}})
+        's3://photos/pets'
+    """
+    ((_, settings),) = source.items()
+    return str(settings["uri"] if isinstance(settings, dict) else settings)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ def find_groups(group_by: GroupBy, names: Sequence[str], class_names: Iterable[s
     Args:
         group_by: `spec.dataset.splits.groupBy`.
         names: Names of the images.
-        class_names: Class names.
+        class_names: Class names in the source, where several may be one class of the dataset.
         listing: Listing of the source (`topwork.data.dataset_manifest.ENTRIES_FILE`), with the groups of a table.
 
     Returns:

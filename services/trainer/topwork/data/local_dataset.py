@@ -233,7 +233,7 @@ def fetch_dataset(dataset: StoredDataset, job: TransferJob, workspace: Workspace
     groups = None
     if spec.group_by:
         names = records.image_names(np.arange(len(records.labels)))
-        groups = find_groups(spec.group_by, names, metadata.class_names, directory / ENTRIES_FILE)
+        groups = find_groups(spec.group_by, names, metadata.source_class_names, directory / ENTRIES_FILE)
     selected = select_splits(spec, sources, metadata.class_names, job.spec.seed, groups)
     preprocessing = Preprocessing(resolve_value_range(spec.value_range, metadata.values), spec.image_fit)
     splits = {name: Split(records, positions, spec.image_size, preprocessing) for name, positions in selected.items()}

@@ -9,7 +9,7 @@ from topwork.data.tfds_mirror import TfdsName
 from topwork.errors import DataError, UnavailableError
 from topwork.registry.datasets import list_datasets
 from topwork.spec import TransferJob
-from topwork.spec.dataset import DatasetSource
+from topwork.spec.dataset import Dataset, DatasetSource, pull_settings
 from topwork.stages.pull import find_dataset
 from topwork.workspace import Workspace
 
@@ -53,20 +53,37 @@ def find_known_dataset(
     splits = job.spec.dataset.splits
     stored = _find_stored_dataset(job, workspace) if workspace else None
     if stored is None or workspace is None:
-        return KnownDataset(classes, count_images(splits, {TRAIN: images} if images else {}, classes))
+        listed = _count_listed_classes(job.spec.dataset)
+        notes = _ignored(("--classes", classes, listed, "spec.dataset.classes")) if listed else ()
+        classes = listed or classes
+        return KnownDataset(classes, count_images(splits, {TRAIN: images} if images else {}, classes), notes=notes)
     facts = stored.metadata
     check_splits(job.spec.dataset, facts)
     sizes = {name: sum(counts.values()) for name, counts in facts.splits.items()}
-    given = {"--classes": (classes, len(facts.class_names)), "--images": (images, sizes.get(TRAIN))}
+    ignored = _ignored(
+        ("--classes", classes, len(facts.class_names), "the stored dataset"),
+        ("--images", images, sizes.get(TRAIN), "the stored dataset"),
+    )
+    selection = facts.class_selection.describe() if facts.class_selection else ()
     return KnownDataset(
         len(facts.class_names),
         count_images(splits, sizes, len(facts.class_names), list(facts.class_counts.values())),
         workspace.storage.uri_of(stored.prefix),
-        tuple(
-            f"{option} {value} is ignored: the stored dataset has {actual}."
-            for option, (value, actual) in given.items()
-            if value not in {None, actual}
-        ),
+        (*ignored, *selection),
+    )
+
+
+def _count_listed_classes(settings: Dataset) -> int | None:
+    """Return the number of classes that a spec lists; None if it lists none, or only those that it excludes."""
+    return len(settings.classes) if isinstance(settings.classes, tuple) else None
+
+
+def _ignored(*options: tuple[str, int | None, int | None, str]) -> tuple[str, ...]:
+    """Return a note for each option with another value than the actual one."""
+    return tuple(
+        f"{option} {value} is ignored: {origin} has {actual}."
+        for option, value, actual, origin in options
+        if value not in {None, actual}
     )
 
 
@@ -76,7 +93,9 @@ def _find_stored_dataset(job: TransferJob, workspace: Workspace) -> StoredDatase
     with suppress(DataError, UnavailableError):
         if dataset := find_dataset(job, workspace):
             return dataset
-    return _match_source(job.spec.dataset.source, list_datasets(workspace.storage))
+    classes = pull_settings(job.spec.dataset).get("classes")
+    datasets = [stored for stored in list_datasets(workspace.storage) if stored.metadata.class_setting == classes]
+    return _match_source(job.spec.dataset.source, datasets)
 
 
 def _match_source(source: DatasetSource, datasets: list[StoredDataset]) -> StoredDataset | None:

@@ -17,7 +17,6 @@ from topwork.data.dataset_manifest import (
     read_dataset_metadata,
 )
 from topwork.data.sources import Source, open_dataset_source
-from topwork.data.sources.archive import ImageArchive
 from topwork.data.sources.source import SourceEntry
 from topwork.errors import DataError
 from topwork.registry import versions
@@ -101,7 +100,7 @@ def select_dataset(
     previous = find_previous_dataset(job, source, workspace.storage)
     if pinned:
         return _pin(source, previous)
-    if not download and isinstance(source, ImageArchive) and not source.is_versioned:
+    if not download and not source.is_versioned:
         return None
     fingerprint = fingerprint_of(source, job.spec.dataset)
     stored = read_stored_dataset(workspace.storage, dataset_prefix(source.name, fingerprint))
@@ -119,7 +118,8 @@ def _pin(source: Source, previous: PreviousDataset | None) -> SelectedDataset:
     if previous is None:
         raise DataError(
             f"--pinned keeps the dataset that was used before, but storage has no dataset of "
-            f"{json.dumps(source.description())}. Run the job without --pinned."
+            f"{json.dumps(source.description())} with the classes that spec.dataset.classes selects. Run the job "
+            "without --pinned."
         )
     metadata = previous.dataset.metadata
     if metadata.pull_format != FORMAT:
@@ -139,6 +139,8 @@ def read_stored_dataset(storage: Storage, prefix: str) -> StoredDataset | None:
 def find_previous_dataset(job: TransferJob, source: Source, storage: Storage) -> PreviousDataset | None:
     """Find the dataset of the latest version of the job's model, otherwise the newest one of the same source.
 
+    Datasets with another selection of classes are not considered: a model of other classes would be trained on them.
+
     Args:
         job: The job.
         source: Its source.
@@ -149,7 +151,12 @@ def find_previous_dataset(job: TransferJob, source: Source, storage: Storage) ->
     """
     latest = versions.read_latest(storage, job.model_name)
     origin = source.description()
-    datasets = [stored for stored in list_datasets(storage, source.name) if stored.metadata.source == origin]
+    classes = pull_settings(job.spec.dataset).get("classes")
+    datasets = [
+        stored
+        for stored in list_datasets(storage, source.name)
+        if stored.metadata.source == origin and stored.metadata.class_setting == classes
+    ]
     for dataset in datasets:
         if latest and latest.dataset == dataset.prefix:
             return PreviousDataset(dataset, f"version {latest.version}")

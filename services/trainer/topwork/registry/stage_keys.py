@@ -72,7 +72,7 @@ def stage_keys(job: TransferJob, fingerprint: str, storage: Storage) -> StageKey
     del content["storage"]
     fine_tuning = content.pop("fineTune", None)
     # The fingerprint covers the settings that change the stored dataset.
-    for key in ("source", "onContradiction"):
+    for key in ("source", "classes", "onContradiction"):
         content["dataset"].pop(key, None)
     base = read_base_version(job.spec.model.base, storage)
     transfer = _key("transfer", {**content, "images": fingerprint, "base": base})

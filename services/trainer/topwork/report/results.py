@@ -110,6 +110,12 @@ class Results:
         )
 
     @property
+    def class_notes(self) -> tuple[str, ...]:
+        """Which classes of the source were merged or left out."""
+        selection = self.dataset.class_selection
+        return selection.describe() if selection else ()
+
+    @property
     def image_notes(self) -> tuple[str, ...]:
         """How the images are decoded, and for which source files the signature `encoded` has no decoder."""
         values, kinds = self.dataset.values, self.dataset.kinds

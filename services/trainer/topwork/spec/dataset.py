@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, StrictFloat, StrictInt, StringConstraints, Tag
 
+from topwork.spec.classes import ClassesSetting, check_classes, classes_content
 from topwork.spec.messages import format_value, join_words
 from topwork.spec.spec_model import SpecModel, ValueDescription, Violation, rule
 from topwork.spec.splits import Column, GroupBy, GroupColumn, SplitsSetting
@@ -105,6 +106,12 @@ class Dataset(SpecModel):
     """The images that train and evaluate the classifier."""
 
     source: DatasetSource = Field(description="Where the images come from.")
+    classes: ClassesSetting | None = Field(
+        default=None,
+        description="Classes of the model, in the order of their labels: a list of classes of the source, in which "
+        "{name: [class, …]} merges several to one, or {exclude: [class, …]} for all others in the order of the source. "
+        "Images of other classes are left out. Unset: all classes of the source.",
+    )
     splits: SplitsSetting = Field(
         description="Which images are used for training, validation and test. auto uses the splits of the source: "
         "directories such as train, val and test above those of the classes, the column table.split, or the splits of "
@@ -193,7 +200,8 @@ def pull_settings(dataset: Dataset) -> dict[str, Any]:
     """Return the settings that change the content of the stored dataset, as far as they differ from their defaults.
 
     `fail` stores the same images as `keep`; whether the job fails is decided for each job. With `splits: auto`, the
-    classes are one level below the directories of the splits. The groups of a table are stored with the images.
+    classes are one level below the directories of the splits. The groups of a table are stored with the images, and
+    only the images of the selected classes are stored.
 
     Example:
         >>> pull_settings(job.spec.dataset)
@@ -201,7 +209,16 @@ def pull_settings(dataset: Dataset) -> dict[str, Any]:
     """
     settings = {} if dataset.on_contradiction == "drop" else {"onContradiction": "keep"}
     settings |= {"splits": "auto"} if dataset.has_split_directories else {}
-    return settings | ({"groupBy": dataset.group_column} if dataset.group_column else {})
+    settings |= {"groupBy": dataset.group_column} if dataset.group_column else {}
+    return settings | ({} if dataset.classes is None else {"classes": classes_content(dataset.classes)})
+
+
+@rule(Dataset)
+def selected_classes_are_unambiguous(dataset: Dataset) -> Iterator[Violation]:
+    """Each class of the source belongs to at most one class of the model, and names are unique."""
+    if dataset.classes is not None:
+        for path, message in check_classes(dataset.classes):
+            yield Violation(f"classes.{path}".removesuffix("."), message)
 
 
 @rule(Dataset)

@@ -24,6 +24,7 @@ from topwork.data.images.decode_pool import DecodePool
 from topwork.data.images.image_validation import REASONS
 from topwork.data.images.value_range import summarize_values
 from topwork.data.sources import Source, open_dataset_source
+from topwork.data.sources.class_selection import SelectedClasses
 from topwork.data.sources.source import find_similar_class_names
 from topwork.data.splits import check_splits
 from topwork.disk_space import directory_bytes, require_free_space
@@ -200,6 +201,9 @@ def _store_dataset(
     shutil.rmtree(directory, ignore_errors=True)
     _check_free_space(source, workspace)
     classes = source.class_names()
+    if job.spec.dataset.classes is not None:
+        # The size of the selected images may be known only now.
+        _check_free_space(source, workspace)
     if len(classes) < 2:
         raise DataError(
             f"{_format_source(source)} contains only one class, {', '.join(classes) or '(unnamed)'}, but a classifier "
@@ -254,6 +258,7 @@ def _write_dataset(
         pull_format=FORMAT,
         source=source.description(),
         class_names=source.class_names(),
+        class_selection=source.summary() if isinstance(source, SelectedClasses) else None,
         splits={split: dict(sorted(counts.items())) for split, counts in sorted(stats.splits.items())},
         images=stats.images,
         rejected=tuple(stats.rejected),
@@ -320,6 +325,8 @@ def _log_dataset(metadata: DatasetMetadata) -> None:
         rejected=len(metadata.rejected),
     )
     log.info("images per class", counts=_format_counts(counts))
+    for note in metadata.class_selection.describe() if metadata.class_selection else ():
+        log.info("selected classes", note=note)
     if similar := find_similar_class_names(metadata.class_names):
         log.warning("class names differ only by case, spaces or invisible characters", classes="; ".join(similar[:20]))
     if metadata.rejected:

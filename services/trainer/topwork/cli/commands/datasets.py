@@ -80,6 +80,8 @@ def show(
     }
     for label, value in lines.items():
         typer.echo(f"{label:<10}  {value}")
+    for note in metadata.class_selection.describe() if metadata.class_selection else ():
+        typer.echo(f"{'classes':<10}  {note}")
     typer.echo("")
     rows = [(name, *(str(counts.get(name, 0)) for counts in metadata.splits.values())) for name in metadata.class_names]
     for line in format_table(("CLASS", *map(str.upper, metadata.splits)), rows):
@@ -96,12 +98,17 @@ def diff(
 ) -> None:
     """List the images that were added, removed, relabeled, changed or moved between two datasets."""
     with open_storage(storage_uri, state) as storage:
-        changes = compare_entries(*(_read_listing(storage, address) for address in (before, after)))
+        datasets = [_find_dataset(storage, address) for address in (before, after)]
+        changes = compare_entries(*(_read_listing(storage, dataset) for dataset in datasets))
+    selections = [dataset.metadata.class_setting for dataset in datasets]
     if as_json:
-        typer.echo(json.dumps(asdict(changes), indent=2))
+        typer.echo(json.dumps({**asdict(changes), "class_settings": selections}, indent=2))
         return
     for line in _format_changes(changes):
         typer.echo(line)
+    if selections[0] != selections[1]:
+        shown = [json.dumps(setting, ensure_ascii=False) if setting else "unset" for setting in selections]
+        typer.echo(sanitize_name(f"spec.dataset.classes: {' -> '.join(shown)}"))
     typer.echo(changes.describe() or "The datasets have the same images.")
 
 
@@ -124,12 +131,12 @@ def _place(entry: SourceEntry) -> str:
     return sanitize_name("/".join(filter(None, (entry.split, entry.group))) or "no split")
 
 
-def _read_listing(storage: Storage, address: str) -> list[SourceEntry]:
-    entries = read_entries(_find_dataset(storage, address), storage)
+def _read_listing(storage: Storage, dataset: StoredDataset) -> list[SourceEntry]:
+    entries = read_entries(dataset, storage)
     if entries is None:
         raise SettingError(
-            f"The dataset {address} has no listing of its source. Only datasets of folders, tables and local zip files "
-            "can be compared."
+            f"The dataset {_address(dataset)} has no listing of its source. Only datasets of folders, tables and local "
+            "zip files can be compared."
         )
     return entries
 
@@ -158,6 +165,7 @@ def _summary(dataset: StoredDataset, models: dict[str, list[str]]) -> dict[str, 
         "source": metadata.source,
         "images": metadata.images,
         "classes": metadata.class_counts,
+        "class_selection": metadata.class_selection.model_dump(mode="json") if metadata.class_selection else None,
         "rejected": len(metadata.rejected),
         "duplicates": metadata.duplicates,
         "models": models.get(dataset.prefix, []),

@@ -14,9 +14,11 @@ from topwork.data.images.rejection import UNSAFE, Rejection
 from topwork.data.sources.archive_limits import MAX_DEPTH, MAX_PATH_LENGTH
 from topwork.data.sources.archive_members import ArchiveMember, NameDecoder, open_archive, split_member_path
 from topwork.data.sources.class_directories import MAX_NAMES_SHOWN, ClassDirectories
+from topwork.data.sources.class_selection import ClassSelection
 from topwork.data.sources.download import RemoteFile
 from topwork.data.sources.source import (
     TRAIN,
+    ClassSize,
     SourceEntry,
     SourceImage,
     SpaceEstimate,
@@ -24,6 +26,7 @@ from topwork.data.sources.source import (
     normalize_name,
     sanitize_name,
     slugify,
+    split_sizes,
 )
 from topwork.data.sources.unexpected_content import describe_unexpected
 from topwork.errors import DataError, UnavailableError
@@ -41,8 +44,26 @@ class ImageArchive:
     A tar file may be compressed.
     """
 
-    def __init__(self, source: ArchiveSource, workspace: Workspace, *, has_split_directories: bool = False) -> None:
+    is_listed = False
+
+    def __init__(
+        self,
+        source: ArchiveSource,
+        workspace: Workspace,
+        *,
+        has_split_directories: bool = False,
+        selection: ClassSelection | None = None,
+    ) -> None:
+        """Create it; nothing is read yet.
+
+        Args:
+            source: The settings.
+            workspace: Storage and scratch.
+            has_split_directories: Whether the top-level directories are splits.
+            selection: The classes whose images are unpacked; None for all.
+        """
         self._has_splits = has_split_directories
+        self._selection = selection or ClassSelection()
         self._source = source
         self._workspace = workspace
         is_remote = source.uri.startswith(("http://", "https://"))
@@ -112,7 +133,7 @@ class ImageArchive:
 
     def _read_entries(self) -> Iterator[SourceEntry]:
         directories = self._summary()
-        with open_archive(self._open_local(), self._display_uri, self._names, with_data=False) as members:
+        with open_archive(self._open_local(), self._display_uri, self._names) as members:
             for member in members:
                 label = self._class_of(member, directories)
                 if label is not None:
@@ -126,17 +147,28 @@ class ImageArchive:
 
     def splits(self) -> Mapping[str, int | None]:
         """Return the splits of the directories, or one split with all images."""
-        return self._summary().split_sizes
+        return split_sizes(self._summary().sizes)
+
+    def class_sizes(self) -> Mapping[str, Mapping[str, ClassSize]]:
+        """Return the files in each class directory, by split."""
+        return self._summary().sizes
 
     def images(self, split: str) -> Iterator[SourceImage]:
-        """Yield the images of a split in the order of the archive."""
+        """Yield the images of a split in the order of the archive. Those of classes that are left out are empty."""
         directories = self._summary()
-        with open_archive(self._open_local(), self._display_uri, self._names, with_data=True) as members:
+
+        def is_read(parts: tuple[str, ...]) -> bool:
+            below_root = self._below_root(parts)
+            label = directories.class_of(below_root)
+            is_selected = label is not None and self._selection.class_of(label) is not None
+            return is_selected and directories.split_of(below_root) == split
+
+        with open_archive(self._open_local(), self._display_uri, self._names, is_read=is_read) as members:
             for member in members:
                 label = self._class_of(member, directories)
                 if not member.parts and not member.is_directory and split == TRAIN:
                     yield SourceImage(member.name, "", partial(_reject_path, member.name))
-                elif label is not None and directories.split_of(self._below_root(member)) == split:
+                elif label is not None and directories.split_of(self._below_root(member.parts)) == split:
                     yield SourceImage(sanitize_name("/".join(member.parts)), label, member.read)
 
     def _summary(self) -> ClassDirectories:
@@ -162,9 +194,9 @@ class ImageArchive:
     def _list(self) -> ClassDirectories:
         root, key = "/".join(self._root), "spec.dataset.source.archive.root"
         directories = ClassDirectories(self._display_uri, root, key, self._has_splits)
-        with open_archive(self._open_local(), self._display_uri, self._names, with_data=False) as members:
+        with open_archive(self._open_local(), self._display_uri, self._names) as members:
             for member in members:
-                parts = self._below_root(member)
+                parts = self._below_root(member.parts)
                 if parts and member.is_directory:
                     directories.add_directory(parts)
                 elif parts:
@@ -173,13 +205,13 @@ class ImageArchive:
                     directories.add_outside(member.parts)
         return directories
 
-    def _below_root(self, member: ArchiveMember) -> tuple[str, ...]:
+    def _below_root(self, parts: tuple[str, ...]) -> tuple[str, ...]:
         """Return the components of a path below the root; none if it is not below the root."""
-        root = tuple(map(normalize_name, member.parts[: len(self._root)]))
-        return member.parts[len(self._root) :] if root == self._root else ()
+        root = tuple(map(normalize_name, parts[: len(self._root)]))
+        return parts[len(self._root) :] if root == self._root else ()
 
     def _class_of(self, member: ArchiveMember, directories: ClassDirectories) -> str | None:
-        return None if member.is_directory else directories.class_of(self._below_root(member))
+        return None if member.is_directory else directories.class_of(self._below_root(member.parts))
 
     def _open_local(self) -> Path:
         """Return the local path of the archive. Downloads it and verifies its SHA-256 on the first call."""

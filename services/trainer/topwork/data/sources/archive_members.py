@@ -41,6 +41,13 @@ _UTF8_FLAG = 0x800
 _UNICODE_PATH = 0x7075
 _CHUNK_BYTES = 2**20
 
+IsRead = Callable[[tuple[str, ...]], bool]
+"""Whether the content of the file with a path is read."""
+
+
+def _read_none(_parts: tuple[str, ...]) -> bool:
+    return False
+
 
 @dataclass(frozen=True)
 class ArchiveMember:
@@ -116,7 +123,7 @@ class NameDecoder:
 
 @contextmanager
 def open_archive(
-    path: Path, display_uri: str, names: NameDecoder, *, with_data: bool
+    path: Path, display_uri: str, names: NameDecoder, *, is_read: IsRead = _read_none
 ) -> Iterator[Iterator[ArchiveMember]]:
     """Open a zip file, or a tar file with any of its compressions; the content decides, not the suffix.
 
@@ -124,7 +131,7 @@ def open_archive(
         path: The archive.
         display_uri: URI of the archive for error messages.
         names: Decodes the names that the archive does not declare as UTF-8.
-        with_data: Whether to read the content of the members, or only their names.
+        is_read: Whether to read the content of the file with this path (`ArchiveMember.parts`). Others are empty.
 
     Yields:
         The files and directories in the order of the archive. Only one is in memory at a time.
@@ -138,10 +145,10 @@ def open_archive(
             check_zip_directory(path, display_uri)
             with zipfile.ZipFile(path) as archive:
                 size_limit.add(sum(info.file_size for info in archive.infolist()))
-                yield _zip_members(archive, display_uri, names, with_data=with_data)
+                yield _zip_members(archive, display_uri, names, is_read)
         else:
             with _decompress(path, size_limit) as stream, _open_tar(stream, path, display_uri) as archive:
-                yield limit_entries(_tar_members(archive, names, with_data=with_data), display_uri)
+                yield limit_entries(_tar_members(archive, names, is_read), display_uri)
                 # Compressed files have their checksum at the very end.
                 while stream.read(_CHUNK_BYTES):
                     pass
@@ -186,16 +193,17 @@ def _open_tar(stream: LimitedStream, path: Path, display_uri: str) -> tarfile.Ta
 
 
 def _zip_members(
-    archive: zipfile.ZipFile, display_uri: str, names: NameDecoder, *, with_data: bool
+    archive: zipfile.ZipFile, display_uri: str, names: NameDecoder, is_read: IsRead
 ) -> Iterator[ArchiveMember]:
     for info in archive.infolist():
         name = _zip_name(info, names)
         if info.flag_bits & _ENCRYPTED_FLAG and not info.is_dir():
             raise DataError(f"{display_uri} is encrypted ({escape_name(name)}). Create it without a password.")
-        read = _zip_reader(archive, info) if with_data and not info.is_dir() else bytes
+        parts = split_member_path(name)
+        read = _zip_reader(archive, info) if not info.is_dir() and is_read(parts) else bytes
         yield ArchiveMember(
             sanitize_name(name)[:MAX_PATH_LENGTH],
-            split_member_path(name),
+            parts,
             read,
             is_directory=info.is_dir(),
             size=info.file_size,
@@ -235,15 +243,16 @@ def _zip_reader(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Callable[[],
     return lambda: data
 
 
-def _tar_members(archive: tarfile.TarFile, names: NameDecoder, *, with_data: bool) -> Iterator[ArchiveMember]:
+def _tar_members(archive: tarfile.TarFile, names: NameDecoder, is_read: IsRead) -> Iterator[ArchiveMember]:
     while (info := archive.next()) is not None:
         # Pax headers declare UTF-8; invalid bytes are surrogates here.
         is_declared = "path" in info.pax_headers and info.name.isprintable()
         name = info.name if is_declared else names.decode(info.name.encode(errors="surrogateescape"))
-        read = bytes if info.isdir() else _tar_reader(archive, info, with_data=with_data)
+        parts = split_member_path(name)
+        read = _tar_reader(archive, info) if not info.isdir() and is_read(parts) else bytes
         yield ArchiveMember(
             sanitize_name(name)[:MAX_PATH_LENGTH],
-            split_member_path(name),
+            parts,
             read,
             is_directory=info.isdir(),
             size=info.size,
@@ -252,11 +261,9 @@ def _tar_members(archive: tarfile.TarFile, names: NameDecoder, *, with_data: boo
         archive.members.clear()  # type: ignore[attr-defined]
 
 
-def _tar_reader(archive: tarfile.TarFile, info: tarfile.TarInfo, *, with_data: bool) -> Callable[[], bytes]:
+def _tar_reader(archive: tarfile.TarFile, info: tarfile.TarInfo) -> Callable[[], bytes]:
     if rejection := _check_member(info.size, is_file=info.isreg()):
         return partial(_raise, rejection)
-    if not with_data:
-        return bytes
     file = archive.extractfile(info)
     data = file.read() if file else b""
     return lambda: data

@@ -13,6 +13,7 @@ from topwork.data.sources.source import (
     IMAGE_SUFFIXES,
     TRAIN,
     ClassNames,
+    ClassSize,
     escape_name,
     is_ignored,
     normalize_name,
@@ -36,16 +37,14 @@ class ClassDirectories:
         root: Directory of the listing, for messages and suggestions.
         root_key: Spec key that selects the root.
         has_splits: Whether the top-level directories are splits.
-        total_bytes: Size of the images in class directories.
-        split_sizes: Number of these images in each split.
+        sizes: The images in class directories, by split and class.
     """
 
     origin: str
     root: str
     root_key: str
     has_splits: bool = False
-    total_bytes: int = 0
-    split_sizes: dict[str, int] = field(default_factory=dict)
+    sizes: dict[str, dict[str, ClassSize]] = field(default_factory=dict)
     _names: ClassNames = field(init=False)
     _classes: set[str] = field(default_factory=set)
     _empty: set[str] = field(default_factory=set)
@@ -92,9 +91,7 @@ class ClassDirectories:
                 self._loose += ["/".join(parts)] if len(self._loose) < MAX_NAMES_SHOWN else []
             return None
         self._classes.add(label)
-        split = self.split_of(parts)
-        self.split_sizes[split] = self.split_sizes.get(split, 0) + 1
-        self.total_bytes += size
+        self.sizes.setdefault(self.split_of(parts), {}).setdefault(label, ClassSize()).add(1, size)
         directory = parts[:-1]
         if directory not in self._with_images and len(self._with_images) < MAX_DIRECTORIES:
             self._with_images.add(directory)
@@ -118,7 +115,7 @@ class ClassDirectories:
         Raises:
             DataError: If there is no image in a class directory, or the root is not the directory of the classes.
         """
-        if not self.split_sizes:
+        if not self.sizes:
             raise self._no_images()
         if self.has_splits:
             self._check_splits()

@@ -13,6 +13,7 @@ from topwork.clients.s3.storage import Storage
 from topwork.data.images.rejection import MAX_BYTES, MISSING, TOO_LARGE, Rejection
 from topwork.data.sources.class_directories import MAX_NAMES_SHOWN, ClassDirectories
 from topwork.data.sources.source import (
+    ClassSize,
     SourceEntry,
     SourceImage,
     SpaceEstimate,
@@ -22,6 +23,7 @@ from topwork.data.sources.source import (
     is_ignored,
     sanitize_name,
     slugify,
+    split_sizes,
 )
 from topwork.errors import DataError
 from topwork.spec.dataset import FolderSource
@@ -55,8 +57,7 @@ class ListedFile:
 @dataclass(frozen=True)
 class _Summary:
     class_names: tuple[str, ...]
-    splits: Mapping[str, int]
-    total_bytes: int
+    sizes: Mapping[str, Mapping[str, ClassSize]]
 
 
 class ImageFolder:
@@ -64,6 +65,9 @@ class ImageFolder:
 
     Subdirectories belong to their class.
     """
+
+    is_listed = True
+    is_versioned = True
 
     def __init__(self, source: FolderSource, workspace: Workspace, *, has_split_directories: bool = False) -> None:
         self._has_splits = has_split_directories
@@ -97,12 +101,13 @@ class ImageFolder:
             elif (label := directories.add_file(file.parts, file.size)) is not None:
                 path = file.path.encode(errors="surrogateescape").decode(errors="backslashreplace")
                 yield SourceEntry(path, label, file.size, file.version)
-        self._cached_summary = _Summary(directories.finish(), directories.split_sizes, directories.total_bytes)
+        self._cached_summary = _Summary(directories.finish(), directories.sizes)
         self._directories = directories
 
     def estimate_space(self) -> SpaceEstimate:
         """Return the total size of the images in the listing; nothing is downloaded first."""
-        return SpaceEstimate(download_bytes=0, image_bytes=self._summary().total_bytes)
+        sizes = (size for classes in self._summary().sizes.values() for size in classes.values())
+        return SpaceEstimate(download_bytes=0, image_bytes=sum(size.bytes for size in sizes))
 
     def class_names(self) -> tuple[str, ...]:
         """Return the names of the class directories, sorted."""
@@ -110,7 +115,11 @@ class ImageFolder:
 
     def splits(self) -> Mapping[str, int | None]:
         """Return the splits of the directories, or one split with all images."""
-        return self._summary().splits
+        return split_sizes(self._summary().sizes)
+
+    def class_sizes(self) -> Mapping[str, Mapping[str, ClassSize]]:
+        """Return the images in each class directory, by split."""
+        return self._summary().sizes
 
     def images(self, split: str) -> Iterator[SourceImage]:
         """Yield the images of a split, ordered by path."""

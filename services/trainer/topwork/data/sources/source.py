@@ -72,14 +72,38 @@ class SpaceEstimate:
     image_bytes: int
 
 
+@dataclass
+class ClassSize:
+    """Images of one class in one split of a source.
+
+    Attributes:
+        images: Number of images.
+        bytes: Size of their files; 0 for a table.
+    """
+
+    images: int = 0
+    bytes: int = 0
+
+    def add(self, images: int, size: int) -> None:
+        """Count more images and bytes."""
+        self.images += images
+        self.bytes += size
+
+
 class Source(Protocol):
     """Labeled images in one or more splits.
 
     Attributes:
         name: Name of the dataset that is made from the source, as a slug.
+        is_listed: Whether `digest` is that of a listing (`entries`): folders and tables.
     """
 
     name: str
+    is_listed: bool
+
+    @property
+    def is_versioned(self) -> bool:
+        """Whether `digest` is known without downloading an archive."""
 
     def description(self) -> dict[str, Any]:
         """Return the origin of the images, without credentials; stored in the manifest."""
@@ -115,11 +139,23 @@ class Source(Protocol):
     def class_names(self) -> tuple[str, ...]:
         """Return the classes in the order of their labels."""
 
+    def class_sizes(self) -> Mapping[str, Mapping[str, ClassSize]] | None:
+        """Return the images of each class of each split, without reading them.
+
+        Returns:
+            Sizes by split and class, with the class "" for rows of a table without one; None for TFDS.
+        """
+
     def splits(self) -> Mapping[str, int | None]:
         """Return the number of images of each split; None where it is unknown."""
 
     def images(self, split: str) -> Iterator[SourceImage]:
         """Yield the images of a split, always in the same order."""
+
+
+def split_sizes(sizes: Mapping[str, Mapping[str, ClassSize]]) -> dict[str, int]:
+    """Return the number of images of each split."""
+    return {split: sum(size.images for size in classes.values()) for split, classes in sizes.items()}
 
 
 def slugify(text: str) -> str:

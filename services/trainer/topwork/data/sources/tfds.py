@@ -43,6 +43,9 @@ log = structlog.get_logger(__name__)
 class TfdsSource:
     """A dataset of the TFDS catalog, of a module that registers one, or of the mirror in storage."""
 
+    is_listed = False
+    is_versioned = True
+
     def __init__(self, name: str, workspace: Workspace) -> None:
         self._workspace = workspace
         self._name = TfdsName.parse(name)
@@ -98,7 +101,10 @@ class TfdsSource:
 
     def _names_of_labels(self) -> list[str]:
         names = ClassNames(f"The dataset {self._builder.info.full_name}")
-        return [names.add(name) for name in self._builder.info.features[self._label_key].names]
+        return [names.add(name) for name in read_label_names(self._builder, self._label_key)]
+
+    def class_sizes(self) -> None:
+        """Return None: TFDS records the number of examples of a split, but not of its classes."""
 
     def splits(self) -> Mapping[str, int | None]:
         """Return the splits of the dataset. Downloads it."""
@@ -292,6 +298,18 @@ def find_image_and_label(builder: Any) -> tuple[str, str]:
         f"{builder.name} is not an image classification dataset: expected one Image and one ClassLabel feature, or "
         f"supervised_keys that select them. It has the images {images} and the labels {labels}."
     )
+
+
+def read_label_names(builder: Any, label_key: str) -> list[str]:
+    """Return the names of the labels of a TFDS dataset: "0", "1", … if it defines only their number.
+
+    Raises:
+        DataError: If it does not define its labels.
+    """
+    feature = builder.info.features[label_key]
+    if feature.num_classes is None:
+        raise DataError(f"The feature {label_key} of {builder.info.full_name} defines no classes, so it has no labels.")
+    return list(feature.names)
 
 
 def _is_retryable(error: BaseException) -> bool:
