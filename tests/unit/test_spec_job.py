@@ -55,6 +55,7 @@ DEFAULTS = {
             "train": "train[:80%]",
             "validation": None,
             "test": "train[80%:]",
+            "predefined": False,
             "stratify": True,
             "groupBy": None,
             "perClass": None,

@@ -315,7 +315,7 @@ def _log_splits_once(
         if common:
             log.warning("duplicates across splits", images=common, split=second, other_split=first)
     for note in describe_splits(spec, metadata):
-        log.warning("predefined splits", note=note)
+        log.warning("splits", note=note)
     for name, split in splits.items():
         if missing := format_missing_classes(split.labels, metadata.class_names):
             log.warning("classes without images", split=name, classes=missing)

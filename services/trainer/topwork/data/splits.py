@@ -3,13 +3,12 @@
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from topwork.data.dataset_manifest import DatasetMetadata
-from topwork.data.groups import assign_groups, check_group_splits
+from topwork.data.groups import Groups, assign_groups, check_group_splits, check_whole_groups
 from topwork.data.predefined_splits import carved_fractions, describe_predefined, match_splits
 from topwork.data.stratification import Counts, allocate
 from topwork.errors import DataError
@@ -43,8 +42,8 @@ def check_splits(settings: Dataset, dataset: DatasetMetadata) -> None:
     Raises:
         DataError: If a slice is empty or out of range, names an unknown split, or a class has too few images.
     """
-    splits = settings.splits
-    if splits == "auto":
+    splits = settings.split_settings
+    if splits.predefined:
         _check_predefined(settings, dataset)
         return
     if splits.per_class:
@@ -58,19 +57,19 @@ def check_splits(settings: Dataset, dataset: DatasetMetadata) -> None:
 
 def _check_predefined(settings: Dataset, dataset: DatasetMetadata) -> None:
     found = match_splits(dataset.splits, dataset.origin)
-    if fractions := carved_fractions(found):
+    if settings.split_settings.stratify and (fractions := carved_fractions(found)):
         counts = dataset.splits[found["train"]]
         sizes = [counts.get(name, 0) for name in dataset.class_names]
         _check_classes(settings, len(fractions), sizes, dataset.class_names)
 
 
 def count_images(
-    splits: Splits | Literal["auto"], sizes: Mapping[str, int], classes: int | None, class_sizes: Sequence[int] = ()
+    splits: Splits, sizes: Mapping[str, int], classes: int | None, class_sizes: Sequence[int] = ()
 ) -> dict[str, int | None]:
     """Compute the number of images in each split of a spec, before the dataset is pulled.
 
     Args:
-        splits: `spec.dataset.splits`.
+        splits: `spec.dataset.splits` in its full form.
         sizes: Number of images in each split of the source, for the splits where it is known.
         classes: Number of classes, or None if unknown.
         class_sizes: Number of images of each class, if known.
@@ -85,7 +84,7 @@ def count_images(
         >>> count_images(Splits(train="train[:80%]", test="train[80%:]"), {"train": 1000}, None)
         {'train': 800, 'test': 200}
     """
-    if splits == "auto":
+    if splits.predefined:
         return _count_predefined(sizes)
     if splits.per_class:
         counts = {name: getattr(splits.per_class, name) for name in SPLIT_NAMES}
@@ -120,7 +119,8 @@ def describe_splits(settings: Dataset, dataset: DatasetMetadata) -> tuple[str, .
         settings: `spec.dataset`.
         dataset: Metadata of the stored dataset.
     """
-    return describe_predefined(dataset.splits, dataset.origin) if settings.splits == "auto" else ()
+    splits = settings.split_settings
+    return describe_predefined(splits, dataset.splits, dataset.origin) if splits.predefined else ()
 
 
 def select_splits(
@@ -128,21 +128,21 @@ def select_splits(
     sources: Mapping[str, SourceSplit],
     class_names: tuple[str, ...],
     seed: int,
-    groups: Positions | None = None,
+    groups: Groups | None = None,
 ) -> dict[str, Positions]:
     """Select the examples of each split.
 
     Slices are taken from a permutation of each source split. The permutation depends only on the seed and on the name
     and size of the source split, so slices mix the classes even if the images were stored class by class. Fractions and
-    counts per class are taken from a permutation of all source splits together. With `auto`, the source splits are used
-    as they are, and a missing one is a fraction of the train split.
+    counts per class are taken from a permutation of all source splits together. Predefined splits are used as they are,
+    and a missing one is a fraction of the train split.
 
     Args:
         dataset: `spec.dataset`.
         sources: The stored examples, by source split.
         class_names: Class names, in label order.
         seed: `spec.seed`.
-        groups: Group of each stored example, int64 (size,), from 0, if the spec sets `groupBy`.
+        groups: Group of each stored example, if the spec sets `groupBy`.
 
     Returns:
         For each split that the spec defines, the positions of its examples among all stored examples, int64 (size,).
@@ -150,24 +150,18 @@ def select_splits(
     Raises:
         DataError: If the splits can't be filled, or a split lacks a class that it must contain.
     """
-    splits = dataset.splits
+    splits = dataset.split_settings
     labels = np.concatenate([source.labels for source in sources.values()])
     class_sizes = np.bincount(labels, minlength=len(class_names))
-    if splits == "auto":
-        selected = _select_predefined(dataset, sources, class_names, seed)
+    if splits.predefined:
+        selected = _select_predefined(dataset, sources, class_names, seed, groups)
     elif splits.per_class:
         _check_counts(splits.per_class, dict(zip(class_names, class_sizes.tolist(), strict=True)))
         requested = {name: count for name in SPLIT_NAMES if (count := getattr(splits.per_class, name))}
         counts = np.tile(np.array(list(requested.values()), np.int64), (len(class_names), 1))
         selected = _select_strata(requested, counts, labels, seed)
     elif fractions := splits.fractions:
-        if splits.stratify:
-            _check_classes(dataset, len(fractions), class_sizes.tolist(), class_names)
-        strata = labels if splits.stratify else np.zeros_like(labels)
-        if groups is not None:
-            selected = _select_groups(fractions, strata, groups, seed)
-        else:
-            selected = _select_strata(fractions, allocate(np.bincount(strata), list(fractions.values())), strata, seed)
+        selected = _select_fractions(dataset, fractions, labels, class_names, seed, groups)
     else:
         selected = {name: _select_slices(name, text, sources, seed) for name, text in splits.slices.items()}
     for name, positions in selected.items():
@@ -176,13 +170,27 @@ def select_splits(
     return selected
 
 
-def _select_groups(
-    fractions: Mapping[str, float], strata: Positions, groups: Positions, seed: int
+def _select_fractions(
+    dataset: Dataset,
+    fractions: Mapping[str, float],
+    labels: Positions,
+    class_names: tuple[str, ...],
+    seed: int,
+    groups: Groups | None,
 ) -> dict[str, Positions]:
-    split_of_image = assign_groups(strata, groups, list(fractions.values()), seed)
-    check_group_splits(split_of_image, groups, list(fractions))
+    """Divide images by fractions, class by class if they are stratified, and by whole groups if there are groups."""
+    is_stratified = dataset.split_settings.stratify
+    if is_stratified:
+        class_sizes = np.bincount(labels, minlength=len(class_names))
+        _check_classes(dataset, len(fractions), class_sizes.tolist(), class_names)
+    strata = labels if is_stratified else np.zeros_like(labels)
+    if groups is None:
+        return _select_strata(fractions, allocate(np.bincount(strata), list(fractions.values())), strata, seed)
+    split_of_image = assign_groups(strata, groups.of_image, list(fractions.values()), seed)
     order = permutation(len(strata), seed)
-    return {name: order[split_of_image[order] == index] for index, name in enumerate(fractions)}
+    selected = {name: order[split_of_image[order] == index] for index, name in enumerate(fractions)}
+    check_group_splits(selected, groups)
+    return selected
 
 
 def format_missing_classes(labels: npt.NDArray[np.int64], class_names: tuple[str, ...]) -> str:
@@ -283,17 +291,24 @@ def _select_strata(names: Iterable[str], counts: Counts, strata: Positions, seed
 
 
 def _select_predefined(
-    dataset: Dataset, sources: Mapping[str, SourceSplit], class_names: tuple[str, ...], seed: int
+    dataset: Dataset,
+    sources: Mapping[str, SourceSplit],
+    class_names: tuple[str, ...],
+    seed: int,
+    groups: Groups | None,
 ) -> dict[str, Positions]:
     found = match_splits(sources, "The stored dataset")
     selected = {split: sources[name].first + np.arange(len(sources[name].labels)) for split, name in found.items()}
+    if groups:
+        fix = "Move each group to one split, or use fractions, such as {train: 0.8, validation: 0.1, test: 0.1}."
+        check_whole_groups(selected, groups, "the source", fix)
     if fractions := carved_fractions(found):
-        train = sources[found["train"]]
-        class_sizes = np.bincount(train.labels, minlength=len(class_names))
-        _check_classes(dataset, len(fractions), class_sizes.tolist(), class_names)
-        counts = allocate(class_sizes, list(fractions.values()))
-        carved = _select_strata(fractions, counts, train.labels, seed)
-        selected |= {split: train.first + positions for split, positions in carved.items()}
+        train = selected["train"]
+        labels = sources[found["train"]].labels
+        carved = _select_fractions(
+            dataset, fractions, labels, class_names, seed, groups.subset(train) if groups else None
+        )
+        selected |= {split: train[positions] for split, positions in carved.items()}
     return {split: selected[split] for split in SPLIT_NAMES}
 
 

@@ -4,7 +4,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from topwork.data.dataset_manifest import StoredDataset
-from topwork.data.splits import check_splits, count_images
+from topwork.data.splits import check_splits, count_images, describe_splits
 from topwork.data.tfds_mirror import TfdsName
 from topwork.errors import DataError, UnavailableError
 from topwork.registry.datasets import list_datasets
@@ -50,7 +50,7 @@ def find_known_dataset(
     Raises:
         DataError: If the dataset has too few images for the splits.
     """
-    splits = job.spec.dataset.splits
+    splits = job.spec.dataset.split_settings
     stored = _find_stored_dataset(job, workspace) if workspace else None
     if stored is None or workspace is None:
         return KnownDataset(classes, count_images(splits, {TRAIN: images} if images else {}, classes))
@@ -62,10 +62,14 @@ def find_known_dataset(
         len(facts.class_names),
         count_images(splits, sizes, len(facts.class_names), list(facts.class_counts.values())),
         workspace.storage.uri_of(stored.prefix),
-        tuple(
-            f"{option} {value} is ignored: the stored dataset has {actual}."
-            for option, (value, actual) in given.items()
-            if value not in {None, actual}
+        (
+            *(
+                f"{option} {value} is ignored: the stored dataset has {actual}."
+                for option, (value, actual) in given.items()
+                if value not in {None, actual}
+            ),
+            *describe_splits(job.spec.dataset, facts),
+            *(["The numbers of images are approximate: splits contain whole groups."] if splits.group_by else []),
         ),
     )
 

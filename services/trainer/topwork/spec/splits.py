@@ -91,7 +91,7 @@ class PerClass(SpecModel):
 
 
 class Splits(SpecModel):
-    """Training, validation and test splits of the stored dataset: fractions, TFDS slices or counts per class."""
+    """Training, validation and test splits: fractions, TFDS slices, counts per class, or the splits of the source."""
 
     train: Share | None = Field(
         default=None, description="Images used for training: a fraction of all images, such as 0.8, or a TFDS slice."
@@ -105,20 +105,31 @@ class Splits(SpecModel):
         description="Images used to evaluate the final model, such as 0.1 or train[50%:60%]. Unset: the validation "
         "split.",
     )
+    predefined: StrictBool = Field(
+        default=False,
+        description="Whether to use the splits of the source, like the short form splits: auto, with groupBy or "
+        "stratify: a group in several of them is an error.",
+    )
     stratify: StrictBool = Field(
         default=True,
-        description="Whether fractions apply to each class, so that every split contains every class in the same "
-        "proportion. Slices are never stratified, counts per class always.",
+        description="Whether fractions, and a tenth of the train split that replaces a missing predefined split, apply "
+        "to each class, so that every split contains every class in the same proportion. Slices are never stratified, "
+        "counts per class always.",
     )
     group_by: GroupBy | None = Field(
         default=None,
         description="Keeps images of a group, such as a patient, a camera or a series, in one split: folder (the "
         "directory that contains the image, below its class), {column: name} of the table, or {regex: …}. With "
-        "fractions only, which are then approximate.",
+        "fractions, which are then approximate, or with predefined splits.",
     )
     per_class: PerClass | None = Field(
         default=None, description="Exact number of images per class. Cannot be combined with fractions or slices."
     )
+
+    @classmethod
+    def from_setting(cls, setting: "Splits | Literal['auto']") -> "Splits":
+        """Expand the short form (`auto`) of `splits`; a full setting is returned unchanged."""
+        return setting if isinstance(setting, Splits) else cls(predefined=True)
 
     @property
     def shares(self) -> dict[str, float | str]:
@@ -138,7 +149,8 @@ class Splits(SpecModel):
     @property
     def has_validation(self) -> bool:
         """Whether there is a validation split."""
-        return self.validation is not None or (self.per_class is not None and self.per_class.validation > 0)
+        has_counts = self.per_class is not None and self.per_class.validation > 0
+        return self.predefined or self.validation is not None or has_counts
 
 
 def _splits_tag(value: object) -> str | None:
@@ -155,7 +167,12 @@ SplitsSetting = Annotated[
 
 @rule(Splits)
 def one_kind_of_splits(splits: Splits) -> Iterator[Violation]:
-    """Fractions, slices and counts per class would define the same splits twice."""
+    """Fractions, slices, counts per class and the splits of the source would define the same splits twice."""
+    if splits.predefined and (others := [*splits.shares, *(["perClass"] if splits.per_class else [])]):
+        yield Violation(
+            "predefined",
+            f"cannot be combined with {join_words(others)}: it uses the splits of the source. Remove one of them.",
+        )
     if splits.per_class and splits.shares:
         yield Violation(
             "perClass",
@@ -174,14 +191,14 @@ def one_kind_of_splits(splits: Splits) -> Iterator[Violation]:
 @rule(Splits)
 def training_split_is_set(splits: Splits) -> Iterator[Violation]:
     """Training needs a training split."""
-    if not splits.per_class and splits.train is None:
+    if not splits.per_class and not splits.predefined and splits.train is None:
         yield Violation("train", "is required. Set a fraction, such as train: 0.8, or use perClass.")
 
 
 @rule(Splits)
 def evaluation_split_is_set(splits: Splits) -> Iterator[Violation]:
     """Only an evaluated model is published. Without a test split, the validation split is used."""
-    if not splits.per_class and splits.test is None and splits.validation is None:
+    if not splits.per_class and not splits.predefined and splits.test is None and splits.validation is None:
         example = "train[80%:]" if splits.slices else "0.1"
         yield Violation("test", f"is required if there is no validation split. Set it, such as test: {example}.")
 
@@ -199,8 +216,10 @@ def fractions_are_at_most_all_images(splits: Splits) -> Iterator[Violation]:
 def options_of_fractions(splits: Splits) -> Iterator[Violation]:
     """Slices and counts per class are taken without regard to groups, and are always or never stratified."""
     given = {"stratify": not splits.stratify, "groupBy": splits.group_by is not None}
-    for key in (key for key, is_given in given.items() if is_given and not splits.fractions):
-        yield Violation(key, "applies only to fractions, such as train: 0.8. Remove it, or use fractions.")
+    for key in (key for key, is_given in given.items() if is_given and not (splits.fractions or splits.predefined)):
+        yield Violation(
+            key, "applies only to fractions, such as train: 0.8, and to predefined: true. Remove it, or use fractions."
+        )
 
 
 @rule(Splits)
