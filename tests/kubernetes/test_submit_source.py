@@ -192,6 +192,22 @@ def test_other_file_of_the_base_is_another_job_of_a_dataset_that_never_changes(p
     assert names[0] == names[1] != names[2] != ""
 
 
+def test_other_content_of_a_list_is_another_job_and_a_missing_list_an_error(photos, submit, api_server):
+    storage = photos.workspace.storage
+    splits = {name: {"list": storage.uri_of(f"{name}.txt")} for name in ("train", "validation", "test")}
+    file = photos.write_spec(dataset=photos.content["spec"]["dataset"] | {"splits": splits})
+    for name in splits:
+        storage.write(f"{name}.txt", b"cat/1.jpg")
+    names = [submit(file)[2], submit(file)[2]]
+    storage.write("test.txt", b"cat/2.jpg")
+    names.append(submit(file)[2])
+    assert names[0] == names[1] != names[2] != ""
+    storage.delete(["test.txt"])
+    code, lines, _ = submit(file)
+    assert (code, len(jobs(api_server))) == (2, 2)
+    assert "spec.dataset.splits.test.list is s3://" in lines[-1]
+
+
 # --pinned
 
 

@@ -2,7 +2,7 @@
 
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -10,6 +10,8 @@ import numpy.typing as npt
 from topwork.data.dataset_manifest import DatasetMetadata
 from topwork.data.groups import Groups, assign_groups, check_group_splits, check_whole_groups
 from topwork.data.predefined_splits import carved_fractions, describe_predefined, match_splits
+from topwork.data.split_inputs import SplitInputs
+from topwork.data.split_lists import count_lines, match_lists
 from topwork.data.stratification import Counts, allocate
 from topwork.errors import DataError
 from topwork.spec.dataset import Dataset
@@ -17,6 +19,44 @@ from topwork.spec.slices import Slice, parse_slices
 from topwork.spec.splits import SPLIT_NAMES, PerClass, Splits
 
 Positions = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class StoredImages:
+    """All images of a stored dataset, in stored order.
+
+    Attributes:
+        class_names: Class names, in label order.
+        sources: The images, by source split.
+        names: Name of each image, as in the source.
+        groups: Group of each image, if the spec sets `groupBy`.
+        unavailable: Images of the source that were not stored, each with the reason.
+    """
+
+    class_names: tuple[str, ...]
+    sources: Mapping[str, "SourceSplit"]
+    names: Sequence[str]
+    groups: Groups | None = None
+    unavailable: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def labels(self) -> Positions:
+        """Label of each image, int64 (size,)."""
+        return np.concatenate([source.labels for source in self.sources.values()])
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The images of each split.
+
+    Attributes:
+        positions: For each split that the spec defines, the positions of its images among all stored images, int64
+            (size,).
+        notes: What is not obvious about the splits, in sentences for the log and the report.
+    """
+
+    positions: dict[str, Positions]
+    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -64,7 +104,11 @@ def _check_predefined(settings: Dataset, dataset: DatasetMetadata) -> None:
 
 
 def count_images(
-    splits: Splits, sizes: Mapping[str, int], classes: int | None, class_sizes: Sequence[int] = ()
+    splits: Splits,
+    sizes: Mapping[str, int],
+    classes: int | None,
+    class_sizes: Sequence[int] = (),
+    inputs: SplitInputs | None = None,
 ) -> dict[str, int | None]:
     """Compute the number of images in each split of a spec, before the dataset is pulled.
 
@@ -73,6 +117,7 @@ def count_images(
         sizes: Number of images in each split of the source, for the splits where it is known.
         classes: Number of classes, or None if unknown.
         class_sizes: Number of images of each class, if known.
+        inputs: Further inputs of the splits, if known.
 
     Returns:
         Number of images in each split that the spec defines. None where it can't be determined.
@@ -93,7 +138,9 @@ def count_images(
         strata = class_sizes if class_sizes and splits.stratify else [sum(sizes.values())]
         totals = allocate(strata, list(fractions.values())).sum(axis=0).tolist()
         return dict(zip(fractions, totals if sizes else [None] * len(totals), strict=True))
-    images: dict[str, int | None] = {}
+    images: dict[str, int | None] = {
+        name: count_lines(inputs.lists[name], name) if inputs else None for name in splits.lists
+    }
     for name, text in splits.slices.items():
         is_known = all(piece.split in sizes for piece in parse_slices(text))
         ranges = _resolve_slices(name, text, sizes) if is_known else []
@@ -121,6 +168,55 @@ def describe_splits(settings: Dataset, dataset: DatasetMetadata) -> tuple[str, .
     """
     splits = settings.split_settings
     return describe_predefined(splits, dataset.splits, dataset.origin) if splits.predefined else ()
+
+
+def select_images(
+    dataset: Dataset, metadata: DatasetMetadata, images: StoredImages, inputs: SplitInputs, seed: int
+) -> Selection:
+    """Select the images of each split, by the rules of `select_splits` or by lists.
+
+    Args:
+        dataset: `spec.dataset`.
+        metadata: Metadata of the stored dataset.
+        images: The stored images.
+        inputs: Further inputs of the splits.
+        seed: `spec.seed`.
+
+    Returns:
+        The images of each split.
+
+    Raises:
+        DataError: If the splits can't be filled, or a split lacks a class that it must contain.
+    """
+    notes = describe_splits(dataset, metadata)
+    if not dataset.split_settings.lists:
+        return Selection(select_splits(dataset, images.sources, images.class_names, seed, images.groups), notes)
+    listed = match_lists(inputs.lists, images.names, images.unavailable, _root(dataset), _explain_missing(metadata))
+    split_of_image = np.array([listed.split_of.get(name, "") for name in images.names])
+    selected = {name: np.flatnonzero(split_of_image == name) for name in inputs.lists}
+    if images.groups is not None:
+        fix = "Move each group to one list, or remove groupBy."
+        check_whole_groups(selected, images.groups, "the lists", fix)
+    _check_split_classes(selected, images.labels, images.class_names, dataset)
+    if unused := len(images.names) - sum(map(len, selected.values())):
+        notes += (f"{unused} of {len(images.names)} images are in no list and are not used.",)
+    return Selection(selected, (*notes, *listed.notes))
+
+
+def _root(dataset: Dataset) -> str:
+    """Return the directory in an archive that paths may be relative to."""
+    return dataset.source.archive.root.strip("/") if dataset.source.archive else ""
+
+
+def _explain_missing(metadata: DatasetMetadata) -> str:
+    # An archive has no listing, so not all images that were dropped are known by name.
+    found = metadata.contradictions
+    if found is None or not found.dropped:
+        return ""
+    return (
+        f" {found.images} images of the source were dropped, because an image of another class has the same pixels: "
+        "see spec.dataset.onContradiction."
+    )
 
 
 def select_splits(
@@ -164,10 +260,16 @@ def select_splits(
         selected = _select_fractions(dataset, fractions, labels, class_names, seed, groups)
     else:
         selected = {name: _select_slices(name, text, sources, seed) for name, text in splits.slices.items()}
+    _check_split_classes(selected, labels, class_names, dataset)
+    return selected
+
+
+def _check_split_classes(
+    selected: Mapping[str, Positions], labels: Positions, class_names: tuple[str, ...], dataset: Dataset
+) -> None:
     for name, positions in selected.items():
         if missing := format_missing_classes(labels[positions], class_names):
             _check_missing_classes(name, missing, dataset)
-    return selected
 
 
 def _select_fractions(
@@ -212,7 +314,7 @@ def _check_missing_classes(name: str, missing: str, dataset: Dataset) -> None:
         return
     fixes = [
         f"Enlarge spec.dataset.splits.{name}",
-        "use fractions, such as train: 0.8, which divide every class",
+        *([] if dataset.split_settings.lists else ["use fractions, such as train: 0.8, which divide every class"]),
         "remove the class from the source",
         *([] if name == "train" else ["evaluate without it: spec.dataset.onMissingClass: allow"]),
     ]

@@ -4,10 +4,12 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from topwork.data.dataset_manifest import StoredDataset
+from topwork.data.split_inputs import SplitInputs
 from topwork.data.splits import check_splits, count_images, describe_splits
 from topwork.data.tfds_mirror import TfdsName
 from topwork.errors import DataError, UnavailableError
 from topwork.registry.datasets import list_datasets
+from topwork.registry.split_inputs import read_split_inputs
 from topwork.spec import TransferJob
 from topwork.spec.dataset import DatasetSource
 from topwork.stages.pull import find_dataset
@@ -52,15 +54,17 @@ def find_known_dataset(
     """
     splits = job.spec.dataset.split_settings
     stored = _find_stored_dataset(job, workspace) if workspace else None
+    inputs, problem = _read_inputs(job, workspace)
     if stored is None or workspace is None:
-        return KnownDataset(classes, count_images(splits, {TRAIN: images} if images else {}, classes))
+        counts = count_images(splits, {TRAIN: images} if images else {}, classes, inputs=inputs)
+        return KnownDataset(classes, counts, notes=problem)
     facts = stored.metadata
     check_splits(job.spec.dataset, facts)
     sizes = {name: sum(counts.values()) for name, counts in facts.splits.items()}
     given = {"--classes": (classes, len(facts.class_names)), "--images": (images, sizes.get(TRAIN))}
     return KnownDataset(
         len(facts.class_names),
-        count_images(splits, sizes, len(facts.class_names), list(facts.class_counts.values())),
+        count_images(splits, sizes, len(facts.class_names), list(facts.class_counts.values()), inputs),
         workspace.storage.uri_of(stored.prefix),
         (
             *(
@@ -68,10 +72,19 @@ def find_known_dataset(
                 for option, (value, actual) in given.items()
                 if value not in {None, actual}
             ),
+            *problem,
             *describe_splits(job.spec.dataset, facts),
             *(["The numbers of images are approximate: splits contain whole groups."] if splits.group_by else []),
         ),
     )
+
+
+def _read_inputs(job: TransferJob, workspace: Workspace | None) -> tuple[SplitInputs | None, tuple[str, ...]]:
+    """Read the inputs of the splits; None and the reason if they cannot be read from here."""
+    try:
+        return (read_split_inputs(job, workspace.storage) if workspace else None), ()
+    except (DataError, UnavailableError) as error:
+        return None, (str(error),)
 
 
 def _find_stored_dataset(job: TransferJob, workspace: Workspace) -> StoredDataset | None:

@@ -31,7 +31,10 @@ def find_reusable_results(job: TransferJob, workspace: Workspace) -> PlanDescrip
     fingerprint = dataset.metadata.fingerprint if dataset else selected.fingerprint if selected else None
     if fingerprint is None:
         return PlanDescription(runs=tuple(stages), changes=changes)
-    keys = stage_keys(job, fingerprint, workspace.storage)
+    try:
+        keys = stage_keys(job, fingerprint, workspace.storage)
+    except DataError as error:
+        return PlanDescription(unknown=str(error))
     reused = ["pull"] if dataset else []
     results = {stage: read_stage_result(workspace.storage, stage, key) for stage, key in keys.training_stages.items()}
     reused += [stage for stage, result in results.items() if result]

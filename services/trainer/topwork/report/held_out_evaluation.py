@@ -15,7 +15,6 @@ from PIL import Image
 from topwork import __version__
 from topwork.data.dataset_manifest import StoredDataset
 from topwork.data.local_dataset import LocalDataset, Split, fetch_dataset
-from topwork.data.splits import describe_splits
 from topwork.errors import DataError
 from topwork.model.export import add_probabilities
 from topwork.model.input_scaling import describe_input_scaling
@@ -91,7 +90,7 @@ def evaluate_classifier(
         lineage=_lineage(job, classifier, dataset, workspace, describe_input_scaling(model)),
         notes=(
             *_write_notes(job, evaluation),
-            *describe_splits(job.spec.dataset, dataset.metadata),
+            *local.notes,
             *filter(None, [classifier.kept.note]),
         ),
         weights=classifier.kept,

@@ -202,7 +202,8 @@ def column_of_splits_is_used(dataset: Dataset) -> Iterator[Violation]:
         yield Violation(
             "splits",
             f"{'auto' if dataset.splits == 'auto' else 'predefined'} uses the splits of the source, but the table has "
-            "none. Set spec.dataset.source.table.split to the column with the split of each image, or set fractions, such as {train: 0.8, validation: 0.1, test: 0.1}.",
+            "none. Set spec.dataset.source.table.split to the column with the split of each image, or set fractions, "
+            "such as {train: 0.8, validation: 0.1, test: 0.1}.",
         )
 
 
@@ -213,6 +214,18 @@ def column_of_groups_is_in_a_table(dataset: Dataset) -> Iterator[Violation]:
         yield Violation(
             "splits.groupBy.column", "needs spec.dataset.source.table. Use groupBy: folder or {regex: …} instead."
         )
+
+
+@rule(Dataset)
+def lists_name_files(dataset: Dataset) -> Iterator[Violation]:
+    """The images of a TFDS dataset have no paths."""
+    if dataset.source.tfds:
+        for name in dataset.split_settings.lists:
+            yield Violation(
+                f"splits.{name}",
+                "names images by their paths, but the images of a TFDS dataset have none. Use splits: auto, fractions "
+                "or slices.",
+            )
 
 
 @rule(ArchiveSource)

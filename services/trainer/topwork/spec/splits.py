@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Discriminator, Field, StrictBool, StrictFlo
 from topwork.spec.messages import format_value, join_words
 from topwork.spec.slices import Slicing, parse_slices
 from topwork.spec.spec_model import SpecModel, ValueDescription, Violation, rule
-from topwork.spec.uris import invalid_value
+from topwork.spec.uris import ListUri, invalid_value
 
 SPLIT_NAMES = ("train", "validation", "test")
 
@@ -36,12 +36,24 @@ Regex = Annotated[
 ]
 
 
+class FileList(SpecModel):
+    """A list of the images of a split."""
+
+    list: ListUri = Field(
+        description="S3 object or local path of a text file with one image path per line, as in the source."
+    )
+
+
 def _share_tag(value: object) -> str:
+    if isinstance(value, dict | FileList):
+        return "<list>"
     return "<fraction>" if isinstance(value, int | float) and not isinstance(value, bool) else "<slice>"
 
 
 Share = Annotated[
-    Annotated[Fraction, Tag("<fraction>")] | Annotated[Slicing, Tag("<slice>")],
+    Annotated[Fraction, Tag("<fraction>")]
+    | Annotated[Slicing, Tag("<slice>")]
+    | Annotated[FileList, Tag("<list>"), ValueDescription("{list: uri}")],
     Discriminator(_share_tag),
 ]
 
@@ -91,19 +103,22 @@ class PerClass(SpecModel):
 
 
 class Splits(SpecModel):
-    """Training, validation and test splits: fractions, TFDS slices, counts per class, or the splits of the source."""
+    """Training, validation and test splits: fractions, slices, lists, counts per class, or the splits of the source."""
 
     train: Share | None = Field(
-        default=None, description="Images used for training: a fraction of all images, such as 0.8, or a TFDS slice."
+        default=None,
+        description="Images used for training: a fraction of all images, such as 0.8, a TFDS slice, or {list: uri}, a "
+        "text file with their paths.",
     )
     validation: Share | None = Field(
         default=None,
-        description="Images used for early stopping and for selecting the best epoch, such as 0.1 or train[40%:50%].",
+        description="Images used for early stopping and for selecting the best epoch, such as 0.1, train[40%:50%] or "
+        "{list: uri}.",
     )
     test: Share | None = Field(
         default=None,
-        description="Images used to evaluate the final model, such as 0.1 or train[50%:60%]. Unset: the validation "
-        "split.",
+        description="Images used to evaluate the final model, such as 0.1, train[50%:60%] or {list: uri}. Unset: the "
+        "validation split.",
     )
     predefined: StrictBool = Field(
         default=False,
@@ -120,7 +135,7 @@ class Splits(SpecModel):
         default=None,
         description="Keeps images of a group, such as a patient, a camera or a series, in one split: folder (the "
         "directory that contains the image, below its class), {column: name} of the table, or {regex: …}. With "
-        "fractions, which are then approximate, or with predefined splits.",
+        "fractions, which are then approximate, or with predefined splits and lists.",
     )
     per_class: PerClass | None = Field(
         default=None, description="Exact number of images per class. Cannot be combined with fractions or slices."
@@ -132,19 +147,24 @@ class Splits(SpecModel):
         return setting if isinstance(setting, Splits) else cls(predefined=True)
 
     @property
-    def shares(self) -> dict[str, float | str]:
-        """The fraction or slice of each split that is set."""
+    def shares(self) -> dict[str, float | str | FileList]:
+        """The fraction, slice or list of each split that is set."""
         return {name: share for name in SPLIT_NAMES if (share := getattr(self, name)) is not None}
 
     @property
     def fractions(self) -> dict[str, float]:
-        """The fraction of each split that is set; empty if the splits are slices or counts per class."""
+        """The fraction of each split; empty if the splits are not fractions."""
         return {name: share for name, share in self.shares.items() if isinstance(share, float)}
 
     @property
     def slices(self) -> dict[str, str]:
-        """The slice of each split that is set; empty if the splits are fractions or counts per class."""
+        """The slice of each split; empty if the splits are not slices."""
         return {name: share for name, share in self.shares.items() if isinstance(share, str)}
+
+    @property
+    def lists(self) -> dict[str, str]:
+        """The URI or path of the list of each split; empty if the splits are not lists."""
+        return {name: share.list for name, share in self.shares.items() if isinstance(share, FileList)}
 
     @property
     def has_validation(self) -> bool:
@@ -167,7 +187,7 @@ SplitsSetting = Annotated[
 
 @rule(Splits)
 def one_kind_of_splits(splits: Splits) -> Iterator[Violation]:
-    """Fractions, slices, counts per class and the splits of the source would define the same splits twice."""
+    """Fractions, slices, lists, counts per class and the splits of the source would define the same splits twice."""
     if splits.predefined and (others := [*splits.shares, *(["perClass"] if splits.per_class else [])]):
         yield Violation(
             "predefined",
@@ -176,8 +196,14 @@ def one_kind_of_splits(splits: Splits) -> Iterator[Violation]:
     if splits.per_class and splits.shares:
         yield Violation(
             "perClass",
-            f"cannot be combined with {join_words(list(splits.shares))}. Use either counts per class, fractions or "
-            "slices.",
+            f"cannot be combined with {join_words(list(splits.shares))}. Use either counts per class, fractions, "
+            "slices or lists.",
+        )
+    if splits.lists and (others := [name for name in splits.shares if name not in splits.lists]):
+        yield Violation(
+            others[0],
+            f"{format_value(splits.shares[others[0]])} is not a list of images, but {next(iter(splits.lists))} is one. "
+            "Use lists for all splits or for none.",
         )
     if splits.fractions and splits.slices:
         (fraction, value), (slice_, text) = next(iter(splits.fractions.items())), next(iter(splits.slices.items()))
@@ -199,7 +225,7 @@ def training_split_is_set(splits: Splits) -> Iterator[Violation]:
 def evaluation_split_is_set(splits: Splits) -> Iterator[Violation]:
     """Only an evaluated model is published. Without a test split, the validation split is used."""
     if not splits.per_class and not splits.predefined and splits.test is None and splits.validation is None:
-        example = "train[80%:]" if splits.slices else "0.1"
+        example = "train[80%:]" if splits.slices else "{list: test.txt}" if splits.lists else "0.1"
         yield Violation("test", f"is required if there is no validation split. Set it, such as test: {example}.")
 
 
@@ -215,10 +241,18 @@ def fractions_are_at_most_all_images(splits: Splits) -> Iterator[Violation]:
 @rule(Splits)
 def options_of_fractions(splits: Splits) -> Iterator[Violation]:
     """Slices and counts per class are taken without regard to groups, and are always or never stratified."""
-    given = {"stratify": not splits.stratify, "groupBy": splits.group_by is not None}
-    for key in (key for key, is_given in given.items() if is_given and not (splits.fractions or splits.predefined)):
+    if splits.fractions or splits.predefined:
+        return
+    if not splits.stratify:
         yield Violation(
-            key, "applies only to fractions, such as train: 0.8, and to predefined: true. Remove it, or use fractions."
+            "stratify",
+            "applies only to fractions, such as train: 0.8, and to predefined: true. Remove it, or use fractions.",
+        )
+    if splits.group_by and not splits.lists:
+        yield Violation(
+            "groupBy",
+            "applies only to fractions, such as train: 0.8, to lists and to predefined: true. Remove it, or use "
+            "fractions.",
         )
 
 

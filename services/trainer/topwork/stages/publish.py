@@ -147,7 +147,7 @@ def publish(job: TransferJob, classifier: Classifier, dataset: StoredDataset, wo
     with workspace.metrics.track_stage("publish"):
         if published := find_published(job, dataset, workspace):
             return published
-        key = stage_keys(job, dataset.metadata.fingerprint, workspace.storage).publish
+        key = stage_keys(job, dataset.metadata.fingerprint, workspace.storage, dataset.inputs).publish
         if version := versions.find_version_by_key(workspace.storage, job.model_name, key, classifier.file.sha256):
             return _reuse(job, _finish(job, version, workspace), workspace)
         folder = workspace.scratch / "publish"
@@ -177,7 +177,7 @@ def find_published(job: TransferJob, dataset: StoredDataset, workspace: Workspac
     Raises:
         GateError: If the version does not meet the gates of the job, which may have changed since.
     """
-    key = stage_keys(job, dataset.metadata.fingerprint, workspace.storage).publish
+    key = stage_keys(job, dataset.metadata.fingerprint, workspace.storage, dataset.inputs).publish
     published = _read_published(job, key, workspace.storage)
     return _reuse(job, published, workspace) if published else None
 
