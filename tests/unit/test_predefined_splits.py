@@ -16,7 +16,8 @@ from topwork.data.dataset_manifest import DatasetMetadata
 from topwork.data.groups import Groups
 from topwork.data.predefined_splits import describe_predefined, match_splits
 from topwork.data.sources import open_dataset_source, open_source
-from topwork.data.splits import SourceSplit, check_splits, count_images, select_splits
+from topwork.data.split_counts import check_splits, count_images
+from topwork.data.splits import SourceSplit, select_splits
 from topwork.errors import DataError
 from topwork.registry.datasets import fingerprint_of
 from topwork.spec.dataset import Dataset, DatasetSource

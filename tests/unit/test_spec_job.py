@@ -55,6 +55,7 @@ DEFAULTS = {
             "train": "train[:80%]",
             "validation": None,
             "test": "train[80%:]",
+            "pinTest": None,
             "predefined": False,
             "stratify": True,
             "groupBy": None,

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from topwork.data.dataset_manifest import Contradictions, DatasetMetadata, LabeledImage, RejectedImage
 from topwork.data.groups import Groups
+from topwork.data.split_counts import count_images
 from topwork.data.split_inputs import SplitInputs, SplitList
 from topwork.data.split_lists import (
     SAME_PIXELS,
@@ -19,7 +20,7 @@ from topwork.data.split_lists import (
     match_lists,
     read_split_lists,
 )
-from topwork.data.splits import SourceSplit, StoredImages, count_images, select_images
+from topwork.data.splits import SourceSplit, StoredImages, select_images
 from topwork.errors import DataError
 from topwork.spec.dataset import Dataset
 
@@ -197,7 +198,8 @@ def dataset(names=("train", "validation", "test"), **settings):
 
 def stored_images(names=NAMES, groups=None):
     labels = np.array([CLASSES.index(name.split("/")[0]) for name in names])
-    return StoredImages(CLASSES, {"train": SourceSplit(0, labels)}, names, groups)
+    digests = np.arange(len(names), dtype=np.uint64)
+    return StoredImages(CLASSES, {"train": SourceSplit(0, labels)}, names, digests, groups)
 
 
 @given(st.lists(st.sampled_from(["train", "validation", "test", None]), min_size=20, max_size=20), st.randoms())

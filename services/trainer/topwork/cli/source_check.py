@@ -52,9 +52,10 @@ def check_source(job: TransferJob, *, pinned: bool) -> CheckedSource:
     from topwork.clients.prometheus.metrics import Metrics
     from topwork.workspace import Workspace
 
-    base = job.spec.model.base
+    base, dataset = job.spec.model.base, job.spec.dataset
+    has_stored_base = (base.saved.uri if base.saved else base.weights or "").startswith("s3://")
     # The versions of TFDS datasets do not change.
-    if job.spec.dataset.source.tfds and not (base.saved.uri if base.saved else base.weights or "").startswith("s3://"):
+    if dataset.source.tfds and not has_stored_base and dataset.split_settings.pin_test is None:
         return CheckedSource(job.run)
     problem: TopworkError = SettingError("no storage is configured here")
     try:

@@ -249,14 +249,16 @@ def _describe_images(records: RecordIndex, dataset: StoredDataset, directory: Pa
     sources = {
         name: SourceSplit(first, records.labels[first : first + size]) for name, (first, size) in records.splits.items()
     }
-    lists = spec.split_settings.lists
-    names = records.image_names(np.arange(len(records.labels))) if spec.group_by or lists else []
+    splits = spec.split_settings
+    needs_names = splits.group_by or splits.lists or splits.pin_test
+    names = records.image_names(np.arange(len(records.labels))) if needs_names else []
     return StoredImages(
         class_names,
         sources,
         names,
+        records.digests,
         find_groups(spec.group_by, names, class_names, listing) if spec.group_by else None,
-        find_unavailable_images(names, dataset.metadata, listing) if lists else {},
+        find_unavailable_images(names, dataset.metadata, listing) if splits.lists else {},
     )
 
 

@@ -103,7 +103,7 @@ class ImageNames:
             names: Names of the images; a name may occur several times.
             root: Directory that the paths of a list may be relative to, instead of the root of the source.
         """
-        self._prefixes = ("", f"{root}/") if root else ("",)
+        self._prefixes = ("", f"{normalize_name(root)}/") if root else ("",)
         self._names = {normalize_name(name): name for name in names}
         # Several names if they differ only in their suffix.
         self._without_suffix: dict[str, tuple[str, ...]] = {}

@@ -9,14 +9,15 @@ import numpy.typing as npt
 
 from topwork.data.dataset_manifest import DatasetMetadata
 from topwork.data.groups import Groups, assign_groups, check_group_splits, check_whole_groups
+from topwork.data.pinned_test import select_pinned_test
 from topwork.data.predefined_splits import carved_fractions, describe_predefined, match_splits
-from topwork.data.split_inputs import SplitInputs
-from topwork.data.split_lists import count_lines, match_lists
+from topwork.data.split_inputs import PinnedTest, SplitInputs
+from topwork.data.split_lists import match_lists
 from topwork.data.stratification import Counts, allocate
 from topwork.errors import DataError
 from topwork.spec.dataset import Dataset
 from topwork.spec.slices import Slice, parse_slices
-from topwork.spec.splits import SPLIT_NAMES, PerClass, Splits
+from topwork.spec.splits import SPLIT_NAMES, PerClass
 
 Positions = npt.NDArray[np.int64]
 
@@ -28,14 +29,16 @@ class StoredImages:
     Attributes:
         class_names: Class names, in label order.
         sources: The images, by source split.
-        names: Name of each image, as in the source.
+        names: Name of each image, as in the source. Empty if the splits do not need names.
+        digests: First 8 bytes of the pixel digest of each image, uint64 (size,).
         groups: Group of each image, if the spec sets `groupBy`.
-        unavailable: Images of the source that were not stored, each with the reason.
+        unavailable: Images of the source that were not stored, each with the reason; for lists only.
     """
 
     class_names: tuple[str, ...]
     sources: Mapping[str, "SourceSplit"]
     names: Sequence[str]
+    digests: npt.NDArray[np.uint64]
     groups: Groups | None = None
     unavailable: Mapping[str, str] = field(default_factory=dict)
 
@@ -72,108 +75,10 @@ class SourceSplit:
     labels: npt.NDArray[np.int64]
 
 
-def check_splits(settings: Dataset, dataset: DatasetMetadata) -> None:
-    """Check that a stored dataset can fill the splits of a spec, using only the counts in its metadata.
-
-    Args:
-        settings: `spec.dataset`.
-        dataset: Metadata of the stored dataset.
-
-    Raises:
-        DataError: If a slice is empty or out of range, names an unknown split, or a class has too few images.
-    """
-    splits = settings.split_settings
-    if splits.predefined:
-        _check_predefined(settings, dataset)
-        return
-    if splits.per_class:
-        _check_counts(splits.per_class, dataset.class_counts)
-    if splits.fractions and splits.stratify:
-        _check_classes(settings, len(splits.fractions), list(dataset.class_counts.values()), dataset.class_names)
-    sizes = {name: sum(counts.values()) for name, counts in dataset.splits.items()}
-    for name, text in splits.slices.items():
-        _resolve_slices(name, text, sizes)
-
-
-def _check_predefined(settings: Dataset, dataset: DatasetMetadata) -> None:
-    found = match_splits(dataset.splits, dataset.origin)
-    if settings.split_settings.stratify and (fractions := carved_fractions(found)):
-        counts = dataset.splits[found["train"]]
-        sizes = [counts.get(name, 0) for name in dataset.class_names]
-        _check_classes(settings, len(fractions), sizes, dataset.class_names)
-
-
-def count_images(
-    splits: Splits,
-    sizes: Mapping[str, int],
-    classes: int | None,
-    class_sizes: Sequence[int] = (),
-    inputs: SplitInputs | None = None,
-) -> dict[str, int | None]:
-    """Compute the number of images in each split of a spec, before the dataset is pulled.
-
-    Args:
-        splits: `spec.dataset.splits` in its full form.
-        sizes: Number of images in each split of the source, for the splits where it is known.
-        classes: Number of classes, or None if unknown.
-        class_sizes: Number of images of each class, if known.
-        inputs: Further inputs of the splits, if known.
-
-    Returns:
-        Number of images in each split that the spec defines. None where it can't be determined.
-
-    Raises:
-        DataError: If a slice is empty or out of range.
-
-    Example:
-        >>> count_images(Splits(train="train[:80%]", test="train[80%:]"), {"train": 1000}, None)
-        {'train': 800, 'test': 200}
-    """
-    if splits.predefined:
-        return _count_predefined(sizes)
-    if splits.per_class:
-        counts = {name: getattr(splits.per_class, name) for name in SPLIT_NAMES}
-        return {name: classes and count * classes for name, count in counts.items() if count}
-    if fractions := splits.fractions:
-        strata = class_sizes if class_sizes and splits.stratify else [sum(sizes.values())]
-        totals = allocate(strata, list(fractions.values())).sum(axis=0).tolist()
-        return dict(zip(fractions, totals if sizes else [None] * len(totals), strict=True))
-    images: dict[str, int | None] = {
-        name: count_lines(inputs.lists[name], name) if inputs else None for name in splits.lists
-    }
-    for name, text in splits.slices.items():
-        is_known = all(piece.split in sizes for piece in parse_slices(text))
-        ranges = _resolve_slices(name, text, sizes) if is_known else []
-        images[name] = sum(end - start for _, start, end in ranges) if is_known else None
-    return images
-
-
-def _count_predefined(sizes: Mapping[str, int]) -> dict[str, int | None]:
-    if not sizes:
-        return dict.fromkeys(SPLIT_NAMES)
-    found = match_splits(sizes, "The source")
-    images: dict[str, int | None] = {split: sizes[name] for split, name in found.items()}
-    if fractions := carved_fractions(found):
-        carved = allocate([sizes[found["train"]]], list(fractions.values()))[0].tolist()
-        images |= dict(zip(fractions, carved, strict=True))
-    return images
-
-
-def describe_splits(settings: Dataset, dataset: DatasetMetadata) -> tuple[str, ...]:
-    """Describe what is not obvious about the splits of a job, in sentences for the log and the report.
-
-    Args:
-        settings: `spec.dataset`.
-        dataset: Metadata of the stored dataset.
-    """
-    splits = settings.split_settings
-    return describe_predefined(splits, dataset.splits, dataset.origin) if splits.predefined else ()
-
-
 def select_images(
     dataset: Dataset, metadata: DatasetMetadata, images: StoredImages, inputs: SplitInputs, seed: int
 ) -> Selection:
-    """Select the images of each split, by the rules of `select_splits` or by lists.
+    """Select the images of each split: by lists, with a pinned test set, or by the rules of `select_splits`.
 
     Args:
         dataset: `spec.dataset`.
@@ -188,19 +93,45 @@ def select_images(
     Raises:
         DataError: If the splits can't be filled, or a split lacks a class that it must contain.
     """
-    notes = describe_splits(dataset, metadata)
-    if not dataset.split_settings.lists:
+    splits = dataset.split_settings
+    if (splits.lists and not inputs.lists) or (splits.pin_test and not inputs.pinned):
+        raise ValueError("the inputs of the splits were not read")
+    if splits.lists:
+        selection = _select_listed(dataset, metadata, images, inputs)
+    elif inputs.pinned:
+        selection = _select_with_pinned_test(dataset, images, inputs.pinned, seed)
+    else:
+        notes = describe_predefined(splits, metadata.splits, metadata.origin) if splits.predefined else ()
         return Selection(select_splits(dataset, images.sources, images.class_names, seed, images.groups), notes)
+    _check_split_classes(selection.positions, images.labels, images.class_names, dataset)
+    return selection
+
+
+def _select_listed(dataset: Dataset, metadata: DatasetMetadata, images: StoredImages, inputs: SplitInputs) -> Selection:
     listed = match_lists(inputs.lists, images.names, images.unavailable, _root(dataset), _explain_missing(metadata))
     split_of_image = np.array([listed.split_of.get(name, "") for name in images.names])
     selected = {name: np.flatnonzero(split_of_image == name) for name in inputs.lists}
     if images.groups is not None:
         fix = "Move each group to one list, or remove groupBy."
         check_whole_groups(selected, images.groups, "the lists", fix)
-    _check_split_classes(selected, images.labels, images.class_names, dataset)
-    if unused := len(images.names) - sum(map(len, selected.values())):
-        notes += (f"{unused} of {len(images.names)} images are in no list and are not used.",)
+    unused = len(images.names) - sum(map(len, selected.values()))
+    notes = (f"{unused} of {len(images.names)} images are in no list and are not used.",) if unused else ()
     return Selection(selected, (*notes, *listed.notes))
+
+
+def _select_with_pinned_test(dataset: Dataset, images: StoredImages, pinned: PinnedTest, seed: int) -> Selection:
+    labels, names = images.labels, images.class_names
+    found = select_pinned_test(pinned, images.digests, [names[label] for label in labels], images.names, images.groups)
+    others, fractions = found.others, dataset.split_settings.fractions
+    if not len(others):
+        raise DataError(
+            f"All images belong to the test set of version {pinned.version}, which spec.dataset.splits.pinTest names. "
+            "Add images for training."
+        )
+    groups = images.groups.subset(others) if images.groups else None
+    divided = _select_fractions(dataset, fractions, labels[others], names, seed, groups)
+    selected = {name: others[positions] for name, positions in divided.items()}
+    return Selection(selected | {"test": found.test}, found.notes)
 
 
 def _root(dataset: Dataset) -> str:
@@ -252,7 +183,7 @@ def select_splits(
     if splits.predefined:
         selected = _select_predefined(dataset, sources, class_names, seed, groups)
     elif splits.per_class:
-        _check_counts(splits.per_class, dict(zip(class_names, class_sizes.tolist(), strict=True)))
+        check_counts(splits.per_class, dict(zip(class_names, class_sizes.tolist(), strict=True)))
         requested = {name: count for name in SPLIT_NAMES if (count := getattr(splits.per_class, name))}
         counts = np.tile(np.array(list(requested.values()), np.int64), (len(class_names), 1))
         selected = _select_strata(requested, counts, labels, seed)
@@ -284,7 +215,7 @@ def _select_fractions(
     is_stratified = dataset.split_settings.stratify
     if is_stratified:
         class_sizes = np.bincount(labels, minlength=len(class_names))
-        _check_classes(dataset, len(fractions), class_sizes.tolist(), class_names)
+        check_classes(dataset, len(fractions), class_sizes.tolist(), class_names)
     strata = labels if is_stratified else np.zeros_like(labels)
     if groups is None:
         return _select_strata(fractions, allocate(np.bincount(strata), list(fractions.values())), strata, seed)
@@ -312,9 +243,11 @@ def format_missing_classes(labels: npt.NDArray[np.int64], class_names: tuple[str
 def _check_missing_classes(name: str, missing: str, dataset: Dataset) -> None:
     if name != "train" and dataset.on_missing_class != "fail":
         return
+    splits = dataset.split_settings
+    is_pinned = name == "test" and splits.pin_test
     fixes = [
-        f"Enlarge spec.dataset.splits.{name}",
-        *([] if dataset.split_settings.lists else ["use fractions, such as train: 0.8, which divide every class"]),
+        "Use a new test split instead of pinTest" if is_pinned else f"Enlarge spec.dataset.splits.{name}",
+        *([] if splits.lists or is_pinned else ["use fractions, such as train: 0.8, which divide every class"]),
         "remove the class from the source",
         *([] if name == "train" else ["evaluate without it: spec.dataset.onMissingClass: allow"]),
     ]
@@ -338,13 +271,13 @@ def permutation(size: int, *seeds: int) -> Positions:
 def _select_slices(name: str, text: str, sources: Mapping[str, SourceSplit], seed: int) -> Positions:
     sizes = {source: len(examples.labels) for source, examples in sources.items()}
     parts = []
-    for source, start, end in _resolve_slices(name, text, sizes):
+    for source, start, end in resolve_slices(name, text, sizes):
         order = permutation(sizes[source], seed, zlib.crc32(source.encode()))
         parts.append(order[start:end] + sources[source].first)
     return np.concatenate(parts)
 
 
-def _resolve_slices(name: str, text: str, sizes: Mapping[str, int]) -> list[tuple[str, int, int]]:
+def resolve_slices(name: str, text: str, sizes: Mapping[str, int]) -> list[tuple[str, int, int]]:
     """Convert slices to (source split, start, end) and check each against the size of its source split."""
     ranges = []
     for piece in parse_slices(text):
@@ -414,7 +347,7 @@ def _select_predefined(
     return {split: selected[split] for split in SPLIT_NAMES}
 
 
-def _check_classes(dataset: Dataset, needed: int, class_sizes: Sequence[int], class_names: tuple[str, ...]) -> None:
+def check_classes(dataset: Dataset, needed: int, class_sizes: Sequence[int], class_names: tuple[str, ...]) -> None:
     """Check that every class has an image for each of the splits that divide it."""
     small = [label for label, size in enumerate(class_sizes) if size < needed]
     if small and dataset.on_missing_class == "fail":
@@ -426,7 +359,8 @@ def _check_classes(dataset: Dataset, needed: int, class_sizes: Sequence[int], cl
         )
 
 
-def _check_counts(requested: PerClass, counts: Mapping[str, int]) -> None:
+def check_counts(requested: PerClass, counts: Mapping[str, int]) -> None:
+    """Check that every class has as many images as `perClass` requests."""
     needed = requested.train + requested.validation + requested.test
     too_few = [f"{name} has {count}" for name, count in counts.items() if count < needed]
     if too_few:

@@ -4,8 +4,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from topwork.data.dataset_manifest import StoredDataset
+from topwork.data.split_counts import check_splits, count_images, describe_splits
 from topwork.data.split_inputs import SplitInputs
-from topwork.data.splits import check_splits, count_images, describe_splits
 from topwork.data.tfds_mirror import TfdsName
 from topwork.errors import DataError, UnavailableError
 from topwork.registry.datasets import list_datasets
@@ -64,7 +64,7 @@ def find_known_dataset(
     given = {"--classes": (classes, len(facts.class_names)), "--images": (images, sizes.get(TRAIN))}
     return KnownDataset(
         len(facts.class_names),
-        count_images(splits, sizes, len(facts.class_names), list(facts.class_counts.values()), inputs),
+        count_images(splits, sizes, len(facts.class_names), facts.class_counts, inputs),
         workspace.storage.uri_of(stored.prefix),
         (
             *(
@@ -73,8 +73,7 @@ def find_known_dataset(
                 if value not in {None, actual}
             ),
             *problem,
-            *describe_splits(job.spec.dataset, facts),
-            *(["The numbers of images are approximate: splits contain whole groups."] if splits.group_by else []),
+            *describe_splits(job.spec.dataset, facts, inputs),
         ),
     )
 

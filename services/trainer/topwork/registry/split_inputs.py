@@ -3,11 +3,12 @@
 from topwork.clients.s3.storage import Storage
 from topwork.data.split_inputs import SplitInputs
 from topwork.data.split_lists import read_split_lists
+from topwork.registry.evaluated_images import read_pinned_test
 from topwork.spec import TransferJob
 
 
 def read_split_inputs(job: TransferJob, storage: Storage) -> SplitInputs:
-    """Read the lists of the splits, without the training libraries.
+    """Read the lists of the splits and the pinned test set, without the training libraries.
 
     Args:
         job: The job.
@@ -17,7 +18,9 @@ def read_split_inputs(job: TransferJob, storage: Storage) -> SplitInputs:
         The inputs.
 
     Raises:
-        DataError: If a list does not exist or is not valid.
+        DataError: If a list does not exist or is not valid, or the pinned version has no test set.
         UnavailableError: If storage cannot be reached.
     """
-    return SplitInputs(read_split_lists(job.spec.dataset.split_settings.lists, storage))
+    splits = job.spec.dataset.split_settings
+    pinned = read_pinned_test(storage, job.model_name, splits.pin_test) if splits.pin_test else None
+    return SplitInputs(read_split_lists(splits.lists, storage), pinned)

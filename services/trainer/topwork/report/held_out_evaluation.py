@@ -15,6 +15,7 @@ from PIL import Image
 from topwork import __version__
 from topwork.data.dataset_manifest import StoredDataset
 from topwork.data.local_dataset import LocalDataset, Split, fetch_dataset
+from topwork.data.split_inputs import EvaluatedImage
 from topwork.errors import DataError
 from topwork.model.export import add_probabilities
 from topwork.model.input_scaling import describe_input_scaling
@@ -48,11 +49,13 @@ class EvaluatedClassifier:
         model: Images float32 (batch, height, width, 3) in 0..255 to probabilities float32 (batch, classes).
         results: Its results, without gates.
         check_inputs: Directory with the inputs of the export check; see `topwork.report.export_check`.
+        images: The images on which it was evaluated.
     """
 
     model: keras.Model
     results: Results
     check_inputs: Path
+    images: tuple[EvaluatedImage, ...]
 
 
 def evaluate_classifier(
@@ -106,7 +109,12 @@ def evaluate_classifier(
             held_out.images.value_range,
             lambda images: model(images, training=False).numpy(),
         )
-    return EvaluatedClassifier(model, results, folder / "check_inputs")
+    return EvaluatedClassifier(model, results, folder / "check_inputs", _identify(held_out.images, local.class_names))
+
+
+def _identify(split: Split, class_names: tuple[str, ...]) -> tuple[EvaluatedImage, ...]:
+    rows = zip(split.digests.tolist(), split.labels.tolist(), split.names, strict=True)
+    return tuple(EvaluatedImage(f"{digest:016x}", class_names[label], name) for digest, label, name in rows)
 
 
 def _held_out_split(local: LocalDataset, job: TransferJob, workspace: Workspace) -> HeldOutSplit:

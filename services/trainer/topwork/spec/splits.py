@@ -120,6 +120,11 @@ class Splits(SpecModel):
         description="Images used to evaluate the final model, such as 0.1, train[50%:60%] or {list: uri}. Unset: the "
         "validation split.",
     )
+    pin_test: Annotated[StrictInt, Field(ge=1)] | None = Field(
+        default=None,
+        description="Version of the model whose test images are the test split again, so that versions stay comparable "
+        "while the dataset grows. All other images are divided by the fractions.",
+    )
     predefined: StrictBool = Field(
         default=False,
         description="Whether to use the splits of the source, like the short form splits: auto, with groupBy or "
@@ -224,9 +229,29 @@ def training_split_is_set(splits: Splits) -> Iterator[Violation]:
 @rule(Splits)
 def evaluation_split_is_set(splits: Splits) -> Iterator[Violation]:
     """Only an evaluated model is published. Without a test split, the validation split is used."""
-    if not splits.per_class and not splits.predefined and splits.test is None and splits.validation is None:
+    is_set = splits.per_class or splits.predefined or splits.pin_test
+    if not is_set and splits.test is None and splits.validation is None:
         example = "train[80%:]" if splits.slices else "{list: test.txt}" if splits.lists else "0.1"
         yield Violation("test", f"is required if there is no validation split. Set it, such as test: {example}.")
+
+
+@rule(Splits)
+def pinned_test_set_is_combined_with_fractions(splits: Splits) -> Iterator[Violation]:
+    """The test split is either new or that of an earlier version, and the other images are divided by fractions."""
+    if splits.pin_test is None:
+        return
+    if splits.test is not None:
+        yield Violation(
+            "pinTest",
+            f"{splits.pin_test} cannot be combined with test: the test split is that of version {splits.pin_test}. "
+            "Remove one of them.",
+        )
+    elif not splits.fractions:
+        yield Violation(
+            "pinTest",
+            f"{splits.pin_test} needs fractions for all other images. Use fractions, such as {{train: 0.9, validation: "
+            f"0.1, pinTest: {splits.pin_test}}}, or remove pinTest.",
+        )
 
 
 @rule(Splits)

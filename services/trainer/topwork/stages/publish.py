@@ -16,6 +16,7 @@ from topwork.data.dataset_manifest import StoredDataset, dataset_prefix
 from topwork.data.images.value_range import resolve_value_range
 from topwork.errors import DataError
 from topwork.registry import versions
+from topwork.registry.evaluated_images import write_evaluated_images
 from topwork.registry.kept_weights import KeptWeights
 from topwork.registry.stage_keys import stage_keys
 from topwork.registry.stage_results import TRAINING_STAGES, Classifier, read_run_result
@@ -250,6 +251,7 @@ def _export(results: Results, evaluated: "EvaluatedClassifier", folder: Path, ch
     log.info("export", formats=" ".join(formats))
     version = folder / "version"
     version.mkdir()
+    write_evaluated_images(evaluated.images, version)
     value_range = resolve_value_range(results.job.spec.dataset.value_range, results.dataset.values)
     export_model(evaluated.model, results.evaluation.class_names, formats, Preprocessing(value_range), version)
     check = check_process.check(version, evaluated.check_inputs, formats)
