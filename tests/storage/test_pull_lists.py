@@ -47,7 +47,7 @@ def numbers(split):
 def check_splits(local):
     for name, split in {"train": local.train, "validation": local.validation, "test": local.test}.items():
         assert numbers(split) == [(label, number) for label in ("blue", "red") for number in PARTS[name]]
-    assert local.notes == ("4 of 40 images are in no list and are not used.",)
+    assert local.notes == ("Not used: 4 of 40 images, which are in no list.",)
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def test_image_that_was_rejected_is_reported_and_does_not_fail_the_job(
     local = fetch_dataset(pull(job, workspace), job, workspace)
     assert (local.train.size, local.test.size) == (20, 10)
     (note,) = [note for note in local.notes if "rejected" in note]
-    assert note.startswith("2 listed images were rejected in the pull and are not used: red/broken.jpg (train; ")
+    assert note.startswith("Not used: 2 listed images that the pull rejected: red/broken.jpg (train; ")
     assert "blue/copy.jpg (test; same pixels as an image of another class)" in note
     failing = make_list_job(write_lists(train=["red/broken"]), onCorruptImage="fail")
     with pytest.raises(DataError, match=r"onCorruptImage is fail"):

@@ -80,7 +80,7 @@ def test_groups_stay_whole_in_the_splits_of_the_source(make_split_job, workspace
     assert (local.train.size, local.validation.size, local.test.size) == (28, 4, 8)
     for path in sorted(split_tree.glob("Test/*/Test-1")):
         path.rename(path.with_name("Train-2"))
-    with pytest.raises(DataError, match=r"1 of 9 groups .* of the source: Train-2 \(4 train, 4 test\)"):
+    with pytest.raises(DataError, match=r"splits of the source, for 1 of 9 groups: Train-2 \(4 train, 4 test\)"):
         fetch_dataset(pull(job, workspace), job, workspace)
 
 

@@ -21,7 +21,7 @@ from topwork.stages.publish import publish
 from topwork.stages.pull import pull
 
 store_classifier = test_publish.store_classifier
-STATEMENT = "The test set is the test set of version 1 (8 images)."
+STATEMENT = "The test split is the test set of version 1 (8 images)."
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def test_versions_are_evaluated_on_the_same_images_while_the_dataset_grows(
     assert set(local.test.digests.tolist()) == held_out
     assert not held_out & {*local.train.digests.tolist(), *local.validation.digests.tolist()}
     unused = len(list(two_class_folder.rglob("*.*"))) - local.train.size - local.validation.size - local.test.size
-    assert local.notes[1] == f"{unused} images have the same pixels as an image of the test set and are not used."
+    assert local.notes[1] == f"Not used: {unused} images with the same pixels as an image of the test set."
 
 
 def test_pinned_version_and_its_images_are_part_of_the_keys(make_split_job, publish_job, workspace):

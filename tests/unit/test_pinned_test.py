@@ -102,7 +102,7 @@ def test_other_images_are_divided_by_the_fractions_of_each_class():
         "validation": [3, 3],
         "test": [5, 5],
     }
-    assert found.notes == ("The test set is the test set of version 3 (10 images).",)
+    assert found.notes == ("The test split is the test set of version 3 (10 images).",)
     other = select(ROWS, ROWS[:10], seed=2)
     assert set(other.positions["train"]) != set(found.positions["train"])
     inputs = SplitInputs(pinned=pinned_test(ROWS[:10]))
@@ -119,9 +119,9 @@ def test_copies_and_groups_of_test_images_are_not_used_and_reported():
     found = select([*ROWS, *copies], [ROWS[0], ROWS[1], ROWS[2]], groups=groups, groupBy="folder")
     assert found.positions["test"].tolist() == [0, 1, 2]
     assert found.notes == (
-        "The test set is the test set of version 3 (3 images).",
-        "2 images have the same pixels as an image of the test set and are not used.",
-        "1 images belong to a group of the test set and are not used.",
+        "The test split is the test set of version 3 (3 images).",
+        "Not used: 2 images with the same pixels as an image of the test set.",
+        "Not used: 1 image in a group of the test set.",
     )
     assert sorted(np.concatenate(list(found.positions.values()))) == [0, 1, 2, *range(4, 40)]
 

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from topwork.data.sources.source import sanitize_name
 from topwork.errors import DataError
+from topwork.spec.messages import count_noun
 from topwork.spec.splits import GroupBy, GroupColumn, GroupRegex
 
 Int64Array = npt.NDArray[np.int64]
@@ -147,13 +148,13 @@ def check_group_splits(selected: Mapping[str, Int64Array], groups: Groups) -> No
         )
 
 
-def check_whole_groups(selected: Mapping[str, Int64Array], groups: Groups, origin: str, fix: str) -> None:
+def check_whole_groups(selected: Mapping[str, Int64Array], groups: Groups, where: str, fix: str) -> None:
     """Check that splits that were not selected by groups do not divide a group.
 
     Args:
         selected: Positions of the images of each split.
         groups: Group of each stored image.
-        origin: What defines the splits, for the message.
+        where: What contains the images of a divided group, for the message.
         fix: How to fix a divided group, for the message.
 
     Raises:
@@ -171,6 +172,7 @@ def check_whole_groups(selected: Mapping[str, Int64Array], groups: Groups, origi
         shown.append(f"{groups.names[group]} ({', '.join(images)})")
     more = f", and {len(divided) - len(shown)} more" if len(divided) > len(shown) else ""
     raise DataError(
-        f"{len(divided)} of {len(groups.names)} groups of spec.dataset.splits.groupBy have images in several splits of "
-        f"{origin}: {', '.join(shown)}{more}. The published metrics would be too high. {fix}"
+        f"spec.dataset.splits.groupBy: images of the same group are in {where}, for {len(divided)} of "
+        f"{count_noun(len(groups.names), 'group')}: {', '.join(shown)}{more}. The published metrics would be too high. "
+        f"{fix}"
     )

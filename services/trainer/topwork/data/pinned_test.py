@@ -10,6 +10,7 @@ import numpy.typing as npt
 from topwork.data.groups import Groups
 from topwork.data.split_inputs import EvaluatedImage, PinnedTest
 from topwork.errors import DataError
+from topwork.spec.messages import count_noun
 
 Positions = npt.NDArray[np.int64]
 
@@ -70,9 +71,9 @@ def select_pinned_test(
         in_test_group = np.isin(groups.of_image, groups.of_image[is_test]) & ~has_pinned_pixels
     notes = [pinned.describe()]
     if copies := int((has_pinned_pixels & ~is_test).sum()):
-        notes.append(f"{copies} images have the same pixels as an image of the test set and are not used.")
+        notes.append(f"Not used: {count_noun(copies, 'image')} with the same pixels as an image of the test set.")
     if grouped := int(in_test_group.sum()):
-        notes.append(f"{grouped} images belong to a group of the test set and are not used.")
+        notes.append(f"Not used: {count_noun(grouped, 'image')} in a group of the test set.")
     return PinnedSelection(np.flatnonzero(is_test), np.flatnonzero(~has_pinned_pixels & ~in_test_group), tuple(notes))
 
 

@@ -48,7 +48,7 @@ class PinnedTest:
 
     def describe(self) -> str:
         """Return a sentence for the log and the report."""
-        return f"The test set is the test set of version {self.version} ({len(self.images)} images)."
+        return f"The test split is the test set of version {self.version} ({len(self.images)} images)."
 
 
 @dataclass(frozen=True)

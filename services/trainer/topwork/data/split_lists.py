@@ -16,6 +16,7 @@ from topwork.data.dataset_manifest import DatasetMetadata
 from topwork.data.sources.source import normalize_name, sanitize_name
 from topwork.data.split_inputs import SplitList
 from topwork.errors import DataError
+from topwork.spec.messages import count_noun
 
 MAX_BYTES = 2**28
 """Largest size of a list."""
@@ -245,8 +246,8 @@ def match_lists(
         split_of |= dict.fromkeys(result.images, split)
     if twice:
         raise DataError(
-            f"{len(twice)} {'image is' if len(twice) == 1 else 'images are'} in two lists of spec.dataset.splits: "
-            f"{_format(twice)}. The published metrics would be too high. Remove each from one of the lists."
+            f"{count_noun(len(twice), 'image')} in two lists of spec.dataset.splits: {_format(twice)}. The "
+            "published metrics would be too high. Remove each from one of the lists."
         )
     not_stored = {name: split for name, split in split_of.items() if name in unavailable}
     stored_names = {name: split for name, split in split_of.items() if name not in unavailable}
@@ -277,10 +278,9 @@ def _check_lines(result: _ParsedList, key: str, example: str, hint: str) -> None
             f"{key} is ambiguous: {_format(result.ambiguous)}. Write the complete path with its suffix on each line."
         )
     if result.missing:
-        count = len(result.missing)
-        what = f"line of {key} is not an image" if count == 1 else f"lines of {key} are not images"
         raise DataError(
-            f"{count} {what} of the dataset: {_format(result.missing)}. Paths are those of the source, such as "
+            f"{key} has {count_noun(len(result.missing), 'line')} without an image of the dataset: "
+            f"{_format(result.missing)}. Paths are those of the source, such as "
             f"{example}.{hint}"
         )
 
@@ -290,14 +290,16 @@ def _write_notes(
 ) -> Iterator[str]:
     if not_stored:
         examples = [f"{name} ({split}; {unavailable[name]})" for name, split in not_stored.items()]
-        yield f"{len(not_stored)} listed images were rejected in the pull and are not used: {_format(examples)}."
+        yield f"Not used: {count_noun(len(not_stored), 'listed image')} that the pull rejected: {_format(examples)}."
     for split, result in parsed.items():
         if result.repeated:
-            yield f"{result.repeated} lines of the {split} list repeat an image, which is used once."
+            lines = count_noun(result.repeated, "line")
+            yield f"Ignored in the {split} list: {lines} with an image that is already listed."
         if result.ignored:
+            lines, example = count_noun(len(result.ignored), "line"), result.ignored[0][:40]
             yield (
-                f"The text after the path in {len(result.ignored)} lines of the {split} list, such as "
-                f"{result.ignored[0][:40]}, is ignored: the class is that of the source."
+                f"Ignored in the {split} list: text after the path in {lines}, such as {example}. The class of an "
+                "image is that of the source."
             )
 
 

@@ -113,9 +113,9 @@ def _select_listed(dataset: Dataset, metadata: DatasetMetadata, images: StoredIm
     selected = {name: np.flatnonzero(split_of_image == name) for name in inputs.lists}
     if images.groups is not None:
         fix = "Move each group to one list, or remove groupBy."
-        check_whole_groups(selected, images.groups, "the lists", fix)
+        check_whole_groups(selected, images.groups, "several lists", fix)
     unused = len(images.names) - sum(map(len, selected.values()))
-    notes = (f"{unused} of {len(images.names)} images are in no list and are not used.",) if unused else ()
+    notes = (f"Not used: {unused} of {len(images.names)} images, which are in no list.",) if unused else ()
     return Selection(selected, (*notes, *listed.notes))
 
 
@@ -336,7 +336,7 @@ def _select_predefined(
     selected = {split: sources[name].first + np.arange(len(sources[name].labels)) for split, name in found.items()}
     if groups:
         fix = "Move each group to one split, or use fractions, such as {train: 0.8, validation: 0.1, test: 0.1}."
-        check_whole_groups(selected, groups, "the source", fix)
+        check_whole_groups(selected, groups, "several splits of the source", fix)
     if fractions := carved_fractions(found):
         train = selected["train"]
         labels = sources[found["train"]].labels
