@@ -222,6 +222,15 @@ def test_local_dataset_is_rejected(source: dict[str, Any], message: str) -> None
     assert str(caught.value) == message
 
 
+def test_local_list_of_a_split_is_rejected() -> None:
+    splits = {"train": {"list": "s3://bucket/train.txt"}, "test": {"list": "./test.txt"}}
+    changes = {"splits": splits, "source": {"folder": {"uri": "s3://photos/pets"}}}
+    job = with_spec(make(), lambda spec: spec["dataset"].update(changes))
+    with pytest.raises(SpecError) as caught:
+        render(job, RenderOptions())
+    assert str(caught.value) == f'spec.dataset.splits.test.list: "./test.txt" {LOCAL}'
+
+
 @pytest.mark.parametrize(
     ("base", "message"),
     [

@@ -192,6 +192,32 @@ def test_other_file_of_the_base_is_another_job_of_a_dataset_that_never_changes(p
     assert names[0] == names[1] != names[2] != ""
 
 
+def test_other_content_of_a_list_is_another_job_and_a_missing_list_an_error(photos, submit, api_server):
+    storage = photos.workspace.storage
+    splits = {name: {"list": storage.uri_of(f"{name}.txt")} for name in ("train", "validation", "test")}
+    file = photos.write_spec(dataset=photos.content["spec"]["dataset"] | {"splits": splits})
+    for name in splits:
+        storage.write(f"{name}.txt", b"cat/1.jpg")
+    names = [submit(file)[2], submit(file)[2]]
+    storage.write("test.txt", b"cat/2.jpg")
+    names.append(submit(file)[2])
+    assert names[0] == names[1] != names[2] != ""
+    storage.delete(["test.txt"])
+    code, lines, _ = submit(file)
+    assert (code, len(jobs(api_server))) == (2, 2)
+    assert "spec.dataset.splits.test.list is s3://" in lines[-1]
+
+
+def test_version_of_a_pinned_test_set_that_does_not_exist_is_an_error(photos, submit, api_server):
+    splits = {"train": 0.9, "validation": 0.1, "pinTest": 4}
+    for source in (photos.content["spec"]["dataset"]["source"], {"tfds": "tf_flowers"}):
+        file = photos.write_spec(dataset=photos.content["spec"]["dataset"] | {"splits": splits, "source": source})
+        code, lines, _ = submit(file)
+        assert (code, jobs(api_server)) == (2, [])
+        assert "spec.dataset.splits.pinTest is 4, but s3://" in lines[-1]
+        assert "has no version 4 of the model flowers. Published versions: none." in lines[-1]
+
+
 # --pinned
 
 
@@ -401,8 +427,10 @@ def test_submit_checks_every_source_without_the_training_libraries(photos, kubec
     table = "".join(f"{photos.folder.uri_of(name)},{name.split('/')[0]}\n" for name in PHOTOS)
     photos.workspace.storage.write("table.csv", f"image,label\n{table}".encode())
     photos.workspace.storage.write("pets.zip", b"PK")
-    dataset = photos.content["spec"]["dataset"]
     uri = photos.workspace.storage.uri_of
+    photos.workspace.storage.write("list.txt", b"cat/1.jpg")
+    splits = {name: {"list": uri("list.txt")} for name in ("train", "validation", "test")}
+    dataset = photos.content["spec"]["dataset"] | {"splits": splits}
     sources = [dataset["source"], {"archive": {"uri": uri("pets.zip")}}, {"table": {"uri": uri("table.csv")}}]
     files = []
     for index, source in enumerate(sources):

@@ -40,7 +40,7 @@ def test_images_stay_in_the_split_of_their_directory(make_split_job, workspace, 
     assert {name.split("/")[0] for name in local.test.names} == {"Test"}
     assert {name.split("/")[0] for name in (*local.train.names, *local.validation.names)} == {"Train"}
     assert (local.train.size, local.validation.size, local.test.size) == (29, 3, 8)
-    (note,) = [entry["note"] for entry in logs if entry["event"] == "predefined splits"]
+    (note,) = [entry["note"] for entry in logs if entry["event"] == "splits" and "note" in entry]
     assert note == "The source has no validation split. 10% of each class of its train split replace it."
 
 
@@ -64,6 +64,24 @@ def test_images_stay_in_the_split_of_their_row(make_split_job, workspace, split_
     for name, split in expected.items():
         names = {"validation": "val"}.get(name, name)
         assert sorted(split.names) == sorted(image for image, _, fold in rows if fold == names)
+
+
+def test_groups_stay_whole_in_the_splits_of_the_source(make_split_job, workspace, split_tree):
+    for path in sorted(split_tree.glob("*/*/*")):
+        patient = path.parent / f"{path.parts[-3]}-{int(path.stem) // 2}"
+        patient.mkdir(exist_ok=True)
+        path.rename(patient / path.name)
+    job = make_split_job({"folder": {"uri": str(split_tree)}}, {"predefined": True, "groupBy": "folder"})
+    local = fetch_dataset(pull(job, workspace), job, workspace)
+    patients = [{name.split("/")[-2] for name in part.names} for part in (local.train, local.validation, local.test)]
+    assert patients[2] == {"Test-0", "Test-1"}
+    assert patients[0] | patients[1] == {f"Train-{number}" for number in range(2, 10)}
+    assert not patients[0] & patients[1]
+    assert (local.train.size, local.validation.size, local.test.size) == (28, 4, 8)
+    for path in sorted(split_tree.glob("Test/*/Test-1")):
+        path.rename(path.with_name("Train-2"))
+    with pytest.raises(DataError, match=r"splits of the source, for 1 of 9 groups: Train-2 \(4 train, 4 test\)"):
+        fetch_dataset(pull(job, workspace), job, workspace)
 
 
 def test_groups_of_a_table_are_stored_with_the_images(make_split_job, workspace, split_tree, tmp_path):

@@ -265,7 +265,7 @@ def test_published_version_is_complete_and_loads_with_standard_libraries(
     assert manifest.facts == json.loads(storage.read("models/tiny/latest.json"))
     assert {name for name in manifest.files if not name.startswith("variables/")} == {
         "card.md", "fingerprint.pb", "history.csv", "labels.txt", "metrics.json", "model.keras",
-        "preprocessing.json", "report.html", "saved_model.pb", "spec.yaml",
+        "evaluated-images.csv.gz", "preprocessing.json", "report.html", "saved_model.pb", "spec.yaml",
     }  # fmt: skip
     assert storage.read("models/tiny/1/labels.txt") == b"blue\nred\n"
     rows = list(csv.DictReader(io.StringIO(storage.read("models/tiny/1/history.csv").decode())))

@@ -246,6 +246,30 @@ def test_dataset_of_another_job_with_the_same_source_is_found(
     assert description["notes"] == ["--classes 5 is ignored: the stored dataset has 2."]
 
 
+def test_images_of_lists_are_counted(write_job, describe_json, workspace, configured_storage, two_class_folder):
+    splits = {"train": {"list": workspace.storage.uri_of("train.txt")}, "test": {"list": "none.txt"}}
+    source = {"folder": {"uri": str(two_class_folder)}}
+    file = write_job(dataset={"source": source, "splits": splits, "imageSize": [32, 32]})
+    workspace.storage.write("train.txt", b"# comment\nblue/01.png\nred/01.png\n")
+    (description,) = describe_json(file)
+    assert description["data"]["images"] == {"train": None, "test": None}
+    assert "spec.dataset.splits.test.list is none.txt, which does not exist" in description["notes"][0]
+    assert "spec.dataset.splits.test.list is none.txt" in description["plan"]["unknown"]
+    sets = [f"spec.dataset.splits.test.list={workspace.storage.uri_of('test.txt')}"]
+    workspace.storage.write("test.txt", b"blue/03.png")
+    (description,) = describe_json(file, sets=sets)
+    assert description["data"]["images"] == {"train": 2, "test": 1}
+
+
+def test_whole_groups_are_noted_as_approximate(make_job, write_job, describe_json, workspace, configured_storage):
+    splits = {"train": 0.8, "test": 0.2, "groupBy": {"regex": "0?([0-9]+)"}}
+    dataset = make_job().spec.dataset.model_dump(mode="json", by_alias=True, exclude_none=True) | {"splits": splits}
+    pull(make_job(dataset=dataset), workspace)
+    (description,) = describe_json(write_job(dataset=dataset))
+    assert description["data"]["images"] == {"train": 32, "test": 8}
+    assert description["notes"] == ["The numbers of images are approximate: splits contain whole groups."]
+
+
 def test_stored_tfds_dataset_is_found_by_name(write_job, describe_json, workspace, configured_storage, tmp_path):
     (tmp_path / "files").mkdir()
     (tmp_path / "files" / "features.json").write_text("{}")

@@ -5,7 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from topwork.data.splits import SourceSplit, count_images, select_splits
+from topwork.data.groups import Groups
+from topwork.data.split_counts import count_images
+from topwork.data.splits import SourceSplit, select_splits
 from topwork.data.stratification import allocate
 from topwork.errors import DataError
 from topwork.spec.dataset import Dataset
@@ -18,7 +20,13 @@ CLASS_SIZES = st.lists(st.integers(8, 60), min_size=2, max_size=5)
 def select(labels, fold, groups=None, on_missing_class="fail", seed=1, **splits):
     names = tuple(f"class-{label}" for label in range(labels.max() + 1))
     dataset = Dataset.model_construct(splits=Splits(fold=fold, **splits), on_missing_class=on_missing_class)
-    return select_splits(dataset, {"train": SourceSplit(0, labels)}, names, seed, groups)
+    return select_splits(
+        dataset,
+        {"train": SourceSplit(0, labels)},
+        names,
+        seed,
+        None if groups is None else Groups.of([str(group) for group in groups]),
+    )
 
 
 @settings(deadline=None)
@@ -31,7 +39,10 @@ def test_every_image_is_tested_once_and_classes_are_divided_evenly(class_sizes, 
         assert sorted(np.concatenate(list(selected.values()))) == list(range(len(labels)))
         sizes = {name: len(positions) for name, positions in selected.items()}
         assert sizes == count_images(
-            Splits(folds=folds, fold=fold, validation=validation), {"train": len(labels)}, len(class_sizes), class_sizes
+            Splits(folds=folds, fold=fold, validation=validation),
+            {"train": len(labels)},
+            len(class_sizes),
+            dict(enumerate(class_sizes)),
         )
         assert abs(sizes["test"] - len(labels) / folds) <= 1
         # Small classes have an image in each split, which can be more than their share.

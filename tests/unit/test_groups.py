@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from topwork.data.groups import assign_groups, find_groups
+from topwork.data.groups import Groups, assign_groups, find_groups
 from topwork.data.splits import SourceSplit, select_splits
 from topwork.errors import DataError
 from topwork.spec.dataset import Dataset
@@ -55,7 +55,7 @@ def test_splits_of_a_job_contain_whole_groups():
     random = np.random.default_rng(0)
     labels, groups = random.integers(0, 2, 400), random.integers(0, 40, 400)
     sources = {"test": SourceSplit(0, labels[:100]), "train": SourceSplit(100, labels[100:])}
-    selected = select_splits(dataset(), sources, CLASSES, seed=1, groups=groups)
+    selected = select_splits(dataset(), sources, CLASSES, seed=1, groups=Groups(range(40), groups))
     assert sorted(np.concatenate(list(selected.values()))) == list(range(400))
     found = [set(groups[positions]) for positions in selected.values()]
     assert not found[0] & found[1]
@@ -66,7 +66,7 @@ def test_splits_of_a_job_contain_whole_groups():
 def test_too_few_groups_are_rejected():
     sources = {"train": SourceSplit(0, np.array([0, 1] * 20))}
     with pytest.raises(DataError, match=r"validation split has no images: .* finds only 2 groups"):
-        select_splits(dataset(), sources, CLASSES, seed=1, groups=np.arange(40) // 20)
+        select_splits(dataset(), sources, CLASSES, seed=1, groups=Groups(["a", "b"], np.arange(40) // 20))
 
 
 def write_listing(path, groups):
@@ -89,7 +89,7 @@ NAMES = ["ill/p1/1.png", "healthy/p1/2.png", "ill/p2/3.png", "ill/p2/more/4.png"
 )
 def test_groups_are_found_by_folder_name_and_column(group_by, expected, tmp_path):
     listing = write_listing(tmp_path / "entries.csv.gz", dict(zip(NAMES, ["b", "b", "a", "a"], strict=True)))
-    assert find_groups(group_by, NAMES, CLASSES, listing).tolist() == expected
+    assert find_groups(group_by, NAMES, CLASSES, listing).of_image.tolist() == expected
 
 
 @pytest.mark.parametrize(

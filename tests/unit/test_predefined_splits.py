@@ -8,15 +8,20 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from topwork.clients.prometheus.metrics import Metrics
 from topwork.data.dataset_manifest import DatasetMetadata
+from topwork.data.groups import Groups
 from topwork.data.predefined_splits import describe_predefined, match_splits
 from topwork.data.sources import open_dataset_source, open_source
-from topwork.data.splits import SourceSplit, check_splits, count_images, select_splits
+from topwork.data.split_counts import check_splits, count_images
+from topwork.data.splits import SourceSplit, select_splits
 from topwork.errors import DataError
 from topwork.registry.datasets import fingerprint_of
 from topwork.spec.dataset import Dataset, DatasetSource
+from topwork.spec.splits import Splits
 
 TREE = (
     *(f"Training/{name}/{number}.png" for name in ("cat", "dog") for number in range(3)),
@@ -84,7 +89,7 @@ def test_directories_of_splits_are_never_classes(open_tree, kind):
         (("cat/1.png", "cat/a/1.png", "dog/b/2.png"), "contains cat, dog"),
         ((*TREE, "unlabeled/x/1.png"), "but {} contains unlabeled"),
         ((*TREE, "train/cat/9.png"), "Training and train, which both stand for the train split"),
-        (("val/cat/1.png", "test/dog/1.png"), "has no train split, which spec.dataset.splits: auto requires"),
+        (("val/cat/1.png", "test/dog/1.png"), "has no train split, which the predefined splits of spec.dataset.splits"),
         (("pets/train/cat/1.png", "pets/test/dog/1.png"), "contains pets"),
         (("train/1.png", "test/2.png"), "contains no image in a class directory"),
     ],
@@ -150,9 +155,9 @@ def test_invalid_columns_of_splits_are_rejected(open_table, rows, message):
         open_table(rows).class_names()
 
 
-def dataset(on_missing_class="fail"):
+def dataset(splits="auto", on_missing_class="fail"):
     source = {"source": {"folder": {"uri": "photos"}}, "imageSize": [32, 32], "onMissingClass": on_missing_class}
-    return Dataset.model_validate(source | {"splits": "auto"})
+    return Dataset.model_validate(source | {"splits": splits})
 
 
 def sources(**labels):
@@ -199,7 +204,7 @@ def test_missing_split_is_a_stratified_tenth_of_the_train_split(missing, train):
     assert sorted(np.concatenate(list(one.values()))) == list(range(len(labels)))
     expected = {name: len(positions) for name, positions in one.items()}
     sizes = {name: len(source.labels) for name, source in stored.items()}
-    assert count_images("auto", sizes, 2) == expected
+    assert count_images(Splits(predefined=True), sizes, 2) == expected
 
 
 def test_class_that_cannot_be_divided_is_rejected_before_training():
@@ -212,9 +217,94 @@ def test_class_that_cannot_be_divided_is_rejected_before_training():
 
 
 def test_replaced_and_unused_splits_are_described():
-    assert describe_predefined({"train": 9, "test": 3, "unlabeled": 5}, "photos") == (
+    splits = Splits(predefined=True)
+    assert describe_predefined(splits, {"train": 9, "test": 3, "unlabeled": 5}, "photos") == (
         "The source has no validation split. 10% of each class of its train split replace it.",
         "The split unlabeled of the source is not used.",
     )
-    assert describe_predefined({"train": 9, "val": 1, "eval": 3}, "photos") == ()
+    assert describe_predefined(splits, {"train": 9, "val": 1, "eval": 3}, "photos") == ()
+    grouped = Splits(predefined=True, stratify=False, group_by="folder")
+    assert describe_predefined(grouped, {"train": 9, "val": 3}, "photos") == (
+        "The source has no test split. About 10% of its train split, in whole groups, replace it.",
+    )
     assert match_splits(["test", "train", "val"], "photos") == {"train": "train", "validation": "val", "test": "test"}
+
+
+GROUPED = {"predefined": True, "groupBy": "folder"}
+# The class and the group of each image.
+IMAGES = st.lists(st.tuples(st.integers(0, 1), st.integers(0, 12)), min_size=1, max_size=80)
+
+
+def test_mapping_is_the_long_form_of_auto():
+    stored = sources(test=[0, 1], train=[0, 1] * 20)
+    short, long = (select_splits(dataset(splits), stored, CLASSES, 1) for splits in ("auto", {"predefined": True}))
+    assert {name: positions.tolist() for name, positions in short.items()} == {
+        name: positions.tolist() for name, positions in long.items()
+    }
+    assert dataset({"predefined": True}).has_validation
+    assert dataset({"predefined": True}).has_split_directories
+
+
+@settings(deadline=None)
+@given(train=IMAGES, given_splits=st.sets(st.sampled_from(["validation", "test"])), seed=st.integers(0, 3))
+def test_missing_splits_are_whole_groups_of_the_train_split(train, given_splits, seed):
+    # The groups of the other splits are different ones.
+    others = {name: [(0, f"{name} a"), (1, f"{name} b")] for name in sorted(given_splits)}
+    images = {**others, "train": train}
+    stored = sources(**{name: [label for label, _ in rows] for name, rows in images.items()})
+    groups = Groups.of([str(group) for rows in images.values() for _, group in rows])
+    settings = dataset(GROUPED, on_missing_class="allow")
+    try:
+        selected = select_splits(settings, stored, CLASSES, seed, groups)
+    except DataError as error:
+        assert re.search("split has no images|training split contains no image", str(error))
+        return
+    assert sorted(np.concatenate(list(selected.values()))) == list(range(len(groups.of_image)))
+    used = {name: set(groups.of_image[positions]) for name, positions in selected.items()}
+    assert sum(map(len, used.values())) == len(groups.names)
+    for name in given_splits:
+        first = stored[name].first
+        assert selected[name].tolist() == [first, first + 1]
+    again = select_splits(settings, stored, CLASSES, seed, groups)
+    assert all((selected[name] == again[name]).all() for name in selected)
+
+
+def test_missing_split_has_a_tenth_of_each_class_as_far_as_groups_allow():
+    random = np.random.default_rng(0)
+    groups = np.repeat(np.arange(200), random.integers(1, 9, 200))
+    labels = (random.random(len(groups)) < random.choice([0.1, 0.7], 200)[groups]).astype(np.int64)
+    selected = select_splits(dataset(GROUPED), sources(train=labels), CLASSES, 1, Groups(range(200), groups))
+    for name in ("validation", "test"):
+        np.testing.assert_allclose(np.bincount(labels[selected[name]]) / np.bincount(labels), 0.1, atol=0.01)
+
+
+def test_group_in_several_splits_of_the_source_is_rejected():
+    stored = sources(test=[0, 1], train=[0, 1, 1, 0], unlabeled=[0])
+    groups = Groups.of(["p1", "p2", "p1", "p1", "p2", "p3", "p3"])
+    message = (
+        "spec.dataset.splits.groupBy: images of the same group are in several splits of the source, for 2 of 3 groups: "
+        "p1 (2 train, 1 test), p2 (1 train, 1 test). The published metrics would be too high. Move each "
+        "group to one split, or use"
+    )
+    with pytest.raises(DataError, match=re.escape(message)):
+        select_splits(dataset(GROUPED), stored, CLASSES, 1, groups)
+
+
+def test_only_some_of_many_divided_groups_are_named():
+    stored = sources(test=[0, 1] * 10, train=[0, 1] * 10)
+    groups = Groups.of([f"p{number:02}" for number in [*range(20), *range(20)]])
+    with pytest.raises(DataError, match=r" for 20 of 20 groups: .*p04 \(1 train, 1 test\), and 15 more\. The"):
+        select_splits(dataset(GROUPED), stored, CLASSES, 1, groups)
+
+
+@pytest.mark.parametrize(
+    ("splits", "message"),
+    [
+        ({"predefined": True, "train": 0.8, "test": 0.2}, "predefined: cannot be combined with train and test"),
+        ({"predefined": True, "perClass": {"train": 3, "test": 3}}, "predefined: cannot be combined with perClass"),
+        ({"predefined": False, "groupBy": "folder"}, "train: is required"),
+    ],
+)
+def test_predefined_splits_are_not_combined_with_others(splits, message):
+    with pytest.raises(ValueError, match=message):
+        dataset(splits)

@@ -56,6 +56,8 @@ DEFAULTS = {
             "train": "train[:80%]",
             "validation": None,
             "test": "train[80%:]",
+            "pinTest": None,
+            "predefined": False,
             "stratify": True,
             "groupBy": None,
             "perClass": None,

@@ -6,14 +6,8 @@ import numpy as np
 import pytest
 
 from topwork.data.dataset_manifest import DatasetMetadata
-from topwork.data.splits import (
-    SourceSplit,
-    check_splits,
-    count_images,
-    format_missing_classes,
-    permutation,
-    select_splits,
-)
+from topwork.data.split_counts import check_splits, count_images
+from topwork.data.splits import SourceSplit, format_missing_classes, permutation, select_splits
 from topwork.errors import DataError
 from topwork.spec.dataset import Dataset
 from topwork.spec.splits import Splits
@@ -197,7 +191,7 @@ def test_number_of_images_is_known_before_the_pull():
     splits = _splits(**FRACTIONS)
     assert count_images(splits, {"train": 1005}, None) == {"train": 804, "validation": 101, "test": 100}
     assert count_images(splits, {}, 2) == {"train": None, "validation": None, "test": None}
-    assert count_images(splits, {"train": 9}, 3, [3, 3, 3]) == {"train": 3, "validation": 3, "test": 3}
+    assert count_images(splits, {"train": 9}, 3, {"a": 3, "b": 3, "c": 3}) == {"train": 3, "validation": 3, "test": 3}
 
 
 @pytest.mark.parametrize(

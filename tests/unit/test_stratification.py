@@ -36,6 +36,10 @@ def test_sizes_differ_from_the_fractions_by_at_most_one_image(sizes, percent):
     assert (np.abs(counts.sum(axis=0) - fractions * sum(sizes)) <= 1 + 1e-6).all()
 
 
+def test_images_of_small_classes_are_all_used():
+    assert allocate([2, 6], [0.8, 0.2]).tolist() == [[1, 1], [5, 1]]
+
+
 @pytest.mark.parametrize("sizes", [[1], [2, 1], [0, 5]])
 def test_classes_with_too_few_images_are_in_the_first_splits(sizes):
     counts = allocate(sizes, [0.8, 0.1, 0.1])

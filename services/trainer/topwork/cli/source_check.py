@@ -42,7 +42,8 @@ def check_source(job: TransferJob, *, pinned: bool) -> CheckedSource:
         The dataset. If storage is not configured here or cannot be reached, the run is named by the spec alone.
 
     Raises:
-        DataError: If the source is invalid, or `pinned` and no dataset of this source is stored.
+        DataError: If the source or a list of the splits is invalid, or `pinned` and no dataset of this source is
+            stored.
         SettingError: If `pinned` and no storage is configured here, or it rejects the credentials.
         UnavailableError: If `pinned` and storage cannot be reached.
     """
@@ -51,9 +52,10 @@ def check_source(job: TransferJob, *, pinned: bool) -> CheckedSource:
     from topwork.clients.prometheus.metrics import Metrics
     from topwork.workspace import Workspace
 
-    base = job.spec.model.base
+    base, dataset = job.spec.model.base, job.spec.dataset
+    has_stored_base = (base.saved.uri if base.saved else base.weights or "").startswith("s3://")
     # The versions of TFDS datasets do not change.
-    if job.spec.dataset.source.tfds and not (base.saved.uri if base.saved else base.weights or "").startswith("s3://"):
+    if dataset.source.tfds and not has_stored_base and dataset.split_settings.pin_test is None:
         return CheckedSource(job.run)
     problem: TopworkError = SettingError("no storage is configured here")
     try:
@@ -73,13 +75,13 @@ def check_source(job: TransferJob, *, pinned: bool) -> CheckedSource:
 
 def _check(job: TransferJob, workspace: "Workspace", *, pinned: bool) -> CheckedSource:
     from topwork.registry.datasets import select_dataset
-    from topwork.registry.stage_keys import cluster_run_name, read_base_version
+    from topwork.registry.stage_keys import cluster_run_name, read_file_versions
 
     storage = workspace.storage
     selected = select_dataset(job, workspace, pinned=pinned, download=False)
     if selected:
         run = cluster_run_name(job, selected.fingerprint, storage)
         return CheckedSource(run, selected.changes, selected.stored.prefix if selected.stored else "")
-    # A Job that is complete would hide another file of the base.
-    run = cluster_run_name(job, "", storage) if read_base_version(job.spec.model.base, storage) else job.run
+    # A Job that is complete would hide another file of the base or another list.
+    run = cluster_run_name(job, "", storage) if read_file_versions(job, storage) else job.run
     return CheckedSource(run, unchecked="" if job.spec.dataset.source.tfds else UNVERSIONED)

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from topwork.artifacts import read_manifest
 from topwork.clients.s3.storage import Storage
 from topwork.data.images.value_range import ValueStatistics
+from topwork.data.split_inputs import SplitInputs
 from topwork.errors import DataError
 
 TFDS_NAME = "stored_images"
@@ -232,10 +233,13 @@ class StoredDataset:
     Attributes:
         prefix: Its key prefix, `datasets/<name>/<fingerprint>`, relative to the job's storage.
         metadata: Metadata from its manifest.
+        inputs: Further inputs of the splits of the job; None if they were not read. All stages of a process use the
+            same ones, even if a list changes in the meantime.
     """
 
     prefix: str
     metadata: DatasetMetadata
+    inputs: SplitInputs | None = None
 
 
 def read_dataset_metadata(storage: Storage, prefix: str) -> DatasetMetadata | None:

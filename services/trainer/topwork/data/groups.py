@@ -3,8 +3,8 @@
 import csv
 import gzip
 import re
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from topwork.data.sources.source import sanitize_name
 from topwork.errors import DataError
+from topwork.spec.messages import count_noun
 from topwork.spec.splits import GroupBy, GroupColumn, GroupRegex
 
 Int64Array = npt.NDArray[np.int64]
@@ -19,8 +20,36 @@ Int64Array = npt.NDArray[np.int64]
 MAX_NAMES_SHOWN = 5
 
 
-def find_groups(group_by: GroupBy, names: Sequence[str], class_names: Iterable[str], listing: Path) -> Int64Array:
-    """Number the groups of images.
+@dataclass(frozen=True)
+class Groups:
+    """The group of each image.
+
+    Attributes:
+        names: Names of the groups.
+        of_image: int64 (images,), index into `names`.
+    """
+
+    names: Sequence[str]
+    of_image: Int64Array
+
+    @classmethod
+    def of(cls, groups: Sequence[str]) -> "Groups":
+        """Number the groups of images by their names."""
+        names, of_image = np.unique(np.array(groups, dtype=object), return_inverse=True)
+        return cls(names.tolist(), of_image.astype(np.int64))
+
+    def subset(self, positions: Int64Array) -> "Groups":
+        """Return the groups of some of the images, without those that have none of them.
+
+        Args:
+            positions: Positions of the images, int64 (n,).
+        """
+        used, of_image = np.unique(self.of_image[positions], return_inverse=True)
+        return Groups([self.names[group] for group in used], of_image.astype(np.int64))
+
+
+def find_groups(group_by: GroupBy, names: Sequence[str], class_names: Iterable[str], listing: Path) -> Groups:
+    """Find the groups of images.
 
     Args:
         group_by: `spec.dataset.splits.groupBy`.
@@ -29,7 +58,7 @@ def find_groups(group_by: GroupBy, names: Sequence[str], class_names: Iterable[s
         listing: Listing of the source (`topwork.data.dataset_manifest.ENTRIES_FILE`), with the groups of a table.
 
     Returns:
-        int64 (images,), 0 to groups - 1.
+        The group of each image.
 
     Raises:
         DataError: If an image has no group, or the directories of the images are those of the classes.
@@ -45,7 +74,7 @@ def find_groups(group_by: GroupBy, names: Sequence[str], class_names: Iterable[s
                 "spec.dataset.splits.groupBy is folder, but the images are directly in the directories of their "
                 "classes. Move the images of each group to a directory of their own, or use groupBy: {regex: …}."
             )
-    return np.unique(groups, return_inverse=True)[1].astype(np.int64)
+    return Groups.of(groups)
 
 
 def _match_regex(pattern: "re.Pattern[str]", names: Sequence[str]) -> list[str]:
@@ -106,15 +135,44 @@ def assign_groups(strata: Int64Array, groups: Int64Array, fractions: Sequence[fl
     return result
 
 
-def check_group_splits(split_of_image: Int64Array, groups: Int64Array, names: Sequence[str]) -> None:
+def check_group_splits(selected: Mapping[str, Int64Array], groups: Groups) -> None:
     """Check that each split has a group.
 
     Raises:
         DataError: If a split has none.
     """
-    sizes = Counter(split_of_image.tolist())
-    if empty := [name for index, name in enumerate(names) if not sizes[index]]:
+    if empty := [name for name, positions in selected.items() if not len(positions)]:
         raise DataError(
-            f"The {empty[0]} split has no images: spec.dataset.splits.groupBy finds only {groups.max() + 1} groups. "
+            f"The {empty[0]} split has no images: spec.dataset.splits.groupBy finds only {len(groups.names)} groups. "
             "Use groups that are smaller, or other fractions."
         )
+
+
+def check_whole_groups(selected: Mapping[str, Int64Array], groups: Groups, where: str, fix: str) -> None:
+    """Check that splits that were not selected by groups do not divide a group.
+
+    Args:
+        selected: Positions of the images of each split.
+        groups: Group of each stored image.
+        where: What contains the images of a divided group, for the message.
+        fix: How to fix a divided group, for the message.
+
+    Raises:
+        DataError: If a group has images in several splits.
+    """
+    counts = np.stack(
+        [np.bincount(groups.of_image[positions], minlength=len(groups.names)) for positions in selected.values()]
+    )
+    divided = np.flatnonzero((counts > 0).sum(axis=0) > 1)
+    if not len(divided):
+        return
+    shown = []
+    for group in divided[:MAX_NAMES_SHOWN]:
+        images = [f"{count} {name}" for name, count in zip(selected, counts[:, group].tolist(), strict=True) if count]
+        shown.append(f"{groups.names[group]} ({', '.join(images)})")
+    more = f", and {len(divided) - len(shown)} more" if len(divided) > len(shown) else ""
+    raise DataError(
+        f"spec.dataset.splits.groupBy: images of the same group are in {where}, for {len(divided)} of "
+        f"{count_noun(len(groups.names), 'group')}: {', '.join(shown)}{more}. The published metrics would be too high. "
+        f"{fix}"
+    )

@@ -23,11 +23,12 @@ from topwork.data.images.decoding import Preprocessing
 from topwork.data.images.image_validation import SEVERAL_FRAMES
 from topwork.data.images.value_range import ValueRange, describe_value_range, resolve_value_range
 from topwork.data.record_index import RecordIndex, open_record_index
-from topwork.data.splits import SourceSplit, describe_splits, format_missing_classes, select_splits
+from topwork.data.split_inputs import SplitInputs
+from topwork.data.split_lists import find_unavailable_images
+from topwork.data.splits import Selection, SourceSplit, StoredImages, format_missing_classes, select_images
 from topwork.spec import TransferJob
 from topwork.spec.dataset import Dataset
 from topwork.spec.kubernetes_types import quantity_to_bytes
-from topwork.spec.splits import SPLIT_NAMES
 from topwork.workspace import Workspace
 
 log = structlog.get_logger(__name__)
@@ -192,12 +193,14 @@ class LocalDataset:
         train: Training images.
         validation: Validation images, or None if the spec has no validation split.
         test: Test images, or None if the spec has no test split.
+        notes: What is not obvious about the splits, in sentences for the report.
     """
 
     class_names: tuple[str, ...]
     train: Split
     validation: Split | None
     test: Split | None
+    notes: tuple[str, ...] = ()
 
 
 def fetch_dataset(dataset: StoredDataset, job: TransferJob, workspace: Workspace) -> LocalDataset:
@@ -227,22 +230,39 @@ def fetch_dataset(dataset: StoredDataset, job: TransferJob, workspace: Workspace
     directory = workspace.scratch / dataset.prefix
     download_artifact(workspace.storage, dataset.prefix, directory)
     records = open_record_index(directory, list(metadata.splits))
-    sources = {
-        name: SourceSplit(first, records.labels[first : first + size]) for name, (first, size) in records.splits.items()
-    }
-    groups = None
-    if spec.group_by:
-        names = records.image_names(np.arange(len(records.labels)))
-        groups = find_groups(spec.group_by, names, metadata.source_class_names, directory / ENTRIES_FILE)
-    selected = select_splits(spec, sources, metadata.class_names, job.spec.seed, groups)
+    images = _describe_images(records, dataset, directory, spec)
+    selected = select_images(spec, metadata, images, dataset.inputs or SplitInputs(), job.spec.seed)
     preprocessing = Preprocessing(resolve_value_range(spec.value_range, metadata.values), spec.image_fit)
-    splits = {name: Split(records, positions, spec.image_size, preprocessing) for name, positions in selected.items()}
+    splits = {
+        name: Split(records, positions, spec.image_size, preprocessing)
+        for name, positions in selected.positions.items()
+    }
     _delete_incomplete_pixels(directory)
     if _fits_on_scratch(list(splits.values()), directory, job):
         cache_pixels(list(splits.values()), directory, workspace)
     marker = directory / f"splits-logged-{spec.fold or 'all'}"
-    _log_splits_once(marker, spec, splits, metadata, preprocessing.value_range)
-    return LocalDataset(metadata.class_names, *(splits.get(name) for name in SPLIT_NAMES))  # type: ignore[arg-type]
+    _log_splits_once(marker, selected, splits, metadata, preprocessing.value_range)
+    validation, test = splits.get("validation"), splits.get("test")
+    return LocalDataset(metadata.class_names, splits["train"], validation, test, selected.notes)
+
+
+def _describe_images(records: RecordIndex, dataset: StoredDataset, directory: Path, spec: Dataset) -> StoredImages:
+    """Collect what the selection of the splits needs; names are read only if it needs them."""
+    metadata, listing = dataset.metadata, directory / ENTRIES_FILE
+    sources = {
+        name: SourceSplit(first, records.labels[first : first + size]) for name, (first, size) in records.splits.items()
+    }
+    splits = spec.split_settings
+    needs_names = splits.group_by or splits.lists or splits.pin_test
+    names = records.image_names(np.arange(len(records.labels))) if needs_names else []
+    return StoredImages(
+        metadata.class_names,
+        sources,
+        names,
+        records.digests,
+        find_groups(spec.group_by, names, metadata.source_class_names, listing) if spec.group_by else None,
+        find_unavailable_images(names, metadata, listing) if splits.lists else {},
+    )
 
 
 def cache_pixels(splits: Sequence[Split], directory: Path, workspace: Workspace) -> None:
@@ -305,7 +325,7 @@ def _fits_on_scratch(splits: Sequence[Split], directory: Path, job: TransferJob)
 
 
 def _log_splits_once(
-    marker: Path, spec: Dataset, splits: dict[str, Split], metadata: DatasetMetadata, value_range: ValueRange
+    marker: Path, selected: Selection, splits: dict[str, Split], metadata: DatasetMetadata, value_range: ValueRange
 ) -> None:
     """Log what the splits contain and how images are decoded, only in the first stage that uses this directory."""
     if marker.exists():
@@ -315,8 +335,8 @@ def _log_splits_once(
         common = int(np.isin(splits[second].digests, splits[first].digests).sum())
         if common:
             log.warning("duplicates across splits", images=common, split=second, other_split=first)
-    for note in describe_splits(spec, metadata):
-        log.warning("predefined splits", note=note)
+    for note in selected.notes:
+        log.warning("splits", note=note)
     for name, split in splits.items():
         if missing := format_missing_classes(split.labels, metadata.class_names):
             log.warning("classes without images", split=name, classes=missing)

@@ -1,9 +1,9 @@
-"""Splits that the source itself defines, for `splits: auto`: their names, and what replaces a missing one."""
+"""Predefined splits, those of the source (`splits: auto`): their names, and what replaces a missing one."""
 
 from collections.abc import Iterable, Mapping
 
 from topwork.errors import DataError
-from topwork.spec.splits import SPLIT_NAMES
+from topwork.spec.splits import SPLIT_NAMES, Splits
 
 # Spellings of the names of splits, in lower case. `dev` and `eval` as in Hugging Face Datasets.
 _SPELLINGS = {
@@ -61,7 +61,7 @@ def match_splits(names: Iterable[str], origin: str) -> dict[str, str]:
         found[split] = name
     if "train" not in found:
         raise DataError(
-            f"{origin} has no train split, which spec.dataset.splits: auto requires. It has "
+            f"{origin} has no train split, which the predefined splits of spec.dataset.splits need. It has "
             f"{', '.join(found.values()) or 'none'}. Accepted names: {format_spellings()}."
         )
     return {split: found[split] for split in SPLIT_NAMES if split in found}
@@ -86,10 +86,11 @@ def carved_fractions(splits: Iterable[str]) -> dict[str, float]:
     return {"train": 1 - CARVED_FRACTION * len(missing), **dict.fromkeys(missing, CARVED_FRACTION)}
 
 
-def describe_predefined(source_splits: Mapping[str, object], origin: str) -> tuple[str, ...]:
-    """Describe what `splits: auto` makes of the splits of a source, if this is not obvious.
+def describe_predefined(splits: Splits, source_splits: Mapping[str, object], origin: str) -> tuple[str, ...]:
+    """Describe what becomes of the splits of a source, if this is not obvious.
 
     Args:
+        splits: `spec.dataset.splits`.
         source_splits: The splits of the stored dataset, by their names in the source.
         origin: URI or name of the source.
 
@@ -99,9 +100,9 @@ def describe_predefined(source_splits: Mapping[str, object], origin: str) -> tup
     found = match_splits(source_splits, origin)
     carved = [split for split in carved_fractions(found) if split != "train"]
     unused = [name for name in source_splits if name not in found.values()]
-    notes = [
-        f"The source has no {split} split. {CARVED_FRACTION:.0%} of each class of its train split replace it."
-        for split in carved
-    ]
+    share = f"{CARVED_FRACTION:.0%} of {'each class of ' if splits.stratify else ''}its train split"
+    if splits.group_by:
+        share = f"About {share}, in whole groups,"
+    notes = [f"The source has no {split} split. {share} replace it." for split in carved]
     notes += [f"The split {name} of the source is not used." for name in unused]
     return tuple(notes)

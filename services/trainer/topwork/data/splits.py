@@ -2,15 +2,17 @@
 
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
 from topwork.data.dataset_manifest import DatasetMetadata
-from topwork.data.groups import assign_groups, check_group_splits
+from topwork.data.groups import Groups, assign_groups, check_group_splits, check_whole_groups
+from topwork.data.pinned_test import select_pinned_test
 from topwork.data.predefined_splits import carved_fractions, describe_predefined, match_splits
+from topwork.data.split_inputs import PinnedTest, SplitInputs
+from topwork.data.split_lists import match_lists
 from topwork.data.stratification import Counts, allocate
 from topwork.errors import DataError
 from topwork.spec.dataset import Dataset
@@ -18,6 +20,46 @@ from topwork.spec.slices import Slice, parse_slices
 from topwork.spec.splits import SPLIT_NAMES, PerClass, Splits
 
 Positions = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class StoredImages:
+    """All images of a stored dataset, in stored order.
+
+    Attributes:
+        class_names: Class names, in label order.
+        sources: The images, by source split.
+        names: Name of each image, as in the source. Empty if the splits do not need names.
+        digests: First 8 bytes of the pixel digest of each image, uint64 (size,).
+        groups: Group of each image, if the spec sets `groupBy`.
+        unavailable: Images of the source that were not stored, each with the reason; for lists only.
+    """
+
+    class_names: tuple[str, ...]
+    sources: Mapping[str, "SourceSplit"]
+    names: Sequence[str]
+    digests: npt.NDArray[np.uint64]
+    groups: Groups | None = None
+    unavailable: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def labels(self) -> Positions:
+        """Label of each image, int64 (size,)."""
+        return np.concatenate([source.labels for source in self.sources.values()])
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The images of each split.
+
+    Attributes:
+        positions: For each split that the spec defines, the positions of its images among all stored images, int64
+            (size,).
+        notes: What is not obvious about the splits, in sentences for the log and the report.
+    """
+
+    positions: dict[str, Positions]
+    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -33,107 +75,79 @@ class SourceSplit:
     labels: npt.NDArray[np.int64]
 
 
-def check_splits(settings: Dataset, dataset: DatasetMetadata) -> None:
-    """Check that a stored dataset can fill the splits of a spec, using only the counts in its metadata.
+def select_images(
+    dataset: Dataset, metadata: DatasetMetadata, images: StoredImages, inputs: SplitInputs, seed: int
+) -> Selection:
+    """Select the images of each split: by lists, with a pinned test set, or by the rules of `select_splits`.
 
     Args:
-        settings: `spec.dataset`.
-        dataset: Metadata of the stored dataset.
-
-    Raises:
-        DataError: If a slice is empty or out of range, names an unknown split, or a class has too few images.
-    """
-    splits = settings.splits
-    if splits == "auto":
-        _check_predefined(settings, dataset)
-        return
-    if splits.per_class:
-        _check_counts(splits.per_class, dataset.class_counts)
-    if (needed := splits.folds or len(splits.fractions)) and splits.stratify:
-        _check_classes(settings, needed, list(dataset.class_counts.values()), dataset.class_names)
-    sizes = {name: sum(counts.values()) for name, counts in dataset.splits.items()}
-    for name, text in splits.slices.items():
-        _resolve_slices(name, text, sizes)
-
-
-def _check_predefined(settings: Dataset, dataset: DatasetMetadata) -> None:
-    found = match_splits(dataset.splits, dataset.origin)
-    if fractions := carved_fractions(found):
-        counts = dataset.splits[found["train"]]
-        sizes = [counts.get(name, 0) for name in dataset.class_names]
-        _check_classes(settings, len(fractions), sizes, dataset.class_names)
-
-
-def count_images(
-    splits: Splits | Literal["auto"], sizes: Mapping[str, int], classes: int | None, class_sizes: Sequence[int] = ()
-) -> dict[str, int | None]:
-    """Compute the number of images in each split of a spec, before the dataset is pulled.
-
-    Args:
-        splits: `spec.dataset.splits`.
-        sizes: Number of images in each split of the source, for the splits where it is known.
-        classes: Number of classes, or None if unknown.
-        class_sizes: Number of images of each class, if known.
+        dataset: `spec.dataset`.
+        metadata: Metadata of the stored dataset.
+        images: The stored images.
+        inputs: Further inputs of the splits.
+        seed: `spec.seed`.
 
     Returns:
-        Number of images in each split that the spec defines. None where it can't be determined.
+        The images of each split.
 
     Raises:
-        DataError: If a slice is empty or out of range.
-
-    Example:
-        >>> count_images(Splits(train="train[:80%]", test="train[80%:]"), {"train": 1000}, None)
-        {'train': 800, 'test': 200}
+        DataError: If the splits can't be filled, or a split lacks a class that it must contain.
     """
-    if splits == "auto":
-        return _count_predefined(sizes)
-    if splits.per_class:
-        counts = {name: getattr(splits.per_class, name) for name in SPLIT_NAMES}
-        return {name: classes and count * classes for name, count in counts.items() if count}
-    strata = class_sizes if class_sizes and splits.stratify else [sum(sizes.values())]
-    if splits.folds:
-        return _count_fold(splits, strata if sizes else None)
-    if fractions := splits.fractions:
-        totals = allocate(strata, list(fractions.values())).sum(axis=0).tolist()
-        return dict(zip(fractions, totals if sizes else [None] * len(totals), strict=True))
-    images: dict[str, int | None] = {}
-    for name, text in splits.slices.items():
-        is_known = all(piece.split in sizes for piece in parse_slices(text))
-        ranges = _resolve_slices(name, text, sizes) if is_known else []
-        images[name] = sum(end - start for _, start, end in ranges) if is_known else None
-    return images
+    splits = dataset.split_settings
+    if (splits.lists and not inputs.lists) or (splits.pin_test and not inputs.pinned):
+        raise ValueError("the inputs of the splits were not read")
+    if splits.lists:
+        selection = _select_listed(dataset, metadata, images, inputs)
+    elif inputs.pinned:
+        selection = _select_with_pinned_test(dataset, images, inputs.pinned, seed)
+    else:
+        notes = describe_predefined(splits, metadata.splits, metadata.origin) if splits.predefined else ()
+        return Selection(select_splits(dataset, images.sources, images.class_names, seed, images.groups), notes)
+    _check_split_classes(selection.positions, images.labels, images.class_names, dataset)
+    return selection
 
 
-def _count_fold(splits: Splits, strata: Sequence[int] | None) -> dict[str, int | None]:
-    """Count the images of a fold; without `fold`, of the first one, from which others differ by at most one image."""
-    folds = splits.folds or 1
-    rest = _fractions_of_rest(splits, 1 / folds)
-    if strata is None:
-        return dict.fromkeys([*rest, "test"])
-    test = allocate(strata, [1 / folds] * folds)[:, (splits.fold or 1) - 1]
-    counts = allocate(np.array(strata) - test, list(rest.values())).sum(axis=0)
-    return dict(zip([*rest, "test"], [*counts.tolist(), int(test.sum())], strict=True))
+def _select_listed(dataset: Dataset, metadata: DatasetMetadata, images: StoredImages, inputs: SplitInputs) -> Selection:
+    listed = match_lists(inputs.lists, images.names, images.unavailable, _root(dataset), _explain_missing(metadata))
+    split_of_image = np.array([listed.split_of.get(name, "") for name in images.names])
+    selected = {name: np.flatnonzero(split_of_image == name) for name in inputs.lists}
+    if images.groups is not None:
+        fix = "Move each group to one list, or remove groupBy."
+        check_whole_groups(selected, images.groups, "several lists", fix)
+    unused = len(images.names) - sum(map(len, selected.values()))
+    notes = (f"Not used: {unused} of {len(images.names)} images, which are in no list.",) if unused else ()
+    return Selection(selected, (*notes, *listed.notes))
 
 
-def _count_predefined(sizes: Mapping[str, int]) -> dict[str, int | None]:
-    if not sizes:
-        return dict.fromkeys(SPLIT_NAMES)
-    found = match_splits(sizes, "The source")
-    images: dict[str, int | None] = {split: sizes[name] for split, name in found.items()}
-    if fractions := carved_fractions(found):
-        carved = allocate([sizes[found["train"]]], list(fractions.values()))[0].tolist()
-        images |= dict(zip(fractions, carved, strict=True))
-    return images
+def _select_with_pinned_test(dataset: Dataset, images: StoredImages, pinned: PinnedTest, seed: int) -> Selection:
+    labels, names = images.labels, images.class_names
+    found = select_pinned_test(pinned, images.digests, [names[label] for label in labels], images.names, images.groups)
+    others, fractions = found.others, dataset.split_settings.fractions
+    if not len(others):
+        raise DataError(
+            f"All images belong to the test set of version {pinned.version}, which spec.dataset.splits.pinTest names. "
+            "Add images for training."
+        )
+    groups = images.groups.subset(others) if images.groups else None
+    divided = _select_fractions(dataset, fractions, labels[others], names, seed, groups)
+    selected = {name: others[positions] for name, positions in divided.items()}
+    return Selection(selected | {"test": found.test}, found.notes)
 
 
-def describe_splits(settings: Dataset, dataset: DatasetMetadata) -> tuple[str, ...]:
-    """Describe what is not obvious about the splits of a job, in sentences for the log and the report.
+def _root(dataset: Dataset) -> str:
+    """Return the directory in an archive that paths may be relative to."""
+    return dataset.source.archive.root.strip("/") if dataset.source.archive else ""
 
-    Args:
-        settings: `spec.dataset`.
-        dataset: Metadata of the stored dataset.
-    """
-    return describe_predefined(dataset.splits, dataset.origin) if settings.splits == "auto" else ()
+
+def _explain_missing(metadata: DatasetMetadata) -> str:
+    # An archive has no listing, so not all images that were dropped are known by name.
+    found = metadata.contradictions
+    if found is None or not found.dropped:
+        return ""
+    return (
+        f" {found.images} images of the source were dropped, because an image of another class has the same pixels: "
+        "see spec.dataset.onContradiction."
+    )
 
 
 def select_splits(
@@ -141,21 +155,21 @@ def select_splits(
     sources: Mapping[str, SourceSplit],
     class_names: tuple[str, ...],
     seed: int,
-    groups: Positions | None = None,
+    groups: Groups | None = None,
 ) -> dict[str, Positions]:
     """Select the examples of each split.
 
     Slices are taken from a permutation of each source split. The permutation depends only on the seed and on the name
     and size of the source split, so slices mix the classes even if the images were stored class by class. Fractions and
-    counts per class are taken from a permutation of all source splits together. With `auto`, the source splits are used
-    as they are, and a missing one is a fraction of the train split.
+    counts per class are taken from a permutation of all source splits together. Predefined splits are used as they are,
+    and a missing one is a fraction of the train split.
 
     Args:
         dataset: `spec.dataset`.
         sources: The stored examples, by source split.
         class_names: Class names, in label order.
         seed: `spec.seed`.
-        groups: Group of each stored example, int64 (size,), from 0, if the spec sets `groupBy`.
+        groups: Group of each stored example, if the spec sets `groupBy`.
 
     Returns:
         For each split that the spec defines, the positions of its examples among all stored examples, int64 (size,).
@@ -163,70 +177,96 @@ def select_splits(
     Raises:
         DataError: If the splits can't be filled, or a split lacks a class that it must contain.
     """
-    splits = dataset.splits
+    splits = dataset.split_settings
     labels = np.concatenate([source.labels for source in sources.values()])
     class_sizes = np.bincount(labels, minlength=len(class_names))
-    if splits == "auto":
-        selected = _select_predefined(dataset, sources, class_names, seed)
+    if splits.folds:
+        selected = _select_fold(dataset, labels, class_names, seed, groups)
+    elif splits.predefined:
+        selected = _select_predefined(dataset, sources, class_names, seed, groups)
     elif splits.per_class:
-        _check_counts(splits.per_class, dict(zip(class_names, class_sizes.tolist(), strict=True)))
+        check_counts(splits.per_class, dict(zip(class_names, class_sizes.tolist(), strict=True)))
         requested = {name: count for name in SPLIT_NAMES if (count := getattr(splits.per_class, name))}
         counts = np.tile(np.array(list(requested.values()), np.int64), (len(class_names), 1))
         selected = _select_strata(requested, counts, labels, seed)
-    elif splits.folds:
-        selected = _select_fold(dataset, labels, class_names, groups, seed)
     elif fractions := splits.fractions:
-        if splits.stratify:
-            _check_classes(dataset, len(fractions), class_sizes.tolist(), class_names)
-        selected = _divide(fractions, labels if splits.stratify else np.zeros_like(labels), groups, seed)
+        selected = _select_fractions(dataset, fractions, labels, class_names, seed, groups)
     else:
         selected = {name: _select_slices(name, text, sources, seed) for name, text in splits.slices.items()}
-    _check_classes_of_splits(selected, labels, class_names, dataset)
+    _check_split_classes(selected, labels, class_names, dataset)
+    return selected
+
+
+def _check_split_classes(
+    selected: Mapping[str, Positions], labels: Positions, class_names: tuple[str, ...], dataset: Dataset
+) -> None:
+    for name, positions in selected.items():
+        if missing := format_missing_classes(labels[positions], class_names):
+            _check_missing_classes(name, missing, dataset)
+
+
+def _select_fractions(
+    dataset: Dataset,
+    fractions: Mapping[str, float],
+    labels: Positions,
+    class_names: tuple[str, ...],
+    seed: int,
+    groups: Groups | None,
+) -> dict[str, Positions]:
+    """Divide images by fractions, class by class if they are stratified, and by whole groups if there are groups."""
+    is_stratified = dataset.split_settings.stratify
+    if is_stratified:
+        class_sizes = np.bincount(labels, minlength=len(class_names))
+        check_classes(dataset, len(fractions), class_sizes.tolist(), class_names)
+    return _divide(fractions, labels if is_stratified else np.zeros_like(labels), seed, groups)
+
+
+def _divide(
+    fractions: Mapping[str, float], strata: Positions, seed: int, groups: Groups | None
+) -> dict[str, Positions]:
+    """Divide images by fractions: every stratum by the same ones, and whole groups if there are groups."""
+    if groups is None:
+        return _select_strata(fractions, allocate(np.bincount(strata), list(fractions.values())), strata, seed)
+    split_of_image = assign_groups(strata, groups.of_image, list(fractions.values()), seed)
+    order = permutation(len(strata), seed)
+    selected = {name: order[split_of_image[order] == index] for index, name in enumerate(fractions)}
+    check_group_splits(selected, groups)
     return selected
 
 
 def _select_fold(
-    dataset: Dataset, labels: Positions, class_names: tuple[str, ...], groups: Positions | None, seed: int
+    dataset: Dataset, labels: Positions, class_names: tuple[str, ...], seed: int, groups: Groups | None
 ) -> dict[str, Positions]:
     """Select the splits of one fold of cross-validation or, if `splits.fold` is unset, of the final model.
 
     Checks all folds, so that the first one already fails if a later one would.
     """
-    splits = dataset.splits
-    if splits == "auto" or not splits.folds:
-        raise ValueError("The spec has no folds.")
+    splits, folds = dataset.split_settings, dataset.folds
     if splits.stratify:
-        _check_classes(dataset, splits.folds, np.bincount(labels, minlength=len(class_names)).tolist(), class_names)
+        check_classes(dataset, folds, np.bincount(labels, minlength=len(class_names)).tolist(), class_names)
     strata = labels if splits.stratify else np.zeros_like(labels)
-    folds = _divide({str(index + 1): 1 / splits.folds for index in range(splits.folds)}, strata, groups, seed)
+    tests = _divide({str(index + 1): 1 / folds for index in range(folds)}, strata, seed, groups)
     selected = {}
-    for fold in (None, *range(1, splits.folds + 1)):
-        test = folds[str(fold)] if fold else np.zeros(0, np.int64)
+    for fold in (None, *range(1, folds + 1)):
+        test = tests[str(fold)] if fold else np.zeros(0, np.int64)
         rest = np.setdiff1d(np.arange(len(labels)), test)
-        rest_groups = None if groups is None else groups[rest]
-        parts = _divide(_fractions_of_rest(splits, 1 / splits.folds if fold else 0.0), strata[rest], rest_groups, seed)
+        fractions = fractions_of_rest(splits, 1 / folds if fold else 0.0)
+        parts = _divide(fractions, strata[rest], seed, groups.subset(rest) if groups else None)
         selected[fold] = {name: rest[positions] for name, positions in parts.items()} | ({"test": test} if fold else {})
-        _check_classes_of_splits(selected[fold], labels, class_names, dataset)
+        _check_split_classes(selected[fold], labels, class_names, dataset)
     return selected[splits.fold]
 
 
-def _fractions_of_rest(splits: Splits, test: float) -> dict[str, float]:
-    """Return the fractions of train and validation among the images that are not in the fraction for test."""
+def fractions_of_rest(splits: Splits, test: float) -> dict[str, float]:
+    """Return the fractions of train and validation among the images outside of the test split of a fold.
+
+    Args:
+        splits: `spec.dataset.splits`, with folds.
+        test: Fraction of all images in the test split.
+    """
     if not (validation := splits.fractions.get("validation")):
         return {"train": 1.0}
     return {"train": 1 - validation / (1 - test), "validation": validation / (1 - test)}
-
-
-def _divide(
-    fractions: Mapping[str, float], strata: Positions, groups: Positions | None, seed: int
-) -> dict[str, Positions]:
-    """Divide images among splits: every stratum by the same fractions, and whole groups if there are any."""
-    if groups is None:
-        return _select_strata(fractions, allocate(np.bincount(strata), list(fractions.values())), strata, seed)
-    split_of_image = assign_groups(strata, groups, list(fractions.values()), seed)
-    check_group_splits(split_of_image, groups, list(fractions))
-    order = permutation(len(strata), seed)
-    return {name: order[split_of_image[order] == index] for index, name in enumerate(fractions)}
 
 
 def format_missing_classes(labels: npt.NDArray[np.int64], class_names: tuple[str, ...]) -> str:
@@ -243,24 +283,19 @@ def format_missing_classes(labels: npt.NDArray[np.int64], class_names: tuple[str
     return _format_class_names(class_names, missing) if missing else ""
 
 
-def _check_classes_of_splits(
-    selected: Mapping[str, Positions], labels: Positions, class_names: tuple[str, ...], dataset: Dataset
-) -> None:
-    for name, positions in selected.items():
-        missing = format_missing_classes(labels[positions], class_names)
-        if missing and (name == "train" or dataset.on_missing_class == "fail"):
-            raise DataError(_describe_missing_classes(name, missing))
-
-
-def _describe_missing_classes(name: str, missing: str) -> str:
+def _check_missing_classes(name: str, missing: str, dataset: Dataset) -> None:
+    if name != "train" and dataset.on_missing_class != "fail":
+        return
+    splits = dataset.split_settings
+    is_pinned = name == "test" and splits.pin_test
     fixes = [
-        f"Enlarge spec.dataset.splits.{name}",
-        "use fractions, such as train: 0.8, which divide every class",
+        "Use a new test split instead of pinTest" if is_pinned else f"Enlarge spec.dataset.splits.{name}",
+        *([] if splits.lists or is_pinned else ["use fractions, such as train: 0.8, which divide every class"]),
         "remove the class from the source",
         *([] if name == "train" else ["evaluate without it: spec.dataset.onMissingClass: allow"]),
     ]
     split = "training" if name == "train" else name
-    return f"The {split} split contains no image of {missing}. {', '.join(fixes[:-1])}, or {fixes[-1]}."
+    raise DataError(f"The {split} split contains no image of {missing}. {', '.join(fixes[:-1])}, or {fixes[-1]}.")
 
 
 def permutation(size: int, *seeds: int) -> Positions:
@@ -279,13 +314,13 @@ def permutation(size: int, *seeds: int) -> Positions:
 def _select_slices(name: str, text: str, sources: Mapping[str, SourceSplit], seed: int) -> Positions:
     sizes = {source: len(examples.labels) for source, examples in sources.items()}
     parts = []
-    for source, start, end in _resolve_slices(name, text, sizes):
+    for source, start, end in resolve_slices(name, text, sizes):
         order = permutation(sizes[source], seed, zlib.crc32(source.encode()))
         parts.append(order[start:end] + sources[source].first)
     return np.concatenate(parts)
 
 
-def _resolve_slices(name: str, text: str, sizes: Mapping[str, int]) -> list[tuple[str, int, int]]:
+def resolve_slices(name: str, text: str, sizes: Mapping[str, int]) -> list[tuple[str, int, int]]:
     """Convert slices to (source split, start, end) and check each against the size of its source split."""
     ranges = []
     for piece in parse_slices(text):
@@ -334,21 +369,28 @@ def _select_strata(names: Iterable[str], counts: Counts, strata: Positions, seed
 
 
 def _select_predefined(
-    dataset: Dataset, sources: Mapping[str, SourceSplit], class_names: tuple[str, ...], seed: int
+    dataset: Dataset,
+    sources: Mapping[str, SourceSplit],
+    class_names: tuple[str, ...],
+    seed: int,
+    groups: Groups | None,
 ) -> dict[str, Positions]:
     found = match_splits(sources, "The stored dataset")
     selected = {split: sources[name].first + np.arange(len(sources[name].labels)) for split, name in found.items()}
+    if groups:
+        fix = "Move each group to one split, or use fractions, such as {train: 0.8, validation: 0.1, test: 0.1}."
+        check_whole_groups(selected, groups, "several splits of the source", fix)
     if fractions := carved_fractions(found):
-        train = sources[found["train"]]
-        class_sizes = np.bincount(train.labels, minlength=len(class_names))
-        _check_classes(dataset, len(fractions), class_sizes.tolist(), class_names)
-        counts = allocate(class_sizes, list(fractions.values()))
-        carved = _select_strata(fractions, counts, train.labels, seed)
-        selected |= {split: train.first + positions for split, positions in carved.items()}
+        train = selected["train"]
+        labels = sources[found["train"]].labels
+        carved = _select_fractions(
+            dataset, fractions, labels, class_names, seed, groups.subset(train) if groups else None
+        )
+        selected |= {split: train[positions] for split, positions in carved.items()}
     return {split: selected[split] for split in SPLIT_NAMES}
 
 
-def _check_classes(dataset: Dataset, needed: int, class_sizes: Sequence[int], class_names: tuple[str, ...]) -> None:
+def check_classes(dataset: Dataset, needed: int, class_sizes: Sequence[int], class_names: tuple[str, ...]) -> None:
     """Check that every class has an image for each of the splits that divide it."""
     small = [label for label, size in enumerate(class_sizes) if size < needed]
     if small and dataset.on_missing_class == "fail":
@@ -360,7 +402,8 @@ def _check_classes(dataset: Dataset, needed: int, class_sizes: Sequence[int], cl
         )
 
 
-def _check_counts(requested: PerClass, counts: Mapping[str, int]) -> None:
+def check_counts(requested: PerClass, counts: Mapping[str, int]) -> None:
+    """Check that every class has as many images as `perClass` requests."""
     needed = requested.train + requested.validation + requested.test
     too_few = [f"{name} has {count}" for name, count in counts.items() if count < needed]
     if too_few:

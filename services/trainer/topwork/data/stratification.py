@@ -39,7 +39,7 @@ def allocate(class_sizes: Sequence[int] | Counts, fractions: Sequence[float]) ->
         later_splits = len(fractions) - index - 1
         counts[:, index] = np.clip(shares, lowest, np.maximum(remaining - later_splits, lowest))
         remaining = remaining - counts[:, index]
-    if ends[-1] == sum(class_sizes):
-        # Small classes may have taken images from the share of others.
-        counts[:, -1] += remaining
+    if sum(fractions) > 1 - 1e-9:
+        # Images that a split could not take, because another split must get one of their class.
+        counts[:, int(np.argmax(fractions))] += remaining
     return counts

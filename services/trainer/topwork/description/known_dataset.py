@@ -4,10 +4,12 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from topwork.data.dataset_manifest import StoredDataset
-from topwork.data.splits import check_splits, count_images
+from topwork.data.split_counts import check_splits, count_images, describe_splits
+from topwork.data.split_inputs import SplitInputs
 from topwork.data.tfds_mirror import TfdsName
 from topwork.errors import DataError, UnavailableError
 from topwork.registry.datasets import list_datasets
+from topwork.registry.split_inputs import read_split_inputs
 from topwork.spec import TransferJob
 from topwork.spec.dataset import Dataset, DatasetSource, pull_settings
 from topwork.stages.pull import find_dataset
@@ -50,13 +52,15 @@ def find_known_dataset(
     Raises:
         DataError: If the dataset has too few images for the splits.
     """
-    splits = job.spec.dataset.splits
+    splits = job.spec.dataset.split_settings
     stored = _find_stored_dataset(job, workspace) if workspace else None
+    inputs, problem = _read_inputs(job, workspace)
     if stored is None or workspace is None:
         listed = _count_listed_classes(job.spec.dataset)
         notes = _ignored(("--classes", classes, listed, "spec.dataset.classes")) if listed else ()
         classes = listed or classes
-        return KnownDataset(classes, count_images(splits, {TRAIN: images} if images else {}, classes), notes=notes)
+        counts = count_images(splits, {TRAIN: images} if images else {}, classes, inputs=inputs)
+        return KnownDataset(classes, counts, notes=(*notes, *problem))
     facts = stored.metadata
     check_splits(job.spec.dataset, facts)
     sizes = {name: sum(counts.values()) for name, counts in facts.splits.items()}
@@ -67,9 +71,9 @@ def find_known_dataset(
     selection = facts.class_selection.describe() if facts.class_selection else ()
     return KnownDataset(
         len(facts.class_names),
-        count_images(splits, sizes, len(facts.class_names), list(facts.class_counts.values())),
+        count_images(splits, sizes, len(facts.class_names), facts.class_counts, inputs),
         workspace.storage.uri_of(stored.prefix),
-        (*ignored, *selection),
+        (*ignored, *selection, *problem, *describe_splits(job.spec.dataset, facts, inputs)),
     )
 
 
@@ -85,6 +89,14 @@ def _ignored(*options: tuple[str, int | None, int | None, str]) -> tuple[str, ..
         for option, value, actual, origin in options
         if value not in {None, actual}
     )
+
+
+def _read_inputs(job: TransferJob, workspace: Workspace | None) -> tuple[SplitInputs | None, tuple[str, ...]]:
+    """Read the inputs of the splits; None and the reason if they cannot be read from here."""
+    try:
+        return (read_split_inputs(job, workspace.storage) if workspace else None), ()
+    except (DataError, UnavailableError) as error:
+        return None, (str(error),)
 
 
 def _find_stored_dataset(job: TransferJob, workspace: Workspace) -> StoredDataset | None:

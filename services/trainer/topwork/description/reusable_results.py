@@ -35,7 +35,10 @@ def find_reusable_results(job: TransferJob, workspace: Workspace) -> PlanDescrip
     fingerprint = dataset.metadata.fingerprint if dataset else selected.fingerprint if selected else None
     if fingerprint is None:
         return PlanDescription(runs=tuple(stages), changes=changes)
-    keys = stage_keys(job, fingerprint, workspace.storage)
+    try:
+        keys = stage_keys(job, fingerprint, workspace.storage)
+    except DataError as error:
+        return PlanDescription(unknown=str(error))
     reused = ["pull"] if dataset else []
     for fold in fold_jobs(job):
         results = _read_results(stage_keys(fold, fingerprint, workspace.storage), workspace.storage)

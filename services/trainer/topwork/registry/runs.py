@@ -29,7 +29,7 @@ def _delete_results(job: TransferJob, dataset: StoredDataset | None, storage: St
         if reference := read_reference(storage, job.run, stage):
             prefixes.add(result_prefix(stage, reference.key))
     if dataset:
-        keys = stage_keys(job, dataset.metadata.fingerprint, storage).training_stages
+        keys = stage_keys(job, dataset.metadata.fingerprint, storage, dataset.inputs).training_stages
         prefixes |= {result_prefix(stage, key) for stage, key in keys.items()}
     for prefix in sorted(prefixes):
         # Without `done.json`, readers ignore the rest.

@@ -1,7 +1,7 @@
 """Keys of stage results: a digest of everything that a result depends on, and of nothing else.
 
 - dataset: the source, its content, and the settings that change what is stored; see `topwork.registry.datasets`
-- transfer: dataset, splits, image size, model, augmentation, `transfer`, seed, precision
+- transfer: dataset, splits and the content of their lists, image size, model, augmentation, `transfer`, seed, precision
 - fine-tune: transfer's key, `fineTune`
 - publish: key of the last training stage, metrics, formats, name of the model
 
@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from topwork.clients.s3.storage import Storage, describe_file
+from topwork.data.split_inputs import SplitInputs
 from topwork.registry.imagenet_weights import find_converted_weights
+from topwork.registry.split_inputs import read_split_inputs
 from topwork.registry.stage_results import TrainingStage
 from topwork.spec import TransferJob
 from topwork.spec.digest import DIGEST_LENGTH, digest_of, evaluation_content, training_content
@@ -50,19 +52,21 @@ class StageKeys:
         return keys | ({"fine-tune": self.fine_tune} if self.fine_tune else {})
 
 
-def stage_keys(job: TransferJob, fingerprint: str, storage: Storage) -> StageKeys:
+def stage_keys(job: TransferJob, fingerprint: str, storage: Storage, inputs: SplitInputs | None = None) -> StageKeys:
     """Compute the keys of a job.
 
     Args:
         job: The job.
         fingerprint: Fingerprint of the dataset.
         storage: Storage of the job, which also reads the version of a base on S3.
+        inputs: Inputs of the splits, if the stored dataset has them already; None reads them.
 
     Returns:
         The keys: 16 hex digits each.
 
     Raises:
-        UnavailableError: If the base is on S3 and storage cannot be reached.
+        DataError: If a list of the splits does not exist.
+        UnavailableError: If the base or a list is on S3 and storage cannot be reached.
 
     Example:
         >>> stage_keys(job, dataset.metadata.fingerprint, storage).transfer
@@ -75,6 +79,8 @@ def stage_keys(job: TransferJob, fingerprint: str, storage: Storage) -> StageKey
     for key in ("source", "classes", "onContradiction"):
         content["dataset"].pop(key, None)
     base = read_base_version(job.spec.model.base, storage)
+    if split_inputs := (inputs or read_split_inputs(job, storage)).content():
+        content["splitInputs"] = split_inputs
     transfer = _key("transfer", {**content, "images": fingerprint, "base": base})
     fine_tune = None if fine_tuning is None else _key("fine-tune", {"transfer": transfer, "fineTune": fine_tuning})
     publish = {"training": fine_tune or transfer, "name": job.model_name, **evaluation_content(job.spec)}
@@ -91,8 +97,25 @@ def cluster_run_name(job: TransferJob, fingerprint: str, storage: Storage) -> st
 
     A Kubernetes Job cannot be changed, so a job with another gate or format needs a Job with another name.
     """
-    base = read_base_version(job.spec.model.base, storage)
-    return f"{job.metadata.name}-{digest_of([job.digest, fingerprint, base])[:8]}"
+    files = read_file_versions(job, storage)
+    return f"{job.metadata.name}-{digest_of([job.digest, fingerprint, *(files or [''])])[:8]}"
+
+
+def read_file_versions(job: TransferJob, storage: Storage) -> list[Any]:
+    """Identify the content of the files that a job uses besides its dataset: its base, and the lists of its splits.
+
+    Args:
+        job: The job.
+        storage: Storage of the job.
+
+    Returns:
+        The version of the base, and digests of the inputs of the splits if there are any; empty without such files.
+
+    Raises:
+        DataError: If a list of the splits does not exist.
+    """
+    base, inputs = read_base_version(job.spec.model.base, storage), read_split_inputs(job, storage).content()
+    return [base, inputs] if inputs else [base] if base else []
 
 
 def read_base_version(base: Base, storage: Storage) -> str:

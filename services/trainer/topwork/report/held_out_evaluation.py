@@ -15,7 +15,7 @@ from PIL import Image
 from topwork import __version__
 from topwork.data.dataset_manifest import StoredDataset
 from topwork.data.local_dataset import LocalDataset, Split, fetch_dataset
-from topwork.data.splits import describe_splits
+from topwork.data.split_inputs import EvaluatedImage
 from topwork.errors import DataError
 from topwork.model.export import add_probabilities
 from topwork.model.input_scaling import describe_input_scaling
@@ -55,6 +55,7 @@ class EvaluatedClassifier:
         predictions: What it predicted for the images on which it was evaluated; with the probabilities of `chosen`.
         images: Images for the export check.
         chosen: int64 (n,), which of them are checked.
+        tested: The images on which it was evaluated; empty for the final model of cross-validation.
     """
 
     model: keras.Model
@@ -62,6 +63,7 @@ class EvaluatedClassifier:
     predictions: Predictions
     images: Split
     chosen: NDArray[np.int64]
+    tested: tuple[EvaluatedImage, ...] = ()
 
 
 def evaluate_classifier(
@@ -98,13 +100,14 @@ def evaluate_classifier(
         lineage=lineage(job, dataset, workspace, classifier, describe_input_scaling(model)),
         notes=(
             *_write_notes(job, evaluation),
-            *describe_splits(job.spec.dataset, dataset.metadata),
+            *local.notes,
             *filter(None, [classifier.kept.note]),
         ),
         weights=classifier.kept,
         latest=evaluate_latest(job, classifier.file.sha256, held_out, folder / "latest"),
     )
-    return EvaluatedClassifier(model, results, predictions, held_out.images, chosen)
+    tested = _identify(held_out.images, local.class_names)
+    return EvaluatedClassifier(model, results, predictions, held_out.images, chosen, tested)
 
 
 def describe_final_model(
@@ -176,6 +179,11 @@ def _load_model(classifier: Classifier, workspace: Workspace, folder: Path) -> k
     workspace.storage.download(classifier.key, folder / "model.keras", classifier.file)
     model = keras.models.load_model(folder / "model.keras", compile=False)
     return add_probabilities(model, len(classifier.class_names))
+
+
+def _identify(split: Split, class_names: tuple[str, ...]) -> tuple[EvaluatedImage, ...]:
+    rows = zip(split.digests.tolist(), split.labels.tolist(), split.names, strict=True)
+    return tuple(EvaluatedImage(f"{digest:016x}", class_names[label], name) for digest, label, name in rows)
 
 
 def _held_out_split(local: LocalDataset, job: TransferJob, workspace: Workspace) -> HeldOutSplit:

@@ -18,7 +18,7 @@ from topwork.clients.s3.storage import Storage
 from topwork.data.images.decoding import Preprocessing
 from topwork.errors import DamagedError, DataError
 from topwork.model.export import EXPORTED_FILES
-from topwork.registry import versions
+from topwork.registry import evaluated_images, versions
 from topwork.registry.versions import Version
 from topwork.report.exported_model import load_format, read_preprocessing
 from topwork.report.gates import LatestVersion
@@ -107,8 +107,8 @@ def _load(storage: Storage, latest: Version, folder: Path) -> LoadedVersion:
     name = next((name for name, file in EXPORTED_FILES.items() if file in files), None)
     if name is None:
         raise NotComparableError("its files contain no model in a known format")
-    others = set(EXPORTED_FILES.values()) - {EXPORTED_FILES[name]}
-    download_artifact(storage, prefix, folder, select=lambda file: file not in others and file != "report.html")
+    unused = {*EXPORTED_FILES.values(), "report.html", evaluated_images.FILE} - {EXPORTED_FILES[name]}
+    download_artifact(storage, prefix, folder, select=lambda file: file not in unused)
     try:
         class_names = json.loads((folder / "metrics.json").read_bytes())["evaluation"]["classNames"]
         preprocessing = read_preprocessing(folder)

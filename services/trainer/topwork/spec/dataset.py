@@ -8,7 +8,7 @@ from pydantic import Discriminator, Field, StrictFloat, StrictInt, StringConstra
 from topwork.spec.classes import ClassesSetting, check_classes, classes_content
 from topwork.spec.messages import format_value, join_words
 from topwork.spec.spec_model import SpecModel, ValueDescription, Violation, rule
-from topwork.spec.splits import Column, GroupBy, GroupColumn, SplitsSetting
+from topwork.spec.splits import Column, GroupBy, GroupColumn, Splits, SplitsSetting
 from topwork.spec.uris import ArchiveUri, FolderUri, TableUri
 
 SideLength = Annotated[StrictInt, Field(ge=16, le=2048)]
@@ -155,24 +155,29 @@ class Dataset(SpecModel):
     )
 
     @property
+    def split_settings(self) -> Splits:
+        """The setting of the splits in its full form."""
+        return Splits.from_setting(self.splits)
+
+    @property
     def has_validation(self) -> bool:
         """Whether there is a validation split."""
-        return self.splits == "auto" or self.splits.has_validation
+        return self.split_settings.has_validation
 
     @property
     def folds(self) -> int:
         """Number of folds of cross-validation; 0 without."""
-        return 0 if self.splits == "auto" else self.splits.folds or 0
+        return self.split_settings.folds or 0
 
     @property
     def fold(self) -> int | None:
         """The only fold that is trained; None for all of them."""
-        return None if self.splits == "auto" else self.splits.fold
+        return self.split_settings.fold
 
     @property
     def group_by(self) -> GroupBy | None:
         """How images are grouped; None if they are not."""
-        return None if self.splits == "auto" else self.splits.group_by
+        return self.split_settings.group_by
 
     @property
     def group_column(self) -> str | None:
@@ -182,7 +187,7 @@ class Dataset(SpecModel):
     @property
     def has_split_directories(self) -> bool:
         """Whether the directories of the classes are below those of the splits."""
-        return self.splits == "auto" and bool(self.source.folder or self.source.archive)
+        return self.split_settings.predefined and bool(self.source.folder or self.source.archive)
 
 
 @rule(Dataset)
@@ -199,7 +204,7 @@ def value_range_is_ascending(dataset: Dataset) -> Iterator[Violation]:
 def pull_settings(dataset: Dataset) -> dict[str, Any]:
     """Return the settings that change the content of the stored dataset, as far as they differ from their defaults.
 
-    `fail` stores the same images as `keep`; whether the job fails is decided for each job. With `splits: auto`, the
+    `fail` stores the same images as `keep`; whether the job fails is decided for each job. With predefined splits, the
     classes are one level below the directories of the splits. The groups of a table are stored with the images, and
     only the images of the selected classes are stored.
 
@@ -224,14 +229,15 @@ def selected_classes_are_unambiguous(dataset: Dataset) -> Iterator[Violation]:
 @rule(Dataset)
 def column_of_splits_is_used(dataset: Dataset) -> Iterator[Violation]:
     """A table defines splits in a column, and `auto` is the setting that uses it."""
-    table, is_auto = dataset.source.table, dataset.splits == "auto"
-    if table and table.split and not is_auto:
+    table, is_predefined = dataset.source.table, dataset.split_settings.predefined
+    if table and table.split and not is_predefined:
         yield Violation("source.table.split", "is used only with spec.dataset.splits: auto. Set that, or remove split.")
-    if table and not table.split and is_auto:
+    if table and not table.split and is_predefined:
         yield Violation(
             "splits",
-            "auto uses the splits of the source, but the table has none. Set spec.dataset.source.table.split to the "
-            "column with the split of each image, or set fractions, such as {train: 0.8, validation: 0.1, test: 0.1}.",
+            f"{'auto' if dataset.splits == 'auto' else 'predefined'} uses the splits of the source, but the table has "
+            "none. Set spec.dataset.source.table.split to the column with the split of each image, or set fractions, "
+            "such as {train: 0.8, validation: 0.1, test: 0.1}.",
         )
 
 
@@ -242,6 +248,18 @@ def column_of_groups_is_in_a_table(dataset: Dataset) -> Iterator[Violation]:
         yield Violation(
             "splits.groupBy.column", "needs spec.dataset.source.table. Use groupBy: folder or {regex: …} instead."
         )
+
+
+@rule(Dataset)
+def lists_name_files(dataset: Dataset) -> Iterator[Violation]:
+    """The images of a TFDS dataset have no paths."""
+    if dataset.source.tfds:
+        for name in dataset.split_settings.lists:
+            yield Violation(
+                f"splits.{name}",
+                "names images by their paths, but the images of a TFDS dataset have none. Use splits: auto, fractions "
+                "or slices.",
+            )
 
 
 @rule(ArchiveSource)

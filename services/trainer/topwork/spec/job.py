@@ -88,9 +88,9 @@ class TransferJob(SpecModel):
     def with_fold(self, fold: int | None) -> "TransferJob":
         """Return a copy of the job that trains only one fold of cross-validation, or all images if `fold` is None."""
         dataset = self.spec.dataset
-        if dataset.splits == "auto" or dataset.fold == fold:
+        if dataset.fold == fold:
             return self
-        splits = dataset.splits.model_copy(update={"fold": fold})
+        splits = dataset.split_settings.model_copy(update={"fold": fold})
         spec = self.spec.model_copy(update={"dataset": dataset.model_copy(update={"splits": splits})})
         return self.model_copy(update={"spec": spec})
 

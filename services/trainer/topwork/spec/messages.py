@@ -68,5 +68,10 @@ def join_words(words: list[str], conjunction: str = "and") -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} {conjunction} {words[-1]}"
 
 
+def count_noun(number: int, noun: str) -> str:
+    """Return a number with its noun, such as `1 image` or `2 images`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def _normalize(word: str) -> str:
     return re.sub(r"[-_\s]", "", word).lower()

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Discriminator, Field, StrictBool, StrictFlo
 from topwork.spec.messages import format_value, join_words
 from topwork.spec.slices import Slicing, parse_slices
 from topwork.spec.spec_model import SpecModel, ValueDescription, Violation, rule
-from topwork.spec.uris import invalid_value
+from topwork.spec.uris import ListUri, invalid_value
 
 SPLIT_NAMES = ("train", "validation", "test")
 
@@ -36,12 +36,24 @@ Regex = Annotated[
 ]
 
 
+class FileList(SpecModel):
+    """A list of the images of a split."""
+
+    list: ListUri = Field(
+        description="S3 object or local path of a text file with one image path per line, as in the source."
+    )
+
+
 def _share_tag(value: object) -> str:
+    if isinstance(value, dict | FileList):
+        return "<list>"
     return "<fraction>" if isinstance(value, int | float) and not isinstance(value, bool) else "<slice>"
 
 
 Share = Annotated[
-    Annotated[Fraction, Tag("<fraction>")] | Annotated[Slicing, Tag("<slice>")],
+    Annotated[Fraction, Tag("<fraction>")]
+    | Annotated[Slicing, Tag("<slice>")]
+    | Annotated[FileList, Tag("<list>"), ValueDescription("{list: uri}")],
     Discriminator(_share_tag),
 ]
 
@@ -91,34 +103,49 @@ class PerClass(SpecModel):
 
 
 class Splits(SpecModel):
-    """Splits of the stored dataset: fractions, TFDS slices, counts per class, or the folds of cross-validation."""
+    """Splits: fractions, slices, lists, counts per class, those of the source, or the folds of cross-validation."""
 
     train: Share | None = Field(
-        default=None, description="Images used for training: a fraction of all images, such as 0.8, or a TFDS slice."
+        default=None,
+        description="Images used for training: a fraction of all images, such as 0.8, a TFDS slice, or {list: uri}, a "
+        "text file with their paths.",
     )
     validation: Share | None = Field(
         default=None,
-        description="Images used for early stopping and for selecting the best epoch, such as 0.1 or train[40%:50%].",
+        description="Images used for early stopping and for selecting the best epoch, such as 0.1, train[40%:50%] or "
+        "{list: uri}.",
     )
     test: Share | None = Field(
         default=None,
-        description="Images used to evaluate the final model, such as 0.1 or train[50%:60%]. Unset: the validation "
-        "split.",
+        description="Images used to evaluate the final model, such as 0.1, train[50%:60%] or {list: uri}. Unset: the "
+        "validation split.",
+    )
+    pin_test: Annotated[StrictInt, Field(ge=1)] | None = Field(
+        default=None,
+        description="Version of the model whose test images are the test split again, so that versions stay comparable "
+        "while the dataset grows. All other images are divided by the fractions.",
+    )
+    predefined: StrictBool = Field(
+        default=False,
+        description="Whether to use the splits of the source, like the short form splits: auto, with groupBy or "
+        "stratify: a group in several of them is an error.",
     )
     stratify: StrictBool = Field(
         default=True,
-        description="Whether fractions apply to each class, so that every split contains every class in the same "
-        "proportion. Slices are never stratified, counts per class always.",
+        description="Whether fractions, and a tenth of the train split that replaces a missing predefined split, apply "
+        "to each class, so that every split contains every class in the same proportion. Slices are never stratified, "
+        "counts per class always.",
     )
     group_by: GroupBy | None = Field(
         default=None,
         description="Keeps images of a group, such as a patient, a camera or a series, in one split: folder (the "
         "directory that contains the image, below its class), {column: name} of the table, or {regex: …}. With "
-        "fractions only, which are then approximate.",
+        "fractions, which are then approximate, or with predefined splits and lists.",
     )
     per_class: PerClass | None = Field(
         default=None, description="Exact number of images per class. Cannot be combined with fractions or slices."
     )
+
     folds: Annotated[StrictInt, Field(ge=2, le=20)] | None = Field(
         default=None,
         description="Cross-validation: divides the images into this many parts of the same size. Each of them is the "
@@ -128,25 +155,36 @@ class Splits(SpecModel):
         default=None, description="Trains only this fold, from 1 to folds. Unset: all folds, one after the other."
     )
 
+    @classmethod
+    def from_setting(cls, setting: "Splits | Literal['auto']") -> "Splits":
+        """Expand the short form (`auto`) of `splits`; a full setting is returned unchanged."""
+        return setting if isinstance(setting, Splits) else cls(predefined=True)
+
     @property
-    def shares(self) -> dict[str, float | str]:
-        """The fraction or slice of each split that is set."""
+    def shares(self) -> dict[str, float | str | FileList]:
+        """The fraction, slice or list of each split that is set."""
         return {name: share for name in SPLIT_NAMES if (share := getattr(self, name)) is not None}
 
     @property
     def fractions(self) -> dict[str, float]:
-        """The fraction of each split that is set; empty if the splits are slices or counts per class."""
+        """The fraction of each split; empty if the splits are not fractions."""
         return {name: share for name, share in self.shares.items() if isinstance(share, float)}
 
     @property
     def slices(self) -> dict[str, str]:
-        """The slice of each split that is set; empty if the splits are fractions or counts per class."""
+        """The slice of each split; empty if the splits are not slices."""
         return {name: share for name, share in self.shares.items() if isinstance(share, str)}
+
+    @property
+    def lists(self) -> dict[str, str]:
+        """The URI or path of the list of each split; empty if the splits are not lists."""
+        return {name: share.list for name, share in self.shares.items() if isinstance(share, FileList)}
 
     @property
     def has_validation(self) -> bool:
         """Whether there is a validation split."""
-        return self.validation is not None or (self.per_class is not None and self.per_class.validation > 0)
+        has_counts = self.per_class is not None and self.per_class.validation > 0
+        return self.predefined or self.validation is not None or has_counts
 
 
 def _splits_tag(value: object) -> str | None:
@@ -163,12 +201,23 @@ SplitsSetting = Annotated[
 
 @rule(Splits)
 def one_kind_of_splits(splits: Splits) -> Iterator[Violation]:
-    """Fractions, slices and counts per class would define the same splits twice."""
+    """Fractions, slices, lists, counts per class and the splits of the source would define the same splits twice."""
+    if splits.predefined and (others := [*splits.shares, *(["perClass"] if splits.per_class else [])]):
+        yield Violation(
+            "predefined",
+            f"cannot be combined with {join_words(others)}: it uses the splits of the source. Remove one of them.",
+        )
     if splits.per_class and splits.shares:
         yield Violation(
             "perClass",
-            f"cannot be combined with {join_words(list(splits.shares))}. Use either counts per class, fractions or "
-            "slices.",
+            f"cannot be combined with {join_words(list(splits.shares))}. Use either counts per class, fractions, "
+            "slices or lists.",
+        )
+    if splits.lists and (others := [name for name in splits.shares if name not in splits.lists]):
+        yield Violation(
+            others[0],
+            f"{format_value(splits.shares[others[0]])} is not a list of images, but {next(iter(splits.lists))} is one. "
+            "Use lists for all splits or for none.",
         )
     if splits.fractions and splits.slices:
         (fraction, value), (slice_, text) = next(iter(splits.fractions.items())), next(iter(splits.slices.items()))
@@ -182,16 +231,36 @@ def one_kind_of_splits(splits: Splits) -> Iterator[Violation]:
 @rule(Splits)
 def training_split_is_set(splits: Splits) -> Iterator[Violation]:
     """Training needs a training split."""
-    if not splits.per_class and not splits.folds and splits.train is None:
+    if not (splits.per_class or splits.predefined or splits.folds) and splits.train is None:
         yield Violation("train", "is required. Set a fraction, such as train: 0.8, or use perClass.")
 
 
 @rule(Splits)
 def evaluation_split_is_set(splits: Splits) -> Iterator[Violation]:
     """Only an evaluated model is published. Without a test split, the validation split is used."""
-    if not splits.per_class and not splits.folds and splits.test is None and splits.validation is None:
-        example = "train[80%:]" if splits.slices else "0.1"
+    is_set = splits.per_class or splits.predefined or splits.pin_test or splits.folds
+    if not is_set and splits.test is None and splits.validation is None:
+        example = "train[80%:]" if splits.slices else "{list: test.txt}" if splits.lists else "0.1"
         yield Violation("test", f"is required if there is no validation split. Set it, such as test: {example}.")
+
+
+@rule(Splits)
+def pinned_test_set_is_combined_with_fractions(splits: Splits) -> Iterator[Violation]:
+    """The test split is either new or that of an earlier version, and the other images are divided by fractions."""
+    if splits.pin_test is None:
+        return
+    if splits.test is not None:
+        yield Violation(
+            "pinTest",
+            f"{splits.pin_test} cannot be combined with test: the test split is that of version {splits.pin_test}. "
+            "Remove one of them.",
+        )
+    elif not splits.fractions and not splits.folds:
+        yield Violation(
+            "pinTest",
+            f"{splits.pin_test} needs fractions for all other images. Use fractions, such as {{train: 0.9, validation: "
+            f"0.1, pinTest: {splits.pin_test}}}, or remove pinTest.",
+        )
 
 
 @rule(Splits)
@@ -206,9 +275,19 @@ def fractions_are_at_most_all_images(splits: Splits) -> Iterator[Violation]:
 @rule(Splits)
 def options_of_fractions(splits: Splits) -> Iterator[Violation]:
     """Slices and counts per class are taken without regard to groups, and are always or never stratified."""
-    given = {"stratify": not splits.stratify, "groupBy": splits.group_by is not None}
-    for key in (key for key, is_given in given.items() if is_given and not (splits.fractions or splits.folds)):
-        yield Violation(key, "applies only to fractions, such as train: 0.8. Remove it, or use fractions.")
+    if splits.fractions or splits.predefined or splits.folds:
+        return
+    if not splits.stratify:
+        yield Violation(
+            "stratify",
+            "applies only to fractions, such as train: 0.8, and to predefined: true. Remove it, or use fractions.",
+        )
+    if splits.group_by and not splits.lists:
+        yield Violation(
+            "groupBy",
+            "applies only to fractions, such as train: 0.8, to lists and to predefined: true. Remove it, or use "
+            "fractions.",
+        )
 
 
 @rule(Splits)
@@ -218,7 +297,14 @@ def folds_define_the_test_split(splits: Splits) -> Iterator[Violation]:
         if splits.fold:
             yield Violation("fold", "selects a fold of cross-validation. Set folds, too, or remove fold.")
         return
-    given = {"train": splits.train, "test": splits.test, "perClass": splits.per_class, "validation": splits.slices}
+    given = {
+        "train": splits.train,
+        "test": splits.test,
+        "perClass": splits.per_class,
+        "predefined": splits.predefined,
+        "pinTest": splits.pin_test,
+        "validation": splits.slices or splits.lists,
+    }
     for key in (key for key, value in given.items() if value):
         yield Violation(
             key,

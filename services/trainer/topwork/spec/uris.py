@@ -133,6 +133,11 @@ TableUri = Annotated[
     AfterValidator(uri_validator("s3", local=True, extensions=TABLES)),
     ValueDescription("s3://bucket/key or a local path, ending in .csv, .jsonl or .ndjson"),
 ]
+ListUri = Annotated[
+    str,
+    AfterValidator(uri_validator("s3", local=True)),
+    ValueDescription("s3://bucket/key or a local path of a text file"),
+]
 ModelUri = Annotated[
     str,
     AfterValidator(uri_validator("s3", local=True, extensions=MODELS)),

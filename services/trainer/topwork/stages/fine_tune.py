@@ -43,7 +43,10 @@ def fine_tune(job: TransferJob, classifier: Classifier, dataset: StoredDataset, 
         `classifier = fine_tune(job, transfer(job, dataset, workspace), dataset, workspace)`
     """
     with workspace.metrics.track_stage("fine-tune"):
-        plan, keys = plan_fine_tune(job.spec), stage_keys(job, dataset.metadata.fingerprint, workspace.storage)
+        plan, keys = (
+            plan_fine_tune(job.spec),
+            stage_keys(job, dataset.metadata.fingerprint, workspace.storage, dataset.inputs),
+        )
         key = keys.fine_tune
         if plan is None or key is None:
             return classifier

@@ -22,6 +22,7 @@ from topwork.registry.cross_validation import (
     format_mean,
     read_cross_validation,
 )
+from topwork.registry.evaluated_images import write_evaluated_images
 from topwork.registry.kept_weights import KeptWeights
 from topwork.registry.stage_keys import stage_keys
 from topwork.registry.stage_results import TRAINING_STAGES, Classifier, read_run_result
@@ -165,7 +166,7 @@ def publish(
     with workspace.metrics.track_stage("publish"):
         if published := find_published(job, dataset, workspace):
             return published
-        key = stage_keys(job, dataset.metadata.fingerprint, workspace.storage).publish
+        key = stage_keys(job, dataset.metadata.fingerprint, workspace.storage, dataset.inputs).publish
         if version := versions.find_version_by_key(workspace.storage, job.model_name, key, classifier.file.sha256):
             return _reuse(job, _finish(job, version, workspace), workspace)
         folder = workspace.scratch / "publish"
@@ -198,7 +199,7 @@ def find_published(job: TransferJob, dataset: StoredDataset, workspace: Workspac
     Raises:
         GateError: If the version does not meet the gates of the job, which may have changed since.
     """
-    key = stage_keys(job, dataset.metadata.fingerprint, workspace.storage).publish
+    key = stage_keys(job, dataset.metadata.fingerprint, workspace.storage, dataset.inputs).publish
     published = _read_published(job, key, workspace.storage)
     return _reuse(job, published, workspace) if published else None
 
@@ -307,6 +308,8 @@ def _export(results: Results, evaluated: "EvaluatedClassifier", folder: Path, ch
     log.info("export", formats=" ".join(formats))
     version = folder / "version"
     version.mkdir()
+    if evaluated.tested:
+        write_evaluated_images(evaluated.tested, version)
     preprocessing = evaluated.images.preprocessing
     export_model(evaluated.model, results.evaluation.class_names, formats, preprocessing, version)
     check = check_process.check(version, folder / "check_inputs", formats)

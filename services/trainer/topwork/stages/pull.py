@@ -4,6 +4,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -26,10 +27,11 @@ from topwork.data.images.value_range import summarize_values
 from topwork.data.sources import Source, open_dataset_source
 from topwork.data.sources.class_selection import SelectedClasses
 from topwork.data.sources.source import find_similar_class_names
-from topwork.data.splits import check_splits
+from topwork.data.split_counts import check_splits
 from topwork.disk_space import directory_bytes, require_free_space
 from topwork.errors import DataError
 from topwork.registry.datasets import FORMAT, fingerprint_of, read_stored_dataset, select_dataset, write_entries
+from topwork.registry.split_inputs import read_split_inputs
 from topwork.spec import TransferJob
 from topwork.spec.applications import NOT_DOWNLOADED
 from topwork.workspace import Workspace
@@ -90,13 +92,14 @@ def pull(job: TransferJob, workspace: Workspace) -> StoredDataset:
 
 
 def _pull_for_training(job: TransferJob, workspace: Workspace) -> StoredDataset:
-    """Pull the images, unless the training after it would certainly fail for lack of weights."""
+    """Pull the images, unless the training after it would certainly fail for lack of weights or lists."""
+    inputs = read_split_inputs(job, workspace.storage)
     base = job.spec.model.base
     if base.needs_imagenet and base.application in NOT_DOWNLOADED:
         from topwork.training.base_files import require_mirrored_weights
 
         require_mirrored_weights(base.application, workspace)
-    return _pull_source(job, workspace)
+    return replace(_pull_source(job, workspace), inputs=inputs)
 
 
 def find_pulled_dataset(job: TransferJob, workspace: Workspace) -> StoredDataset | None:
@@ -112,20 +115,21 @@ def find_pulled_dataset(job: TransferJob, workspace: Workspace) -> StoredDataset
         The dataset, or None if it has to be pulled.
 
     Raises:
-        DataError: If the source is invalid, or the dataset that the user pinned was deleted.
+        DataError: If the source or a list of the splits is invalid, or the dataset that the user pinned was deleted.
         UnavailableError: If the source or storage cannot be reached.
     """
     dataset = find_dataset(job, workspace)
     if dataset is None:
         return None
     log.info("stage already complete", stage="pull", dataset=workspace.storage.uri_of(dataset.prefix))
+    inputs = read_split_inputs(job, workspace.storage)
     _check_dataset(dataset.metadata, job)
     result = _read_result(job, workspace.storage)
     if result is None or (result.dataset, result.attempt) != (dataset.prefix, workspace.attempt):
         result = PullResult(dataset=dataset.prefix, attempt=workspace.attempt)
         _write_result(job, result, workspace.storage)
     _restore_metrics(result, dataset.metadata, workspace)
-    return dataset
+    return replace(dataset, inputs=inputs)
 
 
 def find_dataset(job: TransferJob, workspace: Workspace) -> StoredDataset | None:

@@ -39,7 +39,7 @@ def transfer(job: TransferJob, dataset: StoredDataset, workspace: Workspace) -> 
         `classifier = transfer(job, pull(job, workspace), workspace)`
     """
     with workspace.metrics.track_stage("transfer"):
-        key = stage_keys(job, dataset.metadata.fingerprint, workspace.storage).transfer
+        key = stage_keys(job, dataset.metadata.fingerprint, workspace.storage, dataset.inputs).transfer
         if (completed := find_completed_stage(job.run, "transfer", key, workspace)) is not None:
             return completed
         base_file = fetch_base_file(job.spec.model.base, workspace)

@@ -202,7 +202,7 @@ def _find_result(
     dataset = find_pulled_dataset(job, workspace)
     if dataset is None:
         return None
-    keys = stage_keys(job, dataset.metadata.fingerprint, workspace.storage)
+    keys = stage_keys(job, dataset.metadata.fingerprint, workspace.storage, dataset.inputs)
     if outcome := find_outcome(job, dataset, workspace):
         for stage, key in keys.training_stages.items():
             find_completed_stage(job.run, stage, key, workspace)

@@ -165,6 +165,9 @@ def _find_local_paths(job: TransferJob) -> Iterator[tuple[str, str]]:
     for kind in ("folder", "archive", "table"):
         if (location := getattr(source, kind)) and not SCHEME.match(location.uri):
             yield f"spec.dataset.source.{kind}.uri", location.uri
+    for split, uri in job.spec.dataset.split_settings.lists.items():
+        if not SCHEME.match(uri):
+            yield f"spec.dataset.splits.{split}.list", uri
     if base.has_weights_file and not SCHEME.match(str(base.weights)):
         yield "spec.model.base.weights", str(base.weights)
     if base.saved and not SCHEME.match(base.saved.uri):

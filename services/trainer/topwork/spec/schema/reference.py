@@ -19,10 +19,10 @@ This reference lists every key of a `TransferJob`. It is generated from the mode
 rules between keys. Keys marked **required** must be set; keys with an empty default can be left out.
 
 The name of a run in a cluster contains a digest of everything that can change what its Job does: the spec, the images,
-and the file of the base. Only values that differ from their defaults are part of the digest. Labels, `spec.metrics`,
-and `spec.compute` except `precision` are not. `topwork run` names a run by what its weights depend on. Results are
-stored by stage, and every run with the same settings and images shares them; see [Stages and
-runs](training.md#stages-and-runs).
+the file of the base, and the inputs of the splits, such as lists of images. Only values that differ from their defaults
+are part of the digest. Labels, `spec.metrics`, and `spec.compute` except `precision` are not. `topwork run` names a run
+by what its weights depend on. Results are stored by stage, and every run with the same settings and images shares them;
+see [Stages and runs](training.md#stages-and-runs).
 """
 
 # Spelling of the words of rule names that are not plain lower-case words in a title.

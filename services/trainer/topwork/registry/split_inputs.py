@@ -1,0 +1,26 @@
+"""Reads what the splits of a job depend on besides its spec and its dataset."""
+
+from topwork.clients.s3.storage import Storage
+from topwork.data.split_inputs import SplitInputs
+from topwork.data.split_lists import read_split_lists
+from topwork.registry.evaluated_images import read_pinned_test
+from topwork.spec import TransferJob
+
+
+def read_split_inputs(job: TransferJob, storage: Storage) -> SplitInputs:
+    """Read the lists of the splits and the pinned test set, without the training libraries.
+
+    Args:
+        job: The job.
+        storage: Storage of the job, which also reads lists on S3.
+
+    Returns:
+        The inputs.
+
+    Raises:
+        DataError: If a list does not exist or is not valid, or the pinned version has no test set.
+        UnavailableError: If storage cannot be reached.
+    """
+    splits = job.spec.dataset.split_settings
+    pinned = read_pinned_test(storage, job.model_name, splits.pin_test) if splits.pin_test else None
+    return SplitInputs(read_split_lists(splits.lists, storage), pinned)
