@@ -1,4 +1,4 @@
-"""The pipeline of a run on one screen: pull, transfer, fine-tune, publish. Start reading here.
+"""The pipeline of a run on one screen: pull, audit, transfer, fine-tune, publish. Start reading here.
 
 `topwork run` calls `run`. In a cluster the containers of the Job call `run_pull`, `run_transfer` and `run`, one after
 the other; each skips the stages that are already complete in storage.
@@ -6,6 +6,7 @@ the other; each skips the stages that are already complete in storage.
 
 import structlog
 
+from topwork.audit.findings import AuditFindings
 from topwork.clients.s3.errors import AccessError
 from topwork.clients.s3.storage_check import check_storage
 from topwork.data.dataset_manifest import StoredDataset
@@ -14,6 +15,7 @@ from topwork.errors import UnavailableError
 from topwork.registry.stage_results import ROOT, Classifier
 from topwork.spec import TransferJob
 from topwork.spec.yaml_output import dump_job
+from topwork.stages.audit import audit
 from topwork.stages.fine_tune import fine_tune
 from topwork.stages.publish import Published, publish
 from topwork.stages.pull import pull
@@ -46,6 +48,7 @@ def run(job: TransferJob, workspace: Workspace) -> Published:
     with report_full_disk(workspace.scratch):
         prepare_training(job, workspace)
         dataset = pull(job, workspace)
+        audit(job, dataset, workspace)
         classifier = transfer(job, dataset, workspace)
         if job.spec.fine_tune:
             classifier = fine_tune(job, classifier, dataset, workspace)
@@ -56,7 +59,16 @@ def run_transfer(job: TransferJob, workspace: Workspace) -> Classifier:
     """Run a job up to its transferred classifier. Arguments and errors are those of `run`."""
     with report_full_disk(workspace.scratch):
         prepare_training(job, workspace)
-        return transfer(job, pull(job, workspace), workspace)
+        dataset = pull(job, workspace)
+        audit(job, dataset, workspace)
+        return transfer(job, dataset, workspace)
+
+
+def run_audit(job: TransferJob, workspace: Workspace) -> AuditFindings | None:
+    """Run a job up to the audit of its dataset, and train nothing."""
+    with report_full_disk(workspace.scratch):
+        check_operations(workspace)
+        return audit(job, pull(job, workspace), workspace)
 
 
 def run_pull(job: TransferJob, workspace: Workspace) -> StoredDataset:

@@ -25,6 +25,9 @@ second is lower, because alignment is not exact, and because images that only lo
 MAX_CANDIDATES = 16
 """Candidates of an image that are verified, and near duplicates of it that are reported."""
 
+_MIN_DETAIL_SHARE = 0.15
+# Alignment can stop at a wrong window, so the most similar variants are both tried.
+_TRIED_VARIANTS = 2
 # A window of at least this size is the whole image.
 _WHOLE_SIZE = 0.98
 MIN_DETAIL, MIN_DETAIL_OF_COPY = 3.0, 2.0
@@ -137,16 +140,26 @@ class NearDuplicates:
             )
             for variant in _VARIANTS
         ]
-        best = [_VARIANTS[index] for index in np.argmax(similarities, axis=0)]
-        windows = np.array([variant.window for variant in best]).reshape(-1, 3)
-        mirrored = np.array([variant.is_mirrored for variant in best])[:, None, None]
-        cuts_second = np.array([variant.cuts_second for variant in best])[:, None, None]
-        one = np.where(mirrored, turned[True], one)
+        order = np.argsort(similarities, axis=0)
+        tried = [self._compare_variants(one, other, order[-rank]) for rank in range(1, _TRIED_VARIANTS + 1)]
+        scores, sizes = (np.stack(columns) for columns in zip(*tried, strict=True))
+        best = scores.argmax(0), np.arange(len(one))
+        return scores[best], sizes[best]
+
+    def _compare_variants(self, one: FloatArray, other: FloatArray, chosen: Indices) -> tuple[FloatArray, FloatArray]:
+        """Align each pair, starting from a variant; see `compare`."""
+        variants = [_VARIANTS[index] for index in chosen]
+        windows = np.array([variant.window for variant in variants]).reshape(-1, 3)
+        mirrored = np.array([variant.is_mirrored for variant in variants], np.bool_)[:, None, None]
+        cuts_second = np.array([variant.cuts_second for variant in variants], np.bool_)[:, None, None]
+        one = np.where(mirrored, one[..., ::-1], one)
         cut, whole = np.where(cuts_second, other, one), np.where(cuts_second, one, other)
         target = self._fine.describe(cut_windows(whole, np.array([WHOLE]), _SIDE))
-        guesses = (windows, align_windows(cut, whole, windows, _SIDE))
-        scores = [_dot(self._fine.describe(cut_windows(cut, guess, _SIDE)), target) for guess in guesses]
-        return np.maximum(*scores), np.where(scores[0] >= scores[1], windows[:, 0], guesses[1][:, 0])
+        aligned = align_windows(cut, whole, windows, _SIDE)
+        before, after = (
+            _dot(self._fine.describe(cut_windows(cut, guess, _SIDE)), target) for guess in (windows, aligned)
+        )
+        return np.maximum(before, after), np.where(before >= after, windows[:, 0], aligned[:, 0])
 
     def _describe(self, images: FloatArray, window: tuple[float, float, float]) -> npt.NDArray[np.float32]:
         return self._coarse.describe(cut_windows(images, np.array([window]), _CANDIDATE_SIDE))
@@ -172,7 +185,7 @@ class NearDuplicates:
             similarity[:, measure_detail(block) < MIN_DETAIL_OF_COPY] = -1.0
             query, position = np.nonzero(similarity >= MIN_CANDIDATE_SIMILARITY)
             found = (query, position + first, similarity[query, position])
-            kept = _keep_best(*(np.concatenate(columns) for columns in zip(kept, found, strict=True)))
+            kept = _keep_best(*(np.concatenate([kept[field], found[field]]) for field in range(3)))
         return kept[0], kept[1]
 
 
@@ -183,19 +196,23 @@ def measure_detail(thumbnails: Thumbnails) -> FloatArray:
         thumbnails: uint8 (n, side, side).
 
     Returns:
-        Standard deviation of the gray values without the lowest frequencies, (n,).
+        Standard deviation of the gray values without the lowest frequencies, (n,); 0 if they are most of the image,
+        such as a horizon.
     """
     basis = cosine_basis(thumbnails.shape[1])
     details = [np.zeros(0)]
     for first in range(0, len(thumbnails), _CORPUS_BLOCK):
         spectrum = basis @ thumbnails[first : first + _CORPUS_BLOCK].astype(np.float64) @ basis.T
+        spectrum[:, 0, 0] = 0.0
+        total = np.sqrt((spectrum**2).mean((1, 2)))
         spectrum[:, :3, :3] = 0.0
-        details.append(np.sqrt((spectrum**2).mean((1, 2))))
+        detail = np.sqrt((spectrum**2).mean((1, 2)))
+        details.append(np.where(detail >= _MIN_DETAIL_SHARE * total, detail, 0.0))
     return np.concatenate(details)
 
 
 def _dot(first: npt.NDArray[np.float32], second: npt.NDArray[np.float32]) -> FloatArray:
-    return np.einsum("ij,ij->i", first, second).astype(np.float64)
+    return np.asarray(np.einsum("ij,ij->i", first, second), np.float64)
 
 
 def _keep_best(

@@ -57,7 +57,7 @@ class Whitening:
         """
         vectors = (normalize(images) - self.mean) @ self.projection
         lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-        return (vectors / np.maximum(lengths, 1e-6)).astype(np.float32)
+        return np.asarray(vectors / np.maximum(lengths, 1e-6), np.float32)
 
 
 def _natural_covariance(side: int) -> FloatArray:

@@ -191,12 +191,20 @@ class LocalDataset:
         train: Training images.
         validation: Validation images, or None if the spec has no validation split.
         test: Test images, or None if the spec has no test split.
+        records: Index of all stored images.
     """
 
     class_names: tuple[str, ...]
     train: Split
     validation: Split | None
     test: Split | None
+    records: RecordIndex | None = None
+
+    @property
+    def splits(self) -> dict[str, Split]:
+        """The splits that the spec defines, by name."""
+        found = zip(SPLIT_NAMES, (self.train, self.validation, self.test), strict=True)
+        return {name: split for name, split in found if split is not None and split.size}
 
 
 def fetch_dataset(dataset: StoredDataset, job: TransferJob, workspace: Workspace) -> LocalDataset:
@@ -240,7 +248,7 @@ def fetch_dataset(dataset: StoredDataset, job: TransferJob, workspace: Workspace
     if _fits_on_scratch(list(splits.values()), directory, job):
         cache_pixels(list(splits.values()), directory, workspace)
     _log_splits_once(directory / "splits-logged", spec, splits, metadata, value_range)
-    return LocalDataset(metadata.class_names, *(splits.get(name) for name in SPLIT_NAMES))  # type: ignore[arg-type]
+    return LocalDataset(metadata.class_names, splits["train"], splits.get("validation"), splits.get("test"), records)
 
 
 def cache_pixels(splits: Sequence[Split], directory: Path, workspace: Workspace) -> None:
@@ -310,7 +318,8 @@ def _log_splits_once(
     if marker.exists():
         return
     log.info("splits", **{name: split.size for name, split in splits.items()})
-    for first, second in combinations(splits, 2):
+    # The audit also finds near duplicates.
+    for first, second in combinations(splits, 2) if spec.audit.near_duplicates == "off" else ():
         common = int(np.isin(splits[second].digests, splits[first].digests).sum())
         if common:
             log.warning("duplicates across splits", images=common, split=second, other_split=first)

@@ -41,6 +41,7 @@ class Version(BaseModel):
         images: Number of images in that split.
         excluded_classes: Number of classes without images in that split, which averaged metrics exclude.
         dataset: Key of the stored dataset; empty if an older version of topwork published it.
+        duplicates: Number of images in that split with an exact or near duplicate in train; None if not searched.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -59,6 +60,7 @@ class Version(BaseModel):
     images: int
     excluded_classes: int = 0
     dataset: str = ""
+    duplicates: int | None = None
 
 
 def version_prefix(name: str, version: int) -> str:

@@ -13,6 +13,7 @@ from topwork.data.images.image_validation import SEVERAL_FRAMES
 from topwork.data.images.value_range import describe_value_range, resolve_value_range
 from topwork.registry.kept_weights import KeptWeights
 from topwork.registry.stage_results import HistoryRow
+from topwork.report.audit import IllustratedFindings
 from topwork.report.evaluation import Evaluation
 from topwork.report.export_check import ExportCheck
 from topwork.report.gates import GateResult, LatestVersion
@@ -60,6 +61,7 @@ class Results:
         notes: Caveats shown before the metrics.
         latest: The latest published version on the same images; None if no gate compares with it, or there is none.
         weights: Stage and epoch that the weights come from.
+        audit: Findings of the audit; None if it is off.
     """
 
     job: TransferJob
@@ -76,6 +78,7 @@ class Results:
     notes: tuple[str, ...] = ()
     latest: LatestVersion | None = None
     weights: KeptWeights | None = None
+    audit: IllustratedFindings | None = None
 
     @property
     def title(self) -> str:

@@ -5,6 +5,7 @@ Runs in worker processes and does not import NumPy, for the reason in `topwork.d
 
 import struct
 from dataclasses import dataclass
+from typing import cast
 
 from PIL import Image, ImageFilter, ImageMath, ImageStat
 
@@ -71,7 +72,7 @@ def sign_high_bit_depth(planes: tuple[Image.Image, ...], *, is_inverted: bool) -
     gray = parts[0]
     if len(parts) == 2:
         gray = ImageMath.lambda_eval(lambda part: part["upper"] * 256 + part["lower"], upper=parts[0], lower=parts[1])
-    low, high = gray.getextrema()
+    low, high = cast("tuple[float, float]", gray.getextrema())
     scale = 255 / (high - low) if high > low else 0.0
     slope, offset = (-scale, 255 + low * scale) if is_inverted else (scale, -low * scale)
     return _sign(gray.point(lambda value: value * slope + offset).convert("L"), planes[0].size)
