@@ -53,6 +53,7 @@ def test_new_key_with_a_default_changes_no_digest() -> None:
     "changes",
     [
         {"transfer": {"epochs": 10, "featureCache": "auto", "train": "head"}},
+        {"dataset": {**DATASET, "audit": {"nearDuplicates": "warn", "labelIssues": "off"}}},
         {"transfer": {}, "augmentation": {}, "evaluate": {}, "publish": {}, "metrics": {}},
         {"transfer": {"optimizer": {"name": "adam", "learningRate": 0.001}}},
         {"compute": {"gpus": 4, "cpu": 16, "precision": "auto"}},
@@ -112,6 +113,13 @@ def test_everything_that_affects_the_weights_changes_all_keys(storage, changes: 
     changed, before = keys(storage, **changes), keys(storage)
     assert changed.transfer != before.transfer
     assert changed.fine_tune != before.fine_tune
+    assert changed.publish != before.publish
+
+
+@pytest.mark.parametrize("audit", [{"nearDuplicates": "fail"}, {"nearDuplicates": "off"}, {"labelIssues": "report"}])
+def test_audit_trains_nothing_again_but_is_part_of_what_is_published(storage, audit: dict[str, Any]) -> None:
+    changed, before = keys(storage, dataset={**DATASET, "audit": audit}), keys(storage)
+    assert changed.training_stages == before.training_stages
     assert changed.publish != before.publish
 
 

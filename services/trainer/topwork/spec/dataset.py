@@ -125,10 +125,10 @@ class Audit(SpecModel):
 @rule(Audit)
 def limit_of_leaks_is_used(audit: Audit) -> Iterator[Violation]:
     """A limit without effect would give false confidence."""
-    if audit.max_leak_ratio and audit.near_duplicates != "fail":
-        yield Violation(
-            "maxLeakRatio", f"is used only with nearDuplicates: fail, but that is {audit.near_duplicates}. Set it."
-        )
+    found = audit.near_duplicates
+    if audit.max_leak_ratio and found != "fail":
+        fix = "Set nearDuplicates: fail, or remove maxLeakRatio."
+        yield Violation("maxLeakRatio", f"is used only with nearDuplicates: fail, but that is {found}. {fix}")
 
 
 class Dataset(SpecModel):
