@@ -181,7 +181,7 @@ def test_concurrent_pulls_store_one_dataset(make_job, workspace, tmp_path):
     assert stored[0] == stored[1]
     keys = [item.key for item in workspace.storage.list("datasets/")]
     # One shard, three TFDS metadata files, a JPEG and a PNG source file, the listing of the source, and the manifest.
-    assert len(keys) == 8
+    assert len(keys) == 9
     assert fetch_dataset(stored[0], make_job(), one).train.size == 24
 
 

@@ -15,8 +15,8 @@ THUMBNAIL_PIXELS = 32
 RECORD = struct.Struct(f"<QIIf{THUMBNAIL_PIXELS**2}s")
 """A signature in a file: pixel digest (first 8 bytes), width, height, sharpness, thumbnail."""
 
-# Sharpness depends on the size of an image, so all images are reduced to about this length of their longer side.
-_SHARPNESS_PIXELS = 256
+# Sharpness depends on the size of an image, so all larger images are reduced to a longer side of half to all of this.
+_SHARPNESS_PIXELS = 192
 # Discrete Laplace operator, shifted to 128: values of a uint8 image are never negative.
 _LAPLACE = ImageFilter.Kernel((3, 3), (0, 1, 0, 1, -4, 1, 0, 1, 0), scale=1, offset=128)
 
@@ -28,7 +28,7 @@ class Signature:
     Attributes:
         width: Width in pixels.
         height: Height in pixels.
-        sharpness: Variance of the Laplace operator on the image, reduced to 256 pixels.
+        sharpness: Variance of the Laplace operator on the image, reduced to at most 192 pixels.
         thumbnail: Gray values of the thumbnail, row by row.
     """
 
@@ -79,7 +79,7 @@ def sign_high_bit_depth(planes: tuple[Image.Image, ...], *, is_inverted: bool) -
 
 
 def _reduce(image: Image.Image) -> Image.Image:
-    factor = max(image.size) // _SHARPNESS_PIXELS
+    factor = -(-max(image.size) // _SHARPNESS_PIXELS)
     return image.reduce(factor) if factor > 1 and min(image.size) >= factor else image
 
 
