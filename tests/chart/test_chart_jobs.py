@@ -154,7 +154,12 @@ SPEC = st.fixed_dictionaries(
                 "splits": SPLITS,
                 "imageSize": st.tuples(st.integers(16, 2048), st.integers(16, 2048)).map(list),
             },
-            optional={"maxRejectedRatio": SHARE, "onMissingClass": st.just("allow"), "classes": CLASSES},
+            optional={
+                "maxRejectedRatio": SHARE,
+                "onMissingClass": st.just("allow"),
+                "classes": CLASSES,
+                "audit": st.sampled_from([{"nearDuplicates": "off"}, {"nearDuplicates": "fail", "maxLeakRatio": 0.5}]),
+            },
         ),
         "model": st.fixed_dictionaries({"base": BASE}, optional={"head": mapping(hidden=st.lists(COUNT, max_size=3))}),
     },

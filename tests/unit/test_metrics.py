@@ -133,6 +133,8 @@ def test_number_of_series_of_a_process_is_limited():
     metrics.set_parameters(1, 2)
     metrics.set_replicas(2)
     metrics.set_dataset_images(100)
+    metrics.set_leaked_images(1)
+    metrics.set_label_issues(1)
     metrics.set_failed_gates(0)
     metrics.record_checkpoint(1.0)
     metrics.set_exit_code("run", 0)

@@ -71,6 +71,7 @@ DEFAULTS = {
         "maxRejectedRatio": 0.2,
         "onContradiction": "drop",
         "onMissingClass": "fail",
+        "audit": {"nearDuplicates": "warn", "labelIssues": "off", "maxLeakRatio": 0.0},
     },
     "model": {
         "base": {"application": "MobileNetV2", "weights": None, "saved": None, "cnn": None},
@@ -198,6 +199,7 @@ def test_digest_excludes_values_that_equal_their_defaults() -> None:
         {"compute": {"precision": "float32"}},
         # Gates, formats and checks of the data change no weights, but whether the Job fails and what it publishes.
         {"dataset": {**MINIMAL["spec"]["dataset"], "onMissingClass": "allow"}},
+        {"dataset": {**MINIMAL["spec"]["dataset"], "audit": {"nearDuplicates": "fail"}}},
         {"evaluate": {"gates": [{"metric": "accuracy", "atLeast": 0.9}]}},
         {"publish": {"formats": ["keras"]}},
     ],

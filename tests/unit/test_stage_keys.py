@@ -53,6 +53,7 @@ def test_new_key_with_a_default_changes_no_digest() -> None:
     "changes",
     [
         {"transfer": {"epochs": 10, "featureCache": "auto", "train": "head"}},
+        {"dataset": {**DATASET, "audit": {"nearDuplicates": "warn", "labelIssues": "off"}}},
         {"transfer": {}, "augmentation": {}, "evaluate": {}, "publish": {}, "metrics": {}},
         {"transfer": {"optimizer": {"name": "adam", "learningRate": 0.001}}},
         {"compute": {"gpus": 4, "cpu": 16, "precision": "auto"}},
@@ -122,6 +123,13 @@ def test_selected_classes_change_keys_through_the_images_only(storage) -> None:
     changes = {"dataset": {**DATASET, "classes": [{"pet": ["dog", "cat"]}, "fox"]}}
     assert keys(storage, **changes) == keys(storage)
     assert with_spec(**changes).digest != with_spec().digest
+
+
+@pytest.mark.parametrize("audit", [{"nearDuplicates": "fail"}, {"nearDuplicates": "off"}, {"labelIssues": "report"}])
+def test_audit_trains_nothing_again_but_is_part_of_what_is_published(storage, audit: dict[str, Any]) -> None:
+    changed, before = keys(storage, dataset={**DATASET, "audit": audit}), keys(storage)
+    assert changed.training_stages == before.training_stages
+    assert changed.publish != before.publish
 
 
 def test_other_images_change_all_keys_and_the_run(storage) -> None:

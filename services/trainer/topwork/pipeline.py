@@ -1,4 +1,4 @@
-"""The pipeline of a run on one screen: pull, transfer, fine-tune, publish. Start reading here.
+"""The pipeline of a run on one screen: pull, audit, transfer, fine-tune, publish. Start reading here.
 
 With `spec.dataset.splits.folds`, it trains and evaluates each fold first.
 
@@ -8,6 +8,7 @@ the other; each skips the stages that are already complete in storage.
 
 import structlog
 
+from topwork.audit.findings import AuditFindings
 from topwork.clients.s3.errors import AccessError
 from topwork.clients.s3.storage_check import check_storage
 from topwork.data.dataset_manifest import StoredDataset
@@ -18,6 +19,7 @@ from topwork.registry.stage_results import ROOT, Classifier
 from topwork.report.results import Results
 from topwork.spec import TransferJob
 from topwork.spec.yaml_output import dump_job
+from topwork.stages.audit import audit
 from topwork.stages.evaluate_folds import combine_folds, evaluate_fold
 from topwork.stages.fine_tune import fine_tune
 from topwork.stages.publish import Published, publish
@@ -51,6 +53,8 @@ def run(job: TransferJob, workspace: Workspace) -> Published | CrossValidation:
     with report_full_disk(workspace.scratch):
         prepare_training(job, workspace)
         dataset = pull(job, workspace)
+        for part in fold_jobs(job) or [job]:
+            audit(part, dataset, workspace)
         if not job.spec.dataset.folds:
             return publish(job, train(job, dataset, workspace), dataset, workspace)
         validation, results = cross_validate(job, dataset, workspace)
@@ -95,7 +99,23 @@ def run_transfer(job: TransferJob, workspace: Workspace) -> Classifier:
     with report_full_disk(workspace.scratch):
         prepare_training(job, workspace)
         dataset = pull(job, workspace)
-        return [transfer(part, dataset, workspace) for part in fold_jobs(job) or [job]][-1]
+        parts = fold_jobs(job) or [job]
+        for part in parts:
+            audit(part, dataset, workspace)
+        return [transfer(part, dataset, workspace) for part in parts][-1]
+
+
+def run_audit(job: TransferJob, workspace: Workspace) -> list[AuditFindings]:
+    """Run a job up to the audit of its dataset, and train nothing.
+
+    Returns:
+        The findings; those of each fold in cross-validation, and none if the audit is off.
+    """
+    with report_full_disk(workspace.scratch):
+        check_operations(workspace)
+        dataset = pull(job, workspace)
+        findings = (audit(part, dataset, workspace) for part in fold_jobs(job) or [job])
+        return [found for found in findings if found]
 
 
 def run_pull(job: TransferJob, workspace: Workspace) -> StoredDataset:

@@ -22,6 +22,7 @@ COMMANDS = {
     "stage": "topwork.cli.commands.stage:stage",
     "validate": "topwork.cli.commands.spec:validate",
     "describe": "topwork.cli.commands.describe:describe",
+    "audit": "topwork.cli.commands.audit:audit",
     "render": "topwork.cli.commands.render:render",
     "submit": "topwork.cli.commands.submit:submit",
     "status": "topwork.cli.commands.status:status",

@@ -29,6 +29,7 @@ from topwork.data.splits import Selection, SourceSplit, StoredImages, format_mis
 from topwork.spec import TransferJob
 from topwork.spec.dataset import Dataset
 from topwork.spec.kubernetes_types import quantity_to_bytes
+from topwork.spec.splits import SPLIT_NAMES
 from topwork.workspace import Workspace
 
 log = structlog.get_logger(__name__)
@@ -194,6 +195,7 @@ class LocalDataset:
         validation: Validation images, or None if the spec has no validation split.
         test: Test images, or None if the spec has no test split.
         notes: What is not obvious about the splits, in sentences for the report.
+        records: Index of all stored images.
     """
 
     class_names: tuple[str, ...]
@@ -201,6 +203,13 @@ class LocalDataset:
     validation: Split | None
     test: Split | None
     notes: tuple[str, ...] = ()
+    records: RecordIndex | None = None
+
+    @property
+    def splits(self) -> dict[str, Split]:
+        """The splits that the spec defines, by name."""
+        found = zip(SPLIT_NAMES, (self.train, self.validation, self.test), strict=True)
+        return {name: split for name, split in found if split is not None and split.size}
 
 
 def fetch_dataset(dataset: StoredDataset, job: TransferJob, workspace: Workspace) -> LocalDataset:
@@ -241,9 +250,9 @@ def fetch_dataset(dataset: StoredDataset, job: TransferJob, workspace: Workspace
     if _fits_on_scratch(list(splits.values()), directory, job):
         cache_pixels(list(splits.values()), directory, workspace)
     marker = directory / f"splits-logged-{spec.fold or 'all'}"
-    _log_splits_once(marker, selected, splits, metadata, preprocessing.value_range)
+    _log_splits_once(marker, spec, selected, splits, metadata, preprocessing.value_range)
     validation, test = splits.get("validation"), splits.get("test")
-    return LocalDataset(metadata.class_names, splits["train"], validation, test, selected.notes)
+    return LocalDataset(metadata.class_names, splits["train"], validation, test, selected.notes, records)
 
 
 def _describe_images(records: RecordIndex, dataset: StoredDataset, directory: Path, spec: Dataset) -> StoredImages:
@@ -325,13 +334,19 @@ def _fits_on_scratch(splits: Sequence[Split], directory: Path, job: TransferJob)
 
 
 def _log_splits_once(
-    marker: Path, selected: Selection, splits: dict[str, Split], metadata: DatasetMetadata, value_range: ValueRange
+    marker: Path,
+    spec: Dataset,
+    selected: Selection,
+    splits: dict[str, Split],
+    metadata: DatasetMetadata,
+    value_range: ValueRange,
 ) -> None:
     """Log what the splits contain and how images are decoded, only in the first stage that uses this directory."""
     if marker.exists():
         return
     log.info("splits", **{name: split.size for name, split in splits.items()})
-    for first, second in combinations(splits, 2):
+    # The audit also finds near duplicates.
+    for first, second in combinations(splits, 2) if spec.audit.near_duplicates == "off" else ():
         common = int(np.isin(splits[second].digests, splits[first].digests).sum())
         if common:
             log.warning("duplicates across splits", images=common, split=second, other_split=first)

@@ -3,8 +3,9 @@
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, BinaryIO, ClassVar
 
 import tensorflow as tf
 import tensorflow_datasets as tfds
@@ -20,6 +21,7 @@ from topwork.data.images.decode_pool import DecodePool
 from topwork.data.images.decoding import is_decodable
 from topwork.data.images.high_bit_depth import PixelValues
 from topwork.data.images.image_validation import NO_LABEL, Rejection, ValidatedImage
+from topwork.data.signatures import SIGNATURES_FILE
 from topwork.data.sources import Source, SourceImage
 from topwork.errors import DataError
 
@@ -160,13 +162,17 @@ def write_tfds(
         DataError: If a split has no valid image, or the source returns a class that it did not list.
     """
     stats = DatasetStats()
-    splits = {split: _generate_examples(source, split, pool, stats, advance) for split in source.splits()}
-    tfds.disable_progress_bar()
-    builder = StoredImages(directory / "building", source.class_names(), splits)
-    builder.download_and_prepare(
-        download_dir=directory / "downloads",
-        download_config=tfds.download.DownloadConfig(try_download_gcs=False, compute_stats="skip"),
-    )
+    signatures = directory / SIGNATURES_FILE
+    with signatures.open("wb") as file:
+        sign = partial(_write_signature, file)
+        splits = {split: _generate_examples(source, split, pool, stats, sign, advance) for split in source.splits()}
+        tfds.disable_progress_bar()
+        builder = StoredImages(directory / "building", source.class_names(), splits)
+        builder.download_and_prepare(
+            download_dir=directory / "downloads",
+            download_config=tfds.download.DownloadConfig(try_download_gcs=False, compute_stats="skip"),
+        )
+    signatures.replace(Path(builder.data_dir) / SIGNATURES_FILE)
     for original, content in stats.originals:
         path = Path(builder.data_dir) / original.file
         path.parent.mkdir(exist_ok=True)
@@ -175,7 +181,12 @@ def write_tfds(
 
 
 def _generate_examples(
-    source: Source, split: str, pool: DecodePool, stats: DatasetStats, advance: Callable[[], None]
+    source: Source,
+    split: str,
+    pool: DecodePool,
+    stats: DatasetStats,
+    sign: Callable[[ValidatedImage], None],
+    advance: Callable[[], None],
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     labels = {name: index for index, name in enumerate(source.class_names())}
     # The position is the key: unique and stable. TFDS shuffles by the hash of the key.
@@ -186,6 +197,7 @@ def _generate_examples(
             raise DataError(f"{image.name} has the class {image.label!r}, which did not exist when the pull started.")
         else:
             stats.add_stored(split, str(image.label), image.name, result)
+            sign(result)
             yield (
                 key,
                 {
@@ -198,6 +210,11 @@ def _generate_examples(
         advance()
     if not stats.splits.get(split):
         raise DataError(f"No image of the split {split} is valid. {format_rejections(stats.rejected)}")
+
+
+def _write_signature(file: BinaryIO, image: ValidatedImage) -> None:
+    if image.signature:
+        file.write(image.signature.pack(image.sha256))
 
 
 def _read(image: SourceImage) -> bytes:

@@ -51,6 +51,7 @@ class FoldResult(BaseModel):
         notes: Caveats of the metrics.
         weights: Stage and epoch that the weights come from.
         report_uri: URI of its report.
+        duplicates: Number of its test images with an exact or near duplicate in train; None if not searched.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -63,6 +64,7 @@ class FoldResult(BaseModel):
     notes: tuple[str, ...] = ()
     weights: KeptWeights
     report_uri: str
+    duplicates: int | None = None
 
 
 class CrossValidation(BaseModel):
@@ -96,6 +98,12 @@ class CrossValidation(BaseModel):
     def images(self) -> int:
         """Number of images in the test splits of the folds."""
         return sum(fold.images for fold in self.folds)
+
+    @property
+    def duplicates(self) -> int | None:
+        """Number of test images with an exact or near duplicate in the train split of their fold; None if unknown."""
+        counts = [fold.duplicates for fold in self.folds if fold.duplicates is not None]
+        return sum(counts) if len(counts) == len(self.folds) else None
 
     @property
     def means(self) -> dict[str, float]:

@@ -42,6 +42,7 @@ class Version(BaseModel):
         excluded_classes: Number of classes without images in that split, which averaged metrics exclude.
         dataset: Key of the stored dataset; empty if an older version of topwork published it.
         deviations: Standard deviation of the metrics between the folds of cross-validation; empty without.
+        duplicates: Number of images in that split with an exact or near duplicate in train; None if not searched.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -61,6 +62,7 @@ class Version(BaseModel):
     excluded_classes: int = 0
     dataset: str = ""
     deviations: dict[str, float] = {}
+    duplicates: int | None = None
 
 
 def version_prefix(name: str, version: int) -> str:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from topwork import __version__
+from topwork.audit.findings import AuditedImage, AuditFindings
 from topwork.data.dataset_manifest import StoredDataset
 from topwork.data.local_dataset import LocalDataset, Split, fetch_dataset
 from topwork.data.split_inputs import EvaluatedImage
@@ -20,6 +21,7 @@ from topwork.errors import DataError
 from topwork.model.export import add_probabilities
 from topwork.model.input_scaling import describe_input_scaling
 from topwork.registry.stage_results import Classifier
+from topwork.report.audit import MAX_PICTURES, IllustratedFindings, read_findings
 from topwork.report.evaluation import Evaluation
 from topwork.report.export_check import MAX_BYTES, MAX_ENCODED, MAX_IMAGES, spread_indices, write_check_inputs
 from topwork.report.held_out_split import HeldOutSplit, full_float32_precision, graph_of
@@ -88,6 +90,7 @@ def evaluate_classifier(
     held_out = _held_out_split(local, job, workspace)
     model = _load_model(classifier, workspace, folder)
     chosen = _choose_check_images(held_out.images, len(local.class_names))
+    findings = read_findings(job, dataset, workspace.storage)
     evaluation, predictions = held_out.evaluate(graph_of(model), auc="auc" in job.spec.evaluate.metrics, keep=chosen)
     results = Results(
         job=job,
@@ -99,12 +102,14 @@ def evaluate_classifier(
         mistakes=_worst_mistakes(held_out.images, predictions, local.class_names),
         lineage=lineage(job, dataset, workspace, classifier, describe_input_scaling(model)),
         notes=(
+            *(findings.warnings() if findings else ()),
             *_write_notes(job, evaluation),
             *local.notes,
             *filter(None, [classifier.kept.note]),
         ),
         weights=classifier.kept,
         latest=evaluate_latest(job, classifier.file.sha256, held_out, folder / "latest"),
+        audit=_illustrate(findings, local) if findings else None,
     )
     tested = _identify(held_out.images, local.class_names)
     return EvaluatedClassifier(model, results, predictions, held_out.images, chosen, tested)
@@ -237,6 +242,17 @@ def _worst_mistakes(
             thumbnail_uri=_thumbnail(split.load_images(np.array([index]))[0]),
         )
         for index in worst
+    )
+
+
+def _illustrate(findings: AuditFindings, local: LocalDataset) -> IllustratedFindings:
+    def picture(image: AuditedImage) -> str:
+        return _thumbnail(local.splits[image.split].load_images(np.array([image.index]))[0])
+
+    return IllustratedFindings(
+        findings,
+        tuple((pair, picture(pair.first), picture(pair.second)) for pair in findings.pairs[:MAX_PICTURES]),
+        tuple((issue, picture(issue.image)) for issue in findings.label_examples[:MAX_PICTURES]),
     )
 
 

@@ -14,6 +14,7 @@ from topwork.data.images.value_range import describe_value_range, resolve_value_
 from topwork.registry.cross_validation import CrossValidation, format_images
 from topwork.registry.kept_weights import KeptWeights
 from topwork.registry.stage_results import HistoryRow
+from topwork.report.audit import IllustratedFindings
 from topwork.report.evaluation import Evaluation
 from topwork.report.export_check import ExportCheck
 from topwork.report.gates import GateResult, LatestVersion
@@ -69,6 +70,7 @@ class Results:
         latest: The latest published version on the same images; None if no gate compares with it, or there is none.
         weights: Stage and epoch that the weights come from.
         cross_validation: Metrics of each fold, if `evaluation` is that of cross-validation.
+        audit: Findings of the audit; None if it is off.
     """
 
     job: TransferJob
@@ -86,6 +88,7 @@ class Results:
     latest: LatestVersion | None = None
     weights: KeptWeights | None = None
     cross_validation: CrossValidation | None = None
+    audit: IllustratedFindings | None = None
 
     @property
     def title(self) -> str:
@@ -131,6 +134,14 @@ class Results:
         if frames := sum(count for kind, count in kinds.items() if kind.endswith(SEVERAL_FRAMES)):
             notes.append(f"{frames} source files contain several pages or frames: only the first one is used.")
         return tuple(notes)
+
+    @property
+    def duplicates(self) -> int | None:
+        """Number of evaluated images with an exact or near duplicate in train; None if the audit did not search."""
+        if self.cross_validation:
+            return self.cross_validation.duplicates
+        leak = self.audit.findings.leak if self.audit else None
+        return leak.duplicates if leak else None
 
     @property
     def measured_on(self) -> str:

@@ -102,6 +102,37 @@ class DatasetSource(SpecModel):
     table: TableSource | None = Field(default=None, description="A table that lists images and their classes.")
 
 
+class Audit(SpecModel):
+    """Checks of the stored dataset before training."""
+
+    near_duplicates: Literal["fail", "warn", "off"] = Field(
+        default="warn",
+        description="How to handle images that are in two splits: with the same pixels, or compressed, resized, "
+        "cropped to 90 %, mirrored or made brighter. warn reports them, fail also stops the job before training if "
+        "maxLeakRatio is exceeded, off does not search.",
+    )
+    label_issues: Literal["report", "off"] = Field(
+        default="off",
+        description="Whether to report images whose class is probably wrong. Computes the features of all images once.",
+    )
+    max_leak_ratio: StrictFloat = Field(
+        default=0.0,
+        ge=0.0,
+        le=1.0,
+        description="Fraction of evaluated images with a duplicate in the train split, from 0 to 1, above which the "
+        "job fails. Used with nearDuplicates: fail.",
+    )
+
+
+@rule(Audit)
+def limit_of_leaks_is_used(audit: Audit) -> Iterator[Violation]:
+    """A limit without effect would give false confidence."""
+    found = audit.near_duplicates
+    if audit.max_leak_ratio and found != "fail":
+        fix = "Set nearDuplicates: fail, or remove maxLeakRatio."
+        yield Violation("maxLeakRatio", f"is used only with nearDuplicates: fail, but that is {found}. {fix}")
+
+
 class Dataset(SpecModel):
     """The images that train and evaluate the classifier."""
 
@@ -153,6 +184,8 @@ class Dataset(SpecModel):
         description="How to handle classes without images in the validation or test split. A class without training "
         "images always fails the job.",
     )
+
+    audit: Audit = Field(default=Audit(), description="Checks of the stored dataset before training.")
 
     @property
     def split_settings(self) -> Splits:

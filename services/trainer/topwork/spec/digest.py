@@ -24,7 +24,7 @@ NO_RESULT: dict[str, Any] = {
 # Fields that do not affect the trained weights. Checks of the data decide only whether a job fails.
 NOT_TRAINED: dict[str, Any] = {
     **NO_RESULT,
-    "dataset": dict.fromkeys(("on_corrupt_image", "max_rejected_ratio", "on_missing_class"), True),
+    "dataset": dict.fromkeys(("on_corrupt_image", "max_rejected_ratio", "on_missing_class", "audit"), True),
     "evaluate": True,
     "publish": True,
 }
@@ -48,10 +48,12 @@ def training_content(spec: "JobSpec") -> dict[str, Any]:
 
 
 def evaluation_content(spec: "JobSpec") -> dict[str, Any]:
-    """Return all values that can affect the evaluation and the exported files. Gates change neither."""
+    """Return all values that can affect the evaluation and the published files. Gates change neither."""
+    audit = _non_default(spec.dataset.audit)
     return {
         "evaluate": _non_default(spec.evaluate, exclude={"gates": True}),
         "publish": _non_default(spec.publish),
+        **({"audit": audit} if audit else {}),
     }
 
 

@@ -61,9 +61,10 @@ def evaluate_fold(job: TransferJob, classifier: Classifier, dataset: StoredDatas
             fold=job.spec.dataset.fold or 0,
             images=results.evaluation.images,
             metrics=results.evaluation.metrics,
-            notes=results.evaluation.notes,
+            notes=(*results.evaluation.notes, *(results.audit.findings.warnings() if results.audit else ())),
             weights=classifier.kept,
             report_uri=f"{store_evaluation(results, storage)}/report.html",
+            duplicates=results.duplicates,
         )
         write_fold_result(storage, job.run, result)
         return result
@@ -112,6 +113,8 @@ def combine_folds(
         cross_validation=validation,
     )
     show_evaluation(results, workspace)
+    if validation.duplicates is not None:
+        workspace.metrics.set_leaked_images(validation.duplicates)
     results = apply_gates(results, workspace)
     write_cross_validation(storage, job.run, validation)
     return validation, replace(results, notes=validation.notes)

@@ -27,6 +27,7 @@ from topwork.registry.kept_weights import KeptWeights
 from topwork.registry.stage_keys import stage_keys
 from topwork.registry.stage_results import TRAINING_STAGES, Classifier, read_run_result
 from topwork.registry.versions import Version
+from topwork.report.audit import FINDINGS_FILE, SUSPECTS_FILE
 from topwork.report.documents import render_model_card, render_report
 from topwork.report.gates import check_gates, require_gates
 from topwork.report.results import Results, batch_sizes, history_csv, metrics_json, step_seconds
@@ -77,6 +78,7 @@ class Published(BaseModel):
         split: Split on which they were measured.
         images: Number of images in that split.
         excluded_classes: Number of classes without images in that split, which averaged metrics exclude.
+        duplicates: Number of images in that split with an exact or near duplicate in train; None if not searched.
         stages: Cost of each training stage, in order.
         weights: Stage and epoch that the weights come from; None in records of older versions of topwork.
         started: Start of the publish stage; None in records of older versions of topwork.
@@ -96,6 +98,7 @@ class Published(BaseModel):
     split: str
     images: int
     excluded_classes: int = 0
+    duplicates: int | None = None
     stages: dict[str, StageCost] = {}
     weights: KeptWeights | None = None
     started: datetime | None = None
@@ -132,11 +135,18 @@ class Published(BaseModel):
         ]
 
     def _caveats(self) -> list[str]:
-        if not self.excluded_classes:
-            return []
-        return [
-            f"  classes {self.excluded_classes} without images in the {self.split} split, not part of averaged metrics"
-        ]
+        caveats = []
+        if self.excluded_classes:
+            caveats.append(
+                f"  classes {self.excluded_classes} without images in the {self.split} split, not part of averaged "
+                "metrics"
+            )
+        if self.duplicates:
+            caveats.append(
+                f"  leaks   {self.duplicates} of {format_images(self.images, self.split)} have a near duplicate in "
+                "train: the metrics are too high"
+            )
+        return caveats
 
 
 def publish(
@@ -331,6 +341,9 @@ def _upload(results: Results, key: str, weights_sha256: str, workspace: Workspac
     uri = storage.uri_of(prefix)
     results = dataclasses.replace(results, version=number, lineage={"Model": uri, **results.lineage})
     _write_documents(results, folder)
+    for name in (FINDINGS_FILE, SUSPECTS_FILE) if results.audit else ():
+        if (data := storage.read(f"runs/{job.run}/{name}")) is not None:
+            (folder / name).write_bytes(data)
     version = Version(
         name=job.model_name,
         version=number,
@@ -346,6 +359,7 @@ def _upload(results: Results, key: str, weights_sha256: str, workspace: Workspac
         excluded_classes=results.evaluation.excluded_classes,
         dataset=dataset_prefix(results.dataset.name, results.dataset.fingerprint),
         deviations=results.cross_validation.deviations if results.cross_validation else {},
+        duplicates=results.duplicates,
     )
     manifest = write_artifact(storage, prefix, folder, version.model_dump(mode="json"))
     if manifest.facts != version.model_dump(mode="json"):
@@ -370,6 +384,7 @@ def _finish(job: TransferJob, version: Version, workspace: Workspace) -> Publish
         split=version.split,
         images=version.images,
         excluded_classes=version.excluded_classes,
+        duplicates=version.duplicates,
         stages=_stage_costs(job, workspace.storage),
         weights=_kept_weights(job, workspace.storage),
         started=workspace.metrics.stage_start_time("publish"),

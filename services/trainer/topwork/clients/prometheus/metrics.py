@@ -222,6 +222,14 @@ class Metrics:
         """Set the number of images in the stored dataset."""
         self._families.dataset_images.set(images)
 
+    def set_leaked_images(self, images: int) -> None:
+        """Set the number of evaluated images with an exact or near duplicate in the train split."""
+        self._families.leaked_images.set(images)
+
+    def set_label_issues(self, images: int) -> None:
+        """Set the number of images whose class is probably wrong."""
+        self._families.label_issues.set(images)
+
     def init_rejection_reasons(self, reasons: Iterable[str]) -> None:
         """Expose a counter at 0 for each reason for rejecting an image."""
         for reason in reasons:

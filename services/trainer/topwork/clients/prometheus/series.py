@@ -12,7 +12,7 @@ from prometheus_client.samples import Sample
 STEP_DURATION_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 UNITS = ("seconds", "bytes", "ratio", "watts", "celsius")
 
-MAX_SERIES = 77
+MAX_SERIES = 79
 """Maximum number of series of one process without its GPU series: with every stage, split, metric and reason."""
 
 OUTCOME_FAMILIES = (
@@ -28,6 +28,8 @@ OUTCOME_FAMILIES = (
     "topwork_parameters",
     "topwork_replicas",
     "topwork_dataset_images",
+    "topwork_leaked_images",
+    "topwork_label_issues",
     "topwork_images_rejected",
     "topwork_gates_failed",
 )
@@ -143,6 +145,10 @@ class MetricFamilies:
             "gates_failed", "Number of gates that the evaluation did not meet. Absent before the evaluation."
         )
         self.dataset_images = self._deferred_gauge("dataset_images", "Number of images in the stored dataset.")
+        self.leaked_images = self._deferred_gauge(
+            "leaked_images", "Evaluated images with an exact or near duplicate in the train split."
+        )
+        self.label_issues = self._deferred_gauge("label_issues", "Images whose class is probably wrong.")
         self.rejected = self._counter(
             "images_rejected", "Images excluded from the dataset. Later stages repeat the count.", "reason"
         )

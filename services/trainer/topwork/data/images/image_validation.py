@@ -34,6 +34,7 @@ from topwork.data.images.rejection import (
     UNSAFE,
     Rejection,
 )
+from topwork.data.images.signature import Signature, sign_high_bit_depth, sign_image
 
 __all__ = [
     "CRASHED",
@@ -91,6 +92,7 @@ class ValidatedImage:
         sha256: Hex digest of the size and the pixels, independent of the encoding.
         kind: Format and pixels of the original file, such as `PNG RGBA` or `JPEG RGB, EXIF orientation`.
         values: Pixel values; None for an image with 8 bits per channel.
+        signature: Thumbnail, size and sharpness.
         original: The original file, if `encoded` is another one. Set by `topwork.data.images.decode_pool`.
     """
 
@@ -98,6 +100,7 @@ class ValidatedImage:
     sha256: str
     kind: str = ""
     values: PixelValues | None = None
+    signature: Signature | None = None
     original: bytes | None = None
 
 
@@ -173,7 +176,7 @@ def _normalize(data: bytes, *, keep_encoding: bool) -> ValidatedImage:
             pixels = _convert_to_8_bit(image)
             pixels = pixels.transpose(TRANSPOSITIONS[turn]) if turn in TRANSPOSITIONS else pixels
             encoded = data if keep_encoding else _encode_png(pixels)
-            validated = ValidatedImage(encoded, _pixel_digest(pixels))
+            validated = ValidatedImage(encoded, _pixel_digest(pixels), signature=sign_image(pixels))
         return replace(validated, kind=kind + SEVERAL_FRAMES if _has_more_frames(image) else kind)
 
 
@@ -183,7 +186,9 @@ def _validate_high_bit_depth(
     deep = deep.turn_upright(turn)
     keep_encoding = keep_encoding and image.format == "PNG"
     digest = hashlib.sha256(deep.content()).hexdigest()
-    return ValidatedImage(data if keep_encoding else deep.encode(), digest, values=deep.measure())
+    encoded = data if keep_encoding else deep.encode()
+    signature = sign_high_bit_depth(deep.planes, is_inverted=deep.is_inverted)
+    return ValidatedImage(encoded, digest, values=deep.measure(), signature=signature)
 
 
 def _describe_start(data: bytes) -> str:

@@ -1,0 +1,271 @@
+"""The audit of a dataset before training: duplicates across splits, image quality, label errors and drift."""
+
+from collections.abc import Iterator
+from itertools import combinations
+from typing import get_args
+
+import numpy as np
+import numpy.typing as npt
+import structlog
+
+from topwork.audit.findings import (
+    AuditedImage,
+    AuditFindings,
+    DuplicatePair,
+    LabelDrift,
+    LabelIssue,
+    Overlap,
+    Problem,
+    QualityIssue,
+)
+from topwork.audit.near_duplicates import NearDuplicates
+from topwork.audit.quality import find_blank, find_blurred, find_tiny
+from topwork.clients.s3.storage import Storage
+from topwork.data.dataset_manifest import StoredDataset, read_dataset_metadata
+from topwork.data.local_dataset import LocalDataset, Split, fetch_dataset
+from topwork.data.signatures import open_signatures
+from topwork.errors import DataError
+from topwork.registry import versions
+from topwork.report.audit import FINDINGS_FILE, SUSPECTS_FILE, findings_key, read_findings
+from topwork.spec import TransferJob
+from topwork.workspace import Workspace
+
+log = structlog.get_logger(__name__)
+
+MIN_TRAINING_IMAGES = 10
+"""Classes with fewer training images are reported."""
+
+MAX_WARNED_PAIRS = 3
+
+
+def audit(job: TransferJob, dataset: StoredDataset, workspace: Workspace) -> AuditFindings | None:
+    """Audit the dataset of a job, and stop the job if `spec.dataset.audit` does not accept what is found.
+
+    The findings are stored as `audit.json` and `suspects.csv` with the run. Findings that the run has stored for the
+    same dataset and settings are used again.
+
+    Args:
+        job: The job.
+        dataset: The stored dataset.
+        workspace: Storage, metrics, progress and scratch.
+
+    Returns:
+        The findings; None if `spec.dataset.audit` turns off all searches.
+
+    Raises:
+        DataError: If more evaluated images have a duplicate in the train split than `maxLeakRatio` allows.
+
+    Example:
+        >>> audit(job, pull(job, workspace), workspace).leak_ratio
+        0.0
+    """
+    settings = job.spec.dataset.audit
+    if settings.near_duplicates == "off" and settings.label_issues == "off":
+        return None
+    findings = read_findings(job, dataset, workspace.storage)
+    if findings is None:
+        complete = _examine(job, dataset, workspace)
+        findings = complete.without_long_lists()
+        prefix, data = f"runs/{job.run}", findings.model_dump_json(by_alias=True, indent=1).encode()
+        workspace.storage.write(f"{prefix}/{SUSPECTS_FILE}", complete.to_csv(), content_type="text/csv")
+        workspace.storage.write(f"{prefix}/{FINDINGS_FILE}", data, content_type="application/json")
+    report(findings, workspace)
+    check_leaks(job, findings)
+    return findings
+
+
+def report(findings: AuditFindings, workspace: Workspace) -> None:
+    """Log the findings, and set their metrics."""
+    for overlap in findings.overlaps or ():
+        if overlap.duplicates:
+            log.warning("duplicates across splits", note=overlap.describe())
+    for pair in findings.pairs[:MAX_WARNED_PAIRS]:
+        names = {pair.first.split: pair.first.name, pair.second.split: pair.second.name}
+        log.warning("duplicate", **names, similarity=round(pair.similarity, 3))
+    if findings.leak:
+        workspace.metrics.set_leaked_images(findings.leak.duplicates)
+    if findings.label_issues is not None:
+        workspace.metrics.set_label_issues(findings.label_issues)
+        log.info("labels that are probably wrong", images=findings.label_issues, features=findings.label_features)
+    if quality := {problem: count for problem, count in findings.quality.items() if count}:
+        log.warning("images that may be useless", **quality)
+    if findings.small_classes:
+        small = ", ".join(f"{name} {count}" for name, count in list(findings.small_classes.items())[:20])
+        log.warning("classes with few training images", images=small)
+    if findings.drift:
+        log.info(
+            "classes since the last version",
+            version=findings.drift.version,
+            distance=round(findings.drift.distance, 4),
+        )
+
+
+def check_leaks(job: TransferJob, findings: AuditFindings) -> None:
+    """Check the findings against `spec.dataset.audit`.
+
+    Raises:
+        DataError: If more evaluated images have a duplicate in the train split than `maxLeakRatio` allows.
+    """
+    settings, leak = job.spec.dataset.audit, findings.leak
+    if settings.near_duplicates != "fail" or leak is None or findings.leak_ratio <= settings.max_leak_ratio:
+        return
+    first = next(pair for pair in findings.pairs if pair.second.split == "train")
+    raise DataError(
+        f"{leak.describe()} That is {findings.leak_ratio:.2%}, more than spec.dataset.audit.maxLeakRatio "
+        f"{settings.max_leak_ratio:g} allows, so the metrics would be too high. The first one: {first.first.name} and "
+        f"{first.second.name}. runs/{job.run}/{SUSPECTS_FILE} lists all. Remove the copies from the source, keep them "
+        "in one split with spec.dataset.splits.groupBy, or accept them: raise maxLeakRatio, or set nearDuplicates: "
+        "warn."
+    )
+
+
+def _examine(job: TransferJob, dataset: StoredDataset, workspace: Workspace) -> AuditFindings:
+    """Run all checks that the spec selects."""
+    local, settings = fetch_dataset(dataset, job, workspace), job.spec.dataset.audit
+    splits = local.splits
+    findings = AuditFindings(
+        key=findings_key(job, dataset),
+        dataset=dataset.prefix,
+        evaluated_split="test" if "test" in splits else "validation" if "validation" in splits else "",
+        images={name: split.size for name, split in splits.items()},
+        contradictions=dataset.metadata.contradictions.images if dataset.metadata.contradictions else 0,
+        small_classes=_small_classes(local),
+        drift=_drift(job, dataset, workspace.storage),
+    )
+    if settings.near_duplicates != "off":
+        findings = _examine_images(findings, dataset, local, workspace)
+    # Labels do not depend on the splits, so the first fold is enough.
+    if settings.label_issues == "report" and job.spec.dataset.fold in {None, 1}:
+        findings = _examine_labels(findings, job, local, workspace)
+    return findings
+
+
+def _examine_images(
+    findings: AuditFindings, dataset: StoredDataset, local: LocalDataset, workspace: Workspace
+) -> AuditFindings:
+    splits, names = local.splits, local.class_names
+    if local.records is None:
+        raise ValueError("the dataset has no index of its images")
+    signatures = open_signatures(workspace.scratch / dataset.prefix, local.records, workspace)
+    signed = {name: signatures.of(split.digests) for name, split in splits.items()}
+    search = NearDuplicates(np.concatenate([signature["thumbnail"] for signature in signed.values()]))
+    overlaps, pairs = [], []
+    # The pair of splits that matters most comes first: evaluated images and train.
+    order = sorted(combinations(splits, 2), key=lambda two: (two[1] != findings.evaluated_split, two[0] != "train"))
+    with workspace.track("audit: near duplicates", len(order)) as tracker:
+        for corpus, query in order:
+            found = list(_duplicates(search, (query, corpus), splits, signed, names))
+            exact = {pair.first.index for pair in found if pair.is_exact}
+            near = {pair.first.index for pair in found} - exact
+            overlaps.append(
+                Overlap(split=query, other_split=corpus, images=splits[query].size, exact=len(exact), near=len(near))
+            )
+            pairs += found
+            tracker.advance(1)
+    quality = list(_quality(splits, signed, names))
+    return findings.model_copy(
+        update={
+            "overlaps": tuple(overlaps),
+            "pairs": tuple(pairs),
+            "quality": {problem: sum(issue.problem == problem for issue in quality) for problem in get_args(Problem)},
+            "quality_examples": tuple(quality),
+        }
+    )
+
+
+def _duplicates(
+    search: NearDuplicates,
+    pair: tuple[str, str],
+    splits: dict[str, Split],
+    signed: dict[str, npt.NDArray[np.void]],
+    class_names: tuple[str, ...],
+) -> Iterator[DuplicatePair]:
+    """Yield the duplicates of the images of the first split in the second one: exact ones, then the most similar."""
+    one, other = (splits[name] for name in pair)
+    known: dict[int, int] = {}
+    for index in range(other.size - 1, -1, -1):
+        known[int(other.digests[index])] = index
+    exact = {index: known[digest] for index, digest in enumerate(one.digests.tolist()) if digest in known}
+    matches = search.find(signed[pair[0]]["thumbnail"], signed[pair[1]]["thumbnail"])
+    found = [(index, position, 1.0, True) for index, position in exact.items()]
+    for match in np.argsort(-matches.similarity, kind="stable"):
+        index, position = int(matches.query[match]), int(matches.corpus[match])
+        if one.digests[index] != other.digests[position]:
+            found.append((index, position, float(matches.similarity[match]), False))
+    for index, position, similarity, is_exact in found:
+        yield DuplicatePair(
+            first=_image(pair[0], one, index, class_names),
+            second=_image(pair[1], other, position, class_names),
+            similarity=similarity,
+            is_exact=is_exact,
+        )
+
+
+def _image(name: str, split: Split, index: int, class_names: tuple[str, ...]) -> AuditedImage:
+    return AuditedImage(
+        split=name, index=index, name=split.names[index], class_name=class_names[int(split.labels[index])]
+    )
+
+
+def _quality(
+    splits: dict[str, Split], signed: dict[str, npt.NDArray[np.void]], class_names: tuple[str, ...]
+) -> Iterator[QualityIssue]:
+    """Yield useless images; blurred ones are compared with all others."""
+    signatures = np.concatenate(list(signed.values()))
+    image_size = next(iter(splits.values())).image_size
+    is_blank = find_blank(signatures["thumbnail"])
+    masks: dict[Problem, npt.NDArray[np.bool_]] = {
+        "blank": is_blank,
+        "blurred": find_blurred(signatures["sharpness"], is_blank),
+        "tiny": find_tiny(signatures["width"], signatures["height"], image_size),
+    }
+    for problem, mask in masks.items():
+        first = 0
+        for name, split in splits.items():
+            for index in np.flatnonzero(mask[first : first + split.size]).tolist():
+                yield QualityIssue(image=_image(name, split, index, class_names), problem=problem)
+            first += split.size
+
+
+def _examine_labels(
+    findings: AuditFindings, job: TransferJob, local: LocalDataset, workspace: Workspace
+) -> AuditFindings:
+    from topwork.audit.label_errors import find_label_errors
+    from topwork.training.label_features import compute_label_features
+
+    splits, names = local.splits, local.class_names
+    features, source = compute_label_features(job, list(splits.values()), workspace)
+    labels = np.concatenate([split.labels for split in splits.values()])
+    errors = find_label_errors(features, labels, len(names), job.spec.seed)
+    images = [(name, index) for name, split in splits.items() for index in range(split.size)]
+
+    def image(position: int) -> AuditedImage:
+        name, index = images[position]
+        return _image(name, splits[name], index, names)
+
+    issues = tuple(
+        LabelIssue(image=image(position), suggested=names[suggested], probability=round(float(own), 4))
+        for position, suggested, own in zip(errors.index, errors.suggested, errors.probability, strict=True)
+    )
+    return findings.model_copy(update={"label_issues": len(issues), "label_features": source, "label_examples": issues})
+
+
+def _small_classes(local: LocalDataset) -> dict[str, int]:
+    counts = np.bincount(local.train.labels, minlength=len(local.class_names)).tolist()
+    return {name: count for name, count in zip(local.class_names, counts, strict=True) if count < MIN_TRAINING_IMAGES}
+
+
+def _drift(job: TransferJob, dataset: StoredDataset, storage: Storage) -> LabelDrift | None:
+    """Compare the classes with those of the dataset of the latest version."""
+    latest = versions.read_latest(storage, job.model_name)
+    before = read_dataset_metadata(storage, latest.dataset) if latest and latest.dataset else None
+    if latest is None or before is None:
+        return None
+    old, new = before.class_counts, dataset.metadata.class_counts
+    shares = [
+        abs(old.get(name, 0) / max(1, before.images) - new.get(name, 0) / max(1, dataset.metadata.images))
+        for name in {*old, *new}
+    ]
+    return LabelDrift(
+        version=latest.version, dataset=latest.dataset, distance=round(sum(shares) / 2, 6), before=old, now=new
+    )
