@@ -58,12 +58,13 @@ def run(examples, photographs):
 
 def test_copies_are_reported_with_the_model(run):
     leak = json.loads(run.storage.read(f"{run.version_key}/audit.json"))["overlaps"][0]
-    assert (
-        f"  leaks   {leak['near']} of {leak['images']} images of the test split have a near duplicate in train"
-        in run.summary
-    )
+    images = f"{leak['near']} of {leak['images']}"
+    assert f"  leaks   {images} images of the test split have a near duplicate in train" in run.summary
     for document in ("card.md", "report.html"):
-        assert note in run.storage.read(f"{run.version_key}/{document}").decode()
+        assert (
+            f"{images} test images have a near duplicate in train"
+            in run.storage.read(f"{run.version_key}/{document}").decode()
+        )
     assert run.storage.read(f"{run.version_key}/suspects.csv") == run.storage.read(f"runs/{run.job.run}/suspects.csv")
 
 
