@@ -123,6 +123,10 @@ bench-transfers: $(SETUP) ## Compare uploads and downloads with rclone on the sa
 	@command -v rclone >/dev/null || { echo "make bench-transfers requires rclone. On Debian or Ubuntu, install it with apt-get install rclone."; exit 1; }
 	$(BIN)/python benchmarks/transfers.py
 
+.PHONY: bench-audit
+bench-audit: $(SETUP) ## Measure what the audit of a dataset finds, and how long it takes
+	for what in found labels speed pull; do $(BIN)/python benchmarks/audit.py $$what; done
+
 .PHONY: bench-records
 bench-records: $(SETUP) ## Compare read throughput of stored datasets with the array_record format
 	$(BIN)/python benchmarks/records.py

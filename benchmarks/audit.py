@@ -61,7 +61,7 @@ CHANGES: dict[str, Change] = {
     "compressed": lambda image, random: compress(image, int(random.integers(30, 70))),
     "resized": resize,
     "cropped": crop,
-    "mirrored": lambda image, random: ImageOps.mirror(image),
+    "mirrored": lambda image, _: ImageOps.mirror(image),
     "brightened": brighten,
     "all": lambda image, random: compress(brighten(ImageOps.mirror(crop(image, random)), random), 60),
 }

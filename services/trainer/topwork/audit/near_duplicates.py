@@ -6,7 +6,7 @@ are aligned, and compared in more detail.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +38,18 @@ _FIT_IMAGES = 3000
 _QUERY_BLOCK, _CORPUS_BLOCK, _VERIFY_BLOCK = 8192, 2048, 1024
 
 Thumbnails = npt.NDArray[np.uint8]
+
+
+class ThumbnailSource(Protocol):
+    """An array of thumbnails, or an object that reads them from a file."""
+
+    def __len__(self) -> int:
+        """Return the number of thumbnails."""
+
+    def __getitem__(self, selection: Any, /) -> Any:
+        """Return the thumbnails that a slice or an array of indices selects, uint8 (k, side, side)."""
+
+
 Indices = npt.NDArray[np.int64]
 
 
@@ -75,15 +87,15 @@ class Matches:
 class NearDuplicates:
     """Finds near duplicates between images of one dataset."""
 
-    def __init__(self, thumbnails: Thumbnails) -> None:
+    def __init__(self, thumbnails: ThumbnailSource) -> None:
         """Measure what the images of a dataset have in common.
 
         Args:
             thumbnails: Thumbnails of the dataset, uint8 (n, side, side). A few thousand are used.
         """
         chosen = np.linspace(0, len(thumbnails) - 1, min(len(thumbnails), _FIT_IMAGES)).astype(np.int64)
-        images = thumbnails[chosen].astype(np.float64)
-        images = images[measure_detail(thumbnails[chosen]) >= MIN_DETAIL_OF_COPY]
+        sample = thumbnails[chosen]
+        images = sample[measure_detail(sample) >= MIN_DETAIL_OF_COPY].astype(np.float64)
         images = np.concatenate([images, images[..., ::-1]])
         # Windows count too: otherwise, two images that are cut in the same way would differ from the others alike.
         random = np.random.default_rng(0)
@@ -94,14 +106,14 @@ class NearDuplicates:
         parts = [cut_windows(images, np.array([WHOLE]), _SIDE), cut_windows(images, windows, _SIDE)]
         self._fine = Whitening.fit(np.concatenate(parts), _NOISE, _SIDE**2)
 
-    def find(self, queries: Thumbnails, corpus: Thumbnails) -> Matches:
+    def find(self, queries: ThumbnailSource, corpus: ThumbnailSource) -> Matches:
         """Find the near duplicates of each image of a set in another one.
 
         Memory is limited to blocks of images, and does not depend on the size of the sets.
 
         Args:
             queries: uint8 (m, side, side).
-            corpus: uint8 (n, side, side), the larger set; may be mapped from a file.
+            corpus: uint8 (n, side, side), the larger set.
 
         Returns:
             At most `MAX_CANDIDATES` for each query.
@@ -164,7 +176,7 @@ class NearDuplicates:
     def _describe(self, images: FloatArray, window: tuple[float, float, float]) -> npt.NDArray[np.float32]:
         return self._coarse.describe(cut_windows(images, np.array([window]), _CANDIDATE_SIDE))
 
-    def _candidates(self, queries: Thumbnails, corpus: Thumbnails) -> tuple[Indices, Indices]:
+    def _candidates(self, queries: Thumbnails, corpus: ThumbnailSource) -> tuple[Indices, Indices]:
         """Return the most similar images of the corpus for each query, as pairs of indices."""
         images = queries.astype(np.float64)
         turned = (images, images[..., ::-1])
@@ -172,7 +184,7 @@ class NearDuplicates:
         is_flat = measure_detail(queries) < MIN_DETAIL_OF_COPY
         kept = (np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32))
         for first in range(0, len(corpus), _CORPUS_BLOCK):
-            block = np.asarray(corpus[first : first + _CORPUS_BLOCK])
+            block = corpus[first : first + _CORPUS_BLOCK]
             others = [self._describe(block.astype(np.float64), window) for window in WINDOWS]
             similarity = np.full((len(queries), len(block)), -1.0, np.float32)
             product = np.empty_like(similarity)

@@ -3,6 +3,8 @@
 import numpy as np
 import numpy.typing as npt
 
+from topwork.audit.near_duplicates import ThumbnailSource
+
 BLANK_CONTRAST = 2.0
 """Standard deviation of the gray values of a thumbnail below which an image is blank."""
 
@@ -13,10 +15,12 @@ differences) below the median of the dataset, and its sharpness is below a tenth
 TINY_SHARE = 0.5
 """An image is tiny if a side is shorter than this share of the side in `spec.dataset.imageSize`."""
 
+_BLOCK = 2048
+
 Mask = npt.NDArray[np.bool_]
 
 
-def find_blank(thumbnails: npt.NDArray[np.uint8]) -> Mask:
+def find_blank(thumbnails: ThumbnailSource) -> Mask:
     """Find images of one color.
 
     Args:
@@ -25,7 +29,8 @@ def find_blank(thumbnails: npt.NDArray[np.uint8]) -> Mask:
     Returns:
         bool (n,).
     """
-    return np.asarray(thumbnails.std((1, 2)) < BLANK_CONTRAST)
+    starts = range(0, len(thumbnails), _BLOCK)
+    return np.concatenate([thumbnails[first : first + _BLOCK].std((1, 2)) < BLANK_CONTRAST for first in starts])
 
 
 def find_blurred(sharpness: npt.NDArray[np.float32], is_blank: Mask) -> Mask:

@@ -33,25 +33,60 @@ _DTYPE = np.dtype(
 
 
 @dataclass(frozen=True)
-class Signatures:
-    """Signatures of images, found by their pixel digest: images with equal pixels have equal signatures.
+class Thumbnails:
+    """Thumbnails of images, read from the file when they are used: a million takes 1 GB.
 
     Attributes:
         records: Structured array, mapped from a file.
-        order: int64, order of the records by digest.
+        rows: Record of each image, int64 (n,).
+    """
+
+    records: npt.NDArray[Any]
+    rows: npt.NDArray[np.int64]
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.rows)
+
+    def __getitem__(self, selection: Any) -> npt.NDArray[np.uint8]:
+        """Read the thumbnails that a slice or an array of indices selects, uint8 (k, 32, 32)."""
+        return np.asarray(self.records["thumbnail"][self.rows[selection]])
+
+
+@dataclass(frozen=True)
+class Signatures:
+    """Signatures of images.
+
+    Attributes:
+        thumbnails: Gray thumbnails.
+        width: Width in pixels, (n,).
+        height: Height in pixels, (n,).
+        sharpness: Variance of the Laplace operator, (n,).
+    """
+
+    thumbnails: Thumbnails
+    width: npt.NDArray[np.uint32]
+    height: npt.NDArray[np.uint32]
+    sharpness: npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class SignatureFile:
+    """Signatures of all images of a dataset, found by their pixel digest: equal pixels have equal signatures.
+
+    Attributes:
+        records: Structured array, mapped from a file.
+        order: Order of the records by digest, int64.
     """
 
     records: npt.NDArray[Any]
     order: npt.NDArray[np.int64]
 
-    def of(self, digests: npt.NDArray[np.uint64]) -> npt.NDArray[Any]:
-        """Return the signatures of images.
+    def find(self, digests: npt.NDArray[np.uint64]) -> Signatures:
+        """Find the signatures of images.
 
         Args:
             digests: First 8 bytes of the pixel digest of each image, uint64 (n,).
-
-        Returns:
-            Structured array (n,) with the fields width, height, sharpness, and thumbnail (uint8, 32 x 32).
 
         Raises:
             KeyError: If an image has no signature.
@@ -60,10 +95,12 @@ class Signatures:
         found = np.minimum(np.searchsorted(known, digests), len(known) - 1)
         if not np.array_equal(known[found], digests):
             raise KeyError("an image has no signature")
-        return np.asarray(self.records[self.order[found]])
+        rows = self.order[found]
+        fields = {name: self.records[name][rows] for name in ("width", "height", "sharpness")}
+        return Signatures(Thumbnails(self.records, rows), **fields)
 
 
-def open_signatures(directory: Path, records: RecordIndex, workspace: Workspace) -> Signatures:
+def open_signatures(directory: Path, records: RecordIndex, workspace: Workspace) -> SignatureFile:
     """Open the signatures of a downloaded dataset. Computes them if the pull did not.
 
     Args:
@@ -78,7 +115,7 @@ def open_signatures(directory: Path, records: RecordIndex, workspace: Workspace)
     if not path.exists():
         _compute(path, records, workspace)
     mapped = np.memmap(path, _DTYPE, "r")
-    return Signatures(mapped, np.argsort(mapped["digest"], kind="stable"))
+    return SignatureFile(mapped, np.argsort(mapped["digest"], kind="stable"))
 
 
 def _compute(path: Path, records: RecordIndex, workspace: Workspace) -> None:

@@ -23,7 +23,7 @@ from topwork.audit.quality import find_blank, find_blurred, find_tiny
 from topwork.clients.s3.storage import Storage
 from topwork.data.dataset_manifest import StoredDataset, read_dataset_metadata
 from topwork.data.local_dataset import LocalDataset, Split, fetch_dataset
-from topwork.data.signatures import open_signatures
+from topwork.data.signatures import SignatureFile, Thumbnails, open_signatures
 from topwork.errors import DataError
 from topwork.registry import versions
 from topwork.report.audit import FINDINGS_FILE, SUSPECTS_FILE, findings_key, read_findings
@@ -147,14 +147,14 @@ def _examine_images(
     if local.records is None:
         raise ValueError("the dataset has no index of its images")
     signatures = open_signatures(workspace.scratch / dataset.prefix, local.records, workspace)
-    signed = {name: signatures.of(split.digests) for name, split in splits.items()}
-    search = NearDuplicates(np.concatenate([signature["thumbnail"] for signature in signed.values()]))
+    search = NearDuplicates(signatures.find(np.concatenate([split.digests for split in splits.values()])).thumbnails)
+    thumbnails = {name: signatures.find(split.digests).thumbnails for name, split in splits.items()}
     overlaps, pairs = [], []
     # The pair of splits that matters most comes first: evaluated images and train.
     order = sorted(combinations(splits, 2), key=lambda two: (two[1] != findings.evaluated_split, two[0] != "train"))
     with workspace.track("audit: near duplicates", len(order)) as tracker:
         for corpus, query in order:
-            found = list(_duplicates(search, (query, corpus), splits, signed, names))
+            found = list(_duplicates(search, (query, corpus), splits, thumbnails, names))
             exact = {pair.first.index for pair in found if pair.is_exact}
             near = {pair.first.index for pair in found} - exact
             overlaps.append(
@@ -162,7 +162,7 @@ def _examine_images(
             )
             pairs += found
             tracker.advance(1)
-    quality = list(_quality(splits, signed, names))
+    quality = list(_quality(splits, signatures, names))
     return findings.model_copy(
         update={
             "overlaps": tuple(overlaps),
@@ -177,16 +177,15 @@ def _duplicates(
     search: NearDuplicates,
     pair: tuple[str, str],
     splits: dict[str, Split],
-    signed: dict[str, npt.NDArray[np.void]],
+    thumbnails: dict[str, Thumbnails],
     class_names: tuple[str, ...],
 ) -> Iterator[DuplicatePair]:
     """Yield the duplicates of the images of the first split in the second one: exact ones, then the most similar."""
     one, other = (splits[name] for name in pair)
-    known: dict[int, int] = {}
-    for index in range(other.size - 1, -1, -1):
-        known[int(other.digests[index])] = index
-    exact = {index: known[digest] for index, digest in enumerate(one.digests.tolist()) if digest in known}
-    matches = search.find(signed[pair[0]]["thumbnail"], signed[pair[1]]["thumbnail"])
+    matches = search.find(*(thumbnails[name] for name in pair))
+    digests, first = np.unique(other.digests, return_index=True)
+    nearest = np.minimum(np.searchsorted(digests, one.digests), len(digests) - 1)
+    exact = {index: int(first[nearest[index]]) for index in np.flatnonzero(digests[nearest] == one.digests).tolist()}
     found = [(index, position, 1.0, True) for index, position in exact.items()]
     for match in np.argsort(-matches.similarity, kind="stable"):
         index, position = int(matches.query[match]), int(matches.corpus[match])
@@ -207,17 +206,15 @@ def _image(name: str, split: Split, index: int, class_names: tuple[str, ...]) ->
     )
 
 
-def _quality(
-    splits: dict[str, Split], signed: dict[str, npt.NDArray[np.void]], class_names: tuple[str, ...]
-) -> Iterator[QualityIssue]:
+def _quality(splits: dict[str, Split], file: SignatureFile, class_names: tuple[str, ...]) -> Iterator[QualityIssue]:
     """Yield useless images; blurred ones are compared with all others."""
-    signatures = np.concatenate(list(signed.values()))
+    signatures = file.find(np.concatenate([split.digests for split in splits.values()]))
     image_size = next(iter(splits.values())).image_size
-    is_blank = find_blank(signatures["thumbnail"])
+    is_blank = find_blank(signatures.thumbnails)
     masks: dict[Problem, npt.NDArray[np.bool_]] = {
         "blank": is_blank,
-        "blurred": find_blurred(signatures["sharpness"], is_blank),
-        "tiny": find_tiny(signatures["width"], signatures["height"], image_size),
+        "blurred": find_blurred(signatures.sharpness, is_blank),
+        "tiny": find_tiny(signatures.width, signatures.height, image_size),
     }
     for problem, mask in masks.items():
         first = 0
