@@ -64,7 +64,7 @@ POSITION = st.floats(0, 1)
 
 @pytest.mark.parametrize("change", CHANGES)
 @given(left=POSITION, top=POSITION)
-@settings(max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=4, deadline=None, derandomize=True)
 def test_copies_of_photographs_are_found(change, left, top):
     copies = thumbnails([CHANGES[change](PHOTOGRAPHS[index], left, top) for index in DETAILED])
     matches = SEARCH.find(copies, CORPUS)

@@ -14,9 +14,9 @@ import numpy.typing as npt
 from topwork.audit.alignment import WHOLE, WINDOWS, FloatArray, align_windows, cut_windows
 from topwork.audit.whitening import Whitening, cosine_basis
 
-# Sides in pixels, noise and dimensions of the vectors of candidates and of verification.
-_CANDIDATE_SIDE, _CANDIDATE_NOISE, _CANDIDATE_DIMENSIONS = 8, 0.05, 64
-_SIDE, _NOISE = 24, 0.05
+# Sides in pixels of what is compared to find and to verify candidates.
+_CANDIDATE_SIDE, _SIDE = 8, 24
+_NOISE = 0.05
 MIN_CANDIDATE_SIMILARITY = 0.5
 MIN_WHOLE_SIMILARITY, MIN_CUT_SIMILARITY = 0.88, 0.76
 """Similarity from which two images are near duplicates, if they show the same, and if one is cut from the other. The
@@ -102,9 +102,9 @@ class NearDuplicates:
         sizes = random.uniform(0.88, 1.0, (len(images), 1))
         windows = np.hstack([sizes, random.uniform(0.0, 1.0, (len(images), 2)) * (1.0 - sizes)])
         parts = [cut_windows(images, np.array([window]), _CANDIDATE_SIDE) for window in WINDOWS]
-        self._coarse = Whitening.fit(np.concatenate(parts), _CANDIDATE_NOISE, _CANDIDATE_DIMENSIONS)
+        self._coarse = Whitening.fit(np.concatenate(parts), _NOISE)
         parts = [cut_windows(images, np.array([WHOLE]), _SIDE), cut_windows(images, windows, _SIDE)]
-        self._fine = Whitening.fit(np.concatenate(parts), _NOISE, _SIDE**2)
+        self._fine = Whitening.fit(np.concatenate(parts), _NOISE)
 
     def find(self, queries: ThumbnailSource, corpus: ThumbnailSource) -> Matches:
         """Find the near duplicates of each image of a set in another one.

@@ -22,29 +22,26 @@ class Whitening:
 
     Attributes:
         mean: (pixels,).
-        projection: (pixels, dimensions).
+        projection: (pixels, pixels); its product with its transpose is the inverse of the covariance.
     """
 
     mean: FloatArray
     projection: FloatArray
 
     @classmethod
-    def fit(cls, images: FloatArray, noise: float, dimensions: int) -> "Whitening":
+    def fit(cls, images: FloatArray, noise: float) -> "Whitening":
         """Estimate mean and covariance.
 
         Args:
             images: Thumbnails of the dataset and their mirror images, (n, side, side).
             noise: Variance of noise, relative to the contrast of an image: details below it do not count.
-            dimensions: Number of principal components to use.
         """
         side = images.shape[1]
         samples = normalize(images)
         total = len(samples) + _PRIOR_IMAGES
         mean = samples.sum(0) / total
         covariance = (samples.T @ samples + _PRIOR_IMAGES * _natural_covariance(side)) / total - np.outer(mean, mean)
-        variances, vectors = np.linalg.eigh(covariance)
-        variances, vectors = np.maximum(variances[::-1][:dimensions], 0.0), vectors[:, ::-1][:, :dimensions]
-        return cls(mean, vectors / np.sqrt(variances + noise))
+        return cls(mean, np.linalg.inv(np.linalg.cholesky(covariance + noise * np.eye(side**2))).T)
 
     def describe(self, images: FloatArray) -> npt.NDArray[np.float32]:
         """Return vectors of length 1, whose product is the similarity of two images.
@@ -53,7 +50,7 @@ class Whitening:
             images: (n, side, side).
 
         Returns:
-            float32 (n, dimensions).
+            float32 (n, side * side).
         """
         vectors = (normalize(images) - self.mean) @ self.projection
         lengths = np.linalg.norm(vectors, axis=1, keepdims=True)

@@ -109,6 +109,8 @@ class Published(BaseModel):
         """Set the Prometheus metrics of the evaluation, so that a resumed run exposes them too."""
         metrics.set_evaluation(self.split, self.metrics)
         metrics.set_failed_gates(0)
+        if self.duplicates is not None:
+            metrics.set_leaked_images(self.duplicates)
         if self.started and self.finished:
             metrics.restore_stage("publish", self.started, self.finished)
 
