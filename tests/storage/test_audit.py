@@ -63,7 +63,7 @@ def test_copies_in_train_and_test_are_reported(make_photo_job, photographs, work
     assert findings.warnings() == ("3 of 13 test images have a near duplicate in train (1 with equal pixels).",)
     stored = json.loads(workspace.storage.read(f"runs/{job.run}/audit.json"))
     assert stored["overlaps"][0] == {
-        "split": "test", "otherSplit": "train", "images": 13, "exact": 1, "near": 2,
+        "split": "test", "otherSplit": "train", "images": 13, "searched": 13, "exact": 1, "near": 2,
     }  # fmt: skip
     rows = workspace.storage.read(f"runs/{job.run}/suspects.csv").decode().splitlines()
     assert len([row for row in rows if "duplicate" in row]) == 3
@@ -95,6 +95,25 @@ def test_accepted_leaks_do_not_stop_a_job(make_photo_job, photographs, workspace
     plant_copies(photographs)
     job = make_photo_job(nearDuplicates="fail", maxLeakRatio=0.3)
     assert audit(job, pull(job, workspace), workspace).leak.duplicates == 3
+
+
+def test_sample_of_a_large_split_is_searched_unless_leaks_are_not_accepted(
+    make_photo_job, photographs, workspace, monkeypatch
+):
+    plant_copies(photographs)
+    monkeypatch.setattr("topwork.stages.audit.MAX_COMPARISONS", 12 * 20)  # 20 training images
+    monkeypatch.setattr("topwork.stages.audit.MIN_SEARCHED", 1)
+    job = make_photo_job()
+    leak = audit(job, pull(job, workspace), workspace).leak
+    assert (leak.images, leak.searched, leak.exact) == (13, 12, 1)
+    assert leak.near in {1, 2}  # one of the images may not be in the sample
+    assert leak.ratio == pytest.approx(1 / 13 + leak.near / 12)
+    assert leak.describe() == (
+        f"1 of 13 test images have equal pixels in train, and {leak.near} of a sample of 12 a near duplicate."
+    )
+    job = make_photo_job(nearDuplicates="fail", maxLeakRatio=0.5)
+    leak = audit(job, pull(job, workspace), workspace).leak
+    assert (leak.searched, leak.exact, leak.near) == (13, 1, 2)
 
 
 def test_audit_that_is_off_reads_no_images(make_photo_job, workspace):

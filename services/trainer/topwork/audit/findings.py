@@ -55,15 +55,22 @@ class Overlap(_Record):
         split: Name of the split.
         other_split: Name of the other split.
         images: Number of images in the split.
+        searched: Number of these for which near duplicates were searched: all, or a sample of a large split.
         exact: Images of the split with equal pixels in the other split.
-        near: Other images of the split with a near duplicate in the other split.
+        near: Other searched images with a near duplicate in the other split.
     """
 
     split: str
     other_split: str
     images: int
+    searched: int
     exact: int
     near: int
+
+    @property
+    def ratio(self) -> float:
+        """Fraction of the images of the split with a duplicate in the other split, estimated from those searched."""
+        return min(1.0, self.exact / max(1, self.images) + self.near / max(1, self.searched))
 
     @property
     def duplicates(self) -> int:
@@ -72,6 +79,11 @@ class Overlap(_Record):
 
     def describe(self) -> str:
         """Return one sentence with the numbers."""
+        if self.searched < self.images:
+            return (
+                f"{self.exact} of {self.images} {self.split} images have equal pixels in {self.other_split}, and "
+                f"{self.near} of a sample of {self.searched} a near duplicate."
+            )
         verb = "has" if self.duplicates == 1 else "have"
         exact = f" ({self.exact} with equal pixels)" if self.exact else ""
         return (
@@ -172,7 +184,7 @@ class AuditFindings(_Record):
     @property
     def leak_ratio(self) -> float:
         """Fraction of evaluated images with a duplicate in train."""
-        return self.leak.duplicates / max(1, self.leak.images) if self.leak else 0.0
+        return self.leak.ratio if self.leak else 0.0
 
     def warnings(self) -> tuple[str, ...]:
         """Describe what makes published metrics doubtful."""

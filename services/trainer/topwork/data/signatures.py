@@ -52,6 +52,10 @@ class Thumbnails:
         """Read the thumbnails that a slice or an array of indices selects, uint8 (k, 32, 32)."""
         return np.asarray(self.records["thumbnail"][self.rows[selection]])
 
+    def select(self, indices: npt.NDArray[np.int64]) -> "Thumbnails":
+        """Return some of the thumbnails, by their indices, int64 (k,)."""
+        return Thumbnails(self.records, self.rows[indices])
+
 
 @dataclass(frozen=True)
 class Signatures:

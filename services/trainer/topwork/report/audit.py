@@ -39,7 +39,7 @@ def findings_key(job: TransferJob, dataset: StoredDataset) -> str:
     splits = training_content(job.spec)["dataset"]
     model = job.spec.model.model_dump(mode="json") if settings.label_issues == "report" else None
     inputs = dataset.inputs.content() if dataset.inputs else {}
-    searches = [settings.near_duplicates != "off", settings.label_issues, model]
+    searches = [settings.near_duplicates, settings.label_issues, model]
     return digest_of([FORMAT, dataset.metadata.fingerprint, splits, job.spec.seed, searches, inputs])
 
 

@@ -108,8 +108,9 @@ class Audit(SpecModel):
     near_duplicates: Literal["fail", "warn", "off"] = Field(
         default="warn",
         description="How to handle images that are in two splits: with the same pixels, or compressed, resized, "
-        "cropped to 90 %, mirrored or made brighter. warn reports them, fail also stops the job before training if "
-        "maxLeakRatio is exceeded, off does not search.",
+        "cropped to 90 %, mirrored or made brighter. warn reports them, and searches a sample of very large "
+        "splits; fail searches all images, and stops the job before training if maxLeakRatio is exceeded; off does not "
+        "search.",
     )
     label_issues: Literal["report", "off"] = Field(
         default="off",

@@ -37,6 +37,10 @@ MIN_TRAINING_IMAGES = 10
 
 MAX_WARNED_PAIRS = 3
 
+MAX_COMPARISONS, MIN_SEARCHED = 400_000_000, 1000
+"""Comparisons of two images for each pair of splits, unless nearDuplicates is fail, and images that are searched at
+least. So many comparisons take two to five minutes on two CPU cores, during which the GPUs of a job have to wait."""
+
 
 def audit(job: TransferJob, dataset: StoredDataset, workspace: Workspace) -> AuditFindings | None:
     """Audit the dataset of a job, and stop the job if `spec.dataset.audit` does not accept what is found.
@@ -133,7 +137,8 @@ def _examine(job: TransferJob, dataset: StoredDataset, workspace: Workspace) -> 
         drift=_drift(job, dataset, workspace.storage),
     )
     if settings.near_duplicates != "off":
-        findings = _examine_images(findings, dataset, local, workspace)
+        limit = None if settings.near_duplicates == "fail" else MAX_COMPARISONS
+        findings = _examine_images(findings, dataset, local, workspace, limit)
     # Labels do not depend on the splits, so the first fold is enough.
     if settings.label_issues == "report" and job.spec.dataset.fold in {None, 1}:
         findings = _examine_labels(findings, job, local, workspace)
@@ -141,8 +146,9 @@ def _examine(job: TransferJob, dataset: StoredDataset, workspace: Workspace) -> 
 
 
 def _examine_images(
-    findings: AuditFindings, dataset: StoredDataset, local: LocalDataset, workspace: Workspace
+    findings: AuditFindings, dataset: StoredDataset, local: LocalDataset, workspace: Workspace, limit: int | None
 ) -> AuditFindings:
+    """Search duplicates across splits, with at most `limit` comparisons for each pair of splits, and useless images."""
     splits, names = local.splits, local.class_names
     if local.records is None:
         raise ValueError("the dataset has no index of its images")
@@ -154,11 +160,18 @@ def _examine_images(
     order = sorted(combinations(splits, 2), key=lambda two: (two[1] != findings.evaluated_split, two[0] != "train"))
     with workspace.track("audit: near duplicates", len(order)) as tracker:
         for corpus, query in order:
-            found = list(_duplicates(search, (query, corpus), splits, thumbnails, names))
+            searched = _choose_images(splits[query].size, splits[corpus].size, limit)
+            found = list(_duplicates(search, (query, corpus), splits, thumbnails, names, searched))
             exact = {pair.first.index for pair in found if pair.is_exact}
-            near = {pair.first.index for pair in found} - exact
             overlaps.append(
-                Overlap(split=query, other_split=corpus, images=splits[query].size, exact=len(exact), near=len(near))
+                Overlap(
+                    split=query,
+                    other_split=corpus,
+                    images=splits[query].size,
+                    searched=len(searched),
+                    exact=len(exact),
+                    near=len({pair.first.index for pair in found} - exact),
+                )
             )
             pairs += found
             tracker.advance(1)
@@ -173,22 +186,32 @@ def _examine_images(
     )
 
 
+def _choose_images(size: int, corpus: int, limit: int | None) -> npt.NDArray[np.int64]:
+    """Choose the images of a split that are compared with all of another one: evenly spaced ones if `limit` is set."""
+    searched = size if limit is None else min(size, max(MIN_SEARCHED, limit // corpus))
+    return np.linspace(0, size - 1, searched).round().astype(np.int64)
+
+
 def _duplicates(
     search: NearDuplicates,
     pair: tuple[str, str],
     splits: dict[str, Split],
     thumbnails: dict[str, Thumbnails],
     class_names: tuple[str, ...],
+    searched: npt.NDArray[np.int64],
 ) -> Iterator[DuplicatePair]:
-    """Yield the duplicates of the images of the first split in the second one: exact ones, then the most similar."""
+    """Yield the duplicates of the images of the first split in the second one: exact ones, then the most similar.
+
+    Exact ones are found among all images, others among the `searched` ones, int64 (n,).
+    """
     one, other = (splits[name] for name in pair)
-    matches = search.find(*(thumbnails[name] for name in pair))
+    matches = search.find(thumbnails[pair[0]].select(searched), thumbnails[pair[1]])
     digests, first = np.unique(other.digests, return_index=True)
     nearest = np.minimum(np.searchsorted(digests, one.digests), len(digests) - 1)
     exact = {index: int(first[nearest[index]]) for index in np.flatnonzero(digests[nearest] == one.digests).tolist()}
     found = [(index, position, 1.0, True) for index, position in exact.items()]
     for match in np.argsort(-matches.similarity, kind="stable"):
-        index, position = int(matches.query[match]), int(matches.corpus[match])
+        index, position = int(searched[matches.query[match]]), int(matches.corpus[match])
         if one.digests[index] != other.digests[position]:
             found.append((index, position, float(matches.similarity[match]), False))
     for index, position, similarity, is_exact in found:
