@@ -26,6 +26,7 @@ from topwork.audit.near_duplicates import MIN_DETAIL, NearDuplicates, measure_de
 from topwork.data.images.decoding import is_decodable, prepare_decoding
 from topwork.data.images.image_validation import validate_image
 from topwork.data.images.signature import THUMBNAIL_PIXELS, sign_image
+from topwork.stages.audit import MAX_COMPARISONS, choose_images
 
 QUERIES = 400
 LABEL_ERRORS = 0.05
@@ -178,12 +179,14 @@ def measure_speed(count: int) -> dict[str, object]:
     thumbnails[: test // 10] = thumbnails[test : test + test // 10][..., ::-1]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.perf_counter()
-    matches = NearDuplicates(thumbnails).find(thumbnails[:test], thumbnails[test:])
+    searched = choose_images(test, count - test, MAX_COMPARISONS)
+    matches = NearDuplicates(thumbnails).find(thumbnails[searched], thumbnails[test:])
     return {
         "images": count,
         "test images": test,
+        "searched": len(searched),
         "found": len(matches.query),
-        "planted": test // 10,
+        "planted": int((searched < test // 10).sum()),
         "seconds": round(time.perf_counter() - start, 1),
         "additional peak memory in MiB": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024,
     }

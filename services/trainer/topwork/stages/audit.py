@@ -37,9 +37,9 @@ MIN_TRAINING_IMAGES = 10
 
 MAX_WARNED_PAIRS = 3
 
-MAX_COMPARISONS, MIN_SEARCHED = 400_000_000, 1000
+MAX_COMPARISONS, MIN_SEARCHED = 200_000_000, 1000
 """Comparisons of two images for each pair of splits, unless nearDuplicates is fail, and images that are searched at
-least. So many comparisons take two to five minutes on two CPU cores, during which the GPUs of a job have to wait."""
+least. So many comparisons take two or three minutes on two CPU cores, during which the GPUs of a job have to wait."""
 
 
 def audit(job: TransferJob, dataset: StoredDataset, workspace: Workspace) -> AuditFindings | None:
@@ -160,7 +160,7 @@ def _examine_images(
     order = sorted(combinations(splits, 2), key=lambda two: (two[1] != findings.evaluated_split, two[0] != "train"))
     with workspace.track("audit: near duplicates", len(order)) as tracker:
         for corpus, query in order:
-            searched = _choose_images(splits[query].size, splits[corpus].size, limit)
+            searched = choose_images(splits[query].size, splits[corpus].size, limit)
             found = list(_duplicates(search, (query, corpus), splits, thumbnails, names, searched))
             exact = {pair.first.index for pair in found if pair.is_exact}
             overlaps.append(
@@ -186,8 +186,17 @@ def _examine_images(
     )
 
 
-def _choose_images(size: int, corpus: int, limit: int | None) -> npt.NDArray[np.int64]:
-    """Choose the images of a split that are compared with all of another one: evenly spaced ones if `limit` is set."""
+def choose_images(size: int, corpus: int, limit: int | None) -> npt.NDArray[np.int64]:
+    """Choose the images of a split that are compared with all images of another one.
+
+    Args:
+        size: Number of images in the split.
+        corpus: Number of images in the other split.
+        limit: Largest number of comparisons; None for all.
+
+    Returns:
+        Indices of evenly spaced images, int64 (n,).
+    """
     searched = size if limit is None else min(size, max(MIN_SEARCHED, limit // corpus))
     return np.linspace(0, size - 1, searched).round().astype(np.int64)
 
