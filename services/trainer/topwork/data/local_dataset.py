@@ -29,6 +29,7 @@ from topwork.data.splits import Selection, SourceSplit, StoredImages, format_mis
 from topwork.spec import TransferJob
 from topwork.spec.dataset import Dataset
 from topwork.spec.kubernetes_types import quantity_to_bytes
+from topwork.spec.messages import count_noun
 from topwork.workspace import Workspace
 
 log = structlog.get_logger(__name__)
@@ -243,7 +244,8 @@ def fetch_dataset(dataset: StoredDataset, job: TransferJob, workspace: Workspace
     marker = directory / f"splits-logged-{spec.fold or 'all'}"
     _log_splits_once(marker, selected, splits, metadata, preprocessing.value_range)
     validation, test = splits.get("validation"), splits.get("test")
-    return LocalDataset(metadata.class_names, splits["train"], validation, test, selected.notes)
+    notes = (*selected.notes, *_describe_duplicates(splits))
+    return LocalDataset(metadata.class_names, splits["train"], validation, test, notes)
 
 
 def _describe_images(records: RecordIndex, dataset: StoredDataset, directory: Path, spec: Dataset) -> StoredImages:
@@ -331,10 +333,8 @@ def _log_splits_once(
     if marker.exists():
         return
     log.info("splits", **{name: split.size for name, split in splits.items()})
-    for first, second in combinations(splits, 2):
-        common = int(np.isin(splits[second].digests, splits[first].digests).sum())
-        if common:
-            log.warning("duplicates across splits", images=common, split=second, other_split=first)
+    for note in _describe_duplicates(splits):
+        log.warning("duplicates across splits", note=note)
     for note in selected.notes:
         log.warning("splits", note=note)
     for name, split in splits.items():
@@ -342,6 +342,19 @@ def _log_splits_once(
             log.warning("classes without images", split=name, classes=missing)
     _log_conversions(metadata, value_range)
     marker.touch()
+
+
+def _describe_duplicates(splits: dict[str, Split]) -> tuple[str, ...]:
+    """Count images of a split with the pixels of an image of another split; sentences for the log and the report."""
+    notes = []
+    for first, second in combinations(splits, 2):
+        if common := int(np.isin(splits[second].digests, splits[first].digests).sum()):
+            what, has = count_noun(common, "image"), "has" if common == 1 else "have"
+            notes.append(
+                f"{what} of the {second} split {has} the same pixels as an image of the {first} split, so the metrics "
+                "are optimistic."
+            )
+    return tuple(notes)
 
 
 def _log_conversions(metadata: DatasetMetadata, value_range: ValueRange) -> None:
