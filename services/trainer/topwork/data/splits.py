@@ -140,13 +140,15 @@ def _root(dataset: Dataset) -> str:
 
 
 def _explain_missing(metadata: DatasetMetadata) -> str:
+    left_out = metadata.class_selection.left_out if metadata.class_selection else ()
+    hint = " spec.dataset.classes leaves out images of other classes: remove their lines." if left_out else ""
     # An archive has no listing, so not all images that were dropped are known by name.
     found = metadata.contradictions
     if found is None or not found.dropped:
-        return ""
+        return hint
     return (
-        f" {found.images} images of the source were dropped, because an image of another class has the same pixels: "
-        "see spec.dataset.onContradiction."
+        f"{hint} {found.images} images of the source were dropped, because an image of another class has the same "
+        "pixels: see spec.dataset.onContradiction."
     )
 
 
