@@ -2,8 +2,10 @@
 
 import dataclasses
 import os
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -123,9 +125,28 @@ def test_pull_and_fetch_dataset_log_duplicates(make_job, workspace, two_class_fo
         "rejected": 0,
     }
     assert events["images per class"] == {"log_level": "info", "counts": "blue 20, red 23"}
-    digests = {name: set(getattr(dataset, name).digests.tolist()) for name in ("train", "validation", "test")}
-    shared = digests["train"] & digests["test"] | digests["train"] & digests["validation"]
-    assert ("duplicates across splits" in events) == bool(shared | digests["validation"] & digests["test"])
+    digests = {name: getattr(dataset, name).digests for name in ("train", "validation", "test")}
+    common = {
+        (first, second): int(np.isin(digests[second], digests[first]).sum())
+        for first, second in combinations(digests, 2)
+    }
+    assert any(common.values())
+    assert events["duplicates across splits"]["note"] in dataset.notes
+    expected = [f"{count} image" for count in common.values() if count]
+    assert [note[: len(start)] for note, start in zip(dataset.notes, expected, strict=True)] == expected
+
+
+def test_duplicates_across_folds_are_noted(make_job, workspace, two_class_folder):
+    for path in list(two_class_folder.rglob("*.*")):
+        shutil.copy(path, path.with_name(f"copy-{path.name}"))
+    source = make_job().spec.dataset.source.model_dump(mode="json", exclude_none=True)
+    job = make_job(dataset={"source": source, "splits": {"folds": 2, "fold": 1}, "imageSize": [32, 32]})
+    local = fetch_dataset(pull(job, workspace), job, workspace)
+    common = int(np.isin(local.test.digests, local.train.digests).sum())
+    assert local.notes == (
+        f"{common} images of the test split have the same pixels as an image of the train split, so the metrics are "
+        "optimistic.",
+    )
 
 
 def test_pull_rejects_a_source_with_too_many_invalid_images_before_storing_anything(

@@ -103,6 +103,16 @@ def test_image_that_was_rejected_is_reported_and_does_not_fail_the_job(
         pull(failing, workspace)
 
 
+def test_lines_of_a_class_that_is_left_out_are_explained(write_lists, make_list_job, workspace, two_class_folder):
+    shutil.copytree(two_class_folder / "red", two_class_folder / "purple")
+    job = make_list_job(write_lists(train=["purple/01"]), classes={"exclude": ["purple"]})
+    dataset = pull(job, workspace)
+    with pytest.raises(
+        DataError, match=r"purple/01 \(line 21\).* spec\.dataset\.classes leaves out images of other cl"
+    ):
+        fetch_dataset(dataset, job, workspace)
+
+
 def test_changed_list_changes_the_keys_of_training(write_lists, make_list_job, workspace):
     job = make_list_job(write_lists())
     dataset = pull(job, workspace)

@@ -1,6 +1,8 @@
 """Cross-validation: every fold is a run of its own, and its metrics are those of images that it was not trained on."""
 
 import json
+import re
+import shutil
 from statistics import fmean, stdev
 
 import numpy as np
@@ -39,7 +41,9 @@ def read_json(workspace, key):
     return json.loads(workspace.storage.read(key))
 
 
-def test_folds_are_evaluated_on_all_images_and_nothing_is_published(make_folds_job, workspace):
+def test_folds_are_evaluated_on_all_images_and_nothing_is_published(make_folds_job, workspace, two_class_folder):
+    for path in list(two_class_folder.glob("red/*")):
+        shutil.copy(path, path.with_name(f"copy-{path.name}"))
     job = make_folds_job()
     outcome = pipeline.run(job, workspace)
     assert isinstance(outcome, CrossValidation)
@@ -59,6 +63,8 @@ def test_folds_are_evaluated_on_all_images_and_nothing_is_published(make_folds_j
     assert list_models(workspace.storage) == {}
     report = workspace.storage.read(f"runs/{job.run}/report.html").decode()
     assert "Nothing is published" in report
+    for fold in (1, 2):
+        assert re.search(rf"Fold {fold}: [0-9]+ images? of the test split ha(s|ve) the same pixels", report)
     assert f"{outcome.metrics['accuracy']:.4f} ± {outcome.deviations['accuracy']:.4f}" in report
     assert f"2 folds: accuracy {outcome.metrics['accuracy']:.4f} ± " in outcome.summary()[0]
 

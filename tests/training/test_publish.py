@@ -120,6 +120,7 @@ def publish_version(
     stored=None,
     content=None,
     damaged=None,
+    split="test",
 ):
     """Publish a version as an earlier run would have, with metrics that it measured on other images."""
     number = len(versions.list_versions(storage, "tiny")) + 1
@@ -133,7 +134,7 @@ def publish_version(
     (directory / "spec.yaml").write_text(f"spec: {{dataset: {{imageSize: [{height}, {width}]}}}}")
     facts = Version(
         name="tiny", version=number, uri=storage.uri_of(prefix), run="earlier-1", weights=weights,
-        published="2026-01-01T00:00:00Z", main_metric="accuracy", metrics=stored or {"accuracy": 1.0}, split="test",
+        published="2026-01-01T00:00:00Z", main_metric="accuracy", metrics=stored or {"accuracy": 1.0}, split=split,
         images=5,
     )  # fmt: skip
     write_artifact(storage, prefix, directory, facts.model_dump(mode="json"))
@@ -192,6 +193,7 @@ def test_latest_version_may_have_another_order_of_classes(evaluate_earlier_versi
         ({"content": b"not a model"}, "model.keras cannot be loaded (ValueError: "),
         ({"formats": ("onnx",), "content": b"not a model"}, "model.onnx cannot be loaded (InvalidProtobuf: "),
         ({"damaged": "model.keras"}, "model.keras"),
+        ({"split": "cross-validation"}, "it is the final model of cross-validation, trained on all images"),
     ],
 )
 def test_latest_version_that_cannot_be_evaluated_is_explained(make_job, workspace, tmp_path, settings, reason):

@@ -14,7 +14,7 @@ from topwork.spec.dataset import Dataset
 from topwork.spec.splits import Splits
 
 FOLDS = st.integers(2, 6)
-CLASS_SIZES = st.lists(st.integers(8, 60), min_size=2, max_size=5)
+CLASS_SIZES = st.lists(st.integers(12, 60), min_size=2, max_size=5)
 
 
 def select(labels, fold, groups=None, on_missing_class="fail", seed=1, **splits):
@@ -98,8 +98,25 @@ def test_first_fold_fails_if_a_later_one_would():
     labels = np.repeat([0, 1], [60, 20])
     groups = np.concatenate([np.arange(60) // 6, np.full(20, 10)])
     for fold in (1, 2, 3):
-        with pytest.raises(DataError, match="The training split contains no image of class-1"):
-            select(labels, fold, groups, "allow", folds=3)
+        with pytest.raises(
+            DataError, match=r"no image of class-1\. Use smaller groups or fewer spec\.dataset\.splits\.f"
+        ):
+            select(labels, fold, groups, "allow", folds=3, group_by="folder")
+
+
+def test_fold_without_groups_is_named():
+    labels = np.repeat([0, 1], [20, 20])
+    with pytest.raises(
+        DataError, match=r"The fold [0-9] test split has no images: .* finds only 4 groups.* fewer folds"
+    ):
+        select(labels, 1, np.arange(40) // 10, "allow", folds=5)
+
+
+def test_fold_that_is_not_stratified_lacks_a_class():
+    with pytest.raises(
+        DataError, match=r"The test split contains no image of class-1\. Set stratify: true, remove the "
+    ):
+        select(np.repeat([0, 1], [60, 3]), 1, folds=5, stratify=False)
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=6), st.sampled_from([[0.8, 0.1, 0.1], [0.9, 0.1], [0.5, 0.5]]))

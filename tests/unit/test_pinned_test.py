@@ -141,7 +141,8 @@ def test_missing_and_relabeled_test_images_are_rejected():
     message = (
         "spec.dataset.splits.pinTest is 3, but the dataset no longer has the test set of that version. 3 of 12 images "
         "are missing: cat/0.png (cat), dog/1.png (dog), cat/2.png (cat); 1 of 12 images have another class: cat/10.png "
-        "(cat, now dog). Metrics of different images cannot be compared."
+        "(cat, now dog). Metrics of different images cannot be compared. Restore the images and their classes in the "
+        "source and in spec.dataset.classes,"
     )
     with pytest.raises(DataError, match=re.escape(message)):
         select(rows, ROWS[:12])

@@ -144,7 +144,7 @@ def check_group_splits(selected: Mapping[str, Int64Array], groups: Groups) -> No
     if empty := [name for name, positions in selected.items() if not len(positions)]:
         raise DataError(
             f"The {empty[0]} split has no images: spec.dataset.splits.groupBy finds only {len(groups.names)} groups. "
-            "Use groups that are smaller, or other fractions."
+            "Use groups that are smaller, other fractions, or fewer folds."
         )
 
 

@@ -4,7 +4,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations
 from pathlib import Path
@@ -29,6 +29,7 @@ from topwork.data.splits import Selection, SourceSplit, StoredImages, format_mis
 from topwork.spec import TransferJob
 from topwork.spec.dataset import Dataset
 from topwork.spec.kubernetes_types import quantity_to_bytes
+from topwork.spec.messages import count_noun
 from topwork.spec.splits import SPLIT_NAMES
 from topwork.workspace import Workspace
 
@@ -246,11 +247,13 @@ def fetch_dataset(dataset: StoredDataset, job: TransferJob, workspace: Workspace
         name: Split(records, positions, spec.image_size, preprocessing)
         for name, positions in selected.positions.items()
     }
+    if spec.audit.near_duplicates == "off":
+        selected = replace(selected, notes=(*selected.notes, *_describe_duplicates(splits)))
     _delete_incomplete_pixels(directory)
     if _fits_on_scratch(list(splits.values()), directory, job):
         cache_pixels(list(splits.values()), directory, workspace)
     marker = directory / f"splits-logged-{spec.fold or 'all'}"
-    _log_splits_once(marker, spec, selected, splits, metadata, preprocessing.value_range)
+    _log_splits_once(marker, selected, splits, metadata, preprocessing.value_range)
     validation, test = splits.get("validation"), splits.get("test")
     return LocalDataset(metadata.class_names, splits["train"], validation, test, selected.notes, records)
 
@@ -335,7 +338,6 @@ def _fits_on_scratch(splits: Sequence[Split], directory: Path, job: TransferJob)
 
 def _log_splits_once(
     marker: Path,
-    spec: Dataset,
     selected: Selection,
     splits: dict[str, Split],
     metadata: DatasetMetadata,
@@ -345,11 +347,6 @@ def _log_splits_once(
     if marker.exists():
         return
     log.info("splits", **{name: split.size for name, split in splits.items()})
-    # The audit also finds near duplicates.
-    for first, second in combinations(splits, 2) if spec.audit.near_duplicates == "off" else ():
-        common = int(np.isin(splits[second].digests, splits[first].digests).sum())
-        if common:
-            log.warning("duplicates across splits", images=common, split=second, other_split=first)
     for note in selected.notes:
         log.warning("splits", note=note)
     for name, split in splits.items():
@@ -357,6 +354,19 @@ def _log_splits_once(
             log.warning("classes without images", split=name, classes=missing)
     _log_conversions(metadata, value_range)
     marker.touch()
+
+
+def _describe_duplicates(splits: dict[str, Split]) -> tuple[str, ...]:
+    """Count images of a split with the pixels of an image of another split; sentences for the log and the report."""
+    notes = []
+    for first, second in combinations(splits, 2):
+        if common := int(np.isin(splits[second].digests, splits[first].digests).sum()):
+            what, has = count_noun(common, "image"), "has" if common == 1 else "have"
+            notes.append(
+                f"{what} of the {second} split {has} the same pixels as an image of the {first} split, so the metrics "
+                "are optimistic."
+            )
+    return tuple(notes)
 
 
 def _log_conversions(metadata: DatasetMetadata, value_range: ValueRange) -> None:

@@ -125,8 +125,8 @@ def _explain_changes(
     return (
         f"spec.dataset.splits.pinTest is {pinned.version}, but the dataset no longer has the test set of that version. "
         f"{'; '.join(parts)}. Metrics of different images cannot be compared. Restore the images and their classes in "
-        "the source, or replace pinTest by a new test split, such as test: 0.1. The pull drops images with the pixels "
-        "of another class, too: see onContradiction."
+        "the source and in spec.dataset.classes, or replace pinTest by a new test split, such as test: 0.1. The pull "
+        "drops images with the pixels of another class, too: see onContradiction."
     )
 
 

@@ -140,13 +140,15 @@ def _root(dataset: Dataset) -> str:
 
 
 def _explain_missing(metadata: DatasetMetadata) -> str:
+    left_out = metadata.class_selection.left_out if metadata.class_selection else ()
+    hint = " spec.dataset.classes leaves out images of other classes: remove their lines." if left_out else ""
     # An archive has no listing, so not all images that were dropped are known by name.
     found = metadata.contradictions
     if found is None or not found.dropped:
-        return ""
+        return hint
     return (
-        f" {found.images} images of the source were dropped, because an image of another class has the same pixels: "
-        "see spec.dataset.onContradiction."
+        f"{hint} {found.images} images of the source were dropped, because an image of another class has the same "
+        "pixels: see spec.dataset.onContradiction."
     )
 
 
@@ -245,10 +247,10 @@ def _select_fold(
     if splits.stratify:
         check_classes(dataset, folds, np.bincount(labels, minlength=len(class_names)).tolist(), class_names)
     strata = labels if splits.stratify else np.zeros_like(labels)
-    tests = _divide({str(index + 1): 1 / folds for index in range(folds)}, strata, seed, groups)
+    tests = _divide({f"fold {index + 1} test": 1 / folds for index in range(folds)}, strata, seed, groups)
     selected = {}
     for fold in (None, *range(1, folds + 1)):
-        test = tests[str(fold)] if fold else np.zeros(0, np.int64)
+        test = tests[f"fold {fold} test"] if fold else np.zeros(0, np.int64)
         rest = np.setdiff1d(np.arange(len(labels)), test)
         fractions = fractions_of_rest(splits, 1 / folds if fold else 0.0)
         parts = _divide(fractions, strata[rest], seed, groups.subset(rest) if groups else None)
@@ -288,9 +290,13 @@ def _check_missing_classes(name: str, missing: str, dataset: Dataset) -> None:
         return
     splits = dataset.split_settings
     is_pinned = name == "test" and splits.pin_test
+    enlarge = f"Enlarge spec.dataset.splits.{name}"
+    if splits.folds and name != "validation":
+        enlarge = "Use smaller groups or fewer spec.dataset.splits.folds" if splits.group_by else "Set stratify: true"
+    divides = splits.lists or is_pinned or splits.folds
     fixes = [
-        "Use a new test split instead of pinTest" if is_pinned else f"Enlarge spec.dataset.splits.{name}",
-        *([] if splits.lists or is_pinned else ["use fractions, such as train: 0.8, which divide every class"]),
+        "Use a new test split instead of pinTest" if is_pinned else enlarge,
+        *([] if divides else ["use fractions, such as train: 0.8, which divide every class"]),
         "remove the class from the source",
         *([] if name == "train" else ["evaluate without it: spec.dataset.onMissingClass: allow"]),
     ]

@@ -19,6 +19,7 @@ from topwork.data.images.decoding import Preprocessing
 from topwork.errors import DamagedError, DataError
 from topwork.model.export import EXPORTED_FILES
 from topwork.registry import evaluated_images, versions
+from topwork.registry.cross_validation import SPLIT
 from topwork.registry.versions import Version
 from topwork.report.exported_model import load_format, read_preprocessing
 from topwork.report.gates import LatestVersion
@@ -79,6 +80,8 @@ def evaluate_latest(job: TransferJob, weights: str, held_out: HeldOutSplit, fold
     name = f"{latest.name}/{latest.version}"
     if latest.weights == weights:
         return LatestVersion(version=name, same_weights=True)
+    if latest.split == SPLIT:
+        return LatestVersion(version=name, reason="it is the final model of cross-validation, trained on all images")
     try:
         loaded = _load(storage, latest, folder)
         metrics = _evaluate(loaded, held_out, "auc" in job.spec.evaluate.metrics)

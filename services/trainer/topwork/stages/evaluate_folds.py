@@ -61,7 +61,7 @@ def evaluate_fold(job: TransferJob, classifier: Classifier, dataset: StoredDatas
             fold=job.spec.dataset.fold or 0,
             images=results.evaluation.images,
             metrics=results.evaluation.metrics,
-            notes=(*results.evaluation.notes, *(results.audit.findings.warnings() if results.audit else ())),
+            notes=results.notes,
             weights=classifier.kept,
             report_uri=f"{store_evaluation(results, storage)}/report.html",
             duplicates=results.duplicates,
