@@ -105,11 +105,15 @@ def test_split_returns_the_same_images_cached_and_decoded_on_the_fly(make_job, w
     assert (batches[0][:24] == cached.train.load_images(np.arange(24))).all()
 
 
+# The audit finds near duplicates, too.
+UNAUDITED = {"audit": {"nearDuplicates": "off"}}
+
+
 def test_pull_and_fetch_dataset_log_duplicates(make_job, workspace, two_class_folder):
     for name in ("a", "b", "c"):
         Image.new("RGB", (40, 36), "red").save(two_class_folder / "red" / f"{name}.bmp")
     settings = make_job().spec.dataset.model_dump(by_alias=True, exclude_unset=True, mode="json")
-    job = make_job(dataset={**settings, "audit": {"nearDuplicates": "off"}})  # the audit finds near duplicates, too
+    job = make_job(dataset={**settings, **UNAUDITED})
     with capture_logs() as entries:
         stored = pull(job, workspace)
         dataset = fetch_dataset(stored, job, workspace)
@@ -131,7 +135,7 @@ def test_pull_and_fetch_dataset_log_duplicates(make_job, workspace, two_class_fo
         for first, second in combinations(digests, 2)
     }
     assert any(common.values())
-    assert events["duplicates across splits"]["note"] in dataset.notes
+    assert events["splits"]["note"] in dataset.notes
     expected = [f"{count} image" for count in common.values() if count]
     assert [note[: len(start)] for note, start in zip(dataset.notes, expected, strict=True)] == expected
 
@@ -140,7 +144,7 @@ def test_duplicates_across_folds_are_noted(make_job, workspace, two_class_folder
     for path in list(two_class_folder.rglob("*.*")):
         shutil.copy(path, path.with_name(f"copy-{path.name}"))
     source = make_job().spec.dataset.source.model_dump(mode="json", exclude_none=True)
-    job = make_job(dataset={"source": source, "splits": {"folds": 2, "fold": 1}, "imageSize": [32, 32]})
+    job = make_job(dataset={"source": source, "splits": {"folds": 2, "fold": 1}, "imageSize": [32, 32], **UNAUDITED})
     local = fetch_dataset(pull(job, workspace), job, workspace)
     common = int(np.isin(local.test.digests, local.train.digests).sum())
     assert local.notes == (
