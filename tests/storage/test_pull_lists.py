@@ -103,13 +103,18 @@ def test_image_that_was_rejected_is_reported_and_does_not_fail_the_job(
         pull(failing, workspace)
 
 
-def test_lines_of_a_class_that_is_left_out_are_explained(write_lists, make_list_job, workspace, two_class_folder):
+def test_lines_of_a_class_that_is_left_out_are_ignored(write_lists, make_list_job, workspace, two_class_folder):
     shutil.copytree(two_class_folder / "red", two_class_folder / "purple")
-    job = make_list_job(write_lists(train=["purple/01"]), classes={"exclude": ["purple"]})
+    job = make_list_job(write_lists(train=["purple/01", "./purple/02.jpg"]), classes={"exclude": ["purple"]})
+    local = fetch_dataset(pull(job, workspace), job, workspace)
+    assert (
+        "Ignored in the train list: 2 lines with images of classes that spec.dataset.classes leaves out." in local.notes
+    )
+    assert not [name for name in local.train.names if name.startswith("purple")]
+    # Other lines without an image are still an error.
+    job = make_list_job(write_lists(train=["blue/99"]), classes={"exclude": ["purple"]})
     dataset = pull(job, workspace)
-    with pytest.raises(
-        DataError, match=r"purple/01 \(line 21\).* spec\.dataset\.classes leaves out images of other cl"
-    ):
+    with pytest.raises(DataError, match=r"1 line without an image of the dataset: blue/99"):
         fetch_dataset(dataset, job, workspace)
 
 

@@ -119,7 +119,7 @@ def test_versions_without_a_test_set_are_rejected(make_split_job, publish_job, w
     publish_job(make_split_job({"train": 0.8, "validation": 0.2}))
     with pytest.raises(DataError, match=r"has no version 3 of the model tiny\. Published versions: 1\."):
         pull(job, workspace)
-    with pytest.raises(DataError, match="version 1 of tiny had no test split and was evaluated on its valid"):
+    with pytest.raises(DataError, match="version 1 of tiny has no test split: its metrics are those of valid"):
         pull(make_split_job({"train": 0.8, "validation": 0.2, "pinTest": 1}), workspace)
     facts = json.loads(workspace.storage.read("models/tiny/latest.json")) | {"version": 2, "split": "test"}
     (tmp_path / "older").mkdir()

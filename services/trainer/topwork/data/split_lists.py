@@ -7,7 +7,7 @@ as a label, is ignored. Blank lines, and lines that start with `#`, are skipped.
 import csv
 import gzip
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -204,6 +204,7 @@ class _ParsedList:
         ambiguous: Line number, text and matching names of lines that match several images.
         repeated: Number of lines that name an image again.
         ignored: Text after the path, of lines that have one.
+        left_out: Number of lines that name images of a class that `spec.dataset.classes` leaves out.
     """
 
     images: dict[str, None] = field(default_factory=dict)
@@ -211,6 +212,7 @@ class _ParsedList:
     ambiguous: list[str] = field(default_factory=list)
     repeated: int = 0
     ignored: list[str] = field(default_factory=list)
+    left_out: int = 0
 
 
 def match_lists(
@@ -219,6 +221,7 @@ def match_lists(
     unavailable: Mapping[str, str],
     root: str = "",
     hint: str = "",
+    left_out: Container[str] = (),
 ) -> ListedImages:
     """Find the images of the lists.
 
@@ -228,6 +231,7 @@ def match_lists(
         unavailable: Images of the source that were not stored, each with the reason.
         root: Directory that the paths of a list may be relative to; see `ImageNames`.
         hint: Another explanation for missing images, for the error message.
+        left_out: Classes of the source whose images are not stored. Lines with a directory of such a name are ignored.
 
     Returns:
         The split of each listed image that is stored.
@@ -236,7 +240,7 @@ def match_lists(
         DataError: If a line names no image or several, or an image is in two lists.
     """
     names = ImageNames([*stored, *unavailable], root)
-    parsed = {split: _parse(part, split, names) for split, part in lists.items()}
+    parsed = {split: _parse(part, split, names, left_out) for split, part in lists.items()}
     for split, result in parsed.items():
         _check_lines(result, f"{_key(split)} ({lists[split].uri})", next(iter(stored), ""), hint)
     split_of: dict[str, str] = {}
@@ -254,13 +258,15 @@ def match_lists(
     return ListedImages(stored_names, tuple(_write_notes(parsed, not_stored, unavailable)))
 
 
-def _parse(part: SplitList, split: str, names: ImageNames) -> _ParsedList:
+def _parse(part: SplitList, split: str, names: ImageNames, left_out: Container[str]) -> _ParsedList:
     result = _ParsedList()
     for number, line in _lines(part, split):
         found = names.find(line)
         if not found and line.startswith("#"):
             continue
-        if not found:
+        if not found and any(part in left_out for part in sanitize_name(normalize_name(line)).split("/")[:-1]):
+            result.left_out += 1
+        elif not found:
             result.missing.append(f"{sanitize_name(line)} (line {number})")
         elif len(found) > 1:
             result.ambiguous.append(f"{sanitize_name(line)} (line {number}: {' or '.join(found)})")
@@ -295,6 +301,9 @@ def _write_notes(
         if result.repeated:
             lines = count_noun(result.repeated, "line")
             yield f"Ignored in the {split} list: {lines} with an image that is already listed."
+        if result.left_out:
+            lines = count_noun(result.left_out, "line")
+            yield f"Ignored in the {split} list: {lines} with images of classes that spec.dataset.classes leaves out."
         if result.ignored:
             lines, example = count_noun(len(result.ignored), "line"), result.ignored[0][:40]
             yield (

@@ -108,7 +108,9 @@ def select_images(
 
 
 def _select_listed(dataset: Dataset, metadata: DatasetMetadata, images: StoredImages, inputs: SplitInputs) -> Selection:
-    listed = match_lists(inputs.lists, images.names, images.unavailable, _root(dataset), _explain_missing(metadata))
+    left_out = metadata.class_selection.left_out if metadata.class_selection else {}
+    hint = _explain_missing(metadata)
+    listed = match_lists(inputs.lists, images.names, images.unavailable, _root(dataset), hint, left_out)
     split_of_image = np.array([listed.split_of.get(name, "") for name in images.names])
     selected = {name: np.flatnonzero(split_of_image == name) for name in inputs.lists}
     if images.groups is not None:
@@ -140,14 +142,12 @@ def _root(dataset: Dataset) -> str:
 
 
 def _explain_missing(metadata: DatasetMetadata) -> str:
-    left_out = metadata.class_selection.left_out if metadata.class_selection else ()
-    hint = " spec.dataset.classes leaves out images of other classes: remove their lines." if left_out else ""
     # An archive has no listing, so not all images that were dropped are known by name.
     found = metadata.contradictions
     if found is None or not found.dropped:
-        return hint
+        return ""
     return (
-        f"{hint} {found.images} images of the source were dropped, because an image of another class has the same "
+        f" {found.images} images of the source were dropped, because an image of another class has the same "
         "pixels: see spec.dataset.onContradiction."
     )
 
@@ -253,6 +253,10 @@ def _select_fold(
         test = tests[f"fold {fold} test"] if fold else np.zeros(0, np.int64)
         rest = np.setdiff1d(np.arange(len(labels)), test)
         fractions = fractions_of_rest(splits, 1 / folds if fold else 0.0)
+        if fold and not len(test):
+            raise DataError(
+                f"spec.dataset.splits.folds is {folds}, but the dataset has only {len(labels)} images. Use fewer folds."
+            )
         parts = _divide(fractions, strata[rest], seed, groups.subset(rest) if groups else None)
         selected[fold] = {name: rest[positions] for name, positions in parts.items()} | ({"test": test} if fold else {})
         _check_split_classes(selected[fold], labels, class_names, dataset)

@@ -57,7 +57,7 @@ def read_pinned_test(storage: Storage, name: str, number: int) -> PinnedTest:
         )
     if version.split != "test":
         raise DataError(
-            f"{key} version {number} of {name} had no test split and was evaluated on its {version.split} split. Pin a "
+            f"{key} version {number} of {name} has no test split: its metrics are those of {version.split}. Pin a "
             "version with a test split, or set spec.dataset.splits.test."
         )
     prefix = versions.version_prefix(name, number)

@@ -15,7 +15,7 @@ from topwork.cli.options import State
 from topwork.cli.runtime.storage import open_storage
 from topwork.errors import SettingError
 from topwork.registry import versions
-from topwork.registry.cross_validation import format_mean
+from topwork.registry.cross_validation import format_images, format_mean
 from topwork.registry.versions import Version
 
 app = typer.Typer(help="List, show and download published models.", no_args_is_help=True, rich_markup_mode=None)
@@ -75,6 +75,7 @@ def show(
     lines = {"model": published.uri, "run": published.run, "published": published.published}
     deviations = published.deviations
     lines |= {metric: format_mean(value, deviations.get(metric)) for metric, value in published.metrics.items()}
+    lines |= {"evaluated": format_images(published.images, published.split)}
     if published.excluded_classes:
         lines |= {"classes": f"{published.excluded_classes} without images in the {published.split} split are excluded"}
     lines |= {"files": f"{len(files)}, {total:.1f} MiB: {', '.join(sorted(files))}"}

@@ -209,9 +209,9 @@ def _find_result(
         return outcome
     if container.stage == "pull":
         return dataset
-    return (
-        find_completed_stage(job.run, "transfer", keys.transfer, workspace) if container.stage == "transfer" else None
-    )
+    if container.stage != "transfer" or job.spec.dataset.folds:
+        return None
+    return find_completed_stage(job.run, "transfer", keys.transfer, workspace)
 
 
 def _run_stage(
