@@ -1,6 +1,7 @@
 """The audit of a dataset: planted duplicates, what the spec makes of them, older datasets, image quality, labels."""
 
 import json
+from dataclasses import replace
 from importlib import resources
 
 import numpy as np
@@ -8,8 +9,10 @@ import pytest
 from PIL import Image, ImageOps
 from sklearn.datasets import load_digits
 
+from topwork.artifacts import write_artifact
 from topwork.data.signatures import SIGNATURES_FILE
 from topwork.errors import DataError
+from topwork.registry.versions import Version, update_latest
 from topwork.stages.audit import audit
 from topwork.stages.pull import pull
 
@@ -169,3 +172,29 @@ def test_wrong_labels_of_digits_are_found(make_job, tmp_path, workspace):
     assert findings.label_issues == len(suspects)
     assert len(suspects & set(wrong.tolist())) >= 0.8 * len(wrong)
     assert len(suspects & set(wrong.tolist())) >= 0.7 * len(suspects)
+
+
+def test_images_and_classes_are_compared_with_those_of_the_last_version(
+    make_photo_job, photographs, workspace, tmp_path
+):
+    job, storage = make_photo_job(nearDuplicates="off", labelIssues="report"), workspace.storage
+    dataset = pull(job, workspace)
+    assert audit(job, dataset, workspace).drift is None
+    (tmp_path / "version").mkdir()
+    (tmp_path / "version" / "audit.json").write_bytes(storage.read(f"runs/{job.run}/audit.json"))
+    version = Version(
+        name="tiny", version=1, uri="", run=job.run, weights="", published="", main_metric="accuracy", metrics={},
+        split="test", images=10, dataset=dataset.prefix,
+    )  # fmt: skip
+    write_artifact(storage, "models/tiny/1", tmp_path / "version", version.model_dump(mode="json"))
+    update_latest(storage, "tiny")
+    same = audit(job.as_run("same"), dataset, workspace).drift
+    assert (same.version, same.distance, same.features) == (1, 0.0, 0.0)
+    for path in photographs.rglob("*.png"):
+        with Image.open(path) as image:
+            image.point(lambda value: value // 3).save(path)
+    (photographs / "train" / "flower" / "09.png").unlink()
+    darker = audit(job, pull(job, replace(workspace, scratch=tmp_path / "new")), workspace).drift
+    assert darker.features > 0.5
+    assert darker.distance == pytest.approx(0.5 - 19 / 39, abs=1e-5)
+    assert f"the features of images by {darker.features:.2f} deviations" in darker.describe()

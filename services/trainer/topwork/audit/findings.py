@@ -2,6 +2,8 @@
 
 import csv
 import io
+import math
+from statistics import fmean
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -118,8 +120,32 @@ class QualityIssue(_Record):
     problem: Problem
 
 
-class LabelDrift(_Record):
-    """How the classes differ from those of the dataset of the last published version.
+class FeatureSummary(_Record):
+    """Distribution of the features of all images, which later versions are compared with.
+
+    Attributes:
+        key: Identifies the features: those with the same key can be compared.
+        mean: Mean of each feature.
+        deviation: Standard deviation of each feature.
+    """
+
+    key: str
+    mean: tuple[float, ...]
+    deviation: tuple[float, ...]
+
+    def distance(self, other: "FeatureSummary") -> float:
+        """Return the mean standardized difference of the features, in standard deviations.
+
+        Features that are constant in both datasets do not count. Of a single feature, 0.1 is usually considered small
+        (Austin 2009, "Balance diagnostics for comparing the distribution of baseline covariates").
+        """
+        pooled = [math.sqrt((a * a + b * b) / 2) for a, b in zip(self.deviation, other.deviation, strict=True)]
+        means = zip(self.mean, other.mean, pooled, strict=True)
+        return fmean([abs(a - b) / scale for a, b, scale in means if scale] or [0.0])
+
+
+class Drift(_Record):
+    """How classes and images differ from those of the dataset of the last published version.
 
     Attributes:
         version: That version.
@@ -127,6 +153,7 @@ class LabelDrift(_Record):
         distance: Total variation distance of the shares of the classes: 0 for equal shares, 1 for different classes.
         before: Images of each class in its dataset.
         now: Images of each class in this dataset.
+        features: Mean standardized difference of the features of the images; None if they were not computed for both.
     """
 
     version: int
@@ -134,6 +161,15 @@ class LabelDrift(_Record):
     distance: float
     before: dict[str, int]
     now: dict[str, int]
+    features: float | None = None
+
+    def describe(self) -> str:
+        """Return one sentence with the numbers."""
+        images = "" if self.features is None else f", and the features of images by {self.features:.2f} deviations"
+        return (
+            f"Since version {self.version}, the shares of the classes have changed by {self.distance:.1%} (total "
+            f"variation distance){images}."
+        )
 
 
 class AuditFindings(_Record):
@@ -150,11 +186,12 @@ class AuditFindings(_Record):
         contradictions: Images with the same pixels as an image of another class.
         label_issues: Number of images whose class is probably wrong; None if labelIssues is off.
         label_features: What the classes were predicted from: base or pixels.
+        features: Distribution of the features of all images; None if labelIssues is off.
         label_examples: Images whose class is probably wrong, most certain first.
         quality: Number of images by problem.
         quality_examples: Images by problem.
         small_classes: Classes with few training images, and their number.
-        drift: How the classes changed since the last published version; None if there is none.
+        drift: How classes and images changed since the last published version; None if there is none.
     """
 
     format: int = 1
@@ -167,11 +204,12 @@ class AuditFindings(_Record):
     contradictions: int = 0
     label_issues: int | None = None
     label_features: str = ""
+    features: FeatureSummary | None = None
     label_examples: tuple[LabelIssue, ...] = ()
     quality: dict[str, int] = {}
     quality_examples: tuple[QualityIssue, ...] = ()
     small_classes: dict[str, int] = {}
-    drift: LabelDrift | None = None
+    drift: Drift | None = None
 
     @property
     def leak(self) -> Overlap | None:

@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass
 
-from topwork.artifacts import read_json_record
+from topwork.artifacts import read_json_record, read_manifest
 from topwork.audit.findings import AuditFindings, DuplicatePair, LabelIssue
 from topwork.clients.s3.storage import Storage
 from topwork.data.dataset_manifest import StoredDataset
 from topwork.errors import FormatError
+from topwork.registry.versions import version_prefix
 from topwork.spec import TransferJob
 from topwork.spec.digest import digest_of, training_content
 
@@ -57,12 +58,24 @@ def read_findings(job: TransferJob, dataset: StoredDataset, storage: Storage) ->
     Raises:
         DataError: If the file was not written by topwork.
     """
-    key = f"runs/{job.run}/{FINDINGS_FILE}"
+    findings = _read(storage, f"runs/{job.run}/{FINDINGS_FILE}")
+    return findings if findings and findings.key == findings_key(job, dataset) else None
+
+
+def read_version_findings(storage: Storage, name: str, version: int) -> AuditFindings | None:
+    """Read the findings that were published with a version; None if there are none."""
+    prefix = version_prefix(name, version)
+    manifest = read_manifest(storage, prefix)
+    if manifest is None or FINDINGS_FILE not in manifest.files:
+        return None
+    return _read(storage, manifest.key_of(prefix, FINDINGS_FILE))
+
+
+def _read(storage: Storage, key: str) -> AuditFindings | None:
     data = storage.read(key)
     if data is None:
         return None
     try:
-        findings = read_json_record(AuditFindings, data, storage.uri_of(key), "the findings of an audit")
+        return read_json_record(AuditFindings, data, storage.uri_of(key), "the findings of an audit")
     except FormatError:
         return None
-    return findings if findings.key == findings_key(job, dataset) else None

@@ -11,8 +11,9 @@ import structlog
 from topwork.audit.findings import (
     AuditedImage,
     AuditFindings,
+    Drift,
     DuplicatePair,
-    LabelDrift,
+    FeatureSummary,
     LabelIssue,
     Overlap,
     Problem,
@@ -26,8 +27,10 @@ from topwork.data.local_dataset import LocalDataset, Split, fetch_dataset
 from topwork.data.signatures import SignatureFile, Thumbnails, open_signatures
 from topwork.errors import DataError
 from topwork.registry import versions
-from topwork.report.audit import FINDINGS_FILE, SUSPECTS_FILE, findings_key, read_findings
+from topwork.registry.stage_keys import read_base_version
+from topwork.report.audit import FINDINGS_FILE, SUSPECTS_FILE, findings_key, read_findings, read_version_findings
 from topwork.spec import TransferJob
+from topwork.spec.digest import DIGEST_LENGTH, digest_of
 from topwork.workspace import Workspace
 
 log = structlog.get_logger(__name__)
@@ -97,11 +100,7 @@ def report(findings: AuditFindings, workspace: Workspace) -> None:
         small = ", ".join(f"{name} {count}" for name, count in list(findings.small_classes.items())[:20])
         log.warning("classes with few training images", images=small)
     if findings.drift:
-        log.info(
-            "classes since the last version",
-            version=findings.drift.version,
-            distance=round(findings.drift.distance, 4),
-        )
+        log.info("changes since the last version", note=findings.drift.describe())
 
 
 def check_leaks(job: TransferJob, findings: AuditFindings) -> None:
@@ -276,7 +275,34 @@ def _examine_labels(
         LabelIssue(image=image(position), suggested=names[suggested], probability=round(float(own), 4))
         for position, suggested, own in zip(errors.index, errors.suggested, errors.probability, strict=True)
     )
-    return findings.model_copy(update={"label_issues": len(issues), "label_features": source, "label_examples": issues})
+    summary = FeatureSummary(
+        key=_features_key(job, source, workspace.storage),
+        mean=tuple(round(float(value), 5) for value in features.mean(0, dtype=np.float64)),
+        deviation=tuple(round(float(value), 5) for value in features.std(0, dtype=np.float64)),
+    )
+    return findings.model_copy(
+        update={
+            "label_issues": len(issues),
+            "label_features": source,
+            "label_examples": issues,
+            "features": summary,
+            "drift": findings.drift and _compare_features(findings.drift, summary, job, workspace.storage),
+        }
+    )
+
+
+def _features_key(job: TransferJob, source: str, storage: Storage) -> str:
+    base, settings = job.spec.model.base, job.spec.dataset
+    content = [base.model_dump(mode="json"), read_base_version(base, storage)] if source == "base" else []
+    return digest_of([source, *content, settings.image_size, settings.image_fit])[:DIGEST_LENGTH]
+
+
+def _compare_features(drift: Drift, summary: FeatureSummary, job: TransferJob, storage: Storage) -> Drift:
+    """Add the distance from the features of the last version, if it stored features of the same kind."""
+    before = read_version_findings(storage, job.model_name, drift.version)
+    if before is None or before.features is None or before.features.key != summary.key:
+        return drift
+    return drift.model_copy(update={"features": round(summary.distance(before.features), 6)})
 
 
 def _small_classes(local: LocalDataset) -> dict[str, int]:
@@ -284,7 +310,7 @@ def _small_classes(local: LocalDataset) -> dict[str, int]:
     return {name: count for name, count in zip(local.class_names, counts, strict=True) if count < MIN_TRAINING_IMAGES}
 
 
-def _drift(job: TransferJob, dataset: StoredDataset, storage: Storage) -> LabelDrift | None:
+def _drift(job: TransferJob, dataset: StoredDataset, storage: Storage) -> Drift | None:
     """Compare the classes with those of the dataset of the latest version."""
     latest = versions.read_latest(storage, job.model_name)
     before = read_dataset_metadata(storage, latest.dataset) if latest and latest.dataset else None
@@ -295,6 +321,6 @@ def _drift(job: TransferJob, dataset: StoredDataset, storage: Storage) -> LabelD
         abs(old.get(name, 0) / max(1, before.images) - new.get(name, 0) / max(1, dataset.metadata.images))
         for name in {*old, *new}
     ]
-    return LabelDrift(
+    return Drift(
         version=latest.version, dataset=latest.dataset, distance=round(sum(shares) / 2, 6), before=old, now=new
     )

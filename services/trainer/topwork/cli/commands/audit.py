@@ -115,8 +115,5 @@ def _format_findings(findings: "AuditFindings") -> list[str]:
         small = ", ".join(f"{name} {count}" for name, count in list(findings.small_classes.items())[:MAX_SHOWN])
         lines.append(f"{len(findings.small_classes)} classes with few training images: {small}.")
     if findings.drift:
-        lines.append(
-            f"Since version {findings.drift.version}, the shares of the classes have changed by "
-            f"{findings.drift.distance:.1%} (total variation distance)."
-        )
+        lines.append(findings.drift.describe())
     return lines
