@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from topwork.data.groups import Groups
-from topwork.data.split_counts import count_images
-from topwork.data.splits import SourceSplit, select_splits
-from topwork.data.stratification import allocate
+from topwork.data.splits.counts import count_images
+from topwork.data.splits.groups import Groups
+from topwork.data.splits.selection import SourceSplit, select_splits
+from topwork.data.splits.stratification import allocate
 from topwork.errors import DataError
 from topwork.spec.dataset import Dataset
 from topwork.spec.splits import Splits

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from topwork.data.groups import Groups, assign_groups, find_groups
-from topwork.data.splits import SourceSplit, select_splits
+from topwork.data.splits.groups import Groups, assign_groups, find_groups
+from topwork.data.splits.selection import SourceSplit, select_splits
 from topwork.errors import DataError
 from topwork.spec.dataset import Dataset
 from topwork.spec.splits import GroupColumn, GroupRegex

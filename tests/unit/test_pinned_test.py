@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from topwork.data.dataset_manifest import DatasetMetadata
-from topwork.data.groups import Groups
-from topwork.data.pinned_test import select_pinned_test
-from topwork.data.split_counts import count_images
-from topwork.data.split_inputs import EvaluatedImage, PinnedTest, SplitInputs
-from topwork.data.splits import SourceSplit, StoredImages, select_images
+from topwork.data.splits.counts import count_images
+from topwork.data.splits.groups import Groups
+from topwork.data.splits.inputs import EvaluatedImage, PinnedTest, SplitInputs
+from topwork.data.splits.pinned_test import select_pinned_test
+from topwork.data.splits.selection import SourceSplit, StoredImages, select_images
 from topwork.errors import DataError
 from topwork.spec.dataset import Dataset
 

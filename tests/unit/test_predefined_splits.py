@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from topwork.clients.prometheus.metrics import Metrics
 from topwork.data.dataset_manifest import DatasetMetadata
-from topwork.data.groups import Groups
-from topwork.data.predefined_splits import describe_predefined, match_splits
 from topwork.data.sources import open_dataset_source, open_source
-from topwork.data.split_counts import check_splits, count_images
-from topwork.data.splits import SourceSplit, select_splits
+from topwork.data.splits.counts import check_splits, count_images
+from topwork.data.splits.groups import Groups
+from topwork.data.splits.predefined import describe_predefined, match_splits
+from topwork.data.splits.selection import SourceSplit, select_splits
 from topwork.errors import DataError
 from topwork.registry.datasets import fingerprint_of
 from topwork.spec.dataset import Dataset, DatasetSource

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from topwork.data.dataset_manifest import Contradictions, DatasetMetadata, LabeledImage, RejectedImage
-from topwork.data.groups import Groups
-from topwork.data.split_counts import count_images
-from topwork.data.split_inputs import SplitInputs, SplitList
-from topwork.data.split_lists import (
+from topwork.data.splits.counts import count_images
+from topwork.data.splits.groups import Groups
+from topwork.data.splits.inputs import SplitInputs, SplitList
+from topwork.data.splits.lists import (
     SAME_PIXELS,
     ImageNames,
     count_lines,
@@ -20,7 +20,7 @@ from topwork.data.split_lists import (
     match_lists,
     read_split_lists,
 )
-from topwork.data.splits import SourceSplit, StoredImages, select_images
+from topwork.data.splits.selection import SourceSplit, StoredImages, select_images
 from topwork.errors import DataError
 from topwork.spec.dataset import Dataset
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from topwork.data.dataset_manifest import DatasetMetadata
-from topwork.data.split_counts import check_splits, count_images
-from topwork.data.splits import SourceSplit, format_missing_classes, permutation, select_splits
+from topwork.data.splits.counts import check_splits, count_images
+from topwork.data.splits.selection import SourceSplit, format_missing_classes, permutation, select_splits
 from topwork.errors import DataError
 from topwork.spec.dataset import Dataset
 from topwork.spec.splits import Splits

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from topwork.data.stratification import allocate
+from topwork.data.splits.stratification import allocate
 
 FRACTIONS = st.lists(st.integers(1, 98), min_size=1, max_size=3).filter(lambda parts: sum(parts) <= 100)
 

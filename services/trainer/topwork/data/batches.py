@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from topwork.data.images.decode_pool import available_cpus
 from topwork.data.local_dataset import Indices, Split, disable_autotune
-from topwork.data.splits import permutation
+from topwork.data.splits.selection import permutation
 from topwork.errors import DataError
 
 Augment = Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor]]

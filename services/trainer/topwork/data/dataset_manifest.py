@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from topwork.artifacts import read_manifest
 from topwork.clients.s3.storage import Storage
 from topwork.data.images.value_range import ValueStatistics
-from topwork.data.split_inputs import SplitInputs
+from topwork.data.splits.inputs import SplitInputs
 from topwork.errors import DataError
 
 TFDS_NAME = "stored_images"

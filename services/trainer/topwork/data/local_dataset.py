@@ -17,15 +17,15 @@ import tensorflow as tf
 
 from topwork.artifacts import download_artifact
 from topwork.data.dataset_manifest import ENTRIES_FILE, DatasetMetadata, StoredDataset
-from topwork.data.groups import find_groups
 from topwork.data.images.decode_pool import available_cpus
 from topwork.data.images.decoding import Preprocessing
 from topwork.data.images.image_validation import SEVERAL_FRAMES
 from topwork.data.images.value_range import ValueRange, describe_value_range, resolve_value_range
 from topwork.data.record_index import RecordIndex, open_record_index
-from topwork.data.split_inputs import SplitInputs
-from topwork.data.split_lists import find_unavailable_images
-from topwork.data.splits import Selection, SourceSplit, StoredImages, format_missing_classes, select_images
+from topwork.data.splits.groups import find_groups
+from topwork.data.splits.inputs import SplitInputs
+from topwork.data.splits.lists import find_unavailable_images
+from topwork.data.splits.selection import Selection, SourceSplit, StoredImages, format_missing_classes, select_images
 from topwork.spec import TransferJob
 from topwork.spec.dataset import Dataset
 from topwork.spec.kubernetes_types import quantity_to_bytes

@@ -4,8 +4,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from topwork.data.dataset_manifest import StoredDataset
-from topwork.data.split_counts import check_splits, count_images, describe_splits
-from topwork.data.split_inputs import SplitInputs
+from topwork.data.splits.counts import check_splits, count_images, describe_splits
+from topwork.data.splits.inputs import SplitInputs
 from topwork.data.tfds_mirror import TfdsName
 from topwork.errors import DataError, UnavailableError
 from topwork.registry.datasets import list_datasets

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from topwork.artifacts import read_manifest
 from topwork.clients.s3.storage import Storage
-from topwork.data.split_inputs import EvaluatedImage, PinnedTest
+from topwork.data.splits.inputs import EvaluatedImage, PinnedTest
 from topwork.errors import DamagedError, DataError
 from topwork.registry import versions
 

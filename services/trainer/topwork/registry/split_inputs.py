@@ -1,8 +1,8 @@
 """Reads what the splits of a job depend on besides its spec and its dataset."""
 
 from topwork.clients.s3.storage import Storage
-from topwork.data.split_inputs import SplitInputs
-from topwork.data.split_lists import read_split_lists
+from topwork.data.splits.inputs import SplitInputs
+from topwork.data.splits.lists import read_split_lists
 from topwork.registry.evaluated_images import read_pinned_test
 from topwork.spec import TransferJob
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from topwork.clients.s3.storage import Storage, describe_file
-from topwork.data.split_inputs import SplitInputs
+from topwork.data.splits.inputs import SplitInputs
 from topwork.registry.imagenet_weights import find_converted_weights
 from topwork.registry.split_inputs import read_split_inputs
 from topwork.registry.stage_results import TrainingStage

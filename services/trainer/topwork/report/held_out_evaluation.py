@@ -16,7 +16,7 @@ from topwork import __version__
 from topwork.audit.findings import AuditedImage, AuditFindings
 from topwork.data.dataset_manifest import StoredDataset
 from topwork.data.local_dataset import LocalDataset, Split, fetch_dataset
-from topwork.data.split_inputs import EvaluatedImage
+from topwork.data.splits.inputs import EvaluatedImage
 from topwork.errors import DataError
 from topwork.model.export import add_probabilities
 from topwork.model.input_scaling import describe_input_scaling

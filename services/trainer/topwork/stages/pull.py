@@ -27,7 +27,7 @@ from topwork.data.images.value_range import summarize_values
 from topwork.data.sources import Source, open_dataset_source
 from topwork.data.sources.class_selection import SelectedClasses
 from topwork.data.sources.source import find_similar_class_names
-from topwork.data.split_counts import check_splits
+from topwork.data.splits.counts import check_splits
 from topwork.disk_space import directory_bytes, require_free_space
 from topwork.errors import DataError
 from topwork.registry.datasets import FORMAT, fingerprint_of, read_stored_dataset, select_dataset, write_entries

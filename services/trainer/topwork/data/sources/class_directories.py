@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 
 import structlog
 
-from topwork.data.predefined_splits import format_spellings, match_splits, split_of_name
 from topwork.data.sources.source import (
     IMAGE_SUFFIXES,
     TRAIN,
@@ -19,6 +18,7 @@ from topwork.data.sources.source import (
     normalize_name,
     sanitize_name,
 )
+from topwork.data.splits.predefined import format_spellings, match_splits, split_of_name
 from topwork.errors import DataError
 
 log = structlog.get_logger(__name__)

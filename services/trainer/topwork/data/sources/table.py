@@ -7,7 +7,6 @@ from typing import Any
 
 import structlog
 
-from topwork.data.predefined_splits import match_splits
 from topwork.data.sources.class_selection import ClassSelection
 from topwork.data.sources.source import (
     TRAIN,
@@ -23,6 +22,7 @@ from topwork.data.sources.source import (
 )
 from topwork.data.sources.table_images import TableImages
 from topwork.data.sources.table_reader import DuplicateChecker, Row, read_rows
+from topwork.data.splits.predefined import match_splits
 from topwork.errors import DataError
 from topwork.spec.dataset import TableSource
 from topwork.workspace import Workspace

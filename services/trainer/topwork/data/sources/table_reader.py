@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from topwork.data.predefined_splits import format_spellings, split_of_name
+from topwork.data.splits.predefined import format_spellings, split_of_name
 from topwork.errors import DataError
 from topwork.spec.dataset import TableSource
 

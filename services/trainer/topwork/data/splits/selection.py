@@ -8,12 +8,12 @@ import numpy as np
 import numpy.typing as npt
 
 from topwork.data.dataset_manifest import DatasetMetadata
-from topwork.data.groups import Groups, assign_groups, check_group_splits, check_whole_groups
-from topwork.data.pinned_test import select_pinned_test
-from topwork.data.predefined_splits import carved_fractions, describe_predefined, match_splits
-from topwork.data.split_inputs import PinnedTest, SplitInputs
-from topwork.data.split_lists import match_lists
-from topwork.data.stratification import Counts, allocate
+from topwork.data.splits.groups import Groups, assign_groups, check_group_splits, check_whole_groups
+from topwork.data.splits.inputs import PinnedTest, SplitInputs
+from topwork.data.splits.lists import match_lists
+from topwork.data.splits.pinned_test import select_pinned_test
+from topwork.data.splits.predefined import carved_fractions, describe_predefined, match_splits
+from topwork.data.splits.stratification import Counts, allocate
 from topwork.errors import DataError
 from topwork.spec.dataset import Dataset
 from topwork.spec.slices import Slice, parse_slices

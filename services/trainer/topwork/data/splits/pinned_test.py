@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from topwork.data.groups import Groups
-from topwork.data.split_inputs import EvaluatedImage, PinnedTest
+from topwork.data.splits.groups import Groups
+from topwork.data.splits.inputs import EvaluatedImage, PinnedTest
 from topwork.errors import DataError
 from topwork.spec.messages import count_noun
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from topwork.clients.s3.storage import Storage
 from topwork.data.dataset_manifest import DatasetMetadata
 from topwork.data.sources.source import normalize_name, sanitize_name
-from topwork.data.split_inputs import SplitList
+from topwork.data.splits.inputs import SplitList
 from topwork.errors import DataError
 from topwork.spec.messages import count_noun
 

@@ -1,0 +1,1 @@
+"""Splits of a stored dataset: which images are used for training, validation and test."""
