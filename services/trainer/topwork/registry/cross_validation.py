@@ -6,6 +6,7 @@
 
 from datetime import datetime
 from statistics import fmean, stdev
+from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -22,6 +23,9 @@ SPLIT = "cross-validation"
 
 SHOWN_METRICS = 4
 """Number of metrics in the summary; the report contains all."""
+
+
+Result = TypeVar("Result", "FoldResult", "CrossValidation")
 
 
 def format_images(images: int, split: str) -> str:
@@ -166,35 +170,32 @@ def cross_validation_key(job: TransferJob, fingerprint: str, storage: Storage) -
 
 def read_fold_result(storage: Storage, run: str, key: str) -> FoldResult | None:
     """Read the result of a fold; None if it is not evaluated, or with other settings."""
-    name = f"runs/{run}/evaluate/done.json"
-    data = storage.read(name)
-    if data is None:
-        return None
-    result = read_json_record(
-        FoldResult, data, storage.uri_of(name), "the result of a fold", "start over with --restart"
-    )
-    return result if result.key == key else None
+    return _read(FoldResult, storage, f"runs/{run}/evaluate/done.json", key)
 
 
 def read_cross_validation(storage: Storage, run: str, key: str) -> CrossValidation | None:
     """Read the result of cross-validation; None if it is not complete, or with other settings."""
-    name = f"runs/{run}/cross-validation/done.json"
-    data = storage.read(name)
-    if data is None:
-        return None
-    result = read_json_record(
-        CrossValidation, data, storage.uri_of(name), "the result of cross-validation", "start over with --restart"
-    )
-    return result if result.key == key else None
-
-
-def write_cross_validation(storage: Storage, run: str, result: CrossValidation) -> None:
-    """Write the result of cross-validation, after everything that it refers to."""
-    data = result.model_dump_json().encode()
-    storage.write(f"runs/{run}/cross-validation/done.json", data, content_type="application/json")
+    return _read(CrossValidation, storage, f"runs/{run}/cross-validation/done.json", key)
 
 
 def write_fold_result(storage: Storage, run: str, result: FoldResult) -> None:
     """Write the result of a fold, after everything that it refers to."""
-    data = result.model_dump_json().encode()
-    storage.write(f"runs/{run}/evaluate/done.json", data, content_type="application/json")
+    _write(storage, f"runs/{run}/evaluate/done.json", result)
+
+
+def write_cross_validation(storage: Storage, run: str, result: CrossValidation) -> None:
+    """Write the result of cross-validation, after everything that it refers to."""
+    _write(storage, f"runs/{run}/cross-validation/done.json", result)
+
+
+def _read(model: type[Result], storage: Storage, name: str, key: str) -> Result | None:
+    data = storage.read(name)
+    if data is None:
+        return None
+    what = "a result of cross-validation"
+    result = read_json_record(model, data, storage.uri_of(name), what, "start over with --restart")
+    return result if result.key == key else None
+
+
+def _write(storage: Storage, name: str, result: BaseModel) -> None:
+    storage.write(name, result.model_dump_json().encode(), content_type="application/json")
