@@ -181,7 +181,7 @@ def test_apply_overrides_does_not_modify_its_arguments() -> None:
         ),
         (
             "spec.publish.replace.0=a",
-            "spec.publish.replace: unknown key. Known keys: name, formats.",
+            "spec.publish.replace: unknown key. Known keys: name, formats, fold.",
         ),
         (
             "spec.evaluate.gates.0=null",

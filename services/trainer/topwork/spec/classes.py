@@ -12,7 +12,8 @@ from topwork.spec.spec_model import SpecModel, ValueDescription, Violation
 MAX_CLASSES = 10_000
 EXCLUDE = "exclude"
 
-_Name = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f]+$", max_length=1000)]
+# Without control characters: topwork shows them as question marks, and a name is written here as topwork shows it.
+_Name = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f-\x9f]+$", max_length=1000)]
 ClassName = Annotated[_Name, ValueDescription('the name of a class, in quotes if it is like "1", "0.5" or "true"')]
 MergedNames = Annotated[tuple[ClassName, ...], Field(min_length=1, max_length=MAX_CLASSES)]
 

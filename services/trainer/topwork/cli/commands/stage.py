@@ -194,6 +194,7 @@ def _find_result(
     container: Container, job: "TransferJob", workspace: "Workspace"
 ) -> "StoredDataset | Classifier | Published | CrossValidation | None":
     """Find the result of an earlier attempt and restore its metrics, without importing TensorFlow."""
+    from topwork.registry.cross_validation import fold_jobs
     from topwork.registry.stage_keys import stage_keys
     from topwork.registry.stage_results import find_completed_stage
     from topwork.stages.publish import find_outcome
@@ -202,15 +203,17 @@ def _find_result(
     dataset = find_pulled_dataset(job, workspace)
     if dataset is None:
         return None
-    keys = stage_keys(job, dataset.metadata.fingerprint, workspace.storage, dataset.inputs)
     if outcome := find_outcome(job, dataset, workspace):
-        for stage, key in keys.training_stages.items():
-            find_completed_stage(job.run, stage, key, workspace)
+        for part in (*fold_jobs(job), *([job] if job.spec.publishes else [])):
+            keys = stage_keys(part, dataset.metadata.fingerprint, workspace.storage, dataset.inputs)
+            for stage, key in keys.training_stages.items():
+                find_completed_stage(part.run, stage, key, workspace)
         return outcome
     if container.stage == "pull":
         return dataset
     if container.stage != "transfer" or job.spec.dataset.folds:
         return None
+    keys = stage_keys(job, dataset.metadata.fingerprint, workspace.storage, dataset.inputs)
     return find_completed_stage(job.run, "transfer", keys.transfer, workspace)
 
 
