@@ -226,7 +226,7 @@ class AuditFindings(_Record):
 
     def warnings(self) -> tuple[str, ...]:
         """Describe what makes published metrics doubtful."""
-        return (f"{self.leak.describe()} The metrics are optimistic.",) if self.leak and self.leak.duplicates else ()
+        return (f"{self.leak.describe()} The metrics may be optimistic.",) if self.leak and self.leak.duplicates else ()
 
     def without_long_lists(self) -> "AuditFindings":
         """Return the findings with at most `MAX_LISTED` images of each kind."""

@@ -146,7 +146,7 @@ class Published(BaseModel):
         if self.duplicates:
             caveats.append(
                 f"  leaks   {self.duplicates} of {format_images(self.images, self.split)} have a near duplicate in "
-                "train: the metrics are too high"
+                "train: the metrics may be optimistic"
             )
         return caveats
 
