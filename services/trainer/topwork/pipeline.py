@@ -53,8 +53,7 @@ def run(job: TransferJob, workspace: Workspace) -> Published | CrossValidation:
     with report_full_disk(workspace.scratch):
         prepare_training(job, workspace)
         dataset = pull(job, workspace)
-        for part in fold_jobs(job) or [job]:
-            audit(part, dataset, workspace)
+        audit_parts(job, dataset, workspace)
         if not job.spec.dataset.folds:
             return publish(job, train(job, dataset, workspace), dataset, workspace)
         validation, results = cross_validate(job, dataset, workspace)
@@ -62,6 +61,12 @@ def run(job: TransferJob, workspace: Workspace) -> Published | CrossValidation:
             return validation
         log.info("final model", folds=len(validation.folds))
         return publish(job, train(job, dataset, workspace), dataset, workspace, results)
+
+
+def audit_parts(job: TransferJob, dataset: StoredDataset, workspace: Workspace) -> list[AuditFindings]:
+    """Audit the dataset of a job, with the splits of each fold in cross-validation; empty if the audit is off."""
+    findings = (audit(part, dataset, workspace) for part in fold_jobs(job) or [job])
+    return [found for found in findings if found]
 
 
 def cross_validate(job: TransferJob, dataset: StoredDataset, workspace: Workspace) -> tuple[CrossValidation, Results]:
@@ -99,10 +104,8 @@ def run_transfer(job: TransferJob, workspace: Workspace) -> Classifier:
     with report_full_disk(workspace.scratch):
         prepare_training(job, workspace)
         dataset = pull(job, workspace)
-        parts = fold_jobs(job) or [job]
-        for part in parts:
-            audit(part, dataset, workspace)
-        return [transfer(part, dataset, workspace) for part in parts][-1]
+        audit_parts(job, dataset, workspace)
+        return [transfer(part, dataset, workspace) for part in fold_jobs(job) or [job]][-1]
 
 
 def run_audit(job: TransferJob, workspace: Workspace) -> list[AuditFindings]:
@@ -113,9 +116,7 @@ def run_audit(job: TransferJob, workspace: Workspace) -> list[AuditFindings]:
     """
     with report_full_disk(workspace.scratch):
         check_operations(workspace)
-        dataset = pull(job, workspace)
-        findings = (audit(part, dataset, workspace) for part in fold_jobs(job) or [job])
-        return [found for found in findings if found]
+        return audit_parts(job, pull(job, workspace), workspace)
 
 
 def run_pull(job: TransferJob, workspace: Workspace) -> StoredDataset:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from topwork.clients.s3.storage import Storage, describe_file
+from topwork.data.dataset_manifest import StoredDataset
 from topwork.data.splits.inputs import SplitInputs
 from topwork.registry.imagenet_weights import find_converted_weights
 from topwork.registry.split_inputs import read_split_inputs
@@ -85,6 +86,11 @@ def stage_keys(job: TransferJob, fingerprint: str, storage: Storage, inputs: Spl
     fine_tune = None if fine_tuning is None else _key("fine-tune", {"transfer": transfer, "fineTune": fine_tuning})
     publish = {"training": fine_tune or transfer, "name": job.model_name, **evaluation_content(job.spec)}
     return StageKeys(transfer, fine_tune, _key("publish", publish))
+
+
+def architecture_key(job: TransferJob, dataset: StoredDataset, storage: Storage) -> str:
+    """Return a key that models with the same operations share, such as those of all folds of a job."""
+    return stage_keys(job.with_fold(None), dataset.metadata.fingerprint, storage, dataset.inputs).transfer
 
 
 def run_name(job: TransferJob, keys: StageKeys) -> str:

@@ -24,7 +24,7 @@ from topwork.audit.quality import find_blank, find_blurred, find_tiny
 from topwork.clients.s3.storage import Storage
 from topwork.data.dataset_manifest import StoredDataset, read_dataset_metadata
 from topwork.data.local_dataset import LocalDataset, Split, fetch_dataset
-from topwork.data.signatures import SignatureFile, Thumbnails, open_signatures
+from topwork.data.signatures import Signatures, Thumbnails, open_signatures
 from topwork.errors import DataError
 from topwork.registry import versions
 from topwork.registry.stage_keys import read_base_version
@@ -151,9 +151,10 @@ def _examine_images(
     splits, names = local.splits, local.class_names
     if local.records is None:
         raise ValueError("the dataset has no index of its images")
-    signatures = open_signatures(workspace.scratch / dataset.prefix, local.records, workspace)
-    search = NearDuplicates(signatures.find(np.concatenate([split.digests for split in splits.values()])).thumbnails)
-    thumbnails = {name: signatures.find(split.digests).thumbnails for name, split in splits.items()}
+    file = open_signatures(workspace.scratch / dataset.prefix, local.records, workspace)
+    signatures = file.find(np.concatenate([split.digests for split in splits.values()]))
+    search = NearDuplicates(signatures.thumbnails)
+    thumbnails = {name: file.find(split.digests).thumbnails for name, split in splits.items()}
     overlaps, pairs = [], []
     # The pair of splits that matters most comes first: evaluated images and train.
     order = sorted(combinations(splits, 2), key=lambda two: (two[1] != findings.evaluated_split, two[0] != "train"))
@@ -237,9 +238,8 @@ def _image(name: str, split: Split, index: int, class_names: tuple[str, ...]) ->
     )
 
 
-def _quality(splits: dict[str, Split], file: SignatureFile, class_names: tuple[str, ...]) -> Iterator[QualityIssue]:
+def _quality(splits: dict[str, Split], signatures: Signatures, class_names: tuple[str, ...]) -> Iterator[QualityIssue]:
     """Yield useless images; blurred ones are compared with all others."""
-    signatures = file.find(np.concatenate([split.digests for split in splits.values()]))
     image_size = next(iter(splits.values())).image_size
     is_blank = find_blank(signatures.thumbnails)
     masks: dict[Problem, npt.NDArray[np.bool_]] = {

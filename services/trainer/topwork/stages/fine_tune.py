@@ -3,7 +3,7 @@
 import keras
 
 from topwork.data.dataset_manifest import StoredDataset
-from topwork.registry.stage_keys import stage_keys
+from topwork.registry.stage_keys import architecture_key, stage_keys
 from topwork.registry.stage_results import Classifier, find_completed_stage, write_reference
 from topwork.report.export_preflight import check_exportable
 from topwork.spec import TransferJob
@@ -58,7 +58,7 @@ def fine_tune(job: TransferJob, classifier: Classifier, dataset: StoredDataset, 
             return _load(classifier, workspace)
 
         names = dataset.metadata.class_names
-        architecture = stage_keys(job.with_fold(None), dataset.metadata.fingerprint, workspace.storage).transfer
+        architecture = architecture_key(job, dataset, workspace.storage)
         check_exportable(job, load_model, names, workspace, architecture=architecture, attempt_prefix=context.prefix)
         result = train(context, dataset, load_model, classifier)
         write_reference(workspace.storage, job.run, "fine-tune", key)

@@ -4,7 +4,7 @@ import keras
 
 from topwork.data.dataset_manifest import StoredDataset
 from topwork.model.classifier import build_classifier
-from topwork.registry.stage_keys import stage_keys
+from topwork.registry.stage_keys import architecture_key, stage_keys
 from topwork.registry.stage_results import Classifier, find_completed_stage, write_reference
 from topwork.report.export_preflight import check_exportable
 from topwork.spec import TransferJob
@@ -50,8 +50,7 @@ def transfer(job: TransferJob, dataset: StoredDataset, workspace: Workspace) -> 
 
         context = StageContext(job, plan_transfer(job.spec), key, workspace)
         names = dataset.metadata.class_names
-        # All folds have the same architecture.
-        architecture = stage_keys(job.with_fold(None), dataset.metadata.fingerprint, workspace.storage).transfer
+        architecture = architecture_key(job, dataset, workspace.storage)
         check_exportable(job, build_model, names, workspace, architecture=architecture, attempt_prefix=context.prefix)
         classifier = train(context, dataset, build_model)
         write_reference(workspace.storage, job.run, "transfer", key)

@@ -7,7 +7,8 @@ from topwork.data.dataset_manifest import DatasetMetadata
 from topwork.data.splits.inputs import SplitInputs
 from topwork.data.splits.lists import count_lines
 from topwork.data.splits.predefined import carved_fractions, describe_predefined, match_splits
-from topwork.data.splits.selection import check_classes, check_counts, fractions_of_rest, resolve_slices
+from topwork.data.splits.selection import check_classes, check_counts, fractions_of_rest
+from topwork.data.splits.slices import resolve_slices
 from topwork.data.splits.stratification import allocate
 from topwork.spec.dataset import Dataset
 from topwork.spec.slices import parse_slices

@@ -13,10 +13,10 @@ from topwork.data.splits.inputs import PinnedTest, SplitInputs
 from topwork.data.splits.lists import match_lists
 from topwork.data.splits.pinned_test import select_pinned_test
 from topwork.data.splits.predefined import carved_fractions, describe_predefined, match_splits
+from topwork.data.splits.slices import resolve_slices
 from topwork.data.splits.stratification import Counts, allocate
 from topwork.errors import DataError
 from topwork.spec.dataset import Dataset
-from topwork.spec.slices import Slice, parse_slices
 from topwork.spec.splits import SPLIT_NAMES, PerClass, Splits
 
 Positions = npt.NDArray[np.int64]
@@ -244,10 +244,9 @@ def _select_fold(
     Checks all folds, so that the first one already fails if a later one would.
     """
     splits, folds = dataset.split_settings, dataset.folds
-    if splits.stratify:
-        check_classes(dataset, folds, np.bincount(labels, minlength=len(class_names)).tolist(), class_names)
+    shares = {f"fold {index + 1} test": 1 / folds for index in range(folds)}
+    tests = _select_fractions(dataset, shares, labels, class_names, seed, groups)
     strata = labels if splits.stratify else np.zeros_like(labels)
-    tests = _divide({f"fold {index + 1} test": 1 / folds for index in range(folds)}, strata, seed, groups)
     selected = {}
     for fold in (None, *range(1, folds + 1)):
         test = tests[f"fold {fold} test"] if fold else np.zeros(0, np.int64)
@@ -328,35 +327,6 @@ def _select_slices(name: str, text: str, sources: Mapping[str, SourceSplit], see
         order = permutation(sizes[source], seed, zlib.crc32(source.encode()))
         parts.append(order[start:end] + sources[source].first)
     return np.concatenate(parts)
-
-
-def resolve_slices(name: str, text: str, sizes: Mapping[str, int]) -> list[tuple[str, int, int]]:
-    """Convert slices to (source split, start, end) and check each against the size of its source split."""
-    ranges = []
-    for piece in parse_slices(text):
-        if piece.split not in sizes:
-            raise DataError(
-                f"spec.dataset.splits.{name} is {text}, but the dataset has no split {piece.split}. It has "
-                f"{', '.join(f'{split} ({size} images)' for split, size in sizes.items())}."
-            )
-        size = sizes[piece.split]
-        start, end = _resolve_boundary(piece.start, size), _resolve_boundary(piece.end, size)
-        _check_range(f"spec.dataset.splits.{name}", piece, size, start, end)
-        ranges.append((piece.split, start, end))
-    return ranges
-
-
-def _check_range(key: str, piece: Slice, size: int, start: int, end: int) -> None:
-    if not (0 <= start <= size and 0 <= end <= size):
-        raise DataError(f"{key}: {piece.text} is out of range: {piece.split} has {size} images.")
-    if start >= end:
-        raise DataError(f"{key}: {piece.text} is empty: {piece.split} has {size} images. Widen the slice.")
-
-
-def _resolve_boundary(boundary: tuple[int, int], size: int) -> int:
-    percent, images = boundary
-    # Integer arithmetic, rounding half up: 70% and -30% resolve to the same position.
-    return (percent * size + 50) // 100 + images
 
 
 def _select_strata(names: Iterable[str], counts: Counts, strata: Positions, seed: int) -> dict[str, Positions]:
