@@ -9,8 +9,8 @@ from datetime import UTC, datetime
 import pytest
 from prometheus_client import generate_latest
 
-from topwork.cli.top.calculation import ProcessLocation, ReadingHistory, compute_snapshot
-from topwork.cli.top.snapshot import RunSnapshot, StorageTraffic, TrainingSpeed
+from topwork.cluster.status.snapshot_calculation import ProcessLocation, ReadingHistory, compute_snapshot
+from topwork.cluster.status.snapshot import RunSnapshot, StorageTraffic, TrainingSpeed
 from topwork.cli.top.views import format_details, format_runs, snapshot_to_json
 from topwork.clients.prometheus.metrics import Metrics
 from topwork.clients.prometheus.scrape import Reading, parse_page

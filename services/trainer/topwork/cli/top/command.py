@@ -15,8 +15,8 @@ from topwork.errors import SettingError, UnavailableError
 from topwork.redaction import redact
 
 if TYPE_CHECKING:
-    from topwork.cli.top.snapshot import RunSnapshot
     from topwork.cli.top.sources import Source
+    from topwork.cluster.status.snapshot import RunSnapshot
 
 STYLES = {
     r"(?m)^.*\bRUN\b.*\bSTATE$": "bold",

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from topwork.cli.output.status_printer import format_duration
-from topwork.cli.top.calculation import ProcessLocation, ReadingHistory, compute_snapshot
-from topwork.cli.top.snapshot import RunSnapshot
 from topwork.clients.prometheus.scrape import PrometheusClient, Reading, parse_page, read_page, without_credentials
+from topwork.cluster.status.snapshot import RunSnapshot
+from topwork.cluster.status.snapshot_calculation import ProcessLocation, ReadingHistory, compute_snapshot
 from topwork.errors import SettingError, UnavailableError
 
 if TYPE_CHECKING:

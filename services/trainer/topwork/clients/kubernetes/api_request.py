@@ -15,31 +15,47 @@ class Kind:
         plural: Resource name in URLs, such as `jobs`.
         group: API group; empty for the core group.
         namespaced: Whether its objects belong to a namespace.
+        version: API version.
     """
 
     name: str
     plural: str
     group: str = ""
     namespaced: bool = True
+    version: str = "v1"
 
     @property
     def api_version(self) -> str:
         """The apiVersion of its objects."""
-        return f"{self.group}/v1" if self.group else "v1"
+        return f"{self.group}/{self.version}" if self.group else self.version
+
+    @property
+    def path(self) -> str:
+        """Path of its API version in URLs, such as `/apis/batch/v1`."""
+        return f"/apis/{self.api_version}" if self.group else f"/api/{self.version}"
 
 
 KINDS = {
     kind.name: kind
     for kind in (
         Kind("ConfigMap", "configmaps"),
+        Kind("CustomResourceDefinition", "customresourcedefinitions", "apiextensions.k8s.io", namespaced=False),
         Kind("Event", "events"),
         Kind("Job", "jobs", "batch"),
+        Kind("Lease", "leases", "coordination.k8s.io"),
         Kind("Namespace", "namespaces", namespaced=False),
         Kind("Node", "nodes", namespaced=False),
         Kind("Pod", "pods"),
         Kind("ResourceQuota", "resourcequotas"),
         Kind("Secret", "secrets"),
         Kind("ServiceAccount", "serviceaccounts"),
+        Kind("TransferJob", "transferjobs", "topwork.dev", version="v1alpha1"),
+        Kind(
+            "ValidatingWebhookConfiguration",
+            "validatingwebhookconfigurations",
+            "admissionregistration.k8s.io",
+            namespaced=False,
+        ),
     )
 }
 
@@ -49,7 +65,7 @@ class ApiRequest:
     """A request to the API server.
 
     Attributes:
-        verb: Verb for messages: apply, read, list, watch or delete.
+        verb: Verb for messages: apply, create, update, read, list, watch or delete.
         kind: Kind of object.
         namespace: Namespace; empty for all namespaces.
         name: Name of the object; empty for a list.
@@ -57,6 +73,7 @@ class ApiRequest:
         subresource: Subresource of the object, such as `log`, or a path below one, such as `proxy/metrics`.
         query: Query parameters; None and empty values are omitted.
         body: Body of the request.
+        discovery: Whether to read the kinds that the API version serves, instead of objects.
     """
 
     verb: str
@@ -67,10 +84,13 @@ class ApiRequest:
     subresource: str = ""
     query: dict[str, Any] = field(default_factory=dict)
     body: KubernetesObject | None = None
+    discovery: bool = False
 
     @property
     def action(self) -> str:
         """Description of the request, such as `apply Job cats in team-a`."""
+        if self.discovery:
+            return f"{self.verb} the kinds of {self.kind.api_version}"
         part = f"the {self.subresource.rpartition('/')[2]} of " if self.subresource else ""
         namespace = f" in {self.namespace}" if self.kind.namespaced and self.namespace else ""
         target = f"{part}{self.kind.name} {self.name}" if self.name else self.kind.plural
@@ -79,11 +99,12 @@ class ApiRequest:
     @property
     def path(self) -> str:
         """Path of the URL, with placeholders for `path_params`."""
-        prefix = f"/apis/{self.kind.group}/v1" if self.kind.group else "/api/v1"
+        if self.discovery:
+            return self.kind.path
         namespace = "/namespaces/{namespace}" if self.kind.namespaced and self.namespace else ""
         name = "/{name}" if self.name else ""
         subresource = f"/{self.subresource}" if self.subresource else ""
-        return f"{prefix}{namespace}/{self.kind.plural}{name}{subresource}"
+        return f"{self.kind.path}{namespace}/{self.kind.plural}{name}{subresource}"
 
     @property
     def path_params(self) -> dict[str, str]:

@@ -16,7 +16,7 @@ from itertools import islice
 from topwork.clients.kubernetes import KubernetesObject
 from topwork.clients.kubernetes.api_request import KINDS, ApiRequest
 from topwork.clients.kubernetes.connection import ClusterSettings
-from topwork.clients.kubernetes.errors import NotFoundError, TransientError, UidConflictError
+from topwork.clients.kubernetes.errors import NotFoundError, TransientError, UidConflictError, UnknownApiError
 from topwork.clients.kubernetes.logs import LogReader
 from topwork.clients.kubernetes.rest_client import RestClient
 from topwork.clients.kubernetes.watch import Watcher, WatchEvent
@@ -51,15 +51,21 @@ class Cluster:
 
     Args:
         client: Client of its API server.
+        namespace: Default namespace; None for that of the connection.
     """
 
-    def __init__(self, client: RestClient) -> None:
+    def __init__(self, client: RestClient, namespace: str | None = None) -> None:
         self._client = client
+        self._namespace = namespace
 
     @property
     def namespace(self) -> str:
         """Namespace of all requests, unless an object names another."""
-        return self._client.connection.namespace
+        return self._namespace or self._client.connection.namespace
+
+    def in_namespace(self, namespace: str) -> "Cluster":
+        """Return the same cluster with another default namespace; both share the connection."""
+        return Cluster(self._client, namespace)
 
     @property
     def server(self) -> str:
@@ -71,12 +77,36 @@ class Cluster:
         """Warnings from the server so far, such as a Pod Security level that the pods of a Job would violate."""
         return self._client.warnings
 
-    def apply(self, obj: KubernetesObject, *, dry_run: bool = False) -> KubernetesObject:
-        """Create or update an object with server-side apply; never takes fields from other field managers.
+    def serves(self, kind: str) -> bool:
+        """Return whether the cluster serves a kind, such as TransferJob, whose CustomResourceDefinition is optional.
+
+        Raises:
+            SettingError: If the server rejects the request.
+            UnavailableError: If the server is unreachable or overloaded.
+        """
+        try:
+            resources = self._client.send(ApiRequest("read", KINDS[kind], "", discovery=True))["resources"]
+        except UnknownApiError:
+            return False
+        return any(resource["kind"] == kind for resource in resources)
+
+    def apply(
+        self,
+        obj: KubernetesObject,
+        *,
+        dry_run: bool = False,
+        manager: str = FIELD_MANAGER,
+        force: bool = False,
+        subresource: str = "",
+    ) -> KubernetesObject:
+        """Create or update an object with server-side apply.
 
         Args:
             obj: The object; without a namespace, it is created in the default one.
             dry_run: Let the server validate the object without storing it.
+            manager: Field manager.
+            force: Take fields that other field managers own, instead of failing with a conflict.
+            subresource: Apply to this subresource, such as `status`, of an existing object.
 
         Returns:
             The object as stored by the server.
@@ -89,10 +119,34 @@ class Cluster:
         metadata = dict(obj["metadata"])
         if kind.namespaced:
             metadata.setdefault("namespace", self.namespace)
-        query = {"fieldManager": FIELD_MANAGER, "fieldValidation": "Strict", "dryRun": "All" if dry_run else None}
+        query = {
+            "fieldManager": manager,
+            "fieldValidation": "Strict",
+            "dryRun": "All" if dry_run else None,
+            "force": "true" if force else None,
+        }
         namespace, name = metadata.get("namespace", ""), metadata["name"]
         body = obj | {"metadata": metadata}
-        return self._client.send(ApiRequest("apply", kind, namespace, name, "PATCH", query=query, body=body))
+        request = ApiRequest("apply", kind, namespace, name, "PATCH", subresource, query, body)
+        return self._client.send(request)
+
+    def create(self, obj: KubernetesObject) -> KubernetesObject:
+        """Create an object; fails with `ConflictError` if it exists."""
+        return self._write("create", obj, "POST")
+
+    def replace(self, obj: KubernetesObject) -> KubernetesObject:
+        """Replace an object; fails with `ConflictError` if its resourceVersion is not the current one."""
+        return self._write("update", obj, "PUT")
+
+    def _write(self, verb: str, obj: KubernetesObject, method: str) -> KubernetesObject:
+        kind = KINDS[obj["kind"]]
+        metadata = dict(obj["metadata"])
+        if kind.namespaced:
+            metadata.setdefault("namespace", self.namespace)
+        name = "" if method == "POST" else metadata["name"]
+        body = obj | {"metadata": metadata}
+        request = ApiRequest(verb, kind, metadata.get("namespace", ""), name, method, body=body)
+        return self._client.send(request)
 
     def get(self, kind: str, name: str) -> KubernetesObject | None:
         """Return an object, or None if it does not exist."""
@@ -114,7 +168,9 @@ class Cluster:
         """
         return self._client.list_all(self._list_request(kind, labels, fields, all_namespaces))[0]
 
-    def watch(self, kind: str, *, labels: str = "", fields: str = "", seconds: float) -> Iterator[WatchEvent]:
+    def watch(
+        self, kind: str, *, labels: str = "", fields: str = "", all_namespaces: bool = False, seconds: float
+    ) -> Iterator[WatchEvent]:
         """Watch objects: existing objects are yielded first, as ADDED, and then changes.
 
         A broken stream is resumed. Objects may then be yielded twice, but their latest state is never missed, and an
@@ -124,6 +180,7 @@ class Cluster:
             kind: Kind, such as Pod.
             labels: Label selector.
             fields: Field selector.
+            all_namespaces: Watch the objects of all namespaces.
             seconds: Duration of the watch.
 
         Yields:
@@ -133,7 +190,8 @@ class Cluster:
             SettingError: If the server rejects the request.
             UnavailableError: If several attempts in a row to reach the server failed.
         """
-        return Watcher(self._client, self._list_request(kind, labels, fields)).events(seconds)
+        request = self._list_request(kind, labels, fields, all_namespaces)
+        return Watcher(self._client, request).events(seconds)
 
     def logs(
         self,

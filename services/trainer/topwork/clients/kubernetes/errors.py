@@ -69,12 +69,20 @@ class NotFoundError(SettingError):
     """The object does not exist."""
 
 
+class UnknownApiError(SettingError):
+    """The server does not serve the kind: its CustomResourceDefinition is missing, or it is not Kubernetes."""
+
+
 class ForbiddenError(SettingError):
     """RBAC denies the request."""
 
 
 class UidConflictError(SettingError):
     """The object has a different UID than expected: it was deleted and created again."""
+
+
+class ConflictError(SettingError):
+    """The object to create exists, or the object to replace was changed in the meantime."""
 
 
 class ContainerNotStartedError(SettingError):
@@ -191,13 +199,15 @@ def _not_found(status: dict[str, Any], message: str, context: RequestContext) ->
         )
     if details.get("name"):
         return NotFoundError(f"{context.server} could not {context.action}: {message}.")
-    return SettingError(
+    return UnknownApiError(
         f"{context.server} could not {context.action} (404: {message}): it is not a Kubernetes API server, or too old. "
         f"{MINIMUM_VERSION}"
     )
 
 
 def _conflict(status: dict[str, Any], message: str, context: RequestContext) -> TopworkError:
+    if status.get("reason") == "AlreadyExists" or context.action.startswith("update "):
+        return ConflictError(f"{context.server} could not {context.action}: {message}.")
     causes = (status.get("details") or {}).get("causes") or []
     conflicts = [cause for cause in causes if cause.get("reason") == "FieldManagerConflict"]
     if conflicts:

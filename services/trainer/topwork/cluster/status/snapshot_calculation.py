@@ -1,12 +1,12 @@
-"""Computes the values that `topwork top` shows from the metrics of a run: rates, ages and the remaining time."""
+"""Computes the state of a run from the metrics of its process: rates, ages and the remaining time."""
 
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-from topwork.cli.top.snapshot import BestMetric, GpuUsage, RunSnapshot, StorageTraffic, TrainingSpeed
 from topwork.clients.prometheus.scrape import Reading
 from topwork.cluster.names import STAGES
+from topwork.cluster.status.snapshot import BestMetric, GpuUsage, RunSnapshot, StorageTraffic, TrainingSpeed
 
 RATE_SECONDS = 30.0
 """Maximum period of rates. If the last two readings are further apart, rates are computed from these two."""

@@ -1,4 +1,4 @@
-"""The data that `topwork top` shows for a run; its fields are the keys of the JSON output."""
+"""The state of a run as its process reports it; its fields are the keys of the JSON output of `topwork top`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

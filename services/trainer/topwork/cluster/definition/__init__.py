@@ -1,0 +1,1 @@
+"""The CustomResourceDefinition of TransferJobs, generated from the models of the spec."""
