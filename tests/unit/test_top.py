@@ -9,11 +9,11 @@ from datetime import UTC, datetime
 import pytest
 from prometheus_client import generate_latest
 
-from topwork.cluster.status.snapshot_calculation import ProcessLocation, ReadingHistory, compute_snapshot
-from topwork.cluster.status.snapshot import RunSnapshot, StorageTraffic, TrainingSpeed
 from topwork.cli.top.views import format_details, format_runs, snapshot_to_json
 from topwork.clients.prometheus.metrics import Metrics
 from topwork.clients.prometheus.scrape import Reading, parse_page
+from topwork.cluster.status.snapshot import RunSnapshot, StorageTraffic, TrainingSpeed
+from topwork.cluster.status.snapshot_calculation import ProcessLocation, ReadingHistory, compute_snapshot
 
 START_TIME = 1_600_000_000.0
 LOCATION = ProcessLocation("http://127.0.0.1:9101/metrics")
