@@ -76,7 +76,7 @@ def test_killed_run_resumes_from_its_checkpoint(topwork, start_topwork, write_lo
     process.send_signal(signal.SIGKILL)
     completed = topwork("run", job)
     assert completed.returncode == 0, completed.stderr
-    epochs = [line for line in completed.stderr.splitlines() if " epoch=" in line]
+    epochs = [line for line in completed.stderr.splitlines() if "[info] epoch " in line]
     assert 0 < len(epochs) < 6, completed.stderr
     assert "epoch=6" in epochs[-1]
 
