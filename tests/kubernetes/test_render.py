@@ -132,6 +132,31 @@ def test_image_option_is_used_for_every_container(image: str) -> None:
             assert container["image"] == image
 
 
+@pytest.mark.parametrize(
+    ("spec_image", "options", "expected"),
+    [
+        (None, {"default_image": "c:1"}, "c:1"),
+        ("b:1", {"default_image": "c:1"}, "b:1"),
+        ("b:1", {"default_image": "c:1", "image": "a:1"}, "a:1"),
+    ],
+)
+def test_image_of_the_spec_is_between_option_and_default(
+    spec_image: str | None, options: dict[str, str], expected: str
+) -> None:
+    _, training = objects(make({"image": spec_image}), **options)
+    assert {container["image"] for container in pod(training)["containers"]} == {expected}
+
+
+def test_suspended_job_requires_the_controller() -> None:
+    job = make()
+    suspended = job.model_copy(update={"spec": job.spec.model_copy(update={"suspend": True})})
+    with pytest.raises(SpecError) as caught:
+        render(suspended, RenderOptions())
+    assert str(caught.value) == (
+        "spec.suspend: true requires the controller, which only acts on TransferJobs in a cluster. Remove it."
+    )
+
+
 @pytest.mark.parametrize("image", ["", "Topwork:1", "a b", "a:", ":1", "https://host/a", "a@sha256:1", "a/", "a:b:c/d"])
 def test_invalid_image_reference_is_rejected(image: str) -> None:
     with pytest.raises(SettingError) as caught:

@@ -193,3 +193,16 @@ def test_kubectl_parses_tricky_annotations_as_written(tmp_path: Path) -> None:
         assert result.returncode == 0, result.stderr
         job = parse_with_kubectl(result.stdout)[1]
         assert job["spec"]["template"]["metadata"]["annotations"] == annotations
+
+
+def test_namespace_of_the_spec_is_used_unless_another_is_requested(tmp_path: Path) -> None:
+    file = tmp_path / "job.yaml"
+    text = EXAMPLES[0].read_text()
+    assert "metadata:\n" in text
+    file.write_text(text.replace("metadata:\n", "metadata:\n  namespace: vision\n", 1))
+    objects = YAML(typ="safe").load_all(topwork("render", file).stdout)
+    assert {obj["metadata"]["namespace"] for obj in objects} == {"vision"}
+    assert topwork("render", file, "-n", "vision").returncode == 0
+    rejected = topwork("render", file, "-n", "other")
+    assert rejected.returncode == 2
+    assert b"metadata.namespace is vision, but --namespace is other." in rejected.stderr

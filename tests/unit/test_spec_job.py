@@ -111,6 +111,7 @@ DEFAULTS = {
     "evaluate": {"metrics": ["accuracy", "f1", "auc"], "gates": []},
     "publish": {"name": None, "formats": ["keras", "savedModel"], "fold": None},
     "compute": {
+        "image": None,
         "gpus": 1,
         "cpu": 4,
         "memory": "16Gi",
@@ -135,6 +136,7 @@ DEFAULTS = {
     },
     "metrics": {"pushgateway": None, "lingerSeconds": 0},
     "seed": 42,
+    "suspend": False,
     "storage": "s3://bucket/prefix",
 }
 
@@ -179,9 +181,10 @@ def test_digest_of_a_spec_is_stable() -> None:
 
 
 def test_digest_excludes_fields_that_do_not_affect_the_result() -> None:
-    job = TransferJob.model_validate(MINIMAL | {"metadata": {"name": "least", "labels": {"team": "vision"}}})
-    compute = {"gpus": 2, "cpu": "500m", "extraCA": {"configMap": "company-ca"}, "prefetch": True}
-    with_other_compute = with_spec(compute=compute, metrics={"lingerSeconds": 5})
+    metadata = {"name": "least", "namespace": "team-a", "labels": {"team": "vision"}, "annotations": {"note": "a b"}}
+    job = TransferJob.model_validate(MINIMAL | {"metadata": metadata})
+    compute = {"image": "a:1", "gpus": 2, "cpu": "500m", "extraCA": {"configMap": "company-ca"}, "prefetch": True}
+    with_other_compute = with_spec(compute=compute, metrics={"lingerSeconds": 5}, suspend=True)
     assert {job.digest, with_other_compute.digest} == {TransferJob.model_validate(MINIMAL).digest}
 
 

@@ -143,11 +143,11 @@ def test_apply_overrides_does_not_modify_its_arguments() -> None:
         (
             "spec.tranfser.epochs=2",
             "spec.tranfser: unknown key. Did you mean transfer? Known keys: storage, dataset, model, augmentation, "
-            "transfer, fineTune, evaluate, publish, compute, metrics, seed.",
+            "transfer, fineTune, evaluate, publish, compute, metrics, seed, suspend.",
         ),
         ("sepc.seed=1", "sepc: unknown key. Did you mean spec? Known keys: apiVersion, kind, metadata, spec."),
         ("spec.tranfser=null", "spec.tranfser: unknown key. Did you mean transfer? Known keys: storage, dataset, "
-         "model, augmentation, transfer, fineTune, evaluate, publish, compute, metrics, seed."),
+         "model, augmentation, transfer, fineTune, evaluate, publish, compute, metrics, seed, suspend."),
         (
             "spec.model=null",
             "spec.model: is required. Base and head of the classifier. Allowed: a mapping with base, head.",

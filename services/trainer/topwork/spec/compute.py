@@ -12,6 +12,7 @@ from topwork.spec.kubernetes_types import (
     ConfigMapKey,
     CpuQuantity,
     DnsName,
+    ImageReference,
     LabelKey,
     LabelValue,
     ObjectName,
@@ -42,6 +43,11 @@ class ExtraCa(SpecModel):
 class Compute(SpecModel):
     """Resources and scheduling of the Kubernetes Job. Changing these values does not change the result of a run."""
 
+    image: ImageReference | None = Field(
+        default=None,
+        description="Image of all containers. Unset: the image of the namespace's defaults, or else "
+        "topwork:<version>-gpu, or -cpu without GPUs.",
+    )
     gpus: StrictInt = Field(default=1, ge=0, le=16, description="Number of GPUs of the pod. 0 trains on the CPU.")
     cpu: Annotated[
         Annotated[CpuQuantity, Tag("<quantity>")]

@@ -33,7 +33,7 @@ class Evaluate(SpecModel):
     """Evaluation on the test split, or on the validation split if there is no test split."""
 
     metrics: tuple[MetricName, ...] = Field(
-        default=("accuracy", "f1", "auc"), min_length=1, description="Metrics to compute."
+        default=("accuracy", "f1", "auc"), min_length=1, max_length=7, description="Metrics to compute."
     )
     gates: tuple[Gate, ...] = Field(
         default=(),
@@ -49,7 +49,7 @@ class Publish(SpecModel):
         default=None, description="Name of the model in the registry. Unset: the value of metadata.name."
     )
     formats: tuple[Literal["keras", "savedModel", "tflite", "onnx"], ...] = Field(
-        default=("keras", "savedModel"), min_length=1, description="Formats to export the model to."
+        default=("keras", "savedModel"), min_length=1, max_length=4, description="Formats to export the model to."
     )
     fold: Literal["all"] | None = Field(
         default=None,

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Literal
 
-from pydantic import Field, PrivateAttr, StrictInt
+from pydantic import Field, PrivateAttr, StrictBool, StrictInt
 
 from topwork.spec.applications import MIN_SIDE
 from topwork.spec.compute import Compute, Metrics
@@ -11,7 +11,14 @@ from topwork.spec.dataset import Dataset
 from topwork.spec.digest import digest_of, result_content
 from topwork.spec.evaluation import Evaluate, Publish
 from topwork.spec.fine_tune import FineTune, UnfreezeSteps
-from topwork.spec.kubernetes_types import DnsLabel, LabelKey, LabelValue
+from topwork.spec.kubernetes_types import (
+    AnnotationKey,
+    AnnotationValue,
+    DnsLabel,
+    LabelKey,
+    LabelValue,
+    NamespaceName,
+)
 from topwork.spec.messages import format_value
 from topwork.spec.model import Augmentation, Model
 from topwork.spec.optimizer import Optimizer
@@ -21,11 +28,17 @@ from topwork.spec.uris import StorageUri, prefixes_overlap
 
 
 class Metadata(SpecModel):
-    """Name and labels of the job, as in any Kubernetes object."""
+    """Name, namespace, labels and annotations of the job, as in any Kubernetes object."""
 
     name: DnsLabel = Field(description="Name of the job, its dataset and, unless spec.publish.name is set, its model.")
+    namespace: NamespaceName | None = Field(
+        default=None, description="Namespace of the job in a cluster. Unset: that of the command line."
+    )
     labels: dict[LabelKey, LabelValue] = Field(
         default={}, description="Labels that are added to every Kubernetes object of the job."
+    )
+    annotations: dict[AnnotationKey, AnnotationValue] = Field(
+        default={}, description="Annotations of the TransferJob in a cluster. They do not affect the run."
     )
 
 
@@ -48,6 +61,11 @@ class JobSpec(SpecModel):
     compute: Compute = Field(default=Compute(), description="Resources and scheduling of the Kubernetes Job.")
     metrics: Metrics = Field(default=Metrics(), description="Export of Prometheus metrics.")
     seed: StrictInt = Field(default=42, ge=0, le=2**31 - 1, description="Seed of all random number generators.")
+    suspend: StrictBool = Field(
+        default=False,
+        description="Whether to stop the run with a checkpoint and free its GPUs; false resumes it. Applies to "
+        "TransferJobs in a cluster with the controller.",
+    )
 
     @property
     def publishes(self) -> bool:
@@ -56,11 +74,11 @@ class JobSpec(SpecModel):
 
 
 class TransferJob(SpecModel):
-    """A transfer learning job, in the form of a Kubernetes object."""
+    """A TransferJob trains an image classifier by transfer learning, and publishes it to object storage."""
 
     api_version: Literal["topwork.dev/v1alpha1"] = Field(description="Version of the spec format.")
     kind: Literal["TransferJob"] = Field(description="Kind of the object.")
-    metadata: Metadata = Field(description="Name and labels of the job.")
+    metadata: Metadata = Field(description="Name, namespace, labels and annotations of the job.")
     spec: JobSpec = Field(description="The desired training.")
 
     _run: str = PrivateAttr("")

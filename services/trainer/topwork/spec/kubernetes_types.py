@@ -47,6 +47,23 @@ AnnotationKey = Annotated[
     str, QUALIFIED_NAME, ValueDescription(f"a Kubernetes annotation key: {QUALIFIED_NAME_FORMAT}")
 ]
 AnnotationValue = Annotated[str, ValueDescription("a string; quote numbers, true and false")]
+NamespaceName = Annotated[
+    str,
+    StringConstraints(pattern=r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$"),
+    ValueDescription("a namespace: a-z, 0-9 and hyphen, at most 63 characters"),
+]
+# [registry[:port]/]name[:tag][@digest], as container runtimes parse it (github.com/distribution/reference).
+IMAGE_REFERENCE = (
+    r"([A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?(:[0-9]+)?/)?"
+    r"[a-z0-9]+((\.|_|__|-+|/)[a-z0-9]+)*(:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?(@sha256:[0-9a-f]{64})?"
+)
+ImageReference = Annotated[
+    str,
+    StringConstraints(pattern=f"^{IMAGE_REFERENCE}$", max_length=512),
+    ValueDescription(
+        "[registry/]name[:tag][@sha256:…], such as registry.example.com/team/topwork:1.0-gpu, at most 512 characters"
+    ),
+]
 ConfigMapKey = Annotated[
     str,
     StringConstraints(pattern=r"^\.?[-_A-Za-z0-9][-._A-Za-z0-9]*$", max_length=253),
@@ -54,7 +71,7 @@ ConfigMapKey = Annotated[
 ]
 ByteQuantity = Annotated[
     str,
-    StringConstraints(pattern=r"^([1-9][0-9]{0,14}(\.[0-9]{1,9})?|0\.[0-9]{1,9})(k|M|G|T|Ki|Mi|Gi|Ti)$"),
+    StringConstraints(pattern=r"^([1-9][0-9]{0,14}(\.[0-9]{1,9})?|0\.[0-9]{1,9})(k|M|G|T|Ki|Mi|Gi|Ti)$", max_length=32),
     ValueDescription("a Kubernetes quantity with its unit, such as 16Gi or 500M"),
 ]
 CpuQuantity = Annotated[

@@ -19,6 +19,8 @@ SECRET = re.compile(SECRET_PARAMETER, re.IGNORECASE)
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 TABLES = (".csv", ".jsonl", ".ndjson")
 MODELS = (".keras", ".h5", ".hdf5")
+MAX_URI_LENGTH = 4096
+"""Maximum number of characters: that of a path on Linux. S3 keys have at most 1024 bytes."""
 
 
 def invalid_value(message: str) -> PydanticCustomError:
@@ -42,6 +44,8 @@ def uri_validator(
     """
 
     def validate(value: str) -> str:
+        if len(value) > MAX_URI_LENGTH:
+            raise invalid_value(f"has {len(value)} characters, more than the maximum of {MAX_URI_LENGTH}")
         _reject_secrets(value)
         if not value or value != value.strip() or any(ord(character) < 32 for character in value):
             raise invalid_value("is empty, starts or ends with a space, or contains a control character")

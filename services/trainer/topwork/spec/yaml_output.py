@@ -11,6 +11,9 @@ import yaml
 
 from topwork.spec.job import TransferJob
 
+# Values that concern the TransferJob in a cluster, not its run.
+OUTSIDE_THE_RUN = {"metadata": {"namespace", "annotations"}, "spec": {"suspend"}}
+
 # YAML 1.1 (kubectl) and YAML 1.2 parsers read these as other types unless they are quoted: yes, 017, 1_000, 12:30, 1e5.
 AMBIGUOUS = re.compile(r"(y|n|yes|no|on|off|true|false|null|~|=|<<|[-+.]?[0-9][0-9a-fA-FxXoO_.:eE+-]*)?", re.IGNORECASE)
 UNLIMITED_WIDTH = 2**16
@@ -73,15 +76,15 @@ def dump_yaml(documents: Sequence[dict[str, Any]]) -> str:
 
 
 def job_to_dict(job: TransferJob) -> dict[str, Any]:
-    """Convert a job spec to JSON values, including defaults but no null values.
+    """Convert the spec of a run to JSON values, including defaults but no null values.
 
     Args:
-        job: The job.
+        job: The job. Its namespace, annotations and spec.suspend are not part of the run.
 
     Returns:
         Nested mappings with camelCase keys in the order of the reference.
     """
-    return job.model_dump(mode="json", by_alias=True, exclude_none=True)
+    return job.model_dump(mode="json", by_alias=True, exclude_none=True, exclude=OUTSIDE_THE_RUN)
 
 
 def dump_job(job: TransferJob) -> str:

@@ -22,15 +22,11 @@ from topwork.cluster.names import (
 )
 from topwork.errors import SettingError, SpecError
 from topwork.spec import TransferJob
+from topwork.spec.kubernetes_types import IMAGE_REFERENCE
 from topwork.spec.messages import format_value
 from topwork.spec.uris import SCHEME
 from topwork.spec.yaml_output import dump_job, job_to_dict
 
-# [registry[:port]/]name[:tag][@digest], as container runtimes parse it (github.com/distribution/reference).
-IMAGE_REFERENCE = re.compile(
-    r"([A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?(:[0-9]+)?/)?"
-    r"[a-z0-9]+((\.|_|__|-+|/)[a-z0-9]+)*(:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?(@sha256:[0-9a-f]{64})?"
-)
 NAMESPACE_NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 
 
@@ -39,11 +35,12 @@ class RenderOptions:
     """Cluster-specific values that a spec leaves open.
 
     Attributes:
-        image: Image of all containers; None for the image that `make image` builds, with GPU support if the job
-            requests GPUs.
+        image: Image of all containers, whatever the spec says; None for that of the spec.
         namespace: Namespace of all objects; None leaves it to `kubectl apply`.
         dataset: Key prefix of the stored dataset that all pods use; empty if the source decides.
         restart: Whether the first pod of the Job that trains deletes the results of the run.
+        default_image: Image of specs that set none; None for the image that `make image` builds, with GPU support if
+            the job requests GPUs.
 
     Raises:
         SettingError: If the image or the namespace is not valid.
@@ -53,13 +50,15 @@ class RenderOptions:
     namespace: str | None = None
     dataset: str = ""
     restart: bool = False
+    default_image: str | None = None
 
     def __post_init__(self) -> None:
-        if self.image is not None and not IMAGE_REFERENCE.fullmatch(self.image):
-            raise SettingError(
-                f"the image {format_value(self.image)} is not a valid image reference. Expected: "
-                "[registry/]name[:tag][@sha256:…], such as registry.example.com/team/topwork:1.0-gpu."
-            )
+        for image in (self.image, self.default_image):
+            if image is not None and not re.fullmatch(IMAGE_REFERENCE, image):
+                raise SettingError(
+                    f"the image {format_value(image)} is not a valid image reference. Expected: "
+                    "[registry/]name[:tag][@sha256:…], such as registry.example.com/team/topwork:1.0-gpu."
+                )
         if self.namespace is not None and not NAMESPACE_NAME.fullmatch(self.namespace):
             raise SettingError(
                 f"the namespace {format_value(self.namespace)} is not a valid name. Expected: lowercase letters, "
@@ -98,7 +97,7 @@ def render(job: TransferJob, options: RenderOptions) -> RenderedObjects:
         The objects; always the same for the same arguments and version of topwork.
 
     Raises:
-        SpecError: If the spec refers to files on this machine.
+        SpecError: If the spec refers to files on this machine, or is suspended.
 
     Example:
         >>> rendered = render(job, RenderOptions(namespace="vision"))
@@ -111,7 +110,11 @@ def render(job: TransferJob, options: RenderOptions) -> RenderedObjects:
     ]
     if local_paths:
         raise SpecError("\n".join(local_paths))
-    image = options.image or f"topwork:{__version__}-{'gpu' if job.spec.compute.gpus else 'cpu'}"
+    if job.spec.suspend:
+        raise SpecError(
+            "spec.suspend: true requires the controller, which only acts on TransferJobs in a cluster. Remove it."
+        )
+    image = options.image or job.spec.compute.image or options.default_image or default_image(job)
     config_map = {
         "apiVersion": "v1",
         "kind": "ConfigMap",
@@ -132,6 +135,11 @@ def render(job: TransferJob, options: RenderOptions) -> RenderedObjects:
         _with_namespace(training, options),
         _with_namespace(prefetch, options) if prefetch else None,
     )
+
+
+def default_image(job: TransferJob) -> str:
+    """Return the image that `make image` builds, with GPU support if the job requests GPUs."""
+    return f"topwork:{__version__}-{'gpu' if job.spec.compute.gpus else 'cpu'}"
 
 
 def _with_pod_annotations(kubernetes_job: KubernetesObject, annotations: Mapping[str, str]) -> KubernetesObject:

@@ -1,9 +1,10 @@
 """Reads job specs from YAML files and reports all problems of all documents together."""
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -11,7 +12,7 @@ from topwork.spec import TransferJob
 from topwork.spec.loading.defaults import SpecDefaults
 from topwork.spec.loading.overrides import AppliedOverrides, Override, apply_overrides, parse_overrides
 from topwork.spec.loading.problems import InvalidSpecError, Problem, explain_errors, format_path
-from topwork.spec.loading.yaml_document import MAX_CHARACTERS, Document, read_documents
+from topwork.spec.loading.yaml_document import MAX_CHARACTERS, Document, Position, read_documents
 from topwork.spec.messages import format_value
 
 # A UTF-8 character has at most 4 bytes.
@@ -144,6 +145,26 @@ def read_text(
     if not jobs:
         raise _file_error(name, "contains no job. A spec starts with apiVersion: topwork.dev/v1alpha1.")
     return jobs
+
+
+def read_data(data: Mapping[str, Any], defaults: SpecDefaults | None = None) -> TransferJob:
+    """Read a job from plain data, such as a custom resource.
+
+    Args:
+        data: A job spec as JSON values.
+        defaults: As in `read_files`.
+
+    Returns:
+        The job.
+
+    Raises:
+        InvalidSpecError: With all problems; without file, line and column.
+    """
+    document = Document(data, values={(): Position(0, 0)})
+    jobs: list[TransferJob] = []
+    if problems := _DocumentValidator("", (), defaults).validate(document, jobs):
+        raise InvalidSpecError(tuple(problems))
+    return jobs[0]
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ invalid fields.
 """
 
 from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Any, NamedTuple, cast
 
 from pydantic import TypeAdapter, ValidationError
@@ -64,8 +65,7 @@ class _PartialValidation:
                 continue
             if not any(location[: len(child)] == child for location in self._invalid | self._checked):
                 # The value is valid; this only converts lists to tuples and mappings to models.
-                adapter: TypeAdapter[Any] = TypeAdapter(cast("Any", field.annotation))
-                yield key, adapter.validate_python(data[key], by_alias=True, by_name=False)
+                yield key, _adapter(model, key).validate_python(data[key], by_alias=True, by_name=False)
                 continue
             models = [
                 key_type.python_type
@@ -82,6 +82,12 @@ class _PartialValidation:
             except AttributeError:
                 # The rule reads an invalid value, which is already reported.
                 continue
+
+
+@cache
+def _adapter(model: type[SpecModel], key: str) -> TypeAdapter[Any]:
+    """Return the validator of a field; building one takes longer than all rules."""
+    return TypeAdapter(cast("Any", key_types.fields_by_key(model)[key].annotation))
 
 
 def _without_tags(path: Path) -> Path:

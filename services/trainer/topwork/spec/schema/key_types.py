@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
-from pydantic import Tag
+from pydantic import BaseModel, Tag
 from pydantic.fields import FieldInfo
 
 from topwork.spec.spec_model import SpecModel, ValueDescription
@@ -69,7 +69,7 @@ def types_at(root: type[SpecModel], path: tuple[str | int, ...]) -> tuple[KeyTyp
     return selected
 
 
-def fields_by_key(model: type[SpecModel]) -> dict[str, FieldInfo]:
+def fields_by_key(model: type[BaseModel]) -> dict[str, FieldInfo]:
     """Return the fields of a model by their YAML keys."""
     return {field.alias or name: field for name, field in model.model_fields.items()}
 

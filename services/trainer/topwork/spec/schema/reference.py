@@ -20,9 +20,18 @@ rules between keys. Keys marked **required** must be set; keys with an empty def
 
 The name of a run in a cluster contains a digest of everything that can change what its Job does: the spec, the images,
 the file of the base, and the inputs of the splits, such as lists of images. Only values that differ from their defaults
-are part of the digest. Labels, `spec.metrics`, and `spec.compute` except `precision` are not. `topwork run` names a run
+are part of the digest. Metadata except the name, `spec.suspend`, `spec.metrics`, and `spec.compute` except `precision`
+are not. `topwork run` names a run
 by what its weights depend on. Results are stored by stage, and every run with the same settings and images shares them;
 see [Stages and runs](training.md#stages-and-runs).
+
+In a cluster, a `TransferJob` is a custom resource. `topwork crd` prints its definition, which is generated from the
+same models, and `kubectl explain transferjob.spec` shows this reference. The API server rejects unknown keys, wrong
+types, values out of bounds, and violations of many rules between keys, with the messages of `topwork validate`. It
+cannot read keys that allow several types, such as `splits`, `classes` or `unfreeze`: the controller checks their rules,
+and reports all errors in the condition `Accepted`. The API server adds defaults, except those of `storage`, `compute`
+and `metrics`, which the ConfigMap `topwork-defaults` of the namespace may set, and removes keys that are `null`.
+kubectl and Helm read the words on and off as booleans unless they are quoted; both are accepted.
 """
 
 # Spelling of the words of rule names that are not plain lower-case words in a title.

@@ -1,0 +1,121 @@
+"""CEL rules that check several sections of the spec together."""
+
+from collections.abc import Iterator
+
+from topwork.cluster.definition.cel import (
+    CelRule,
+    any_of,
+    format_number,
+    format_string,
+    format_text,
+    is_set,
+    mirrors,
+    text,
+)
+from topwork.spec import job
+from topwork.spec.applications import MIN_SIDE
+
+STAGES = ("transfer", "fineTune")
+
+
+@mirrors(job.batch_size_is_divisible_by_gpus)
+def _batch_sizes() -> Iterator[CelRule]:
+    gpus = "self.compute.gpus"
+    for stage in STAGES:
+        size = f"self.{stage}.batchSize"
+        yield CelRule(
+            f"{is_set(gpus)} && {gpus} > 1 && {is_set(size)} && {size} % {gpus} != 0",
+            text(
+                "{} is not divisible by spec.compute.gpus {}, but each replica processes an equal part of the global "
+                "batch. Try {}{}.",
+                f"string({size})",
+                f"string({gpus})",
+                f'({size} > {gpus} ? {format_text("{} or ", f"string({size} / {gpus} * {gpus})")} : "")',
+                f"string(({size} / {gpus} + 1) * {gpus})",
+            ),
+            f"{stage}.batchSize",
+        )
+
+
+@mirrors(job.gradient_accumulation_requires_one_replica)
+def _gradient_accumulation() -> Iterator[CelRule]:
+    gpus = "self.compute.gpus"
+    for stage in STAGES:
+        key = f"{stage}.optimizer.gradientAccumulationSteps"
+        yield CelRule(
+            f"{is_set(gpus)} && {gpus} > 1 && {is_set(f'self.{key}')}",
+            text(
+                "{} is not supported with spec.compute.gpus {}: Keras crashes when it accumulates gradients over "
+                "several replicas (keras#20582). Remove it, or set gpus: 1.",
+                f"string(self.{key})",
+                f"string({gpus})",
+            ),
+            key,
+        )
+
+
+@mirrors(job.fine_tune_learning_rate_is_not_higher)
+def _learning_rates() -> Iterator[CelRule]:
+    base, rate = "self.model.base", "self.fineTune.optimizer.learningRate"
+    transfer = "self.transfer.optimizer.learningRate"
+    pretrained = f'(has({base}.saved) || has({base}.application) && !(has({base}.weights) && {base}.weights == "none"))'
+    # With unfreeze.steps, which CEL cannot read, epochs are not set, and each step has its own learning rate.
+    same_optimizer = "has(self.fineTune.epochs) && self.transfer.optimizer.name == self.fineTune.optimizer.name"
+    yield CelRule(
+        f"{is_set(rate)} && {same_optimizer} && {pretrained} && {rate} > {transfer}",
+        text(
+            "{} is above spec.transfer.optimizer.learningRate {}. A higher learning rate destroys pretrained weights. "
+            "Try a tenth of it, {}.",
+            format_number(rate),
+            format_number(transfer),
+            format_number(f"({transfer} / 10.0)"),
+        ),
+        "fineTune.optimizer.learningRate",
+    )
+
+
+@mirrors(job.image_size_is_supported)
+def _image_sizes() -> Iterator[CelRule]:
+    application = "self.model.base.application"
+    for minimum in sorted(set(MIN_SIDE.values())):
+        names = [name for name, side in MIN_SIDE.items() if side == minimum]
+        others = [name for name in MIN_SIDE if name not in names]
+        applies = f"{application} in {any_of(names)}"
+        if len(others) < len(names):
+            applies = f"!({application} in {any_of(others)})"
+        yield CelRule(
+            f"has({application}) && {applies} && self.dataset.imageSize.exists(side, side < {minimum})",
+            text(
+                f"{{}} is too small for {{}}, which needs at least {minimum} pixels.",
+                f"string(self.dataset.imageSize.filter(side, side < {minimum})[0])",
+                application,
+            ),
+            "dataset.imageSize",
+        )
+
+
+@mirrors(job.storage_does_not_overlap_the_images)
+def _storage() -> Iterator[CelRule]:
+    storage, folder = "self.storage", "self.dataset.source.folder.uri"
+    prefixes = [f'({uri}.endsWith("/") ? {uri} : {uri} + "/")' for uri in (storage, folder)]
+    overlap = f"({prefixes[0]}.startsWith({prefixes[1]}) || {prefixes[1]}.startsWith({prefixes[0]}))"
+    yield CelRule(
+        f'has({storage}) && has(self.dataset.source.folder) && {folder}.startsWith("s3://") && {overlap}',
+        text(
+            "{} overlaps spec.dataset.source.folder.uri {}: each directory in the folder is a class, so runs and "
+            "models must be stored elsewhere. Use prefixes of which neither contains the other, such as "
+            "s3://bucket/topwork and s3://bucket/photos.",
+            format_string(storage),
+            format_string(folder),
+        ),
+        "storage",
+    )
+
+
+@mirrors(job.cnn_is_trained)
+def _cnn() -> Iterator[CelRule]:
+    yield CelRule(
+        'self.transfer.train == "head" && has(self.model.base.cnn)',
+        "head would freeze the cnn at its random weights. Set train: all.",
+        "transfer.train",
+    )
