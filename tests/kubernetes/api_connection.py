@@ -7,11 +7,13 @@ import time
 from http.server import BaseHTTPRequestHandler
 from typing import TYPE_CHECKING, Any
 
-from api_objects import Object
+from api_kinds import Object
 from api_statuses import Fault
 
 if TYPE_CHECKING:
     from api_server import ApiServer, Request
+
+TRUE = {"1", "true", "True"}
 
 
 class ConnectionCutError(Exception):
@@ -25,11 +27,15 @@ class ConnectionHandler(BaseHTTPRequestHandler):
         fault: Fault of the current request.
         record: The current request, as recorded for tests.
         sent: Bytes of the stream sent so far.
+        query: Query parameters of the current request.
+        body: Body of the current request.
     """
 
     fault: Fault
     record: "Request"
     sent: int
+    query: dict[str, str]
+    body: Any
     protocol_version = "HTTP/1.1"
     timeout = 60
 

@@ -3,7 +3,7 @@
 import threading
 from datetime import UTC, datetime, timedelta
 
-from api_objects import Object
+from api_kinds import Object
 
 
 class Log:

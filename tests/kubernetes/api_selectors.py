@@ -1,10 +1,7 @@
 """Label and field selectors of the API server used in tests."""
 
-from typing import Any
-
 from api_apply import value_at
-
-Object = dict[str, Any]
+from api_kinds import Object
 
 
 def matches_selectors(obj: Object, labels: str, fields: str) -> bool:

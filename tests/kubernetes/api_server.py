@@ -1,8 +1,10 @@
 """A fake Kubernetes API server: real HTTP, objects in memory, no controllers.
 
-It stores Jobs, ConfigMaps, Pods, Events, ResourceQuotas, Secrets and Namespaces. It supports server-side apply, GET,
-LIST (selectors, `continue`), WATCH, DELETE (propagation, grace period, preconditions), logs, and GET through pods/proxy
-(to `pod_ports`), and responds with the error messages of a real server. Tests change objects as controllers would.
+It stores built-in kinds (api_kinds.py) and those of CustomResourceDefinitions. It supports POST, PUT, PATCH (merge
+patch, JSON patch, server-side apply), GET, LIST (selectors, `continue`, Tables), WATCH, DELETE (propagation, grace
+period, preconditions), status subresources, dry runs, logs, GET through pods/proxy (to `pod_ports`), discovery,
+OpenAPI v3 and validating webhooks, and responds with the error messages of a real server. Tests change objects as
+controllers would, or let `SimulatedControllers` do so.
 
     from api_server import ApiServer
 
@@ -17,8 +19,15 @@ LIST (selectors, `continue`), WATCH, DELETE (propagation, grace period, precondi
         api_server.inject(Fault(cut_after_bytes=100, path="/log"), times=2)    # for the next two that match
         assert [f"{request.method} {request.path}" for request in api_server.requests] == [...]
 
+        api_server.install_crd(definition())          # serves TransferJobs; or ApiServer(crds=[definition()])
+        api_server.allow(role["rules"], namespace="team-a")    # RBAC: everything else is forbidden from now on
+
     Without the fixture: `with ApiServer() as server: server.kubeconfig(tmp_path / "config")`; the path is for
     KUBECONFIG or --kubeconfig. The namespaces `default` and `team-a` exist. Requests must send the server's token.
+
+Differences from a real server: objects of built-in kinds are not validated, except immutable fields of Jobs; a
+strategic merge patch replaces lists; the cost of CEL rules is not estimated, and their type check does not compare int
+with double; dates are strings in CEL.
 
 Deletions: `deletion_seconds` is the duration of pod shutdown and of foreground deletion (0.0: immediate).
 `hold_deletions = True` keeps deleted objects, with a deletionTimestamp, until `finish_deletions()`. Dependents
@@ -30,19 +39,27 @@ import json
 import ssl
 import sys
 import threading
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import api_logs
+from api_admission import Admission
+from api_authorization import User
 from api_deletion import Deletion
 from api_http import Handler
-from api_objects import KINDS, Key, Object, Objects
+from api_kinds import Key, Object
+from api_objects import Objects
+from api_patches import merge_patch
 from api_statuses import Fault
+from api_writes import Writes
+from crd_definition import definition_problems
 
 TOKEN = "token-of-the-tests"
 NAMESPACE = "team-a"
+USER = "alice"
 
 
 @dataclass
@@ -68,7 +85,6 @@ class Settings:
     """Settings of the server."""
 
     token: str | None = TOKEN
-    user: str = "alice"
     page_size: int = 500
     warnings: list[str] = field(default_factory=list)
 
@@ -89,11 +105,18 @@ class ApiServer:
     Args:
         token: Token that requests must send; None accepts all requests.
         tls: TLS context of the server; None serves plain HTTP.
+        crds: CustomResourceDefinitions to install.
     """
 
-    def __init__(self, *, token: str | None = TOKEN, tls: ssl.SSLContext | None = None) -> None:
+    def __init__(
+        self, *, token: str | None = TOKEN, tls: ssl.SSLContext | None = None, crds: Iterable[Object] = ()
+    ) -> None:
         self.settings = Settings(token)
+        self.user = User(USER)
+        self.other_users: dict[str, User] = {}
         self.objects = Objects()
+        self.writes = Writes(self.objects)
+        self.admission = Admission(self.objects)
         self.logs = api_logs.Logs(self.objects.changed)
         self.deletion = Deletion(self.objects)
         self.requests: list[Request] = []
@@ -104,6 +127,8 @@ class ApiServer:
         self._faults: list[InjectedFault] = []
         for name in ("default", NAMESPACE):
             self.put({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}})
+        for definition in crds:
+            self.install_crd(definition)
         self._http = _HttpServer(("127.0.0.1", 0), Handler)
         self._http.api = self  # type: ignore[attr-defined]
         if tls:
@@ -129,8 +154,14 @@ class ApiServer:
         with self.objects.changed:
             stored = self.objects.store(key, obj)
             if manager:
-                self.objects.set_owner(key, manager, obj)
+                self.writes.set_owner(key, manager, obj)
             return stored
+
+    def install_crd(self, definition: Object) -> Object:
+        """Create or update a CustomResourceDefinition, and serve its kind."""
+        problems = definition_problems(definition)
+        assert problems == [], problems
+        return self.put(definition)
 
     def patch(self, kind: str, name: str, change: Object, *, namespace: str | None = None) -> Object:
         """Change an object with a JSON merge patch: mappings merge, None removes, other values replace."""
@@ -138,7 +169,7 @@ class ApiServer:
         with self.objects.changed:
             stored = self.objects.get(key)
             assert stored is not None, f"no {kind} {name}"
-            return self.objects.store(key, _merge_patch(stored, change))
+            return self.objects.store(key, merge_patch(stored, change))
 
     def remove(self, kind: str, name: str, *, namespace: str | None = None) -> None:
         """Remove an object immediately."""
@@ -192,6 +223,23 @@ class ApiServer:
         """Inject faults into the next matching requests in this order, each for `times` requests."""
         self._faults += [InjectedFault(fault, times) for fault in faults]
 
+    def add_user(self, name: str) -> str:
+        """Add a user, and return the token of its requests."""
+        token = f"token-of-{name}"
+        self.other_users[token] = User(name)
+        return token
+
+    def allow(self, rules: Iterable[Object], *, namespace: str = "", user: str = USER) -> None:
+        """Allow a user only what the rules of its roles allow: `apiGroups`, `resources`, `verbs`, `resourceNames`.
+
+        Args:
+            rules: Rules of a Role or ClusterRole.
+            namespace: Namespace of the Role; empty for a ClusterRole.
+            user: Name of the user.
+        """
+        users = [self.user, *self.other_users.values()]
+        next(item for item in users if item.name == user).allow(rules, namespace)
+
     def send_warnings(self, *texts: str) -> None:
         """Send these texts as Warning headers with every response to an apply."""
         self.settings.warnings = [*texts]
@@ -207,7 +255,7 @@ class ApiServer:
     # ── Access ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def key(self, kind: str, name: str, namespace: str | None = None) -> Key:
-        return Key(kind, (namespace or NAMESPACE) if KINDS[kind].namespaced else "", name)
+        return Key(kind, (namespace or NAMESPACE) if self.objects.kinds[kind].namespaced else "", name)
 
     def kubeconfig(self, path: Path, *, namespace: str | None = NAMESPACE, user: Object | None = None) -> Path:
         """Write a kubeconfig file with one context, `tests`.
@@ -247,15 +295,3 @@ def owner_references(owner: Object) -> list[Object]:
             "blockOwnerDeletion": True,
         }
     ]
-
-
-def _merge_patch(value: Any, change: Any) -> Any:
-    if not isinstance(change, dict):
-        return change
-    merged = dict(value) if isinstance(value, dict) else {}
-    for key, new in change.items():
-        if new is None:
-            merged.pop(key, None)
-        else:
-            merged[key] = _merge_patch(merged.get(key), new)
-    return merged

@@ -54,10 +54,8 @@ def rbac_denied(
 ) -> dict[str, Any]:
     full = f"{plural.partition('/')[0]}.{group}" if group else plural.partition("/")[0]
     target = f'{full} "{name}"' if name else full
-    message = (
-        f'{target} is forbidden: User "{user}" cannot {verb} resource "{plural}" in API group "{group}" '
-        f'in the namespace "{namespace}"'
-    )
+    scope = f'in the namespace "{namespace}"' if namespace else "at the cluster scope"
+    message = f'{target} is forbidden: User "{user}" cannot {verb} resource "{plural}" in API group "{group}" {scope}'
     return status(403, "Forbidden", message, {"name": name, "kind": plural.partition("/")[0]})
 
 
@@ -77,9 +75,9 @@ def webhook_denied(name: str, message: str, code: int = 400) -> dict[str, Any]:
     return status(code, reason, f'admission webhook "{name}" denied the request: {message}')
 
 
-def field_conflict(manager: str, version: str, *fields: str) -> dict[str, Any]:
-    """Report a server-side apply of `fields` that another manager owns."""
-    owner = f'"{manager}" using {version}'
+def field_conflict(manager: str, version: str, *fields: str, subresource: str = "") -> dict[str, Any]:
+    """Report a server-side apply of `fields` that another manager owns, through a subresource if it is set."""
+    owner = f'"{manager}"' + (f' with subresource "{subresource}"' if subresource else "") + f" using {version}"
     conflicts = f"conflicts with {owner}:\n" + "\n".join(f"- {name}" for name in fields)
     message = f"Apply failed with {len(fields)} conflicts: {conflicts}"
     if len(fields) == 1:
@@ -94,6 +92,36 @@ def uid_conflict(plural: str, name: str, expected: str, actual: str) -> dict[str
         f"the UID in record ({actual}). The object might have been deleted and then recreated"
     )
     return status(409, "Conflict", message, {"name": name, "kind": plural.partition(".")[0]})
+
+
+def uid_precondition(full: str, path: str, name: str, expected: str, actual: str) -> dict[str, Any]:
+    """Report an update of an object that has another UID."""
+    message = (
+        f'Operation cannot be fulfilled on {full} "{name}": StorageError: invalid object, Code: 4, Key: {path}, '
+        f"ResourceVersion: 0, AdditionalErrorMsg: Precondition failed: UID in precondition: {expected}, "
+        f"UID in object meta: {actual}"
+    )
+    return status(409, "Conflict", message, _details(full, name))
+
+
+def modified(full: str, name: str) -> dict[str, Any]:
+    """Report an update whose resourceVersion is not the current one."""
+    reason = "the object has been modified; please apply your changes to the latest version and try again"
+    return status(409, "Conflict", f'Operation cannot be fulfilled on {full} "{name}": {reason}', _details(full, name))
+
+
+def already_exists(full: str, name: str) -> dict[str, Any]:
+    return status(409, "AlreadyExists", f'{full} "{name}" already exists', _details(full, name))
+
+
+def unsupported_media_type(*accepted: str) -> dict[str, Any]:
+    message = "the body of the request was in an unknown format - accepted media types include: " + ", ".join(accepted)
+    return status(415, "UnsupportedMediaType", message)
+
+
+def _details(full: str, name: str) -> dict[str, Any]:
+    plural, _, group = full.partition(".")
+    return {"name": name, "kind": plural} | ({"group": group} if group else {})
 
 
 def invalid(

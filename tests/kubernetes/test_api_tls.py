@@ -1,12 +1,15 @@
 """TLS certificates of servers, users and pods, with a certificate authority created for the tests."""
 
 import base64
+import gc
 import json
+import queue
 import shutil
 import socket
 import ssl
 import subprocess
 import threading
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,8 +18,11 @@ from urllib.parse import urlsplit
 import pytest
 import yaml
 from api_server import TOKEN, ApiServer
+from sample_crd import definition
+from simulated_cluster import wait_for
 
 from topwork.clients.kubernetes.cluster import Cluster, ClusterSettings, connect
+from topwork.cluster.controller.runtime.operator import TransferJobWatch
 from topwork.errors import SettingError, UnavailableError
 
 pytestmark = pytest.mark.skipif(not shutil.which("openssl"), reason="needs openssl: apt-get install openssl")
@@ -125,6 +131,37 @@ def test_disabled_verification_accepts_any_certificate_without_warning(tls_serve
         open_cluster(tmp_path / "config", {"server": tls_server.url, "insecure-skip-tls-verify": True}).list("Job")
         == []
     )
+
+
+@pytest.mark.parametrize("authentication", ["token", "certificate", "server name", "insecure"])
+def test_the_watch_of_the_controller_uses_the_same_credentials(certificates: Path, tmp_path: Path, authentication: str):
+    is_certificate = authentication == "certificate"
+    tls = server_context(certificates, client_certificates=is_certificate)
+    with ApiServer(token=None if is_certificate else TOKEN, tls=tls, crds=[definition()]) as server:
+        cluster: dict[str, Any] = {"server": server.url, "certificate-authority": str(certificates / "ca.crt")}
+        if authentication == "server name":
+            cluster |= {"server": server.url.replace("127.0.0.1", "localhost"), "tls-server-name": "cluster.example"}
+        if authentication == "insecure":
+            cluster = {"server": server.url, "insecure-skip-tls-verify": True}
+        files = {"client-certificate": "alice.crt", "client-key": "alice.key"}
+        user = {key: str(certificates / file) for key, file in files.items()} if is_certificate else None
+        names: queue.SimpleQueue[str] = queue.SimpleQueue()
+        watch = TransferJobWatch(
+            open_cluster(tmp_path / "config", cluster, user),
+            "team-a",
+            lambda _type, obj: names.put(obj["metadata"]["name"]),
+            list,
+        )
+        watch.start()
+        wait_for(lambda: any(request.query.get("watch") for request in server.requests), "watch")
+        kind = {"apiVersion": "topwork.dev/v1alpha1", "kind": "TransferJob"}
+        server.put(kind | {"metadata": {"name": "cats", "namespace": "team-a"}, "spec": {}})
+        assert names.get(timeout=10) == "cats"
+        watch.stop()
+        wait_for(watch.problem, "end of the watch")
+    # A process that stops watching ends, so nothing closes the TLS connections of kopf's client.
+    with warnings.catch_warnings(action="ignore", category=ResourceWarning):
+        gc.collect()
 
 
 @pytest.mark.parametrize("form", ["files", "data"])

@@ -1,0 +1,259 @@
+"""Simulated scheduler and kubelet: moves the containers of pods through their stages."""
+
+import time
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import sample_objects
+from api_kinds import Key, Object
+from api_server import NAMESPACE, ApiServer
+
+from topwork.cluster.termination_message import TerminationMessage
+
+FINISHED = {"Succeeded", "Failed"}
+# The message of a stage that ends without error: epochs, metric and its value.
+RESULTS: dict[str, dict[str, Any]] = {
+    "pull": {},
+    "transfer": {"epochs": 5, "metric": "validation_accuracy", "value": 0.91},
+    "fine-tune": {"epochs": 10, "metric": "accuracy", "value": 0.97},
+}
+
+
+class SimulatedClock:
+    """A clock that a test can move forward."""
+
+    def __init__(self) -> None:
+        self.offset = 0.0
+
+    def seconds(self) -> float:
+        return time.monotonic() + self.offset
+
+    def timestamp(self) -> str:
+        return (datetime.now(UTC) + timedelta(seconds=self.offset)).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+@dataclass
+class PodRecord:
+    """A pod, and when it was active, in seconds of the clock; `ended` is None until all its processes have ended."""
+
+    namespace: str
+    name: str
+    uid: str
+    job: str
+    job_uid: str
+    run: str
+    role: str
+    created: float
+    ended: float | None = None
+    started_stage: float = 0.0
+    terminating_since: float | None = None
+    container: int = -1
+    states: list[Object] = field(default_factory=list)
+
+
+class Kubelet:
+    """Scheduler and kubelet of one node.
+
+    Attributes:
+        script: Exit codes of the next attempts of a stage.
+        stage_seconds: Duration of each stage, or by stage.
+        can_schedule: Whether the node has room for a pod.
+        trained_seconds: Checkpointed progress by run and stage.
+    """
+
+    def __init__(
+        self,
+        server: ApiServer,
+        clock: SimulatedClock,
+        stage_seconds: float | dict[str, float],
+        shutdown_seconds: float,
+        start_seconds: float,
+        pod_ip: str,
+    ) -> None:
+        self.pods: list[PodRecord] = []
+        self.script: dict[str, list[int]] = {}
+        self.stage_seconds = stage_seconds
+        self.shutdown_seconds, self.start_seconds = shutdown_seconds, start_seconds
+        self.pod_ip = pod_ip
+        self.can_schedule = True
+        self.trained_seconds: dict[tuple[str, str], float] = {}
+        self._server, self._clock = server, clock
+        self._models: dict[str, str] = {}
+
+    def step(self) -> None:
+        """Act on all pods once."""
+        # A deleted pod stays until the next step, in which the Job controller has counted it.
+        for obj in self._server.objects.list_all():
+            if obj["kind"] == "Pod" and "deletionTimestamp" in obj["metadata"] and is_finished(obj):
+                self._server.objects.remove(Key("Pod", obj["metadata"]["namespace"], obj["metadata"]["name"]))
+        for record in self.pods:
+            if record.ended is None:
+                self._step_pod(record)
+
+    def track(self, pod: Object) -> None:
+        """Take over a pod that the Job controller created."""
+        metadata, labels = pod["metadata"], pod["metadata"]["labels"]
+        owner = metadata["ownerReferences"][0]
+        containers = _containers(pod)
+        self.pods.append(
+            PodRecord(
+                metadata["namespace"],
+                metadata["name"],
+                metadata["uid"],
+                owner["name"],
+                owner["uid"],
+                labels.get("topwork.dev/run", owner["name"]),
+                labels.get("topwork.dev/role", ""),
+                self._clock.seconds(),
+                states=[sample_objects.waiting() for _ in containers],
+            )
+        )
+
+    def evict(self, name: str, namespace: str | None, reason: str) -> None:
+        """Add the condition DisruptionTarget to a pod, and delete it."""
+        with self._server.objects.changed:
+            pod = self._server.get("Pod", name, namespace=namespace)
+            assert pod is not None, f"no pod {name}"
+            disruption = sample_objects.disruption(reason, "evicted by the test")
+            conditions = [*pod["status"].get("conditions", []), disruption]
+            self._server.patch("Pod", name, {"status": {"conditions": conditions}}, namespace=namespace)
+            self._server.deletion.delete(Key("Pod", namespace or NAMESPACE, name), {})
+
+    def _step_pod(self, record: PodRecord) -> None:
+        pod = self._server.get("Pod", record.name, namespace=record.namespace)
+        now = self._clock.seconds()
+        if pod is None or pod["metadata"]["uid"] != record.uid:
+            record.ended = now  # deleted without grace
+        elif "deletionTimestamp" in pod["metadata"]:
+            self._terminate(record, pod, now)
+        elif "nodeName" not in pod["spec"]:
+            self._schedule(record, pod, now)
+        elif record.container < 0:
+            if now - record.started_stage >= self.start_seconds:
+                self._start_container(record, pod, 0, now)
+        else:
+            self._run_stage(record, pod, now)
+
+    def _schedule(self, record: PodRecord, pod: Object, now: float) -> None:
+        if not self.can_schedule:
+            condition = sample_objects.not_scheduled(sample_objects.NO_GPUS) | {
+                "lastTransitionTime": pod["metadata"]["creationTimestamp"]
+            }
+            self._patch_status(record, phase="Pending", conditions=[condition])
+            return
+        record.started_stage = now
+        condition = {"type": "PodScheduled", "status": "True", "lastTransitionTime": self._clock.timestamp()}
+        change = {"spec": {"nodeName": sample_objects.NODE}}
+        self._server.patch("Pod", record.name, change, namespace=record.namespace)
+        self._patch_status(
+            record, phase="Pending", conditions=[condition], podIP=self.pod_ip, startTime=self._clock.timestamp()
+        )
+        self._show_states(record, pod, "Pending")
+
+    def _start_container(self, record: PodRecord, pod: Object, index: int, now: float) -> None:
+        record.container, record.started_stage = index, now
+        record.states[index] = {"running": {"startedAt": self._clock.timestamp()}}
+        is_main = index >= len(pod["spec"].get("initContainers", []))
+        self._show_states(record, pod, "Running" if is_main else "Pending")
+
+    def _run_stage(self, record: PodRecord, pod: Object, now: float) -> None:
+        stage = _containers(pod)[record.container]["name"]
+        trained = self.trained_seconds.get((record.run, stage), 0.0)
+        if trained + now - record.started_stage < self._duration(stage):
+            return
+        codes = self.script.get(stage, [])
+        code = codes.pop(0) if codes else 0
+        self._end_container(record, stage, code)
+        if code:
+            self._finish(record, pod, "Failed", now)
+            return
+        self.trained_seconds[record.run, stage] = float("inf")
+        if record.container + 1 < len(record.states):
+            self._start_container(record, pod, record.container + 1, now)
+        else:
+            self._finish(record, pod, "Succeeded", now)
+
+    def _terminate(self, record: PodRecord, pod: Object, now: float) -> None:
+        """SIGTERM: the running stage stores its checkpoint, unless the grace period is too short."""
+        if record.container < 0:
+            record.ended = now
+            self._server.remove("Pod", record.name, namespace=record.namespace)
+            return
+        stage = _containers(pod)[record.container]["name"]
+        grace = pod["metadata"].get("deletionGracePeriodSeconds", 30)
+        if record.terminating_since is None:
+            record.terminating_since = now
+        if now - record.terminating_since < min(self.shutdown_seconds, grace):
+            return
+        is_stored = self.shutdown_seconds <= grace
+        if is_stored:
+            trained = self.trained_seconds.get((record.run, stage), 0.0)
+            self.trained_seconds[record.run, stage] = trained + record.terminating_since - record.started_stage
+        self._end_container(record, stage, 143 if is_stored else 137)
+        self._finish(record, pod, "Failed", now)
+
+    def _end_container(self, record: PodRecord, stage: str, code: int) -> None:
+        """Let the running container exit, with the termination message that topwork writes."""
+        outcome = {0: "done", 143: "stopped"}.get(code, "failed")
+        fields: dict[str, Any] = RESULTS.get(stage, {}) if code == 0 else {"error": f"{outcome} by the test"}
+        if code == 0 and stage == "fine-tune":
+            fields = fields | {"model": self._publish(record.run)}
+        started = record.states[record.container]["running"]["startedAt"]
+        state: Object = {"exitCode": code, "reason": "Completed" if code == 0 else "Error", "startedAt": started}
+        state["finishedAt"] = self._clock.timestamp()
+        if code != 137 and stage in RESULTS:  # SIGKILL leaves no message
+            message = TerminationMessage.model_validate(
+                {"stage": stage, "outcome": outcome, "exit_code": code, "run": record.run, **fields}
+            )
+            state["message"] = message.to_json()
+        record.states[record.container] = {"terminated": state}
+        self._server.end_log(record.name, stage)
+
+    def _publish(self, run: str) -> str:
+        """Publish the model of a run once; another run of the same job gets the next version."""
+        job = run.rpartition("-")[0] or run
+        if run not in self._models:
+            version = 1 + sum(model.startswith(f"s3://bucket/topwork/models/{job}/") for model in self._models.values())
+            self._models[run] = f"s3://bucket/topwork/models/{job}/{version}/"
+        return self._models[run]
+
+    def _finish(self, record: PodRecord, pod: Object, phase: str, now: float) -> None:
+        record.ended = now
+        self._show_states(record, pod, phase)
+
+    def _show_states(self, record: PodRecord, pod: Object, phase: str) -> None:
+        statuses = [
+            _container_status(container, state)
+            for container, state in zip(_containers(pod), record.states, strict=True)
+        ]
+        count = len(pod["spec"].get("initContainers", []))
+        self._patch_status(
+            record, phase=phase, initContainerStatuses=statuses[:count], containerStatuses=statuses[count:]
+        )
+
+    def _patch_status(self, record: PodRecord, **status: Any) -> None:
+        self._server.patch("Pod", record.name, {"status": status}, namespace=record.namespace)
+
+    def _duration(self, stage: str) -> float:
+        seconds = self.stage_seconds
+        return seconds.get(stage, 0.05) if isinstance(seconds, dict) else seconds
+
+
+def is_finished(pod: Object) -> bool:
+    return pod.get("status", {}).get("phase") in FINISHED
+
+
+def _containers(pod: Object) -> list[Object]:
+    return [*pod["spec"].get("initContainers", []), *pod["spec"]["containers"]]
+
+
+def _container_status(container: Object, state: Object) -> Object:
+    return {
+        "name": container["name"],
+        "image": container.get("image", ""),
+        "ready": "running" in state or state.get("terminated", {}).get("exitCode") == 0,
+        "restartCount": 0,
+        "started": "running" in state,
+        "state": state,
+    }
