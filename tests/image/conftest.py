@@ -26,17 +26,24 @@ CA_BUNDLE = Path("/etc/ssl/certs/ca-certificates.crt")
 @pytest.fixture(scope="session")
 def image() -> str:
     """Name of the CPU image, built from this source tree with podman's build cache."""
+    prepare_base_image()
+    job = read_fixture_job("solar-transfer")
+    name = str(render(job, RenderOptions()).training["spec"]["template"]["spec"]["containers"][0]["image"])
+    ca_options = [f"CA={CA_BUNDLE}"] if CA_BUNDLE.exists() else []
+    run_build("make", "image", "BUILDER=podman", "ACCELERATOR=cpu", f"IMAGE={name}", *ca_options)
+    return name
+
+
+def prepare_base_image() -> str:
+    """Pull or build the base image of the Dockerfile, and return its name; skip the test without podman."""
     if is_podman_missing():
         if os.environ.get("CI") == "true":
             pytest.fail(MISSING)
         pytest.skip(MISSING)
-    job = read_fixture_job("solar-transfer")
-    name = str(render(job, RenderOptions()).training["spec"]["template"]["spec"]["containers"][0]["image"])
-    base = next(line for line in Path("Dockerfile").read_text().splitlines() if line.startswith("ARG BASE="))
-    run_build("tests/image/base_image.sh", base.removeprefix("ARG BASE="))
-    ca_options = [f"CA={CA_BUNDLE}"] if CA_BUNDLE.exists() else []
-    run_build("make", "image", "BUILDER=podman", "ACCELERATOR=cpu", f"IMAGE={name}", *ca_options)
-    return name
+    line = next(line for line in Path("Dockerfile").read_text().splitlines() if line.startswith("ARG BASE="))
+    base = line.removeprefix("ARG BASE=")
+    run_build("tests/image/base_image.sh", base)
+    return base
 
 
 def run_build(*command: str) -> None:

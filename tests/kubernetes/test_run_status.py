@@ -180,6 +180,15 @@ def test_job_with_failure_target_is_stopping():
     )
 
 
+@pytest.mark.parametrize(("code", "retries"), [(2, 3), (3, 3), (75, 0)])
+def test_failure_that_ends_the_job_announces_no_new_pod(code: int, retries: int):
+    # The Job controller has not counted the pod yet.
+    active = job()
+    active["spec"]["backoffLimit"] = retries
+    pods = [pod({"pull": failed("pull", code, "no such bucket")}, phase="Failed")]
+    assert summary(read_status(active, pods)) == ("stopping", "pull", "no such bucket", None, None)
+
+
 def test_policy_failure_has_its_exit_code_without_its_pod():
     state = read_status(failed_job(failed_by_policy("transfer", 2)))
     assert summary(state) == (

@@ -53,6 +53,15 @@ def run_steps(metrics: Metrics, count: int, seconds: float, wait: float = 0.0) -
 # ── Calculation ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.parametrize(("epoch", "planned"), [("1", "+Inf"), ("+Inf", "+Inf"), ("NaN", "3"), ("-0.5", "3")])
+def test_impossible_epochs_have_no_remaining_time(epoch, planned):
+    page = (
+        'topwork_stage_running{stage="transfer"} 1\ntopwork_stage_start_timestamp_seconds{stage="transfer"} 1.6e9\n'
+        f'topwork_epoch{{stage="transfer"}} {epoch}\ntopwork_epochs_planned{{stage="transfer"}} {planned}\n'
+    )
+    assert observe(parse_page(page, START_TIME + 100)).seconds_left is None
+
+
 def test_new_process_is_starting():
     snapshot = observe(read(start_metrics(), 0))
     assert (snapshot.run, snapshot.job, snapshot.state, snapshot.stage) == ("cats-1a2b3c4d", "cats", "starting", None)

@@ -4,6 +4,7 @@ The name of a job has at most 40 characters, the name of its run 49, and the nam
 suffix to name a pod; the result stays within the 63 characters of a label value.
 """
 
+from enum import StrEnum
 from typing import Literal
 
 from topwork import __version__
@@ -36,6 +37,15 @@ RESTART_ANNOTATION = "topwork.dev/restart"
 """Annotation of a pod: `true` if the first pod of its Job deletes the results of the run."""
 CANCEL_ANNOTATION = "topwork.dev/cancel"
 """Annotation of a TransferJob: name of the run to cancel. A run with another name is not affected."""
+CHECKED_RUN_ANNOTATION = "topwork.dev/checked-run"
+"""Annotation of a TransferJob that `submit` applied: the name that its run has with the dataset that its source gave at
+that time. Another name for the same spec means that the source has changed."""
+TEMPLATE_ANNOTATION = "topwork.dev/template-digest"
+"""Annotation of the controller's Jobs: SHA-256 of what their pods run; a Job with another one has to be replaced."""
+GENERATION_ANNOTATION = "topwork.dev/generation"
+"""Annotation of the controller's Jobs: generation of the TransferJob that the Job was last adapted to."""
+TTL_ANNOTATION = "topwork.dev/ttl-seconds-after-finished"
+"""Annotation of the controller's Jobs: the TTL that a Job gets once its outcome is stored in the TransferJob."""
 CONTROLLER_MANAGER = "topwork-controller"
 """Field manager of the controller."""
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
@@ -54,6 +64,13 @@ DEFAULTS_CONFIG_MAP = "topwork-defaults"
 DEFAULTS_FILE = "defaults.yaml"
 STORAGE_SECRET = "topwork-s3"  # noqa: S105 - the name of a Secret, not a secret
 """Secret with the AWS variables of the storage; optional if a service account grants access."""
+
+
+class RunKind(StrEnum):
+    """The kind of object that represents a job in the cluster."""
+
+    job = "job"
+    transferjob = "transferjob"
 
 
 def object_name(job: TransferJob) -> str:

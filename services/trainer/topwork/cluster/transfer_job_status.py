@@ -39,6 +39,7 @@ class AttemptRecord(_StatusModel):
     pod: str = Field(description="Name of the pod.")
     uid: str = Field(description="UID of the pod.")
     node: str | None = Field(default=None, description="Node of the pod.")
+    created: datetime | None = Field(default=None, description="When the pod was created.")
     stage: str | None = Field(default=None, description="Stage that it ran last.")
     started: datetime | None = Field(default=None, description="When its first container started.")
     ended: datetime | None = Field(default=None, description="When its last container ended.")
@@ -52,7 +53,9 @@ class TransferJobStatus(_StatusModel):
 
     observed_generation: int = Field(default=0, description="Generation of the spec that this status describes.")
     state: State = Field(default="Pending", description="State of the run.")
-    conditions: tuple[Condition, ...] = Field(default=(), description="Conditions: Accepted, Suspended, Complete, …")
+    conditions: tuple[Condition, ...] = Field(
+        default=(), description="Conditions: Accepted, Suspended, Complete, Failed and Cancelled."
+    )
     run: str | None = Field(
         default=None,
         description="Name of the run, which is also that of its Job: NAME-DIGEST, where the digest "
@@ -73,6 +76,10 @@ class TransferJobStatus(_StatusModel):
     attempts: int | None = Field(default=None, description="Number of pods of the run so far.")
     attempt_history: tuple[AttemptRecord, ...] = Field(default=(), description="The latest pods of the run.")
     job_uid: str | None = Field(default=None, description="UID of the Job that trains.")
+    image: str | None = Field(
+        default=None,
+        description="Image that the run started with. The run keeps it, unless the spec sets spec.compute.image.",
+    )
     start_time: datetime | None = Field(default=None, description="When the run was created.")
     completion_time: datetime | None = Field(default=None, description="When the run finished.")
 

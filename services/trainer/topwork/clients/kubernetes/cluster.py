@@ -15,7 +15,7 @@ from itertools import islice
 
 from topwork.clients.kubernetes import KubernetesObject
 from topwork.clients.kubernetes.api_request import KINDS, ApiRequest
-from topwork.clients.kubernetes.connection import ClusterSettings
+from topwork.clients.kubernetes.connection import ClusterSettings, HttpAccess
 from topwork.clients.kubernetes.errors import NotFoundError, TransientError, UidConflictError, UnknownApiError
 from topwork.clients.kubernetes.logs import LogReader
 from topwork.clients.kubernetes.rest_client import RestClient
@@ -73,6 +73,19 @@ class Cluster:
         return self._client.connection.server
 
     @property
+    def headers(self) -> dict[str, str]:
+        """Headers for requests of another HTTP client, with the current token. Never print them."""
+        return self._client.connection.headers
+
+    def open_access(self) -> HttpAccess:
+        """Return what another HTTP client needs to send requests, besides `headers`.
+
+        Raises:
+            SettingError: If a certificate can't be loaded.
+        """
+        return self._client.connection.open_access()
+
+    @property
     def warnings(self) -> list[str]:
         """Warnings from the server so far, such as a Pod Security level that the pods of a Job would violate."""
         return self._client.warnings
@@ -102,7 +115,10 @@ class Cluster:
         """Create or update an object with server-side apply.
 
         Args:
-            obj: The object; without a namespace, it is created in the default one.
+            obj: The object; without a namespace, it is created in the default one. With a resourceVersion, the
+                request fails with `ConflictError` if that is not the current one; with a UID, it fails with
+                `UidConflictError` if the object was deleted and created again. The API server ignores the UID in
+                requests to the status of a custom resource.
             dry_run: Let the server validate the object without storing it.
             manager: Field manager.
             force: Take fields that other field managers own, instead of failing with a conflict.
@@ -127,7 +143,8 @@ class Cluster:
         }
         namespace, name = metadata.get("namespace", ""), metadata["name"]
         body = obj | {"metadata": metadata}
-        request = ApiRequest("apply", kind, namespace, name, "PATCH", subresource, query, body)
+        verb = "update" if "resourceVersion" in metadata else "apply"
+        request = ApiRequest(verb, kind, namespace, name, "PATCH", subresource, query, body)
         return self._client.send(request)
 
     def create(self, obj: KubernetesObject) -> KubernetesObject:
@@ -190,8 +207,18 @@ class Cluster:
             SettingError: If the server rejects the request.
             UnavailableError: If several attempts in a row to reach the server failed.
         """
-        request = self._list_request(kind, labels, fields, all_namespaces)
-        return Watcher(self._client, request).events(seconds)
+        return self.watcher(kind, labels=labels, fields=fields, all_namespaces=all_namespaces).events(seconds)
+
+    def watcher(self, kind: str, *, labels: str = "", fields: str = "", all_namespaces: bool = False) -> Watcher:
+        """Return the state of a watch, which `watch` begins anew: a watcher can continue after an error.
+
+        Args:
+            kind: Kind, such as Pod.
+            labels: Label selector.
+            fields: Field selector.
+            all_namespaces: Watch the objects of all namespaces.
+        """
+        return Watcher(self._client, self._list_request(kind, labels, fields, all_namespaces))
 
     def logs(
         self,

@@ -55,6 +55,23 @@ class ClusterSettings:
 
 
 @dataclass(frozen=True)
+class HttpAccess:
+    """What another HTTP client needs to send requests to the API server.
+
+    Attributes:
+        server: URL of the API server.
+        ssl_context: TLS context with the trusted authorities and the client certificate.
+        proxy: URL of the proxy; None for direct connections.
+        server_name: Name in the server's certificate; None for that of the URL.
+    """
+
+    server: str
+    ssl_context: ssl.SSLContext
+    proxy: str | None
+    server_name: str | None
+
+
+@dataclass(frozen=True)
 class Connection:
     """An authenticated client of an API server.
 
@@ -78,6 +95,32 @@ class Connection:
         """The credentials, to detect whether they changed. Never print them."""
         configuration = self.client.configuration
         return configuration.api_key.get("BearerToken"), configuration.cert_file, configuration.key_file
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Headers of each request, with the current token. Never print them."""
+        token = self.client.configuration.get_api_key_with_prefix("BearerToken")
+        return dict(self.client.default_headers) | ({"Authorization": str(token)} if token else {})
+
+    def open_access(self) -> HttpAccess:
+        """Load the certificates for another HTTP client.
+
+        Raises:
+            SettingError: If a certificate can't be loaded.
+        """
+        configuration = self.client.configuration
+        context = _create_ssl_context(configuration)
+        if not configuration.verify_ssl:
+            context.check_hostname = False
+            context.verify_mode = ssl.CERT_NONE
+        try:
+            if configuration.ssl_ca_cert:
+                context.load_verify_locations(configuration.ssl_ca_cert)
+            if configuration.cert_file:
+                context.load_cert_chain(configuration.cert_file, configuration.key_file)
+        except OSError as error:
+            raise SettingError(f"The certificates of {self.identity} can't be loaded: {error}.") from error
+        return HttpAccess(self.server, context, configuration.proxy, configuration.tls_server_name)
 
 
 def open_connection(settings: ClusterSettings) -> Connection:

@@ -7,6 +7,7 @@ SettingError                not worth a retry
 ├── NotFoundError           the object does not exist
 ├── ForbiddenError          RBAC denies the request
 ├── UidConflictError        the object was deleted and created again
+├── NamespaceTerminatingError    the namespace is being deleted
 └── ContainerNotStartedError    the container has no log yet
 """
 
@@ -79,6 +80,10 @@ class ForbiddenError(SettingError):
 
 class UidConflictError(SettingError):
     """The object has a different UID than expected: it was deleted and created again."""
+
+
+class NamespaceTerminatingError(SettingError):
+    """The namespace is being deleted, so nothing can be created in it."""
 
 
 class ConflictError(SettingError):
@@ -157,10 +162,13 @@ def _forbidden(_: dict[str, Any], message: str, context: RequestContext) -> Topw
     reason = message.partition(" is forbidden: ")[2] or message
     namespace = context.namespace
     if denial := RBAC_DENIAL.search(message):
+        is_controller = denial["user"].endswith("-controller")
+        role = "topwork-controller of k8s/controller" if is_controller else "topwork-submitter of k8s/base"
         return ForbiddenError(
             f"{denial['user']} is not allowed to {denial['verb']} {denial['resource']} in namespace {namespace}. "
-            "Ask a cluster administrator for the role topwork-submitter of k8s/base, then check with: "
+            f"Ask a cluster administrator for the role {role}, then check with: "
             f"kubectl auth can-i {denial['verb']} {denial['resource']} -n {namespace}"
+            f"{' --as ' + denial['user'] if is_controller else ''}"
         )
     if "quota" in reason:
         return SettingError(
@@ -173,7 +181,7 @@ def _forbidden(_: dict[str, Any], message: str, context: RequestContext) -> Topw
             f"See the enforced level with: kubectl get namespace {namespace} --show-labels"
         )
     if "being terminated" in reason:
-        return SettingError(
+        return NamespaceTerminatingError(
             f"Namespace {namespace} is being deleted. Wait until it is gone and create it again, "
             "or choose another namespace with --namespace."
         )
@@ -216,7 +224,7 @@ def _conflict(status: dict[str, Any], message: str, context: RequestContext) -> 
             f"The cluster rejected the request to {context.action}, because another field manager set {fields}. "
             "Leave these fields to topwork, or cancel the job and submit it again."
         )
-    if "UID in" in message:
+    if "UID in" in message or "uid mismatch" in message:
         return UidConflictError(f"{context.server} could not {context.action}: {message}.")
     error = TransientError(f"{context.server} could not {context.action} (409: {message}). Try again later.")
     error.ambiguous = True
@@ -236,6 +244,8 @@ def _invalid(status: dict[str, Any], message: str, context: RequestContext) -> T
     causes = (status.get("details") or {}).get("causes") or []
     if not causes and "denied" in message:
         return _policy_denied(message, context)
+    if any(cause.get("field") == "metadata.uid" for cause in causes):
+        return UidConflictError(f"{context.server} could not {context.action}: {message}.")
     reasons = [f"{cause.get('field', '')}: {_shorten(cause.get('message', ''))}" for cause in causes]
     return SettingError(_rejected(context, "; ".join(reasons) or _shorten(message)))
 

@@ -2,8 +2,11 @@
 
 import base64
 import json
+import socket
+import threading
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urlencode, urlsplit, urlunsplit
@@ -17,8 +20,9 @@ from topwork.errors import SettingError, UnavailableError
 PREFIX = "topwork_"
 PAGE_TIMEOUT_SECONDS = 5.0
 QUERY_TIMEOUT_SECONDS = 20.0
-# A run has about a hundred series of a few hundred bytes each.
 MAX_RESPONSE_BYTES = 64 * 2**20
+# A run has about a hundred series of a few hundred bytes each.
+MAX_PAGE_BYTES = 2 * 2**20
 MAX_EXCERPT_CHARACTERS = 120
 
 
@@ -89,11 +93,12 @@ def parse_page(text: str, at: float) -> Reading:
     )
 
 
-def read_page(url: str) -> Reading:
+def read_page(url: str, timeout_seconds: float = PAGE_TIMEOUT_SECONDS) -> Reading:
     """Read the metrics page of a process.
 
     Args:
         url: URL of the page, such as `http://127.0.0.1:9101/metrics`.
+        timeout_seconds: Time to wait for a connection, and then for the complete response.
 
     Returns:
         The series of topwork on the page.
@@ -102,7 +107,7 @@ def read_page(url: str) -> Reading:
         SettingError: If the server at this URL does not serve metrics.
         UnavailableError: If the server does not answer.
     """
-    response = _get(url, PAGE_TIMEOUT_SECONDS, accept="text/plain;version=0.0.4")
+    response = _get(url, timeout_seconds, MAX_PAGE_BYTES, accept="text/plain;version=0.0.4")
     if response.status != 200:
         raise SettingError(
             f"{without_credentials(url)} answers with HTTP {response.status}: the path of a metrics page is usually "
@@ -140,8 +145,9 @@ class PrometheusClient:
             SettingError: If the server denies access or is not Prometheus.
             UnavailableError: If the server can't be reached.
         """
-        # Raw samples have the times of the scrapes, so that rates need no second query.
-        series_selector = f'__name__=~"{PREFIX}.+",__name__!~".+_(bucket|created)",run!=""'
+        # Raw samples have the times of the scrapes, so that rates need no second query. The controller's series of
+        # TransferJobs come from another process.
+        series_selector = f'__name__=~"{PREFIX}.+",__name__!~".+_(bucket|created)|{PREFIX}transferjob_.+",run!=""'
         matchers = ",".join([series_selector, *(f"{name}={json.dumps(value)}" for name, value in labels.items())])
         scrapes: dict[ScrapeTarget, dict[float, list[Sample]]] = {}
         for series in self._query(f"{{{matchers}}}[{seconds}s]"):
@@ -157,7 +163,7 @@ class PrometheusClient:
 
     def _query(self, query: str) -> list[dict[str, Any]]:
         url = f"{self._url}/api/v1/query?{urlencode({'query': query})}"
-        response = _get(url, QUERY_TIMEOUT_SECONDS, accept="application/json")
+        response = _get(url, QUERY_TIMEOUT_SECONDS, MAX_RESPONSE_BYTES, accept="application/json")
         server = without_credentials(self._url)
         if response.status in {401, 403}:
             raise SettingError(
@@ -183,23 +189,65 @@ class _Response(NamedTuple):
     text: str
 
 
-def _get(url: str, seconds: float, accept: str) -> _Response:
+class _Watchdog:
+    """Ends a connection after some time: the timeout of a socket starts again with each byte that arrives."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds, self._timers = seconds, list[threading.Timer]()
+
+    def watch(self, pool: urllib3.HTTPConnectionPool) -> None:
+        """Watch the connections that a pool opens from now on."""
+        watchdog, connection_class = self, pool.ConnectionCls
+
+        class Connection(connection_class):  # type: ignore[misc, valid-type]
+            def connect(self) -> None:
+                super().connect()
+                watchdog._start(self.sock)
+
+        pool.ConnectionCls = Connection
+
+    def stop(self) -> None:
+        for timer in self._timers:
+            timer.cancel()
+
+    def _start(self, connected: socket.socket) -> None:
+        timer = threading.Timer(self._seconds, self._end, [connected])
+        timer.daemon = True
+        timer.start()
+        self._timers.append(timer)
+
+    @staticmethod
+    def _end(connected: socket.socket) -> None:
+        with suppress(OSError):
+            connected.shutdown(socket.SHUT_RDWR)
+
+
+def _get(url: str, seconds: float, max_bytes: int, accept: str) -> _Response:
     """Send one GET request, without a proxy, and without following redirects, which usually lead to a login page."""
     bare_url, headers = _split_credentials(url)
     headers["Accept"] = accept
+    watchdog, deadline = _Watchdog(seconds), time.monotonic() + seconds
     try:
-        with urllib3.PoolManager(retries=False, timeout=seconds) as pool:
-            response = pool.request("GET", bare_url, headers=headers, redirect=False, preload_content=False)
-            data = response.read(MAX_RESPONSE_BYTES)
+        with urllib3.PoolManager(retries=False, timeout=seconds) as manager:
+            pool = manager.connection_from_url(bare_url)
+            watchdog.watch(pool)
+            path = urllib3.util.parse_url(bare_url).request_uri
+            response = pool.urlopen("GET", path, headers=headers, redirect=False, preload_content=False)
+            data = response.read(max_bytes)
             is_too_large = bool(response.read(1))
             response.release_conn()
     except urllib3.exceptions.LocationValueError:
         raise _not_a_url(url) from None
     except (urllib3.exceptions.HTTPError, OSError) as error:
-        raise UnavailableError(f"{without_credentials(url)} does not answer ({_root_cause(error)}).") from error
+        reason = _root_cause(error) if time.monotonic() < deadline else "timed out"
+        raise UnavailableError(f"{without_credentials(url)} does not answer ({reason}).") from error
+    finally:
+        watchdog.stop()
+    if time.monotonic() >= deadline:  # a response without a length ends where the connection ends
+        raise UnavailableError(f"{without_credentials(url)} does not answer (timed out).")
     if is_too_large:
         raise SettingError(
-            f"{without_credentials(url)} answers with more than {MAX_RESPONSE_BYTES >> 20} MiB, so it does not serve "
+            f"{without_credentials(url)} answers with more than {max_bytes >> 20} MiB, so it does not serve "
             "metrics. Check the URL."
         )
     return _Response(int(response.status), data.decode(errors="replace"))

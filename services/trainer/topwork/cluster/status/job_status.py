@@ -10,9 +10,11 @@ from topwork.cluster.status.objects import RunObjects, find_condition, is_being_
 from topwork.cluster.status.pending_reasons import explain_pending_job, explain_pending_pod
 from topwork.errors import GateError, SpecError, Stopped, UnavailableError
 
-Phase = Literal["pending", "pulling ahead", "running", "stopping", "succeeded", "failed", "suspended"]
+Phase = Literal["pending", "pulling ahead", "running", "stopping", "succeeded", "failed", "suspended", "cancelled"]
+"""Phases of a run; only a TransferJob can be cancelled, because a canceled Job does not exist any more."""
 FINAL_EXIT_CODES = {SpecError.exit_code, GateError.exit_code}
 """Exit codes that are never retried."""
+JOB_DELETED = "the Job was deleted"
 NEW_POD_FOLLOWS = "a new pod will be created"
 UNKNOWN_FAILURE = 1
 """Exit code of a run that failed without reporting one."""
@@ -70,6 +72,8 @@ def _read_active(objects: RunObjects, job: KubernetesObject, attempts: tuple[Att
     if last and last.state == "waiting":
         pod = pods_of_job(objects.pods, job)[-1]
         return JobStatus("pending", explain_pending_pod(pod, objects.events))
+    if last and _is_last_failure(job, attempts):
+        return JobStatus("stopping", last.error)
     reason = explain_pending_job(job, objects.events)
     if job["spec"].get("suspend"):
         return JobStatus("suspended", reason)
@@ -78,13 +82,21 @@ def _read_active(objects: RunObjects, job: KubernetesObject, attempts: tuple[Att
     return JobStatus("pending", reason)
 
 
+def _is_last_failure(job: KubernetesObject, attempts: tuple[Attempt, ...]) -> bool:
+    """Return whether the Job controller will let the Job fail; it sets the condition FailureTarget a moment later."""
+    if attempts[-1].state != "failed":
+        return False
+    counted = sum(attempt.counted for attempt in attempts)
+    return attempts[-1].exit_code in FINAL_EXIT_CODES or counted > int(job["spec"].get("backoffLimit") or 0)
+
+
 def _status_after_deletion(last: Attempt | None) -> JobStatus:
     """Return the status of a deleted Job: it may have finished before its TTL expired."""
     if last and last.state == "done":
         return JobStatus("succeeded", exit_code=0)
     if last and last.exit_code in FINAL_EXIT_CODES:
         return JobStatus("failed", exit_code=last.exit_code, error=last.error)
-    return JobStatus("failed", exit_code=Stopped.exit_code, error="the Job was deleted")
+    return JobStatus("failed", exit_code=Stopped.exit_code, error=JOB_DELETED)
 
 
 def describe_end(attempt: Attempt) -> str:

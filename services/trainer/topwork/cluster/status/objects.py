@@ -69,6 +69,12 @@ def get_label(obj: KubernetesObject, key: str) -> str | None:
     return None if value is None else str(value)
 
 
+def get_annotation(obj: KubernetesObject, key: str) -> str | None:
+    """Return the value of an annotation."""
+    value = (obj["metadata"].get("annotations") or {}).get(key)
+    return None if value is None else str(value)
+
+
 def parse_time(text: str | None) -> datetime | None:
     """Parse a Kubernetes timestamp."""
     return datetime.fromisoformat(text) if text else None
@@ -152,6 +158,12 @@ def pods_of_job(pods: Iterable[KubernetesObject], job: KubernetesObject) -> list
 def owner_uids(obj: KubernetesObject) -> set[str | None]:
     """Return the UIDs of the owners of an object."""
     return {owner.get("uid") for owner in obj["metadata"].get("ownerReferences") or ()}
+
+
+def get_controller(obj: KubernetesObject) -> KubernetesObject | None:
+    """Return the owner reference of the object whose controller manages an object; None if there is none."""
+    owners = obj["metadata"].get("ownerReferences") or ()
+    return next((dict(owner) for owner in owners if owner.get("controller")), None)
 
 
 def event_time(event: KubernetesObject) -> datetime | None:

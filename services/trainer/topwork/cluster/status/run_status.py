@@ -9,7 +9,7 @@ from datetime import datetime
 from topwork.clients.kubernetes import KubernetesObject
 from topwork.cluster.names import JOB_LABEL, QUEUE_LABEL, RUN_LABEL
 from topwork.cluster.status.attempts import Attempt, ContainerStatus, read_attempt
-from topwork.cluster.status.job_status import Phase, read_job_status
+from topwork.cluster.status.job_status import JOB_DELETED, Phase, read_job_status
 from topwork.cluster.status.objects import (
     RunObjects,
     creation_time,
@@ -19,6 +19,7 @@ from topwork.cluster.status.objects import (
     parse_time,
     pods_of_job,
 )
+from topwork.cluster.transfer_job_status import TransferJobStatus
 
 # The metric to show: the first of these that a log line contains.
 METRICS = ("validation_accuracy", "validation_auc", "validation_loss", "accuracy", "auc", "loss")
@@ -51,18 +52,20 @@ class RunStatus:
 
     Attributes:
         job: Name of the job: `metadata.name` of the spec.
-        run: Name of the run.
+        run: Name of the run; empty if the controller has not yet given a TransferJob one.
         namespace: Its namespace.
         phase: Its phase.
         stage: The stage that runs, or that ran last.
         attempts: The pods of the Job, oldest first.
         failures: Number of failed attempts that count against the retries.
-        retries: Number of such failures that the Job tolerates.
+        retries: Number of such failures that the Job tolerates; None if it is unknown, without a Job.
         epoch: Progress of the stage.
         metric: Name of the best known metric.
         value: Its value.
         model: URI of the published model.
         weights_from: Stage and epoch that the weights of the trained model come from.
+        transfer_job: Status of its TransferJob; None for a plain Job.
+        notes: What the status of the TransferJob adds, in sentences, such as a changed spec that is not accepted.
         exit_code: Exit code of the run; None until it is finished.
         error: Why it failed.
         reason: Why it is pending or stopping.
@@ -79,7 +82,7 @@ class RunStatus:
     stage: str | None = None
     attempts: tuple[Attempt, ...] = ()
     failures: int = 0
-    retries: int = 0
+    retries: int | None = None
     epoch: EpochProgress | None = None
     metric: str | None = None
     value: float | None = None
@@ -92,11 +95,23 @@ class RunStatus:
     node: str | None = None
     queue: str | None = None
     weights_from: str | None = None
+    transfer_job: TransferJobStatus | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def is_finished(self) -> bool:
         """Whether the status is final."""
-        return self.phase in {"succeeded", "failed"}
+        return self.phase in {"succeeded", "failed", "cancelled"}
+
+    @property
+    def name(self) -> str:
+        """Name that commands accept: that of the run, or of its TransferJob as long as it has no run."""
+        return self.run or f"transferjob/{self.job}"
+
+    @property
+    def was_deleted(self) -> bool:
+        """Whether the Job was deleted before it was finished: its TransferJob may be suspended, changed or canceled."""
+        return self.error == JOB_DELETED
 
     @property
     def running_container(self) -> tuple[str, str] | None:

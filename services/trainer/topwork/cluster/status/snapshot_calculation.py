@@ -1,5 +1,6 @@
 """Computes the state of a run from the metrics of its process: rates, ages and the remaining time."""
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
@@ -156,7 +157,7 @@ def _seconds_left(readings: Sequence[Reading], stage: str | None, now: float) ->
     if stage is None or last.value("stage_running", stage=stage) != 1:
         return None
     epoch, epochs = last.value("epoch", stage=stage), last.value("epochs_planned", stage=stage)
-    if epochs is None or not epoch:
+    if epochs is None or epoch is None or not (epoch > 0 and math.isfinite(epochs - epoch)):
         return None
     ends = _observed_epoch_ends(readings, stage)
     if len(ends) >= 2:
