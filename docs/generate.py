@@ -1,7 +1,7 @@
 """`make generate`: writes the generated schema, reference pages and README sections; `make verify` checks them."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,12 @@ from prometheus_client.metrics_core import Metric
 from topwork.cli import app
 from topwork.cli.commands.backbones import COLUMNS
 from topwork.cli.commands.backbones import rows as backbone_rows
+from topwork.clients.prometheus.controller import (
+    MAX_TRANSFERJOB_SERIES,
+    TRANSFERJOB_LABELS,
+    ControllerMetrics,
+    TransferJobCollector,
+)
 from topwork.clients.prometheus.gpus import GPU_METRICS, GpuCollector
 from topwork.clients.prometheus.series import MAX_SERIES, OUTCOME_FAMILIES, MetricFamilies
 from topwork.spec.schema.json_schema import schema_text
@@ -79,8 +85,31 @@ def metrics_text() -> str:
             "|---|---|---|---|---|",
             *rows,
             "",
+            *controller_metrics_lines(),
+            "",
         ]
     )
+
+
+def controller_metrics_lines() -> list[str]:
+    """Generate the section with the metrics of the controller."""
+    metrics = ControllerMetrics(samples=tuple, version="")
+    transferjobs = [(family, family._labelnames) for family in TransferJobCollector(samples=tuple).describe()]
+    families = transferjobs + families_of(vars(metrics).values())
+    return [
+        "## Controller\n",
+        "`topwork controller` serves these metrics on port 8080. Only the leader exposes TransferJobs: at most "
+        f"{MAX_TRANSFERJOB_SERIES} series for each, as long as the object exists. Their labels "
+        f"{' and '.join(f'`{label}`' for label in TRANSFERJOB_LABELS)} identify the object; Prometheus must keep the "
+        "namespace (`honorLabels: true`). Join `topwork_transferjob_info` for the name of the run.\n",
+        "| Metric | Type | Labels | Description |",
+        "|---|---|---|---|",
+        *(
+            f"| `{exposed_name(family)}` | {family.type} | {', '.join(f'`{label}`' for label in labels)} | "
+            f"{family.documentation} |"
+            for family, labels in families
+        ),
+    ]
 
 
 def backbones_text() -> str:
@@ -119,9 +148,13 @@ def backbones_text() -> str:
 def list_families() -> list[tuple[Metric, Sequence[str]]]:
     """Return all metric families of a process with their labels."""
     values = [getattr(value, "gauge", value) for value in vars(MetricFamilies()).values()]
+    return families_of(values) + [(family, family._labelnames) for family in GpuCollector(None).describe()]
+
+
+def families_of(values: Iterable[Any]) -> list[tuple[Metric, Sequence[str]]]:
+    """Return the metric families of those values that are metrics, with their labels."""
     collectors = [value for value in values if hasattr(value, "_labelnames")]
-    families = [(family, collector._labelnames) for collector in collectors for family in collector.collect()]
-    return families + [(family, family._labelnames) for family in GpuCollector(None).describe()]
+    return [(family, collector._labelnames) for collector in collectors for family in collector.collect()]
 
 
 def exposed_name(family: Metric) -> str:

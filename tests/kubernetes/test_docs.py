@@ -3,15 +3,17 @@
 import re
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import typer
+from cel_expr_python import cel
 from ruamel.yaml import YAML
 from typer.exceptions import TyperException
 
 from topwork import __version__
 from topwork.cli import app
+from topwork.cluster.transfer_job_status import State
 from topwork.spec.compute import Compute
 
 ROOT = Path(__file__).parents[2]
@@ -124,3 +126,26 @@ def test_mentioned_versions_are_current():
     mentioned = re.findall(r"topwork:([0-9][\w.]*)-(?:cpu|gpu)", PAGE)
     assert mentioned
     assert set(mentioned) == {__version__}
+
+
+def health_of(status: dict[str, Any]) -> list[str]:
+    """Return the health that Flux computes with the documented expressions."""
+    snippet = PAGE.partition("healthCheckExprs:\n")[2].partition("```")[0]
+    (check,) = YAML(typ="safe").load(snippet)
+    environment = cel.NewEnv(variables={"metadata": cel.Type.DYN, "status": cel.Type.DYN})
+    data = {"metadata": {"generation": 2}, "status": status}
+    health = ("inProgress", "failed", "current")
+    return [name for name in health if environment.compile(check[name]).eval(data=data).value() is True]
+
+
+def test_flux_computes_the_health_of_a_transfer_job():
+    assert health_of({}) == ["inProgress"]
+    assert health_of({"observedGeneration": 1, "state": "Complete"})[0] == "inProgress"
+    assert {state: health_of({"observedGeneration": 2, "state": state}) for state in get_args(State)} == {
+        "Pending": ["inProgress"],
+        "Running": ["inProgress"],
+        "Suspended": ["inProgress"],
+        "Complete": ["current"],
+        "Failed": ["failed"],
+        "Cancelled": ["failed"],
+    }

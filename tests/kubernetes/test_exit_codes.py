@@ -89,7 +89,7 @@ SITUATIONS: dict[tuple[str, str], list[tuple[Prepare, list[str]]]] = {
         (lose_node, ["logs", "flowers"]),
     ],
     ("logs", "no such job or run"): [(nothing, ["logs", "flowers"]), (start, ["logs", "roses", "-f"])],
-    ("cancel", "the run is deleted, whether it was finished or not"): [
+    ("cancel", "the run is canceled, or it was finished"): [
         (start, ["cancel", "flowers", "--now"]),
         (fail, ["cancel", RUN]),
     ],
@@ -105,10 +105,10 @@ SITUATIONS: dict[tuple[str, str], list[tuple[Prepare, list[str]]]] = {
 # Tested in test_submit.py, test_submit_source.py and test_follow.py.
 ELSEWHERE = {
     ("submit", "the same run exists with the same settings: it is left unchanged"),
-    ("submit", "the same run is not finished and has different settings, or `--restart` is given"),
+    ("submit", "the same run is not finished, and `--restart` is given or its plain Job has different settings"),
     ("submit", "the source cannot be checked from here: a note says so"),
     ("submit", "the source does not exist, or `--pinned` finds no dataset"),
-    ("status --follow", "the Job is deleted"),
+    ("status --follow", "the run is canceled, or its TransferJob or plain Job is deleted"),
 }
 CODE_OF_RUN = {"that of the run": "2"}
 

@@ -13,7 +13,7 @@ from api_server import ApiServer, Fault
 from sample_objects import MODEL, NO_GPUS, PULLED, QUOTA, RUN, epoch_line, failed, running
 from simulated_cluster import Command, SimulatedCluster
 
-from topwork.cli.output.status_printer import format_duration
+from topwork.cluster.status.durations import format_duration
 
 pytestmark = pytest.mark.timeout(600)
 POD = f"{RUN}-abcde"
@@ -287,7 +287,7 @@ def test_status_without_a_name_lists_runs(topwork, simulated):
     assert topwork("status") == topwork("list")
 
 
-def test_list_of_200_runs_sends_3_list_requests_and_reads_48_logs(topwork, api_server):
+def test_list_of_200_runs_sends_4_list_requests_and_reads_48_logs(topwork, api_server):
     for index in range(200):
         job = sample_objects.job()
         name = f"flowers-{index:08x}"
@@ -303,7 +303,7 @@ def test_list_of_200_runs_sends_3_list_requests_and_reads_48_logs(topwork, api_s
     code, lines = topwork("list")
     assert (code, len(lines), time.monotonic() - start < 30) == (0, 201, True)
     logs = [request for request in api_server.requests if request.path.endswith("/log")]
-    assert (len(logs), len(api_server.requests) - len(logs)) == (48, 3)
+    assert (len(logs), len(api_server.requests) - len(logs)) == (48, 4)  # TransferJobs, Jobs, pods and events
     assert [line.split()[1] for line in lines[1:3]] == ["flowers-00000000", "flowers-00000001"]
     assert sum("1/5" in line for line in lines) == 48
 

@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sample_transfer_jobs as samples
 from api_server import ApiServer
 from sample_objects import IMAGE, SPEC, failed_by_policy
+from sample_transfer_jobs import set_status
 from simulated_cluster import SimulatedCluster
 
 from topwork.artifacts import write_artifact
+from topwork.cluster.definition import definition
 from topwork.data.dataset_manifest import DatasetMetadata, dataset_prefix
 from topwork.data.sources import open_source
 from topwork.registry.datasets import FORMAT, fingerprint_of, write_entries
@@ -449,3 +452,45 @@ def test_submit_checks_every_source_without_the_training_libraries(photos, kubec
     completed = subprocess.run([*command, "--pinned"], capture_output=True, text=True, check=False)
     assert (completed.returncode, completed.stderr) == (0, "")
     assert completed.stdout.count(" submitted as job.batch/flowers-") == 3
+
+
+# TransferJobs
+
+
+def test_complete_transferjob_is_replaced_after_its_source_has_grown(photos, topwork, api_server):
+    api_server.install_crd(definition())
+    run = photos.job.run
+    code, lines = topwork("submit", photos.file)
+    assert (code, lines[0]) == (0, f"transferjob/flowers submitted in namespace team-a as run {run}")
+    photos.store_dataset()
+    set_status(api_server, samples.status("Running", run=run))
+    photos.grow()
+    code, lines = topwork("submit", photos.file)
+    assert (code, lines[0]) == (0, f"transferjob/flowers unchanged in namespace team-a: {run} is running")
+    assert lines[-1] == (
+        f"Note: the source changed: {CHANGES} the last pull. Submit again when the run is finished, or after: "
+        "topwork cancel flowers -n team-a"
+    )
+    set_status(api_server, samples.COMPLETE | {"run": run})
+    code, lines = topwork("submit", photos.file)
+    assert (code, lines[:3]) == (
+        0,
+        [
+            "transferjob/flowers is complete and is replaced: its source has changed",
+            f"transferjob flowers: source changed: {CHANGES} the last pull; --pinned keeps the previous dataset",
+            f"transferjob/flowers submitted in namespace team-a as run {run}",
+        ],
+    )
+    set_status(api_server, samples.COMPLETE | {"run": run})
+    assert (
+        topwork("submit", photos.file)[1][0] == f"transferjob/flowers unchanged in namespace team-a: {run} is complete"
+    )
+
+
+def test_pinned_transferjob_uses_the_stored_dataset(photos, topwork, api_server):
+    api_server.install_crd(definition())
+    dataset = photos.store_dataset()
+    photos.grow()
+    code, lines = topwork("submit", photos.file, "--pinned")
+    assert code == 0, lines
+    assert api_server.get("TransferJob", "flowers")["metadata"]["annotations"][DATASET] == dataset

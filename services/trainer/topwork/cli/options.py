@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from topwork.cli.runtime.environment import default_kubeconfig, is_in_pod
+from topwork.cluster.names import RunKind
 from topwork.errors import SettingError
 
 if TYPE_CHECKING:
@@ -26,6 +27,14 @@ Kubeconfig = Annotated[
 Image = Annotated[
     str | None,
     typer.Option(envvar="TOPWORK_IMAGE", help="Image of all containers [default: the image that make image builds]."),
+]
+As = Annotated[
+    RunKind | None,
+    typer.Option(
+        "--as",
+        help="Use only plain Jobs, or only TransferJobs [default: TransferJobs where the cluster serves them].",
+        show_default=False,
+    ),
 ]
 State = Annotated[
     Path | None,

@@ -47,16 +47,17 @@ def check_source(job: TransferJob, *, pinned: bool) -> CheckedSource:
         SettingError: If `pinned` and no storage is configured here, or it rejects the credentials.
         UnavailableError: If `pinned` and storage cannot be reached.
     """
-    from topwork.cli.output.progress import NoProgress
-    from topwork.cli.runtime.storage import open_optional_storage
-    from topwork.clients.prometheus.metrics import Metrics
-    from topwork.workspace import Workspace
-
     base, dataset = job.spec.model.base, job.spec.dataset
     has_stored_base = (base.saved.uri if base.saved else base.weights or "").startswith("s3://")
     # The versions of TFDS datasets do not change.
     if dataset.source.tfds and not has_stored_base and dataset.split_settings.pin_test is None:
         return CheckedSource(job.run)
+    # The image of the controller, which `helm test` runs, does not contain boto3.
+    from topwork.cli.output.progress import NoProgress
+    from topwork.cli.runtime.storage import open_optional_storage
+    from topwork.clients.prometheus.metrics import Metrics
+    from topwork.workspace import Workspace
+
     problem: TopworkError = SettingError("no storage is configured here")
     try:
         with (

@@ -5,10 +5,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from topwork.cli.options import Context, Kubeconfig, Namespace, open_cluster
+from topwork.cli.options import As, Context, Kubeconfig, Namespace, open_cluster
+from topwork.errors import SettingError
 
 if TYPE_CHECKING:
     from topwork.clients.kubernetes.cluster import Cluster
+    from topwork.cluster.operations.run_lookup import RunMatch
     from topwork.cluster.status.run_status import RunStatus
 
 
@@ -20,37 +22,75 @@ def cancel(
     namespace: Namespace = None,
     context: Context = None,
     kubeconfig: Kubeconfig = None,
+    as_kind: As = None,
 ) -> None:
     """Stop a run with a checkpoint, and delete its Jobs, pods and ConfigMap; its data in storage is kept.
 
-    If you submit the same spec again, it resumes from the checkpoint. Exit codes: 0 everything is deleted; 2 no such
-    run, or the cluster rejected a request; 75 an object is not deleted in time, or the API server does not respond; 130
-    after Ctrl-C, which does not stop the cancellation.
+    A TransferJob remains, with the state Cancelled, and is not run again if a GitOps tool applies it again. If you
+    submit the same spec again, it resumes from the checkpoint. Exit codes: 0 everything is deleted, or the TransferJob
+    is canceled; 2 no such run, or the cluster rejected a request; 75 an object is not deleted in time, or the
+    controller or the API server does not respond; 130 after Ctrl-C, which does not stop the cancellation.
     """
     cluster = open_cluster(namespace, context, kubeconfig)
     from topwork.cli.output.follow import INTERRUPTED, ConnectionOptions
-    from topwork.cluster.operations.cancel import Cancellation, find_run_to_cancel
+    from topwork.cluster.operations.cancel import find_run_to_cancel
 
-    run = find_run_to_cancel(cluster, name)
-    status = _read_status(cluster, run)
-    print(f"canceling {run} in namespace {cluster.namespace}{_describe_status(status)}", flush=True)
+    match = find_run_to_cancel(cluster, name, as_kind)
     try:
-        Cancellation(cluster, run, now, lambda line: print(line, flush=True)).cancel()
+        if match.transfer_job is not None:
+            _cancel_transfer_job(cluster, match, now)
+        else:
+            _cancel_jobs(cluster, match, now)
     except KeyboardInterrupt:
-        command = ConnectionOptions(cluster.namespace, context, kubeconfig).command(f"status {run}")
+        command = ConnectionOptions(cluster.namespace, context, kubeconfig).command(f"status {match.run}")
         print(f"\nThe cancellation continues in the cluster. Check it with: {command}", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None
-    print(f"{run} is canceled: all its objects are deleted")
+
+
+def _cancel_jobs(cluster: "Cluster", match: "RunMatch", now: bool) -> None:
+    from topwork.cluster.operations.cancel import Cancellation
+
+    status = _read_status(cluster, match)
+    print(f"canceling {match.run} in namespace {cluster.namespace}{_describe_status(status)}", flush=True)
+    Cancellation(cluster, match.run, now, _print_line).cancel()
+    print(f"{match.run} is canceled: all its objects are deleted")
     for line in _describe_consequences(status, now):
         print(line)
 
 
-def _read_status(cluster: "Cluster", run: str) -> "RunStatus | None":
+def _cancel_transfer_job(cluster: "Cluster", match: "RunMatch", now: bool) -> None:
+    from topwork.cluster.operations.cancel import TransferJobCancellation
+    from topwork.cluster.operations.run_lookup import find_run, read_run
+
+    assert match.transfer_job is not None
+    name, uid = match.transfer_job["metadata"]["name"], match.transfer_job["metadata"]["uid"]
+    namespace, status = cluster.namespace, read_run(cluster, match)
+    delete = f"To delete the TransferJob: kubectl delete transferjob {name} -n {namespace}"
+    if not match.run:
+        raise SettingError(f"transferjob/{name} in namespace {namespace} has no run to cancel. {delete}")
+    if status.is_finished:
+        print(f"nothing to cancel: {match.run} in namespace {namespace}{_describe_status(status)}")
+    else:
+        print(f"canceling {match.run} in namespace {namespace}{_describe_status(status)}", flush=True)
+        TransferJobCancellation(cluster, match.run, now, _print_line, uid=uid, name=name).cancel()
+        end = read_run(cluster, find_run(cluster, name))
+        was_finished = end.run == match.run and end.phase in {"succeeded", "failed"}
+        print(f"{match.run} {end.phase} before it was canceled" if was_finished else f"{match.run} is canceled")
+        status = end if was_finished else status
+    for line in (*_describe_consequences(status, now), delete):
+        print(line)
+
+
+def _print_line(line: str) -> None:
+    print(line, flush=True)
+
+
+def _read_status(cluster: "Cluster", match: "RunMatch") -> "RunStatus | None":
     """Read the status of the run; None if only its ConfigMap still exists."""
     from topwork.cluster.operations.runs import read_run_objects
     from topwork.cluster.status.run_status import read_run_status
 
-    objects = read_run_objects(cluster, run)
+    objects = read_run_objects(cluster, match.run)
     return read_run_status(objects) if objects.jobs else None
 
 
@@ -59,6 +99,8 @@ def _describe_status(status: "RunStatus | None") -> str:
         return ", of which only the ConfigMap is left"
     if status.phase == "succeeded":
         return ", which was already complete"
+    if status.phase == "cancelled":
+        return ", which was already canceled"
     if status.phase == "failed":
         return f", which had failed: {status.error}" if status.error else ", which had failed"
     return f", which was {status.phase}" + (f" ({status.stage})" if status.stage else "")

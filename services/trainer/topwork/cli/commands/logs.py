@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from topwork.cli.options import Context, Kubeconfig, Namespace, open_cluster
+from topwork.cli.options import As, Context, Kubeconfig, Namespace, open_cluster
 from topwork.errors import SettingError, UnavailableError
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ def logs(
     namespace: Namespace = None,
     context: Context = None,
     kubeconfig: Kubeconfig = None,
+    as_kind: As = None,
 ) -> None:
     """Print the log of a run, attempt by attempt.
 
@@ -43,9 +44,12 @@ def logs(
     cluster = open_cluster(namespace, context, kubeconfig)
     from topwork.cli.output.follow import INTERRUPTED, ConnectionOptions
     from topwork.cluster.operations.logs import RunLog
-    from topwork.cluster.operations.runs import find_run
+    from topwork.cluster.operations.run_lookup import find_run
+    from topwork.cluster.status.objects import name_of
 
-    log = RunLog(cluster, find_run(cluster, name).run, stage.value if stage else None)
+    match = find_run(cluster, name, as_kind)
+    transfer_job = name_of(match.transfer_job) if match.transfer_job else None
+    log = RunLog(cluster, match.run, stage.value if stage else None, transfer_job)
     if not follow:
         raise typer.Exit(_print(log.read()))
     options = [*(["--stage", stage.value] if stage else []), "-f"]

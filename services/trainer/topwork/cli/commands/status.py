@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from topwork.cli.options import Context, Kubeconfig, Namespace, open_cluster
+from topwork.cli.options import As, Context, Kubeconfig, Namespace, open_cluster
+from topwork.cluster.names import RunKind
 from topwork.errors import SettingError
 
 if TYPE_CHECKING:
     from topwork.cli.output.follow import ConnectionOptions
     from topwork.clients.kubernetes.cluster import Cluster
+    from topwork.cluster.operations.run_lookup import RunMatch
     from topwork.cluster.status.run_status import RunStatus
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -26,6 +28,7 @@ def status(
     namespace: Namespace = None,
     context: Context = None,
     kubeconfig: Kubeconfig = None,
+    as_kind: As = None,
     as_json: Json = False,
     follow: Annotated[
         bool, typer.Option("--follow", "-f", help="Follow the run until it is finished; exit with its exit code.")
@@ -33,29 +36,32 @@ def status(
 ) -> None:
     """Show the status of a run: stages, epochs, best metric, attempts, why it is pending or failed, and its model URI.
 
+    A TransferJob is shown by its Job, or by its own status if it has none: if it is pending, suspended or canceled, if
+    its spec is not accepted, or if its finished Job was deleted.
+
     The exit code is 0 regardless of the status of the run, 2 if there is no such run, and 75 if the API server does not
     respond; with --follow, it is the exit code of the run. With --json: job, run, namespace, phase (pending, pulling
-    ahead, running, stopping, succeeded, failed or suspended), stage, epoch, epochs, metric, value, model, weightsFrom,
-    exitCode, reason, error, created, ended, node, queue, failures, retries, and attempts (pod, node, created, state,
-    exitCode, error, counted, diskEviction, stages (stage, state, started, ended, exitCode, epochs, metric, value,
-    error)). Unknown values are null; keys are never removed or renamed.
+    ahead, running, stopping, succeeded, failed, suspended or cancelled), stage, epoch, epochs, metric, value, model,
+    weightsFrom, exitCode, reason, error, created, ended, node, queue, failures, retries, and attempts (pod, node,
+    created, state, exitCode, error, counted, diskEviction, stages (stage, state, started, ended, exitCode, epochs,
+    metric, value, error)); for a TransferJob also transferJob, its status in the cluster. Unknown values are null; keys
+    are never removed or renamed.
     """
     if follow and (name is None or as_json):
         raise SettingError("--follow requires the name of a job or run, and can't be combined with --json.")
     cluster = open_cluster(namespace, context, kubeconfig)
     if name is None:
-        _print_runs(cluster, lambda _: cluster, as_json=as_json)
+        _print_runs(cluster, lambda _: cluster, as_json=as_json, kind=as_kind)
         return
     from topwork.cli.output import follow as following
     from topwork.cli.output import status_printer
-    from topwork.cluster.operations.runs import find_run
+    from topwork.cluster.operations.run_lookup import find_run
 
-    match = find_run(cluster, name)
+    match = find_run(cluster, name, as_kind)
     connection = following.ConnectionOptions(cluster.namespace, context, kubeconfig)
     if follow:
-        code = following.follow(cluster, match.run, connection)
-        raise typer.Exit(code)
-    run_status = _read_status(cluster, match.run)
+        raise typer.Exit(_follow(cluster, match, connection))
+    run_status = _read_status(cluster, match)
     if as_json:
         print(json.dumps(status_printer.status_to_json(run_status), indent=2))
         return
@@ -73,6 +79,7 @@ def list_runs(
     ] = False,
     context: Context = None,
     kubeconfig: Kubeconfig = None,
+    as_kind: As = None,
     as_json: Json = False,
 ) -> None:
     """List the runs in the cluster, newest first; --json prints a list of what topwork status --json prints."""
@@ -81,16 +88,24 @@ def list_runs(
     def connect_to(other: str) -> "Cluster":
         return cluster if other == cluster.namespace else open_cluster(other, context, kubeconfig)
 
-    _print_runs(cluster, connect_to, as_json=as_json, all_namespaces=all_namespaces)
+    _print_runs(cluster, connect_to, as_json=as_json, all_namespaces=all_namespaces, kind=as_kind)
 
 
 def _print_runs(
-    cluster: "Cluster", connect_to: Callable[[str], "Cluster"], *, as_json: bool, all_namespaces: bool = False
+    cluster: "Cluster",
+    connect_to: Callable[[str], "Cluster"],
+    *,
+    as_json: bool,
+    all_namespaces: bool = False,
+    kind: RunKind | None = None,
 ) -> None:
     from topwork.cli.output import status_printer
     from topwork.cluster.operations import runs
 
-    statuses = runs.add_epoch_progress(runs.list_runs(cluster, all_namespaces=all_namespaces), connect_to)
+    found = runs.list_runs(cluster, all_namespaces=all_namespaces, kind=kind)
+    if found.note:
+        print(f"Note: {found.note}", file=sys.stderr)
+    statuses = runs.add_epoch_progress(found.statuses, connect_to)
     if as_json:
         print(json.dumps([status_printer.status_to_json(run_status) for run_status in statuses], indent=2))
     elif statuses:
@@ -101,22 +116,30 @@ def _print_runs(
         print(f"No runs found in {scope}.", file=sys.stderr)
 
 
-def _read_status(cluster: "Cluster", run: str) -> "RunStatus":
-    from topwork.cluster.operations.runs import add_epoch_progress, read_run_objects
-    from topwork.cluster.status.run_status import read_run_status
+def _follow(cluster: "Cluster", match: "RunMatch", connection: "ConnectionOptions") -> int:
+    from topwork.cli.output import follow as following
+    from topwork.cluster.status.objects import name_of
 
-    objects = read_run_objects(cluster, run)
-    if not objects.jobs:
-        raise SettingError(f"{run} has just been deleted from namespace {cluster.namespace}.")
-    return add_epoch_progress([read_run_status(objects)], lambda _: cluster)[0]
+    if match.transfer_job is not None:
+        return following.follow_transfer_job(cluster, name_of(match.transfer_job), connection)
+    return following.follow(cluster, match.run, connection)
+
+
+def _read_status(cluster: "Cluster", match: "RunMatch") -> "RunStatus":
+    from topwork.cluster.operations.run_lookup import read_run
+    from topwork.cluster.operations.runs import add_epoch_progress
+
+    return add_epoch_progress([read_run(cluster, match)], lambda _: cluster)[0]
 
 
 def _next_commands(run_status: "RunStatus", connection: "ConnectionOptions") -> Iterator[str]:
     """Yield the commands that the user most likely needs next."""
-    run = run_status.run
+    run = run_status.name
     if run_status.phase == "succeeded":
         if run_status.model:
             yield f"see  topwork models show {run_status.model.rstrip('/')}"
+        return
+    if run_status.phase == "cancelled":
         return
     yield f"logs    {connection.command(f'logs {run}', *([] if run_status.is_finished else ['-f']))}"
     if not run_status.is_finished:

@@ -11,8 +11,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from topwork.cli.output.status_printer import format_elapsed, format_metric
+from topwork.clients.kubernetes.errors import NotFoundError
 from topwork.cluster.names import Role
 from topwork.cluster.operations.follow import ConnectionStatus, RunFollower, RunGoneError
+from topwork.cluster.operations.follow_transfer_job import TransferJobFollower
 from topwork.cluster.operations.run_watcher import FollowTimings
 from topwork.cluster.status.attempts import Attempt, ContainerStatus
 from topwork.cluster.status.job_status import NEW_POD_FOLLOWS, describe_end
@@ -135,22 +137,47 @@ def follow(
         SettingError: If the run does not exist, or the API server rejects a request.
         UnavailableError: If the API server does not respond for too long.
     """
-    reattach = f"Follow it again with: {connection.command(f'status {run}', '--follow')}"
+    return _follow(RunFollower(cluster, run, role, timings).statuses(), run, connection)
+
+
+def follow_transfer_job(
+    cluster: "Cluster", name: str, connection: ConnectionOptions, timings: FollowTimings | None = None
+) -> int:
+    """Show the progress of a TransferJob until its run is finished, across suspensions and changes of its spec.
+
+    Args:
+        cluster: The cluster.
+        name: Name of the TransferJob.
+        connection: The options that selected the cluster.
+        timings: Intervals and timeouts.
+
+    Returns:
+        The exit code of the run; 143 if it is canceled, 130 after Ctrl-C, which does not stop the run.
+
+    Raises:
+        SettingError: If the TransferJob does not exist, or the API server rejects a request.
+        UnavailableError: If the API server does not respond for too long.
+    """
+    return _follow(TransferJobFollower(cluster, name, timings).statuses(), name, connection)
+
+
+def _follow(statuses: Iterator[RunStatus | ConnectionStatus], name: str, connection: ConnectionOptions) -> int:
+    reattach = f"Follow it again with: {connection.command(f'status {name}', '--follow')}"
     try:
         with _open_output() as output:
-            return _follow(RunFollower(cluster, run, role, timings), output)
+            return _print_statuses(statuses, output)
     except KeyboardInterrupt:
         print(f"\nThe job continues. {reattach}")
         return INTERRUPTED
-    except RunGoneError:
+    except (RunGoneError, NotFoundError):
         raise  # nothing continues
     except (SettingError, UnavailableError) as error:
         raise type(error)(f"{error}\nThe job continues. {reattach}") from error
 
 
-def _follow(follower: RunFollower, output: _Output) -> int:
+def _print_statuses(statuses: Iterator[RunStatus | ConnectionStatus], output: _Output) -> int:
     reporter = ProgressReporter()
-    for status in follower.statuses():
+    for status in statuses:
         if isinstance(status, ConnectionStatus):
             problem = f"the API server does not respond: {status.error}"
             output.print_line(problem if status.error else "the API server responds again")
@@ -252,6 +279,9 @@ def _done_line(container: ContainerStatus) -> str:
 def _end_lines(status: RunStatus) -> Iterator[str]:
     if status.phase == "failed":
         yield f"failed with exit code {status.exit_code}: {status.error or 'no reason given'}"
+        return
+    if status.phase == "cancelled":
+        yield f"cancelled: {status.error}" if status.error else "cancelled"
         return
     duration = f" in {format_elapsed(status.created, status.ended)}" if status.ended else ""
     metric = format_metric(status.metric, status.value)

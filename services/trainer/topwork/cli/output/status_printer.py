@@ -6,29 +6,14 @@ from typing import Any
 
 from topwork.cli.output.tables import format_table
 from topwork.cluster.status.attempts import Attempt, ContainerStatus
+from topwork.cluster.status.durations import format_duration
+from topwork.cluster.status.objects import one_line
 from topwork.cluster.status.run_status import RunStatus
 
 MAX_STATUS_LENGTH = 100
 COLUMN_GAP = 3
 RUN_COLUMNS = ("NAME", "RUN", "STAGE", "EPOCH", "BEST", "AGE", "STATUS")
 STAGE_COLUMNS = ("STAGE", "STATE", "DURATION", "EPOCHS", "BEST")
-
-
-def format_duration(seconds: float) -> str:
-    """Format a duration as kubectl does: 119s, 5m10s, 11m, 4h1m, 25h, 2d2h, 10d."""
-    total = max(0, int(seconds))
-    minutes, hours, days = total // 60, total // 3600, total // 86400
-    if total < 120:
-        return f"{total}s"
-    if minutes < 180:
-        return _with_remainder(f"{minutes}m", total % 60, "s") if minutes < 10 else f"{minutes}m"
-    if hours < 48:
-        return _with_remainder(f"{hours}h", minutes % 60, "m") if hours < 8 else f"{hours}h"
-    return _with_remainder(f"{days}d", hours % 24, "h") if days < 8 else f"{days}d"
-
-
-def _with_remainder(text: str, remainder: int, unit: str) -> str:
-    return f"{text}{remainder}{unit}" if remainder else text
 
 
 def format_elapsed(start: datetime | None, end: datetime | None = None) -> str:
@@ -59,7 +44,7 @@ def format_runs(statuses: Sequence[RunStatus], *, show_namespace: bool = False) 
 def _run_cells(status: RunStatus) -> list[str]:
     return [
         status.job,
-        status.run,
+        status.run or "<none>",
         status.stage or "",
         _format_epoch(status),
         format_metric(status.metric, status.value),
@@ -69,7 +54,7 @@ def _run_cells(status: RunStatus) -> list[str]:
 
 
 def _format_phase_and_reason(status: RunStatus) -> str:
-    reason = status.error or status.reason or ""
+    reason = one_line("; ".join(filter(None, (status.error or status.reason, *status.notes))))
     code = f" ({status.exit_code})" if status.phase == "failed" else ""
     line = f"{status.phase}{code}: {reason}" if reason else f"{status.phase}{code}"
     return line if len(line) <= MAX_STATUS_LENGTH else line[: MAX_STATUS_LENGTH - 1].rstrip() + "…"
@@ -87,14 +72,17 @@ def format_details(status: RunStatus, other_runs: int = 0) -> Iterator[str]:
     """
     others = f", the newest of {other_runs + 1} runs (topwork list)" if other_runs else ""
     ended = f", ended {format_elapsed(status.ended)} ago" if status.ended else ""
-    yield f"{status.run} in namespace {status.namespace}: {_format_phase(status)}"
+    yield f"{status.name} in namespace {status.namespace}: {_format_phase(status)}"
     fields = {
         "job": status.job + others,
         "age": format_elapsed(status.created) + ended,
+        "state": status.transfer_job.state if status.transfer_job else None,
         "queue": status.queue,
         "node": status.node,
         "epoch": _format_epoch(status),
         "best": format_metric(status.metric, status.value),
+        "eta": status.transfer_job.eta if status.transfer_job and not status.is_finished else None,
+        "gpu time": _format_gpu_time(status),
         "attempts": _format_attempt_count(status),
         "reason": status.reason,
         "error": status.error,
@@ -103,8 +91,14 @@ def format_details(status: RunStatus, other_runs: int = 0) -> Iterator[str]:
     }
     for name, value in fields.items():
         if value:
-            yield f"  {name:<8}  {value}"
-    if status.attempts:
+            first, *more = str(value).splitlines()
+            yield f"  {name:<8}  {first}"
+            yield from (f"{'':<12}{line}" for line in more)
+    for note in status.notes:
+        yield from (
+            f"{'  note      ' if number == 0 else '':<12}{line}" for number, line in enumerate(note.splitlines())
+        )
+    if status.attempts and status.attempts[-1].containers:
         yield ""
         rows = list(_stage_rows(status))
         yield from format_table(STAGE_COLUMNS, rows, text_columns=len(STAGE_COLUMNS), gap=COLUMN_GAP)
@@ -127,12 +121,18 @@ def _format_epoch(status: RunStatus) -> str:
     return f"{status.epoch.epoch}/{status.epoch.epochs}" if status.epoch else ""
 
 
+def _format_gpu_time(status: RunStatus) -> str | None:
+    seconds = status.transfer_job.gpu_seconds if status.transfer_job else None
+    return f"{seconds / 3600:.2f} GPU-hours" if seconds else None
+
+
 def _format_attempt_count(status: RunStatus) -> str | None:
     if len(status.attempts) < 2 and not status.failures:
         return None
     evictions = sum(attempt.disk_eviction for attempt in status.attempts)
     evicted = f"; {evictions} evicted for lack of disk space" if evictions else ""
-    return f"{len(status.attempts)}, {status.failures} of them counted (retries: {status.retries}){evicted}"
+    retries = "" if status.retries is None else f" (retries: {status.retries})"
+    return f"{len(status.attempts)}, {status.failures} of them counted{retries}{evicted}"
 
 
 def _stage_rows(status: RunStatus) -> Iterator[list[str]]:
@@ -159,9 +159,9 @@ def _format_earlier_attempt(attempt: Attempt) -> str:
 def status_to_json(status: RunStatus) -> dict[str, Any]:
     """Convert a status to the object that `--json` prints; keys are never removed or renamed."""
     epoch = status.epoch
-    return {
+    content: dict[str, Any] = {
         "job": status.job,
-        "run": status.run,
+        "run": status.run or None,
         "namespace": status.namespace,
         "phase": status.phase,
         "stage": status.stage,
@@ -182,6 +182,9 @@ def status_to_json(status: RunStatus) -> dict[str, Any]:
         "retries": status.retries,
         "attempts": [_attempt_to_json(attempt) for attempt in status.attempts],
     }
+    if status.transfer_job is not None:
+        content["transferJob"] = status.transfer_job.model_dump(mode="json", by_alias=True)
+    return content
 
 
 def _attempt_to_json(attempt: Attempt) -> dict[str, Any]:

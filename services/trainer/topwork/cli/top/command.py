@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from topwork.cli.options import Context, Kubeconfig, Namespace, open_cluster
-from topwork.cluster.names import METRICS_PORTS
+from topwork.cli.options import As, Context, Kubeconfig, Namespace, open_cluster
+from topwork.cluster.names import METRICS_PORTS, RunKind
 from topwork.errors import SettingError, UnavailableError
 from topwork.redaction import redact
 
@@ -50,6 +50,7 @@ def top(
     namespace: Namespace = None,
     context: Context = None,
     kubeconfig: Kubeconfig = None,
+    as_kind: As = None,
     interval: Annotated[float, typer.Option(min=0.2, max=3600, help="Seconds between two updates.")] = 2.0,
     once: Annotated[
         bool, typer.Option("--once", help="Print once and exit; the default if the output is not a terminal.")
@@ -64,7 +65,7 @@ def top(
     sooner. Press Ctrl-C to exit. Exit codes: 0 success, also if no run is in progress; 2 no such run, or access denied;
     75 no answer, or with --once or --json, a running container does not answer.
     """
-    source, name = _open_source(name, port, url, prometheus, (namespace, context, kubeconfig))
+    source, name = _open_source(name, port, url, prometheus, (namespace, context, kubeconfig), as_kind)
     if once or as_json or not sys.stdout.isatty():
         runs = _read_once(source, name, interval)
         _print(runs, source, as_json=as_json)
@@ -80,6 +81,7 @@ def _open_source(
     urls: list[str] | None,
     prometheus: str | None,
     cluster_options: tuple[str | None, str | None, Path | None],
+    kind: RunKind | None,
 ) -> "tuple[Source, str | None]":
     """Open the source that the options select; also return the name to filter by, unless the source filters itself."""
     from topwork.cli.top.sources import ClusterSource, MetricsPageSource, PrometheusSource
@@ -95,10 +97,12 @@ def _open_source(
 
         return PrometheusSource(PrometheusClient(prometheus), prometheus, namespace), name
     if any(cluster_options):
-        from topwork.cluster.operations.runs import find_run
+        from topwork.cluster.operations.run_lookup import find_run
 
         cluster = open_cluster(*cluster_options)
-        return ClusterSource(cluster, find_run(cluster, name).run if name else None), None
+        if name:
+            find_run(cluster, name, kind)  # report an unknown name, and the existing runs, before the first update
+        return ClusterSource(cluster, name, kind), None
     pages = [f"http://127.0.0.1:{port}/metrics" for port in ports or (() if urls else METRICS_PORTS.values())]
     return MetricsPageSource([*pages, *(urls or ())], ADVICE), name
 

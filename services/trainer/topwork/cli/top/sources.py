@@ -6,8 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from topwork.cli.output.status_printer import format_duration
 from topwork.clients.prometheus.scrape import PrometheusClient, Reading, parse_page, read_page, without_credentials
+from topwork.cluster.names import RunKind
+from topwork.cluster.status.durations import format_duration
 from topwork.cluster.status.snapshot import RunSnapshot
 from topwork.cluster.status.snapshot_calculation import ProcessLocation, ReadingHistory, compute_snapshot
 from topwork.errors import SettingError, UnavailableError
@@ -107,13 +108,14 @@ class ClusterSource:
 
     Args:
         cluster: The cluster.
-        run: Name of a run; None selects all unfinished runs.
+        name: Name of a job or run; None selects all unfinished runs.
+        kind: Kind of object that represents the runs; None for both kinds.
     """
 
     has_history = False
 
-    def __init__(self, cluster: "Cluster", run: str | None) -> None:
-        self._cluster, self._run = cluster, run
+    def __init__(self, cluster: "Cluster", name: str | None, kind: RunKind | None = None) -> None:
+        self._cluster, self._name, self._kind = cluster, name, kind
         self._histories: dict[_Container, ReadingHistory] = {}
         self.empty_message = f"No runs in progress in namespace {cluster.namespace}."
 
@@ -122,15 +124,14 @@ class ClusterSource:
         return _map_concurrently(lambda status: self._snapshot(status, now), self._read_statuses())
 
     def _read_statuses(self) -> "list[RunStatus]":
-        from topwork.cluster.operations.runs import list_runs, read_run_objects
-        from topwork.cluster.status.run_status import read_run_status
+        from topwork.cluster.operations.run_lookup import find_run, read_run
+        from topwork.cluster.operations.runs import list_runs
 
-        if self._run is None:
-            return [status for status in list_runs(self._cluster) if not status.is_finished]
-        objects = read_run_objects(self._cluster, self._run)
-        if not objects.jobs:
-            raise SettingError(f"{self._run} has been deleted from namespace {self._cluster.namespace}.")
-        return [read_run_status(objects)]
+        if self._name is None:
+            statuses = list_runs(self._cluster, kind=self._kind).statuses
+            return [status for status in statuses if not status.is_finished]
+        # Each time: the run of a TransferJob changes with its spec.
+        return [read_run(self._cluster, find_run(self._cluster, self._name, self._kind))]
 
     def _snapshot(self, status: "RunStatus", now: float) -> RunSnapshot:
         from topwork.clients.kubernetes.errors import NotFoundError
@@ -157,7 +158,7 @@ class ClusterSource:
 def _snapshot_of_status(status: "RunStatus") -> RunSnapshot:
     """Create a snapshot from the status in the cluster only, without metrics."""
     return RunSnapshot(
-        run=status.run,
+        run=status.name,
         job=status.job,
         source=f"namespace {status.namespace}",
         namespace=status.namespace,

@@ -7,8 +7,8 @@ from typing import Any
 
 from pydantic.alias_generators import to_camel
 
-from topwork.cli.output.status_printer import format_duration
 from topwork.cli.output.tables import format_table
+from topwork.cluster.status.durations import format_duration
 from topwork.cluster.status.snapshot import BestMetric, GpuUsage, RunSnapshot, StorageTraffic, TrainingSpeed
 from topwork.disk_space import format_bytes
 from topwork.training.input_stalls import INPUT_BOUND_SHARE

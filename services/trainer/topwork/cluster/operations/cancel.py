@@ -1,21 +1,29 @@
-"""Canceling a run: deleting its Jobs, pods and ConfigMap, and waiting until its pods have written their checkpoint."""
+"""Canceling a run, and waiting until its pods have written their checkpoint.
+
+The Jobs and the ConfigMap of a plain run are deleted. The controller cancels the run of a TransferJob.
+"""
 
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from topwork.clients.kubernetes import KubernetesObject
-from topwork.cluster.names import RUN_LABEL
+from topwork.cluster.names import RUN_LABEL, RunKind
+from topwork.cluster.operations.run_lookup import NAME, RunMatch, find_run
 from topwork.cluster.operations.runs import (
     DELETION_TIMEOUT_SECONDS,
     FINISHED_POD_PHASES,
     MIN_PAUSE_SECONDS,
-    NAME,
     TOPWORK_SELECTOR,
-    find_run,
+)
+from topwork.cluster.operations.transfer_jobs import (
+    get_transfer_job,
+    owner_transfer_job,
+    request_cancellation,
 )
 from topwork.cluster.status.objects import is_being_deleted, kubectl_name, name_of, owner_uids
+from topwork.cluster.status.transfer_job_run import CONTROLLER_COMMAND, read_transfer_job_status
 from topwork.errors import SettingError, UnavailableError
 
 if TYPE_CHECKING:
@@ -24,30 +32,31 @@ if TYPE_CHECKING:
 MAX_PAUSE_SECONDS = 2.0
 
 
-def find_run_to_cancel(cluster: "Cluster", name: str) -> str:
+def find_run_to_cancel(cluster: "Cluster", name: str, kind: RunKind | None = None) -> RunMatch:
     """Find the run that a name refers to, even if only its ConfigMap still exists.
 
     Args:
         cluster: The cluster.
-        name: Name of a run, or of a job, for its newest run.
+        name: Name of a TransferJob, of a run, or of a job, for its newest run.
+        kind: Kind of object that represents the run; None for both kinds.
 
     Returns:
-        Name of the run.
+        The run.
 
     Raises:
         SettingError: If there is no such run; the message lists the existing runs.
     """
     try:
-        return find_run(cluster, name).run
+        return find_run(cluster, name, kind)
     except SettingError:
         if NAME.fullmatch(name) and cluster.list("ConfigMap", labels=f"{TOPWORK_SELECTOR},{RUN_LABEL}={name}"):
-            return name
+            return RunMatch(name, 0)
         raise
 
 
 @dataclass
 class Cancellation:
-    """Cancels a run.
+    """Cancels a plain run: deletes its Jobs and its ConfigMap.
 
     Attributes:
         cluster: The cluster.
@@ -62,26 +71,35 @@ class Cancellation:
     now: bool
     report: Callable[[str], None]
     timeout_seconds: float = DELETION_TIMEOUT_SECONDS
+    _uids: set[str] = field(default_factory=set, init=False)
 
     def cancel(self) -> None:
-        """Delete the Jobs, their pods and the ConfigMap, and wait until they are gone.
+        """Cancel the run, and wait until its objects and pods are gone.
 
         Raises:
-            SettingError: If the cluster rejects a request.
+            SettingError: If the cluster rejects a request, or a Job belongs to a TransferJob.
             UnavailableError: If an object is not deleted in time, or the API server does not respond.
         """
+        self._request()
+        self._wait()
+
+    def _request(self) -> None:
         objects = [*self._list("Job"), *self._list("ConfigMap")]
+        if owner := next(filter(None, map(owner_transfer_job, objects)), None):
+            raise SettingError(
+                f"{self.run} in namespace {self.cluster.namespace} belongs to transferjob/{owner}, whose controller "
+                f"would create its Job again. Cancel it with: topwork cancel {owner} -n {self.cluster.namespace}"
+            )
         for obj in objects:
             # Foreground deletion: as long as the Job exists, its pods may still be running.
             propagation = "Foreground" if obj["kind"] == "Job" else "Background"
             self.cluster.delete(obj["kind"], name_of(obj), uid=obj["metadata"]["uid"], propagation=propagation)
-        uids = {obj["metadata"]["uid"] for obj in objects}
-        self._wait(uids, job_uids={obj["metadata"]["uid"] for obj in objects if obj["kind"] == "Job"})
+        # Wait for these objects only: the same run may be submitted again in the meantime.
+        self._uids = {obj["metadata"]["uid"] for obj in objects}
 
-    def _wait(self, uids: set[str], job_uids: set[str]) -> None:
-        """Wait for these objects only: the same run may be submitted again in the meantime."""
+    def _wait(self) -> None:
         reported, pause, deadline = "", MIN_PAUSE_SECONDS, 0.0
-        while remaining := [*self._remaining_pods(job_uids), *self._remaining_objects(uids)]:
+        while remaining := self._remaining():
             deadline = deadline or time.monotonic() + _grace_seconds(remaining) + self.timeout_seconds
             if self.now:
                 self._kill_pods(remaining)
@@ -89,11 +107,7 @@ class Cancellation:
                 reported = waiting
                 self.report(waiting)
             if time.monotonic() > deadline:
-                namespace = self.cluster.namespace
-                raise UnavailableError(
-                    f"{kubectl_name(remaining[0])} in namespace {namespace} is still being deleted. Is its node down? "
-                    f"See kubectl get pods -o wide -n {namespace}; --now does not wait for the node."
-                )
+                raise self._timeout_error(remaining[0])
             time.sleep(pause)
             pause = min(2 * pause, MAX_PAUSE_SECONDS)
 
@@ -105,15 +119,70 @@ class Cancellation:
     def _list(self, kind: str) -> list[KubernetesObject]:
         return self.cluster.list(kind, labels=f"{RUN_LABEL}={self.run}")
 
-    def _remaining_objects(self, uids: set[str]) -> Iterator[KubernetesObject]:
-        for kind in ("Job", "ConfigMap"):
-            yield from (obj for obj in self._list(kind) if obj["metadata"]["uid"] in uids)
+    def _remaining(self) -> list[KubernetesObject]:
+        objects = [obj for kind in ("Job", "ConfigMap") for obj in self._list(kind)]
+        return [*self._remaining_pods(self._uids), *(obj for obj in objects if obj["metadata"]["uid"] in self._uids)]
 
-    def _remaining_pods(self, job_uids: set[str]) -> Iterator[KubernetesObject]:
-        """Yield the pods of the Jobs, and terminating pods of Jobs that were deleted before."""
-        for pod in self._list("Pod"):
-            if owner_uids(pod) & job_uids or is_being_deleted(pod):
-                yield pod
+    def _remaining_pods(self, job_uids: set[str]) -> list[KubernetesObject]:
+        """Return the pods of the Jobs, and terminating pods of Jobs that were deleted before."""
+        return [pod for pod in self._list("Pod") if owner_uids(pod) & job_uids or is_being_deleted(pod)]
+
+    def _timeout_error(self, obj: KubernetesObject) -> UnavailableError:
+        namespace = self.cluster.namespace
+        return UnavailableError(
+            f"{kubectl_name(obj)} in namespace {namespace} is still being deleted. Is its node down? "
+            f"See kubectl get pods -o wide -n {namespace}; --now does not wait for the node."
+        )
+
+
+@dataclass
+class TransferJobCancellation(Cancellation):
+    """Cancels the run of a TransferJob: its controller deletes the Job, and the TransferJob remains.
+
+    Attributes:
+        uid: UID of the TransferJob: another one with the same name may be submitted in the meantime.
+        name: Name of the TransferJob.
+    """
+
+    uid: str = ""
+    name: str = ""
+
+    def cancel(self) -> None:
+        """Cancel the run, and wait until it has ended and its pods are gone.
+
+        Raises:
+            SettingError: If the cluster rejects a request.
+            UnavailableError: If a pod does not end in time, the controller does not cancel the run, or the API server
+                does not respond.
+        """
+        super().cancel()
+
+    def _request(self) -> None:
+        request_cancellation(self.cluster, self.name, self.run)
+
+    def _remaining(self) -> list[KubernetesObject]:
+        jobs = [job for job in self._list("Job") if self.uid in owner_uids(job)]
+        pods = self._remaining_pods({job["metadata"]["uid"] for job in jobs})
+        obj = get_transfer_job(self.cluster, self.name)
+        if obj is None or obj["metadata"]["uid"] != self.uid:
+            return [*pods, *jobs]
+        status = read_transfer_job_status(obj)
+        if status.run == self.run and not status.is_final:
+            return [*pods, *jobs, obj]
+        # A run that was finished before it could be canceled keeps its Job.
+        return [*pods, *jobs] if status.state == "Cancelled" else []
+
+    def _kill_pods(self, objects: list[KubernetesObject]) -> None:
+        # The Job controller would replace a pod that is killed before its Job is deleted.
+        super()._kill_pods([obj for obj in objects if is_being_deleted(obj)])
+
+    def _timeout_error(self, obj: KubernetesObject) -> UnavailableError:
+        if is_being_deleted(obj):
+            return super()._timeout_error(obj)
+        return UnavailableError(
+            f"The controller has not canceled {self.run} in namespace {self.cluster.namespace}. Does it run? See "
+            f"{CONTROLLER_COMMAND}"
+        )
 
 
 def _grace_seconds(objects: list[KubernetesObject]) -> float:
@@ -124,6 +193,8 @@ def _grace_seconds(objects: list[KubernetesObject]) -> float:
 
 def _describe_wait(remaining: list[KubernetesObject], *, now: bool) -> str:
     first = remaining[0]
+    if remaining[-1]["kind"] == "TransferJob" and not is_being_deleted(first):
+        return f"waiting for the controller to cancel {kubectl_name(remaining[-1])}"
     is_running = first["kind"] == "Pod" and (first.get("status") or {}).get("phase") not in FINISHED_POD_PHASES
     if is_running and not now:
         return f"waiting for {kubectl_name(first)} to write its checkpoint (at most {_grace_seconds(remaining):.0f} s)"

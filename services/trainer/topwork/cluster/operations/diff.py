@@ -9,6 +9,8 @@ from ruamel.yaml.error import YAMLError
 from topwork.clients.kubernetes import KubernetesObject
 from topwork.cluster.names import JOB_FILE
 from topwork.cluster.status.objects import stage_containers
+from topwork.spec import TransferJob
+from topwork.spec.yaml_output import job_to_dict
 
 NOT_SET = "not set"
 MAX_LISTED = 6
@@ -31,6 +33,15 @@ def describe_diff(
     if not changes:
         versions = (job["metadata"]["labels"].get("app.kubernetes.io/version") for job in (before[1], after[1]))
         changes = _change("topwork version", *versions) or ["the Job itself was modified"]
+    return _join(changes)
+
+
+def describe_spec_diff(before: TransferJob, after: TransferJob) -> str:
+    """Describe how two specs differ, in the form of `describe_diff`."""
+    return _join(list(_compare(job_to_dict(before)["spec"], job_to_dict(after)["spec"], "spec")))
+
+
+def _join(changes: list[str]) -> str:
     more = f", and {len(changes) - MAX_LISTED} more" if len(changes) > MAX_LISTED else ""
     return ", ".join(changes[:MAX_LISTED]) + more
 

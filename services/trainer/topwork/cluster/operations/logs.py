@@ -1,12 +1,13 @@
 """The log of a run: the output of all its containers in order, across its Jobs and their pods."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from topwork.clients.kubernetes import KubernetesObject
 from topwork.cluster.names import RUN_LABEL, StageName
 from topwork.cluster.operations.runs import read_events
+from topwork.cluster.operations.transfer_jobs import require_transfer_job
 from topwork.cluster.status.objects import (
     RunObjects,
     StageContainer,
@@ -15,7 +16,8 @@ from topwork.cluster.status.objects import (
     pods_of_job,
     stage_containers,
 )
-from topwork.cluster.status.run_status import read_run_status
+from topwork.cluster.status.run_status import RunStatus, read_run_status
+from topwork.cluster.status.transfer_job_run import read_transfer_job_run
 from topwork.errors import SettingError, UnavailableError
 
 if TYPE_CHECKING:
@@ -59,6 +61,7 @@ class RunLog:
         cluster: The cluster.
         run: Name of the run.
         stage: Only the log of this stage; None for all stages.
+        transfer_job: Name of the TransferJob whose run it is; None for a plain Job.
 
     Example:
         >>> for entry in RunLog(cluster, "cats-1a2b3c4d", stage="transfer").read():
@@ -66,8 +69,10 @@ class RunLog:
         ...         print(entry)
     """
 
-    def __init__(self, cluster: "Cluster", run: str, stage: StageName | None = None) -> None:
-        self._cluster, self._run, self._stage = cluster, run, stage
+    def __init__(
+        self, cluster: "Cluster", run: str, stage: StageName | None = None, transfer_job: str | None = None
+    ) -> None:
+        self._cluster, self._run, self._stage, self._transfer_job = cluster, run, stage, transfer_job
         self._read: set[ContainerHeading] = set()
         self._last_reason = ""
 
@@ -108,6 +113,10 @@ class RunLog:
                 self._wait_for_change(objects.pods)
 
     def _read_objects(self) -> RunObjects:
+        if not self._run and self._transfer_job:
+            self._run = self._read_transfer_job().run
+        if not self._run:
+            return RunObjects(())
         jobs = self._cluster.list("Job", labels=f"{RUN_LABEL}={self._run}")
         return RunObjects(jobs, self._cluster.list("Pod", labels=f"{RUN_LABEL}={self._run}"))
 
@@ -144,6 +153,8 @@ class RunLog:
             yield Note(text, SettingError.exit_code)
 
     def _is_finished(self, objects: RunObjects) -> bool:
+        if not objects.jobs and self._transfer_job:
+            return self._read_transfer_job().is_finished
         if all(is_job_finished(job) for job in objects.jobs):
             return True
         return any(
@@ -154,8 +165,13 @@ class RunLog:
         )
 
     def _not_started(self, objects: RunObjects) -> Note:
-        subject = f"The stage {self._stage} of {self._run}" if self._stage else self._run
-        if all(is_job_finished(job) for job in objects.jobs):
+        name = self._run or f"transferjob/{self._transfer_job}"
+        subject = f"The stage {self._stage} of {name}" if self._stage else name
+        if self._transfer_job and not objects.jobs and (status := self._read_transfer_job()).attempts:
+            state = "complete" if status.phase == "succeeded" else status.phase
+            text = f"The log of {self._run} was deleted with its Job; the run is {state}{self._reason(objects)}."
+            return Note(text, SettingError.exit_code)
+        if self._is_finished(objects):
             text = f"{subject} has no log, because it never started{self._reason(objects)}."
             return Note(text, SettingError.exit_code)
         return Note(f"{subject} has not started yet{self._reason(objects)}.", UnavailableError.exit_code)
@@ -168,11 +184,24 @@ class RunLog:
 
     def _reason(self, objects: RunObjects) -> str:
         if not objects.jobs:
-            return ""
-        events = read_events(self._cluster, objects.jobs, objects.pods)
-        status = read_run_status(RunObjects(objects.jobs, objects.pods, events))
+            if self._transfer_job is None:
+                return ""
+            status = self._read_transfer_job()
+        else:
+            events = read_events(self._cluster, objects.jobs, objects.pods)
+            status = read_run_status(RunObjects(objects.jobs, objects.pods, events))
         reason = status.reason or status.error
         return f": {reason}" if reason else ""
+
+    def _read_transfer_job(self) -> RunStatus:
+        """Read the status of the run from its TransferJob; if that runs another one, this run is canceled."""
+        assert self._transfer_job
+        obj = require_transfer_job(self._cluster, self._transfer_job)
+        status = read_transfer_job_run(obj)
+        if self._run and status.run != self._run:
+            reason = f"transferjob/{self._transfer_job} now runs {status.run or 'nothing'}"
+            return replace(status, run=self._run, phase="cancelled", attempts=(), reason=reason)
+        return status
 
     def _wait_for_change(self, pods: Sequence[KubernetesObject]) -> None:
         """Wait until a pod changes, or until the wait times out."""

@@ -1,6 +1,5 @@
-"""Finding, reading and listing the runs of a namespace or cluster."""
+"""Reading and listing the runs of a namespace or cluster."""
 
-import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -9,9 +8,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from topwork.clients.kubernetes import KubernetesObject
-from topwork.cluster.names import APP_NAME, JOB_LABEL, PART_OF_LABEL, ROLE_LABEL, RUN_LABEL
+from topwork.clients.kubernetes.errors import ForbiddenError
+from topwork.cluster.names import APP_NAME, PART_OF_LABEL, ROLE_LABEL, RUN_LABEL, RunKind
+from topwork.cluster.operations.transfer_jobs import list_transfer_jobs
 from topwork.cluster.status.objects import RunObjects, get_label, has_started, is_job_finished, name_of
 from topwork.cluster.status.run_status import EpochProgress, RunStatus, parse_last_epoch, read_run_status
+from topwork.cluster.status.transfer_job_run import read_transfer_job_run, read_transfer_job_status
 from topwork.errors import SettingError, UnavailableError
 
 if TYPE_CHECKING:
@@ -19,9 +21,6 @@ if TYPE_CHECKING:
 
 # Not managed-by: Helm sets that label to its own value.
 TOPWORK_SELECTOR = f"{PART_OF_LABEL}={APP_NAME}"
-KIND_PREFIX = re.compile(r"^(transferjob|transferjobs|job|jobs|job\.batch|jobs\.batch)/")
-NAME = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
-MAX_LISTED_RUNS = 8
 
 # Waiting for deleted objects of a run, when it is canceled or replaced.
 MIN_PAUSE_SECONDS = 0.25
@@ -36,50 +35,9 @@ LOGS_TIMEOUT_SECONDS = 6.0
 TAIL_LINES = 200
 
 
-class RunMatch(NamedTuple):
-    """The run that a name refers to, and the number of other runs of the same job."""
-
-    run: str
-    others: int
-
-
-def find_run(cluster: "Cluster", name: str) -> RunMatch:
-    """Find the run that a name refers to.
-
-    Args:
-        cluster: The cluster.
-        name: Name of a run, or of a job, for its newest run; a prefix such as `job.batch/` is ignored.
-
-    Returns:
-        The run.
-
-    Raises:
-        SettingError: If there is no such run; the message lists the existing runs.
-    """
-    plain = KIND_PREFIX.sub("", name)
-    if NAME.fullmatch(plain):
-        for key in (JOB_LABEL, RUN_LABEL):
-            jobs = [job for job in cluster.list("Job", labels=f"{key}={plain}") if get_label(job, RUN_LABEL)]
-            if jobs:
-                runs = _run_names(jobs)
-                return RunMatch(runs[0], len(runs) - 1)
-        run = plain.removesuffix("-pull")
-        if run != plain and cluster.list("Job", labels=f"{RUN_LABEL}={run}"):
-            return RunMatch(run, 0)
-    runs = _run_names(cluster.list("Job", labels=f"{TOPWORK_SELECTOR},{RUN_LABEL}"))
-    more = f" and {len(runs) - MAX_LISTED_RUNS} more" if len(runs) > MAX_LISTED_RUNS else ""
-    existing = f"Existing runs: {', '.join(runs[:MAX_LISTED_RUNS])}{more}."
-    hint = existing if runs else "It has no runs yet: start one with topwork submit FILE."
-    raise SettingError(f"no job or run {name} in namespace {cluster.namespace}. {hint}")
-
-
-def _run_names(jobs: Iterable[KubernetesObject]) -> list[str]:
-    """Return the names of the runs of some Jobs, newest first."""
-    return list(dict.fromkeys(str(get_label(job, RUN_LABEL)) for job in _newest_first(jobs)))
-
-
-def _newest_first(jobs: Iterable[KubernetesObject]) -> list[KubernetesObject]:
-    return sorted(jobs, key=lambda job: str(job["metadata"].get("creationTimestamp")), reverse=True)
+def newest_first(objects: Iterable[KubernetesObject]) -> list[KubernetesObject]:
+    """Sort objects by their creation, the newest first."""
+    return sorted(objects, key=lambda obj: str(obj["metadata"].get("creationTimestamp")), reverse=True)
 
 
 def read_run_objects(cluster: "Cluster", run: str) -> RunObjects:
@@ -127,25 +85,75 @@ def _is_pending(pod: KubernetesObject) -> bool:
     return (pod.get("status") or {}).get("phase") in {None, "Pending"} and not has_started(pod)
 
 
-def list_runs(cluster: "Cluster", *, all_namespaces: bool = False) -> list[RunStatus]:
-    """Read the status of all runs with three requests, without progress from their logs.
+def list_runs(cluster: "Cluster", *, all_namespaces: bool = False, kind: RunKind | None = None) -> "RunList":
+    """Read the status of all runs with four requests, without progress from their logs.
 
     Args:
         cluster: The cluster.
         all_namespaces: Whether to include the runs of all namespaces.
+        kind: Only runs that this kind of object represents; None for all.
 
     Returns:
         The statuses, newest run first.
+
+    Raises:
+        SettingError: If the cluster rejects a request.
+        UnavailableError: If the API server does not respond.
     """
+    transfer_jobs, note = _list_transfer_jobs(cluster, kind, all_namespaces=all_namespaces)
     jobs = cluster.list("Job", labels=f"{TOPWORK_SELECTOR},{RUN_LABEL}", all_namespaces=all_namespaces)
-    if not jobs:
-        return []
-    pods = cluster.list("Pod", labels=f"{TOPWORK_SELECTOR},{RUN_LABEL}", all_namespaces=all_namespaces)
+    pods: list[KubernetesObject] = []
     events: list[KubernetesObject] = []
-    # An account that may not read events still gets the list.
-    with suppress(SettingError):
-        events = cluster.list("Event", fields="reason=FailedCreate", all_namespaces=all_namespaces)
-    return [read_run_status(objects) for objects in _group_by_run(jobs, pods, events)]
+    if jobs:
+        pods = cluster.list("Pod", labels=f"{TOPWORK_SELECTOR},{RUN_LABEL}", all_namespaces=all_namespaces)
+        # An account that may not read events still gets the list.
+        with suppress(SettingError):
+            events = cluster.list("Event", fields="reason=FailedCreate", all_namespaces=all_namespaces)
+    statuses = [read_run_status(objects) for objects in _group_by_run(jobs, pods, events)]
+    if not transfer_jobs and kind is not RunKind.transferjob:
+        return RunList(statuses, note)
+    return RunList(_merge_runs(statuses, transfer_jobs, kind), note)
+
+
+class RunList(NamedTuple):
+    """The runs of a namespace or cluster.
+
+    Attributes:
+        statuses: Their statuses, newest run first.
+        note: Why TransferJobs without a Job are missing; empty if none is.
+    """
+
+    statuses: list[RunStatus]
+    note: str = ""
+
+
+def _list_transfer_jobs(
+    cluster: "Cluster", kind: RunKind | None, *, all_namespaces: bool
+) -> tuple[list[KubernetesObject], str]:
+    """List TransferJobs; an account that may not do so still gets the list of Jobs."""
+    if kind is RunKind.job:
+        return [], ""
+    try:
+        return list_transfer_jobs(cluster, all_namespaces=all_namespaces), ""
+    except ForbiddenError as error:
+        if kind:
+            raise
+        return [], f"only the Jobs of TransferJobs are listed: {error}"
+
+
+def _merge_runs(
+    statuses: list[RunStatus], transfer_jobs: Sequence[KubernetesObject], kind: RunKind | None
+) -> list[RunStatus]:
+    """Add the status of each TransferJob to that of its run, and runs of TransferJobs that have no Job."""
+    by_run = {(status.namespace, status.run): status for status in statuses}
+    merged = [
+        read_transfer_job_run(
+            obj, by_run.pop((str(obj["metadata"].get("namespace")), read_transfer_job_status(obj).run or ""), None)
+        )
+        for obj in transfer_jobs
+    ]
+    plain = by_run.values() if kind is not RunKind.transferjob else ()
+    return sorted([*merged, *plain], key=lambda status: str(status.created), reverse=True)
 
 
 def _group_by_run(
@@ -153,7 +161,7 @@ def _group_by_run(
 ) -> list[RunObjects]:
     """Group Jobs and pods by namespace and run, newest run first."""
     groups: dict[tuple[str, str], tuple[list[KubernetesObject], list[KubernetesObject]]] = {}
-    for job in _newest_first(jobs):
+    for job in newest_first(jobs):
         if get_label(job, ROLE_LABEL):
             groups.setdefault(_run_key(job), ([], []))[0].append(job)
     for pod in pods:
