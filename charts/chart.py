@@ -1,4 +1,4 @@
-"""Generated files of the Helm chart except dashboards: values.yaml and its schema, README.md, and files/*.json."""
+"""Generated files of the Helm chart except dashboards: values.yaml and its schema, README.md, and the CRD."""
 
 import json
 import textwrap
@@ -6,14 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic.fields import FieldInfo
-from shapes import SWITCHES, shapes_text, to_json_value
 from values import Section, Values
 
 from topwork import __version__
-from topwork.spec.schema.json_schema import allow_any_of, require_exactly_one
+from topwork.cluster.definition import definition_text
+from topwork.spec.schema.json_schema import allow_any_of
 from topwork.spec.schema.key_types import fields_by_key
+from topwork.spec.spec_model import SpecModel
 from topwork.spec.yaml_output import dump_yaml
 
 HERE = Path(__file__).parent
@@ -26,8 +26,7 @@ def files() -> Iterator[tuple[str, str]]:
     yield "values.yaml", values_text()
     yield "values.schema.json", schema_text()
     yield "README.md", readme_text()
-    yield "files/spec.json", shapes_text()
-    yield "files/submitter.json", submitter_text()
+    yield "crds/transferjobs.yaml", definition_text()
 
 
 def values_text() -> str:
@@ -49,6 +48,13 @@ def _lines(section: Section, indent: str) -> Iterator[str]:
             yield from (f"{indent}{line}" for line in dump_yaml([{key: to_json_value(value)}]).splitlines())
 
 
+def to_json_value(default: Any) -> Any:
+    """Convert a default to JSON values; models contain only keys that differ from their own defaults."""
+    if isinstance(default, SpecModel):
+        return default.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+    return list(default) if isinstance(default, tuple) else default
+
+
 def _value(section: Section, field: FieldInfo) -> Any:
     return next(getattr(section, name) for name, candidate in type(section).model_fields.items() if candidate is field)
 
@@ -60,7 +66,7 @@ def schema_text() -> str:
         A draft 7 schema, which all versions of Helm support.
     """
     schema = Values.model_json_schema(by_alias=True, mode="validation")
-    require_exactly_one(allow_any_of(schema))
+    allow_any_of(schema)
     schema["properties"]["global"] = {"type": "object", "description": "Global values of a parent chart."}
     head = {"$schema": "http://json-schema.org/draft-07/schema#", "title": "Values of the topwork chart"}
     return json.dumps(head | _for_helm(schema | head), indent=1) + "\n"
@@ -72,15 +78,7 @@ def _for_helm(schema: Any) -> Any:
         return [_for_helm(item) for item in schema]
     if not isinstance(schema, dict):
         return schema
-    converted = {key: _for_helm(value) for key, value in schema.items() if key not in {"prefixItems", "default"}}
-    if isinstance(schema.get("prefixItems"), list):
-        # prefixItems does not exist in draft 7. Height and width of an image have the same schema.
-        converted["items"] = _for_helm(schema["prefixItems"][0])
-    if set(map(str, schema.get("enum", ()))) >= SWITCHES:
-        # Helm parses YAML 1.1, in which on and off are booleans.
-        converted = {key: value for key, value in converted.items() if key != "type"} | {
-            "enum": [*schema["enum"], True, False]
-        }
+    converted = {key: _for_helm(value) for key, value in schema.items() if key != "default"}
     if "patternProperties" in schema:
         # The schemas from pydantic allow keys that match no pattern.
         converted["additionalProperties"] = False
@@ -102,9 +100,3 @@ def _rows(section: Section, prefix: str) -> Iterator[tuple[str, str, str]]:
         else:
             description = " ".join((field.description or "").split()).replace("|", "\\|")
             yield f"{prefix}{key}", json.dumps(to_json_value(value), ensure_ascii=False), description
-
-
-def submitter_text() -> str:
-    """Generate the rules of the submitter role, copied from k8s/base."""
-    role, _ = yaml.safe_load_all((HERE.parent / "k8s" / "base" / "submitter.yaml").read_text(encoding="utf-8"))
-    return json.dumps(role["rules"], indent=1) + "\n"

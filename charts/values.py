@@ -6,7 +6,6 @@ from pydantic import Field, StrictBool, StringConstraints
 
 from topwork.cluster.names import STORAGE_SECRET
 from topwork.spec.compute import Compute, Metrics
-from topwork.spec.job import JobSpec
 from topwork.spec.kubernetes_types import (
     AnnotationKey,
     ByteQuantity,
@@ -38,7 +37,7 @@ class DefaultSpec(SpecModel):
 
 
 class Defaults(Section):
-    """Defaults for the jobs in `jobs` and for jobs submitted to the namespace with `topwork submit`."""
+    """Defaults for TransferJobs in the namespace, and for Jobs that `topwork submit` creates there."""
 
     image: Image = Field(
         default="",
@@ -53,7 +52,7 @@ class Defaults(Section):
 
 
 class ServiceAccount(Section):
-    """The service account topwork-job. Pods of topwork never mount a Kubernetes API token."""
+    """The service account topwork-job. Pods of jobs never mount a Kubernetes API token."""
 
     create: StrictBool = Field(default=True, description="Whether to create the service account.")
     annotations: dict[AnnotationKey, str] = Field(
@@ -94,10 +93,10 @@ class S3(Section):
 
 
 class PodMonitor(Section):
-    """A PodMonitor, which makes the Prometheus Operator scrape the metrics ports of jobs."""
+    """PodMonitors, which make the Prometheus Operator scrape the metrics ports of jobs and of the controller."""
 
     enabled: StrictBool = Field(
-        default=False, description="Whether to create the PodMonitor. Requires monitoring.coreos.com/v1."
+        default=False, description="Whether to create the PodMonitors. Requires monitoring.coreos.com/v1."
     )
     labels: dict[LabelKey, LabelValue] = Field(
         default={}, description="Labels that your Prometheus selects, such as {release: kube-prometheus-stack}."
@@ -144,12 +143,13 @@ class Monitoring(Section):
 
 
 class NetworkPolicies(Section):
-    """NetworkPolicies for job pods and the embedded S3 server."""
+    """NetworkPolicies for job pods, the controller and the embedded S3 server."""
 
     enabled: StrictBool = Field(default=False, description="Whether to create the NetworkPolicies.")
     scrapers: tuple[KubernetesFields, ...] = Field(
         default=({"namespaceSelector": {}},),
-        description="NetworkPolicy peers allowed to scrape the metrics ports. All other ingress to job pods is denied.",
+        description="NetworkPolicy peers allowed to scrape the metrics ports. All other ingress to job pods is denied, "
+        "except from the controller of this release. Add the controller of another release here.",
     )
     egress: tuple[KubernetesFields, ...] = Field(
         default=(),
@@ -180,29 +180,89 @@ class Seaweedfs(Section):
 
 
 class Tests(Section):
-    """Settings of `helm test`, which writes, reads and deletes an object and validates the specs in `jobs`."""
+    """Settings of `helm test`, which writes, reads and deletes an object, and submits a TransferJob as a dry run."""
 
     storage: StorageUri | Literal[""] = Field(
         default="", description="Storage to test. Defaults to defaults.spec.storage."
     )
     image: Image = Field(
-        default="", description="Image of the test pods. Defaults to defaults.image, or the CPU image if that is empty."
+        default="",
+        description="Image of the pod that tests the storage. Defaults to defaults.image, or the CPU image if that is "
+        "empty.",
     )
 
 
-class ChartJobSpec(JobSpec):
-    """A job spec without required storage, because the defaults may contain it."""
-
-    storage: StorageUri | None = Field(
-        default=None, description="Same as spec.storage. Defaults to defaults.spec.storage."
-    )  # type: ignore[assignment]
-
-
 class ChartJob(SpecModel):
-    """A job. Its key in `jobs` is the name."""
+    """A TransferJob. Its key in `jobs` is the name."""
 
     labels: dict[LabelKey, LabelValue] = Field(default={}, description="Same as metadata.labels of a job spec.")
-    spec: ChartJobSpec = Field(description="Same as spec of a job spec. docs/spec.md describes all keys.")
+    annotations: dict[AnnotationKey, str] = Field(default={}, description="Same as metadata.annotations of a job spec.")
+    # The CustomResourceDefinition and the controller validate it.
+    spec: KubernetesFields = Field(description="Same as spec of a job spec. docs/spec.md describes all keys.")
+
+
+class ControllerCrds(Section):
+    """The CustomResourceDefinition of TransferJobs."""
+
+    upgrade: StrictBool = Field(
+        default=True,
+        description="Whether helm upgrade applies the definition of the new version, in a pre-upgrade hook. Helm "
+        "itself only installs it with the first release.",
+    )
+
+
+class ControllerWebhook(Section):
+    """A webhook that reports all errors of a spec at `kubectl apply`, like `topwork validate`."""
+
+    enabled: StrictBool = Field(
+        default=False,
+        description="Whether to create the webhook. If it does not respond, specs are accepted, and the controller "
+        "reports the errors in the status.",
+    )
+    certificate: Literal["certManager", "selfSigned"] = Field(
+        default="selfSigned",
+        description="selfSigned: the controller generates the certificate and adds its CA to the webhook "
+        "configuration. certManager: cert-manager does, which requires cert-manager.io/v1.",
+    )
+
+
+class Controller(Section):
+    """The controller, which runs TransferJobs as Kubernetes Jobs and writes their status."""
+
+    enabled: StrictBool = Field(default=True, description="Whether to run the controller. `jobs` requires it.")
+    image: Image = Field(
+        default="",
+        description="Image of the controller. If empty, the image that `make image ACCELERATOR=controller` builds: "
+        "topwork:<version>-controller.",
+    )
+    image_pull_secrets: tuple[ObjectName, ...] = Field(
+        default=(), description="Secrets of the registry of this image, in the release namespace."
+    )
+    namespaces: tuple[DnsName, ...] = Field(
+        default=(),
+        description="Namespaces whose TransferJobs the controller runs, in addition to the release namespace. They "
+        "must exist.",
+    )
+    cluster_wide: StrictBool = Field(
+        default=False,
+        description="Whether the controller runs the TransferJobs of all namespaces. Also lets users with the "
+        "ClusterRoles view, edit and admin of Kubernetes read or manage TransferJobs.",
+    )
+    replicas: Annotated[int, Field(ge=0, le=10)] = Field(
+        default=1, description="Number of pods. One is active; each other takes over within seconds if it fails."
+    )
+    workers: Annotated[int, Field(ge=1, le=64)] = Field(
+        default=4, description="Number of TransferJobs that the controller processes at the same time."
+    )
+    resources: KubernetesFields = Field(
+        default={"requests": {"cpu": "100m", "memory": "256Mi"}, "limits": {"memory": "512Mi"}},
+        description="Resource requests and limits of the container.",
+    )
+    priority_class_name: DnsName | Literal[""] = Field(default="", description="PriorityClass of the pods.")
+    node_selector: dict[LabelKey, LabelValue] = Field(default={}, description="Node labels that the pods require.")
+    tolerations: tuple[KubernetesFields, ...] = Field(default=(), description="Taints that the pods tolerate.")
+    webhook: ControllerWebhook = Field(default=ControllerWebhook(), description=ControllerWebhook.__doc__)
+    crds: ControllerCrds = Field(default=ControllerCrds(), description=ControllerCrds.__doc__)
 
 
 class Values(Section):
@@ -211,9 +271,10 @@ class Values(Section):
     defaults: Defaults = Field(default=Defaults(), description=Defaults.__doc__)
     jobs: dict[DnsLabel, ChartJob] = Field(
         default={},
-        description="Jobs to run, as NAME: {labels: {…}, spec: {…}}. The name of a run contains a digest of its spec: "
-        "if you change the spec, an upgrade replaces the old Job with a new one. Jobs are never updated in place.",
+        description="TransferJobs to create, as NAME: {labels: {…}, annotations: {…}, spec: {…}}. Requires the "
+        "controller.",
     )
+    controller: Controller = Field(default=Controller(), description=Controller.__doc__)
     s3: S3 = Field(default=S3(), description=S3.__doc__)
     service_account: ServiceAccount = Field(default=ServiceAccount(), description=ServiceAccount.__doc__)
     submitters: Submitters = Field(default=Submitters(), description=Submitters.__doc__)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from chart_objects import chart_objects
 from objects import LABELS, NAMESPACE, TEMPLATE_SUFFIX, kustomization, metadata, to_yaml
 
 from topwork.clients.kubernetes import KubernetesObject
@@ -16,7 +17,12 @@ Objects that a namespace needs once:
 
   kubectl apply -k k8s/base
 
-Then create the Secret {STORAGE_SECRET} (see {SECRET_FILE}), and run a job:
+Then create the Secret {STORAGE_SECRET} (see {SECRET_FILE}), and run a job with the controller:
+
+  kubectl apply --server-side -k k8s/controller
+  kubectl apply -f examples/NAME.yaml -n {NAMESPACE}
+
+or without it:
 
   kubectl apply -f k8s/examples/NAME.yaml
 
@@ -31,7 +37,7 @@ annotations that your cloud provider requires, such as eks.amazonaws.com/role-ar
 
   compute: {{serviceAccountName: {SERVICE_ACCOUNT}}}
 
-Pods of topwork never mount a Kubernetes API token.
+Pods of jobs never mount a Kubernetes API token.
 """
 SUBMITTER_COMMENT = f"""
 Permissions that topwork submit, status, list, logs, top and cancel need in this namespace, granted to the group
@@ -88,24 +94,12 @@ def service_account() -> KubernetesObject:
 
 
 def role() -> KubernetesObject:
-    """Build the role of submitters, with exactly the permissions that the commands need."""
-    rules = {
-        ("batch", "jobs"): "get list watch create patch delete",
-        ("", "configmaps"): "get list create patch delete",
-        ("", "pods"): "get list watch delete",
-        ("", "pods/log"): "get",
-        ("", "pods/proxy"): "get",
-        ("", "events"): "get list watch",
-        ("", "resourcequotas"): "get list",
-    }
+    """Build the role of submitters, with the rules of the chart."""
     return {
         "apiVersion": f"{RBAC_GROUP}/v1",
         "kind": "Role",
         "metadata": metadata(SUBMITTER_ROLE),
-        "rules": [
-            {"apiGroups": [group], "resources": [resource], "verbs": verbs.split()}
-            for (group, resource), verbs in rules.items()
-        ],
+        "rules": chart_objects("")["submitter-role.yaml"]["rules"],
     }
 
 

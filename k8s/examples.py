@@ -11,8 +11,8 @@ from topwork.spec.loading.loader import read_jobs
 SPECS = Path(__file__).parent.parent / "examples"
 
 EXAMPLE_COMMENT = """
-Kubernetes objects of examples/{file}, which describes the expected results. Requires k8s/base and the
-Secret described there.
+Kubernetes objects of examples/{file}, which describes the expected results, for clusters without the
+controller. With it, apply examples/{file}. Requires k8s/base and the Secret described there.
 
   kubectl apply -f k8s/examples/{file}
   topwork status {name} --namespace {namespace} --follow
@@ -22,7 +22,8 @@ The image is {image}. To use an image in a registry:
   topwork render examples/{file} --namespace {namespace} --image REGISTRY/{image} | kubectl apply -f -
 """
 KUSTOMIZATION_COMMENT = """
-All examples, as a base for the overlays. To run one example without an overlay:
+All examples as Jobs, for clusters without the controller, and as a base for the overlays. To run one example without an
+overlay:
 
   kubectl apply -f k8s/examples/NAME.yaml
 """

@@ -4,11 +4,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import base
+import controller
 import examples
 import overlays
 
 HERE = Path(__file__).parent
-DIRECTORIES = {"base": base, "examples": examples, "overlays": overlays}
+DIRECTORIES = {"base": base, "controller": controller, "examples": examples, "overlays": overlays}
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The embedded S3 server and the `helm test` pods of the chart, run as local processes."""
+"""The embedded S3 server of the chart and the `helm test` pod for the storage, run as local processes."""
 
 import base64
 import os
@@ -93,17 +93,14 @@ def server(render_chart: Render, tmp_path_factory: pytest.TempPathFactory) -> It
 def run_test_pod(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[int, str, str]]:
-    """Run the container of a `helm test` pod in this process; returns its exit code, stdout and stderr."""
+    """Run the container of the `helm test` pod in this process; returns its exit code, stdout and stderr."""
 
-    def run(pod: dict[str, Any], environment: dict[str, str], spec_directory: str = "") -> tuple[int, str, str]:
+    def run(pod: dict[str, Any], environment: dict[str, str]) -> tuple[int, str, str]:
         for name in [name for name in os.environ if name.startswith("AWS_")]:
             monkeypatch.delenv(name)
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
-        arguments = [
-            argument.replace("/etc/topwork", spec_directory) for argument in pod["spec"]["containers"][0]["args"]
-        ]
-        monkeypatch.setattr("sys.argv", ["topwork", *arguments])
+        monkeypatch.setattr("sys.argv", ["topwork", *pod["spec"]["containers"][0]["args"]])
         code: object = 0
         try:
             main()
@@ -159,24 +156,3 @@ def test_storage_test_reports_missing_credentials(render_chart: Render, run_test
     pod = render_chart({"defaults": {"spec": {"storage": "s3://bucket"}}})[STORAGE_POD]
     code, _, err = run_test_pod(pod, environment)
     assert (code, "to the Secret topwork-s3 in the pod's namespace" in err) == (2, True)
-
-
-def test_job_test_validates_the_specs_in_config_maps(
-    render_chart: Render, run_test_pod: RunPod, tmp_path: Path
-) -> None:
-    spec = {
-        "storage": "s3://bucket",
-        "dataset": {"source": {"tfds": "mnist"}, "splits": {"train": "train[:9%]"}, "imageSize": [32, 32]},
-        "model": {"base": {"application": "VGG16"}},
-    }
-    objects = render_chart({"jobs": {"cats": {"spec": spec}}})
-    pod = objects["Pod", "topwork-test-jobs"]
-    for volume in pod["spec"]["volumes"]:
-        for source in volume.get("projected", {}).get("sources", ()):
-            (item,) = source["configMap"]["items"]
-            data = objects["ConfigMap", source["configMap"]["name"]]["data"]
-            (tmp_path / item["path"]).write_text(data[item["key"]])
-    code, _, err = run_test_pod(pod, {}, str(tmp_path))
-    # A rule that involves several keys, which the JSON Schema cannot express.
-    assert code == 2
-    assert "spec.dataset.splits.test: is required if there is no validation split" in err

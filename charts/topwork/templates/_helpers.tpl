@@ -5,6 +5,11 @@
 {{- printf "%s-%s" ($release | trunc 40 | trimSuffix "-") .part -}}
 {{- end }}
 
+{{/* Name of a cluster-scoped object, which differs in each namespace. Arguments: root, part. */}}
+{{- define "topwork.clusterName" -}}
+{{- printf "%s.%s" (include "topwork.name" .) .root.Release.Namespace -}}
+{{- end }}
+
 {{/* Fixed names that jobs and the topwork commands rely on, independent of the release name. */}}
 {{- define "topwork.name.secret" -}}topwork-s3{{- end }}
 {{- define "topwork.name.account" -}}topwork-job{{- end }}
@@ -25,35 +30,4 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace 
 {{- define "topwork.seaweedfs.selector" -}}
 app.kubernetes.io/name: seaweedfs
 app.kubernetes.io/instance: {{ .Release.Name }}
-{{- end }}
-
-{{/* Labels of the objects of a run. Arguments: run (output of topwork.run), role. */}}
-{{- define "topwork.run.labels" -}}
-{{- $labels := deepCopy .run.job.metadata.labels -}}
-{{- range $key, $value := dict
-  "app.kubernetes.io/name" "topwork"
-  "app.kubernetes.io/instance" .run.name
-  "app.kubernetes.io/version" .run.version
-  "app.kubernetes.io/component" .role
-  "app.kubernetes.io/part-of" "topwork"
-  "app.kubernetes.io/managed-by" "topwork"
-  "topwork.dev/job" .run.job.metadata.name
-  "topwork.dev/run" .run.name -}}
-  {{- $_ := set $labels $key $value -}}
-{{- end -}}
-{{- toYaml $labels -}}
-{{- end }}
-
-{{/* Labels of a pod of a run. */}}
-{{- define "topwork.pod.labels" -}}
-{{- $labels := include "topwork.run.labels" . | fromYaml -}}
-{{- $_ := set $labels "topwork.dev/role" .role -}}
-{{- toYaml $labels -}}
-{{- end }}
-
-{{/* Labels of a Job, including the queue name for Kueue. */}}
-{{- define "topwork.job.labels" -}}
-{{- $labels := include "topwork.pod.labels" . | fromYaml -}}
-{{- with .run.job.spec.compute.queue -}}{{- $_ := set $labels "kueue.x-k8s.io/queue-name" . -}}{{- end -}}
-{{- toYaml $labels -}}
 {{- end }}

@@ -1,5 +1,5 @@
-{{/* Pod spec of a test. Arguments: root; args of topwork; runs whose job specs are appended to args. */}}
-{{- define "topwork.tests.pod" -}}
+{{/* Pod spec of the storage test. Arguments: root, storage. */}}
+{{- define "topwork.tests.storage" -}}
 restartPolicy: Never
 automountServiceAccountToken: false
 enableServiceLinks: false
@@ -18,13 +18,7 @@ securityContext:
 containers:
   - name: topwork
     image: {{ include "topwork.tests.image" .root | quote }}
-    args:
-      {{- range .args }}
-      - {{ quote . }}
-      {{- end }}
-      {{- range .runs }}
-      - /etc/topwork/{{ . }}.yaml
-      {{- end }}
+    args: [storage, check, {{ quote .storage }}]
     env:
       - {name: HOME, value: /tmp}
     envFrom:
@@ -34,20 +28,9 @@ containers:
       limits: {memory: 1Gi}
     volumeMounts:
       - {name: tmp, mountPath: /tmp}
-      {{- if .runs }}
-      - {name: jobs, mountPath: /etc/topwork, readOnly: true}
-      {{- end }}
     securityContext:
       {{- include "topwork.containerSecurity" . | nindent 6 }}
 volumes:
   - name: tmp
     emptyDir: {sizeLimit: 1Gi}
-  {{- with .runs }}
-  - name: jobs
-    projected:
-      sources:
-        {{- range . }}
-        - configMap: {name: {{ . }}, items: [{key: job.yaml, path: {{ . }}.yaml}]}
-        {{- end }}
-  {{- end }}
 {{- end }}
