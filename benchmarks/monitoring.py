@@ -30,7 +30,7 @@ IMAGES = ROOT / "docs/images"
 RUNS = (("solar-base", ["spec.transfer.epochs=10"]), ("solar-transfer", []))
 LINGER_SECONDS = 15
 COLUMNS = 3
-EXCLUDED_TITLES = ("GPU", "Pods", "Startup time", "Pending")
+EXCLUDED_TITLES = ("GPU", "Pods", "Startup time", "Pending", "Reconcile", "Oldest due")
 """Prefixes of the titles of panels that require GPUs or a cluster."""
 STAGES = ("pull", "transfer", "fine-tune", "publish")
 Responses = list[tuple[str, list[dict[str, Any]]]]

@@ -29,9 +29,10 @@ JOB = 'namespace=~"$namespace", job_name="$run"'
 STAGE_STATES = {"0": ("ended", GREEN), "1": ("running", "blue")}
 PHASES = {"1": ("Pending", YELLOW), "2": ("Running", "blue"), "3": ("Succeeded", GREEN), "4": ("Failed", RED)}
 
-# `or`, not `max`: the current state takes precedence over the last known state. Runs without current state have ended.
+# `or`, not `max`: the current state takes precedence over the last known state. Runs without current state have ended:
+# only an outcome (3 to 5) is still true.
 STATE = (
-    f"max(topwork:run_state{{{RUN}}}) or max(last_over_time(topwork:run_state{{{RUN}}}[$__range]) > 2) "
+    f"max(topwork:run_state{{{RUN}}}) or max(last_over_time(topwork:run_state{{{RUN}}}[$__range]) > 2 < 6) "
     f"or 0 * max(last_over_time(topwork:run_state{{{RUN}}}[$__range]))"
 )
 ELAPSED = (

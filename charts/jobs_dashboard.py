@@ -33,7 +33,7 @@ GPU_HOURS = f"sum_over_time(topwork:run_gpus{{{RUNS}}}[$__range:1m]) / 60"
 
 STATE = (
     f"max by (namespace, transferjob, run) (topwork:run_state{{{RUNS}}} "
-    f"or on (namespace, run) {LAST} > 2 or on (namespace, run) 0 * {LAST})"
+    f"or on (namespace, run) {LAST} > 2 < 6 or on (namespace, run) 0 * {LAST})"
 )
 TEAM = f"max by (namespace, run, team) (last_over_time(topwork:run_info{{{RUNS}}}[$__range]))"
 ELAPSED = (
@@ -85,6 +85,7 @@ def build_jobs_dashboard() -> dashboard.Dashboard:
             "Runs": [_run_table()],
             "Over time": _history_panels(),
             "Usage in the selected time range": _usage_panels(),
+            "Controller": _controller_panels(),
         },
     )
 
@@ -101,10 +102,11 @@ def _count_panels() -> Panels:
     firing = f'count(ALERTS{{alertname=~"Topwork.+", alertstate="firing", {RUNS}}}) or vector(0)'
 
     return [
-        stat_panel("Running", "Runs with a running stage.", Query(now(2), "running"), unit="none"),
+        stat_panel("Running", "Runs with a running stage or pod.", Query(now(2), "running"), unit="none"),
         stat_panel(
             "Pending",
-            "Runs whose pod waits for a node, its image or its volumes, or whose Job is suspended by a queue.",
+            "Runs whose pod waits for a node, its image or its volumes, or whose Job is suspended by a queue. Runs "
+            "that spec.suspend stops are not included.",
             Query(now(1), "pending"),
             unit="none",
             steps=[(None, GREEN), (1, YELLOW)],
@@ -136,7 +138,7 @@ def _count_panels() -> Panels:
         ),
         stat_panel(
             "Alerts",
-            "Alerts that are firing for these runs.",
+            "Alerts that are firing for these runs and, if all runs are selected, for the controller.",
             Query(firing, "alerts"),
             unit="none",
             span=4,
@@ -259,5 +261,35 @@ def _usage_panels() -> Panels:
             Query(durations, "{{transferjob}}"),
             unit="s",
             span=6,
+        ),
+    ]
+
+
+def _controller_panels() -> Panels:
+    """Reconciles and work queue of the controller."""
+    buckets = "sum by (le) (rate(topwork_controller_reconcile_duration_seconds_bucket[$__rate_interval]))"
+    return [
+        time_series(
+            "Reconciles",
+            "Reconciles per second of all controllers, by result. Failed reconciles are retried after a delay.",
+            Query("sum by (result) (rate(topwork_controller_reconciles_total[$__rate_interval]))", "{{result}}"),
+            unit="ops",
+        ),
+        time_series(
+            "Reconcile duration",
+            "Time to bring a TransferJob, its Job and its status up to date: median and 99th percentile.",
+            Query(f"histogram_quantile(0.5, {buckets})", "median"),
+            Query(f"histogram_quantile(0.99, {buckets})", "99 %"),
+            unit="s",
+        ),
+        time_series(
+            "Oldest due TransferJob",
+            "Time for which a TransferJob has been waiting for the controller. An alert fires above 5 minutes.",
+            Query(
+                "max by (namespace) (topwork_controller_queue_oldest_seconds and topwork_controller_leader == 1)",
+                "{{namespace}}",
+            ),
+            unit="s",
+            steps=[(None, GREEN), (300, RED)],
         ),
     ]

@@ -27,6 +27,7 @@ STATES: Mapping[str, tuple[str, str]] = {
     "3": ("succeeded", GREEN),
     "4": ("failed", RED),
     "5": ("stopped", ORANGE),
+    "6": ("suspended", YELLOW),
 }
 """Text and color of each value of `topwork:run_state`."""
 
@@ -75,12 +76,14 @@ def label_variable(label: str, title: str, matchers: str, *, multiple: bool) -> 
         matchers: Label matchers that use preceding variables, such as `namespace=~"$namespace"`.
         multiple: Whether users can select several values, or all.
     """
-    selector = f"{{{matchers}}}" if matchers else ""
+    # A TransferJob whose pods have not started yet has only the series of the controller.
+    names = '__name__=~"topwork_(stage|transferjob)_info"'
+    selector = ", ".join(filter(None, [names, matchers]))
     variable = (
         dashboard.QueryVariable(label)
         .label(title)
         .datasource(SOURCE)
-        .query(f"label_values(topwork_stage_info{selector}, {label})")
+        .query(f"label_values({{{selector}}}, {label})")
         .refresh(models.VariableRefresh.ON_TIME_RANGE_CHANGED)
         .sort(models.VariableSort.ALPHABETICAL_ASC)
         .multi(multiple)

@@ -108,8 +108,11 @@ class Topwork:
     started: list[RunningCommand] = field(default_factory=list)
 
     def start(self, *arguments: str | Path, namespace: str | None = None, **variables: str) -> RunningCommand:
-        """Start a command that uses the cluster, in the background."""
+        """Start a command that uses the cluster, in the background. Without `--as`, `submit` creates plain Jobs."""
         options = ["--namespace", namespace or self.namespace]
+        if arguments[0] == "submit" and "--as" not in arguments:
+            # Whether or not the cluster serves TransferJobs.
+            options += ["--as", "job"]
         return self._start([*map(str, arguments), *options], variables)
 
     def __call__(

@@ -13,11 +13,13 @@ import pytest
 from ruamel.yaml import YAML
 from tests.cluster import environment
 from tests.cluster.commands import Topwork
+from tests.cluster.controller import DEFINITION, DEFINITION_FILE, Controller, kustomize_objects
 from tests.cluster.diagnostics import collect_diagnostics
 from tests.cluster.kubectl import Kubectl, wait_for
 from tests.cluster.manifests import base_objects, probe, storage_secret, tiny_spec
 from tests.cluster.runs import Run
 from tests.cluster.storage import ClusterStorage, configured_storage, serve_storage
+from tests.cluster.transfer_jobs import TransferJobRun
 
 from topwork.clients.kubernetes import KubernetesObject
 from topwork.spec import TransferJob
@@ -118,6 +120,25 @@ def namespace(make_namespace: Callable[..., Kubectl], pod_storage: ClusterStorag
     return kubectl
 
 
+@pytest.fixture(scope="session")
+def definition(cluster: Kubectl) -> Iterator[None]:
+    """The CustomResourceDefinition of this version; deleted after the last test unless the cluster had one before."""
+    existed = cluster.get("customresourcedefinition", DEFINITION) is not None
+    cluster("apply", "--server-side", "--force-conflicts", "--filename", str(DEFINITION_FILE))
+    cluster("wait", "--for=condition=Established", f"customresourcedefinition/{DEFINITION}", "--timeout=60s")
+    yield
+    if not existed:
+        cluster("delete", "customresourcedefinition", DEFINITION, "--timeout=120s", seconds=150, check=False)
+
+
+@pytest.fixture(scope="session")
+def controller(definition: None, namespace: Kubectl) -> Controller:
+    """The controller of the namespace of the session, from k8s/controller."""
+    controller = Controller(namespace)
+    controller.install(kustomize_objects(namespace.namespace))
+    return controller
+
+
 @pytest.fixture(scope="module")
 def topwork(namespace: Kubectl, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Topwork]:
     """The `topwork` command with the namespace and image of the session."""
@@ -149,7 +170,13 @@ MakeRun = Callable[..., Run]
 
 
 def _run_factory(
-    kubectl: Kubectl, images_uri: str, storage: ClusterStorage, directory: Path, created: list[Run]
+    kubectl: Kubectl,
+    images_uri: str,
+    storage: ClusterStorage,
+    directory: Path,
+    created: list[Run],
+    kind: type[Run] = Run,
+    **defaults: Any,
 ) -> MakeRun:
     def make(name: str | None = None, namespace: Kubectl | None = None, compute: Any = None, **spec: Any) -> Run:
         """Write the spec of a tiny job; `compute` sets keys of `spec.compute`, other arguments set keys of `spec`."""
@@ -157,11 +184,11 @@ def _run_factory(
         address = storage.at(f"topwork-{uuid.uuid4().hex[:12]}").uri
         content = tiny_spec(name or f"t-{uuid.uuid4().hex[:8]}", address, images_uri)
         content["spec"] |= spec
-        content["spec"]["compute"] |= compute or {}
+        content["spec"]["compute"] |= defaults | (compute or {})
         file = directory / f"{uuid.uuid4().hex[:8]}.yaml"
         with file.open("w") as stream:
             YAML().dump(content, stream)
-        created.append(Run(namespace or kubectl, TransferJob.model_validate(content), file))
+        created.append(kind(namespace or kubectl, TransferJob.model_validate(content), file))
         return created[-1]
 
     return make
@@ -183,5 +210,32 @@ def make_shared_run(
     """Like `make_run`, for runs that are shared by the tests of a module."""
     created: list[Run] = []
     yield _run_factory(namespace, images_uri, pod_storage, tmp_path_factory.mktemp("jobs"), created)
+    for run in created:
+        run.delete()
+
+
+@pytest.fixture
+def make_transfer_job(
+    controller: Controller, images_uri: str, pod_storage: ClusterStorage, tmp_path: Path
+) -> Iterator[Callable[..., TransferJobRun]]:
+    """Function that creates TransferJobs in the namespace of the controller; they are deleted after the test."""
+    created: list[Run] = []
+    yield _run_factory(
+        controller.kubectl, images_uri, pod_storage, tmp_path, created, TransferJobRun, image=environment.image()
+    )
+    for run in created:
+        run.delete()
+
+
+@pytest.fixture(scope="module")
+def make_shared_transfer_job(
+    controller: Controller, images_uri: str, pod_storage: ClusterStorage, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[..., TransferJobRun]]:
+    """Like `make_transfer_job`, for TransferJobs that are shared by the tests of a module."""
+    created: list[Run] = []
+    directory = tmp_path_factory.mktemp("transfer_jobs")
+    yield _run_factory(
+        controller.kubectl, images_uri, pod_storage, directory, created, TransferJobRun, image=environment.image()
+    )
     for run in created:
         run.delete()

@@ -4,7 +4,7 @@ import subprocess
 
 from tests.cluster.kubectl import Kubectl, KubectlError
 
-SELECTOR = "app.kubernetes.io/name=topwork"
+SELECTOR = "app.kubernetes.io/name in (topwork, topwork-controller)"
 LOG_LINES = 60
 
 
@@ -22,6 +22,8 @@ def collect_diagnostics(namespace: str) -> str:
         return ""
     sections = [
         _section(kubectl, "get", "jobs,pods,configmaps,resourcequotas", "--output", "wide"),
+        # An error if the cluster does not serve TransferJobs.
+        _section(kubectl, "get", "transferjobs", "--output", "yaml"),
         _section(kubectl, "describe", "pods", "--selector", SELECTOR),
         _section(kubectl, "get", "events", "--sort-by=.metadata.creationTimestamp"),
     ]

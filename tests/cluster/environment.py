@@ -40,6 +40,11 @@ def image(environment: Mapping[str, str] = os.environ) -> str:
     return environment.get("TOPWORK_IMAGE") or f"topwork:{__version__}-cpu"
 
 
+def controller_image(environment: Mapping[str, str] = os.environ) -> str:
+    """Return the image of the controller: TOPWORK_CONTROLLER_IMAGE, or the one that `make image` builds."""
+    return environment.get("TOPWORK_CONTROLLER_IMAGE") or f"topwork:{__version__}-controller"
+
+
 def compute_settings(environment: Mapping[str, str] = os.environ) -> dict[str, object]:
     """Return `spec.compute` of the jobs. The defaults fit a cluster with one small node."""
     return {

@@ -4,7 +4,8 @@ import json
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -88,7 +89,16 @@ class Kubectl:
 
     def delete_and_watch(self, pod: str, *, seconds: float) -> list[KubernetesObject]:
         """Delete a pod, and return its states until it is gone, oldest first: the last ones show how it ended."""
-        command = [executable("kubectl"), "--namespace", self.namespace, "get", "pod", pod]
+        with self.watch("pod", pod) as events:
+            wait_for(events, f"first event of {pod}", seconds=seconds)
+            self("delete", "pod", pod, "--wait=false")
+            wait_for(lambda: events()[-1]["type"] == "DELETED", f"deletion of {pod}", seconds=seconds)
+            return [event["object"] for event in events()]
+
+    @contextmanager
+    def watch(self, kind: str, *arguments: str) -> Iterator[Callable[[], list[KubernetesObject]]]:
+        """Watch objects in the block; the function returns all events so far, each with `type` and `object`."""
+        command = [executable("kubectl"), "--namespace", self.namespace, "get", kind, *arguments]
         options = ["--watch", "--output-watch-events", "--output", "json"]
         with tempfile.TemporaryFile("w+") as output:
             watch = subprocess.Popen([*command, *options], stdin=subprocess.DEVNULL, stdout=output)
@@ -98,10 +108,7 @@ class Kubectl:
                 return parse_documents(output.read())
 
             try:
-                wait_for(events, f"first event of {pod}", seconds=seconds)
-                self("delete", "pod", pod, "--wait=false")
-                wait_for(lambda: events()[-1]["type"] == "DELETED", f"deletion of {pod}", seconds=seconds)
-                return [event["object"] for event in events()]
+                yield events
             finally:
                 watch.kill()
                 watch.wait()

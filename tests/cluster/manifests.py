@@ -134,3 +134,16 @@ def tiny_spec(name: str, storage: str, images_uri: str) -> dict[str, Any]:
             "compute": compute_settings(),
         },
     }
+
+
+def break_rules(spec: dict[str, Any]) -> None:
+    """Break two rules that the schema of the CustomResourceDefinition can't express."""
+    spec["dataset"]["splits"] = {"train": "train[:80%]", "test": "train[80%:]"}
+    spec["transfer"] |= {"featureCache": "on", "earlyStopping": {"patience": 2}}
+
+
+RULE_ERRORS = (
+    "spec.transfer.featureCache: on requires a frozen base",
+    "spec.transfer.earlyStopping: monitors the validation loss, but there is no validation split",
+)
+"""Beginnings of the errors for a spec changed by `break_rules`."""

@@ -8,8 +8,18 @@ from pathlib import Path
 
 import kubernetes_validate
 import pytest
+from tests.cluster.controller import (
+    DEFINITION,
+    PERMISSIONS,
+    chart_objects,
+    definition_object,
+    expand_rules,
+    kustomize_objects,
+    parse_metrics,
+)
 from tests.cluster.environment import (
     compute_settings,
+    controller_image,
     executable,
     has_cluster,
     image,
@@ -21,7 +31,9 @@ from tests.cluster.kubectl import Kubectl, parse_documents
 from tests.cluster.manifests import (
     BASE,
     CLOSED_ENDPOINT,
+    RULE_ERRORS,
     base_objects,
+    break_rules,
     inspection,
     probe,
     storage_secret,
@@ -29,12 +41,16 @@ from tests.cluster.manifests import (
     unreachable_storage,
 )
 from tests.cluster.storage import serve_storage
+from tests.cluster.transfer_jobs import LONG_TRAINING, TransferJobRun
 
 from topwork import __version__
+from topwork.clients.prometheus.controller import ControllerMetrics, TransferJobSample
 from topwork.clients.s3.errors import AccessError
 from topwork.clients.s3.storage import Storage, StorageSettings
 from topwork.cluster.manifests.render import RenderOptions, render
+from topwork.cluster.manifests.transfer_job import parse_transfer_job
 from topwork.spec import TransferJob
+from topwork.spec.loading.problems import InvalidSpecError
 
 KUBERNETES = "1.36"
 HERE = Path(__file__).parent
@@ -74,9 +90,11 @@ def test_no_cluster_is_used_implicitly():
     assert has_cluster({"KUBECONFIG": "/etc/kubeconfig"})
 
 
-def test_image_and_compute_settings_come_from_the_environment():
+def test_images_and_compute_settings_come_from_the_environment():
     assert image({}) == f"topwork:{__version__}-cpu"
     assert image({"TOPWORK_IMAGE": "registry/topwork:1"}) == "registry/topwork:1"
+    assert controller_image({}) == f"topwork:{__version__}-controller"
+    assert controller_image({"TOPWORK_CONTROLLER_IMAGE": "registry/topwork:2"}) == "registry/topwork:2"
     assert (compute_settings({})["cpu"], compute_settings({})["memory"]) == ("1", "3Gi")
     assert compute_settings({"TOPWORK_TEST_CPU": "2"})["cpu"] == "2"
 
@@ -129,11 +147,19 @@ def collected(expression: str) -> list[str]:
     return [line for line in result.stdout.splitlines() if "::" in line]
 
 
-def test_smoke_subset_covers_submission_failure_resumption_kubectl_and_prefetch():
+def test_smoke_subset_covers_submission_failure_resumption_kubectl_prefetch_and_transfer_jobs():
     smoke = collected("cluster and smoke")
-    assert 10 <= len(smoke) <= 14
+    assert 16 <= len(smoke) <= 20
     files = {line.partition("::")[0].rpartition("/")[2] for line in smoke}
-    assert files == {"test_submit.py", "test_failures.py", "test_stops.py", "test_kubectl.py", "test_prefetch.py"}
+    assert files == {
+        "test_submit.py",
+        "test_failures.py",
+        "test_stops.py",
+        "test_kubectl.py",
+        "test_prefetch.py",
+        "test_transfer_jobs.py",
+        "test_controller.py",
+    }
 
 
 def test_no_test_needs_to_run_a_command_in_a_container():
@@ -180,3 +206,80 @@ def test_secret_is_replaced_while_storage_is_unreachable_and_restored_after_a_fa
         raise ValueError("broken")
     closed = {"AWS_ENDPOINT_URL": CLOSED_ENDPOINT, "AWS_ENDPOINT_URL_S3": CLOSED_ENDPOINT, "AWS_REGION": "here"}
     assert replaced == [closed, variables]
+
+
+@pytest.mark.parametrize("make_objects", [kustomize_objects, chart_objects])
+def test_objects_of_the_controller_are_valid_in_another_namespace(make_objects, monkeypatch):
+    monkeypatch.setenv("TOPWORK_CONTROLLER_IMAGE", "registry/topwork:2")
+    objects = make_objects("elsewhere")
+    for obj in objects:
+        kubernetes_validate.validate(obj, KUBERNETES, strict=True)
+    assert {obj["metadata"]["namespace"] for obj in objects} == {"elsewhere"}
+    (deployment,) = [obj for obj in objects if obj["kind"] == "Deployment"]
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    assert container["image"] == "registry/topwork:2"
+    assert {"--namespace=elsewhere", "--lease-namespace=elsewhere"} <= set(container["args"])
+    rules = [rule for obj in objects if obj["kind"] == "Role" for rule in obj["rules"]]
+    assert expand_rules(rules) == expand_rules(PERMISSIONS)
+    subjects = [subject for obj in objects for subject in obj.get("subjects", [])]
+    assert {subject["namespace"] for subject in subjects} == {"elsewhere"}
+
+
+def test_controller_of_the_chart_can_have_other_namespaces_and_a_webhook():
+    objects = chart_objects("home", namespaces=["other"], webhook={"enabled": True})
+    assert {obj["metadata"]["namespace"] for obj in objects if obj["kind"] == "Role"} == {"home", "other"}
+    cluster_wide = {obj["kind"] for obj in objects if "namespace" not in obj["metadata"]}
+    assert cluster_wide == {"ClusterRole", "ClusterRoleBinding", "ValidatingWebhookConfiguration"}
+
+
+def test_definition_is_read_from_k8s():
+    definition = definition_object()
+    assert definition["metadata"]["name"] == DEFINITION
+    (version,) = definition["spec"]["versions"]
+    assert version["schema"]["openAPIV3Schema"]["properties"]["spec"]["properties"]["seed"]["description"]
+
+
+def test_rules_of_a_role_are_expanded():
+    rule = {"apiGroups": ["", "batch"], "resources": ["jobs"], "resourceNames": ["a", "b"], "verbs": ["get"]}
+    assert expand_rules([rule, {"apiGroups": [""], "resources": ["pods"], "verbs": ["list", "get"]}]) == {
+        ("", "jobs", "a", "get"),
+        ("", "jobs", "b", "get"),
+        ("batch", "jobs", "a", "get"),
+        ("batch", "jobs", "b", "get"),
+        ("", "pods", "", "list"),
+        ("", "pods", "", "get"),
+    }
+
+
+def test_series_of_the_controller_are_found_by_their_labels():
+    sample = TransferJobSample("ml", "cats", "cats-1", "Running", "pull", "", "", 0, 1.0, 1.0, None, gpu_seconds=0.0)
+    metrics = ControllerMetrics(lambda: [sample], "0.2.0")
+    metrics.set_leader(True)
+    series = parse_metrics(metrics.page()[0].decode())
+    assert series["topwork_controller_leader"] == 1
+    assert series['topwork_transferjob_state{namespace="ml",state="Running",transferjob="cats"}'] == 1
+    assert series['topwork_transferjob_created_timestamp_seconds{namespace="ml",transferjob="cats"}'] == 1
+
+
+def test_broken_rules_are_the_only_errors_of_the_spec():
+    content = tiny_spec("tiny", "s3://bucket/topwork", "s3://bucket/photos")
+    parse_transfer_job(content)
+    break_rules(content["spec"])
+    with pytest.raises(InvalidSpecError) as error:
+        parse_transfer_job(content)
+    lines = str(error.value).splitlines()
+    assert len(lines) == len(RULE_ERRORS)
+    assert all(line.startswith(expected) for line, expected in zip(lines, RULE_ERRORS, strict=True))
+
+
+def test_spec_of_a_transfer_job_can_be_changed(tmp_path):
+    content = tiny_spec("tiny", "s3://bucket/topwork", "s3://bucket/photos")
+    content["spec"]["compute"]["image"] = "registry/topwork:1"
+    (tmp_path / "job.yaml").write_text(json.dumps(content))
+    first = TransferJobRun(Kubectl("elsewhere"), TransferJob.model_validate(content), tmp_path / "job.yaml")
+    second = first.with_spec(transfer=LONG_TRAINING)
+    assert second.name == first.name
+    assert second.object_name != first.object_name
+    changed = second.edit(lambda spec: spec["compute"].update(retries=0))
+    assert changed["spec"]["transfer"] == LONG_TRAINING
+    assert TransferJob.model_validate(changed).run == second.object_name

@@ -8,7 +8,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from tests.monitoring.prometheus_server import (
     require_command,
 )
 
+from topwork.clients.prometheus.controller import ControllerMetrics, TransferJobSample
 from topwork.spec.loading.loader import read_files
 
 NAMESPACE, TEAM = "ml", "vision"
@@ -45,6 +46,8 @@ class ObservedRun:
 
     Attributes:
         prometheus: Server with all series of the run.
+        without_kube_state: Server with the series of the run and of the controller, but not those of kube-state-metrics
+            and DCGM.
         transferjob: Name of the job.
         run: Name of the run.
         start: Unix time at which Prometheus started.
@@ -55,6 +58,7 @@ class ObservedRun:
     """
 
     prometheus: Prometheus
+    without_kube_state: Prometheus
     transferjob: str
     run: str
     start: float
@@ -87,15 +91,23 @@ def observed_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObservedR
     )
     job = job.as_run(name_of_run(directory, str(file), *set_options(TRANSFER)))
     pod, port, exporter = f"{job.run}-abcde", free_port(), Exporter()
+    controller = Controller(job.metadata.name, job.run)
     exporter.pages |= {
         "/kube": kube_state_page(NAMESPACE, job.run, pod, complete=False),
         "/dcgm": dcgm_page(NAMESPACE, pod),
         "/nvml": nvml_page(job.metadata.name, job.run),
+        "/controller": controller.page,
     }
     start = time.time()
-    prometheus = Prometheus(directory / "prometheus", scrape_configs(exporter.address, port, pod))
+    configs = scrape_configs(exporter.address, port, pod)
+    prometheus = Prometheus(directory / "prometheus", configs)
+    without_kube_state = Prometheus(
+        directory / "without_kube_state",
+        [config for config in configs if config["job_name"] not in {"kube-state-metrics", "dcgm"}],
+    )
     # GPU-hours are sampled at each full minute. Start 15 seconds before one, because the run takes at least 30 seconds.
     time.sleep((45 - time.time()) % 60)
+    controller.set_state("Running", started=time.time())
     process = start_topwork(
         directory, "run", str(file), "--replicas", "2", "--metrics-port", str(port), *set_options(TRANSFER)
     )
@@ -105,22 +117,59 @@ def observed_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObservedR
         page, end = scrape(port), time.time()
         assert process.wait(timeout=300) == 0, (directory / "topwork.log").read_text()
         exporter.pages["/kube"] = kube_state_page(NAMESPACE, job.run, pod, complete=True)
+        controller.set_state("Complete", completed=time.time())
         run_topwork(
             directory, "models", "fetch", str(job.spec.storage), str(job.metadata.name), str(directory / "fetched")
         )
         history = list(csv.DictReader((directory / "fetched/history.csv").read_text().splitlines()))
         metrics = json.loads((directory / "fetched/metrics.json").read_text())
-        yield ObservedRun(prometheus, job.metadata.name, job.run, start, end, page, history, metrics)
+        yield ObservedRun(
+            prometheus, without_kube_state, job.metadata.name, job.run, start, end, page, history, metrics
+        )
     finally:
         process.kill()
         process.wait()
         prometheus.stop()
+        without_kube_state.stop()
         exporter.stop()
+
+
+class Controller:
+    """The metrics page of a controller that manages a TransferJob and reconciles it at each scrape."""
+
+    def __init__(self, transferjob: str, run: str) -> None:
+        self._sample = TransferJobSample(
+            namespace=NAMESPACE,
+            name=transferjob,
+            run=run,
+            state="Pending",
+            stage="",
+            model="",
+            queue="",
+            gpus=2,
+            created=time.time(),
+            started=None,
+            completed=None,
+            gpu_seconds=0.0,
+            team=TEAM,
+        )
+        self._metrics = ControllerMetrics(lambda: [self._sample], "1.2.3")
+        self._metrics.set_leader(True)
+
+    def set_state(self, state: str, **changes: float) -> None:
+        """Change the state and other values of the TransferJob."""
+        self._sample = replace(self._sample, state=state, **changes)
+
+    def page(self) -> str:
+        self._metrics.observe_reconcile("ok", seconds=0.02)
+        self._metrics.set_queue(depth=0, oldest_seconds=0.0)
+        return self._metrics.page()[0].decode()
 
 
 def scrape_configs(exporter: str, port: int, pod: str) -> list[dict[str, Any]]:
     """Return scrape configurations: the run with the labels of a PodMonitor, the exporters as in common charts."""
     run_labels = {"namespace": NAMESPACE, "pod": pod, "container": "fine-tune", "team": TEAM}
+    controller_labels = {"namespace": "topwork", "pod": "topwork-controller-1", "container": "controller"}
     dcgm_labels = {"namespace": "gpu-operator", "pod": "dcgm-exporter-1", "container": "exporter"}
     return [
         {"job_name": "topwork", "static_configs": [{"targets": [f"127.0.0.1:{port}"], "labels": run_labels}]},
@@ -139,6 +188,12 @@ def scrape_configs(exporter: str, port: int, pod: str) -> list[dict[str, Any]]:
             "job_name": "dcgm",
             "metrics_path": "/dcgm",
             "static_configs": [{"targets": [exporter], "labels": dcgm_labels}],
+        },
+        {
+            "job_name": "controller",
+            "metrics_path": "/controller",
+            "honor_labels": True,
+            "static_configs": [{"targets": [exporter], "labels": controller_labels}],
         },
     ]
 

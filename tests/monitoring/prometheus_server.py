@@ -9,7 +9,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -119,15 +119,16 @@ class Prometheus:
 
 
 class Exporter:
-    """Serves text pages that tests can change, like an exporter."""
+    """Serves text pages that tests can change, like an exporter. A function creates its page at each scrape."""
 
     def __init__(self) -> None:
-        self.pages: dict[str, str] = {}
+        self.pages: dict[str, str | Callable[[], str]] = {}
         pages = self.pages
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                text = pages.get(self.path)
+                page = pages.get(self.path)
+                text = page() if callable(page) else page
                 self.send_response(200 if text is not None else 404)
                 self.send_header("Content-Type", "text/plain; version=0.0.4")
                 self.end_headers()

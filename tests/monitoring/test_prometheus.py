@@ -3,11 +3,12 @@
 import re
 import subprocess
 import time
+from collections.abc import Mapping
 
 import pytest
-from tests.monitoring.conftest import NAMESPACE, TEAM, ObservedRun
+from tests.monitoring.conftest import NAMESPACE, TEAM, Controller, ObservedRun
 from tests.monitoring.dashboards import PanelQuery, queries, substitute_variables, variables
-from tests.monitoring.prometheus_server import require_command
+from tests.monitoring.prometheus_server import Prometheus, require_command
 
 # The first test waits for two training runs.
 pytestmark = pytest.mark.timeout(1800)
@@ -21,12 +22,26 @@ def test_every_panel_query_has_data(observed_run: ObservedRun, panel: PanelQuery
         if all_runs
         else observed_run.values
     )
+    assert_has_data(observed_run, observed_run.prometheus, panel, values)
+
+
+JOBS_QUERIES = [query for query in queries() if query.dashboard == "jobs.json"]
+
+
+@pytest.mark.parametrize("panel", JOBS_QUERIES, ids=[panel.name for panel in JOBS_QUERIES])
+def test_every_query_of_the_jobs_dashboard_has_data_without_kube_state_metrics(
+    observed_run: ObservedRun, panel: PanelQuery
+):
+    assert_has_data(observed_run, observed_run.without_kube_state, panel, observed_run.values)
+
+
+def assert_has_data(run: ObservedRun, prometheus: Prometheus, panel: PanelQuery, values: Mapping[str, str]) -> None:
     query = substitute_variables(panel.expr, values)
     if panel.instant:
-        result = observed_run.prometheus.query(query, observed_run.end)
+        result = prometheus.query(query, run.end)
         assert [series["value"][1] for series in result if series["value"][1] != "NaN"], query
     else:
-        result = observed_run.prometheus.query_range(query, observed_run.start, observed_run.end)
+        result = prometheus.query_range(query, run.start, run.end)
         assert [value for series in result for _, value in series["values"] if value != "NaN"], query
 
 
@@ -90,25 +105,28 @@ def test_last_stage_exposes_the_results_of_all_stages(observed_run: ObservedRun)
     assert sorted(series["metric"]["stage"] for series in stages) == ["fine-tune", "publish", "pull", "transfer"]
 
 
-def test_run_is_counted_while_running_and_when_done(observed_run: ObservedRun):
+@pytest.mark.parametrize("server", ["prometheus", "without_kube_state"])
+def test_run_is_counted_while_running_and_when_done(observed_run: ObservedRun, server: str):
     """These panels show 0 if no series match, so checking that they have data is not sufficient."""
+    prometheus: Prometheus = getattr(observed_run, server)
     counts = {
         query.panel: substitute_variables(query.expr, observed_run.values)
         for query in queries()
         if query.dashboard == "jobs.json"
     }
-    running = observed_run.prometheus.query_range(counts["Running"], observed_run.start, observed_run.end)
+    pending = prometheus.query_range(counts["Pending"], observed_run.start, observed_run.end)
+    assert {value for _, value in pending[0]["values"]} == {"0", "1"}
+    running = prometheus.query_range(counts["Running"], observed_run.start, observed_run.end)
     assert {value for _, value in running[0]["values"]} == {"0", "1"}
-    assert observed_run.prometheus.value(counts["Allocated GPUs"], observed_run.end) == 2
-    observed_run.prometheus.wait_for(f'topwork:run_state{{run="{observed_run.run}"}} == 3', seconds=120)
-    assert observed_run.prometheus.value(counts["Succeeded"]) == 1
-    assert observed_run.prometheus.value(counts["Failed"]) == 0
+    assert prometheus.value(counts["Allocated GPUs"], observed_run.end) == 2
+    prometheus.wait_for(f'topwork:run_state{{run="{observed_run.run}"}} == 3', seconds=120)
+    assert prometheus.value(counts["Succeeded"]) == 1
+    assert prometheus.value(counts["Failed"]) == 0
 
 
 def test_no_alert_fires_for_a_successful_run(observed_run: ObservedRun):
-    assert (
-        observed_run.prometheus.query_range('ALERTS{alertstate="firing"}', observed_run.start, observed_run.end) == []
-    )
+    for prometheus in (observed_run.prometheus, observed_run.without_kube_state):
+        assert prometheus.query_range('ALERTS{alertstate="firing"}', observed_run.start, observed_run.end) == []
 
 
 def test_dcgm_series_have_the_run_of_their_pod(observed_run: ObservedRun):
@@ -120,10 +138,20 @@ def test_dcgm_series_have_the_run_of_their_pod(observed_run: ObservedRun):
     assert {float(series["value"][1]) for series in result} == {30000 * 2**20}
 
 
-def test_metrics_page_passes_promtool(observed_run: ObservedRun):
+def test_metrics_page_of_a_run_passes_promtool(observed_run: ObservedRun):
+    assert_passes_promtool(observed_run.page)
+
+
+def test_metrics_page_of_the_controller_passes_promtool():
+    controller = Controller("cats", "cats-0000000a")
+    controller.set_state("Complete", started=1.0, completed=2.0)
+    assert_passes_promtool(controller.page())
+
+
+def assert_passes_promtool(page: str) -> None:
     completed = subprocess.run(
         [require_command("promtool"), "check", "metrics"],
-        input=observed_run.page,
+        input=page,
         capture_output=True,
         text=True,
         check=False,

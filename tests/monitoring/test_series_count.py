@@ -4,14 +4,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.monitoring.conftest import NAMESPACE, ObservedRun, scrape_configs
+from tests.monitoring.conftest import NAMESPACE, Controller, ObservedRun, scrape_configs
 from tests.monitoring.prometheus_server import Exporter, Prometheus, dcgm_page, kube_state_page
 
 from topwork.clients.prometheus.series import MAX_SERIES
 
 RUNS = 10
-RECORDED_SERIES = 15
-"""Number of series from recording rules for a run with two GPUs."""
+RECORDED_SERIES = 16
+"""Number of series from recording rules for a run of a TransferJob with two GPUs."""
 
 
 @pytest.fixture
@@ -25,11 +25,12 @@ def ten_runs(observed_run: ObservedRun, tmp_path: Path) -> Iterator[Prometheus]:
             "page": observed_run.page.replace(observed_run.run, run),
             "kube": kube_state_page(NAMESPACE, run, pod, complete=True),
             "dcgm": dcgm_page(NAMESPACE, pod),
+            "controller": Controller(f"{observed_run.transferjob}-{number}", run).page,
         }
-        exporter.pages |= {f"/{number}/{name}": text for name, text in pages.items()}
+        exporter.pages |= {f"/{number}/{name}": page for name, page in pages.items()}
         for config in scrape_configs(exporter.address, 0, pod):
-            name = {"topwork": "page", "kube-state-metrics": "kube", "dcgm": "dcgm"}.get(config["job_name"])
-            if name:
+            names = {"topwork": "page", "kube-state-metrics": "kube", "dcgm": "dcgm", "controller": "controller"}
+            if name := names.get(config["job_name"]):
                 config |= {"job_name": f"{config['job_name']}-{number}", "metrics_path": f"/{number}/{name}"}
                 config["static_configs"][0]["targets"] = [exporter.address]
                 configs.append(config)

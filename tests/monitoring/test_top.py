@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from prometheus_client import start_http_server
+from prometheus_client import CollectorRegistry, start_http_server
 
+from topwork.clients.prometheus.controller import ControllerMetrics, TransferJobSample
 from topwork.clients.prometheus.metrics import Metrics
 
 TIMEOUT_SECONDS = 60.0
@@ -26,6 +27,15 @@ def start_metrics(run: str, stage: str) -> Metrics:
     metrics = Metrics(gpus=False)
     metrics.start_job(job=run.rpartition("-")[0], run=run, stage=stage, version="1.2.3")
     return metrics
+
+
+def controller_registry(run: str) -> CollectorRegistry:
+    sample = TransferJobSample(
+        "team-a", run.rpartition("-")[0], run, "Running", "transfer", "", "", 1, 0.0, 0.0, None, gpu_seconds=1.0
+    )
+    metrics = ControllerMetrics(lambda: [sample], "1.2.3")
+    metrics.set_leader(True)
+    return metrics.registry
 
 
 def pod_target(port: int, name: str) -> dict[str, Any]:
@@ -88,12 +98,19 @@ def test_runs_are_read_with_rates_from_scrapes(start):
     # Outcomes at a Pushgateway do not belong to a running process.
     pushgateway, _ = start_http_server(0, "127.0.0.1", registry=outcome.outcome_registry)
     ports = metrics.serve(0, "127.0.0.1"), other.serve(0, "127.0.0.1")
+    # The controller reports the run too, in a series of its own process.
+    controller, _ = start_http_server(0, "127.0.0.1", registry=controller_registry(RUN))
     gateway = {"targets": [f"127.0.0.1:{pushgateway.server_port}"]}
     with metrics.track_stage("transfer"), other.track_stage("pull"):
         metrics.set_planned_epochs("transfer", 20)
         metrics.set_epoch("transfer", 5)
         metrics.record_step(images=64, seconds=9.0)
-        url = start(pod_target(ports[0], f"{RUN}-abcde"), {**pod_target(ports[1], "dogs-22222222-fghij")}, gateway)
+        url = start(
+            pod_target(ports[0], f"{RUN}-abcde"),
+            pod_target(ports[1], "dogs-22222222-fghij"),
+            gateway,
+            pod_target(controller.server_port, "topwork-controller"),
+        )
         wait_for(lambda: count_samples(url, "topwork_steps_total%5B1m%5D") >= 4)
         metrics.record_step(images=64, seconds=0.25)
         cats = wait_for(lambda: [run for run in top(url, "cats") if run["speed"]["lately"]])[0]
