@@ -36,9 +36,17 @@ SYSTEMS := $(wildcard tests/end_to_end/test_example_*.py) tests/end_to_end/test_
 # Tests that kill and stop stages.
 KILLS := tests/chaos tests/end_to_end/test_stage_stops.py
 
+# Tests of commands, manifests, chart and controller, with an API server over HTTP.
+KUBERNETES := tests/kubernetes tests/chart
+
 .PHONY: test
 test: $(SETUP) ## Run all tests except those with a target of their own
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(addprefix --ignore=,$(SYSTEMS) $(KILLS) tests/faults tests/monitoring)
+	$(BIN)/python -m pytest -n 2 --dist loadfile \
+		$(addprefix --ignore=,$(SYSTEMS) $(KILLS) $(KUBERNETES) tests/faults tests/monitoring)
+
+.PHONY: test-kubernetes
+test-kubernetes: $(SETUP) ## Test commands, manifests, chart and controller with an API server over HTTP
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(KUBERNETES)
 
 .PHONY: test-systems
 test-systems: $(SETUP) ## Test every example and every model of keras.applications
@@ -72,8 +80,8 @@ test-image: $(SETUP) ## Build the image and run the containers of a rendered Job
 	$(BIN)/python -m pytest -m image tests/image
 
 .PHONY: test-cluster
-test-cluster: $(SETUP) ## Test in the cluster of KUBECONFIG with the image TOPWORK_IMAGE [SMOKE=1 for ten minutes instead of an hour]
-	@test -n "$${KUBECONFIG:-}$${KUBERNETES_SERVICE_HOST:-}" || { echo "make test-cluster requires a cluster. Set KUBECONFIG to an administrator's kubeconfig, and make the image available on the nodes. CONTRIBUTING.md lists all settings."; exit 1; }
+test-cluster: $(SETUP) ## Test in the cluster of KUBECONFIG with the images TOPWORK_IMAGE and TOPWORK_CONTROLLER_IMAGE [SMOKE=1 for 15 minutes instead of two hours]
+	@test -n "$${KUBECONFIG:-}$${KUBERNETES_SERVICE_HOST:-}" || { echo "make test-cluster requires a cluster. Set KUBECONFIG to an administrator's kubeconfig, and make the images available on the nodes. CONTRIBUTING.md lists all settings."; exit 1; }
 	$(BIN)/python -m pytest -m "cluster$(if $(SMOKE), and smoke)" tests/cluster
 
 .PHONY: check
@@ -87,8 +95,8 @@ check: $(SETUP) ## Run linters, type checks and import rules
 .PHONY: generate
 generate: $(SETUP) ## Write all generated files
 	$(BIN)/python docs/generate.py
-	$(BIN)/python k8s/generate.py
 	$(BIN)/python charts/generate.py
+	$(BIN)/python k8s/generate.py
 
 .PHONY: goldens
 goldens: $(SETUP) ## Rewrite the golden files of rendered objects; review the diff
@@ -127,6 +135,10 @@ bench-transfers: $(SETUP) ## Compare uploads and downloads with rclone on the sa
 bench-audit: $(SETUP) ## Measure what the audit of a dataset finds, and how long it takes
 	for what in found labels speed pull; do $(BIN)/python benchmarks/audit.py $$what; done
 
+.PHONY: bench-controller
+bench-controller: $(SETUP) ## Count the requests of the controller at rest with 1,050 TransferJobs, and measure its memory
+	PYTHONPATH=tests/kubernetes $(BIN)/python benchmarks/controller.py
+
 .PHONY: bench-records
 bench-records: $(SETUP) ## Compare read throughput of stored datasets with the array_record format
 	$(BIN)/python benchmarks/records.py
@@ -141,16 +153,18 @@ $(TORCH)/.complete: benchmarks/torch.lock | $(SETUP)
 ACCELERATOR ?= gpu
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 IMAGE ?= topwork:$(VERSION)-$(ACCELERATOR)
+# The controller has no accelerator; its image is a target of the same Dockerfile.
+TARGET = $(if $(filter controller,$(ACCELERATOR)),--target controller,--build-arg ACCELERATOR=$(ACCELERATOR))
 BUILDER = $(shell docker info >/dev/null 2>&1 && echo docker || command -v podman || command -v buildah)
 
 .PHONY: image
 # CA: bundle of trusted CA certificates. PIP_CONF and UV_CONF: pip.conf and uv.toml with package indexes. These files do
 # not become part of the image. BASE: Python image in another registry. SOURCE: URL of the source repository.
 # BUILD_OPTIONS: more options of the builder, such as --network=host or --platform.
-image: ## Build the image: [ACCELERATOR=cpu] [IMAGE=name:tag] [CA=bundle.pem] [BASE=image]
-	@test "$(ACCELERATOR)" = gpu || test "$(ACCELERATOR)" = cpu || { echo "ACCELERATOR is $(ACCELERATOR): expected gpu or cpu."; exit 1; }
+image: ## Build the image: [ACCELERATOR=cpu|controller] [IMAGE=name:tag] [CA=bundle.pem] [BASE=image]
+	@[[ "$(ACCELERATOR)" =~ ^(gpu|cpu|controller)$$ ]] || { echo "ACCELERATOR is $(ACCELERATOR): expected gpu, cpu or controller."; exit 1; }
 	@test -n "$(BUILDER)" || { echo "No image builder found. Start the Docker engine, or install Podman or Buildah: on Debian or Ubuntu, with make podman."; exit 1; }
-	DOCKER_BUILDKIT=1 $(BUILDER) build --tag $(IMAGE) --build-arg ACCELERATOR=$(ACCELERATOR) --build-arg VERSION=$(VERSION) \
+	DOCKER_BUILDKIT=1 $(BUILDER) build --tag $(IMAGE) $(TARGET) --build-arg VERSION=$(VERSION) \
 		--build-arg REVISION="$$(git describe --always --dirty --abbrev=40 --exclude="*" 2>/dev/null)" \
 		$${CA:+--secret "id=ca,src=$$CA"} $${PIP_CONF:+--secret "id=pip,src=$$PIP_CONF"} $${UV_CONF:+--secret "id=uv,src=$$UV_CONF"} \
 		$${BASE:+--build-arg "BASE=$$BASE"} $${SOURCE:+--build-arg "SOURCE=$$SOURCE"} $(BUILD_OPTIONS) .
