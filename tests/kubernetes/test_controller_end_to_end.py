@@ -193,7 +193,7 @@ def test_losing_the_lease_ends_the_process_with_exit_code_1(api_server, start):
     lease = {"holderIdentity": "other", "leaseDurationSeconds": 60}
     api_server.patch("Lease", "topwork-controller", {"spec": lease})
     assert controller.wait() == 1
-    assert controller.messages[-1]["message"] == "Lease lost: another replica continues"
+    assert controller.messages[-1]["message"] == "Lease lost: the process ends, and another one continues"
     assert api_server.get("Lease", "topwork-controller")["spec"]["holderIdentity"] == "other"
 
 

@@ -114,7 +114,7 @@ class ControllerProcess:
             self._queue.start()
             while not stop.wait(POLL_SECONDS):
                 if self._election.is_lost:
-                    log.error("Lease lost: another replica continues")
+                    log.error("Lease lost: the process ends, and another one continues")
                     return EXIT_LEASE_LOST
         return self._stop()
 
