@@ -110,6 +110,40 @@ def test_changes_that_concern_no_pod_are_applied_in_place(world: ControlledClust
     assert world.jobs() == []
 
 
+def test_labels_are_applied_without_a_new_generation(world: ControlledCluster) -> None:
+    def labels_of(*objects: Object) -> list[str | None]:
+        return [obj["metadata"]["labels"].get("team") for obj in objects]
+
+    world.apply(sample_objects.spec())
+    world.advance(30)
+    uid, pod = world.job()["metadata"]["uid"], world.active_pods()
+    spec = sample_objects.spec()
+    for team in ("vision", "speech", None):
+        spec["metadata"]["labels"] = {"team": team} if team else {}
+        world.apply(spec)
+        world.settle()
+        assert labels_of(world.job(), world.server.get("ConfigMap", RUN)) == [team, team]
+        assert (world.job()["metadata"]["uid"], world.active_pods()) == (uid, pod)
+        assert (world.status()["state"], world.status()["observedGeneration"]) == ("Running", 1)
+    world.restart()
+    world.server.requests.clear()
+    world.settle()
+    assert [request for request in world.server.requests if "/jobs/" in request.path] == []
+    world.advance(200)
+    assert world.status()["state"] == "Complete"
+
+
+def test_labels_do_not_start_a_failed_run_again(api_server: ApiServer, cluster: Cluster) -> None:
+    world = ControlledCluster(api_server, cluster, script={"transfer": [2]})
+    world.apply(sample_objects.spec())
+    world.advance(200)
+    spec = sample_objects.spec()
+    spec["metadata"]["labels"] = {"team": "vision"}
+    world.apply(spec)
+    world.advance(200)
+    assert (world.status()["state"], world.status()["attempts"]) == ("Failed", 1)
+
+
 def test_other_resources_stop_the_pod_and_start_another(world: ControlledCluster) -> None:
     world.apply(sample_objects.spec())
     world.advance(30)
@@ -118,6 +152,8 @@ def test_other_resources_stop_the_pod_and_start_another(world: ControlledCluster
     pod = world.server.list("Pod")[0]
     assert pod["spec"]["containers"][0]["resources"]["limits"]["memory"] == "64Gi"
     assert (world.status()["state"], world.status()["run"], world.status()["attempts"]) == ("Running", RUN, 2)
+    reasons = {event["reason"] for event in world.server.list("Event") if event["type"] == "Warning"}
+    assert reasons == set()
 
 
 def test_a_complete_run_stays_complete_with_a_new_generation(world: ControlledCluster) -> None:

@@ -8,7 +8,7 @@ from topwork.clients.kubernetes import KubernetesObject
 from topwork.cluster.controller.attempt_history import update_history
 from topwork.cluster.controller.conditions import Fact, update_conditions
 from topwork.cluster.controller.observation import Observation, is_unfinished
-from topwork.cluster.controller.run_objects import job_with_ttl, updated_job
+from topwork.cluster.controller.run_objects import job_with_ttl, labels_digest, updated_job
 from topwork.cluster.controller.spec_resolution import Rejection, Target
 from topwork.cluster.controller.status_update import (
     build_status,
@@ -22,6 +22,7 @@ from topwork.cluster.controller.status_update import (
 )
 from topwork.cluster.names import (
     GENERATION_ANNOTATION,
+    LABELS_ANNOTATION,
     RESTART_ANNOTATION,
     RUN_LABEL,
     TEMPLATE_ANNOTATION,
@@ -137,6 +138,8 @@ def _pursue(seen: Observation, target: Target | None) -> Plan:
         return _wait(seen, run, obstacles, blocking, target)
     if job is None:
         return _create(seen, target) if target else Plan(previous, needs_target=True)
+    if target is None and not _has_current_labels(seen, job):
+        return Plan(previous, needs_target=True)
     return _follow(seen, run, target, _update(seen, job, target))
 
 
@@ -157,9 +160,14 @@ def _is_current(seen: Observation, job: KubernetesObject) -> bool:
     return get_annotation(job, GENERATION_ANNOTATION) == str(seen.generation)
 
 
+def _has_current_labels(seen: Observation, job: KubernetesObject) -> bool:
+    """Return whether a Job has the labels of the TransferJob, which can change without a new generation."""
+    return get_annotation(job, LABELS_ANNOTATION) == labels_digest(seen.transfer_job)
+
+
 def _update(seen: Observation, job: KubernetesObject, target: Target | None) -> tuple[Action, ...]:
-    """Adapt a Job to a new generation of the spec."""
-    if target is None or target.objects is None or _is_current(seen, job):
+    """Adapt a Job to a new generation of the spec, or to new labels."""
+    if target is None or target.objects is None or (_is_current(seen, job) and _has_current_labels(seen, job)):
         return ()
     return (UpdateRun(updated_job(job, target.objects.training), target.objects.config_map),)
 

@@ -50,7 +50,8 @@ def describe_changes(previous: TransferJobStatus, status: TransferJobStatus) -> 
 def _describe_state(previous: TransferJobStatus, status: TransferJobStatus, is_rejected: bool) -> Iterator[Report]:
     if status.state == "Pending":
         # A run without a start time has pulled its dataset with a prefetch Job, and now waits for GPUs.
-        if previous.state == "Running" and previous.run == status.run and previous.start_time:
+        is_same_run = previous.run == status.run and previous.observed_generation == status.observed_generation
+        if previous.state == "Running" and is_same_run and previous.start_time:
             yield Report("Interrupted", f"{status.run}: {status.waiting_for or 'its pod ended'}", is_warning=True)
     elif status.state == "Failed":
         condition = status.condition("Failed")

@@ -8,7 +8,13 @@ from typing import Any
 
 from topwork.clients.kubernetes import KubernetesObject
 from topwork.cluster.manifests.render import RenderedObjects, RenderOptions, render
-from topwork.cluster.names import DATASET_ANNOTATION, GENERATION_ANNOTATION, TEMPLATE_ANNOTATION, TTL_ANNOTATION
+from topwork.cluster.names import (
+    DATASET_ANNOTATION,
+    GENERATION_ANNOTATION,
+    LABELS_ANNOTATION,
+    TEMPLATE_ANNOTATION,
+    TTL_ANNOTATION,
+)
 from topwork.cluster.status.objects import get_annotation, name_of
 from topwork.spec import TransferJob
 
@@ -68,7 +74,9 @@ def updated_job(existing: KubernetesObject, desired: KubernetesObject) -> Kubern
     changed = {key: desired["spec"][key] for key in ("backoffLimit", "activeDeadlineSeconds")}
     # A Job that `submit` created has a TTL, which an apply can't remove because it belongs to another field manager.
     ttl = {"ttlSecondsAfterFinished": MAX_TTL_SECONDS} if "ttlSecondsAfterFinished" in existing["spec"] else {}
-    metadata = desired["metadata"] | {"uid": existing["metadata"]["uid"]}
+    template = get_annotation(existing, TEMPLATE_ANNOTATION)
+    annotations = desired["metadata"]["annotations"] | ({TEMPLATE_ANNOTATION: template} if template else {})
+    metadata = desired["metadata"] | {"annotations": annotations, "uid": existing["metadata"]["uid"]}
     return desired | {"metadata": metadata, "spec": spec | changed | ttl}
 
 
@@ -97,6 +105,12 @@ def job_with_ttl(existing: KubernetesObject) -> KubernetesObject | None:
     }
 
 
+def labels_digest(transfer_job: KubernetesObject) -> str:
+    """Hash the labels of a TransferJob, which its objects get, too."""
+    content = json.dumps(transfer_job["metadata"].get("labels") or {}, sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
 def image_of(job: KubernetesObject) -> str:
     """Return the image of the pods of a Job."""
     return str(job["spec"]["template"]["spec"]["containers"][0]["image"])
@@ -119,7 +133,9 @@ def _template_digest(template: dict[str, Any]) -> str:
 
 
 def _as_dependent(obj: KubernetesObject, transfer_job: KubernetesObject) -> KubernetesObject:
-    generation = {GENERATION_ANNOTATION: str(transfer_job["metadata"]["generation"])}
-    annotations = obj["metadata"].get("annotations", {}) | generation
+    annotations = obj["metadata"].get("annotations", {}) | {
+        GENERATION_ANNOTATION: str(transfer_job["metadata"]["generation"]),
+        LABELS_ANNOTATION: labels_digest(transfer_job),
+    }
     owners = [owner_reference(transfer_job)]
     return obj | {"metadata": obj["metadata"] | {"annotations": annotations, "ownerReferences": owners}}

@@ -113,9 +113,12 @@ def _read_stored_job(cluster: "Cluster", seen: Observation) -> TransferJob | Non
         return None
     try:
         text = (config_map.get("data") or {}).get(JOB_FILE, "")
-        return read_bytes(text.encode(), JOB_FILE)[0].as_run(str(run))
+        job = read_bytes(text.encode(), JOB_FILE)[0]
     except SpecError:  # of another version of topwork, or edited
         return None
+    # Labels change without a new generation.
+    labels = seen.transfer_job["metadata"].get("labels") or {}
+    return job.model_copy(update={"metadata": job.metadata.model_copy(update={"labels": labels})}).as_run(str(run))
 
 
 def _render(job: TransferJob, seen: Observation, namespace_image: str | None) -> Target:
