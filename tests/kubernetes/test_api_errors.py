@@ -22,13 +22,6 @@ LONG = "core.PodTemplateSpec{ObjectMeta:v1.ObjectMeta{" + 400 * "x" + "}}"
     ("status", "message"),
     [
         pytest.param(
-            api_statuses.rbac_denied("list", "jobs", "team-a", user="system:serviceaccount:ops:topwork-controller"),
-            "system:serviceaccount:ops:topwork-controller is not allowed to list jobs in namespace team-a. Ask a "
-            "cluster administrator for the role topwork-controller of k8s/controller, then check with: "
-            "kubectl auth can-i list jobs -n team-a",
-            id="role of the controller",
-        ),
-        pytest.param(
             api_statuses.rbac_denied("patch", "jobs", "team-a", "run", "batch"),
             "alice is not allowed to patch jobs in namespace team-a. Ask a cluster administrator for the role "
             "topwork-submitter of k8s/base, then check with: kubectl auth can-i patch jobs -n team-a",
