@@ -53,6 +53,8 @@ class Handler(ReadHandler):
         url = urlsplit(self.path)
         length = int(self.headers.get("Content-Length") or 0)
         data = self.rfile.read(length)
+        if len(data) < length:  # the client was killed while it sent the request
+            raise ConnectionCutError
         self.query = dict(parse_qsl(url.query, keep_blank_values=True))
         is_json = data[:1] in {b"", b"{", b"["}  # kubectl create sends protobuf
         self.body = json.loads(data) if data and is_json else {}
