@@ -47,9 +47,10 @@ AnnotationKey = Annotated[
     str, QUALIFIED_NAME, ValueDescription(f"a Kubernetes annotation key: {QUALIFIED_NAME_FORMAT}")
 ]
 AnnotationValue = Annotated[str, ValueDescription("a string; quote numbers, true and false")]
+NAMESPACE = r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
 NamespaceName = Annotated[
     str,
-    StringConstraints(pattern=r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$"),
+    StringConstraints(pattern=f"^{NAMESPACE}$"),
     ValueDescription("a namespace: a-z, 0-9 and hyphen, at most 63 characters"),
 ]
 # [registry[:port]/]name[:tag][@digest], as container runtimes parse it (github.com/distribution/reference).

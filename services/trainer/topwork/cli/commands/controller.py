@@ -19,6 +19,7 @@ from topwork.cli.options import Context, Kubeconfig
 from topwork.cli.runtime.environment import default_kubeconfig, is_in_pod
 from topwork.cli.runtime.logging import LogFormat, configure_logging
 from topwork.errors import SettingError
+from topwork.spec.kubernetes_types import NAMESPACE
 
 if TYPE_CHECKING:
     from topwork.clients.kubernetes.cluster import Cluster
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
-NAMESPACE = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 REQUIRED_MODULES = ("kopf", "cryptography")
 # Elections and admission requests can't wait for the usual retries.
 QUICK_SECONDS, WEBHOOK_SECONDS = 5.0, 2.0
@@ -77,7 +77,7 @@ def controller(
     if all_namespaces and namespaces:
         raise SettingError("--namespace and --all-namespaces exclude each other. Remove one of them.")
     for name in namespaces or ():
-        if not NAMESPACE.fullmatch(name):
+        if not re.fullmatch(NAMESPACE, name):
             raise SettingError(f"--namespace {name} is not the name of a namespace. Repeat the option for several.")
     file = str(kubeconfig) if kubeconfig else None
     stop = _stop_event()

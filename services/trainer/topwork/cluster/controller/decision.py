@@ -7,7 +7,7 @@ from typing import Any
 from topwork.clients.kubernetes import KubernetesObject
 from topwork.cluster.controller.attempt_history import update_history
 from topwork.cluster.controller.conditions import Fact, update_conditions
-from topwork.cluster.controller.observation import Observation, is_unfinished
+from topwork.cluster.controller.observation import Observation
 from topwork.cluster.controller.run_objects import job_with_ttl, labels_digest, updated_job
 from topwork.cluster.controller.spec_resolution import Rejection, Target
 from topwork.cluster.controller.status_update import (
@@ -33,6 +33,7 @@ from topwork.cluster.status.objects import (
     get_label,
     is_being_deleted,
     is_job_finished,
+    is_pod_unfinished,
 )
 from topwork.cluster.transfer_job_status import ConditionType, State, TransferJobStatus
 from topwork.errors import SpecError, Stopped
@@ -227,7 +228,7 @@ def _stop(seen: Observation, run: str, state: State) -> Plan:
         "Suspended": Fact("SuspendedBySpec", "spec.suspend is true"),
     }[state]
     kind: ConditionType = "Cancelled" if state == "Cancelled" else "Suspended"
-    blocking = seen.blocking_pods(run) or [pod for pod in seen.own_training_pods if is_unfinished(pod)]
+    blocking = seen.blocking_pods(run) or [pod for pod in seen.own_training_pods if is_pod_unfinished(pod)]
     final: dict[str, Any] = {}
     if state == "Cancelled":
         final = {"completion_time": seen.now, "exit_code": Stopped.exit_code}
@@ -311,7 +312,7 @@ def _keep_outcome(seen: Observation) -> Plan:
     """Keep the outcome of a finished run, and only note how its last pods end."""
     previous = seen.previous
     run = previous.run
-    blocking = [pod for pod in seen.own_training_pods if is_unfinished(pod)] if previous.waiting_for else []
+    blocking = [pod for pod in seen.own_training_pods if is_pod_unfinished(pod)] if previous.waiting_for else []
     jobs = [job for job in seen.jobs if seen.owns(job)]
     deletions = _delete_jobs(jobs, run) if previous.state == "Cancelled" else []
     is_stopping = bool(previous.waiting_for and (blocking or jobs)) or bool(deletions)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from topwork.clients.kubernetes import KubernetesObject
 from topwork.cluster.names import JOB_LABEL
-from topwork.cluster.status.objects import get_label, name_of
+from topwork.cluster.status.objects import get_label, is_pod_unfinished, name_of
 from topwork.cluster.transfer_job_status import MAX_ATTEMPTS
 
 
@@ -111,7 +111,7 @@ class ObjectCache:
         dependents = self._dependents.setdefault(key, {})
         if event_type == "DELETED":
             dependents.pop(obj["metadata"]["uid"], None)
-            if key in self._transfer_jobs and (obj.get("status") or {}).get("phase") in {"Succeeded", "Failed"}:
+            if key in self._transfer_jobs and not is_pod_unfinished(obj):
                 self._keep_ended_pod(key, obj)
         else:
             dependents[obj["metadata"]["uid"]] = obj

@@ -4,14 +4,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
-from typing import Any
 
 from topwork.clients.kubernetes import KubernetesObject
 from topwork.cluster.names import CANCEL_ANNOTATION, ROLE_LABEL, RUN_LABEL
 from topwork.cluster.status.objects import (
     get_annotation,
+    get_controller,
     get_label,
     is_being_deleted,
+    is_pod_unfinished,
     name_of,
     owner_uids,
 )
@@ -20,7 +21,6 @@ from topwork.cluster.transfer_job_status import TransferJobStatus
 
 RETRIED_REASONS = {"InvalidDefaults", "NameConflict"}
 """Reasons of the condition Accepted that can end without a change of the spec."""
-FINISHED_POD_PHASES = {"Succeeded", "Failed"}
 
 
 @dataclass(frozen=True)
@@ -94,12 +94,12 @@ class Observation:
 
     def owns(self, obj: KubernetesObject) -> bool:
         """Return whether the TransferJob is the controller of an object."""
-        owner = controller_of(obj)
+        owner = get_controller(obj)
         return owner is not None and owner["uid"] == self.uid
 
     def is_of_earlier_transfer_job(self, obj: KubernetesObject) -> bool:
         """Return whether an object belongs to a deleted TransferJob with the same name."""
-        owner = controller_of(obj)
+        owner = get_controller(obj)
         if owner is None or self.owns(obj):
             return False
         return (owner["kind"], owner["name"]) == ("TransferJob", name_of(self.transfer_job))
@@ -138,19 +138,8 @@ class Observation:
         if job is None:
             # A Job of `submit` that is not adopted must not run next to another one of the same run.
             others -= {item["metadata"]["uid"] for item in self.jobs if name_of(item) == run}
-        return [pod for pod in self.pods if _trains(pod) and is_unfinished(pod) and not owner_uids(pod) & others]
+        return [pod for pod in self.pods if _trains(pod) and is_pod_unfinished(pod) and not owner_uids(pod) & others]
 
 
 def _trains(pod: KubernetesObject) -> bool:
     return get_label(pod, ROLE_LABEL) == "training"
-
-
-def controller_of(obj: KubernetesObject) -> dict[str, Any] | None:
-    """Return the owner reference of the controller of an object."""
-    owners = obj["metadata"].get("ownerReferences") or ()
-    return next((dict(owner) for owner in owners if owner.get("controller")), None)
-
-
-def is_unfinished(pod: KubernetesObject) -> bool:
-    """Return whether containers of a pod run or may run."""
-    return (pod.get("status") or {}).get("phase") not in FINISHED_POD_PHASES

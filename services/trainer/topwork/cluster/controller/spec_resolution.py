@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from topwork.clients.kubernetes import KubernetesObject
-from topwork.cluster.controller.observation import Observation, controller_of
+from topwork.cluster.controller.observation import Observation
 from topwork.cluster.controller.run_objects import build_run_objects
 from topwork.cluster.manifests.defaults import DEFAULTS_SOURCE, read_defaults
 from topwork.cluster.manifests.render import RenderedObjects, RenderOptions
@@ -17,7 +17,7 @@ from topwork.cluster.names import (
     PART_OF_LABEL,
     RESTART_ANNOTATION,
 )
-from topwork.cluster.status.objects import get_annotation, get_label, kubectl_name, name_of
+from topwork.cluster.status.objects import get_annotation, get_controller, get_label, kubectl_name, name_of
 from topwork.errors import SettingError, SpecError
 from topwork.spec import TransferJob
 from topwork.spec.loading.loader import read_bytes
@@ -145,7 +145,7 @@ def _check_names(cluster: "Cluster", target: Target, seen: Observation) -> Targe
         return target
     unowned = None
     if (job := cluster.get("Job", target.run)) and not seen.is_of_earlier_transfer_job(job):
-        if get_label(job, PART_OF_LABEL) != APP_NAME or controller_of(job):
+        if get_label(job, PART_OF_LABEL) != APP_NAME or get_controller(job):
             return _name_conflict(job, seen)
         unowned = job
     config_map = cluster.get("ConfigMap", name_of(target.objects.config_map))
@@ -157,7 +157,7 @@ def _check_names(cluster: "Cluster", target: Target, seen: Observation) -> Targe
 
 
 def _name_conflict(obj: KubernetesObject, seen: Observation) -> Rejection:
-    owner = controller_of(obj)
+    owner = get_controller(obj)
     belongs = f"belongs to {owner['kind']} {owner['name']}" if owner else "was not created by topwork"
     message = f"{kubectl_name(obj)} in namespace {seen.namespace} {belongs}. Delete it, or change metadata.name."
     return Rejection("NameConflict", message, is_retried=True)

@@ -6,7 +6,7 @@ from typing import Any
 from topwork.clients.kubernetes import KubernetesObject
 from topwork.cluster.controller.attempt_history import update_history
 from topwork.cluster.controller.conditions import Fact, update_conditions
-from topwork.cluster.controller.observation import Observation, is_unfinished
+from topwork.cluster.controller.observation import Observation
 from topwork.cluster.controller.run_objects import image_of
 from topwork.cluster.names import GPU_RESOURCE
 from topwork.cluster.status.job_status import FINAL_EXIT_CODES
@@ -14,6 +14,7 @@ from topwork.cluster.status.objects import (
     RunObjects,
     creation_time,
     find_condition,
+    is_pod_unfinished,
     kubectl_name,
     name_of,
     owner_uids,
@@ -122,7 +123,7 @@ def _model_version(uri: str) -> int | None:
 def describe_wait(seen: Observation, jobs: Sequence[KubernetesObject], pods: Sequence[KubernetesObject]) -> str | None:
     """Explain which pod has to end, or which Job has to be deleted, before the run goes on."""
     uids = {job["metadata"]["uid"] for job in jobs}
-    pods = pods or [pod for pod in seen.pods if owner_uids(pod) & uids and is_unfinished(pod)]
+    pods = pods or [pod for pod in seen.pods if owner_uids(pod) & uids and is_pod_unfinished(pod)]
     if not pods:
         return f"{kubectl_name(jobs[0])} to be deleted" if jobs else None
     pod = pods[0]

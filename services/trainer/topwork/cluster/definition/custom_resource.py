@@ -3,6 +3,7 @@
 from typing import Any
 
 from topwork.clients.kubernetes import KubernetesObject
+from topwork.clients.kubernetes.api_request import KINDS
 from topwork.cluster.definition.structural_schema import object_schema
 from topwork.cluster.definition.validation_rules import rules_of_name
 from topwork.cluster.names import APP_NAME, PART_OF_LABEL
@@ -10,7 +11,7 @@ from topwork.cluster.transfer_job_status import TransferJobStatus
 from topwork.spec.job import JobSpec, TransferJob
 from topwork.spec.yaml_output import dump_yaml
 
-GROUP, VERSION, KIND, PLURAL = "topwork.dev", "v1alpha1", "TransferJob", "transferjobs"
+KIND = KINDS["TransferJob"]
 NAMES = ("name", "generateName")
 MAX_NAME_LENGTH = 253
 """Maximum length of the name of any object; `rules_of_name` explains the limit of a job."""
@@ -32,23 +33,23 @@ def definition() -> KubernetesObject:
         "apiVersion": "apiextensions.k8s.io/v1",
         "kind": "CustomResourceDefinition",
         "metadata": {
-            "name": f"{PLURAL}.{GROUP}",
+            "name": f"{KIND.plural}.{KIND.group}",
             "labels": {"app.kubernetes.io/name": APP_NAME, PART_OF_LABEL: APP_NAME},
         },
         "spec": {
-            "group": GROUP,
+            "group": KIND.group,
             "scope": "Namespaced",
             "names": {
-                "kind": KIND,
-                "listKind": f"{KIND}List",
-                "plural": PLURAL,
+                "kind": KIND.name,
+                "listKind": f"{KIND.name}List",
+                "plural": KIND.plural,
                 "singular": "transferjob",
                 "shortNames": ["tj"],
                 "categories": [APP_NAME],
             },
             "versions": [
                 {
-                    "name": VERSION,
+                    "name": KIND.version,
                     "served": True,
                     "storage": True,
                     "subresources": {"status": {}},

@@ -22,12 +22,10 @@ from topwork.cluster.names import (
 )
 from topwork.errors import SettingError, SpecError
 from topwork.spec import TransferJob
-from topwork.spec.kubernetes_types import IMAGE_REFERENCE
+from topwork.spec.kubernetes_types import IMAGE_REFERENCE, NAMESPACE
 from topwork.spec.messages import format_value
 from topwork.spec.uris import SCHEME
 from topwork.spec.yaml_output import dump_job, job_to_dict
-
-NAMESPACE_NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,7 @@ class RenderOptions:
                     f"the image {format_value(image)} is not a valid image reference. Expected: "
                     "[registry/]name[:tag][@sha256:…], such as registry.example.com/team/topwork:1.0-gpu."
                 )
-        if self.namespace is not None and not NAMESPACE_NAME.fullmatch(self.namespace):
+        if self.namespace is not None and not re.fullmatch(NAMESPACE, self.namespace):
             raise SettingError(
                 f"the namespace {format_value(self.namespace)} is not a valid name. Expected: lowercase letters, "
                 "digits and hyphens, starting and ending with a letter or digit, at most 63 characters."

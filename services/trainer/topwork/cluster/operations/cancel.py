@@ -13,7 +13,6 @@ from topwork.cluster.names import RUN_LABEL, RunKind
 from topwork.cluster.operations.run_lookup import NAME, RunMatch, find_run
 from topwork.cluster.operations.runs import (
     DELETION_TIMEOUT_SECONDS,
-    FINISHED_POD_PHASES,
     MIN_PAUSE_SECONDS,
     TOPWORK_SELECTOR,
 )
@@ -22,7 +21,7 @@ from topwork.cluster.operations.transfer_jobs import (
     owner_transfer_job,
     request_cancellation,
 )
-from topwork.cluster.status.objects import is_being_deleted, kubectl_name, name_of, owner_uids
+from topwork.cluster.status.objects import is_being_deleted, is_pod_unfinished, kubectl_name, name_of, owner_uids
 from topwork.cluster.status.transfer_job_run import CONTROLLER_COMMAND, read_transfer_job_status
 from topwork.errors import SettingError, UnavailableError
 
@@ -195,7 +194,7 @@ def _describe_wait(remaining: list[KubernetesObject], *, now: bool) -> str:
     first = remaining[0]
     if remaining[-1]["kind"] == "TransferJob" and not is_being_deleted(first):
         return f"waiting for the controller to cancel {kubectl_name(remaining[-1])}"
-    is_running = first["kind"] == "Pod" and (first.get("status") or {}).get("phase") not in FINISHED_POD_PHASES
+    is_running = first["kind"] == "Pod" and is_pod_unfinished(first)
     if is_running and not now:
         return f"waiting for {kubectl_name(first)} to write its checkpoint (at most {_grace_seconds(remaining):.0f} s)"
     return f"waiting for {kubectl_name(first)} to be deleted"

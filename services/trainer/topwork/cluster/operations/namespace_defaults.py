@@ -6,7 +6,7 @@ from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 from topwork.cluster.manifests.defaults import DEFAULTS_SOURCE, NamespaceDefaults, read_defaults
-from topwork.cluster.manifests.render import NAMESPACE_NAME
+from topwork.spec.kubernetes_types import NAMESPACE
 from topwork.spec.loading.defaults import SpecDefaults
 from topwork.spec.loading.overrides import parse_overrides
 from topwork.spec.loading.problems import format_path
@@ -39,9 +39,7 @@ class DefaultsByNamespace(SpecDefaults):
         """See `SpecDefaults.fill`."""
         metadata = data.get("metadata")
         namespace = metadata.get("namespace") if isinstance(metadata, dict) else None
-        defaults = self.of(
-            namespace if isinstance(namespace, str) and re.fullmatch(NAMESPACE_NAME, namespace) else None
-        )
+        defaults = self.of(namespace if isinstance(namespace, str) and re.fullmatch(NAMESPACE, namespace) else None)
         result, filled = defaults.spec.fill(data) if defaults else (deepcopy(dict(data)), set())
         self._filled.append(filled)
         return result, filled

@@ -26,7 +26,6 @@ TOPWORK_SELECTOR = f"{PART_OF_LABEL}={APP_NAME}"
 MIN_PAUSE_SECONDS = 0.25
 # How long deletion may take in addition to the grace period of the pods.
 DELETION_TIMEOUT_SECONDS = 120.0
-FINISHED_POD_PHASES = {"Succeeded", "Failed"}
 
 MAX_LOGS = 48
 LOG_THREADS = 12

@@ -9,12 +9,13 @@ from topwork.clients.kubernetes import KubernetesObject
 from topwork.cluster.manifests.render import RenderedObjects
 from topwork.cluster.names import APP_NAME, DIGEST_ANNOTATION, PART_OF_LABEL, RUN_LABEL
 from topwork.cluster.operations.diff import describe_diff
-from topwork.cluster.operations.runs import DELETION_TIMEOUT_SECONDS, FINISHED_POD_PHASES, MIN_PAUSE_SECONDS
+from topwork.cluster.operations.runs import DELETION_TIMEOUT_SECONDS, MIN_PAUSE_SECONDS
 from topwork.cluster.status.objects import (
     find_condition,
     get_label,
     is_being_deleted,
     is_job_finished,
+    is_pod_unfinished,
     kubectl_name,
     name_of,
     owner_uids,
@@ -199,8 +200,7 @@ class Submission:
         """Wait for terminating pods of a deleted Job: two pods must never train the same run."""
 
         def terminating() -> list[KubernetesObject]:
-            pods = [pod for pod in self._list("Pod") if is_being_deleted(pod)]
-            return [pod for pod in pods if (pod.get("status") or {}).get("phase") not in FINISHED_POD_PHASES]
+            return [pod for pod in self._list("Pod") if is_being_deleted(pod) and is_pod_unfinished(pod)]
 
         if pods := terminating():
             name = kubectl_name(pods[0])

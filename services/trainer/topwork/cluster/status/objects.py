@@ -160,6 +160,11 @@ def owner_uids(obj: KubernetesObject) -> set[str | None]:
     return {owner.get("uid") for owner in obj["metadata"].get("ownerReferences") or ()}
 
 
+def is_pod_unfinished(pod: KubernetesObject) -> bool:
+    """Return whether containers of a pod run or may run."""
+    return (pod.get("status") or {}).get("phase") not in {"Succeeded", "Failed"}
+
+
 def get_controller(obj: KubernetesObject) -> KubernetesObject | None:
     """Return the owner reference of the object whose controller manages an object; None if there is none."""
     owners = obj["metadata"].get("ownerReferences") or ()

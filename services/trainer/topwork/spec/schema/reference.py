@@ -21,9 +21,8 @@ rules between keys. Keys marked **required** must be set; keys with an empty def
 The name of a run in a cluster contains a digest of everything that can change what its Job does: the spec, the images,
 the file of the base, and the inputs of the splits, such as lists of images. Only values that differ from their defaults
 are part of the digest. Metadata except the name, `spec.suspend`, `spec.metrics`, and `spec.compute` except `precision`
-are not. `topwork run` names a run
-by what its weights depend on. Results are stored by stage, and every run with the same settings and images shares them;
-see [Stages and runs](training.md#stages-and-runs).
+are not. `topwork run` names a run by what its weights depend on. Results are stored by stage, and every run with the
+same settings and images shares them; see [Stages and runs](training.md#stages-and-runs).
 
 In a cluster, a `TransferJob` is a custom resource. `topwork crd` prints its definition, which is generated from the
 same models, and `kubectl explain transferjob.spec` shows this reference. The API server rejects unknown keys, wrong
