@@ -7,7 +7,6 @@ neither namespaces nor CustomResourceDefinitions. Its operator ends with the fir
 
 import asyncio
 import logging
-import threading
 import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, cast
@@ -19,7 +18,7 @@ import structlog
 from topwork.clients.kubernetes import KubernetesObject
 from topwork.clients.kubernetes.api_request import KINDS
 from topwork.clients.kubernetes.errors import ForbiddenError
-from topwork.cluster.controller.runtime.watches import EventHandler, backoff_seconds, report_once, thread_problem
+from topwork.cluster.controller.runtime.watches import EventHandler, Watch, backoff_seconds, report_once
 from topwork.errors import TopworkError, UnavailableError, quote_error
 
 if TYPE_CHECKING:
@@ -46,7 +45,7 @@ STABLE_SECONDS = 60.0
 NOT_SERVED = "the cluster does not serve TransferJobs: install the CustomResourceDefinition with: topwork crd --apply"
 
 
-class TransferJobWatch:
+class TransferJobWatch(Watch):
     """Reports all TransferJobs of a namespace, and then their changes.
 
     Each namespace has a kopf operator of its own: with several, kopf can fail to end after an error in one of them, and
@@ -57,9 +56,6 @@ class TransferJobWatch:
         namespace: Their namespace; None for all namespaces.
         handle: Called for each change.
         known: Returns the TransferJobs that were reported and not deleted since.
-
-    Attributes:
-        error: Why the watch does not work at the moment; empty if it works.
     """
 
     def __init__(
@@ -69,37 +65,19 @@ class TransferJobWatch:
         handle: EventHandler,
         known: Callable[[], Iterable[KubernetesObject]],
     ) -> None:
+        super().__init__("TransferJob", namespace, MAX_SILENCE_SECONDS)
         self._cluster = cluster.in_namespace(namespace) if namespace else cluster
         self._namespace, self._handle, self._known = namespace, handle, known
-        self.name = f"watch-TransferJob-{namespace or 'all'}"
-        self._last_sign = time.monotonic()
         self._compare_at = 0.0
-        self._synced = False
-        self._stopping = threading.Event()
         self._cancel: Callable[[], object] = lambda: None
-        self.error = "TransferJobs are not listed yet"
-        self._thread = threading.Thread(target=self._run, name=self.name, daemon=True)
         # kopf logs each attempt of a request. The watches of Jobs and pods report an outage once, and this module
         # reports the error that ends an operator.
         logging.getLogger("kopf").setLevel(logging.CRITICAL + 1)
 
-    def start(self) -> None:
-        """Start the thread."""
-        self._thread.start()
-
     def stop(self) -> None:
-        """Stop kopf."""
-        self._stopping.set()
+        """Stop kopf, without waiting for the end of the thread."""
+        super().stop()
         self._cancel()
-
-    @property
-    def is_synced(self) -> bool:
-        """Whether all existing objects were reported, or must not be read."""
-        return self._synced
-
-    def problem(self) -> str | None:
-        """Return whether the thread is dead, or kopf's event loop is stuck; None if both work."""
-        return thread_problem(self._thread, self._last_sign, MAX_SILENCE_SECONDS)
 
     def _run(self) -> None:
         failures = 0

@@ -4,8 +4,9 @@
 
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import structlog
 
@@ -27,51 +28,25 @@ MAX_BACKOFF_SECONDS = 60.0
 MAX_SILENCE_SECONDS = 600.0
 
 
-class Watch(Protocol):
-    """A watch in a thread.
+class Watch(ABC):
+    """A watch in a thread of its own.
+
+    Args:
+        kind: Kind of the objects.
+        namespace: Their namespace; None for all namespaces.
+        max_silence_seconds: Longest time without a sign of life of a healthy thread.
 
     Attributes:
         error: Why it does not work at the moment; empty if it works.
     """
 
-    error: str
-
-    def start(self) -> None:
-        """Start the thread."""
-
-    def stop(self) -> None:
-        """Stop soon, without waiting for the end of the thread."""
-
-    @property
-    def is_synced(self) -> bool:
-        """Whether all existing objects were reported, except those that must not be read."""
-
-    def problem(self) -> str | None:
-        """Return whether the thread is dead or stuck; None if it works, even if the API server does not."""
-
-
-class ObjectWatch:
-    """Reports all topwork objects of a kind, and then their changes.
-
-    Args:
-        cluster: The cluster.
-        kind: Kind of the objects.
-        namespace: Their namespace; None for all namespaces.
-        handle: Called for each change.
-
-    Attributes:
-        error: Why the watch does not work at the moment; empty if it works.
-    """
-
-    def __init__(self, cluster: "Cluster", kind: str, namespace: str | None, handle: EventHandler) -> None:
-        scope = cluster.in_namespace(namespace) if namespace else cluster
-        self._watcher = scope.watcher(kind, labels=f"{PART_OF_LABEL}={APP_NAME}", all_namespaces=namespace is None)
-        self._handle = handle
+    def __init__(self, kind: str, namespace: str | None, max_silence_seconds: float) -> None:
+        self.name = f"watch-{kind}-{namespace or 'all'}"
+        self.error = f"{kind}s are not listed yet"
+        self._max_silence_seconds = max_silence_seconds
         self._synced = False
         self._stopping = threading.Event()
         self._last_sign = time.monotonic()
-        self.error = f"{kind}s are not listed yet"
-        self.name = f"watch-{kind}-{namespace or 'all'}"
         self._thread = threading.Thread(target=self._run, name=self.name, daemon=True)
 
     def start(self) -> None:
@@ -79,7 +54,7 @@ class ObjectWatch:
         self._thread.start()
 
     def stop(self) -> None:
-        """Stop at the end of the current round or request."""
+        """Stop at the end of the current round or request, without waiting for the end of the thread."""
         self._stopping.set()
 
     @property
@@ -89,7 +64,28 @@ class ObjectWatch:
 
     def problem(self) -> str | None:
         """Return whether the thread is dead or stuck; None if it works, even if the API server does not."""
-        return thread_problem(self._thread, self._last_sign, MAX_SILENCE_SECONDS)
+        return thread_problem(self._thread, self._last_sign, self._max_silence_seconds)
+
+    @abstractmethod
+    def _run(self) -> None:
+        """Report objects until `_stopping` is set."""
+
+
+class ObjectWatch(Watch):
+    """Reports all topwork objects of a kind, and then their changes.
+
+    Args:
+        cluster: The cluster.
+        kind: Kind of the objects.
+        namespace: Their namespace; None for all namespaces.
+        handle: Called for each change.
+    """
+
+    def __init__(self, cluster: "Cluster", kind: str, namespace: str | None, handle: EventHandler) -> None:
+        super().__init__(kind, namespace, MAX_SILENCE_SECONDS)
+        scope = cluster.in_namespace(namespace) if namespace else cluster
+        self._watcher = scope.watcher(kind, labels=f"{PART_OF_LABEL}={APP_NAME}", all_namespaces=namespace is None)
+        self._handle = handle
 
     def _run(self) -> None:
         failures = 0
