@@ -9,21 +9,12 @@ from typing import Any
 
 from api_server import ApiServer
 from controller_process import Controller
+from sample_objects import CPU_SPEC
 from simulated_controllers import SimulatedControllers
 
 from topwork.cluster.definition.custom_resource import definition
 
 SETTLE_SECONDS = 30.0
-SPEC: dict[str, Any] = {
-    "storage": "s3://photos/topwork",
-    "dataset": {
-        "source": {"tfds": "cats_vs_dogs"},
-        "splits": {"train": "train[:80%]", "test": "train[80%:]"},
-        "imageSize": [96, 96],
-    },
-    "model": {"base": {"application": "MobileNetV2"}},
-    "compute": {"gpus": 0},
-}
 
 
 def main() -> None:
@@ -63,7 +54,7 @@ def apply(server: ApiServer, prefix: str, count: int, status: dict[str, Any] | N
             "apiVersion": "topwork.dev/v1alpha1",
             "kind": "TransferJob",
             "metadata": {"name": f"{prefix}-{number}", "namespace": "team-a", "generation": 1},
-            "spec": SPEC,
+            "spec": CPU_SPEC,
         }
         server.put(obj | ({"status": status} if status else {}))
 

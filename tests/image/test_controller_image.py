@@ -2,13 +2,14 @@
 
 import json
 import os
-import time
 import urllib.request
 from contextlib import suppress
 
 import pytest
 import yaml
 from api_server import ApiServer
+from controller_process import until
+from sample_objects import CPU_SPEC
 from simulated_controllers import SimulatedControllers
 from tests.image.conftest import CA_BUNDLE, prepare_base_image, run_build
 from tests.image.podman import LIMITS, run_podman
@@ -24,16 +25,6 @@ IMAGE = f"topwork:{topwork.__version__}-controller"
 MAX_ADDED_BYTES = 120e6
 READ_ONLY = ("--read-only", "--read-only-tmpfs=false", "--cap-drop=ALL", "--security-opt=no-new-privileges")
 PORT = 18480
-SPEC = {
-    "storage": "s3://photos/topwork",
-    "dataset": {
-        "source": {"tfds": "cats_vs_dogs"},
-        "splits": {"train": "train[:80%]", "test": "train[80%:]"},
-        "imageSize": [96, 96],
-    },
-    "model": {"base": {"application": "MobileNetV2"}},
-    "compute": {"gpus": 0},
-}
 
 
 @pytest.fixture(scope="module")
@@ -100,20 +91,15 @@ def page(path):
     return ""
 
 
-def until(condition, seconds=60.0):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-
-
 def test_container_completes_a_transfer_job_and_stops_gracefully(container):
     server, name, file = container
-    obj = {"apiVersion": "topwork.dev/v1alpha1", "kind": "TransferJob", "metadata": {"name": "cats"}, "spec": SPEC}
+    obj = {"apiVersion": "topwork.dev/v1alpha1", "kind": "TransferJob", "metadata": {"name": "cats"}, "spec": CPU_SPEC}
     with SimulatedControllers(server):
-        until(lambda: page("/readyz") == "ok\n")
+        until(lambda: page("/readyz") == "ok\n", "readiness")
         connect(ClusterSettings(kubeconfig=str(file))).apply(obj)
-        until(lambda: (server.get("TransferJob", "cats").get("status") or {}).get("state") == "Complete")
+        until(
+            lambda: (server.get("TransferJob", "cats").get("status") or {}).get("state") == "Complete", "complete run"
+        )
     run_podman("stop", "--time", "30", name)
     assert run_podman("inspect", "--format", "{{.State.ExitCode}}", name).stdout == "0\n"
     assert server.get("Lease", "topwork-controller")["spec"]["holderIdentity"] == ""

@@ -24,6 +24,17 @@ NODE = "gpu-1"
 SOURCE_NOTE = "Note: the pod checks the source, not this command: no storage is configured here"
 """Printed to standard error by `topwork submit` without AWS variables."""
 
+CPU_SPEC = {
+    "storage": "s3://photos/topwork",
+    "dataset": {
+        "source": {"tfds": "cats_vs_dogs"},
+        "splits": {"train": "train[:80%]", "test": "train[80%:]"},
+        "imageSize": [96, 96],
+    },
+    "model": {"base": {"application": "MobileNetV2"}},
+    "compute": {"gpus": 0},
+}
+"""`spec` of a small job on CPUs."""
 SPEC = {
     "apiVersion": "topwork.dev/v1alpha1",
     "kind": "TransferJob",

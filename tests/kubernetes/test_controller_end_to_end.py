@@ -14,21 +14,11 @@ from api_http import Handler
 from api_server import ApiServer, _HttpServer
 from api_statuses import Fault
 from controller_process import Controller, until
+from sample_objects import CPU_SPEC
 from simulated_controllers import SimulatedControllers
 
 from topwork.cluster.controller.runtime.certificates import issue_certificate
 from topwork.cluster.definition.custom_resource import definition
-
-SPEC = {
-    "storage": "s3://photos/topwork",
-    "dataset": {
-        "source": {"tfds": "cats_vs_dogs"},
-        "splits": {"train": "train[:80%]", "test": "train[80%:]"},
-        "imageSize": [96, 96],
-    },
-    "model": {"base": {"application": "MobileNetV2"}},
-    "compute": {"gpus": 0},
-}
 
 
 @pytest.fixture
@@ -65,7 +55,7 @@ def transfer_job(name="cats", **spec):
         "apiVersion": "topwork.dev/v1alpha1",
         "kind": "TransferJob",
         "metadata": metadata,
-        "spec": SPEC | spec,
+        "spec": CPU_SPEC | spec,
     }
 
 
