@@ -105,6 +105,9 @@ def observed_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObservedR
         directory / "without_kube_state",
         [config for config in configs if config["job_name"] not in {"kube-state-metrics", "dcgm"}],
     )
+    # The pause below may be short, but tests expect samples of the pending run.
+    for server in (prometheus, without_kube_state):
+        server.wait_for(f'count_over_time(topwork:run_state{{run="{job.run}"}}[1m]) >= 3')
     # GPU-hours are sampled at each full minute. Start 15 seconds before one, because the run takes at least 30 seconds.
     time.sleep((45 - time.time()) % 60)
     controller.set_state("Running", started=time.time())
