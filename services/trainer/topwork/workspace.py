@@ -8,6 +8,7 @@ from pathlib import Path
 from topwork.cancellation import StopRequest
 from topwork.clients.prometheus.metrics import Metrics
 from topwork.clients.s3.storage import Storage
+from topwork.nodes.group import NodeGroup
 from topwork.progress import Fact, Progress, Tracker
 
 
@@ -20,12 +21,13 @@ class Workspace:
         metrics: Prometheus metrics, updated by the stages.
         progress: Progress display for the user.
         scratch: Local directory of this run; its contents may be lost between two processes.
-        replicas: Number of model replicas; None for one per visible GPU, or one on the CPU.
+        replicas: Number of model replicas on this node; None for one per visible GPU, or one on the CPU.
         scratch_limit: Size limit of the scratch volume in bytes; the cluster evicts a pod that exceeds it.
         dataset: Key prefix of the dataset that the user pinned; empty to use the source as it is now.
         attempt: Identifies the Job of a pod: all its pods use the dataset that the first one found. Empty outside a
             cluster.
         stop: Stop request. When it is set, training writes a checkpoint and raises `Stopped`.
+        nodes: The nodes that train the run.
     """
 
     storage: Storage
@@ -37,6 +39,7 @@ class Workspace:
     dataset: str = ""
     attempt: str = ""
     stop: StopRequest = field(default_factory=StopRequest)
+    nodes: NodeGroup = field(default_factory=NodeGroup)
 
     @contextmanager
     def track(self, what: str, total: int | None) -> Iterator[Tracker]:
