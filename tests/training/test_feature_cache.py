@@ -16,7 +16,7 @@ from topwork.model.layer_tree import leaf_layers
 from topwork.stages.fine_tune import fine_tune
 from topwork.stages.pull import pull
 from topwork.stages.transfer import transfer
-from topwork.training.feature_cache import features, placement
+from topwork.training.feature_cache import placement, units
 from topwork.training.feature_cache.placement import available_memory
 
 
@@ -149,7 +149,7 @@ def test_log_explains_whether_the_cache_is_used(head_job, workspace):
 
 
 def test_stopped_run_computes_no_feature_twice(head_job, workspace, monkeypatch):
-    monkeypatch.setattr(features, "CHUNK_IMAGES", 7)
+    monkeypatch.setattr(units, "MAX_UNIT_IMAGES", 7)
     job = head_job("on", epochs=3, augmentation={"flip": "both"})
     dataset = pull(job, workspace)
     other_storage = workspace.storage.at(f"{workspace.storage.uri}/uninterrupted")

@@ -1,4 +1,4 @@
-"""Stored chunks of cached features: a chunk that cannot be stored is reported at once and tried again, in order."""
+"""Stored chunks of cached features: one that cannot be stored is reported at once and tried again, in order."""
 
 import numpy as np
 import pytest
@@ -14,18 +14,23 @@ from topwork.training.feature_cache.chunks import FeatureChunks
 ROWS = 4
 
 
-def rows_from(row):
-    return np.arange(row, row + ROWS, dtype=np.float16)[:, np.newaxis] + np.zeros(3, np.float16)
+def values_of(unit, rows=ROWS):
+    return np.arange(unit * ROWS, unit * ROWS + rows, dtype=np.float16)[:, np.newaxis] + np.zeros(3, np.float16)
 
 
 def write_chunks(chunks, count, first=0):
-    for row in range(first, first + count * ROWS, ROWS):
-        chunks.write(row, rows_from(row))
+    for unit in range(first, first + count):
+        chunks.write(unit, values_of(unit))
 
 
 def read_rows(storage):
+    rows = []
     with FeatureChunks(storage, "features/train", 10.0) as chunks:
-        return [float(row[0]) for chunk in chunks.read((3,), np.dtype(np.float16)) for row in chunk]
+        unit = 0
+        while (values := chunks.find(unit, (3,), np.dtype(np.float16))) is not None:
+            rows += values[:, 0].tolist()
+            unit += 1
+    return rows
 
 
 def warnings_of(events):
@@ -46,10 +51,10 @@ def test_chunks_that_storage_rejected_are_stored_later(s3_settings, tmp_path, re
             while len(warnings_of(events)) < 2:  # the attempts of the background thread
                 chunks._start()
             proxy.set_fault(None)
-            write_chunks(chunks, 2, first=3 * ROWS)
+            write_chunks(chunks, 2, first=3)
         warnings = warnings_of(events)
         assert {warning["event"] for warning in warnings} == {"features not stored"}
-        assert {warning["row"] for warning in warnings} == {0}
+        assert {warning["unit"] for warning in warnings} == {0}
         assert read_rows(storage) == list(range(5 * ROWS))
 
 
@@ -66,7 +71,7 @@ def test_unexpected_error_is_reported_at_once_and_the_chunk_is_tried_again(stora
     with capture_logs() as events, FeatureChunks(storage, "features/train", 10.0) as chunks:
         write_chunks(chunks, 3)
     (warning,) = warnings_of(events)
-    assert (warning["row"], warning["failed_attempts"], warning["exc_info"]) == (0, 1, error)
+    assert (warning["unit"], warning["failed_attempts"], warning["exc_info"]) == (0, 1, error)
     assert read_rows(storage) == list(range(3 * ROWS))
 
 
@@ -93,3 +98,47 @@ def test_persistent_failure_fails_the_stage(storage, monkeypatch):
     ):
         write_chunks(chunks, 10_000)
     assert caught.value.exit_code == 75
+
+
+def test_stored_units_are_announced_once(storage):
+    with FeatureChunks(storage, "features/train", 10.0) as chunks:
+        write_chunks(chunks, 2)
+        chunks.write(5, values_of(5))
+        announced = []
+        while len(announced) < 3:
+            announced += chunks.take_stored()
+        assert (announced, chunks.take_stored()) == ([0, 1, 5], [])
+
+
+def test_unit_that_others_wait_for_is_tried_again_after_a_while(storage, monkeypatch):
+    errors, write, now = [OSError("Input/output error")], Storage.write, [0.0]
+
+    def fail_once(*arguments):
+        if errors:
+            raise errors.pop()
+        return write(*arguments)
+
+    monkeypatch.setattr(Storage, "write", fail_once)
+    with FeatureChunks(storage, "features/train", 10.0, clock=lambda: now[0]) as chunks:
+        write_chunks(chunks, 1)
+        while not chunks._failures.is_failing:
+            pass
+        chunks.retry()
+        assert chunks._running is None
+        now[0] += 11.0
+        chunks.retry()
+        while not (announced := chunks.take_stored()):
+            pass
+        assert announced == [0]
+
+
+def test_units_of_other_shapes_and_types_and_damaged_ones_are_not_found(storage):
+    with FeatureChunks(storage, "features/train", 10.0) as chunks:
+        write_chunks(chunks, 1)
+    storage.write("features/train/000001.npy", b"\x93NUMPY damaged")
+    with FeatureChunks(storage, "features/train", 10.0) as chunks:
+        np.testing.assert_array_equal(chunks.find(0, (3,), np.dtype(np.float16)), values_of(0))
+        assert chunks.find(0, (4,), np.dtype(np.float16)) is None
+        assert chunks.find(0, (3,), np.dtype(np.float32)) is None
+        assert chunks.find(1, (3,), np.dtype(np.float16)) is None
+        assert chunks.find(2, (3,), np.dtype(np.float16)) is None

@@ -7,9 +7,9 @@ import tensorflow as tf
 from structlog.testing import capture_logs
 
 from topwork.model.classifier import with_precision
+from topwork.training.distribution.strategy import cpu_supports_bfloat16
 from topwork.training.feature_cache import extractor
 from topwork.training.feature_cache.extractor import FeatureExtractor
-from topwork.training.strategy import cpu_supports_bfloat16
 
 IMAGES = tf.constant(np.random.default_rng(0).uniform(0, 255, (4, 32, 32, 3)).astype(np.float32))
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from topwork.data.batches import Shard
 from topwork.model.augmentation import build_augmentation
 from topwork.spec.model import Augmentation
 
@@ -94,3 +95,52 @@ def test_augmentations_can_be_combined_and_are_optional():
     first, again = augment_batch(settings, [(1, 2), (1, 2)])
     np.testing.assert_array_equal(first[0], again[0])
     assert build_augmentation(Augmentation()) is None
+
+
+def augment_on_nodes(settings, seeds, nodes):
+    """Augment each shard of the batch as on its node, and concatenate the results."""
+    augment = build_augmentation(Augmentation.model_validate(settings))
+    dataset = tf.data.Dataset.from_tensor_slices(np.array(seeds, np.int32))
+
+    def augment_shard(rows):
+        def augment_rows(seed):
+            sources = augment.sources(rows, 16, (16, 16), seed)
+            assert sources.shape[0] <= 2 * len(rows)
+            return augment.rows(tf.gather(IMAGES, sources), tf.gather(LABELS, sources), rows, 16, seed)
+
+        return [(image.numpy(), label.numpy()) for image, label in dataset.map(augment_rows)]
+
+    shards = [augment_shard(Shard(index, nodes).rows(16)) for index in range(nodes)]
+    return [tuple(np.concatenate(parts) for parts in zip(*step, strict=True)) for step in zip(*shards, strict=True)]
+
+
+SEEDS = [(number, 2 * number + 1) for number in range(12)]
+COMBINED = {
+    "combined": {"flip": "both", "rotation": 0.1, "zoom": 0.2, "contrast": 0.3, "mixUp": 0.4},
+    "combined with cutMix": {"translation": 0.2, "brightness": 0.3, "cutMix": 0.5},
+}
+
+
+@pytest.mark.parametrize("nodes", [2, 8])
+@pytest.mark.parametrize("kind", sorted({**AUGMENTATIONS, **COMBINED}.keys() - {"randAugment"}))
+def test_images_are_augmented_in_the_same_way_on_any_number_of_nodes(kind, nodes):
+    settings = {**AUGMENTATIONS, **COMBINED}[kind]
+    for actual, expected in zip(
+        augment_on_nodes(settings, SEEDS[:3], nodes), augment_batch(settings, SEEDS[:3]), strict=True
+    ):
+        for part, whole in zip(actual, expected, strict=True):
+            np.testing.assert_array_equal(part, whole)
+
+
+def test_rand_augment_is_the_same_on_any_number_of_nodes_unless_it_equalizes():
+    settings = AUGMENTATIONS["randAugment"]
+    augment = build_augmentation(Augmentation.model_validate(settings))
+    equalization = 10
+    equalizes = []
+    for seed, whole, parts in zip(
+        SEEDS, augment_batch(settings, SEEDS), augment_on_nodes(settings, SEEDS, 2), strict=True
+    ):
+        (drawn,) = augment._draw_batch(16, (16, 16), tf.constant(seed))
+        equalizes.append(equalization in drawn["layer_idxes"].numpy())
+        assert np.array_equal(whole[0], parts[0]) != equalizes[-1]
+    assert 0 < sum(equalizes) < len(SEEDS) / 2

@@ -1,26 +1,28 @@
-"""Inputs of `fit`: the model in its precision, and its data, which are images or cached features of frozen layers."""
+"""Inputs of training: the model in its precision, and its data: images, or cached features of frozen layers."""
 
 from dataclasses import dataclass
 
 import keras
 import structlog
 
+from topwork.data.batches import Augment
 from topwork.data.local_dataset import LocalDataset
-from topwork.model.augmentation import Augment, build_augmentation
+from topwork.model.augmentation import build_augmentation
 from topwork.model.classifier import with_precision
 from topwork.model.freezing import set_trainable
 from topwork.model.partition import Partition, count_multiplications, partition_model
-from topwork.training.feature_cache.features import FeatureRequest, compute_features
+from topwork.training.distribution.strategy import choose_dtype_policy
+from topwork.training.feature_cache.features import compute_features
 from topwork.training.feature_cache.policy import should_cache_features
+from topwork.training.feature_cache.request import FeatureRequest
 from topwork.training.plan import StageContext
-from topwork.training.strategy import choose_dtype_policy
 
 log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True)
 class TrainingInputs:
-    """A model for `fit`, and its training data.
+    """A model to train, and its training data.
 
     Attributes:
         model: The whole classifier, or its trainable part on cached features. It shares the layers of the classifier.
@@ -38,7 +40,8 @@ class TrainingInputs:
 def prepare_model(model: keras.Model, context: StageContext) -> tuple[keras.Model, Partition | None]:
     """Convert a classifier to the dtype policy that suits the computation of each step, and partition it.
 
-    Call it in the scope of the strategy.
+    Call it in the scope of the strategy. It is a collective operation: nodes that support bfloat16 do without it if one
+    of them does not.
 
     Args:
         model: Classifier in float32.
@@ -51,14 +54,15 @@ def prepare_model(model: keras.Model, context: StageContext) -> tuple[keras.Mode
     partition = _partition(model, context)
     use_cache, _ = should_cache_features(plan.feature_cache, plan.epochs, partition)
     multiplications = count_multiplications(partition.trainable_part if partition and use_cache else model)
-    converted = with_precision(model, choose_dtype_policy(context.job.spec.compute.precision, multiplications))
+    policies = context.workspace.nodes.gather(choose_dtype_policy(context.job.spec.compute.precision, multiplications))
+    converted = with_precision(model, policies[0] if len(set(policies)) == 1 else "float32")
     return converted, partition if converted is model else _partition(converted, context)
 
 
 def prepare_inputs(
     context: StageContext, model: keras.Model, partition: Partition | None, data: LocalDataset
 ) -> TrainingInputs:
-    """Choose between images and cached features, and compute the features.
+    """Choose between images and cached features, and compute the features. This is a collective operation.
 
     Args:
         context: The stage.
@@ -67,11 +71,12 @@ def prepare_inputs(
         data: The images.
 
     Returns:
-        The model that `fit` trains, and its data.
+        The model to train, and its data.
 
     Raises:
         SettingError: If the spec requires the feature cache and there is no space for it.
-        Stopped: If a stop was requested while features were computed.
+        Stopped: If a stop was requested on any node while features were computed.
+        UnavailableError: If features cannot be stored for too long, or those of another node cannot be read.
     """
     plan = context.plan
     augment = build_augmentation(context.job.spec.augmentation)

@@ -14,7 +14,8 @@ from tensorflow.python.framework.convert_to_constants import convert_variables_t
 
 from topwork.model.classifier import with_precision
 from topwork.model.partition import count_multiplications
-from topwork.training.strategy import cpu_supports_bfloat16
+from topwork.nodes.group import NodeGroup
+from topwork.training.distribution.strategy import cpu_supports_bfloat16
 
 log = structlog.get_logger(__name__)
 
@@ -27,24 +28,32 @@ MAX_CONSTANT_BYTES = 1.5 * 2**30
 BFLOAT16_TOLERANCE = 0.02
 
 Features = npt.NDArray[np.float32]
-# Maps a batch of `experimental_distribute_dataset` to its features.
+# Maps a batch that is distributed over the replicas of this node to its features.
 Step = Callable[[Any], Features]
 
 
 class FeatureExtractor:
-    """Runs the frozen part of a classifier on all replicas."""
+    """Runs the frozen part of a classifier on all replicas of this node.
 
-    def __init__(self, frozen_part: keras.Model, *, precision: str, images: int) -> None:
-        """Prepare the extractor. Its implementation depends on job, model and machine, but not on measured times.
+    The first call chooses the implementation, on which all nodes agree: it is a collective operation. Later calls run
+    on this node alone.
+    """
+
+    def __init__(
+        self, frozen_part: keras.Model, *, precision: str, images: int, nodes: NodeGroup | None = None
+    ) -> None:
+        """Prepare the extractor. Its implementation depends on job, model and machines, but not on measured times.
 
         Args:
             frozen_part: Frozen part of the classifier, built in the scope of the strategy.
             precision: `spec.compute.precision`.
-            images: Number of images to run on, counting every view.
+            images: Number of images that all nodes run it on, counting every view.
+            nodes: The nodes that compute features; None for a single one.
         """
         self._frozen_part, self._is_auto = frozen_part, precision == "auto"
         self._strategy = frozen_part.distribute_strategy
-        on_cpu = not tf.config.list_physical_devices("GPU")
+        self._nodes = nodes or NodeGroup()
+        on_cpu = self._nodes.all(not tf.config.list_physical_devices("GPU"))
         weight_bytes = 4 * sum(prod(variable.shape) for variable in frozen_part.variables)
         multiplications = count_multiplications(frozen_part) * images
         self._freezes_graph = (
@@ -56,7 +65,7 @@ class FeatureExtractor:
         """Compute the features of a batch.
 
         Args:
-            images: float32 (batch, height, width, 3) in 0..255, from `experimental_distribute_dataset`.
+            images: float32 (batch, height, width, 3) in 0..255, distributed over the replicas of this node.
 
         Returns:
             float32 (batch, *features).
@@ -74,15 +83,15 @@ class FeatureExtractor:
         exact = self._on_replicas(_inference(float32_model))
         if self._freezes_graph:
             frozen_graph = self._on_replicas(_freeze_graph(float32_model))
-            if not cpu_supports_bfloat16():
+            if not self._nodes.all(cpu_supports_bfloat16()):
                 return frozen_graph
             return self._if_accurate(_with_onednn_bfloat16(frozen_graph), exact, sample)
         return default if float32_model is self._frozen_part else self._if_accurate(default, exact, sample)
 
     def _if_accurate(self, fast: Step, exact: Step, sample: Any) -> Step:
-        """Choose the fast step if its features of a sample are within the tolerance of the exact ones."""
+        """Choose the fast step if its features of a sample are within the tolerance of the exact ones, on all nodes."""
         difference = _relative_difference(fast(sample), exact(sample))
-        is_accurate = difference <= BFLOAT16_TOLERANCE
+        is_accurate = self._nodes.all(difference <= BFLOAT16_TOLERANCE)
         log.info(
             "precision of the frozen layers",
             computed_in="bfloat16" if is_accurate else "float32",

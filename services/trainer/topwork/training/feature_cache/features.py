@@ -1,10 +1,7 @@
 """Computes the features of a stage: the frozen part of its classifier runs once over each view of an image."""
 
-import hashlib
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -16,23 +13,20 @@ import structlog
 import tensorflow as tf
 
 from topwork.clients.s3.cleanup import tolerate_cleanup_failure
-from topwork.data.batches import view_batches
 from topwork.data.local_dataset import Indices, LocalDataset, Split
-from topwork.errors import SettingError, Stopped
-from topwork.model.augmentation import Augment
-from topwork.model.freezing import hash_variables
-from topwork.model.partition import Partition
+from topwork.errors import SettingError
 from topwork.training.feature_cache.chunks import MAX_STORED_BYTES, FeatureChunks
+from topwork.training.feature_cache.extraction import SplitExtraction
 from topwork.training.feature_cache.extractor import FeatureExtractor
-from topwork.training.feature_cache.placement import allocate, choose_placement
+from topwork.training.feature_cache.placement import Placement, allocate, choose_placement
+from topwork.training.feature_cache.request import FeatureRequest, SplitViews, features_prefix
+from topwork.training.feature_cache.units import FeatureUnits, divide_into_units
 from topwork.training.plan import StageContext
 
 log = structlog.get_logger(__name__)
 
 # float16 has three significant digits for largest absolute values in this range; other features are stored in float32.
 FLOAT16_RANGE = (1e-3, 1e4)
-# Images per stored chunk: at most this many are computed again on resume.
-CHUNK_IMAGES = 1024
 
 Array = npt.NDArray[Any]
 
@@ -75,83 +69,14 @@ class FeatureSplit(Split):
         return tf.ensure_shape(features, (*indices.shape, *self._values.shape[1:]))
 
 
-@dataclass(frozen=True)
-class _SplitViews:
-    """A split to compute features of, with its number of views."""
-
-    name: str
-    split: Split
-    views: int
-    augment: Augment | None
-
-
-@dataclass(frozen=True)
-class FeatureRequest:
-    """Everything that the features of a stage depend on.
-
-    Attributes:
-        context: The stage.
-        data: Its images.
-        partition: The classifier; its frozen part computes the features.
-        augment: Augmentation of the training images.
-    """
-
-    context: StageContext
-    data: LocalDataset
-    partition: Partition
-    augment: Augment | None
-
-    @property
-    def splits(self) -> tuple[_SplitViews, ...]:
-        """The training images in all views, and the validation images unchanged."""
-        views = self.context.plan.feature_cache.views
-        train = _SplitViews("train", self.data.train, views, self.augment)
-        if self.data.validation is None or not self.data.validation.size:
-            return (train,)
-        return train, _SplitViews("validation", self.data.validation, 1, None)
-
-    @property
-    def images(self) -> int:
-        """Images that the frozen part runs over, counting every view."""
-        return sum(part.split.size * part.views for part in self.splits)
-
-    @property
-    def prefix(self) -> str:
-        """Storage key prefix; its hash covers everything that the features depend on."""
-        plan = self.context.plan
-        facts = (
-            hash_variables(self.partition.frozen_part.variables),
-            plan.seed,
-            plan.feature_cache.views,
-            self.partition.feature_shape,
-        )
-        content = hashlib.sha256(repr((*facts, self.context.job.spec.compute.precision)).encode())
-        for part in self.splits:
-            content.update(part.split.digests.tobytes())
-        return f"{features_prefix(self.context)}/{content.hexdigest()[:16]}"
-
-    def batches(self, part: _SplitViews, first: int) -> Any:
-        """Distribute the batches of a split over the replicas, starting with batch `first`."""
-        batches = view_batches(
-            part.split,
-            classes=len(self.data.class_names),
-            batch_size=self.context.plan.batch_size,
-            views=part.views,
-            first=first,
-            augment=part.augment,
-            seed=self.context.plan.seed,
-        )
-        return self.partition.frozen_part.distribute_strategy.experimental_distribute_dataset(batches)
-
-
-def features_prefix(context: StageContext) -> str:
-    """Return the storage key prefix of all features that a stage stores while it runs."""
-    return f"{context.prefix}/features"
-
-
 def delete_features(context: StageContext) -> None:
-    """Delete the stored features of a completed stage, also on scratch, where the next stage needs the space."""
+    """Delete the features of a completed stage on scratch, where the next stage needs the space, and in storage.
+
+    Only the chief deletes those in storage.
+    """
     delete_local_features(context.workspace.scratch)
+    if not context.workspace.nodes.is_chief:
+        return
     storage = context.workspace.storage
     with tolerate_cleanup_failure(f"features of {context.plan.stage}"):
         storage.delete(stored.key for stored in storage.list(f"{features_prefix(context)}/"))
@@ -170,7 +95,8 @@ def _feature_file(split: str) -> str:
 def compute_features(request: FeatureRequest) -> LocalDataset | None:
     """Compute the features of the training views and of the validation images.
 
-    Chunks that an earlier process stored are read from storage.
+    Chunks that an earlier process stored are read from storage. Several nodes share the computation, and get the
+    features of each other from storage. This is a collective operation.
 
     Args:
         request: The features to compute.
@@ -180,36 +106,38 @@ def compute_features(request: FeatureRequest) -> LocalDataset | None:
 
     Raises:
         SettingError: If the spec requires the feature cache and there is no space for it.
-        Stopped: If a stop was requested. Stored features are not computed again.
+        Stopped: If a stop was requested on any node. Stored features are not computed again.
+        UnavailableError: If features cannot be stored for too long, or those of another node cannot be read.
     """
     start = time.monotonic()
     plan, workspace = request.context.plan, request.context.workspace
-    feature_shape = request.partition.feature_shape
     extractor = FeatureExtractor(
         request.partition.frozen_part,
         precision=request.context.job.spec.compute.precision,
         images=request.images,
+        nodes=workspace.nodes,
     )
     dtype = _choose_dtype(request, extractor)
-    size_bytes = dtype.itemsize * prod(feature_shape) * request.images
+    size_bytes = dtype.itemsize * prod(request.partition.feature_shape) * request.images
     # Features of an earlier stage, or of a killed process, must not count as used space.
     delete_local_features(workspace.scratch)
-    placement = choose_placement(size_bytes, workspace.scratch, request.context.job)
+    placement = _agree_on_placement(request.context, size_bytes)
     if placement is None:
-        _report_lack_of_space(request.context, size_bytes)
         return None
+    workspace.nodes.require_equal("The storage key of the features", request.prefix)
+    store = workspace.nodes.count > 1 or size_bytes <= MAX_STORED_BYTES
     splits = {}
     for part in request.splits:
-        shape = (part.split.size * part.views, *feature_shape)
-        values = allocate(workspace.scratch / _feature_file(part.name), shape, dtype, placement)
-        with _open_chunks(request, part, size_bytes) as chunks:
-            _SplitExtraction(request, part, extractor, chunks).fill(values)
+        values = _allocate(request, part, dtype, placement)
+        units = divide_into_units(part.split.size, part.views, plan.batch_size, values[:1].nbytes)
+        with _open_chunks(request, part, units) as chunks:
+            SplitExtraction(request, part, extractor, units, chunks).fill(values, store=store)
         splits[part.name] = FeatureSplit(values, part.split)
     log.info(
         "features computed",
         stage=plan.stage,
         views=plan.feature_cache.views,
-        shape="x".join(map(str, feature_shape)),
+        shape="x".join(map(str, request.partition.feature_shape)),
         placement=placement,
         size_mib=size_bytes / 2**20,
         seconds=time.monotonic() - start,
@@ -217,82 +145,43 @@ def compute_features(request: FeatureRequest) -> LocalDataset | None:
     return LocalDataset(request.data.class_names, splits["train"], splits.get("validation"), None)
 
 
-class _SplitExtraction:
-    """Computes the features of one split, batch by batch."""
+def _allocate(request: FeatureRequest, part: SplitViews, dtype: np.dtype[Any], placement: Placement) -> Array:
+    shape = (part.split.size * part.views, *request.partition.feature_shape)
+    return allocate(request.context.workspace.scratch / _feature_file(part.name), shape, dtype, placement)
 
-    def __init__(
-        self, request: FeatureRequest, part: _SplitViews, extractor: FeatureExtractor, chunks: FeatureChunks | None
-    ) -> None:
-        self._request, self._part, self._extractor, self._chunks = request, part, extractor, chunks
-        self._workspace = request.context.workspace
-        self._batch_size = request.context.plan.batch_size
-        self._batches_per_view = -(-part.split.size // self._batch_size)
 
-    def fill(self, values: Array) -> None:
-        """Read the stored features and compute the remaining ones.
-
-        Args:
-            values: Array to fill, (views * images, *features).
-        """
-        row = stored = self._read_stored(values)
-        first = self._batch_of(row)
-        total = self._batches_per_view * self._part.views
-        limit = np.finfo(values.dtype).max
-        with self._workspace.track(f"features: {self._part.name}", total - first) as tracker:
-            for batch, images in zip(range(first, total), self._request.batches(self._part, first), strict=True):
-                features = self._extractor(images)[: self._rows_in(batch)]
-                values[row : row + len(features)] = np.clip(features, -limit, limit)
-                row += len(features)
-                is_stopping = self._workspace.stop.is_set()
-                if self._chunks and (row - stored >= CHUNK_IMAGES or row == len(values) or is_stopping):
-                    self._chunks.write(stored, values[stored:row])  # filled rows do not change
-                    stored = row
-                if is_stopping:
-                    raise Stopped(
-                        "Stopped while computing features of the frozen layers. Start the same job again to resume."
-                    )
-                tracker.advance()
-
-    def _read_stored(self, values: Array) -> int:
-        row = 0
-        for chunk in self._chunks.read(values.shape[1:], values.dtype) if self._chunks else ():
-            if row + len(chunk) > len(values):
-                break
-            values[row : row + len(chunk)] = chunk
-            row += len(chunk)
-        return row
-
-    def _batch_of(self, row: int) -> int:
-        view, image = divmod(row, self._part.split.size)
-        return view * self._batches_per_view + image // self._batch_size
-
-    def _rows_in(self, batch: int) -> int:
-        # The last batch of each view is padded.
-        return min(self._batch_size, self._part.split.size - batch % self._batches_per_view * self._batch_size)
+def _open_chunks(request: FeatureRequest, part: SplitViews, units: FeatureUnits) -> FeatureChunks:
+    """Open the stored units of a split. The key names their size: units of another size are never read."""
+    prefix = f"{request.prefix}/{part.name}/{units.batches_per_unit}-batches"
+    minutes = request.context.job.spec.compute.checkpoint_minutes
+    return FeatureChunks(request.context.workspace.storage, prefix, minutes)
 
 
 def _choose_dtype(request: FeatureRequest, extractor: FeatureExtractor) -> np.dtype[Any]:
     """Choose float16, unless the features of the first batch are too large or too small for it."""
-    images = next(iter(request.batches(request.splits[-1], 0)))
-    largest = float(np.abs(extractor(images)).max())
-    return np.dtype(np.float16 if FLOAT16_RANGE[0] <= largest <= FLOAT16_RANGE[1] else np.float32)
+    features = next(request.extract(request.splits[-1], extractor, [0]))
+    largest = float(np.abs(features).max())
+    # Near a limit of the range, the nodes could choose differently: they may differ in the last digits.
+    fits = request.context.workspace.nodes.broadcast(FLOAT16_RANGE[0] <= largest <= FLOAT16_RANGE[1])
+    return np.dtype(np.float16 if fits else np.float32)
 
 
-def _open_chunks(
-    request: FeatureRequest, part: _SplitViews, size_bytes: int
-) -> AbstractContextManager[FeatureChunks | None]:
-    if size_bytes > MAX_STORED_BYTES:
-        return nullcontext()
-    context = request.context
-    minutes = context.job.spec.compute.checkpoint_minutes
-    return FeatureChunks(context.workspace.storage, f"{request.prefix}/{part.name}", minutes)
+def _agree_on_placement(context: StageContext, size_bytes: int) -> Placement | None:
+    """Choose where this node keeps the features; None if they do not fit on all nodes."""
+    placements = context.workspace.nodes.gather(choose_placement(size_bytes, context.workspace.scratch, context.job))
+    if None not in placements:
+        chosen: Placement = placements[context.workspace.nodes.index]
+        return chosen
+    _report_lack_of_space(context, size_bytes, [index for index, place in enumerate(placements) if place is None])
+    return None
 
 
-def _report_lack_of_space(context: StageContext, size_bytes: int) -> None:
+def _report_lack_of_space(context: StageContext, size_bytes: int, nodes: list[int]) -> None:
     plan = context.plan
+    where = f" on node {', '.join(map(str, nodes))}" if context.workspace.nodes.count > 1 else ""
     reason = (
         f"the features take {size_bytes / 2**30:.1f} GiB: more than a quarter of the free memory, and more than "
-        f"half of the free space in {context.workspace.scratch} or a quarter of spec.compute.scratch"
+        f"half of the free space in {context.workspace.scratch} or a quarter of spec.compute.scratch{where}"
     )
     if plan.feature_cache.required:
         raise SettingError(
