@@ -7,6 +7,10 @@ mode, as topwork keeps those of a pretrained base. Each measurement is a new pro
 round: a ratio compares a process with that of topwork in the same round, so that other load on the machine affects
 both. Above 1, the other setting is faster. jemalloc needs libjemalloc.so.2 (on Debian or Ubuntu, apt-get install
 libjemalloc2).
+
+With `--fit`, the step function of topwork is compared with that of Keras' `fit` instead, without the callbacks of
+`fit`: both train the same model in one process and take turns. On a busy machine, only the ratio of the processor time
+means something.
 """
 
 import argparse
@@ -15,8 +19,10 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -97,6 +103,78 @@ def run_steps(name: str, side: int, batch_size: int, steps: int, setting: Settin
     return (time.perf_counter() - start) / steps
 
 
+def build_and_load(name: str, side: int, batch_size: int) -> tuple[Any, tuple[Any, ...]]:
+    """Return a compiled model and a batch of random images, one-hot labels and weights."""
+    import keras
+    import numpy as np
+    import tensorflow as tf
+
+    shape: tuple[int, ...] = (side, side, 3)
+    if name == "head":
+        model = keras.Sequential([keras.Input((side,)), keras.layers.Dense(1)])
+        shape = (side,)
+    else:
+        base = getattr(keras.applications, name)(weights=None, include_top=False, input_shape=shape, pooling="avg")
+        model = keras.Model(base.input, keras.layers.Dense(1)(base.output))
+    for layer in model.layers:
+        layer.trainable = not isinstance(layer, keras.layers.BatchNormalization)
+    loss, metrics = keras.losses.BinaryCrossentropy(from_logits=True), [keras.metrics.BinaryAccuracy()]
+    model.compile(optimizer=keras.optimizers.Adam(1e-4), loss=loss, metrics=metrics, jit_compile=False)
+    model.optimizer.build(model.trainable_variables)
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (batch_size, *shape)).astype(np.float32)
+    labels = random.integers(0, 2, (batch_size, 1)).astype(np.float32)
+    return model, tuple(tf.constant(part) for part in (images, labels, np.ones(batch_size, np.float32)))
+
+
+def compare_with_fit(name: str, side: int, batch_size: int, steps: int, rounds: int) -> list[tuple[float, float]]:
+    """Return the time of the steps of `fit` relative to those of topwork in each round: elapsed and processor time."""
+    from topwork.keras_import import import_keras
+
+    import_keras()
+    import tensorflow as tf
+
+    from topwork.training.train_step import make_step_function
+
+    model, batch = build_and_load(name, side, batch_size)
+    own, none = make_step_function(model), tf.zeros(0)
+    model.make_train_function()
+
+    def run_own() -> float:
+        return float(own(batch, none).numpy()[0])
+
+    def run_keras() -> float:
+        return float(model.train_function(iter((batch,)))["loss"])
+
+    def seconds(step: Callable[[], float]) -> tuple[float, float]:
+        start, cpu_start = time.perf_counter(), time.process_time()
+        for _ in range(steps):
+            step()
+        return time.perf_counter() - start, time.process_time() - cpu_start
+
+    run_own()
+    run_keras()
+    ratios = []
+    for number in range(rounds):
+        order = (run_own, run_keras) if number % 2 else (run_keras, run_own)
+        measured = {step: seconds(step) for step in order}
+        elapsed, cpu = (fit / own for fit, own in zip(measured[run_keras], measured[run_own], strict=True))
+        ratios.append((elapsed, cpu))
+    return ratios
+
+
+def print_comparison_with_fit(models: list[str], steps: int, rounds: int) -> None:
+    """Print the ratios of all models as a table."""
+    table = Table(
+        "model", "elapsed time, median (range)", "processor time", title="fit / topwork, above 1: fit is slower"
+    )
+    for model in models:
+        name, side, batch_size = model.split(":")
+        ratios = zip(*compare_with_fit(name, int(side), int(batch_size), steps, rounds), strict=True)
+        table.add_row(model, *(f"{statistics.median(of):.3f} ({min(of):.3f} to {max(of):.3f})" for of in ratios))
+    Console().print(table)
+
+
 def measure(model: str, steps: int, index: int) -> float:
     """Run the steps with a setting in a new process; not a number if that is impossible."""
     command = [sys.executable, __file__, "--models", model, "--steps", str(steps), "--run", str(index)]
@@ -114,8 +192,12 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["EfficientNetB0:160:20", "ResNet50:224:16"])
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--fit", action="store_true", help="compare with fit; head:FEATURES:BATCH is a dense layer")
     parser.add_argument("--run", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.fit:
+        print_comparison_with_fit(options.models, options.steps, options.rounds)
+        return
     if options.run is not None:
         name, side, batch_size = options.models[0].split(":")
         print(run_steps(name, int(side), int(batch_size), options.steps, SETTINGS[options.run]))

@@ -1,10 +1,17 @@
 """The pipeline: cleanup, and the spec that is stored before the stages start."""
 
+import threading
 import time
+from dataclasses import replace
 
+import pytest
+
+from topwork.nodes.group import NodeGroup
+from topwork.nodes.node import Node
 from topwork.pipeline import abort_incomplete_uploads, run_pull, store_spec
 from topwork.registry.stage_results import attempt_prefix
 from topwork.spec.loading.loader import read_text
+from topwork.stages import pull as pull_module
 
 
 def test_run_aborts_its_incomplete_uploads_but_not_recent_uploads_of_other_runs(make_job, workspace):
@@ -38,3 +45,21 @@ def test_pull_stores_the_spec_and_aborts_no_uploads(make_job, workspace):
     remaining = storage._client.list_multipart_uploads(Bucket=storage._bucket, Prefix=key).get("Uploads", [])
     assert [upload["Key"] for upload in remaining] == [key]
     assert storage.size(f"runs/{job.run}/spec.yaml") > 0
+
+
+@pytest.mark.parametrize("attempt", ["", "uid-2"])
+def test_other_nodes_wait_until_the_chief_has_pulled_in_this_attempt(make_job, workspace, monkeypatch, attempt):
+    monkeypatch.setattr(pull_module, "WAIT_POLL_SECONDS", 0.01)
+    job = make_job()
+    if attempt:
+        # The source may have changed since an earlier attempt.
+        run_pull(job, replace(workspace, attempt="uid-1"))
+    peer = replace(workspace, attempt=attempt, nodes=NodeGroup(Node(1, ("unused:1", "unused:2"), "unused:3")))
+    found = []
+    waiting = threading.Thread(target=lambda: found.append(run_pull(job, peer)), daemon=True)
+    waiting.start()
+    waiting.join(0.5)
+    assert waiting.is_alive()
+    pulled = run_pull(job, replace(workspace, attempt=attempt))
+    waiting.join(60)
+    assert [dataset.prefix for dataset in found] == [pulled.prefix]

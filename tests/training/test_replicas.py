@@ -23,7 +23,7 @@ from topwork.stages.pull import pull
 from topwork.stages.transfer import transfer
 from topwork.training.feature_cache.policy import FeatureCachePolicy
 from topwork.training.plan import StageContext, TrainingPhase, TrainingPlan
-from topwork.training.strategy import get_strategy
+from topwork.training.distribution.strategy import get_strategy
 from topwork.training.trainer import train
 from topwork.workspace import Workspace
 
@@ -131,7 +131,7 @@ CLIPPING = """
 import keras, numpy as np, tensorflow as tf
 from topwork.spec.optimizer import Optimizer
 from topwork.training.optimizers import make_optimizer
-from topwork.training.strategy import get_strategy
+from topwork.training.distribution.strategy import get_strategy
 
 strategy = get_strategy(4)
 # The replicas have gradients of very different size and direction.

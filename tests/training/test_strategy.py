@@ -1,12 +1,21 @@
 """The strategy of a process, the replicas of a pod, and the dtype policy."""
 
+import socket
+import subprocess
+import sys
+
 import pytest
 import tensorflow as tf
 from structlog.testing import capture_logs
 
 from topwork.errors import SettingError, UnavailableError
-from topwork.training import strategy
-from topwork.training.strategy import choose_dtype_policy, choose_pod_replicas, cpu_supports_bfloat16, get_strategy
+from topwork.training.distribution import strategy
+from topwork.training.distribution.strategy import (
+    choose_dtype_policy,
+    choose_pod_replicas,
+    cpu_supports_bfloat16,
+    get_strategy,
+)
 
 
 def test_process_has_one_strategy():
@@ -112,3 +121,27 @@ def test_bfloat16_support_is_read_from_the_cpu_flags(tmp_path):
     for flags, expected in (("fpu avx512_bf16 amx_tile", True), ("fpu avx512f avx512_bf16x", False)):
         cpuinfo.write_text(f"processor : 0\nmodel name : amx_bf16\nflags\t\t: {flags}\n")
         assert cpu_supports_bfloat16(cpuinfo) is expected
+
+
+CONNECT = """
+import sys
+from topwork.errors import UnavailableError
+from topwork.nodes.group import NodeGroup
+from topwork.nodes.node import Node
+from topwork.training.distribution.strategy import get_strategy
+
+try:
+    get_strategy(1, NodeGroup(Node(0, (sys.argv[1], "127.0.0.1:1"))))
+except UnavailableError as error:
+    print(error)
+"""
+
+
+def test_a_node_whose_port_is_in_use_is_reported():
+    with socket.create_server(("127.0.0.1", 0)) as occupied:
+        address = f"127.0.0.1:{occupied.getsockname()[1]}"
+        ended = subprocess.run(
+            [sys.executable, "-c", CONNECT, address], capture_output=True, text=True, check=True, timeout=300
+        )
+    assert ended.stdout.startswith(f"TensorFlow could not connect node 0 at {address} to the others: ")
+    assert "Another process may use its port" in ended.stdout

@@ -53,7 +53,9 @@ def test_validation_equals_the_evaluation_of_the_published_model(classes, labels
     result = Validation(split, classes=classes, batch_size=4, auc=True).evaluate(model, make_loss("auto", classes))
     probabilities = add_probabilities(model, classes).predict(split.load_images(np.arange(split.size)), verbose=0)
     published = evaluate_predictions(probabilities, split.labels, tuple("abcde"[:classes]))
-    assert result["auc"] == pytest.approx(published.auc, abs=1e-12)
+    # Processors with wide vectors round batches of another size differently, which can decide one tie in 286 pairs. The
+    # AUC of the logits is off by at least three pairs.
+    assert result["auc"] == pytest.approx(published.auc, abs=0.6 / 286)
     assert result["accuracy"] == published.accuracy
     # Saturated probabilities tie, although their logits differ.
     assert (len(np.unique(probabilities)) < probabilities.size) == (scale > 1)

@@ -4,7 +4,12 @@ With `spec.dataset.splits.folds`, it trains and evaluates each fold first.
 
 `topwork run` calls `run`. In a cluster the containers of the Job call `run_pull`, `run_transfer` and `run`, one after
 the other; each skips the stages that are already complete in storage.
+
+With `spec.compute.nodes`, every node runs this code. Node 0, the chief, does what must be done once; the others wait
+for it in a collective operation of `workspace.nodes`, which fails if the chief fails.
 """
+
+from dataclasses import replace
 
 import structlog
 
@@ -23,15 +28,15 @@ from topwork.stages.audit import audit
 from topwork.stages.evaluate_folds import combine_folds, evaluate_fold
 from topwork.stages.fine_tune import fine_tune
 from topwork.stages.publish import Published, publish
-from topwork.stages.pull import pull
+from topwork.stages.pull import find_pulled_dataset, pull, wait_for_dataset
 from topwork.stages.transfer import transfer
-from topwork.training.strategy import get_strategy
+from topwork.training.distribution.strategy import get_strategy
 from topwork.workspace import Workspace
 
 log = structlog.get_logger(__name__)
 
 
-def run(job: TransferJob, workspace: Workspace) -> Published | CrossValidation:
+def run(job: TransferJob, workspace: Workspace) -> Published | CrossValidation | Classifier:
     """Run a job from its dataset to its published model, or to the metrics of cross-validation.
 
     Every stage is idempotent: a completed stage is skipped, an interrupted one resumes from its newest checkpoint. It
@@ -42,7 +47,8 @@ def run(job: TransferJob, workspace: Workspace) -> Published | CrossValidation:
         workspace: Storage, metrics, progress and scratch directory of the run.
 
     Returns:
-        The published version with its metrics; the metrics only if the job cross-validates and does not publish.
+        The published version with its metrics; the metrics only if the job cross-validates and does not publish. On
+        other nodes than the chief, the trained classifier.
 
     Raises:
         TopworkError: With the exit code that the cluster acts on; see `topwork.errors`.
@@ -51,9 +57,9 @@ def run(job: TransferJob, workspace: Workspace) -> Published | CrossValidation:
         `published = run(job, workspace)`
     """
     with report_full_disk(workspace.scratch):
-        prepare_training(job, workspace)
-        dataset = pull(job, workspace)
-        audit_parts(job, dataset, workspace)
+        dataset = prepare_training(job, workspace)
+        if not workspace.nodes.is_chief:
+            return train_parts(job, dataset, workspace)
         if not job.spec.dataset.folds:
             return publish(job, train(job, dataset, workspace), dataset, workspace)
         validation, results = cross_validate(job, dataset, workspace)
@@ -61,6 +67,17 @@ def run(job: TransferJob, workspace: Workspace) -> Published | CrossValidation:
             return validation
         log.info("final model", folds=len(validation.folds))
         return publish(job, train(job, dataset, workspace), dataset, workspace, results)
+
+
+def train_parts(job: TransferJob, dataset: StoredDataset, workspace: Workspace) -> Classifier:
+    """Run the training stages of every fold and of the final model, in the order in which the chief runs them.
+
+    Returns:
+        The classifier that was trained last.
+    """
+    folds = fold_jobs(job)
+    parts = [*folds, job] if job.spec.publishes or not folds else folds
+    return [train(part, dataset, workspace) for part in parts][-1]
 
 
 def audit_parts(job: TransferJob, dataset: StoredDataset, workspace: Workspace) -> list[AuditFindings]:
@@ -102,9 +119,7 @@ def run_transfer(job: TransferJob, workspace: Workspace) -> Classifier:
     Arguments and errors are those of `run`.
     """
     with report_full_disk(workspace.scratch):
-        prepare_training(job, workspace)
-        dataset = pull(job, workspace)
-        audit_parts(job, dataset, workspace)
+        dataset = prepare_training(job, workspace)
         return [transfer(part, dataset, workspace) for part in fold_jobs(job) or [job]][-1]
 
 
@@ -120,25 +135,51 @@ def run_audit(job: TransferJob, workspace: Workspace) -> list[AuditFindings]:
 
 
 def run_pull(job: TransferJob, workspace: Workspace) -> StoredDataset:
-    """Run a job up to its stored dataset. Another process may pull for the same run at the same time."""
+    """Run a job up to its stored dataset. Another process may pull for the same run at the same time.
+
+    The chief pulls; the other nodes, which are not connected yet, wait for the dataset.
+    """
     with report_full_disk(workspace.scratch):
+        if not workspace.nodes.is_chief:
+            return wait_for_dataset(job, workspace)
         check_operations(workspace)
         store_spec(job, workspace)
         return pull(job, workspace)
 
 
-def prepare_training(job: TransferJob, workspace: Workspace) -> None:
-    """Prepare the process and the storage of a run for training. No other process may train the same run.
+def prepare_training(job: TransferJob, workspace: Workspace) -> StoredDataset:
+    """Prepare the process, the storage of a run and its dataset for training. No other run trains the same job.
 
     Args:
         job: The job.
-        workspace: Storage and number of replicas of the run.
+        workspace: Storage, nodes and number of replicas of the run.
+
+    Returns:
+        The dataset, which is the same on all nodes.
     """
+    nodes = workspace.nodes
     # Replicas must be configured before pull initializes TensorFlow.
-    get_strategy(workspace.replicas)
+    get_strategy(workspace.replicas, nodes)
+    if not nodes.is_chief:
+        dataset = _find_dataset_of_chief(job, workspace)
+        nodes.broadcast(None)
+        return dataset
     check_operations(workspace)
     abort_incomplete_uploads(job, workspace)
     store_spec(job, workspace)
+    dataset = pull(job, workspace)
+    nodes.broadcast(dataset.prefix)
+    audit_parts(job, dataset, workspace)
+    nodes.broadcast(None)
+    return dataset
+
+
+def _find_dataset_of_chief(job: TransferJob, workspace: Workspace) -> StoredDataset:
+    prefix = workspace.nodes.broadcast(None)
+    dataset = find_pulled_dataset(job, replace(workspace, dataset=prefix))
+    if dataset is None:
+        raise UnavailableError(f"The dataset {workspace.storage.uri_of(prefix)} disappeared. Start the same job again.")
+    return dataset
 
 
 def check_operations(workspace: Workspace) -> None:

@@ -303,19 +303,35 @@ def find_completed_stage(run: str, stage: TrainingStage, key: str, workspace: Wo
         workspace: Storage and metrics.
 
     Returns:
-        The classifier; None if the stage is not complete.
+        The classifier; None if the stage is not complete. All nodes agree on that.
     """
-    storage = workspace.storage
-    classifier = read_stage_result(storage, stage, key)
+    storage, nodes = workspace.storage, workspace.nodes
+    # Another run can complete the stage at any moment.
+    classifier = read_stage_result(storage, stage, key) if nodes.is_chief else None
+    is_complete = nodes.broadcast(classifier is not None)
+    if not nodes.is_chief and is_complete:
+        return read_stage_result(storage, stage, key)
     if classifier is None:
         return None
     epochs, best_epoch = len(classifier.rows), classifier.best_epoch
     log.info("stage already complete", stage=stage, epochs=epochs, best_epoch=best_epoch)
     write_reference(storage, run, stage, key)
-    with tolerate_cleanup_failure(f"checkpoints and features of {stage}"):
-        storage.delete(stored.key for stored in list(storage.list(f"{attempt_prefix(stage, key, run)}/")))
+    delete_attempt(run, stage, key, storage)
     republish_metrics(classifier, workspace.metrics)
     return classifier
+
+
+def delete_attempt(run: str, stage: TrainingStage, key: str, storage: Storage) -> None:
+    """Delete the checkpoints and features of a run, after the stage was completed.
+
+    Args:
+        run: Name of the run.
+        stage: Name of the stage.
+        key: Key of the result.
+        storage: Storage of the run.
+    """
+    with tolerate_cleanup_failure(f"checkpoints and features of {stage}"):
+        storage.delete(stored.key for stored in list(storage.list(f"{attempt_prefix(stage, key, run)}/")))
 
 
 def report_metrics(rows: list[HistoryRow], best_epoch: int, metrics: Metrics) -> None:

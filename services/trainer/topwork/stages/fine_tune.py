@@ -57,11 +57,15 @@ def fine_tune(job: TransferJob, classifier: Classifier, dataset: StoredDataset, 
         def load_model() -> keras.Model:
             return _load(classifier, workspace)
 
-        names = dataset.metadata.class_names
-        architecture = architecture_key(job, dataset, workspace.storage)
-        check_exportable(job, load_model, names, workspace, architecture=architecture, attempt_prefix=context.prefix)
+        if workspace.nodes.is_chief:
+            names = dataset.metadata.class_names
+            architecture = architecture_key(job, dataset, workspace.storage)
+            check_exportable(
+                job, load_model, names, workspace, architecture=architecture, attempt_prefix=context.prefix
+            )
         result = train(context, dataset, load_model, classifier)
-        write_reference(workspace.storage, job.run, "fine-tune", key)
+        if workspace.nodes.is_chief:
+            write_reference(workspace.storage, job.run, "fine-tune", key)
         return result
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -40,6 +41,11 @@ log = structlog.get_logger(__name__)
 
 # MAX_MEM_BUFFER_SIZE of tensorflow_datasets.core.shuffle.
 SHUFFLE_BUFFER_BYTES = 1000 << 20
+
+WAIT_POLL_SECONDS = 5.0
+"""Time between two looks of a waiting node into storage."""
+WAIT_REPORT_SECONDS = 60.0
+"""Time between two log lines of a waiting node."""
 
 
 class PullResult(BaseModel):
@@ -130,6 +136,41 @@ def find_pulled_dataset(job: TransferJob, workspace: Workspace) -> StoredDataset
         _write_result(job, result, workspace.storage)
     _restore_metrics(result, dataset.metadata, workspace)
     return replace(dataset, inputs=inputs)
+
+
+def wait_for_dataset(job: TransferJob, workspace: Workspace) -> StoredDataset:
+    """Wait until node 0 has pulled the dataset of this run. A stop request interrupts this.
+
+    Args:
+        job: The job of the run.
+        workspace: Storage, metrics and progress.
+
+    Returns:
+        The stored dataset, without the lists of its splits.
+
+    Raises:
+        UnavailableError: If storage cannot be reached.
+    """
+    start = reported = time.monotonic()
+    with workspace.metrics.track_stage("pull"), workspace.track("waiting for the dataset", None) as tracker:
+        while (dataset := _find_dataset_of_attempt(job, workspace)) is None:
+            if time.monotonic() - reported >= WAIT_REPORT_SECONDS or reported == start:
+                reported = time.monotonic()
+                log.info("waiting until node 0 has pulled the dataset", waited_seconds=round(reported - start))
+            time.sleep(WAIT_POLL_SECONDS)
+            tracker.advance()
+        log.info("dataset is there", dataset=workspace.storage.uri_of(dataset.prefix))
+        return dataset
+
+
+def _find_dataset_of_attempt(job: TransferJob, workspace: Workspace) -> StoredDataset | None:
+    """Find the dataset that node 0 pulled in this attempt; an earlier one may be of an older state of the source."""
+    if workspace.dataset:
+        return find_dataset(job, workspace)
+    result = _read_result(job, workspace.storage)
+    if result is None or result.attempt != workspace.attempt:
+        return None
+    return read_stored_dataset(workspace.storage, result.dataset)
 
 
 def find_dataset(job: TransferJob, workspace: Workspace) -> StoredDataset | None:

@@ -49,11 +49,15 @@ def transfer(job: TransferJob, dataset: StoredDataset, workspace: Workspace) -> 
             return build_classifier(job.spec.model, job.spec.dataset.image_size, classes, base_file)
 
         context = StageContext(job, plan_transfer(job.spec), key, workspace)
-        names = dataset.metadata.class_names
-        architecture = architecture_key(job, dataset, workspace.storage)
-        check_exportable(job, build_model, names, workspace, architecture=architecture, attempt_prefix=context.prefix)
+        if workspace.nodes.is_chief:
+            names = dataset.metadata.class_names
+            architecture = architecture_key(job, dataset, workspace.storage)
+            check_exportable(
+                job, build_model, names, workspace, architecture=architecture, attempt_prefix=context.prefix
+            )
         classifier = train(context, dataset, build_model)
-        write_reference(workspace.storage, job.run, "transfer", key)
+        if workspace.nodes.is_chief:
+            write_reference(workspace.storage, job.run, "transfer", key)
         return classifier
 
 

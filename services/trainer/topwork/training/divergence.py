@@ -10,21 +10,23 @@ MAX_NAMES = 20
 """Maximum number of images in the error message; the log lists all of them."""
 
 
-def first_non_finite(losses: Sequence[Any]) -> tuple[int, float] | None:
+def first_non_finite(results: Sequence[Any]) -> tuple[int, float] | None:
     """Find the first running mean of the loss that is NaN or infinite.
 
-    Reading a loss waits for the device. A running mean that becomes NaN or infinite stays so, therefore all of them
+    Reading a result waits for the device. A running mean that becomes NaN or infinite stays so, therefore all of them
     are read only if the last one is not finite.
 
     Args:
-        losses: Scalar tensors in the order of their steps; at least one.
+        results: Results of `make_step_function` in the order of their steps; at least one. The first value of each is
+            the loss.
 
     Returns:
         Index and value of that loss; None if all are finite.
     """
-    if math.isfinite(float(losses[-1])):
+    if math.isfinite(results[-1].numpy()[0]):
         return None
-    return next((index, float(loss)) for index, loss in enumerate(losses) if not math.isfinite(float(loss)))
+    losses = (float(result.numpy()[0]) for result in results)
+    return next((index, loss) for index, loss in enumerate(losses) if not math.isfinite(loss))
 
 
 def diverged_error(observation: str, images: Sequence[str]) -> DataError:

@@ -75,7 +75,7 @@ def correct_predictions(labels: Any, logits: Any) -> Any:
 
 
 def make_accuracy() -> keras.metrics.Metric:
-    """Create the accuracy metric that `fit` averages over an epoch."""
+    """Create the accuracy metric that is averaged over an epoch."""
     return keras.metrics.MeanMetricWrapper(correct_predictions, name="accuracy")
 
 

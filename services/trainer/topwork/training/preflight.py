@@ -94,7 +94,7 @@ def _occurring_classes(split: Split | None) -> int:
 
 
 def check_replicas(replicas: int, batch_size: int, optimizer: Optimizer) -> None:
-    """Reject settings that MirroredStrategy does not support in `fit`.
+    """Reject settings that several replicas do not support.
 
     Args:
         replicas: Number of replicas.

@@ -1,21 +1,25 @@
-"""Training of one stage, from top to bottom: `train` runs the phases, `Trainer` runs `fit`, `TrainStep` runs a step.
+"""Training of one stage, from top to bottom: `train` runs the stage, `Trainer` its epochs, `TrainStep` one step.
 
-The stages `transfer` and `fine_tune` call `train` with their plan. Keras' own `fit` runs the epochs; the code here adds
-what a preemptible job needs: checkpoints within an epoch, an exact resume, early stopping whose best weights survive a
-restart, and the check that frozen weights did not change.
+The stages `transfer` and `fine_tune` call `train` with their plan. Each step is Keras' own `train_step`. The loop
+around it replaces `fit`, which does not work with several nodes, and adds what a preemptible job needs: checkpoints
+within an epoch, an exact resume, early stopping whose best weights survive a restart, and the check that frozen weights
+did not change.
+
+With several nodes, every node runs this code. Their weights are the same after every step. Node 0, the chief, stores
+checkpoints and the result, and decides whatever depends on time or storage.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import keras
 import structlog
-import tensorflow as tf
 
-from topwork.data.batches import batch_image_names, training_batches
+from topwork.data.batches import Shard, batch_image_names, training_batches
 from topwork.data.dataset_manifest import StoredDataset
 from topwork.data.local_dataset import fetch_dataset
-from topwork.errors import DataError, Stopped
+from topwork.errors import DataError, Stopped, UnavailableError
 from topwork.model.classifier import computes_in_float16
 from topwork.model.device_memory import report_exhausted_memory
 from topwork.model.freezing import (
@@ -29,6 +33,7 @@ from topwork.registry.stage_results import (
     Classifier,
     HistoryRow,
     TrainingSummary,
+    delete_attempt,
     read_stage_result,
     store_stage_result,
 )
@@ -36,6 +41,9 @@ from topwork.training import reporting
 from topwork.training.checkpointing.checkpoints import Checkpoint, Checkpoints
 from topwork.training.checkpointing.train_state import TrainState
 from topwork.training.checkpointing.variables import StageVariables, all_finite
+from topwork.training.distribution.lost_nodes import report_lost_nodes
+from topwork.training.distribution.replicas import distribute_endless_batches
+from topwork.training.distribution.strategy import get_strategy, jit_compile
 from topwork.training.divergence import diverged_error
 from topwork.training.feature_cache.features import delete_features
 from topwork.training.inputs import TrainingInputs, prepare_inputs, prepare_model
@@ -44,9 +52,8 @@ from topwork.training.memory_allocation import keep_freed_memory
 from topwork.training.optimizers import make_optimizer, moving_averages
 from topwork.training.plan import StageContext, TrainingPhase
 from topwork.training.preflight import check_data, check_metrics, check_replicas
-from topwork.training.strategy import get_strategy, jit_compile
-from topwork.training.train_step import StopTraining, TrainStep
-from topwork.training.validation import create_validation
+from topwork.training.train_step import StopTraining, TrainStep, make_step_function
+from topwork.training.validation import Validation, create_validation
 
 log = structlog.get_logger(__name__)
 
@@ -81,14 +88,37 @@ def train(
         DataError: If the data or the base cannot be used, or training diverges.
         Stopped: If a stop was requested; the checkpoint is stored.
     """
+    nodes, storage, plan = context.workspace.nodes, context.workspace.storage, context.plan
+    try:
+        with report_lost_nodes(nodes):
+            return _train(context, dataset, build_model, earlier)
+    except (UnavailableError, Stopped):
+        # A node may leave as soon as the stage is complete, before the others have heard of it.
+        is_interrupted = nodes.count == 1 or context.workspace.stop.is_set()
+        if is_interrupted or (completed := read_stage_result(storage, plan.stage, context.key)) is None:
+            raise
+        log.info("stage already complete", stage=plan.stage, node=nodes.index)
+        if nodes.is_chief:
+            delete_attempt(context.job.run, plan.stage, context.key, storage)
+        return completed
+
+
+def _train(
+    context: StageContext,
+    dataset: StoredDataset,
+    build_model: Callable[[], keras.Model],
+    earlier: Classifier | None,
+) -> Classifier:
     job, plan, workspace = context.job, context.plan, context.workspace
-    strategy = get_strategy(workspace.replicas)
+    nodes = workspace.nodes
+    strategy = get_strategy(workspace.replicas, nodes)
     keep_freed_memory()
     for phase in plan.phases:
         check_replicas(strategy.num_replicas_in_sync, plan.batch_size, phase.optimizer)
     data = fetch_dataset(dataset, job, workspace)
     check_metrics(job, data)
     check_data(job, plan, data)
+    nodes.require_equal(f"The key of {plan.stage}", context.key)
     workspace.metrics.set_replicas(strategy.num_replicas_in_sync)
     keras.utils.clear_session()
     keras.utils.set_random_seed(plan.seed)
@@ -103,14 +133,16 @@ def train(
         inputs = prepare_inputs(context, model, partition, data)
         trainer = Trainer(context, model, inputs, checkpoints)
         workspace.metrics.set_planned_epochs(plan.stage, plan.epochs)
-        classifier = trainer.fit() or store_stage_result(model, trainer.summarize(earlier), context.key, workspace)
-        checkpoints.clear()
-        delete_features(context)
+        if (classifier := trainer.fit()) is None:
+            classifier = trainer.store_result(earlier)
+        if nodes.is_chief:
+            checkpoints.clear()
+            delete_features(context)
     return classifier
 
 
 class Trainer:
-    """Trains the phases of a stage with Keras' `fit`, and resumes where the newest checkpoint was stored."""
+    """Trains the phases of a stage, and resumes where the newest checkpoint was stored."""
 
     def __init__(
         self, context: StageContext, model: keras.Model, inputs: TrainingInputs, checkpoints: Checkpoints
@@ -120,7 +152,7 @@ class Trainer:
         Args:
             context: Job, plan and workspace of the stage.
             model: Classifier with its nested base, built in the scope of the strategy.
-            inputs: The model that `fit` trains, and its data.
+            inputs: The model that is trained, and its data.
             checkpoints: Checkpoints of the stage.
 
         Raises:
@@ -132,11 +164,12 @@ class Trainer:
         self._checkpoints = checkpoints
         self._classes = len(inputs.data.class_names)
         self._loss = make_loss(self._plan.loss, self._classes)
-        self._validation = create_validation(inputs.data, self._plan)
+        self._nodes = self.workspace.nodes
+        self._validation = create_validation(inputs.data, self._plan, self._nodes)
         self.batch_size = self._plan.batch_size
         self.steps_per_epoch = inputs.data.train.size // self.batch_size
         self._unfreeze(self._plan.phases[-1])
-        self._variables = StageVariables(model, self._fit_model)
+        self._variables = StageVariables(model, self._fit_model, self._nodes)
         if (checkpoint := checkpoints.newest()) is not None:
             self._variables.restore(checkpoint)
             self.state = checkpoint.state
@@ -159,8 +192,29 @@ class Trainer:
             return completed.result
         return None
 
-    def summarize(self, earlier: Classifier | None) -> TrainingSummary:
-        """Summarize the completed stage; `earlier` is the result of the stage before."""
+    def store_result(self, earlier: Classifier | None) -> Classifier:
+        """Store the completed stage on the chief, and return the result on all nodes.
+
+        Args:
+            earlier: Result of the stage before.
+        """
+        if self._nodes.is_chief:
+            summary = self._summarize(earlier)
+            result = store_stage_result(self._model, summary, self._context.key, self.workspace)
+        self._nodes.broadcast(None)
+        return result if self._nodes.is_chief else self._read_result()
+
+    def _read_result(self) -> Classifier:
+        """Read the result of the stage, which the chief or another run has stored."""
+        stage, key = self._plan.stage, self._context.key
+        if (result := read_stage_result(self.workspace.storage, stage, key)) is None:
+            raise UnavailableError(
+                f"The result of {stage} disappeared from {self.workspace.storage.uri} right after it was stored. Start "
+                "the same job again."
+            )
+        return result
+
+    def _summarize(self, earlier: Classifier | None) -> TrainingSummary:
         return TrainingSummary(
             stage=self._plan.stage,
             class_names=self._inputs.data.class_names,
@@ -178,31 +232,28 @@ class Trainer:
             Stopped: If a stop was requested; the checkpoint is stored.
             DataError: If a loss or a weight becomes NaN or infinite.
         """
-        state, model, stage = self.state, self._fit_model, self._plan.stage
+        state = self.state
         last_epoch = self._plan.last_epoch(state.phase)
+        total = (last_epoch - state.epoch) * self.steps_per_epoch - state.step
         with self._compiled(self._plan.phases[state.phase]), self._checkpoint_on_stop():
             self._evaluate_start()
-            while state.epoch < last_epoch and not state.ended:
-                # An epoch that was interrupted runs in a separate `fit` call: it has fewer steps left than the others.
-                end_epoch = state.epoch + 1 if state.step else last_epoch
-                total = (end_epoch - state.epoch) * self.steps_per_epoch - state.step
-                with self.workspace.track(stage, total) as tracker:
-                    model.make_train_function(force=True)
-                    # `fit` calls the existing train function of the model.
-                    model.train_function = TrainStep(model.train_function, self, tracker)
-                    model.fit(
-                        self._batches(),
-                        initial_epoch=state.epoch,
-                        epochs=end_epoch,
-                        steps_per_epoch=self.steps_per_epoch - state.step,
-                        callbacks=[self._epoch_callback()],
-                        shuffle=False,
-                        verbose=0,
-                    )
-                # With EMA, Keras ends every `fit` by replacing the weights with their averages.
-                self._variables.load_latest()
+            batches = iter(self._batches())
+            with self.workspace.track(self._plan.stage, total) as tracker:
+                step = TrainStep(make_step_function(self._fit_model), self, tracker)
+                while state.epoch < last_epoch and not state.ended:
+                    self._train_epoch(step, batches)
+        self._require_equal_weights()
         self._variables.load_best()
         state.start_next_phase()
+
+    def _train_epoch(self, step: TrainStep, batches: Iterator[Any]) -> None:
+        """Train an epoch, or the rest of an epoch that was interrupted."""
+        self._fit_model.reset_metrics()
+        self._variables.restore_running_metrics(mid_epoch=self.state.step > 0)
+        while self.state.step < self.steps_per_epoch:
+            step(batches)
+        means = self._fit_model.get_metrics_result()
+        self._end_epoch({name: float(mean) for name, mean in means.items()})
 
     @contextmanager
     def _compiled(self, phase: TrainingPhase) -> Iterator[None]:
@@ -245,33 +296,28 @@ class Trainer:
                 "checkpoint is stored. Start the same job again to resume."
             ) from None
 
-    def _batches(self) -> tf.data.Dataset:
-        """Create one endless iterator for all epochs: a new one per epoch would wait for tf.data's autotuner."""
+    def _batches(self) -> Iterable[Any]:
+        """Return the batches of all epochs: a new iterator for each epoch would wait for tf.data's autotuner."""
         train = self._inputs.data.train
         weights = balanced_class_weights(train.labels, self._classes) if self._plan.balance_classes else None
         batches = training_batches(
             train,
             classes=self._classes,
             batch_size=self.batch_size,
+            shard=Shard(self._nodes.index, self._nodes.count),
             seed=self._plan.seed,
             first_step=self.state.epoch * self.steps_per_epoch + self.state.step,
             augment=self._inputs.augment,
             class_weights=weights,
         )
-        return batches.map(lambda images, one_hot, weight: (images, loss_targets(one_hot), weight))
-
-    def _epoch_callback(self) -> keras.callbacks.Callback:
-        return keras.callbacks.LambdaCallback(
-            on_epoch_begin=lambda _epoch, _logs: self._variables.restore_running_metrics(mid_epoch=self.state.step > 0),
-            on_epoch_end=lambda _epoch, logs: self._end_epoch(logs),
-        )
+        targets = batches.map(lambda images, one_hot, weight: (images, loss_targets(one_hot), weight))
+        return distribute_endless_batches(targets, self._strategy)
 
     def _end_epoch(self, logs: dict[str, float]) -> None:
         """Validate, keep the best weights, write the history row, store a checkpoint, and decide whether to stop."""
         state = self.state
         learning_rate = float(keras.ops.convert_to_numpy(self._fit_model.optimizer.learning_rate))
         seconds, input_wait_seconds = state.complete_epoch()
-        self._variables.save_latest()
         validation = self._validate()
         row: HistoryRow = {
             "stage": self._plan.stage,
@@ -287,25 +333,27 @@ class Trainer:
         state.rows.append(row)
         reporting.report_epoch(state, self._context, from_cache=self._inputs.from_cache)
         self._save_after_epoch()
-        self._fit_model.stop_training = state.ended
-        if self.workspace.stop.is_set() and not state.ended and state.epoch < self._plan.epochs:
+        is_stopping = self._nodes.any(self.workspace.stop.is_set())
+        if is_stopping and not state.ended and state.epoch < self._plan.epochs:
             raise StopTraining
 
     def _save_after_epoch(self) -> None:
         """Store a checkpoint, unless the previous one is recent. The last epoch of the stage always stores one."""
         state, checkpoint = self.state, self.snapshot()
         is_last = state.epoch == self._plan.epochs or (state.ended and state.phase == len(self._plan.phases) - 1)
-        if is_last or self._checkpoints.is_due_after_epoch:
+        if is_last or self._nodes.broadcast(self._checkpoints.is_due_after_epoch):
             self._checkpoints.save(checkpoint)
-            if result := read_stage_result(self.workspace.storage, self._plan.stage, self._context.key):
-                raise CompletedElsewhere(result)
+            stage, key = self._plan.stage, self._context.key
+            is_complete = self._nodes.is_chief and read_stage_result(self.workspace.storage, stage, key) is not None
+            if self._nodes.broadcast(is_complete):
+                raise CompletedElsewhere(self._read_result())
 
     def _evaluate_start(self) -> None:
         """Evaluate the result of the stage before as epoch 0: it is kept if no epoch of this stage is better."""
         state = self.state
         is_fresh = not state.epoch and not state.step and state.start is None
         if self._plan.improves_a_classifier and is_fresh and self._validation:
-            start = self._validation.evaluate(self._fit_model, self._loss)
+            start = self._evaluate(self._validation)
             state.record_start(start, self._plan.early_stopping)
             self._variables.save_best()
             reporting.report_start(start, self._context)
@@ -313,14 +361,26 @@ class Trainer:
     def _validate(self) -> dict[str, float] | None:
         """Evaluate the model, with the moving averages of its weights if it has them, and keep its best weights."""
         averages = moving_averages(self._fit_model.optimizer)
+        if averages:
+            self._variables.save_latest()
         for variable, average in averages:
             variable.assign(average)
-        validation = self._validation.evaluate(self._fit_model, self._loss) if self._validation else None
+        validation = self._evaluate(self._validation) if self._validation else None
         if self.state.record_validation(validation, self._plan.early_stopping, self._plan.keep):
             self._variables.save_best()
         if averages:
             self._variables.load_latest()
         return validation
+
+    def _evaluate(self, validation: Validation) -> dict[str, float]:
+        metrics = validation.evaluate(self._fit_model, self._loss)
+        self.workspace.metrics.record_evaluation_speed(validation.evaluated_images, validation.seconds)
+        return metrics
+
+    def _require_equal_weights(self) -> None:
+        """Require that all nodes have the same weights, which is a cheap check of all communication in the phase."""
+        if self._nodes.count > 1:
+            self._nodes.require_equal(f"The result of {self._plan.stage}", self._variables.hash_all())
 
     def checkpoint_is_due(self) -> bool:
         """Return whether to store a checkpoint in the middle of the epoch."""

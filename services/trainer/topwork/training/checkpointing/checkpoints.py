@@ -1,4 +1,7 @@
-"""Checkpoints of a training stage: stored in the background, pruned to the newest two, and read on resume."""
+"""Checkpoints of a training stage: stored in the background, pruned to the newest two, and read on resume.
+
+With several nodes, the chief stores, selects and deletes them; all nodes read the one that it selected.
+"""
 
 import re
 import shutil
@@ -163,15 +166,23 @@ class Checkpoints:
         A damaged checkpoint is skipped; it is deleted after the next one is stored.
 
         Returns:
-            The checkpoint; None if there is none.
+            The checkpoint, which is the same on all nodes; None if there is none.
 
         Raises:
             FormatError: If a topwork version with a different checkpoint format wrote it.
             UnavailableError: If storage cannot be reached: a checkpoint may still exist.
         """
+        nodes = self._workspace.nodes
         self._last_save = self._clock()  # training starts now
         for leftover in self._workspace.scratch.glob(f"{_TEMPORARY_PREFIX}*"):
             shutil.rmtree(leftover, ignore_errors=True)
+        checkpoint = self._select_newest() if nodes.is_chief else None
+        name = nodes.broadcast(checkpoint.name if checkpoint else None)
+        if nodes.is_chief or name is None:
+            return checkpoint
+        return read_checkpoint(f"{self._prefix}/{name}", self._workspace)
+
+    def _select_newest(self) -> Checkpoint | None:
         stored = self._list()
         complete = [name for name, keys in stored.items() if _is_complete(keys)]
         with self._tolerating_failures("incomplete checkpoints"):
@@ -201,13 +212,15 @@ class Checkpoints:
         return self._clock() - self._last_save >= min(seconds, self._interval_seconds)
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Store a checkpoint in the background. It replaces a checkpoint that is still waiting.
+        """Store a checkpoint in the background, on the chief. It replaces a checkpoint that is still waiting.
 
         A failure is logged. The next checkpoint is the next attempt; it contains all of the work.
 
         Raises:
             TopworkError: If checkpoints could not be stored for too long; see `WriteFailures`.
         """
+        if not self._workspace.nodes.is_chief:
+            return
         self._failures.check()
         self._last_save = self._clock()
         with self._lock:
@@ -216,11 +229,16 @@ class Checkpoints:
                 self._running = self._thread.submit(self._write_pending)
 
     def save_now(self, checkpoint: Checkpoint) -> None:
-        """Store a checkpoint and wait for it. A failed attempt is repeated once.
+        """Store a checkpoint on the chief, and wait for it on all nodes. A failed attempt is repeated once.
 
         Raises:
             UnavailableError: If the checkpoint could not be stored.
         """
+        if self._workspace.nodes.is_chief:
+            self._write_now(checkpoint)
+        self._workspace.nodes.broadcast(None)
+
+    def _write_now(self, checkpoint: Checkpoint) -> None:
         with self._lock:
             self._pending = None
         if self._thread.submit(self._try_to_write, checkpoint).result() is None:

@@ -2,6 +2,8 @@
 
 import re
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,9 @@ from typing import Any
 import structlog
 import tensorflow as tf
 
-from topwork.errors import SettingError, TopworkError, UnavailableError
+from topwork.errors import SettingError, TopworkError, UnavailableError, quote_error
+from topwork.nodes.group import NodeGroup
+from topwork.training.distribution.collective_runtime import responsive_start
 
 log = structlog.get_logger(__name__)
 
@@ -33,18 +37,24 @@ class _ProcessStrategy:
 _process = _ProcessStrategy()
 
 
-def get_strategy(replicas: int | None) -> tf.distribute.Strategy:
+def get_strategy(replicas: int | None, nodes: NodeGroup | None = None) -> tf.distribute.Strategy:
     """Return the distribution strategy of this process; the first call creates it.
 
+    With several nodes, all of them must call this at the same time: they connect to each other.
+
     Args:
-        replicas: Number of replicas; None uses one per visible GPU, or one on the CPU.
+        replicas: Number of replicas on this node; None uses one per visible GPU, or one on the CPU.
+        nodes: The nodes that train the run; None for this one only.
 
     Returns:
-        MirroredStrategy for several replicas, otherwise TensorFlow's default strategy.
+        MultiWorkerMirroredStrategy for several nodes, MirroredStrategy for several replicas on one node, otherwise
+        TensorFlow's default strategy.
 
     Raises:
         SettingError: If there are fewer GPUs, if this process has a strategy with a different number of replicas, or if
             TensorFlow was initialized before the replicas could be configured.
+        UnavailableError: If the nodes have different numbers of GPUs, or another node failed meanwhile.
+        Stopped: If another node was stopped meanwhile.
 
     Example:
         `with get_strategy(None).scope(): model = build_model()`
@@ -53,7 +63,7 @@ def get_strategy(replicas: int | None) -> tf.distribute.Strategy:
         gpus = tf.config.list_physical_devices("GPU")
         count = replicas or max(1, len(gpus))
         if _process.strategy is None:
-            _process.strategy = _create_strategy(count, gpus)
+            _process.strategy = _create_strategy(count, gpus, nodes or NodeGroup())
             _process.replicas = count
         if _process.replicas != count:
             raise SettingError(
@@ -108,7 +118,7 @@ def _no_gpu_error(gpus: int, visible_devices: str | None) -> TopworkError:
     )
 
 
-def _create_strategy(count: int, gpus: list[Any]) -> tf.distribute.Strategy:
+def _create_strategy(count: int, gpus: list[Any], nodes: NodeGroup) -> tf.distribute.Strategy:
     if gpus and count > len(gpus):
         raise SettingError(f"--replicas {count} is more than the {len(gpus)} visible GPUs.")
     try:
@@ -122,10 +132,56 @@ def _create_strategy(count: int, gpus: list[Any]) -> tf.distribute.Strategy:
         raise SettingError(
             f"TensorFlow was initialized before {count} replicas could be configured. Start another process."
         ) from error
+    if nodes.count > 1:
+        return _connect_nodes(count, gpus, nodes)
     if count == 1:
         return tf.distribute.get_strategy()
     device = "GPU" if gpus else "CPU"
     return tf.distribute.MirroredStrategy([f"/{device}:{index}" for index in range(count)])
+
+
+def _connect_nodes(count: int, gpus: list[Any], nodes: NodeGroup) -> tf.distribute.Strategy:
+    """Create the strategy of several nodes. TensorFlow waits for all of them, without a time limit."""
+    _require_equal_replicas(nodes.gather(count))
+    if gpus and count < len(gpus):
+        tf.config.set_visible_devices(gpus[:count], "GPU")
+    distribute = tf.distribute
+    implementation = distribute.experimental.CommunicationImplementation
+    with _report_failed_start(nodes), responsive_start(), nodes.blocking():
+        strategy = distribute.MultiWorkerMirroredStrategy(
+            cluster_resolver=distribute.cluster_resolver.SimpleClusterResolver(
+                tf.train.ClusterSpec({"worker": list(nodes.node.addresses)}),
+                task_type="worker",
+                task_id=nodes.index,
+                num_accelerators={"GPU": count} if gpus else {},
+                rpc_layer="grpc",
+            ),
+            communication_options=distribute.experimental.CommunicationOptions(
+                implementation=implementation.NCCL if gpus else implementation.RING
+            ),
+        )
+    log.info("nodes connected", node=nodes.index, nodes=nodes.count, replicas=strategy.num_replicas_in_sync)
+    return strategy
+
+
+@contextmanager
+def _report_failed_start(nodes: NodeGroup) -> Iterator[None]:
+    try:
+        yield
+    except tf.errors.OpError as error:
+        raise nodes.peer_failure() or UnavailableError(
+            f"TensorFlow could not connect node {nodes.index} at {nodes.node.addresses[nodes.index]} to the others: "
+            f"{quote_error(error)}. Another process may use its port, or the nodes cannot reach each other."
+        ) from error
+
+
+def _require_equal_replicas(counts: list[int]) -> None:
+    if len(set(counts)) > 1:
+        found = ", ".join(f"node {index} has {count}" for index, count in enumerate(counts))
+        raise UnavailableError(
+            f"All nodes must have the same number of GPUs, but {found}. Check that each pod gets the GPUs of "
+            "spec.compute.gpus, and that its node's driver detects them (nvidia-smi)."
+        )
 
 
 def choose_dtype_policy(precision: str, multiplications: float) -> str:
