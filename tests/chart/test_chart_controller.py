@@ -7,11 +7,14 @@ from typing import Any
 
 import helm_python
 import pytest
+import sample_objects
 import typer
 from object_validation import pod_security_violations
 
 from topwork import __version__
 from topwork.cli import app
+from topwork.cluster.names import pod_labels
+from topwork.spec import TransferJob
 
 CHART = Path(__file__).parents[2] / "charts" / "topwork"
 Objects = dict[tuple[str, str], dict[str, Any]]
@@ -26,9 +29,12 @@ NAMESPACE_RULES = {
     ("topwork.dev", "transferjobs/finalizers", ()): {"update"},
     ("batch", "jobs", ()): {"get", "list", "watch", "create", "patch", "delete"},
     ("", "configmaps", ()): {"get", "create", "patch", "delete"},
+    ("", "services", ()): {"get", "create", "patch", "delete"},
+    ("networking.k8s.io", "networkpolicies", ()): {"get", "create", "patch", "delete"},
     ("", "pods", ()): {"get", "list", "watch"},
     ("", "events", ()): {"list", "create", "patch"},
 }
+TWO_NODES = sample_objects.spec(nodes=2)
 LEASE_RULES = {
     ("coordination.k8s.io", "leases", ()): {"create"},
     ("coordination.k8s.io", "leases", (NAME,)): {"get", "update"},
@@ -247,6 +253,21 @@ def test_network_policies_admit_the_controller_to_jobs_and_the_api_server_to_the
     labels = {"app.kubernetes.io/name": "topwork-controller", "app.kubernetes.io/instance": "topwork"}
     assert ingress["from"] == [{"podSelector": {"matchLabels": labels}}]
     assert objects["NetworkPolicy", NAME]["spec"]["ingress"] == [{"ports": [{"protocol": "TCP", "port": 9443}]}]
+
+
+@pytest.mark.parametrize("rules", [[], [{"to": [{"ipBlock": {"cidr": "10.0.0.0/8"}}]}]], ids=["any", "restricted"])
+def test_network_policies_let_the_nodes_of_a_run_connect(render_chart: Render, rules: list[dict[str, Any]]) -> None:
+    """The policy of a run admits its own pods, but a policy that restricts egress of a pod must allow it, too."""
+    labels = pod_labels(TransferJob.model_validate(TWO_NODES), "training")
+    policy = render_chart({"networkPolicies": {"enabled": True, "egress": rules}})["NetworkPolicy", "topwork-jobs"]
+    assert ("egress" in policy["spec"]) == ("Egress" in policy["spec"]["policyTypes"]) == bool(rules)
+    to_nodes = [
+        rule
+        for rule in policy["spec"].get("egress", ())
+        for peer in rule.get("to", ())
+        if "podSelector" in peer and peer["podSelector"]["matchLabels"].items() <= labels.items()
+    ]
+    assert [rule["ports"] for rule in to_nodes] == [[{"protocol": "TCP"}]] * bool(rules)
 
 
 @pytest.mark.parametrize(

@@ -21,12 +21,15 @@ SPEC = {
         "imageSize": [96, 96],
     },
     "model": {"base": {"application": "MobileNetV2"}},
+    "compute": {"nodes": 2},
 }
 # Needed to replace or explain a Job, which tests/kubernetes/test_permissions.py covers, or only by the API server.
 NOT_USED_HERE = {
     Access("list", "", "events"),
     Access("delete", "batch", "jobs"),
     Access("delete", "", "configmaps"),
+    Access("delete", "", "services"),
+    Access("delete", "networking.k8s.io", "networkpolicies"),
     Access("get", "", "pods"),
     Access("get", "topwork.dev", "transferjobs/status"),
     Access("update", "topwork.dev", "transferjobs/finalizers"),

@@ -85,7 +85,9 @@ def test_object_names_of_two_specs_with_the_same_name_differ() -> None:
 
 
 def test_object_name_is_the_run_for_any_compute_settings() -> None:
-    names = {objects(make(compute))[0]["metadata"]["name"] for compute in ({}, {"gpus": 4}, {"queue": "a"})}
+    names = {
+        objects(make(compute))[0]["metadata"]["name"] for compute in ({}, {"gpus": 4}, {"nodes": 2}, {"queue": "a"})
+    }
     assert names == {make().run}
 
 

@@ -21,6 +21,8 @@ OPTIONS = {
     "full": RenderOptions(
         image="registry.example.com:5000/ml/topwork@sha256:" + "0123456789abcdef" * 4, namespace="vision"
     ),
+    "two-nodes": RenderOptions(),
+    "four-nodes": RenderOptions(namespace="vision"),
 }
 
 
@@ -53,6 +55,7 @@ def test_config_map_contains_the_rendered_job(case: str) -> None:
     assert read_text(render(job, OPTIONS[case]).config_map["data"]["job.yaml"], "job.yaml") == [job]
 
 
-def test_full_job_uses_every_key_of_compute() -> None:
-    (job,) = read_jobs(GOLDEN / "full" / "job.yaml")
-    assert job.spec.compute.model_fields_set == set(Compute.model_fields)
+def test_full_job_and_that_on_several_nodes_use_every_key_of_compute() -> None:
+    (full,), (nodes,) = (read_jobs(GOLDEN / case / "job.yaml") for case in ("full", "four-nodes"))
+    assert full.spec.compute.model_fields_set == set(Compute.model_fields) - {"nodes", "topology"}
+    assert nodes.spec.compute.model_fields_set >= {"nodes", "topology"}

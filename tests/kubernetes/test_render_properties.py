@@ -77,6 +77,7 @@ TOLERATION = st.fixed_dictionaries({"key": KEY}, optional={"value": VALUE, "oper
 COMPUTE = st.fixed_dictionaries(
     {},
     optional={
+        "nodes": st.sampled_from([1, 2, 4]),
         "gpus": st.sampled_from([0, 1, 2, 16]),
         "cpu": CPU,
         "memory": QUANTITY,

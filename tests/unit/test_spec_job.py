@@ -112,6 +112,7 @@ DEFAULTS = {
     "publish": {"name": None, "formats": ["keras", "savedModel"], "fold": None},
     "compute": {
         "image": None,
+        "nodes": 1,
         "gpus": 1,
         "cpu": 4,
         "memory": "16Gi",
@@ -125,6 +126,7 @@ DEFAULTS = {
         "nodeSelector": {},
         "tolerations": [],
         "affinity": {},
+        "topology": None,
         "priorityClassName": None,
         "serviceAccountName": None,
         "imagePullSecrets": [],
@@ -311,6 +313,19 @@ def test_single_gpu_supports_accumulation_and_any_batch_size() -> None:
 @pytest.mark.parametrize("method", ["clipnorm", "globalClipnorm", "clipvalue"])
 def test_several_gpus_support_each_clipping_method(method: str) -> None:
     with_spec(transfer={"batchSize": 8, "optimizer": {method: 1.0}}, compute={"gpus": 2})
+
+
+@pytest.mark.parametrize(("nodes", "gpus", "replicas"), [(1, 0, 1), (1, 4, 4), (3, 0, 3), (3, 1, 3), (2, 4, 8)])
+def test_replicas_are_the_gpus_of_all_nodes_or_one_per_node(nodes: int, gpus: int, replicas: int) -> None:
+    job = with_spec(compute={"nodes": nodes, "gpus": gpus}, transfer={"batchSize": 24})
+    assert job.spec.compute.replicas == replicas
+
+
+@pytest.mark.parametrize("topology", [{}, {"pack": "a"}, {"spread": "a"}, {"pack": "a", "spread": "b/c"}])
+def test_topology_places_the_pods_of_several_nodes(topology: dict[str, str]) -> None:
+    compute = with_spec(compute={"nodes": 2, "topology": topology}).spec.compute
+    assert compute.topology
+    assert compute.topology.model_dump(exclude_none=True) == topology
 
 
 def test_test_split_is_optional_with_a_validation_split() -> None:

@@ -25,6 +25,9 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 - {apiGroups: [topwork.dev], resources: [transferjobs/finalizers], verbs: [update]}
 - {apiGroups: [batch], resources: [jobs], verbs: [get, list, watch, create, patch, delete]}
 - {apiGroups: [""], resources: [configmaps], verbs: [get, create, patch, delete]}
+# Host names of the pods of a run on several nodes, and access to their ports.
+- {apiGroups: [""], resources: [services], verbs: [get, create, patch, delete]}
+- {apiGroups: [networking.k8s.io], resources: [networkpolicies], verbs: [get, create, patch, delete]}
 - {apiGroups: [""], resources: [pods], verbs: [get, list, watch]}
 - {apiGroups: [""], resources: [events], verbs: [list, create, patch]}
 {{- end }}

@@ -1,7 +1,7 @@
 """Names, labels, paths and ports of the Kubernetes objects of a run.
 
 The name of a job has at most 40 characters, the name of its run 49, and the name of an object 54. Kubernetes appends a
-suffix to name a pod; the result stays within the 63 characters of a label value.
+suffix to name a pod or its host; the result stays within the 63 characters of a label value and of a host name.
 """
 
 from enum import StrEnum
@@ -16,6 +16,10 @@ STAGES: tuple[StageName, ...] = ("pull", "transfer", "fine-tune")
 
 # Init and main containers share the pod IP: on a single port, Prometheus would treat them as one process.
 METRICS_PORTS: dict[StageName, int] = {"pull": 9101, "transfer": 9102, "fine-tune": 9103}
+
+# Ports between the pods of a run on several nodes: TensorFlow's servers, and the coordinator on node 0.
+NODE_PORTS: dict[StageName, int] = {"transfer": 9112, "fine-tune": 9113}
+COORDINATOR_PORTS: dict[StageName, int] = {"transfer": 9122, "fine-tune": 9123}
 
 APP_NAME = "topwork"
 """Value of the labels `app.kubernetes.io/name`, `part-of` and `managed-by`."""
@@ -85,6 +89,27 @@ def prefetch_job_name(job: TransferJob) -> str:
     return f"{job.run}-pull"
 
 
+def service_name(job: TransferJob) -> str:
+    """Return the name of the headless Service between the nodes of a run.
+
+    It has a prefix because the name of a Service must begin with a letter, unlike that of a job.
+    """
+    return service_name_of_run(job.run)
+
+
+def service_name_of_run(run: str) -> str:
+    """Return the name of the headless Service between the nodes of a run, from the name of the run."""
+    return f"{APP_NAME}-{run}"
+
+
+def node_hosts(job: TransferJob) -> list[str]:
+    """Return the host names of the nodes of a run, which are resolved in the namespace of their pods.
+
+    Kubernetes names the host of a pod of an Indexed Job `<job>-<index>`.
+    """
+    return [f"{object_name(job)}-{index}.{service_name(job)}" for index in range(job.spec.compute.nodes)]
+
+
 Role = Literal["training", "prefetch"]
 
 
@@ -114,6 +139,11 @@ def labels(job: TransferJob, role: Role = "training") -> dict[str, str]:
 def pod_labels(job: TransferJob, role: Role) -> dict[str, str]:
     """Return the labels of a pod."""
     return labels(job, role) | {ROLE_LABEL: role}
+
+
+def node_selector(job: TransferJob) -> dict[str, str]:
+    """Return the labels that select the pods that train a run."""
+    return {RUN_LABEL: job.run, ROLE_LABEL: "training"}
 
 
 def job_labels(job: TransferJob, role: Role) -> dict[str, str]:

@@ -40,6 +40,21 @@ class ExtraCa(SpecModel):
     key: ConfigMapKey = Field(default="ca.crt", description="Key of the ConfigMap with the certificates in PEM format.")
 
 
+class Topology(SpecModel):
+    """Placement of the pods of a run on several nodes, relative to each other. The scheduler follows it if possible."""
+
+    pack: LabelKey | None = Field(
+        default=None,
+        description="Label of machines: pods are placed on machines with the same value, such as "
+        "topology.kubernetes.io/zone for a fast network between them. Unset: no preference.",
+    )
+    spread: LabelKey | None = Field(
+        default=None,
+        description="Label of machines: pods are distributed evenly over its values, such as kubernetes.io/hostname "
+        "for a machine each. Unset: no preference.",
+    )
+
+
 class Compute(SpecModel):
     """Resources and scheduling of the Kubernetes Job. Changing these values does not change the result of a run."""
 
@@ -48,20 +63,27 @@ class Compute(SpecModel):
         description="Image of all containers. Unset: the image of the namespace's defaults, or else "
         "topwork:<version>-gpu, or -cpu without GPUs.",
     )
-    gpus: StrictInt = Field(default=1, ge=0, le=16, description="Number of GPUs of the pod. 0 trains on the CPU.")
+    nodes: StrictInt = Field(
+        default=1,
+        ge=1,
+        le=64,
+        description="Number of nodes: pods that train the run together. Resources and placement apply to each of them.",
+    )
+    gpus: StrictInt = Field(default=1, ge=0, le=16, description="Number of GPUs of each pod. 0 trains on the CPU.")
     cpu: Annotated[
         Annotated[CpuQuantity, Tag("<quantity>")]
         | Annotated[StrictInt, Field(ge=1, le=1024), Tag("<cores>")]
         | Annotated[StrictFloat, Field(gt=0.0, le=1024.0), Tag("<fraction>")],
         Discriminator(_cpu_tag),
         ValueDescription("a number of cores above 0 and at most 1024, or a Kubernetes quantity such as 500m"),
-    ] = Field(default=4, description="CPU cores of the pod.")
-    memory: ByteQuantity = Field(default="16Gi", description="Memory of the pod.")
+    ] = Field(default=4, description="CPU cores of each pod.")
+    memory: ByteQuantity = Field(default="16Gi", description="Memory of each pod.")
     shared_memory: ByteQuantity = Field(
         default="2Gi", description="Size of the memory-backed volume at /dev/shm. Counts toward the memory of the pod."
     )
     scratch: ByteQuantity = Field(
-        default="50Gi", description="Size of the scratch volume for the local copy of the dataset and caches."
+        default="50Gi",
+        description="Size of the scratch volume of each pod, for the local copy of the dataset and caches.",
     )
     precision: Literal["auto", "float32", "mixed_float16", "mixed_bfloat16"] = Field(
         default="auto",
@@ -76,8 +98,8 @@ class Compute(SpecModel):
         default=3,
         ge=0,
         le=100,
-        description="Number of retries before the Job fails (backoffLimit). Disruptions such as preemption do not "
-        "count.",
+        description="Number of retries before the Job fails (backoffLimit, times nodes). Disruptions such as "
+        "preemption do not count.",
     )
     ttl_seconds_after_finished: StrictInt = Field(
         default=86400, ge=0, le=2**31 - 1, description="Seconds after which Kubernetes deletes a finished Job."
@@ -94,6 +116,9 @@ class Compute(SpecModel):
     affinity: dict[str, Any] = Field(
         default={},
         description="Affinity of the pod as in a pod spec: nodeAffinity, podAffinity and podAntiAffinity.",
+    )
+    topology: Topology | None = Field(
+        default=None, description="Placement of the pods relative to each other. Requires several nodes."
     )
     priority_class_name: DnsName | None = Field(default=None, description="PriorityClass of the pod.")
     service_account_name: ObjectName | None = Field(
@@ -129,6 +154,11 @@ class Compute(SpecModel):
         description="Minutes between checkpoints within an epoch. Another one is stored at the end of each epoch, but "
         "at most once a minute.",
     )
+
+    @property
+    def replicas(self) -> int:
+        """Number of replicas of the model: the GPUs of all nodes, or one per node on the CPU."""
+        return self.nodes * max(1, self.gpus)
 
 
 class Metrics(SpecModel):
@@ -182,6 +212,20 @@ def toleration_fields_are_consistent(compute: Compute) -> Iterator[Violation]:
 def affinity_matches_the_kubernetes_api(compute: Compute) -> Iterator[Violation]:
     """The API server rejects the whole Job if one key of the affinity is invalid."""
     yield from check_affinity(compute.affinity, "affinity")
+
+
+@rule(Compute)
+def topology_requires_several_nodes(compute: Compute) -> Iterator[Violation]:
+    """A single pod has no other pods to be placed next to."""
+    if compute.topology and compute.nodes == 1:
+        yield Violation("topology", "applies only to several nodes. Set spec.compute.nodes, or remove topology.")
+
+
+@rule(Topology)
+def topology_does_not_contradict_itself(topology: Topology) -> Iterator[Violation]:
+    """Pods can't have the same value of a label and be distributed over its values."""
+    if topology.pack and topology.pack == topology.spread:
+        yield Violation("spread", f"{topology.spread} is also the label of pack. Remove one of them.")
 
 
 @rule(Compute)

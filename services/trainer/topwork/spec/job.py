@@ -119,30 +119,36 @@ class TransferJob(SpecModel):
 
 
 @rule(JobSpec)
-def batch_size_is_divisible_by_gpus(spec: JobSpec) -> Iterator[Violation]:
+def batch_size_is_divisible_by_replicas(spec: JobSpec) -> Iterator[Violation]:
     """Each replica gets an equal part of the global batch; uneven parts crash in AddN (keras#19246)."""
     sizes = {"transfer": spec.transfer.batch_size, "fineTune": spec.fine_tune.batch_size if spec.fine_tune else None}
-    gpus = spec.compute.gpus
+    nodes, gpus, replicas = spec.compute.nodes, spec.compute.gpus, spec.compute.replicas
+    divisor = f"spec.compute.gpus {gpus}"
+    if nodes > 1:
+        divisor = f"spec.compute.nodes {nodes}" + (f" * gpus {gpus} = {replicas}" if gpus > 1 else "")
     for stage, size in sizes.items():
-        if size and gpus > 1 and size % gpus:
-            multiples = ([size // gpus * gpus] if size > gpus else []) + [(size // gpus + 1) * gpus]
+        if size and size % replicas:
+            multiples = ([size // replicas * replicas] if size > replicas else []) + [(size // replicas + 1) * replicas]
             yield Violation(
                 f"{stage}.batchSize",
-                f"{size} is not divisible by spec.compute.gpus {gpus}, but each replica processes an equal part of the "
-                f"global batch. Try {' or '.join(map(str, multiples))}.",
+                f"{size} is not divisible by {divisor}, but each replica processes an equal part of the global batch. "
+                f"Try {' or '.join(map(str, multiples))}.",
             )
 
 
 @rule(JobSpec)
 def gradient_accumulation_requires_one_replica(spec: JobSpec) -> Iterator[Violation]:
     """Keras crashes when it accumulates gradients under MirroredStrategy (keras#20582)."""
+    counts = {"nodes": spec.compute.nodes, "gpus": spec.compute.gpus}
+    several = {key: count for key, count in counts.items() if count > 1}
     for stage, optimizer in _optimizers(spec).items():
-        if spec.compute.gpus > 1 and optimizer.gradient_accumulation_steps is not None:
+        if several and optimizer.gradient_accumulation_steps is not None:
             yield Violation(
                 f"{stage}.optimizer.gradientAccumulationSteps",
-                f"{optimizer.gradient_accumulation_steps} is not supported with spec.compute.gpus {spec.compute.gpus}: "
+                f"{optimizer.gradient_accumulation_steps} is not supported with spec.compute."
+                f"{' and '.join(f'{key} {count}' for key, count in several.items())}: "
                 "Keras crashes when it accumulates gradients over several replicas (keras#20582). Remove it, or set "
-                "gpus: 1.",
+                f"{' and '.join(f'{key}: 1' for key in several)}.",
             )
 
 

@@ -12,7 +12,7 @@ import yaml
 from topwork.spec.job import TransferJob
 
 # Values that concern the TransferJob in a cluster, not its run.
-OUTSIDE_THE_RUN = {"metadata": {"namespace", "annotations"}, "spec": {"suspend"}}
+OUTSIDE_THE_RUN: dict[str, Any] = {"metadata": {"namespace": True, "annotations": True}, "spec": {"suspend": True}}
 
 # YAML 1.1 (kubectl) and YAML 1.2 parsers read these as other types unless they are quoted: yes, 017, 1_000, 12:30, 1e5.
 AMBIGUOUS = re.compile(r"(y|n|yes|no|on|off|true|false|null|~|=|<<|[-+.]?[0-9][0-9a-fA-FxXoO_.:eE+-]*)?", re.IGNORECASE)
@@ -82,9 +82,13 @@ def job_to_dict(job: TransferJob) -> dict[str, Any]:
         job: The job. Its namespace, annotations and spec.suspend are not part of the run.
 
     Returns:
-        Nested mappings with camelCase keys in the order of the reference.
+        Nested mappings with camelCase keys in the order of the reference, without `compute.nodes` if it is 1.
     """
-    return job.model_dump(mode="json", by_alias=True, exclude_none=True, exclude=OUTSIDE_THE_RUN)
+    excluded = OUTSIDE_THE_RUN
+    if job.spec.compute.nodes == 1:
+        # The digest of a Job covers these values: that of a Job on one node remains as it was without this key.
+        excluded = excluded | {"spec": excluded["spec"] | {"compute": {"nodes": True}}}
+    return job.model_dump(mode="json", by_alias=True, exclude_none=True, exclude=excluded)
 
 
 def dump_job(job: TransferJob) -> str:

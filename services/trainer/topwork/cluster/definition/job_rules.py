@@ -12,26 +12,34 @@ from topwork.cluster.definition.cel import (
     mirrors,
     text,
 )
-from topwork.spec import job
+from topwork.spec import compute, job
 from topwork.spec.applications import MIN_SIDE
 
 STAGES = ("transfer", "fineTune")
+# Numbers of nodes, and of replicas on each of them, if `self.compute` is set.
+NODES = "(has(self.compute.nodes) ? self.compute.nodes : 1)"
+GPUS = "(has(self.compute.gpus) && self.compute.gpus > 1 ? self.compute.gpus : 1)"
 
 
-@mirrors(job.batch_size_is_divisible_by_gpus)
+@mirrors(job.batch_size_is_divisible_by_replicas)
 def _batch_sizes() -> Iterator[CelRule]:
-    gpus = "self.compute.gpus"
+    # Without nodes or gpus, the defaults of the namespace decide: replicas is then a divisor of their number.
+    replicas = f"({NODES} * {GPUS})"
+    of_nodes = format_text("spec.compute.nodes {}", f"string({NODES})")
+    of_both = format_text(
+        "spec.compute.nodes {} * gpus {} = {}", f"string({NODES})", f"string({GPUS})", f"string({replicas})"
+    )
+    of_gpus = format_text("spec.compute.gpus {}", f"string({GPUS})")
     for stage in STAGES:
         size = f"self.{stage}.batchSize"
         yield CelRule(
-            f"{is_set(gpus)} && {gpus} > 1 && {is_set(size)} && {size} % {gpus} != 0",
+            f"has(self.compute) && {is_set(size)} && {size} % {replicas} != 0",
             text(
-                "{} is not divisible by spec.compute.gpus {}, but each replica processes an equal part of the global "
-                "batch. Try {}{}.",
+                "{} is not divisible by {}, but each replica processes an equal part of the global batch. Try {}{}.",
                 f"string({size})",
-                f"string({gpus})",
-                f'({size} > {gpus} ? {format_text("{} or ", f"string({size} / {gpus} * {gpus})")} : "")',
-                f"string(({size} / {gpus} + 1) * {gpus})",
+                f"({NODES} > 1 ? ({GPUS} > 1 ? {of_both} : {of_nodes}) : {of_gpus})",
+                f'({size} > {replicas} ? {format_text("{} or ", f"string({size} / {replicas} * {replicas})")} : "")',
+                f"string((1 + {size} / {replicas}) * {replicas})",
             ),
             f"{stage}.batchSize",
         )
@@ -39,16 +47,25 @@ def _batch_sizes() -> Iterator[CelRule]:
 
 @mirrors(job.gradient_accumulation_requires_one_replica)
 def _gradient_accumulation() -> Iterator[CelRule]:
-    gpus = "self.compute.gpus"
+    nodes, gpus = f"string({NODES})", f"string({GPUS})"
+    both, only_nodes, only_gpus = (
+        format_text(template, *values)
+        for template, values in (
+            ("nodes {} and gpus {}", (nodes, gpus)),
+            ("nodes {}", (nodes,)),
+            ("gpus {}", (gpus,)),
+        )
+    )
     for stage in STAGES:
         key = f"{stage}.optimizer.gradientAccumulationSteps"
         yield CelRule(
-            f"{is_set(gpus)} && {gpus} > 1 && {is_set(f'self.{key}')}",
+            f"has(self.compute) && {NODES} * {GPUS} > 1 && {is_set(f'self.{key}')}",
             text(
-                "{} is not supported with spec.compute.gpus {}: Keras crashes when it accumulates gradients over "
-                "several replicas (keras#20582). Remove it, or set gpus: 1.",
+                "{} is not supported with spec.compute.{}: Keras crashes when it accumulates gradients over several "
+                "replicas (keras#20582). Remove it, or set {}.",
                 f"string(self.{key})",
-                f"string({gpus})",
+                f"({NODES} > 1 ? ({GPUS} > 1 ? {both} : {only_nodes}) : {only_gpus})",
+                f'({NODES} > 1 ? ({GPUS} > 1 ? "nodes: 1 and gpus: 1" : "nodes: 1") : "gpus: 1")',
             ),
             key,
         )
@@ -118,4 +135,24 @@ def _cnn() -> Iterator[CelRule]:
         'self.transfer.train == "head" && has(self.model.base.cnn)',
         "head would freeze the cnn at its random weights. Set train: all.",
         "transfer.train",
+    )
+
+
+@mirrors(compute.topology_requires_several_nodes)
+def _topology() -> Iterator[CelRule]:
+    # Without nodes, the defaults of the namespace may set it.
+    yield CelRule(
+        "has(self.topology) && has(self.nodes) && self.nodes == 1",
+        "applies only to several nodes. Set spec.compute.nodes, or remove topology.",
+        "topology",
+        "FieldValueForbidden",
+    )
+
+
+@mirrors(compute.topology_does_not_contradict_itself)
+def _topology_labels() -> Iterator[CelRule]:
+    yield CelRule(
+        "has(self.pack) && has(self.spread) && self.pack == self.spread",
+        text("{} is also the label of pack. Remove one of them.", "self.spread"),
+        "spread",
     )

@@ -27,14 +27,17 @@ def build_job(job: TransferJob, role: Role, name: str, template: dict[str, Any])
         A Job without namespace and digest annotation.
     """
     compute = job.spec.compute
+    nodes = compute.nodes if role == "training" else 1
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
         "metadata": {"name": name, "labels": job_labels(job, role)},
         "spec": {
-            "completions": 1,
-            "parallelism": 1,
-            "backoffLimit": compute.retries,
+            **(_indexed_fields() if nodes > 1 else {}),
+            "completions": nodes,
+            "parallelism": nodes,
+            # When a node fails, all others end, too, and each of them counts.
+            "backoffLimit": compute.retries * nodes,
             "activeDeadlineSeconds": compute.deadline_seconds,
             "ttlSecondsAfterFinished": compute.ttl_seconds_after_finished,
             # Two pods must never share a run: the next pod starts only after the previous one has terminated.
@@ -43,6 +46,11 @@ def build_job(job: TransferJob, role: Role, name: str, template: dict[str, Any])
             "template": template,
         },
     }
+
+
+def _indexed_fields() -> dict[str, Any]:
+    """Return the fields of a Job on several nodes: each pod has an index, and node 0 publishes the model."""
+    return {"completionMode": "Indexed", "successPolicy": {"rules": [{"succeededIndexes": "0"}]}}
 
 
 def _pod_failure_rules() -> list[dict[str, Any]]:

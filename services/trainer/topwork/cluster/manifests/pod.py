@@ -4,6 +4,7 @@ import math
 from copy import deepcopy
 from typing import Any, Literal, NamedTuple
 
+from topwork.cluster.manifests.nodes import build_affinity, node_pod_fields, node_ports, node_variables
 from topwork.cluster.names import (
     DATASET_ANNOTATION,
     GPU_RESOURCE,
@@ -56,12 +57,13 @@ def training_pod_template(job: TransferJob, image: str) -> dict[str, Any]:
     with_gpus = without_gpus | ({GPU_RESOURCE: compute.gpus} if compute.gpus else {})
     spec = {
         "nodeSelector": dict(compute.node_selector),
-        "affinity": deepcopy(compute.affinity),
+        "affinity": build_affinity(job),
+        **(node_pod_fields(job) if compute.nodes > 1 else {}),
         "initContainers": [
-            _container(job, "pull", image, without_gpus),
-            _container(job, "transfer", image, with_gpus),
+            _container(job, "pull", image, without_gpus, role="training"),
+            _container(job, "transfer", image, with_gpus, role="training"),
         ],
-        "containers": [_container(job, "fine-tune", image, with_gpus)],
+        "containers": [_container(job, "fine-tune", image, with_gpus, role="training")],
     }
     return _pod_template(job, "training", spec)
 
@@ -82,7 +84,7 @@ def prefetch_pod_template(job: TransferJob, image: str) -> dict[str, Any]:
         "memory": min(compute.memory, PREFETCH_MAX_MEMORY, key=quantity_to_bytes),
         "ephemeral-storage": _disk_quantity(compute.scratch),
     }
-    return _pod_template(job, "prefetch", {"containers": [_container(job, "pull", image, resources)]})
+    return _pod_template(job, "prefetch", {"containers": [_container(job, "pull", image, resources, role="prefetch")]})
 
 
 def _cpu_quantity(millicores: int) -> int | str:
@@ -134,7 +136,9 @@ def _without_empty(fields: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in fields.items() if value not in (None, {}, [])}
 
 
-def _container(job: TransferJob, stage: StageName, image: str, resources: dict[str, Any]) -> dict[str, Any]:
+def _container(
+    job: TransferJob, stage: StageName, image: str, resources: dict[str, Any], *, role: Role
+) -> dict[str, Any]:
     """Build the container of a stage, as the restricted Pod Security Standard requires.
 
     Args:
@@ -142,18 +146,23 @@ def _container(job: TransferJob, stage: StageName, image: str, resources: dict[s
         stage: The stage that the container runs.
         image: Image whose entrypoint is `topwork`.
         resources: Amounts by resource name, used as requests and limits.
+        role: Role of the pod.
 
     Returns:
         A container.
     """
+    has_peers = role == "training" and job.spec.compute.nodes > 1
     return {
         "name": stage,
         "image": image,
         "args": ["stage", stage, "--job", f"{JOB_DIRECTORY}/{JOB_FILE}"],
-        "env": _environment(job),
+        "env": _environment(job) + (node_variables(job, stage) if has_peers else []),
         # If the Secret is missing, the pod still starts: the process exits with 2 and reports the missing variables.
         "envFrom": [{"secretRef": {"name": STORAGE_SECRET, "optional": True}}],
-        "ports": [{"name": f"http-{stage}", "containerPort": METRICS_PORTS[stage]}],
+        "ports": [
+            {"name": f"http-{stage}", "containerPort": METRICS_PORTS[stage]},
+            *(node_ports(stage) if has_peers else []),
+        ],
         "resources": {"requests": dict(resources), "limits": dict(resources)},
         "volumeMounts": [volume.mount() for volume in _volumes(job, training=stage != "pull")],
         "securityContext": {

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from topwork import __version__
 from topwork.clients.kubernetes import KubernetesObject
 from topwork.cluster.manifests.job import build_job
+from topwork.cluster.manifests.nodes import build_network_policy, build_service
 from topwork.cluster.manifests.pod import prefetch_pod_template, training_pod_template
 from topwork.cluster.names import (
     DATASET_ANNOTATION,
@@ -72,16 +73,26 @@ class RenderedObjects:
         config_map: ConfigMap with the complete spec, which the pods read.
         training: The Job that trains.
         prefetch: The Job that only pulls the dataset, if the spec requests one.
+        service: The headless Service that gives the pods of a run on several nodes host names; None for one node.
+        network_policy: The NetworkPolicy that lets only these pods connect to each other; None for one node.
     """
 
     config_map: KubernetesObject
     training: KubernetesObject
     prefetch: KubernetesObject | None
+    service: KubernetesObject | None = None
+    network_policy: KubernetesObject | None = None
+
+    @property
+    def network(self) -> list[KubernetesObject]:
+        """Service and NetworkPolicy between several nodes; empty for one node."""
+        return [obj for obj in (self.service, self.network_policy) if obj]
 
     @property
     def objects(self) -> list[KubernetesObject]:
         """All objects, each after the objects that it depends on."""
-        return [self.config_map, *([self.prefetch] if self.prefetch else []), self.training]
+        objects = (self.config_map, self.service, self.network_policy, self.prefetch, self.training)
+        return [obj for obj in objects if obj]
 
 
 def render(job: TransferJob, options: RenderOptions) -> RenderedObjects:
@@ -128,10 +139,13 @@ def render(job: TransferJob, options: RenderOptions) -> RenderedObjects:
     training = _with_pod_annotations(_with_digest(training, job), pinned | restart)
     # It only pulls: the Job that trains may already work on the results.
     prefetch = _with_pod_annotations(_with_digest(prefetch, job), pinned) if prefetch else None
+    has_peers = job.spec.compute.nodes > 1
     return RenderedObjects(
         _with_namespace(config_map, options),
         _with_namespace(training, options),
         _with_namespace(prefetch, options) if prefetch else None,
+        _with_namespace(build_service(job), options) if has_peers else None,
+        _with_namespace(build_network_policy(job), options) if has_peers else None,
     )
 
 
