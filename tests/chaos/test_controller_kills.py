@@ -43,7 +43,7 @@ class Scenario:
         self.held: set[str] = set()
 
     def start(self, number: int) -> None:
-        """Apply a TransferJob, and act on it as soon as it runs."""
+        """Apply a TransferJob, on one or two nodes, and act on it as soon as it runs."""
         behavior = (self._wait, self._suspend, self._change, self._cancel)[number % 4]
         name = f"job-{number}"
         self.held.add(name)
@@ -68,7 +68,8 @@ class Scenario:
             raise self._errors[0]
 
     def _apply(self, name: str, *, metadata: Object | None = None, **spec: Any) -> None:
-        obj = {"apiVersion": "topwork.dev/v1alpha1", "kind": "TransferJob", "spec": SPEC | spec}
+        nodes = {"compute": {"gpus": 0, "nodes": 2}} if int(name.rpartition("-")[2]) % 3 == 0 else {}
+        obj = {"apiVersion": "topwork.dev/v1alpha1", "kind": "TransferJob", "spec": SPEC | nodes | spec}
         self._cluster.apply(obj | {"metadata": {"name": name} | (metadata or {})}, manager="kubectl")
 
     def _wait_for(self, name: str, *states: str) -> Object:
@@ -137,6 +138,11 @@ class SimulatedRun:
             "statuses": {obj["metadata"]["name"]: status_of(obj) for obj in self.server.list("TransferJob")},
             "jobs": {obj["metadata"]["name"]: job_of(obj) for obj in self.server.list("Job")},
             "config maps": {obj["metadata"]["name"]: obj["data"] for obj in self.server.list("ConfigMap")},
+            "network": sorted(
+                (kind, obj["metadata"]["name"])
+                for kind in ("Service", "NetworkPolicy")
+                for obj in self.server.list(kind)
+            ),
             "Jobs of each run": Counter(jobs.values()),
             "pods of each run": Counter(pod.run for pod in self.controllers.pods),
             "events": Counter(

@@ -21,7 +21,7 @@ def collect_diagnostics(namespace: str) -> str:
     if not _output(kubectl, "get", "jobs,pods,resourcequotas,events", "--output", "name", "--ignore-not-found").strip():
         return ""
     sections = [
-        _section(kubectl, "get", "jobs,pods,configmaps,resourcequotas", "--output", "wide"),
+        _section(kubectl, "get", "jobs,pods,configmaps,services,networkpolicies,resourcequotas", "--output", "wide"),
         # An error if the cluster does not serve TransferJobs.
         _section(kubectl, "get", "transferjobs", "--output", "yaml"),
         _section(kubectl, "describe", "pods", "--selector", SELECTOR),

@@ -147,7 +147,7 @@ def collected(expression: str) -> list[str]:
     return [line for line in result.stdout.splitlines() if "::" in line]
 
 
-def test_smoke_subset_covers_submission_failure_resumption_kubectl_prefetch_and_transfer_jobs():
+def test_smoke_subset_covers_submission_failure_resumption_kubectl_prefetch_nodes_and_transfer_jobs():
     smoke = collected("cluster and smoke")
     assert 16 <= len(smoke) <= 20
     files = {line.partition("::")[0].rpartition("/")[2] for line in smoke}
@@ -159,6 +159,7 @@ def test_smoke_subset_covers_submission_failure_resumption_kubectl_prefetch_and_
         "test_prefetch.py",
         "test_transfer_jobs.py",
         "test_controller.py",
+        "test_nodes.py",
     }
 
 

@@ -247,8 +247,17 @@ def _reset(kind: Kind, new: Object, old: Object | None, subresource: str) -> Obj
 
 def _reject_immutable_fields(key: Key, new: Object, old: Object) -> None:
     spec = new.setdefault("spec", {})
-    for field in ("template", "completions", "selector"):
+    fields = ("template", "completions", "selector", "completionMode", "successPolicy", "podFailurePolicy")
+    for field in fields:
         before, after = old["spec"].get(field), spec.get(field)
+        if field == "completions" and _is_elastic(old) and _is_elastic(new):
+            continue
         if before != after:
             reason = f"Invalid value: {json.dumps(after)}: field is immutable"
             raise ApiError(api_statuses.invalid("Job", key.name, f"spec.{field}", reason, group="batch"))
+
+
+def _is_elastic(job: Object) -> bool:
+    """Return whether the completions of an Indexed Job may change: only together with its parallelism."""
+    job_spec = job["spec"]
+    return job_spec.get("completionMode") == "Indexed" and job_spec.get("completions") == job_spec.get("parallelism")

@@ -21,6 +21,7 @@ NAMESPACE = "team-a"
 IMAGE = "registry.example.com/topwork:1-gpu"
 MODEL = "s3://bucket/topwork/models/flowers/3/"
 NODE = "gpu-1"
+INDEX_KEY = "batch.kubernetes.io/job-completion-index"
 SOURCE_NOTE = "Note: the pod checks the source, not this command: no storage is configured here"
 """Printed to standard error by `topwork submit` without AWS variables."""
 
@@ -196,6 +197,7 @@ def pod(
     *,
     of: Object | None = None,
     suffix: str = "abcde",
+    index: int | None = None,
     node: str | None = NODE,
     phase: str | None = None,
     conditions: tuple[Object, ...] = (),
@@ -203,14 +205,28 @@ def pod(
     deleted: float | None = None,
     **status: Any,
 ) -> Object:
-    """Return a pod of a Job with the states of its containers; all other containers are waiting."""
+    """Return a pod of a Job with the states of its containers; all other containers are waiting.
+
+    Args:
+        states: State of containers by name.
+        of: The Job.
+        suffix: End of the name.
+        index: Completion index; None if the Job is not Indexed.
+        node: Node that the pod is scheduled to.
+        phase: Phase; None for the one that follows from the containers.
+        conditions: Conditions in addition to PodScheduled.
+        created: When it was created, in seconds after the creation of the Job.
+        deleted: When it was deleted.
+        status: Other fields of the status.
+    """
     owner = of or job()
     template = copy.deepcopy(owner["spec"]["template"])
-    name = f"{owner['metadata']['name']}-{suffix}"
+    prefix = owner["metadata"]["name"] + ("" if index is None else f"-{index}")
+    name = f"{prefix}-{suffix}"
     metadata = {
         **template["metadata"],
         "name": name,
-        "generateName": f"{owner['metadata']['name']}-",
+        "generateName": f"{prefix}-",
         "namespace": NAMESPACE,
         "uid": uid(name),
         "creationTimestamp": at(created),
@@ -228,6 +244,8 @@ def pod(
     }
     if deleted is not None:
         metadata |= {"deletionTimestamp": at(deleted + 300), "deletionGracePeriodSeconds": 300}
+    if index is not None:
+        add_completion_index(metadata, template["spec"], prefix, index)
     if node:
         template["spec"]["nodeName"] = node
     states = {**_default_states(template["spec"]), **(states or {})}
@@ -239,6 +257,23 @@ def pod(
                 _container_status(container, states[container["name"]]) for container in template["spec"][specs]
             ]
     return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": template["spec"], "status": pod_status}
+
+
+def completion_index(obj: Object) -> int | None:
+    """Return the completion index of a pod; None if its Job is not Indexed."""
+    index = obj["metadata"].get("annotations", {}).get(INDEX_KEY)
+    return None if index is None else int(index)
+
+
+def add_completion_index(metadata: Object, pod_spec: Object, hostname: str, index: int) -> None:
+    """Add what the Job controller adds to a pod of an Indexed Job: annotation, label, host name and variable."""
+    for fields in ("labels", "annotations"):
+        metadata[fields] = {**metadata.get(fields, {}), INDEX_KEY: str(index)}
+    pod_spec["hostname"] = hostname
+    variable: Object = {"name": "JOB_COMPLETION_INDEX"}
+    variable |= {"valueFrom": {"fieldRef": {"fieldPath": f"metadata.labels['{INDEX_KEY}']"}}}
+    for container in [*pod_spec.get("initContainers", []), *pod_spec["containers"]]:
+        container["env"] = [*container.get("env", []), variable]
 
 
 def _phase(pod_spec: Object, states: dict[str, Object]) -> str:

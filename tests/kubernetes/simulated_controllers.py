@@ -97,16 +97,21 @@ class SimulatedControllers:
         """Evict a pod, as a node drain or a preemption does."""
         self.kubelet.evict(pod, namespace, reason)
 
+    def kill(self, pod: str, code: int = 137) -> None:
+        """Kill the process of a pod; it stores no checkpoint."""
+        self.kubelet.kill(pod, code)
+
     def active_pods(self, run: str) -> list[PodRecord]:
         """Return the pods of a run that have not ended."""
         return [pod for pod in self.pods if pod.run == run and pod.ended is None]
 
     def overlapping_pods(self) -> list[tuple[str, str]]:
-        """Return the pairs of pods of the same run and role that were active at the same time."""
+        """Return the pairs of pods of the same run, role and index that were active at the same time."""
         return [
             (one.name, other.name)
             for one, other in itertools.combinations(self.pods, 2)
             if (one.namespace, one.run, one.role) == (other.namespace, other.run, other.role)
+            and (one.index == other.index or one.job_uid != other.job_uid)
             and (one.ended is None or one.ended > other.created)
         ]
 

@@ -1,4 +1,8 @@
-"""Simulated scheduler and kubelet: moves the containers of pods through their stages."""
+"""Simulated scheduler and kubelet: moves the containers of pods through their stages.
+
+The pods of a run on several nodes behave like those of topwork: node 0 pulls while the others wait; they train only
+once all of them are in the same stage; if one ends, the others end, too; only node 0 publishes.
+"""
 
 import time
 from dataclasses import dataclass, field
@@ -35,7 +39,15 @@ class SimulatedClock:
 
 @dataclass
 class PodRecord:
-    """A pod, and when it was active, in seconds of the clock; `ended` is None until all its processes have ended."""
+    """A pod, and when it was active, in seconds of the clock; `ended` is None until all its processes have ended.
+
+    Attributes:
+        index: Its completion index; 0 if its Job is not Indexed.
+        nodes: Number of pods that train the run together.
+        group: UIDs of the pods that form a group with it in the running stage; empty before they have connected.
+        group_start: When they had connected.
+        exit_code: Exit code of the last container that ended.
+    """
 
     namespace: str
     name: str
@@ -50,6 +62,11 @@ class PodRecord:
     terminating_since: float | None = None
     container: int = -1
     states: list[Object] = field(default_factory=list)
+    index: int = 0
+    nodes: int = 1
+    group: tuple[str, ...] = ()
+    group_start: float = 0.0
+    exit_code: int = 0
 
 
 class Kubelet:
@@ -59,6 +76,7 @@ class Kubelet:
         script: Exit codes of the next attempts of a stage.
         stage_seconds: Duration of each stage, or by stage.
         can_schedule: Whether the node has room for a pod.
+        unschedulable: Completion indexes of the pods for which no node has room.
         trained_seconds: Checkpointed progress by run and stage.
     """
 
@@ -77,6 +95,7 @@ class Kubelet:
         self.shutdown_seconds, self.start_seconds = shutdown_seconds, start_seconds
         self.pod_ip = pod_ip
         self.can_schedule = True
+        self.unschedulable: set[int] = set()
         self.trained_seconds: dict[tuple[str, str], float] = {}
         self._server, self._clock = server, clock
         self._models: dict[str, str] = {}
@@ -107,6 +126,8 @@ class Kubelet:
                 labels.get("topwork.dev/role", ""),
                 self._clock.seconds(),
                 states=[sample_objects.waiting() for _ in containers],
+                index=sample_objects.completion_index(pod) or 0,
+                nodes=_number_of_nodes(pod),
             )
         )
 
@@ -119,6 +140,15 @@ class Kubelet:
             conditions = [*pod["status"].get("conditions", []), disruption]
             self._server.patch("Pod", name, {"status": {"conditions": conditions}}, namespace=namespace)
             self._server.deletion.delete(Key("Pod", namespace or NAMESPACE, name), {})
+
+    def kill(self, name: str, code: int) -> None:
+        """End the process of a pod without a checkpoint, as the OOM killer does with SIGKILL."""
+        with self._server.objects.changed:
+            record = next(record for record in self.pods if record.name == name)
+            pod = self._server.get("Pod", name, namespace=record.namespace)
+            assert pod is not None, f"no pod {name}"
+            self._end_container(record, _containers(pod)[record.container]["name"], code)
+            self._finish(record, pod, "Failed", self._clock.seconds())
 
     def _step_pod(self, record: PodRecord) -> None:
         pod = self._server.get("Pod", record.name, namespace=record.namespace)
@@ -136,7 +166,7 @@ class Kubelet:
             self._run_stage(record, pod, now)
 
     def _schedule(self, record: PodRecord, pod: Object, now: float) -> None:
-        if not self.can_schedule:
+        if not self.can_schedule or record.index in self.unschedulable:
             condition = sample_objects.not_scheduled(sample_objects.NO_GPUS) | {
                 "lastTransitionTime": pod["metadata"]["creationTimestamp"]
             }
@@ -144,7 +174,7 @@ class Kubelet:
             return
         record.started_stage = now
         condition = {"type": "PodScheduled", "status": "True", "lastTransitionTime": self._clock.timestamp()}
-        change = {"spec": {"nodeName": sample_objects.NODE}}
+        change = {"spec": {"nodeName": f"gpu-{record.index + 1}"}}
         self._server.patch("Pod", record.name, change, namespace=record.namespace)
         self._patch_status(
             record, phase="Pending", conditions=[condition], podIP=self.pod_ip, startTime=self._clock.timestamp()
@@ -159,11 +189,16 @@ class Kubelet:
 
     def _run_stage(self, record: PodRecord, pod: Object, now: float) -> None:
         stage = _containers(pod)[record.container]["name"]
-        trained = self.trained_seconds.get((record.run, stage), 0.0)
-        if trained + now - record.started_stage < self._duration(stage):
+        if record.nodes > 1 and (code := self._step_node(record, stage, now)) != 0:
+            if code is not None:
+                self._end_container(record, stage, code)
+                self._finish(record, pod, "Failed", now)
+            return
+        if self._progress(record, stage, now) < self._duration(stage):
             return
         codes = self.script.get(stage, [])
-        code = codes.pop(0) if codes else 0
+        is_complete = record.nodes > 1 and self.trained_seconds.get((record.run, stage)) == float("inf")
+        code = codes.pop(0) if codes and not is_complete else 0
         self._end_container(record, stage, code)
         if code:
             self._finish(record, pod, "Failed", now)
@@ -173,6 +208,36 @@ class Kubelet:
             self._start_container(record, pod, record.container + 1, now)
         else:
             self._finish(record, pod, "Succeeded", now)
+
+    def _step_node(self, record: PodRecord, stage: str, now: float) -> int | None:
+        """Let a node of several wait for the others, or notice the end of another one.
+
+        Returns:
+            0 if the stage goes on, None if the node waits, otherwise its exit code.
+        """
+        if self.trained_seconds.get((record.run, stage)) == float("inf"):
+            return 0
+        if stage == "pull":
+            return 0 if record.index == 0 else None
+        if record.group:
+            ended = [peer for peer in self.pods if peer.uid in record.group and peer.ended is not None]
+            return 0 if not ended else 143 if ended[0].exit_code == 143 else 75
+        peers = [peer for peer in self.pods if peer.job_uid == record.job_uid and peer.ended is None]
+        ready = [peer for peer in peers if self._stage_of(peer) == stage and peer.terminating_since is None]
+        if len(ready) < record.nodes:
+            return None
+        for peer in ready:
+            peer.group, peer.group_start = tuple(peer.uid for peer in ready), now
+        return 0
+
+    def _stage_of(self, record: PodRecord) -> str:
+        pod = self._server.get("Pod", record.name, namespace=record.namespace)
+        return _containers(pod)[record.container]["name"] if pod and record.container >= 0 else ""
+
+    def _progress(self, record: PodRecord, stage: str, now: float) -> float:
+        """Return the seconds for which a stage has been trained, with earlier attempts."""
+        start = record.group_start if record.group else record.started_stage
+        return self.trained_seconds.get((record.run, stage), 0.0) + now - start
 
     def _terminate(self, record: PodRecord, pod: Object, now: float) -> None:
         """SIGTERM: the running stage stores its checkpoint, unless the grace period is too short."""
@@ -187,17 +252,22 @@ class Kubelet:
         if now - record.terminating_since < min(self.shutdown_seconds, grace):
             return
         is_stored = self.shutdown_seconds <= grace
-        if is_stored:
-            trained = self.trained_seconds.get((record.run, stage), 0.0)
-            self.trained_seconds[record.run, stage] = trained + record.terminating_since - record.started_stage
+        is_training = record.nodes == 1 or bool(record.group)
+        # The nodes of a run stop at the same step, and store one checkpoint.
+        is_first = not any(peer.exit_code == 143 for peer in self.pods if peer.uid in record.group)
+        if is_stored and is_training and is_first:
+            self.trained_seconds[record.run, stage] = self._progress(record, stage, record.terminating_since)
         self._end_container(record, stage, 143 if is_stored else 137)
         self._finish(record, pod, "Failed", now)
 
     def _end_container(self, record: PodRecord, stage: str, code: int) -> None:
         """Let the running container exit, with the termination message that topwork writes."""
         outcome = {0: "done", 143: "stopped"}.get(code, "failed")
-        fields: dict[str, Any] = RESULTS.get(stage, {}) if code == 0 else {"error": f"{outcome} by the test"}
-        if code == 0 and stage == "fine-tune":
+        record.exit_code, record.group = code, record.group if code else ()
+        fields: dict[str, Any] = {} if record.index else RESULTS.get(stage, {})
+        if code:
+            fields = {"error": f"{outcome} by the test"}
+        if code == 0 and stage == "fine-tune" and record.index == 0:
             fields = fields | {"model": self._publish(record.run)}
         started = record.states[record.container]["running"]["startedAt"]
         state: Object = {"exitCode": code, "reason": "Completed" if code == 0 else "Error", "startedAt": started}
@@ -242,6 +312,12 @@ class Kubelet:
 
 def is_finished(pod: Object) -> bool:
     return pod.get("status", {}).get("phase") in FINISHED
+
+
+def _number_of_nodes(pod: Object) -> int:
+    """Return the number of nodes of a run, as the process reads it from its environment."""
+    variables = {item["name"]: item.get("value", "") for item in pod["spec"]["containers"][0].get("env", [])}
+    return len(variables.get("TOPWORK_NODES", "0").split(","))
 
 
 def _containers(pod: Object) -> list[Object]:

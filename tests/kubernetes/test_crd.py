@@ -101,6 +101,8 @@ CUT = {"dataset.source.tfds": None, "dataset.splits": "auto", f"{TABLE}.uri": "s
 # Violations of rules in CEL that `test_spec_problems` does not contain.
 VIOLATIONS: list[dict[str, Any]] = [
     {"fineTune.optimizer.gradientAccumulationSteps": 2},
+    {"compute.gpus": None, "compute.nodes": 3},
+    {"compute.gpus": 1, "compute.nodes": 2, "fineTune.optimizer.gradientAccumulationSteps": 2},
     {"model.base.application": "InceptionV3", "dataset.imageSize": [150, 74]},
     {"model.base.application": "ResNet50", "dataset.imageSize": [31, 150]},
     {"dataset.source": {"folder": {"uri": "s3://ml-artifacts"}}, "dataset.splits": {"train": 0.8, "test": 0.2}},

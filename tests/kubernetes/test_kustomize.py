@@ -207,6 +207,8 @@ def test_submitter_role_has_exactly_the_verbs_that_the_commands_need() -> None:
         ("topwork.dev", "transferjobs"): ["get", "list", "watch", "create", "patch", "delete"],
         ("batch", "jobs"): ["get", "list", "watch", "create", "patch", "delete"],
         ("", "configmaps"): ["get", "list", "create", "patch", "delete"],
+        ("", "services"): ["get", "create", "patch", "delete"],
+        ("networking.k8s.io", "networkpolicies"): ["get", "create", "patch", "delete"],
         ("", "pods"): ["get", "list", "watch", "delete"],
         ("", "pods/log"): ["get"],
         ("", "pods/proxy"): ["get"],

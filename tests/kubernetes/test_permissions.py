@@ -48,8 +48,8 @@ def controller_rules() -> set[Access]:
 
 
 def test_controller_uses_exactly_the_permissions_of_its_role(world: RecordedCluster) -> None:
-    # Prefetch, suspension, another run, cancellation, completion and deletion.
-    world.apply(sample_objects.spec(prefetch=True))
+    # Prefetch, several nodes, suspension, another run, cancellation, completion and deletion.
+    world.apply(sample_objects.spec(prefetch=True, nodes=2))
     world.advance(40, step=20)
     world.suspend()
     world.advance(40, step=20)

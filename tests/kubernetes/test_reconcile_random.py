@@ -20,6 +20,7 @@ Object = dict[str, Any]
 ACTIONS, SETTLED_ACTIONS = 12, 6
 KILL_PROBABILITY = 0.15
 FINAL = {"Complete", "Failed", "Cancelled"}
+NETWORK_KINDS = ("Service", "NetworkPolicy")
 
 
 class Story:
@@ -94,8 +95,27 @@ class Story:
         conditions = {item["type"]: (item["status"], item["reason"]) for item in status["conditions"]}
         kept = ("state", "run", "observedGeneration", "waitingFor", "gpus", "image", "attempts", "failures", "exitCode")
         config_maps = [item["metadata"]["name"] for item in self.world.server.list("ConfigMap")]
-        objects = {"jobs": self.world.jobs(), "config_maps": config_maps}
+        network = [item["metadata"]["name"] for kind in NETWORK_KINDS for item in self.world.server.list(kind)]
+        objects = {"jobs": self.world.jobs(), "config_maps": config_maps, "network": network}
         return {key: status.get(key) for key in kept} | objects | {"conditions": conditions}
+
+
+class NodeStory(Story):
+    """Random actions that also change the number of nodes, kill single pods, and delete what connects the nodes."""
+
+    def choices(self) -> list[Callable[[], Any]]:
+        world = self.world
+        nodes = [lambda count=count: world.set_compute(nodes=count) for count in (1, 2, 2, 4)]
+        return [*super().choices(), *nodes, self.kill, self.delete_network]
+
+    def kill(self) -> None:
+        pods = [pod for pod in self.world.kubernetes.pods if pod.ended is None and pod.container >= 0]
+        if pods:
+            self.world.kubernetes.kill(self.random.choice(pods).name)
+
+    def delete_network(self) -> None:
+        for obj in self.world.server.list(self.random.choice(NETWORK_KINDS)):
+            self.world.server.remove(obj["kind"], obj["metadata"]["name"])
 
 
 class KilledError(Exception):
@@ -161,11 +181,15 @@ def new_world(tmp_path: Path) -> Iterator[Callable[..., ControlledCluster]]:
         yield start
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_random_actions_end_as_the_spec_asks(new_world: Callable[..., ControlledCluster], seed: int) -> None:
+@pytest.mark.parametrize(
+    ("seed", "kind"), [*((seed, Story) for seed in range(8)), *((seed, NodeStory) for seed in range(6))]
+)
+def test_random_actions_end_as_the_spec_asks(
+    new_world: Callable[..., ControlledCluster], seed: int, kind: type[Story]
+) -> None:
     world = new_world()
-    story = Story(world, seed)
-    world.apply(sample_objects.spec())
+    story = kind(world, seed)
+    world.apply(sample_objects.spec(**({"nodes": 2, "retries": 20} if kind is NodeStory else {})))
     for _ in range(ACTIONS):
         story.lag()
         story.act()
@@ -173,15 +197,17 @@ def test_random_actions_end_as_the_spec_asks(new_world: Callable[..., Controlled
     check_invariants(world)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(
+    ("seed", "kind"), [*((seed, Story) for seed in range(4)), *((seed, NodeStory) for seed in range(4))]
+)
 def test_a_controller_that_is_killed_leaves_the_same_objects_and_status(
-    new_world: Callable[..., ControlledCluster], seed: int
+    new_world: Callable[..., ControlledCluster], seed: int, kind: type[Story]
 ) -> None:
     ends = []
     mortal = new_world(MortalCluster, seed)
     for world in (new_world(), mortal):
-        story = Story(world, seed)
-        world.apply(sample_objects.spec())
+        story = kind(world, seed)
+        world.apply(sample_objects.spec(**({"nodes": 2, "retries": 20} if kind is NodeStory else {})))
         for _ in range(SETTLED_ACTIONS):
             world.advance(40)
             story.act()
@@ -195,7 +221,10 @@ def test_a_controller_that_is_killed_leaves_the_same_objects_and_status(
 def check_invariants(world: ControlledCluster) -> None:
     pods = [pod for pod in world.kubernetes.pods if pod.role == "training"]
     assert [
-        (one.name, other.name) for one, other in combinations(pods, 2) if one.ended is None or one.ended > other.created
+        (one.name, other.name)
+        for one, other in combinations(pods, 2)
+        if (one.ended is None or one.ended > other.created)
+        and not (one.job_uid == other.job_uid and one.index != other.index)
     ] == []
     transfer_job: Object = {}
     jobs: dict[str, Object] = {}

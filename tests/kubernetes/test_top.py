@@ -113,3 +113,48 @@ def test_truncated_page_is_reported_and_read_again(simulated: SimulatedCluster, 
     assert broken.reason
     (run,) = source.read(1.0)
     assert (run.epoch, run.reason) == (5, None)
+
+
+@pytest.fixture
+def two_nodes(api_server: ApiServer) -> SimulatedCluster:
+    """A cluster with the Job of a run on two nodes, whose pods run the transfer stage."""
+    job = sample_objects.job(nodes=2)
+    api_server.put(job)
+    for index in range(2):
+        api_server.put(sample_objects.pod(PULLED | {"transfer": running(100)}, of=job, index=index))
+    return SimulatedCluster(api_server)
+
+
+def start_node(index: int) -> Metrics:
+    metrics = Metrics(gpus=False)
+    metrics.start_job(job="flowers", run=RUN, stage="transfer", version="1.2.3", node=index, nodes=2)
+    metrics.set_planned_epochs("transfer", 20)
+    metrics.set_epoch("transfer", 5)
+    metrics.record_evaluation_speed(images=100, seconds=1.0 + index)
+    return metrics
+
+
+def test_pods_of_all_nodes_are_read(two_nodes: SimulatedCluster, topwork: Topwork):
+    nodes = [start_node(index) for index in range(2)]
+    for index, metrics in enumerate(nodes):
+        two_nodes.server.pod_ports[f"{RUN}-{index}-abcde", 9102] = metrics.serve(0, "127.0.0.1")
+    with nodes[0].track_stage("transfer"), nodes[1].track_stage("transfer"):
+        code, lines = topwork("top", "flowers", *FAST)
+    assert code == 0, lines
+    assert lines[0].startswith(f"{RUN} in namespace team-a: running, transfer for ")
+    assert [line for line in lines if line.startswith("  node")] == [
+        f"  node 0         running, evaluates 100 images/s, {RUN}-0-abcde",
+        f"  node 1         running, evaluates 50 images/s (slow node), {RUN}-1-abcde",
+    ]
+    assert lines[-1] == f"  source         pod {RUN}-0-abcde:9102"
+
+
+def test_node_that_does_not_answer_is_shown_with_the_reason(two_nodes: SimulatedCluster, topwork: Topwork):
+    metrics = start_node(0)
+    two_nodes.server.pod_ports[f"{RUN}-0-abcde", 9102] = metrics.serve(0, "127.0.0.1")
+    with metrics.track_stage("transfer"):
+        code, lines = topwork("top", "flowers", *FAST)
+    assert code == 0, lines
+    (node,) = (line for line in lines if line.startswith("  node 1"))
+    assert node.startswith("  node 1         running: ")
+    assert node.endswith(f", {RUN}-1-abcde")

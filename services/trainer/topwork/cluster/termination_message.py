@@ -23,6 +23,7 @@ class TerminationMessage(BaseModel):
         model: URI of the published model.
         weights_from: Stage and epoch that its weights come from.
         error: Why the stage failed, in one sentence.
+        node: Index of the node, from 0; None for a run on one node.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -37,6 +38,7 @@ class TerminationMessage(BaseModel):
     model: str | None = None
     weights_from: str | None = None
     error: str | None = None
+    node: int | None = None
 
     def to_json(self) -> str:
         """Serialize the message, truncating its error to stay within the Kubernetes limit."""

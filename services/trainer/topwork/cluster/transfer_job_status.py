@@ -11,7 +11,7 @@ FINAL_STATES: frozenset[State] = frozenset({"Complete", "Failed", "Cancelled"})
 """States that end a run; only a change of the spec starts another one."""
 ConditionType = Literal["Accepted", "Suspended", "Complete", "Failed", "Cancelled"]
 MAX_ATTEMPTS = 20
-"""Maximum number of attempts in the status; older ones are dropped."""
+"""Maximum number of pods in the status, or two per node if that is more; older ones are dropped."""
 
 
 class _StatusModel(BaseModel):
@@ -46,6 +46,10 @@ class AttemptRecord(_StatusModel):
     exit_code: int | None = Field(default=None, description="Exit code of the container that failed or was stopped.")
     error: str | None = Field(default=None, description="Why it ended.")
     gpu_seconds: float = Field(default=0.0, description="Number of its GPUs times the seconds for which it held them.")
+    index: int | None = Field(default=None, description="Index of its node. Unset for a run on one node.")
+    attempt: int | None = Field(
+        default=None, description="Number of the attempt, in which every node has a pod. Unset for a run on one node."
+    )
 
 
 class TransferJobStatus(_StatusModel):
@@ -73,7 +77,9 @@ class TransferJobStatus(_StatusModel):
     gpus: int | None = Field(default=None, description="Number of GPUs that the run requests.")
     gpu_seconds: float | None = Field(default=None, description="GPU-seconds of all attempts of all runs so far.")
     failures: int | None = Field(default=None, description="Failed attempts that count against spec.compute.retries.")
-    attempts: int | None = Field(default=None, description="Number of pods of the run so far.")
+    attempts: int | None = Field(
+        default=None, description="Number of attempts of the run so far: its pods, on several nodes those of one node."
+    )
     attempt_history: tuple[AttemptRecord, ...] = Field(default=(), description="The latest pods of the run.")
     job_uid: str | None = Field(default=None, description="UID of the Job that trains.")
     image: str | None = Field(

@@ -24,7 +24,7 @@ def cancel(
     kubeconfig: Kubeconfig = None,
     as_kind: As = None,
 ) -> None:
-    """Stop a run with a checkpoint, and delete its Jobs, pods and ConfigMap; its data in storage is kept.
+    """Stop a run with a checkpoint, and delete its Kubernetes objects; its data in storage is kept.
 
     A TransferJob remains, with the state Cancelled, and is not run again if a GitOps tool applies it again. If you
     submit the same spec again, it resumes from the checkpoint. Exit codes: 0 everything is deleted, or the TransferJob

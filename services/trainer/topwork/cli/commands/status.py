@@ -46,6 +46,10 @@ def status(
     created, state, exitCode, error, counted, diskEviction, stages (stage, state, started, ended, exitCode, epochs,
     metric, value, error)); for a TransferJob also transferJob, its status in the cluster. Unknown values are null; keys
     are never removed or renamed.
+
+    A run on several nodes also has nodes, their number, and each of its attempts, which are the pods of all nodes, has
+    index, the index of its node; node is the name of the machine. Stage, epochs, metric and model are those of node 0;
+    failures counts attempts of all nodes together.
     """
     if follow and (name is None or as_json):
         raise SettingError("--follow requires the name of a job or run, and can't be combined with --json.")

@@ -16,8 +16,9 @@ from topwork.cluster.names import Role
 from topwork.cluster.operations.follow import ConnectionStatus, RunFollower, RunGoneError
 from topwork.cluster.operations.follow_transfer_job import TransferJobFollower
 from topwork.cluster.operations.run_watcher import FollowTimings
-from topwork.cluster.status.attempts import Attempt, ContainerStatus
-from topwork.cluster.status.job_status import NEW_POD_FOLLOWS, describe_end
+from topwork.cluster.status.attempts import Attempt, ContainerStatus, describe_end
+from topwork.cluster.status.job_status import NEW_POD_FOLLOWS
+from topwork.cluster.status.nodes import current_attempts
 from topwork.cluster.status.run_status import EpochProgress, RunStatus
 from topwork.errors import SettingError, UnavailableError
 
@@ -208,34 +209,38 @@ class ProgressReporter:
         Yields:
             Lines.
         """
-        for number, attempt in enumerate(status.attempts, 1):
-            yield from self._attempt_lines(status, attempt, number)
+        current = current_attempts(status.attempts).values()
+        for attempt in status.attempts:
+            # The end of the last attempt is reported as the end of the run.
+            yield from self._attempt_lines(status, attempt, is_last=status.is_finished and attempt in current)
         if status.epoch and status.epoch != self._epoch and epochs:
             yield _epoch_line(status.epoch)
         self._epoch = status.epoch or self._epoch
         yield from self._phase_lines(status)
 
-    def _attempt_lines(self, status: RunStatus, attempt: Attempt, number: int) -> Iterator[str]:
+    def _attempt_lines(self, status: RunStatus, attempt: Attempt, *, is_last: bool) -> Iterator[str]:
         if attempt.current_container and self._is_new(attempt.pod, "attempt started"):
-            yield self._start_line(status, attempt, number)
-        for container in attempt.containers:
+            yield self._start_line(status, attempt)
+        # The stages of other nodes are those of node 0.
+        for container in attempt.containers if attempt.index == 0 else ():
             if container.state != "waiting" and self._is_new(attempt.pod, container.stage, "started"):
                 yield f"{container.stage} started"
             if container.state == "done" and self._is_new(attempt.pod, container.stage, "done"):
                 yield _done_line(container)
-        # The end of the last attempt is reported as the end of the run.
-        is_followed = number < len(status.attempts) or not status.is_finished
-        if attempt.state in {"failed", "stopped"} and is_followed and self._is_new(attempt.pod, "attempt ended"):
+        if attempt.state in {"failed", "stopped"} and not is_last and self._is_new(attempt.pod, "attempt ended"):
             code = f" with exit code {attempt.exit_code}" if attempt.exit_code else ""
-            yield f"attempt {number} ended{code}: {attempt.error or 'no reason given'}"
+            subject = f"attempt {attempt.number}{_of_node(status, attempt)}"
+            yield f"{subject} ended{code}: {attempt.error or 'no reason given'}"
 
-    def _start_line(self, status: RunStatus, attempt: Attempt, number: int) -> str:
-        started = f"started on node {attempt.node} (pod {attempt.pod})"
-        if number == 1:
-            return started
-        previous = status.attempts[number - 2]
+    def _start_line(self, status: RunStatus, attempt: Attempt) -> str:
+        started = f"started on {'node' if status.nodes == 1 else 'machine'} {attempt.node} (pod {attempt.pod})"
+        if attempt.number == 1:
+            return started if status.nodes == 1 else f"node {attempt.index} {started}"
+        previous = next(
+            other for other in status.attempts if (other.index, other.number) == (attempt.index, attempt.number - 1)
+        )
         code = f" after exit code {previous.exit_code}" if previous.exit_code else ""
-        return f"attempt {number}{code}: {started}"
+        return f"attempt {attempt.number}{_of_node(status, attempt)}{code}: {started}"
 
     def _phase_lines(self, status: RunStatus) -> Iterator[str]:
         has_changed, self._phase = status.phase != self._phase, status.phase
@@ -261,6 +266,10 @@ class ProgressReporter:
         is_new = item not in self._reported
         self._reported.add(item)
         return is_new
+
+
+def _of_node(status: RunStatus, attempt: Attempt) -> str:
+    return f" of node {attempt.index}" if status.nodes > 1 else ""
 
 
 def _epoch_line(epoch: EpochProgress) -> str:

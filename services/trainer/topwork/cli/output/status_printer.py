@@ -7,12 +7,14 @@ from typing import Any
 from topwork.cli.output.tables import format_table
 from topwork.cluster.status.attempts import Attempt, ContainerStatus
 from topwork.cluster.status.durations import format_duration
+from topwork.cluster.status.nodes import current_attempts, find_first_failure
 from topwork.cluster.status.objects import one_line
 from topwork.cluster.status.run_status import RunStatus
 
 MAX_STATUS_LENGTH = 100
 COLUMN_GAP = 3
 RUN_COLUMNS = ("NAME", "RUN", "STAGE", "EPOCH", "BEST", "AGE", "STATUS")
+NODE_COLUMNS = ("INDEX", "POD", "MACHINE", "STATE", "STAGE", "DURATION")
 STAGE_COLUMNS = ("STAGE", "STATE", "DURATION", "EPOCHS", "BEST")
 
 
@@ -78,7 +80,8 @@ def format_details(status: RunStatus, other_runs: int = 0) -> Iterator[str]:
         "age": format_elapsed(status.created) + ended,
         "state": status.transfer_job.state if status.transfer_job else None,
         "queue": status.queue,
-        "node": status.node,
+        "nodes": status.nodes if status.nodes > 1 else None,
+        "node": status.node if status.nodes == 1 else None,
         "epoch": _format_epoch(status),
         "best": format_metric(status.metric, status.value),
         "eta": status.transfer_job.eta if status.transfer_job and not status.is_finished else None,
@@ -98,11 +101,15 @@ def format_details(status: RunStatus, other_runs: int = 0) -> Iterator[str]:
         yield from (
             f"{'  note      ' if number == 0 else '':<12}{line}" for number, line in enumerate(note.splitlines())
         )
-    if status.attempts and status.attempts[-1].containers:
+    if status.last_attempt and status.last_attempt.containers:
         yield ""
-        rows = list(_stage_rows(status))
+        rows = list(_stage_rows(status.last_attempt, status))
         yield from format_table(STAGE_COLUMNS, rows, text_columns=len(STAGE_COLUMNS), gap=COLUMN_GAP)
-    earlier = status.attempts[:-1]
+    if status.nodes > 1:
+        yield ""
+        rows = list(_node_rows(status))
+        yield from format_table(NODE_COLUMNS, rows, text_columns=len(NODE_COLUMNS), gap=COLUMN_GAP)
+    earlier = _earlier_attempts(status)
     if earlier:
         yield ""
     for attempt in earlier:
@@ -127,16 +134,40 @@ def _format_gpu_time(status: RunStatus) -> str | None:
 
 
 def _format_attempt_count(status: RunStatus) -> str | None:
-    if len(status.attempts) < 2 and not status.failures:
+    if status.attempt_count < 2 and not status.failures:
         return None
     evictions = sum(attempt.disk_eviction for attempt in status.attempts)
     evicted = f"; {evictions} evicted for lack of disk space" if evictions else ""
     retries = "" if status.retries is None else f" (retries: {status.retries})"
-    return f"{len(status.attempts)}, {status.failures} of them counted{retries}{evicted}"
+    return f"{status.attempt_count}, {status.failures} of them counted{retries}{evicted}"
 
 
-def _stage_rows(status: RunStatus) -> Iterator[list[str]]:
-    for container in status.attempts[-1].containers:
+def _node_rows(status: RunStatus) -> Iterator[list[str]]:
+    current = current_attempts(status.attempts)
+    for index in range(status.nodes):
+        if (attempt := current.get(index)) is None:
+            yield [str(index), "", "", "missing", "", ""]
+            continue
+        container = attempt.current_container
+        duration = format_elapsed(container.started, container.ended) if container else ""
+        stage = container.stage if container else ""
+        yield [str(index), attempt.pod, attempt.node or "", attempt.state, stage, duration]
+
+
+def _earlier_attempts(status: RunStatus) -> list[Attempt]:
+    """Return the pods of earlier attempts; on several nodes, of each attempt the pod that failed first."""
+    current = current_attempts(status.attempts)
+    earlier = [attempt for attempt in status.attempts if attempt != current[attempt.index]]
+    if status.nodes == 1:
+        return earlier
+    by_number: dict[int, list[Attempt]] = {}
+    for attempt in earlier:
+        by_number.setdefault(attempt.number, []).append(attempt)
+    return [find_first_failure(attempts) or attempts[0] for attempts in by_number.values()]
+
+
+def _stage_rows(attempt: Attempt, status: RunStatus) -> Iterator[list[str]]:
+    for container in attempt.containers:
         message, epoch = container.termination_message, status.epoch
         epochs, metric = str(message.epochs or "") if message else "", format_metric(*_metric_of(container))
         if epoch and epoch.stage == container.stage and container.state == "running":
@@ -182,6 +213,10 @@ def status_to_json(status: RunStatus) -> dict[str, Any]:
         "retries": status.retries,
         "attempts": [_attempt_to_json(attempt) for attempt in status.attempts],
     }
+    if status.nodes > 1:
+        content["nodes"] = status.nodes
+        for item, attempt in zip(content["attempts"], status.attempts, strict=True):
+            item["index"] = attempt.index
     if status.transfer_job is not None:
         content["transferJob"] = status.transfer_job.model_dump(mode="json", by_alias=True)
     return content

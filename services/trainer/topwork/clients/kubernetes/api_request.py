@@ -45,9 +45,11 @@ KINDS = {
         Kind("Lease", "leases", "coordination.k8s.io"),
         Kind("Namespace", "namespaces", namespaced=False),
         Kind("Node", "nodes", namespaced=False),
+        Kind("NetworkPolicy", "networkpolicies", "networking.k8s.io"),
         Kind("Pod", "pods"),
         Kind("ResourceQuota", "resourcequotas"),
         Kind("Secret", "secrets"),
+        Kind("Service", "services"),
         Kind("ServiceAccount", "serviceaccounts"),
         Kind("TransferJob", "transferjobs", "topwork.dev", version="v1alpha1"),
         Kind(

@@ -1,13 +1,20 @@
 """The attempts of a run in the status of its TransferJob: its pods, and the GPU time that they used."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from typing import NamedTuple
 
 from topwork.clients.kubernetes import KubernetesObject
 from topwork.cluster.names import GPU_RESOURCE
 from topwork.cluster.status.attempts import Attempt, read_attempt
-from topwork.cluster.status.objects import find_condition, parse_quantity, parse_time, requested_amount
+from topwork.cluster.status.objects import (
+    COMPLETION_INDEX_KEY,
+    find_condition,
+    get_annotation,
+    parse_quantity,
+    parse_time,
+    requested_amount,
+)
 from topwork.cluster.transfer_job_status import MAX_ATTEMPTS, AttemptRecord, TransferJobStatus
 from topwork.errors import shorten
 
@@ -18,8 +25,8 @@ class AttemptHistory(NamedTuple):
     """The attempts of a run.
 
     Attributes:
-        records: The latest attempts, oldest first. While pods of an earlier run terminate, they are included.
-        attempts: Number of attempts of the run.
+        records: The latest pods, oldest first. While pods of an earlier run terminate, they are included.
+        attempts: Number of attempts of the run: that of the pods of the node that had most.
         gpu_seconds: GPU-seconds of all attempts of all runs.
     """
 
@@ -45,22 +52,64 @@ def update_history(
     known = {record.uid: record for record in previous.attempt_history}
     dropped_gpu_seconds = (previous.gpu_seconds or 0.0) - sum(record.gpu_seconds for record in known.values())
     own = [record for record in known.values() if _is_of_run(record, run)]
-    dropped = (previous.attempts or 0) - len(own) if previous.run == run else 0
-    oldest = own[0].created if own and dropped else None
+    dropped = (previous.attempts or 0) - len(own) if previous.run == run and not _has_nodes(own) else 0
+    oldest = _find_oldest_kept(own, has_dropped=dropped > 0)
     updated = {record.uid: record if record.ended else _ended(record, now) for record in known.values()}
     for pod in pods:
         record = _read_record(pod, known.get(pod["metadata"]["uid"]), now)
         if record.uid in known or not _was_dropped(record, previous, run, oldest):
-            updated[record.uid] = record
+            updated[record.uid] = _with_attempt(record, [item for item in updated.values() if _is_of_run(item, run)])
     records = sorted(updated.values(), key=lambda record: (record.created or now, record.pod))
     of_run = [record for record in records if _is_of_run(record, run)]
     is_replaced = not any(record.ended is None for record in records if not _is_of_run(record, run))
     kept = of_run if is_replaced else records
     return AttemptHistory(
-        tuple(kept[-MAX_ATTEMPTS:]),
-        dropped + len(of_run),
+        _limit(kept),
+        dropped + len(of_run) if not _has_nodes(of_run) else _count_attempts(of_run, previous, run),
         max(0.0, dropped_gpu_seconds) + sum(record.gpu_seconds for record in records),
     )
+
+
+def _has_nodes(records: Iterable[AttemptRecord]) -> bool:
+    """Return whether the run had several nodes at any time."""
+    return any(record.index is not None for record in records)
+
+
+def _with_attempt(record: AttemptRecord, of_run: Sequence[AttemptRecord]) -> AttemptRecord:
+    """Number the attempt of a pod of a run on several nodes: one more than that of the last pod of its node."""
+    if record.index is None or record.attempt is not None:
+        return record
+    earlier = [item.attempt for item in of_run if item.index == record.index and item.attempt]
+    on_one_node = sum(item.index is None for item in of_run)
+    return record.model_copy(update={"attempt": 1 + max(earlier, default=on_one_node)})
+
+
+def _count_attempts(of_run: Sequence[AttemptRecord], previous: TransferJobStatus, run: str | None) -> int:
+    """Count the attempts of a run that has, or had, several nodes."""
+    last = max(index for index, record in enumerate(of_run) if record.index is not None)
+    numbers = [record.attempt for record in of_run if record.attempt]
+    before = (previous.attempts or 0) if previous.run == run else 0
+    return max(before, max(numbers, default=0) + len(of_run[last + 1 :]))
+
+
+def _max_records(records: Iterable[AttemptRecord]) -> int:
+    """Return how many records are kept: on many nodes, those of the last two attempts."""
+    nodes = 1 + max((record.index or 0 for record in records), default=0)
+    return max(MAX_ATTEMPTS, 2 * nodes)
+
+
+def _limit(records: Sequence[AttemptRecord]) -> tuple[AttemptRecord, ...]:
+    """Drop the oldest records of pods that have ended; the GPU time of the others still grows."""
+    excess = len(records) - _max_records(records)
+    dropped = [record.uid for record in records if record.ended][: max(0, excess)]
+    return tuple(record for record in records if record.uid not in dropped)
+
+
+def _find_oldest_kept(own: Sequence[AttemptRecord], *, has_dropped: bool) -> datetime | None:
+    """Return the time of creation up to which records of pods that have ended may have been dropped."""
+    if has_dropped or (_has_nodes(own) and len(own) >= _max_records(own)):
+        return next((record.created for record in own if record.ended), None)
+    return None
 
 
 def _was_dropped(record: AttemptRecord, previous: TransferJobStatus, run: str | None, oldest: datetime | None) -> bool:
@@ -81,6 +130,7 @@ def _ended(record: AttemptRecord, now: datetime) -> AttemptRecord:
 
 def _read_record(pod: KubernetesObject, known: AttemptRecord | None, now: datetime) -> AttemptRecord:
     attempt = read_attempt(pod, {"spec": {}})
+    is_node = get_annotation(pod, COMPLETION_INDEX_KEY) is not None
     current = attempt.current_container
     ends = [container.ended for container in attempt.containers if container.ended]
     ended = None
@@ -97,6 +147,8 @@ def _read_record(pod: KubernetesObject, known: AttemptRecord | None, now: dateti
         exit_code=attempt.exit_code,
         error=shorten(attempt.error, MAX_ERROR_CHARACTERS) if attempt.error else None,
         gpu_seconds=_gpu_seconds(pod, attempt, ended or now),
+        index=attempt.index if is_node else None,
+        attempt=known.attempt if known else None,
     )
 
 

@@ -20,6 +20,7 @@ from topwork.cluster.controller.status_update import (
     read_job,
     read_outcome,
 )
+from topwork.cluster.manifests.render import RenderedObjects
 from topwork.cluster.names import (
     GENERATION_ANNOTATION,
     LABELS_ANNOTATION,
@@ -34,6 +35,7 @@ from topwork.cluster.status.objects import (
     is_being_deleted,
     is_job_finished,
     is_pod_unfinished,
+    node_count,
 )
 from topwork.cluster.transfer_job_status import ConditionType, State, TransferJobStatus
 from topwork.errors import SpecError, Stopped
@@ -44,10 +46,10 @@ COMPLETED_BEFORE = "CompletedBefore"
 
 @dataclass(frozen=True)
 class DeleteJob:
-    """Delete a Job, after its pods; and its ConfigMap if another run replaces this one."""
+    """Delete a Job, after its pods; and its ConfigMap, Service and NetworkPolicy if another run replaces this one."""
 
     job: KubernetesObject
-    with_config_map: bool = False
+    with_dependencies: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,19 +60,24 @@ class CreateRun:
         job: The Job.
         config_map: The ConfigMap.
         stale_config_map: UID of a ConfigMap with that name to delete first.
+        network: Service and NetworkPolicy between several nodes; empty for one node.
+        stale_network: Existing ones to delete first.
     """
 
     job: KubernetesObject
     config_map: KubernetesObject
     stale_config_map: str | None = None
+    network: Sequence[KubernetesObject] = ()
+    stale_network: Sequence[KubernetesObject] = ()
 
 
 @dataclass(frozen=True)
 class UpdateRun:
-    """Change the ConfigMap of a run and its Job, without its pod template."""
+    """Change the ConfigMap of a run and its Job, without its pod template, and restore what connects its nodes."""
 
     job: KubernetesObject
     config_map: KubernetesObject
+    network: Sequence[KubernetesObject] = ()
 
 
 Action = DeleteJob | CreateRun | UpdateRun
@@ -131,8 +138,7 @@ def _pursue(seen: Observation, target: Target | None) -> Plan:
     if seen.is_suspended:
         return _stop(seen, run, "Suspended")
     if target and target.unowned_job and target.objects and _is_adoptable(target):
-        adopted = updated_job(target.unowned_job, target.objects.training)
-        return Plan(previous, (UpdateRun(adopted, target.objects.config_map),))
+        return Plan(previous, (_update_run(target.unowned_job, target.objects),))
     obstacles = _obstacles(seen, run, job, target)
     blocking = seen.blocking_pods(run)
     if obstacles or blocking:
@@ -170,7 +176,14 @@ def _update(seen: Observation, job: KubernetesObject, target: Target | None) -> 
     """Adapt a Job to a new generation of the spec, or to new labels."""
     if target is None or target.objects is None or (_is_current(seen, job) and _has_current_labels(seen, job)):
         return ()
-    return (UpdateRun(updated_job(job, target.objects.training), target.objects.config_map),)
+    return (_update_run(job, target.objects),)
+
+
+def _update_run(job: KubernetesObject, objects: RenderedObjects) -> UpdateRun:
+    """Return the action that adapts an existing Job, and the objects that it depends on, to the spec."""
+    # Before a Job with other nodes is replaced, its pods still need what connects them.
+    network = objects.network if node_count(job) == node_count(objects.training) else ()
+    return UpdateRun(updated_job(job, objects.training), objects.config_map, network)
 
 
 def _obstacles(
@@ -217,7 +230,9 @@ def _create(seen: Observation, target: Target) -> Plan:
             return _follow(seen, target.run, target)
         next_job = objects.prefetch
     status = build_status(seen, target.run, "Pending", gpus=gpus_of(objects.training))
-    return Plan(status, (CreateRun(next_job, objects.config_map, target.stale_config_map),))
+    network = objects.network if next_job is objects.training else ()
+    create = CreateRun(next_job, objects.config_map, target.stale_config_map, network, target.stale_network)
+    return Plan(status, (create,))
 
 
 def _stop(seen: Observation, run: str, state: State) -> Plan:
@@ -251,7 +266,7 @@ def _wait(
 
 def _delete_jobs(jobs: Sequence[KubernetesObject], run: str | None) -> list[DeleteJob]:
     return [
-        DeleteJob(job, with_config_map=get_label(job, RUN_LABEL) != run) for job in jobs if not is_being_deleted(job)
+        DeleteJob(job, with_dependencies=get_label(job, RUN_LABEL) != run) for job in jobs if not is_being_deleted(job)
     ]
 
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from topwork.clients.kubernetes import KubernetesObject
 from topwork.cluster.names import JOB_LABEL
-from topwork.cluster.status.objects import get_label, is_pod_unfinished, name_of
+from topwork.cluster.status.objects import get_label, is_pod_unfinished, name_of, node_index
 from topwork.cluster.transfer_job_status import MAX_ATTEMPTS
 
 
@@ -121,7 +121,8 @@ class ObjectCache:
     def _keep_ended_pod(self, key: Key, pod: KubernetesObject) -> None:
         ended_pods = self._ended_pods.setdefault(key, {})
         ended_pods[pod["metadata"]["uid"]] = pod
-        while len(ended_pods) > MAX_ATTEMPTS:
+        nodes = 1 + max(map(node_index, ended_pods.values()))
+        while len(ended_pods) > max(MAX_ATTEMPTS, 2 * nodes):
             del ended_pods[next(iter(ended_pods))]
 
 

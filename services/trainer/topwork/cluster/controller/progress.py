@@ -7,7 +7,7 @@ from topwork.clients.kubernetes import KubernetesObject
 from topwork.clients.prometheus.scrape import read_page
 from topwork.cluster.names import METRICS_PORTS, StageName
 from topwork.cluster.status.durations import format_duration
-from topwork.cluster.status.objects import stage_containers
+from topwork.cluster.status.objects import node_index, stage_containers
 from topwork.cluster.status.snapshot import BestMetric, RunSnapshot
 from topwork.cluster.status.snapshot_calculation import ProcessLocation, ReadingHistory, compute_snapshot
 from topwork.cluster.transfer_job_status import TransferJobStatus
@@ -43,7 +43,8 @@ class ProgressReader:
         Returns:
             The status, unchanged if the pod does not answer.
         """
-        url = next((url for pod in pods if (url := _url_of(pod))), None)
+        # Node 0 reports the progress of all nodes.
+        url = next((url for pod in pods if node_index(pod) == 0 and (url := _url_of(pod))), None)
         snapshot = self._read(uid, url) if url else None
         if snapshot is None or snapshot.run != status.run or snapshot.stage != status.stage:
             return status

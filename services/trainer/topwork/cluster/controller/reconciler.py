@@ -1,8 +1,8 @@
 """Reconciles a TransferJob: creates, changes and deletes its Jobs, and reports its status.
 
 Every call starts from what the cluster contains, so the controller can be killed and started again at any time. Before
-an action, the objects are read from the API server, because the cache can be out of date. The order is: ConfigMap, Job,
-event, status, TTL of the Job.
+an action, the objects are read from the API server, because the cache can be out of date. The order is: ConfigMap,
+Service and NetworkPolicy of several nodes, Job, event, status, TTL of the Job.
 """
 
 import logging
@@ -23,6 +23,7 @@ from topwork.clients.kubernetes.errors import (
 )
 from topwork.cluster.controller.decision import CreateRun, DeleteJob, Plan, UpdateRun, decide
 from topwork.cluster.controller.events import Report, build_event, describe_changes
+from topwork.cluster.controller.node_network import delete_network, has_network
 from topwork.cluster.controller.object_cache import Key, ObjectCache
 from topwork.cluster.controller.observation import Observation
 from topwork.cluster.controller.progress import ProgressReader
@@ -206,10 +207,21 @@ class _Reconciliation:
             seen = replace(seen, events=read_events(self.cluster, jobs, pods))
             plan = decide(seen, target)
         elif plan.status.state == "Running":
+            self._restore_network(seen, plan)
             pods = list(seen.own_training_pods)
             plan = replace(plan, status=self.progress.add_progress(seen.uid, pods, plan.status))
         self.refreshes.record(self.key)
         return seen, plan
+
+    def _restore_network(self, seen: Observation, plan: Plan) -> None:
+        """Create the Service and the NetworkPolicy of a run on several nodes again if they were deleted."""
+        job = seen.own_job(plan.status.run)
+        if job is None or is_being_deleted(job) or has_network(self.cluster, job):
+            return
+        target = resolve(self.cluster, seen)
+        if isinstance(target, Target) and target.objects and target.run == plan.status.run:
+            for obj in target.objects.network:
+                self._apply(obj)
 
     # ── Actions ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -222,7 +234,8 @@ class _Reconciliation:
 
     def _delete(self, action: DeleteJob) -> None:
         # The Job last: if the controller is killed in between, the Job shows that the ConfigMap is to be deleted.
-        if action.with_config_map:
+        if action.with_dependencies:
+            delete_network(self.cluster, action.job)
             self.cluster.delete("ConfigMap", name_of(action.job))
         # Foreground deletion: as long as the Job exists, its pods may still be running.
         uid = action.job["metadata"]["uid"]
@@ -233,8 +246,10 @@ class _Reconciliation:
         try:
             if isinstance(action, CreateRun) and action.stale_config_map:
                 self.cluster.delete("ConfigMap", name_of(action.config_map), uid=action.stale_config_map)
-            self._apply(action.config_map)
-            self._apply(action.job)
+            for obj in action.stale_network if isinstance(action, CreateRun) else ():
+                self.cluster.delete(obj["kind"], name_of(obj), uid=obj["metadata"]["uid"])
+            for obj in (action.config_map, *action.network, action.job):
+                self._apply(obj)
         except (NamespaceTerminatingError, UidConflictError):
             raise
         except SettingError as error:
@@ -261,6 +276,7 @@ class _Reconciliation:
             self._apply_status(seen, plan.status)
         self.cache.forget_ended_pods(self.key, [pod["metadata"]["uid"] for pod in seen.ended_pods])
         for job in plan.ttl_jobs:
+            delete_network(self.cluster, job)
             self._apply(job)
         if plan.rejection and plan.status.state == "Pending":
             message = shorten(plan.rejection.message, MAX_TEXT_CHARACTERS)

@@ -15,11 +15,13 @@ from topwork.cluster.names import (
     TEMPLATE_ANNOTATION,
     TTL_ANNOTATION,
 )
-from topwork.cluster.status.objects import get_annotation, name_of
+from topwork.cluster.status.objects import get_annotation, name_of, node_count
 from topwork.spec import TransferJob
 
 # Fields of a Job that can't be changed, or that Kueue changes.
 KEPT_FIELDS = ("completions", "parallelism", "podReplacementPolicy", "podFailurePolicy", "template")
+# The same of a Job on several nodes. Of other Jobs, the API server sets a default for the mode.
+KEPT_FIELDS_OF_NODES = ("completionMode", "successPolicy", *KEPT_FIELDS)
 MAX_TTL_SECONDS = 2**31 - 1
 
 
@@ -45,6 +47,8 @@ def build_run_objects(job: TransferJob, transfer_job: KubernetesObject, options:
         config_map=_as_dependent(rendered.config_map, transfer_job),
         training=_as_dependent(_without_ttl(rendered.training), transfer_job),
         prefetch=_as_dependent(_without_ttl(rendered.prefetch), transfer_job) if rendered.prefetch else None,
+        service=_as_dependent(rendered.service, transfer_job) if rendered.service else None,
+        network_policy=_as_dependent(rendered.network_policy, transfer_job) if rendered.network_policy else None,
     )
 
 
@@ -70,7 +74,7 @@ def updated_job(existing: KubernetesObject, desired: KubernetesObject) -> Kubern
     Returns:
         The object to apply. It has the UID of the existing Job, so that the server rejects it if that Job is gone.
     """
-    spec = {key: existing["spec"][key] for key in KEPT_FIELDS if key in existing["spec"]}
+    spec = {key: existing["spec"][key] for key in _kept_fields(existing) if key in existing["spec"]}
     changed = {key: desired["spec"][key] for key in ("backoffLimit", "activeDeadlineSeconds")}
     # A Job that `submit` created has a TTL, which an apply can't remove because it belongs to another field manager.
     ttl = {"ttlSecondsAfterFinished": MAX_TTL_SECONDS} if "ttlSecondsAfterFinished" in existing["spec"] else {}
@@ -95,7 +99,7 @@ def job_with_ttl(existing: KubernetesObject) -> KubernetesObject | None:
     if existing["spec"].get("ttlSecondsAfterFinished") == int(ttl):
         return None
     kept = ("name", "namespace", "uid", "labels", "annotations", "ownerReferences")
-    fields = (*KEPT_FIELDS, "backoffLimit", "activeDeadlineSeconds")
+    fields = (*_kept_fields(existing), "backoffLimit", "activeDeadlineSeconds")
     return {
         "apiVersion": existing["apiVersion"],
         "kind": existing["kind"],
@@ -103,6 +107,10 @@ def job_with_ttl(existing: KubernetesObject) -> KubernetesObject | None:
         "spec": {key: existing["spec"][key] for key in fields if key in existing["spec"]}
         | {"ttlSecondsAfterFinished": int(ttl)},
     }
+
+
+def _kept_fields(job: KubernetesObject) -> tuple[str, ...]:
+    return KEPT_FIELDS_OF_NODES if node_count(job) > 1 else KEPT_FIELDS
 
 
 def labels_digest(transfer_job: KubernetesObject) -> str:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from topwork.clients.kubernetes import KubernetesObject
+from topwork.cluster.controller.node_network import read_network
 from topwork.cluster.controller.observation import Observation
 from topwork.cluster.controller.run_objects import build_run_objects
 from topwork.cluster.manifests.defaults import DEFAULTS_SOURCE, read_defaults
@@ -38,12 +39,14 @@ class Target:
         objects: Its objects; None if the TransferJob is suspended.
         unowned_job: A Job of topwork with the name of the run that belongs to no TransferJob.
         stale_config_map: UID of a ConfigMap with the name of the run that belongs to a deleted TransferJob.
+        stale_network: Such a Service and NetworkPolicy, and those of the run if it no longer has several nodes.
     """
 
     run: str
     objects: RenderedObjects | None = None
     unowned_job: KubernetesObject | None = None
     stale_config_map: str | None = None
+    stale_network: tuple[KubernetesObject, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -153,7 +156,17 @@ def _check_names(cluster: "Cluster", target: Target, seen: Observation) -> Targe
         return _name_conflict(config_map, seen)
     is_stale = config_map is not None and seen.is_of_earlier_transfer_job(config_map)
     uid = config_map["metadata"]["uid"] if config_map and is_stale else None
-    return Target(target.run, target.objects, unowned, uid)
+    network = read_network(cluster, target.run) if target.objects.network or _had_nodes(seen) else []
+    if foreign := next((obj for obj in network if get_label(obj, PART_OF_LABEL) != APP_NAME), None):
+        return _name_conflict(foreign, seen)
+    is_obsolete = not target.objects.network
+    stale = tuple(obj for obj in network if is_obsolete or seen.is_of_earlier_transfer_job(obj))
+    return Target(target.run, target.objects, unowned, uid, stale)
+
+
+def _had_nodes(seen: Observation) -> bool:
+    """Return whether the run had several nodes before."""
+    return any(record.index is not None for record in seen.previous.attempt_history)
 
 
 def _name_conflict(obj: KubernetesObject, seen: Observation) -> Rejection:

@@ -17,6 +17,7 @@ from topwork.cluster.status.objects import (
     is_pod_unfinished,
     kubectl_name,
     name_of,
+    node_count,
     owner_uids,
     parse_quantity,
     parse_time,
@@ -111,8 +112,8 @@ def job_values(seen: Observation, run: str, job: KubernetesObject, read: RunStat
 
 
 def gpus_of(job: KubernetesObject) -> int:
-    """Return how many GPUs the pods of a Job request."""
-    return int(parse_quantity(requested_amount(job["spec"]["template"], GPU_RESOURCE) or "0"))
+    """Return how many GPUs the pods of a Job request, all nodes together."""
+    return node_count(job) * int(parse_quantity(requested_amount(job["spec"]["template"], GPU_RESOURCE) or "0"))
 
 
 def _model_version(uri: str) -> int | None:

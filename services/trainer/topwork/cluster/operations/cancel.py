@@ -1,15 +1,18 @@
 """Canceling a run, and waiting until its pods have written their checkpoint.
 
-The Jobs and the ConfigMap of a plain run are deleted. The controller cancels the run of a TransferJob.
+The Jobs and the ConfigMap of a plain run are deleted, and then the Service and NetworkPolicy between its nodes. The
+controller cancels the run of a TransferJob.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from topwork.clients.kubernetes import KubernetesObject
-from topwork.cluster.names import RUN_LABEL, RunKind
+from topwork.clients.kubernetes.errors import ForbiddenError
+from topwork.cluster.names import RUN_LABEL, RunKind, service_name_of_run
 from topwork.cluster.operations.run_lookup import NAME, RunMatch, find_run
 from topwork.cluster.operations.runs import (
     DELETION_TIMEOUT_SECONDS,
@@ -21,7 +24,15 @@ from topwork.cluster.operations.transfer_jobs import (
     owner_transfer_job,
     request_cancellation,
 )
-from topwork.cluster.status.objects import is_being_deleted, is_pod_unfinished, kubectl_name, name_of, owner_uids
+from topwork.cluster.status.objects import (
+    get_label,
+    is_being_deleted,
+    is_pod_unfinished,
+    kubectl_name,
+    name_of,
+    node_count,
+    owner_uids,
+)
 from topwork.cluster.status.transfer_job_run import CONTROLLER_COMMAND, read_transfer_job_status
 from topwork.errors import SettingError, UnavailableError
 
@@ -71,6 +82,7 @@ class Cancellation:
     report: Callable[[str], None]
     timeout_seconds: float = DELETION_TIMEOUT_SECONDS
     _uids: set[str] = field(default_factory=set, init=False)
+    _network: list[KubernetesObject] = field(default_factory=list, init=False)
 
     def cancel(self) -> None:
         """Cancel the run, and wait until its objects and pods are gone.
@@ -81,6 +93,10 @@ class Cancellation:
         """
         self._request()
         self._wait()
+        # Only now: the nodes agree on their last step and on a checkpoint.
+        with suppress(ForbiddenError):  # the garbage collector deletes them with their Job
+            for obj in self._network:
+                self.cluster.delete(obj["kind"], name_of(obj), uid=obj["metadata"]["uid"])
 
     def _request(self) -> None:
         objects = [*self._list("Job"), *self._list("ConfigMap")]
@@ -89,6 +105,7 @@ class Cancellation:
                 f"{self.run} in namespace {self.cluster.namespace} belongs to transferjob/{owner}, whose controller "
                 f"would create its Job again. Cancel it with: topwork cancel {owner} -n {self.cluster.namespace}"
             )
+        self._network = list(self._list_network(objects))
         for obj in objects:
             # Foreground deletion: as long as the Job exists, its pods may still be running.
             propagation = "Foreground" if obj["kind"] == "Job" else "Background"
@@ -117,6 +134,16 @@ class Cancellation:
 
     def _list(self, kind: str) -> list[KubernetesObject]:
         return self.cluster.list(kind, labels=f"{RUN_LABEL}={self.run}")
+
+    def _list_network(self, objects: list[KubernetesObject]) -> Iterator[KubernetesObject]:
+        """List the Service and NetworkPolicy of a run on several nodes, or of one that was not submitted completely."""
+        jobs = [obj for obj in objects if obj["kind"] == "Job"]
+        if jobs and all(node_count(job) == 1 for job in jobs):
+            return
+        with suppress(ForbiddenError):
+            for kind, name in (("Service", service_name_of_run(self.run)), ("NetworkPolicy", self.run)):
+                if (obj := self.cluster.get(kind, name)) and get_label(obj, RUN_LABEL) == self.run:
+                    yield obj
 
     def _remaining(self) -> list[KubernetesObject]:
         objects = [obj for kind in ("Job", "ConfigMap") for obj in self._list(kind)]

@@ -18,7 +18,7 @@ from topwork.cluster.operations.run_watcher import (
     RunWatcher,
     Update,
 )
-from topwork.cluster.status.objects import RunObjects, has_started, is_job_finished
+from topwork.cluster.status.objects import RunObjects, has_started, is_job_finished, node_count, node_index
 from topwork.cluster.status.run_status import EpochProgress, RunStatus, read_run_status, read_status_of_job
 from topwork.errors import SettingError, UnavailableError
 
@@ -164,11 +164,15 @@ class RunFollower:
             yield ConnectionStatus(None)
 
     def _pending_objects(self) -> RunObjects | None:
-        """Return the known objects of the run if a Job is unfinished and no pod has started; otherwise None."""
+        """Return the known objects of the run if a Job is unfinished and a node has no started pod; otherwise None."""
         objects = self._objects
         if objects is None:
             return None
         pods = [pod for pod in objects.pods if pod["metadata"]["uid"] not in objects.deleted]
-        if any(has_started(pod) and (pod.get("status") or {}).get("phase") != "Failed" for pod in pods):
+        started = {
+            node_index(pod) for pod in pods if has_started(pod) and (pod.get("status") or {}).get("phase") != "Failed"
+        }
+        training = objects.job("training")
+        if len(started) >= (node_count(training) if training and self._role == "training" else 1):
             return None
         return None if all(is_job_finished(job) for job in objects.jobs) else objects

@@ -13,6 +13,7 @@ from topwork.cluster.status.objects import (
     StageContainer,
     is_job_finished,
     name_of,
+    node_index,
     pods_of_job,
     stage_containers,
 )
@@ -62,6 +63,7 @@ class RunLog:
         run: Name of the run.
         stage: Only the log of this stage; None for all stages.
         transfer_job: Name of the TransferJob whose run it is; None for a plain Job.
+        node: Index of the node whose log it is. The log of the prefetch Job belongs to that of node 0.
 
     Example:
         >>> for entry in RunLog(cluster, "cats-1a2b3c4d", stage="transfer").read():
@@ -70,9 +72,15 @@ class RunLog:
     """
 
     def __init__(
-        self, cluster: "Cluster", run: str, stage: StageName | None = None, transfer_job: str | None = None
+        self,
+        cluster: "Cluster",
+        run: str,
+        stage: StageName | None = None,
+        transfer_job: str | None = None,
+        node: int = 0,
     ) -> None:
         self._cluster, self._run, self._stage, self._transfer_job = cluster, run, stage, transfer_job
+        self._node = node
         self._read: set[ContainerHeading] = set()
         self._last_reason = ""
 
@@ -128,10 +136,10 @@ class RunLog:
                     if container.has_started and self._stage in {None, container.stage}:
                         yield ContainerHeading(name_of(pod), container.stage), container
 
-    @staticmethod
-    def _pods(objects: RunObjects, role: str) -> list[KubernetesObject]:
+    def _pods(self, objects: RunObjects, role: str) -> list[KubernetesObject]:
         job = objects.job(role)
-        return pods_of_job(objects.pods, job) if job else []
+        pods = pods_of_job(objects.pods, job) if job else []
+        return [pod for pod in pods if node_index(pod) == self._node]
 
     def _read_container(self, heading: ContainerHeading, *, follow: bool) -> Iterator[LogEntry]:
         self._read.add(heading)
@@ -157,15 +165,20 @@ class RunLog:
             return self._read_transfer_job().is_finished
         if all(is_job_finished(job) for job in objects.jobs):
             return True
+        pods = self._pods(objects, "training")
+        # Other nodes than node 0 end before the Job does.
+        if self._node and any((pod.get("status") or {}).get("phase") == "Succeeded" for pod in pods):
+            return True
         return any(
             container.stage == self._stage
             and (container.status.get("state") or {}).get("terminated", {}).get("exitCode") == 0
-            for pod in self._pods(objects, "training")
+            for pod in pods
             for container in stage_containers(pod)
         )
 
     def _not_started(self, objects: RunObjects) -> Note:
         name = self._run or f"transferjob/{self._transfer_job}"
+        name = f"node {self._node} of {name}" if self._node else name
         subject = f"The stage {self._stage} of {name}" if self._stage else name
         if self._transfer_job and not objects.jobs and (status := self._read_transfer_job()).attempts:
             state = "complete" if status.phase == "succeeded" else status.phase

@@ -14,7 +14,7 @@ from topwork.cluster.operations.transfer_jobs import (
     list_transfer_jobs,
     owner_transfer_job,
 )
-from topwork.cluster.status.objects import RunObjects, get_label, name_of
+from topwork.cluster.status.objects import RunObjects, get_label, name_of, node_count
 from topwork.cluster.status.run_status import RunStatus, read_run_status
 from topwork.cluster.status.transfer_job_run import read_transfer_job_run, read_transfer_job_status
 from topwork.errors import SettingError
@@ -121,6 +121,23 @@ def _existing_runs(cluster: "Cluster", kind: RunKind | None) -> list[str]:
 def _run_names(jobs: Iterable[KubernetesObject]) -> list[str]:
     """Return the names of the runs of some Jobs, newest first."""
     return list(dict.fromkeys(str(get_label(job, RUN_LABEL)) for job in newest_first(jobs)))
+
+
+def read_node_count(cluster: "Cluster", match: RunMatch) -> int:
+    """Read the number of nodes of a run.
+
+    Args:
+        cluster: The cluster.
+        match: The run, from `find_run`.
+
+    Returns:
+        The number from its Job; from its TransferJob if it has none.
+    """
+    job = RunObjects(cluster.list("Job", labels=f"{RUN_LABEL}={match.run}")).job("training") if match.run else None
+    if job is not None:
+        return node_count(job)
+    spec = (match.transfer_job or {}).get("spec") or {}
+    return int((spec.get("compute") or {}).get("nodes") or 1)
 
 
 def read_run(cluster: "Cluster", match: RunMatch) -> RunStatus:

@@ -29,6 +29,8 @@ DELETION_TIMEOUT_SECONDS = 120.0
 
 MAX_LOGS = 48
 LOG_THREADS = 12
+MAX_EVENT_PODS = 8
+"""Maximum number of pending pods whose events are read: on many nodes, pods are pending for the same reasons."""
 LOGS_TIMEOUT_SECONDS = 6.0
 """Timeout for all logs together: an unreachable node must not delay a list."""
 TAIL_LINES = 200
@@ -69,7 +71,7 @@ def read_events(
     """
     events: list[KubernetesObject] = []
     unfinished = [job for job in jobs if not is_job_finished(job)]
-    pending = [pod for pod in pods if _is_pending(pod)]
+    pending = [pod for pod in pods if _is_pending(pod)][:MAX_EVENT_PODS]
     try:
         for obj in (*unfinished, *pending):
             events += cluster.list("Event", fields=f"involvedObject.name={name_of(obj)}")

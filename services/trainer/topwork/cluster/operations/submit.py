@@ -70,7 +70,7 @@ class Submission:
             self.report(f"{kubectl_name(existing)} {state} and is replaced: the run {resumes}")
             self._delete_job(existing)
         self._wait_for_pods()
-        self._delete_stale_config_map()
+        self._delete_stale_objects()
         jobs = [*self._prefetch_jobs(), *([] if prefetch_only else [self.rendered.training])]
         try:
             self._apply(jobs)
@@ -100,19 +100,25 @@ class Submission:
         )
 
     def _apply(self, jobs: list[KubernetesObject]) -> None:
-        """Apply the ConfigMap, then the Jobs, and make the Jobs its owners, so that it is garbage-collected."""
-        config_map = self.rendered.config_map
-        self.cluster.apply(config_map)
-        for job in jobs:
-            self.cluster.apply(job)
+        """Apply the ConfigMap, then the Jobs, and make the Jobs its owners, so that it is garbage-collected.
+
+        The Service and the NetworkPolicy of several nodes are applied before the Job that trains, which owns them.
+        """
+        network = self.rendered.network if self.rendered.training in jobs else []
+        for obj in (self.rendered.config_map, *network, *jobs):
+            self.cluster.apply(obj)
+        owners = [job for job in self._list("Job") if is_managed_by_topwork(job) and not is_being_deleted(job)]
+        self._set_owners(self.rendered.config_map, owners)
+        for obj in network:
+            self._set_owners(obj, [job for job in owners if name_of(job) == name_of(self.rendered.training)])
+
+    def _set_owners(self, obj: KubernetesObject, jobs: list[KubernetesObject]) -> None:
         references = [
             {"apiVersion": "batch/v1", "kind": "Job", "name": name_of(job), "uid": job["metadata"]["uid"]}
-            for job in self._list("Job")
-            if is_managed_by_topwork(job) and not is_being_deleted(job)
+            for job in jobs
         ]
         if references:
-            metadata = config_map["metadata"] | {"ownerReferences": references}
-            self.cluster.apply(config_map | {"metadata": metadata})
+            self.cluster.apply(obj | {"metadata": obj["metadata"] | {"ownerReferences": references}})
 
     def _list(self, kind: str) -> list[KubernetesObject]:
         return self.cluster.list(kind, labels=f"{RUN_LABEL}={get_label(self.rendered.training, RUN_LABEL)}")
@@ -182,19 +188,20 @@ class Submission:
 
         self._wait(is_gone, f"{kubectl_name(job)} has not been deleted")
 
-    def _delete_stale_config_map(self) -> None:
-        """Delete a ConfigMap whose Job is gone.
+    def _delete_stale_objects(self) -> None:
+        """Delete the ConfigMap, and the Service and NetworkPolicy of several nodes, if their Job is gone.
 
-        A ConfigMap that kubectl applied can't be changed because of its field manager, and one without living owners
+        An object that kubectl applied can't be changed because of its field manager, and one without living owners
         will be garbage-collected at any time.
         """
-        existing = self._require_managed(self.cluster.get("ConfigMap", name_of(self.rendered.config_map)))
-        if existing is None:
-            return
-        owners = owner_uids(existing)
-        has_owner = not owners or owners & {job["metadata"]["uid"] for job in self._list("Job")}
-        if existing.get("data") != self.rendered.config_map["data"] or not has_owner:
-            self.cluster.delete("ConfigMap", name_of(existing), uid=existing["metadata"]["uid"])
+        for desired in (self.rendered.config_map, *self.rendered.network):
+            existing = self._require_managed(self.cluster.get(desired["kind"], name_of(desired)))
+            if existing is None:
+                continue
+            owners = owner_uids(existing)
+            has_owner = not owners or owners & {job["metadata"]["uid"] for job in self._list("Job")}
+            if existing.get("data") != desired.get("data") or not has_owner:
+                self.cluster.delete(desired["kind"], name_of(existing), uid=existing["metadata"]["uid"])
 
     def _wait_for_pods(self) -> None:
         """Wait for terminating pods of a deleted Job: two pods must never train the same run."""

@@ -1,7 +1,8 @@
-"""The attempts of a Job: one per pod, with the state of its containers."""
+"""The attempts of a Job: one per pod, or one per pod of each node, with the state of its containers."""
 
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Literal
 
@@ -18,6 +19,7 @@ from topwork.cluster.status.objects import (
     find_condition,
     is_being_deleted,
     name_of,
+    node_index,
     parse_time,
     stage_containers,
 )
@@ -64,6 +66,9 @@ class Attempt:
         error: Why it ended or is stopping, in one sentence.
         counted: Whether its failure counts against `spec.compute.retries`.
         disk_eviction: Whether it was evicted for lack of disk space.
+        index: Index of its node among those of the run; 0 on a single node.
+        number: Number of the attempt, from 1: each node has a pod in each attempt.
+        is_disrupted: Whether Kubernetes or a user ended it, not its own process.
     """
 
     pod: str
@@ -75,6 +80,16 @@ class Attempt:
     error: str | None = None
     counted: bool = False
     disk_eviction: bool = False
+    index: int = 0
+    number: int = 1
+    is_disrupted: bool = False
+
+    @property
+    def ended(self) -> datetime | None:
+        """When its last container ended; None while one is running, and if none has started."""
+        if any(container.state == "running" for container in self.containers):
+            return None
+        return max((container.ended for container in self.containers if container.ended), default=None)
 
     @property
     def is_finished(self) -> bool:
@@ -107,8 +122,10 @@ def read_attempt(pod: KubernetesObject, job: KubernetesObject, deleted: Collecti
     is_deleted = pod["metadata"].get("uid") in deleted
     state = _read_state(pod, containers, is_deleted)
     failed = next((container for container in containers if container.state in {"failed", "stopped"}), None)
-    error = explain_pod_failure(pod) or (failed.error if failed else None)
-    if error is None and (is_deleted or is_being_deleted(pod)) and state != "done":
+    disruption = explain_pod_failure(pod)
+    error = disruption or (failed.error if failed else None)
+    was_deleted = is_deleted or is_being_deleted(pod)
+    if error is None and was_deleted and state != "done":
         error = "the pod was deleted"
     return Attempt(
         pod=name_of(pod),
@@ -120,7 +137,32 @@ def read_attempt(pod: KubernetesObject, job: KubernetesObject, deleted: Collecti
         error=error,
         counted=state == "failed" and not _is_ignored(pod, containers, job),
         disk_eviction=is_disk_eviction(pod),
+        index=node_index(pod),
+        is_disrupted=bool(disruption or was_deleted),
     )
+
+
+def number_attempts(attempts: Iterable[Attempt]) -> tuple[Attempt, ...]:
+    """Number the attempts of a run.
+
+    Args:
+        attempts: The pods of all nodes, oldest first.
+
+    Returns:
+        The same pods; the number of each one follows that of the previous pod of its node.
+    """
+    last: Counter[int] = Counter()
+    numbered = []
+    for attempt in attempts:
+        last[attempt.index] = max(last[attempt.index] + 1, attempt.number)
+        numbered.append(replace(attempt, number=last[attempt.index]))
+    return tuple(numbered)
+
+
+def describe_end(attempt: Attempt) -> str:
+    """Describe how an attempt ended, in one sentence."""
+    code = f" with exit code {attempt.exit_code}" if attempt.exit_code else ""
+    return f"{attempt.pod} ended{code}: {attempt.error or 'no reason given'}"
 
 
 def _read_container(container: StageContainer, pod: KubernetesObject) -> ContainerStatus:

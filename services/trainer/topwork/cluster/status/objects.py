@@ -10,6 +10,8 @@ from typing import NamedTuple
 from topwork.clients.kubernetes import KubernetesObject
 from topwork.cluster.names import ROLE_LABEL, STAGES, StageName
 
+COMPLETION_INDEX_KEY = "batch.kubernetes.io/job-completion-index"
+"""Annotation of the pods of an Indexed Job: the index of their node."""
 QUANTITY = re.compile(r"(?P<number>[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?)(?P<unit>[numkMGTPE]|[KMGTPE]i)?")
 QUANTITY_UNITS = {
     unit: Fraction(10) ** exponent
@@ -96,6 +98,17 @@ def find_condition(obj: KubernetesObject, kind: str, status: str = "True") -> Ku
         if condition.get("type") == kind and condition.get("status") == status:
             return dict(condition)
     return None
+
+
+def node_count(job: KubernetesObject) -> int:
+    """Return the number of nodes of a Job: that of its indexes if it is an Indexed Job, otherwise 1."""
+    return int(job["spec"].get("completions") or 1) if job["spec"].get("completionMode") == "Indexed" else 1
+
+
+def node_index(pod: KubernetesObject) -> int:
+    """Return the index of the node that a pod is; 0 on a single node."""
+    index = get_annotation(pod, COMPLETION_INDEX_KEY) or ""
+    return int(index) if index.isdecimal() else 0
 
 
 def is_job_finished(job: KubernetesObject) -> bool:

@@ -8,14 +8,16 @@ from datetime import datetime
 
 from topwork.clients.kubernetes import KubernetesObject
 from topwork.cluster.names import JOB_LABEL, QUEUE_LABEL, RUN_LABEL
-from topwork.cluster.status.attempts import Attempt, ContainerStatus, read_attempt
+from topwork.cluster.status.attempts import Attempt, ContainerStatus, number_attempts, read_attempt
 from topwork.cluster.status.job_status import JOB_DELETED, Phase, read_job_status
+from topwork.cluster.status.nodes import count_failed_attempts
 from topwork.cluster.status.objects import (
     RunObjects,
     creation_time,
     find_condition,
     get_label,
     name_of,
+    node_count,
     parse_time,
     pods_of_job,
 )
@@ -56,7 +58,7 @@ class RunStatus:
         namespace: Its namespace.
         phase: Its phase.
         stage: The stage that runs, or that ran last.
-        attempts: The pods of the Job, oldest first.
+        attempts: The pods of the Job, oldest first; on several nodes, those of all nodes.
         failures: Number of failed attempts that count against the retries.
         retries: Number of such failures that the Job tolerates; None if it is unknown, without a Job.
         epoch: Progress of the stage.
@@ -71,8 +73,9 @@ class RunStatus:
         reason: Why it is pending or stopping.
         created: When the Job was created.
         ended: When the Job finished.
-        node: Node of the last pod.
+        node: Machine of the last pod; on several nodes, of that of node 0.
         queue: Its Kueue queue.
+        nodes: Number of nodes that train the run together. Stage, progress, metric and model are those of node 0.
     """
 
     job: str
@@ -97,6 +100,17 @@ class RunStatus:
     weights_from: str | None = None
     transfer_job: TransferJobStatus | None = None
     notes: tuple[str, ...] = ()
+    nodes: int = 1
+
+    @property
+    def last_attempt(self) -> Attempt | None:
+        """The last pod of node 0; None if it never had one."""
+        return next((attempt for attempt in reversed(self.attempts) if attempt.index == 0), None)
+
+    @property
+    def attempt_count(self) -> int:
+        """Number of attempts: that of the pods of the node that had most."""
+        return max((attempt.number for attempt in self.attempts), default=0)
 
     @property
     def is_finished(self) -> bool:
@@ -115,10 +129,10 @@ class RunStatus:
 
     @property
     def running_container(self) -> tuple[str, str] | None:
-        """Names of the pod and container that are running; None if no container is running."""
+        """Names of the pod of node 0 and its container that are running; None if no container of it is running."""
         for attempt in reversed(self.attempts):
             for container in attempt.containers:
-                if container.state == "running":
+                if attempt.index == 0 and container.state == "running":
                     return attempt.pod, container.stage
         return None
 
@@ -160,13 +174,15 @@ def _prefetch_only(status: RunStatus) -> RunStatus:
 
 def read_status_of_job(objects: RunObjects, job: KubernetesObject, epoch: EpochProgress | None = None) -> RunStatus:
     """Read the status of a run from only one of its Jobs; see `read_run_status`."""
-    attempts = tuple(read_attempt(pod, job, objects.deleted) for pod in pods_of_job(objects.pods, job))
-    last = attempts[-1] if attempts else None
+    attempts = number_attempts(read_attempt(pod, job, objects.deleted) for pod in pods_of_job(objects.pods, job))
+    # Node 0 pulls, reports epochs, and publishes.
+    own = tuple(attempt for attempt in attempts if attempt.index == 0)
+    nodes, last = node_count(job), own[-1] if own else None
     current = last.current_container if last else None
     # Progress of an earlier stage, or of an earlier attempt, is out of date.
     if epoch and not (current and current.stage == epoch.stage and current.state == "running"):
         epoch = None
-    metric, value = _best_metric(attempts, epoch)
+    metric, value = _best_metric(own, epoch)
     job_status = read_job_status(objects, job, attempts)
     return RunStatus(
         job=get_label(job, JOB_LABEL) or name_of(job),
@@ -175,13 +191,13 @@ def read_status_of_job(objects: RunObjects, job: KubernetesObject, epoch: EpochP
         phase=job_status.phase,
         stage=current.stage if current else None,
         attempts=attempts,
-        failures=int((job.get("status") or {}).get("failed") or 0),
-        retries=int(job["spec"].get("backoffLimit") or 0),
+        failures=count_failed_attempts(job, attempts),
+        retries=int(job["spec"].get("backoffLimit") or 0) // nodes,
         epoch=epoch,
         metric=metric,
         value=value,
-        model=_model_uri(attempts),
-        weights_from=_weights_from(attempts),
+        model=_model_uri(own),
+        weights_from=_weights_from(own),
         exit_code=job_status.exit_code,
         error=job_status.error,
         reason=job_status.reason,
@@ -189,6 +205,7 @@ def read_status_of_job(objects: RunObjects, job: KubernetesObject, epoch: EpochP
         ended=_end_time(job),
         node=last.node if last else None,
         queue=get_label(job, QUEUE_LABEL),
+        nodes=nodes,
     )
 
 

@@ -9,7 +9,7 @@ class GpuUsage:
     """Usage of a GPU. A value that the GPU does not report is None.
 
     Attributes:
-        index: Index of the GPU.
+        index: Index of the GPU; in a run on several nodes, that of its node and its own, such as 1/0.
         utilization: Fraction of the last sample period in which it was busy, 0 to 1.
         memory_used_bytes: Memory in use, in bytes.
         memory_total_bytes: Total memory, in bytes.
@@ -61,6 +61,33 @@ class StorageTraffic:
 
 
 @dataclass(frozen=True)
+class NodeSnapshot:
+    """The state of a node of a run on several nodes, as its process reports it.
+
+    Attributes:
+        index: Index of the node, from 0.
+        source: Where the state was read, such as a URL or a pod.
+        pod: Name of the pod, if the run is in a cluster.
+        state: As of the run.
+        reason: Why its process does not answer.
+        input_wait: Fraction of the step time that the node spends waiting for its own input, 0 to 1.
+        evaluated_per_second: Images per second that the node evaluated without communication, since it started.
+        gpus: Usage of its GPUs.
+        read_seconds_ago: Age of the last reading, in seconds.
+    """
+
+    index: int
+    source: str
+    pod: str | None = None
+    state: str = "starting"
+    reason: str | None = None
+    input_wait: float | None = None
+    evaluated_per_second: float | None = None
+    gpus: tuple[GpuUsage, ...] = ()
+    read_seconds_ago: float = 0.0
+
+
+@dataclass(frozen=True)
 class RunSnapshot:
     """The state of a run as its process reports it, or as the cluster reports it if the process does not answer.
 
@@ -95,6 +122,8 @@ class RunSnapshot:
         exit_code: Exit code of the process; None while it is running.
         version: Version of topwork.
         read_seconds_ago: Age of the last reading, in seconds.
+        nodes: The nodes that were read, if several train the run; the run itself is as node 0 reports it.
+        node_count: Number of nodes that train the run; None for one.
     """
 
     run: str
@@ -127,3 +156,5 @@ class RunSnapshot:
     exit_code: int | None = None
     version: str | None = None
     read_seconds_ago: float = 0.0
+    nodes: tuple[NodeSnapshot, ...] = ()
+    node_count: int | None = None

@@ -7,12 +7,20 @@ from typing import NamedTuple
 
 from topwork.clients.prometheus.scrape import Reading
 from topwork.cluster.names import STAGES
-from topwork.cluster.status.snapshot import BestMetric, GpuUsage, RunSnapshot, StorageTraffic, TrainingSpeed
+from topwork.cluster.status.snapshot import (
+    BestMetric,
+    GpuUsage,
+    NodeSnapshot,
+    RunSnapshot,
+    StorageTraffic,
+    TrainingSpeed,
+)
 
 RATE_SECONDS = 30.0
 """Maximum period of rates. If the last two readings are further apart, rates are computed from these two."""
 MAX_EPOCH_READINGS = 20
 """Maximum number of readings kept for the duration of epochs."""
+MAX_NODE_DIGITS = 4
 STATES_BY_EXIT_CODE = {0: "done", 2: "refused", 3: "gate not met", 75: "storage failed", 143: "stopped"}
 
 
@@ -88,12 +96,17 @@ def compute_snapshot(readings: Sequence[Reading], now: float, location: ProcessL
         exit_code=exit_code,
         version=last.label("version"),
         read_seconds_ago=max(0.0, now - last.at),
+        nodes=_node(readings, location),
+        node_count=_to_int(last.value("nodes")),
     )
 
 
 def _is_same_process(before: Reading, after: Reading) -> bool:
-    is_same_run = before.label("run") == after.label("run")
-    return is_same_run and (before.value("steps_total") or 0) <= (after.value("steps_total") or 0)
+    if (before.label("run"), node_of(before)) != (after.label("run"), node_of(after)):
+        return False
+    # Only node 0 counts steps.
+    counters = ("steps_total", "step_compute_seconds_total")
+    return all((before.value(name) or 0) <= (after.value(name) or 0) for name in counters)
 
 
 def _epochs(reading: Reading) -> dict[str, float]:
@@ -220,10 +233,8 @@ def _speed(readings: Sequence[Reading]) -> TrainingSpeed | None:
     period = recent if recent and recent.steps > 0 else total
     if not (period.steps > 0 and period.seconds > 0):
         return None
-    # The input wait is recorded once for several steps, so the recent period may have none.
-    input_wait = next((item.input_wait for item in (recent, total) if item and item.input_wait is not None), None)
     return TrainingSpeed(
-        period.images / period.seconds, period.seconds / period.steps, input_wait, lately=period is recent
+        period.images / period.seconds, period.seconds / period.steps, _input_wait(readings), lately=period is recent
     )
 
 
@@ -243,6 +254,43 @@ class _TrainingPeriod(NamedTuple):
         wait, compute = increase("input_wait_seconds_total"), increase("step_compute_seconds_total")
         input_wait = wait / (wait + compute) if wait >= 0 and compute > 0 else None
         return cls(increase("steps_total"), increase("images_total"), increase("step_duration_seconds_sum"), input_wait)
+
+
+def _input_wait(readings: Sequence[Reading]) -> float | None:
+    """Return the recent input wait; it is recorded once for several steps, so the recent period may have none."""
+    last, base = readings[-1], _rate_base(readings)
+    recent, total = _TrainingPeriod.between(base, last) if base else None, _TrainingPeriod.between(None, last)
+    return next((item.input_wait for item in (recent, total) if item and item.input_wait is not None), None)
+
+
+def _node(readings: Sequence[Reading], location: ProcessLocation) -> tuple[NodeSnapshot, ...]:
+    """Return the node of a process; nothing for a run on one node."""
+    last = readings[-1]
+    index = node_of(last)
+    if index is None:
+        return ()
+    images, seconds = last.value("evaluation_images_total"), last.value("evaluation_seconds_total")
+    return (
+        NodeSnapshot(
+            index=index,
+            source=location.source,
+            pod=location.pod,
+            state=_state(last, None),
+            input_wait=_input_wait(readings),
+            evaluated_per_second=images / seconds if images and seconds else None,
+            gpus=_gpus(last),
+            read_seconds_ago=0.0,
+        ),
+    )
+
+
+def node_of(reading: Reading) -> int | None:
+    """Return the index of the node of a process; None for a run on one node.
+
+    Prometheus renames the label if its scrape configuration adds a label `node` too, such as the name of the machine.
+    """
+    value = reading.label("exported_node") or reading.label("node") or ""
+    return int(value) if value.isdecimal() and len(value) <= MAX_NODE_DIGITS else None
 
 
 def _gpus(reading: Reading) -> tuple[GpuUsage, ...]:

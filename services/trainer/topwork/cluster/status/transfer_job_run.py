@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from topwork.clients.kubernetes import KubernetesObject
 from topwork.cluster.names import QUEUE_LABEL
-from topwork.cluster.status.attempts import Attempt, AttemptState
+from topwork.cluster.status.attempts import Attempt, AttemptState, number_attempts
 from topwork.cluster.status.job_status import Phase
 from topwork.cluster.status.objects import creation_time, get_label, is_being_deleted, name_of
 from topwork.cluster.status.run_status import EpochProgress, RunStatus
@@ -83,7 +83,7 @@ def read_transfer_job_run(obj: KubernetesObject, job_status: RunStatus | None = 
         return replace(job_status, job=name_of(obj), transfer_job=status, notes=notes)
     phase: Phase = "pending" if unprocessed else PHASES[status.state]
     metric, value = _read_metric(status)
-    attempts = tuple(_read_attempt(record, is_finished=status.is_final) for record in status.attempt_history)
+    attempts = number_attempts(_read_attempt(record, is_finished=status.is_final) for record in status.attempt_history)
     compute = (obj.get("spec") or {}).get("compute") or {}
     return RunStatus(
         job=name_of(obj),
@@ -103,9 +103,10 @@ def read_transfer_job_run(obj: KubernetesObject, job_status: RunStatus | None = 
         reason=_reason(obj, status, phase, unprocessed or rejection),
         created=status.start_time or creation_time(obj),
         ended=status.completion_time if phase in {"succeeded", "failed", "cancelled"} else None,
-        node=attempts[-1].node if attempts else None,
+        node=next((attempt.node for attempt in reversed(attempts) if attempt.index == 0), None),
         queue=get_label(obj, QUEUE_LABEL) or compute.get("queue"),
         transfer_job=status,
+        nodes=compute.get("nodes") or 1,
     )
 
 
@@ -204,4 +205,6 @@ def _read_attempt(record: AttemptRecord, *, is_finished: bool) -> Attempt:
         exit_code=record.exit_code,
         error=record.error,
         counted=state == "failed",
+        index=record.index or 0,
+        number=record.attempt or 1,
     )
