@@ -252,3 +252,73 @@ def test_exit_code_is_kept_if_nothing_reads_the_output(termination_log):
     script = SCRIPT.format(statements="import os\nprint('x')\nos.close(1)\nos.close(2)\ncontainer.exit(75)")
     process = subprocess.run([sys.executable, "-c", script, termination_log], capture_output=True, check=False)
     assert process.returncode == 75
+
+
+# ── Several nodes ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+TWO_NODES = """
+from topwork.nodes.group import NodeGroup
+from topwork.nodes.node import Node
+
+class Group(NodeGroup):
+    def fail(self, error):
+        print(f"told the others: {type(error).__name__}: {error}", file=sys.stdout)
+
+container.nodes = Group(Node(1, ("a:1", "b:1"), "a:2"))
+"""
+
+
+def run_node(termination_log: Path, statements: str) -> tuple[int, str, TerminationMessage | None]:
+    completed = subprocess.run(
+        [sys.executable, "-c", SCRIPT.format(statements=TWO_NODES + statements), termination_log],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return completed.returncode, completed.stdout, parse_termination_message(termination_log.read_text())
+
+
+def test_termination_message_names_the_node(termination_log):
+    code, output, message = run_node(termination_log, "container.report_success(); container.exit(0)")
+    assert (code, output, message.node, message.outcome) == (0, "", 1, "done")
+
+
+def test_failure_is_told_to_the_other_nodes(termination_log):
+    statements = "container.exit(container.report_failure(DataError('No images.')))"
+    code, output, message = run_node(termination_log, statements)
+    assert (code, output) == (2, "told the others: DataError: No images.\n")
+    assert (message.node, message.error) == (1, "No images.")
+
+
+def test_out_of_memory_is_told_to_the_other_nodes_as_it_is_reported(termination_log):
+    _, output, message = run_node(termination_log, "container.exit(container.report_failure(MemoryError()))")
+    assert output == f"told the others: SettingError: {message.error}\n"
+
+
+def test_process_ends_after_the_failure_of_another_node(termination_log):
+    code, output, message = run_node(
+        termination_log, "container.exit_from_thread(UnavailableError('Lost node 0: killed.'))"
+    )
+    assert (code, message.outcome, message.exit_code, message.error) == (75, "failed", 75, "Lost node 0: killed.")
+    assert output == "told the others: UnavailableError: Lost node 0: killed.\n"
+
+
+def test_process_stops_with_another_node(termination_log):
+    code, _, message = run_node(termination_log, "container.exit_from_thread(Stopped('With node 0.'))")
+    assert (code, message.outcome, message.exit_code, message.error) == (143, "stopped", 143, "With node 0.")
+
+
+def test_draft_of_a_failure_is_the_message_of_a_killed_process(termination_log):
+    statements = "container.draft_failure(UnavailableError('Blocked.'))\nimport os; os._exit(75)"
+    _, _, message = run_node(termination_log, statements)
+    assert (message.node, message.outcome, message.exit_code, message.error) == (1, "failed", 75, "Blocked.")
+
+
+def test_deleted_draft_leaves_no_message(termination_log):
+    statements = "container.draft_failure(UnavailableError('Blocked.'))\ncontainer.draft_failure(None)"
+    assert run_node(termination_log, statements) == (0, "", None)
+
+
+def test_draft_does_not_replace_a_message(termination_log):
+    statements = "container.report_success()\ncontainer.draft_failure(UnavailableError('Blocked.'))"
+    assert run_node(termination_log, statements)[2].outcome == "done"

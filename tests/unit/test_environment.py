@@ -17,14 +17,20 @@ from topwork.cli.runtime.environment import (
     hide_gpus,
     is_in_pod,
     limit_tensorflow_log,
+    local_node_environment,
     missing_storage_variables,
     read_grace_seconds,
+    read_node,
+    read_pod_settings,
     silence_resource_tracker,
+    silence_tensorflow_log,
     trust_extra_ca,
     validate_aws_variables,
     visible_gpus,
 )
+from topwork.clients.s3.storage import StorageSettings
 from topwork.errors import SettingError
+from topwork.nodes.node import PEER_TIMEOUT_SECONDS, Node
 
 
 def test_state_directory_follows_its_variable_then_xdg_then_home(monkeypatch):
@@ -182,3 +188,100 @@ def test_invalid_extra_ca_error_names_its_spec_key(content, reason, tmp_path):
         f"Cannot load certificates from {path}: {reason}. spec.compute.extraCA names a ConfigMap and its key with a "
         "PEM file: -----BEGIN CERTIFICATE-----…"
     )
+
+
+# ── Nodes ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+NODES = {
+    "JOB_COMPLETION_INDEX": "1",
+    "TOPWORK_NODES": "cats-0.cats:9112,[fd00::1]:9112",
+    "TOPWORK_COORDINATOR": "cats-0.cats:9122",
+}
+
+
+def test_a_process_without_variables_is_the_only_node():
+    assert read_node({}) == Node()
+    assert read_node({"JOB_COMPLETION_INDEX": "3", "TOPWORK_NODES": ""}) == Node()
+
+
+def test_the_place_among_the_nodes_is_read():
+    node = read_node({**NODES, "TOPWORK_PEER_TIMEOUT_SECONDS": "90"})
+    assert node == Node(1, ("cats-0.cats:9112", "[fd00::1]:9112"), "cats-0.cats:9122", 90.0)
+    assert read_node(NODES).peer_timeout_seconds == PEER_TIMEOUT_SECONDS
+
+
+@pytest.mark.parametrize("index", ["", "2", "-1", "one", "1.0", "²"])
+def test_a_malformed_index_of_a_node_is_reported(index):
+    with pytest.raises(SettingError) as raised:
+        read_node({**NODES, "JOB_COMPLETION_INDEX": index})
+    assert str(raised.value) == (
+        f"JOB_COMPLETION_INDEX is {index!r}: expected the index of this node, 0 to 1, because TOPWORK_NODES "
+        "names 2 nodes."
+    )
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "address"),
+    [
+        ("TOPWORK_NODES", "cats-0.cats:9112,", ""),
+        ("TOPWORK_NODES", "cats-0.cats,cats-1.cats:1", "cats-0.cats"),
+        ("TOPWORK_COORDINATOR", "", ""),
+        ("TOPWORK_COORDINATOR", "cats-0.cats:0", "cats-0.cats:0"),
+    ],
+)
+def test_a_malformed_address_of_a_node_is_reported(variable, value, address):
+    with pytest.raises(SettingError) as raised:
+        read_node({**NODES, variable: value})
+    assert str(raised.value) == (
+        f"{variable} is {value!r}: {address!r} is not an address of a node: expected host:port, such as "
+        "cats-0.cats:9112 or [fd00::1]:9112."
+    )
+
+
+def test_an_address_of_two_nodes_is_reported():
+    with pytest.raises(SettingError) as raised:
+        read_node({**NODES, "TOPWORK_NODES": "a:1,b:1,a:1"})
+    assert str(raised.value) == "TOPWORK_NODES is 'a:1,b:1,a:1': it contains a:1 twice, but each node has its own."
+
+
+@pytest.mark.parametrize("seconds", ["soon", "0", "-1", "inf", "nan"])
+def test_a_malformed_peer_timeout_is_reported(seconds):
+    with pytest.raises(
+        SettingError, match=f"TOPWORK_PEER_TIMEOUT_SECONDS is '{seconds}': expected seconds, such as 1200"
+    ):
+        read_node({**NODES, "TOPWORK_PEER_TIMEOUT_SECONDS": seconds})
+
+
+def test_a_local_node_reads_what_its_environment_says():
+    node = Node(1, ("127.0.0.1:1", "127.0.0.1:2"), "127.0.0.1:3", 300.0)
+    storage = StorageSettings(endpoint_url="http://127.0.0.1:4", access_key="a", secret_key="b", region="us-east-1")
+    environment = local_node_environment(
+        node, run="cats-1", dataset="datasets/cats/1", storage=storage, gpus="2,3", environment={"HOME": "/home/ada"}
+    )
+    assert read_node(environment) == node
+    pod = read_pod_settings(environment)
+    assert (pod.run, pod.dataset, pod.attempt, pod.restart) == ("cats-1", "datasets/cats/1", "", False)
+    assert {name: value for name, value in environment.items() if not name.startswith(("TOPWORK_", "JOB_"))} == {
+        "HOME": "/home/ada",
+        "AWS_ENDPOINT_URL": "http://127.0.0.1:4",
+        "AWS_ACCESS_KEY_ID": "a",
+        "AWS_SECRET_ACCESS_KEY": "b",
+        "AWS_REGION": "us-east-1",
+        "CUDA_VISIBLE_DEVICES": "2,3",
+    }
+
+
+def test_a_local_node_inherits_the_storage_and_devices_of_the_user():
+    environment = {"AWS_PROFILE": "ada", "CUDA_VISIBLE_DEVICES": "-1"}
+    local = local_node_environment(
+        Node(0, ("a:1", "b:1"), "a:2"), run="r", dataset="d", storage=None, gpus=None, environment=environment
+    )
+    assert environment.items() <= local.items()
+    assert "AWS_ENDPOINT_URL" not in local
+
+
+@pytest.mark.parametrize(("environment", "level"), [({}, "3"), ({"TF_CPP_MIN_LOG_LEVEL": "0"}, "0")])
+def test_a_node_does_not_log_lost_connections_of_tensorflow(environment, level):
+    silence_tensorflow_log(environment)
+    limit_tensorflow_log(environment)
+    assert environment == {"TF_CPP_MIN_LOG_LEVEL": level}

@@ -4,7 +4,7 @@ import logging
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import structlog
 import typer
@@ -15,12 +15,14 @@ from topwork.cli.options import Overrides, State, serve_metrics
 from topwork.cli.output.comparison import format_comparison
 from topwork.cli.output.progress import NoProgress, open_progress
 from topwork.cli.runtime.environment import default_state_directory, visible_gpus
+from topwork.cli.runtime.local_nodes import LocalNodes, open_local_nodes
 from topwork.cli.runtime.logging import LogFormat, configure_logging, is_verbose, set_log_level
 from topwork.cli.runtime.shutdown import record_outcome
 from topwork.cli.runtime.signals import stop_on_signals
 from topwork.cli.runtime.storage import lock_scratch, open_storage
 from topwork.cli.runtime.tensorflow_import import quiet_tensorflow_import
 from topwork.clients.prometheus.metrics import Metrics
+from topwork.errors import UnavailableError
 from topwork.progress import Progress
 from topwork.spec import TransferJob
 from topwork.spec.loading.loader import read_files
@@ -40,6 +42,10 @@ def run(
         int | None,
         typer.Option(min=1, max=64, help="Train this many replicas on the CPU [default: all GPUs, or one CPU device]."),
     ] = None,
+    nodes: Annotated[
+        int,
+        typer.Option(min=1, max=64, help="Train in this many processes, which divide the GPUs and act as nodes."),
+    ] = 1,
     restart: Annotated[
         bool,
         typer.Option("--restart", help="Delete the results of this run first, also those that it shares with others."),
@@ -64,15 +70,15 @@ def run(
     An interrupted run resumes, and a finished one is skipped. Stages with the same settings and data are shared by all
     runs. The source is checked each time: if images were added, changed or removed, the job trains a new run on them.
     """
-    jobs = [job for _, job in read_files(files, overrides or ())]
+    state = state or default_state_directory()
+    local_nodes = open_local_nodes(nodes, replicas, state, visible_gpus()) if nodes > 1 else None
+    jobs = [job for _, job in read_files(files, [*(overrides or ()), *(local_nodes.overrides if local_nodes else ())])]
     progress = _configure_output(log_format, quiet=quiet, verbose=verbose)
     # With replicas on the CPU, other processes use the GPUs.
     metrics = Metrics(gpus=replicas is None, visible_devices=visible_gpus())
     if metrics_port is not None:
         log.info("metrics", port=serve_metrics(metrics, metrics_port))
-    runner = _Runner(
-        metrics, progress, state or default_state_directory(), replicas, restart, pinned, verbose or is_verbose()
-    )
+    runner = _Runner(metrics, progress, state, replicas, local_nodes, restart, pinned, verbose or is_verbose())
     outcomes = []
     for job in jobs:
         # The run is named after the check of its source. An empty label is none.
@@ -105,6 +111,7 @@ class _Runner:
         progress: Progress display.
         state: State directory.
         replicas: Replicas on the CPU; None for one per GPU, or one without GPUs.
+        nodes: Nodes that train; None for this process.
         restart: Whether to delete the results of the run first.
         pinned: Whether to keep the dataset that was used before.
         verbose: Whether to show the output of TensorFlow.
@@ -114,6 +121,7 @@ class _Runner:
     progress: Progress
     state: Path
     replicas: int | None
+    nodes: LocalNodes | None
     restart: bool
     pinned: bool
     verbose: bool
@@ -141,6 +149,7 @@ class _Runner:
         return job, replace(workspace, dataset=selected.stored.prefix if selected.stored else "")
 
     def _run(self, job: TransferJob, workspace: Workspace) -> "Published | CrossValidation":
+        from topwork.registry.completion import restore_metrics
         from topwork.registry.runs import delete_results
         from topwork.stages.publish import find_outcome
         from topwork.stages.pull import find_pulled_dataset
@@ -155,4 +164,14 @@ class _Runner:
         with quiet_tensorflow_import(verbose=self.verbose):
             from topwork import pipeline
 
-        return pipeline.run(job, workspace)
+        if self.nodes is None:
+            # On several nodes, the others than the chief return the classifier.
+            return cast("Published | CrossValidation", pipeline.run(job, workspace))
+        dataset = pipeline.run_pull(job, workspace)
+        self.nodes.train(job, dataset.prefix, workspace.scratch)
+        outcome = find_outcome(job, dataset, workspace)
+        if outcome is None:
+            raise UnavailableError("The result of the run disappeared. Start the same job again.")
+        # This process is the last one to push its metrics.
+        restore_metrics(job, dataset, workspace)
+        return outcome

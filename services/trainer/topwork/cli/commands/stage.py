@@ -1,5 +1,6 @@
 """`topwork stage`: run one stage of a job in a container of its pod."""
 
+import time
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -12,10 +13,18 @@ import typer
 from topwork import __version__
 from topwork.cancellation import STOPPED_MESSAGE, StopInterrupt, StopRequest
 from topwork.cli.runtime.container import Container
-from topwork.cli.runtime.environment import hide_gpus, read_grace_seconds, read_pod_settings, visible_gpus
+from topwork.cli.runtime.environment import (
+    hide_gpus,
+    read_grace_seconds,
+    read_node,
+    read_pod_settings,
+    silence_tensorflow_log,
+    visible_gpus,
+)
 from topwork.cli.runtime.signals import start_stop_watchdog, stop_on_signals
 from topwork.cluster.names import JOB_DIRECTORY, JOB_FILE, METRICS_PORTS, SCRATCH_DIRECTORY, STAGES, StageName
 from topwork.errors import SettingError, TopworkError
+from topwork.nodes.group import NodeGroup
 
 if TYPE_CHECKING:
     from topwork.clients.prometheus.metrics import Metrics
@@ -28,6 +37,7 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
+RESTART_POLL_SECONDS = 5.0
 # Time from the signal to the end of the process if nothing has to be stored first.
 STOP_SECONDS = 5.0
 GRACE_PERIOD_EXCEEDED = (
@@ -91,15 +101,28 @@ def _run(container: Container, file: Path, scratch: Path, port: int, stop: StopR
     from topwork.cli.options import serve_metrics
     from topwork.clients.prometheus.metrics import Metrics
 
-    pod = read_pod_settings()
+    pod, node = read_pod_settings(), read_node()
+    container.nodes = NodeGroup(node)
     job = _read_job(file)
     job = job.as_run(pod.run) if pod.run else job
     container.run, container.job = job.run, job
     container.metrics = metrics = Metrics(gpus=_owns_gpus(container, job), visible_devices=visible_gpus())
-    metrics.start_job(job=job.metadata.name, run=job.run, stage=container.stage, version=__version__)
+    metrics.start_job(
+        job=job.metadata.name,
+        run=job.run,
+        stage=container.stage,
+        version=__version__,
+        node=node.index,
+        nodes=node.count,
+    )
     log.info("metrics", port=serve_metrics(metrics, port))
     _serve_ports_of_earlier_stages(container.stage, port)
-    workspace = replace(_open_workspace(job, metrics, scratch, stop), dataset=pod.dataset, attempt=pod.attempt)
+    workspace = replace(
+        _open_workspace(job, metrics, scratch, stop),
+        dataset=pod.dataset,
+        attempt=pod.attempt,
+        nodes=container.nodes,
+    )
     log.info("run", name=job.run, stage=container.stage, storage=workspace.storage.uri)
     if pod.attempt:
         container.eviction_error = partial(_eviction_error, scratch, workspace)
@@ -185,7 +208,12 @@ def _restart_once(job: "TransferJob", workspace: "Workspace") -> None:
     from topwork.stages.pull import find_pulled_dataset
 
     marker = f"runs/{job.run}/restart-{workspace.attempt}.json"
-    if workspace.storage.size(marker) is None:
+    if not workspace.nodes.is_chief:
+        # Earlier results must not be taken for those of this Job.
+        while workspace.storage.size(marker) is None:
+            log.info("waiting for node 0 to delete the results of the run")
+            time.sleep(RESTART_POLL_SECONDS)
+    elif workspace.storage.size(marker) is None:
         delete_results(job, find_pulled_dataset(job, workspace), workspace.storage)
         workspace.storage.write(marker, b'{"format": 1}', content_type="application/json")
 
@@ -194,20 +222,19 @@ def _find_result(
     container: Container, job: "TransferJob", workspace: "Workspace"
 ) -> "StoredDataset | Classifier | Published | CrossValidation | None":
     """Find the result of an earlier attempt and restore its metrics, without importing TensorFlow."""
-    from topwork.registry.cross_validation import fold_jobs
+    from topwork.registry.completion import restore_metrics
     from topwork.registry.stage_keys import stage_keys
     from topwork.registry.stage_results import find_completed_stage
     from topwork.stages.publish import find_outcome
     from topwork.stages.pull import find_pulled_dataset
 
+    if container.stage == "pull" and not workspace.nodes.is_chief:
+        return None
     dataset = find_pulled_dataset(job, workspace)
     if dataset is None:
         return None
     if outcome := find_outcome(job, dataset, workspace):
-        for part in (*fold_jobs(job), *([job] if job.spec.publishes else [])):
-            keys = stage_keys(part, dataset.metadata.fingerprint, workspace.storage, dataset.inputs)
-            for stage, key in keys.training_stages.items():
-                find_completed_stage(part.run, stage, key, workspace)
+        restore_metrics(job, dataset, workspace)
         return outcome
     if container.stage == "pull":
         return dataset
@@ -220,20 +247,49 @@ def _find_result(
 def _run_stage(
     container: Container, job: "TransferJob", workspace: "Workspace"
 ) -> "StoredDataset | Classifier | Published | CrossValidation":
+    if container.stage == "pull":
+        return _pull(container, job, workspace)
+    if workspace.nodes.count == 1:
+        return _train(container, job, workspace)
+    from topwork.cli.runtime.node_group import train_on_nodes
+
+    return train_on_nodes(
+        container, job, workspace, pull=partial(_pull, container, job), train=partial(_train, container, job)
+    )
+
+
+def _pull(container: Container, job: "TransferJob", workspace: "Workspace") -> "StoredDataset":
+    if not workspace.nodes.is_chief:
+        from topwork.stages.pull import wait_for_dataset
+
+        return wait_for_dataset(job, workspace)
+    _import_tensorflow(container, job)
+    from topwork import pipeline
+
+    return pipeline.run_pull(job, workspace)
+
+
+def _train(
+    container: Container, job: "TransferJob", workspace: "Workspace"
+) -> "Classifier | Published | CrossValidation":
+    _import_tensorflow(container, job)
+    from topwork import pipeline
+    from topwork.training.distribution.strategy import choose_pod_replicas
+
+    workspace = replace(workspace, replicas=choose_pod_replicas(job.spec.compute.gpus, visible_gpus()))
+    return pipeline.run_transfer(job, workspace) if container.stage == "transfer" else pipeline.run(job, workspace)
+
+
+def _import_tensorflow(container: Container, job: "TransferJob") -> None:
     from topwork.cli.runtime.tensorflow_import import quiet_tensorflow_import
 
     if not _owns_gpus(container, job):
         hide_gpus()
+    if container.nodes.count > 1:
+        silence_tensorflow_log()
     with quiet_tensorflow_import():
-        from topwork import pipeline
-        from topwork.training.strategy import choose_pod_replicas
-
-    if container.stage == "pull":
-        return pipeline.run_pull(job, workspace)
-    workspace = replace(workspace, replicas=choose_pod_replicas(job.spec.compute.gpus, visible_gpus()))
-    if container.stage == "transfer":
-        return pipeline.run_transfer(job, workspace)
-    return pipeline.run(job, workspace)
+        from topwork import pipeline  # noqa: F401
+        from topwork.training.distribution import strategy  # noqa: F401
 
 
 def _report_success(

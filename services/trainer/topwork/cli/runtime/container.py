@@ -17,6 +17,7 @@ from topwork.cli.runtime.signals import ignore_stop_signals
 from topwork.cluster.names import StageName
 from topwork.cluster.termination_message import TerminationMessage
 from topwork.errors import Stopped, TopworkError, limit_message
+from topwork.nodes.group import NodeGroup
 from topwork.progress import Fact
 from topwork.redaction import redact
 
@@ -37,6 +38,7 @@ class Container:
         run: Name of the run, once it is known.
         metrics: Metrics of the stage, once they exist; the termination message repeats the best metric.
         job: The job, once it is read.
+        nodes: The nodes that run the stage together.
         eviction_error: Returns the error of a stopped process whose pod is evicted for lack of disk space; set in pods.
     """
 
@@ -52,6 +54,7 @@ class Container:
         self.run = ""
         self.metrics: Metrics | None = None
         self.job: TransferJob | None = None
+        self.nodes = NodeGroup()
         self.eviction_error: Callable[[], TopworkError | None] = lambda: None
         self._termination_log = termination_log
         self._message: TerminationMessage | None = None
@@ -104,6 +107,8 @@ class Container:
                 log.info(text, **fields)
             else:
                 log.error(text, **fields, exc_info=None if known else error)
+        # If the stage was already complete, this node has left, and the others learn nothing.
+        self.nodes.fail(known or error)
         return self._message.exit_code if self._message else code
 
     def exit_after_timeout(self, reason: str) -> Never:
@@ -112,16 +117,38 @@ class Container:
         Args:
             reason: Error text of the termination message.
         """
+        self.exit_from_thread(Stopped(reason))
+
+    def exit_from_thread(self, error: TopworkError) -> Never:
+        """End the process from another thread, because the main thread did not end in time.
+
+        Args:
+            error: Why the stage ended: a stop request, or the failure of another node.
+        """
+        stopped = isinstance(error, Stopped)
         try:
-            if self._write_termination_message("stopped", Stopped.exit_code, error=reason):
-                fields = {"stage": self.stage, "run": self.run, "exit_code": Stopped.exit_code}
+            text = limit_message(redact(str(error)))
+            if self._write_termination_message("stopped" if stopped else "failed", error.exit_code, error=text):
+                fields = {"stage": self.stage, "run": self.run, "exit_code": error.exit_code}
                 # The main thread may hold the lock of the log, for example if nothing reads standard error.
-                writer = threading.Thread(target=log.info, args=(reason,), kwargs=fields, daemon=True)
+                report = log.info if stopped else log.error
+                writer = threading.Thread(target=report, args=(text,), kwargs=fields, daemon=True)
                 writer.start()
                 writer.join(LOG_TIMEOUT_SECONDS)
+            self.nodes.fail(error)
         finally:
             # An exception would only end this thread, and the process would run until SIGKILL.
-            self.exit(self._message.exit_code if self._message else Stopped.exit_code)
+            self.exit(self._message.exit_code if self._message else error.exit_code)
+
+    def draft_failure(self, error: TopworkError | None) -> None:
+        """Write the termination message that applies if the process ends without running any further Python code.
+
+        Args:
+            error: The error; None to delete the draft.
+        """
+        with self._lock:
+            if self._message is None:
+                self._write(self._create_message("failed", error.exit_code, error=str(error)) if error else None)
 
     def publish_outcome(self, *, wait_for_scrape: bool) -> None:
         """Push the outcome to the Pushgateway, and keep the metrics port open for a last scrape.
@@ -152,15 +179,22 @@ class Container:
         with self._lock:
             if self._message:
                 return False
-            progress = self.metrics.stage_progress(self.stage)._asdict() if self.metrics else {}
-            common = {"stage": self.stage, "run": self.run, "outcome": outcome, "exit_code": exit_code}
             if self.metrics:
                 self.metrics.set_exit_code(self.stage, exit_code)
-            self._message = TerminationMessage.model_validate({**common, **progress, **fields})
-            with suppress(OSError):
-                if self._termination_log.exists():
-                    self._termination_log.write_text(self._message.to_json(), "utf-8")
+            self._message = self._create_message(outcome, exit_code, **fields)
+            self._write(self._message)
             return True
+
+    def _create_message(self, outcome: str, exit_code: int, **fields: Fact) -> TerminationMessage:
+        common = {"stage": self.stage, "run": self.run, "outcome": outcome, "exit_code": exit_code}
+        node = {"node": self.nodes.index} if self.nodes.count > 1 else {}
+        progress = self.metrics.stage_progress(self.stage)._asdict() if self.metrics else {}
+        return TerminationMessage.model_validate({**common, **node, **progress, **fields})
+
+    def _write(self, message: TerminationMessage | None) -> None:
+        with suppress(OSError):
+            if self._termination_log.exists():
+                self._termination_log.write_text(message.to_json() if message else "", "utf-8")
 
 
 def _exit_code(error: BaseException) -> int:

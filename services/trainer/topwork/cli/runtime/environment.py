@@ -5,12 +5,19 @@ import re
 import ssl
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from topwork.clients.url_policy import ALLOW_HTTP_VARIABLE
 from topwork.cluster.names import STORAGE_SECRET
 from topwork.errors import SettingError
+from topwork.nodes.addresses import split_address
+from topwork.nodes.node import PEER_TIMEOUT_SECONDS, Node
 from topwork.redaction import register_secrets
+
+if TYPE_CHECKING:
+    from topwork.clients.s3.connection import StorageSettings
 
 GRACE_VARIABLE = "TOPWORK_GRACE_SECONDS"
 EXTRA_CA_VARIABLE = "TOPWORK_EXTRA_CA"
@@ -18,6 +25,10 @@ RUN_VARIABLE = "TOPWORK_RUN"
 ATTEMPT_VARIABLE = "TOPWORK_ATTEMPT"
 DATASET_VARIABLE = "TOPWORK_DATASET"
 RESTART_VARIABLE = "TOPWORK_RESTART"
+NODE_INDEX_VARIABLE = "JOB_COMPLETION_INDEX"
+NODES_VARIABLE = "TOPWORK_NODES"
+COORDINATOR_VARIABLE = "TOPWORK_COORDINATOR"
+PEER_TIMEOUT_VARIABLE = "TOPWORK_PEER_TIMEOUT_SECONDS"
 
 # Any of these means that the user has configured object storage.
 STORAGE_VARIABLES = (
@@ -108,6 +119,87 @@ def read_pod_settings(environment: Mapping[str, str] = os.environ) -> PodSetting
     )
 
 
+def read_node(environment: Mapping[str, str] = os.environ) -> Node:
+    """Return the place of this process among the nodes of the run; the only node if no others are named.
+
+    Raises:
+        SettingError: If a value is malformed.
+    """
+    if not (text := environment.get(NODES_VARIABLE, "")):
+        return Node()
+    addresses = tuple(text.split(","))
+    coordinator = environment.get(COORDINATOR_VARIABLE, "")
+    for variable, address in (*((NODES_VARIABLE, part) for part in addresses), (COORDINATOR_VARIABLE, coordinator)):
+        try:
+            split_address(address)
+        except SettingError as error:
+            raise SettingError(f"{variable} is {environment.get(variable, '')!r}: {error}") from None
+    if repeated := [address for address in addresses if addresses.count(address) > 1]:
+        raise SettingError(f"{NODES_VARIABLE} is {text!r}: it contains {repeated[0]} twice, but each node has its own.")
+    index = environment.get(NODE_INDEX_VARIABLE, "")
+    if not (index.isascii() and index.isdigit() and int(index) < len(addresses)):
+        raise SettingError(
+            f"{NODE_INDEX_VARIABLE} is {index!r}: expected the index of this node, 0 to {len(addresses) - 1}, because "
+            f"{NODES_VARIABLE} names {len(addresses)} nodes."
+        )
+    return Node(int(index), addresses, coordinator, _read_peer_timeout(environment))
+
+
+def user_environment() -> dict[str, str]:
+    """Return a copy of all variables, for child processes: importing TensorFlow sets some that are not for them."""
+    return dict(os.environ)
+
+
+def local_node_environment(
+    node: Node,
+    *,
+    run: str,
+    dataset: str,
+    storage: "StorageSettings | None",
+    gpus: str | None,
+    environment: Mapping[str, str] = os.environ,
+) -> dict[str, str]:
+    """Return the variables of a process that is a node on this machine.
+
+    Args:
+        node: Its place among the nodes.
+        run: Name of the run.
+        dataset: Key prefix of its dataset.
+        storage: Address and credentials of the embedded storage; None if the variables of the user configure one.
+        gpus: Its GPUs, in the format of CUDA_VISIBLE_DEVICES; None without GPUs.
+        environment: Variables that it inherits.
+    """
+    variables = {
+        RUN_VARIABLE: run,
+        DATASET_VARIABLE: dataset,
+        NODE_INDEX_VARIABLE: str(node.index),
+        NODES_VARIABLE: ",".join(node.addresses),
+        COORDINATOR_VARIABLE: node.coordinator,
+        PEER_TIMEOUT_VARIABLE: f"{node.peer_timeout_seconds:g}",
+    }
+    if storage:
+        variables |= {
+            "AWS_ENDPOINT_URL": storage.endpoint_url or "",
+            "AWS_ACCESS_KEY_ID": storage.access_key or "",
+            "AWS_SECRET_ACCESS_KEY": storage.secret_key or "",
+            "AWS_REGION": storage.region or "",
+        }
+    if gpus:
+        variables["CUDA_VISIBLE_DEVICES"] = gpus
+    return {**environment, **variables}
+
+
+def _read_peer_timeout(environment: Mapping[str, str]) -> float:
+    text = environment.get(PEER_TIMEOUT_VARIABLE) or str(PEER_TIMEOUT_SECONDS)
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < inf:
+        raise SettingError(f"{PEER_TIMEOUT_VARIABLE} is {text!r}: expected seconds, such as {PEER_TIMEOUT_SECONDS:g}.")
+    return seconds
+
+
 # ── Devices and libraries ───────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -124,6 +216,14 @@ def hide_gpus(environment: MutableMapping[str, str] = os.environ) -> None:
 def limit_tensorflow_log(environment: MutableMapping[str, str] = os.environ, *, verbose: bool = False) -> None:
     """Let TensorFlow's C++ code log errors only, or everything if `verbose`, unless the user set a level."""
     environment.setdefault("TF_CPP_MIN_LOG_LEVEL", "0" if verbose else "2")
+
+
+def silence_tensorflow_log(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Let TensorFlow's C++ code log only fatal errors, unless the user set a level.
+
+    When another node ends, it logs the failure of its connections in many lines, even if training is complete.
+    """
+    environment.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 
 def silence_resource_tracker(environment: MutableMapping[str, str] = os.environ) -> None:
