@@ -8,6 +8,7 @@ require GPUs or a cluster.
 """
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -30,8 +31,9 @@ IMAGES = ROOT / "docs/images"
 RUNS = (("solar-base", ["spec.transfer.epochs=10"]), ("solar-transfer", []))
 LINGER_SECONDS = 15
 COLUMNS = 3
-EXCLUDED_TITLES = ("GPU", "Pods", "Startup time", "Pending", "Reconcile", "Oldest due")
-"""Prefixes of the titles of panels that require GPUs or a cluster."""
+NODE_TITLES = ("Number of nodes", "Slowest node", "Step skew", "Nodes")
+EXCLUDED_TITLES = ("GPU", "Pods", "Startup time", "Pending", "Reconcile", "Oldest due", *NODE_TITLES)
+"""Prefixes of the titles of panels that require GPUs, a cluster or several nodes."""
 STAGES = ("pull", "transfer", "fine-tune", "publish")
 Responses = list[tuple[str, list[dict[str, Any]]]]
 """Legend and series of each query of a panel, with times in seconds since the start of the run."""
@@ -136,10 +138,8 @@ def query_panel(
 
 
 def format_legend(legend: str, labels: dict[str, str]) -> str:
-    """Replace the labels in a legend with their values."""
-    for label, value in labels.items():
-        legend = legend.replace(f"{{{{{label}}}}}", value)
-    return legend
+    """Replace the labels in a legend with their values, and remove those that a series does not have."""
+    return re.sub(r"{{(\w+)}}", lambda match: labels.get(match[1], ""), legend)
 
 
 def draw_lines(axis: Axes, responses: Responses) -> None:

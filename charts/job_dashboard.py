@@ -1,6 +1,7 @@
 """The *Job* dashboard: one run in detail."""
 
 from grafana_foundation_sdk.builders import dashboard
+from job_dashboard_nodes import node_panels
 from job_dashboard_resources import gpu_panels, storage_panels, throughput_panels
 from panels import (
     GREEN,
@@ -23,7 +24,7 @@ from panels import (
 
 MATCHERS = 'namespace=~"$namespace", transferjob=~"$transferjob"'
 RUN = f'{MATCHERS}, run="$run"'
-PODS = 'namespace=~"$namespace", pod=~"$run(-pull)?-[a-z0-9]{5}"'
+PODS = 'namespace=~"$namespace", pod=~"$run(-pull|-[0-9]+)?-[a-z0-9]{5}"'
 JOB = 'namespace=~"$namespace", job_name="$run"'
 
 STAGE_STATES = {"0": ("ended", GREEN), "1": ("running", "blue")}
@@ -61,6 +62,7 @@ def build_job_dashboard() -> dashboard.Dashboard:
             "Storage": storage_panels(),
             "GPUs": gpu_panels(),
             "Pods": _pod_panels(),
+            "Nodes, for runs on several nodes": node_panels(),
         },
     )
 
@@ -209,8 +211,8 @@ def _pod_panels() -> Panels:
         ),
         stat_panel(
             "Pods and restarts",
-            "Pods of this run, more than one if it was stopped or retried, and restarts of their containers, which "
-            "only the node causes.",
+            "Pods of this run, more than one per node of the run if it was stopped or retried, and restarts of their "
+            "containers, which only a machine causes.",
             Query(pods, "pods"),
             Query(restarts, "restarts"),
             unit="none",

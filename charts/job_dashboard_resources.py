@@ -1,7 +1,18 @@
 """Rows of the *Job* dashboard about throughput, storage and GPUs."""
 
 from grafana_foundation_sdk.builders import timeseries
-from panels import GREEN, GREEN_ONLY, ORANGE, RED, Panels, Query, bar_gauge, last_value, time_series
+from panels import (
+    GREEN,
+    GREEN_ONLY,
+    ORANGE,
+    RED,
+    Panels,
+    Query,
+    bar_gauge,
+    last_value,
+    name_node,
+    time_series,
+)
 
 RUN = 'namespace=~"$namespace", transferjob=~"$transferjob", run="$run"'
 
@@ -28,8 +39,8 @@ def throughput_panels() -> Panels:
         ),
         time_series(
             "Input wait",
-            "Share of training time spent waiting for the next batch, over five minutes. Above a third, training is "
-            "input-bound, and an alert fires if GPUs are allocated to the run.",
+            "Share of training time spent waiting for the next batch, over five minutes, on the node that waits "
+            "longest. Above a third, training is input-bound, and an alert fires if GPUs are allocated to the run.",
             Query(f"max(topwork:run_input_wait:ratio_rate5m{{{RUN}}})", "waiting"),
             unit="percentunit",
             maximum=1,
@@ -101,7 +112,9 @@ def gpu_panels() -> Panels:
         time_series(
             "GPU temperature",
             "Temperature of the GPU (NVML). GPUs throttle near 90 °C.",
-            Query(f"max by (gpu) (topwork_gpu_temperature_celsius{{{RUN}}})", "GPU {{gpu}}"),
+            Query(
+                name_node(f"max by (node, gpu) (topwork_gpu_temperature_celsius{{{RUN}}})"), "GPU {{gpu}}{{of_node}}"
+            ),
             unit="celsius",
             span=6,
             steps=[(None, GREEN), (87, RED)],
@@ -116,7 +129,7 @@ def _nvml_and_dcgm(title: str, description: str, nvml: str, dcgm: str, unit: str
         title,
         f"{description} Sources: the process of the run (NVML) and the exporter on the node (DCGM), which also covers "
         "the time between two processes.",
-        Query(f"max by (gpu) ({nvml}{{{RUN}}})", "GPU {{gpu}}, NVML"),
+        Query(name_node(f"max by (node, gpu) ({nvml}{{{RUN}}})"), "GPU {{gpu}}{{of_node}}, NVML"),
         Query(f"max by (pod, gpu) ({dcgm}{{{RUN}}})", "GPU {{gpu}} of {{pod}}, DCGM"),
         unit=unit,
         maximum=1 if share else None,

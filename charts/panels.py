@@ -221,6 +221,11 @@ def last_value(series: str, by: str, matchers: str) -> str:
     return f"max by ({by}) (last_over_time({series}{{{matchers}}}[$__range]))"
 
 
+def name_node(expr: str) -> str:
+    """Return PromQL that adds the label `of_node`, such as ` of node 1`, to the series of runs on several nodes."""
+    return f'label_replace({expr}, "of_node", " of node $1", "node", "(.+)")'
+
+
 def thresholds(steps: Steps) -> dashboard.ThresholdsConfig:
     """Create absolute thresholds."""
     return (

@@ -149,12 +149,14 @@ class NetworkPolicies(Section):
     scrapers: tuple[KubernetesFields, ...] = Field(
         default=({"namespaceSelector": {}},),
         description="NetworkPolicy peers allowed to scrape the metrics ports. All other ingress to job pods is denied, "
-        "except from the controller of this release. Add the controller of another release here.",
+        "except from the controller of this release. Add the controller of another release here. The metrics of runs "
+        "on several nodes are open to all: such a run has a policy of its own.",
     )
     egress: tuple[KubernetesFields, ...] = Field(
         default=(),
-        description="NetworkPolicy egress rules of job pods. DNS and the embedded S3 server are always allowed. If "
-        "empty, all egress is allowed, because storage and dataset sources are often outside the cluster.",
+        description="NetworkPolicy egress rules of job pods. DNS, the embedded S3 server and the other pods of a run "
+        "are always allowed. If empty, all egress is allowed, because storage and dataset sources are often outside "
+        "the cluster.",
     )
 
 

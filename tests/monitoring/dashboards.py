@@ -9,12 +9,15 @@ from tests.monitoring.prometheus_server import ROOT
 
 DASHBOARD_DIRECTORY = ROOT / "charts/topwork/dashboards"
 DASHBOARDS = ("jobs.json", "job.json")
+NODES_ROW = "Nodes, for runs on several nodes"
+"""Row of the dashboard Job that has no data for a run on one node."""
 
 
 class PanelQuery(NamedTuple):
     """A query of a panel."""
 
     dashboard: str
+    row: str
     panel: str
     ref_id: str
     expr: str
@@ -37,9 +40,14 @@ def panels(name: str) -> list[dict[str, Any]]:
 def queries() -> Iterator[PanelQuery]:
     """Yield every query of every panel."""
     for name in DASHBOARDS:
-        for panel in panels(name):
+        row = ""
+        for panel in load_dashboard(name)["panels"]:
+            if panel["type"] == "row":
+                row = panel["title"]
+                continue
             for target in panel["targets"]:
-                yield PanelQuery(name, panel["title"], target["refId"], target["expr"], target.get("instant", False))
+                instant = target.get("instant", False)
+                yield PanelQuery(name, row, panel["title"], target["refId"], target["expr"], instant)
 
 
 def variables() -> Iterator[tuple[str, str, str]]:
@@ -51,5 +59,5 @@ def variables() -> Iterator[tuple[str, str, str]]:
 
 
 def substitute_variables(text: str, values: Mapping[str, str]) -> str:
-    """Replace variables with their values, as Grafana does before it sends a query."""
-    return re.sub(r"\$(\w+)", lambda match: values[match[1]], text)
+    """Replace variables with their values, as Grafana does before it sends a query. `$1` is not a variable."""
+    return re.sub(r"\$([a-z_]\w*)", lambda match: values[match[1]], text)

@@ -147,21 +147,12 @@ class Exporter:
         self._server.server_close()
 
 
-def kube_state_page(namespace: str, run: str, pod: str, *, complete: bool) -> str:
-    """Return the kube-state-metrics page for a pod with two GPUs and its Job."""
-    pod_labels = f'namespace="{namespace}",pod="{pod}"'
-    requests = f'kube_pod_container_resource_requests{{{pod_labels},container="fine-tune",node="node-1"'
+def kube_state_page(namespace: str, run: str, *pods: str, complete: bool, gpus: int = 2) -> str:
+    """Return the kube-state-metrics page for a Job and its pods, each with some GPUs."""
     job_labels = f'namespace="{namespace}",job_name="{run}"'
-    phases = {"Pending": 0, "Running": int(not complete), "Succeeded": int(complete), "Failed": 0, "Unknown": 0}
     return "\n".join(
         [
-            f'{requests},resource="cpu",unit="core"}} 8',
-            f'{requests},resource="nvidia_com_gpu",unit="integer"}} 2',
-            *(f'kube_pod_status_phase{{{pod_labels},phase="{name}"}} {value}' for name, value in phases.items()),
-            *(
-                f'kube_pod_container_status_restarts_total{{{pod_labels},container="{name}"}} 0'
-                for name in ("pull", "transfer", "fine-tune")
-            ),
+            *(line for pod in pods for line in _kube_pod_lines(namespace, pod, complete=complete, gpus=gpus)),
             f"kube_job_status_start_time{{{job_labels}}} {time.time() - 30:.0f}",
             f"kube_job_status_suspended{{{job_labels}}} 0",
             f'kube_job_failed{{{job_labels},condition="true"}} 0',
@@ -171,10 +162,25 @@ def kube_state_page(namespace: str, run: str, pod: str, *, complete: bool) -> st
     )
 
 
-def dcgm_page(namespace: str, pod: str) -> str:
-    """Return the dcgm-exporter page for the two GPUs of a pod, on a node with a third, unused GPU."""
+def _kube_pod_lines(namespace: str, pod: str, *, complete: bool, gpus: int) -> list[str]:
+    pod_labels = f'namespace="{namespace}",pod="{pod}"'
+    requests = f'kube_pod_container_resource_requests{{{pod_labels},container="fine-tune",node="node-1"'
+    phases = {"Pending": 0, "Running": int(not complete), "Succeeded": int(complete), "Failed": 0, "Unknown": 0}
+    return [
+        f'{requests},resource="cpu",unit="core"}} 8',
+        f'{requests},resource="nvidia_com_gpu",unit="integer"}} {gpus}',
+        *(f'kube_pod_status_phase{{{pod_labels},phase="{name}"}} {value}' for name, value in phases.items()),
+        *(
+            f'kube_pod_container_status_restarts_total{{{pod_labels},container="{name}"}} 0'
+            for name in ("pull", "transfer", "fine-tune")
+        ),
+    ]
+
+
+def dcgm_page(namespace: str, pod: str, gpus: int = 2) -> str:
+    """Return the dcgm-exporter page for the GPUs of a pod, on a machine with one more, unused GPU."""
     lines = []
-    for gpu, is_used in (("0", True), ("1", True), ("2", False)):
+    for gpu, is_used in [(str(index), index < gpus) for index in range(gpus + 1)]:
         pod_labels = f'namespace="{namespace}",pod="{pod}",container="fine-tune"' if is_used else ""
         labels = ",".join(filter(None, [f'gpu="{gpu}",UUID="GPU-{gpu}",modelName="NVIDIA A100"', pod_labels]))
         for name, value in (("GPU_UTIL", 80), ("FB_USED", 30000), ("FB_FREE", 51000), ("POWER_USAGE", 250.5)):

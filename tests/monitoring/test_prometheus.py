@@ -7,14 +7,17 @@ from collections.abc import Mapping
 
 import pytest
 from tests.monitoring.conftest import NAMESPACE, TEAM, Controller, ObservedRun
-from tests.monitoring.dashboards import PanelQuery, queries, substitute_variables, variables
+from tests.monitoring.dashboards import NODES_ROW, PanelQuery, queries, substitute_variables, variables
 from tests.monitoring.prometheus_server import Prometheus, require_command
 
 # The first test waits for two training runs.
 pytestmark = pytest.mark.timeout(1800)
 
 
-@pytest.mark.parametrize("panel", list(queries()), ids=[panel.name for panel in queries()])
+ONE_NODE_QUERIES = [query for query in queries() if query.row != NODES_ROW]
+
+
+@pytest.mark.parametrize("panel", ONE_NODE_QUERIES, ids=[panel.name for panel in ONE_NODE_QUERIES])
 @pytest.mark.parametrize("all_runs", [False, True], ids=["this run", "all"])
 def test_every_panel_query_has_data(observed_run: ObservedRun, panel: PanelQuery, all_runs: bool):
     values = (
@@ -23,6 +26,13 @@ def test_every_panel_query_has_data(observed_run: ObservedRun, panel: PanelQuery
         else observed_run.values
     )
     assert_has_data(observed_run, observed_run.prometheus, panel, values)
+
+
+def test_panels_that_compare_nodes_have_no_data_for_a_run_on_one_node(observed_run: ObservedRun):
+    for panel in queries():
+        if panel.row == NODES_ROW:
+            query = substitute_variables(panel.expr, observed_run.values)
+            assert observed_run.prometheus.query_range(query, observed_run.start, observed_run.end) == [], panel.name
 
 
 JOBS_QUERIES = [query for query in queries() if query.dashboard == "jobs.json"]

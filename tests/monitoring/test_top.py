@@ -23,9 +23,10 @@ RUN = "cats-1a2b3c4d"
 pytestmark = pytest.mark.skipif(not shutil.which("prometheus"), reason="needs Prometheus: make prometheus")
 
 
-def start_metrics(run: str, stage: str) -> Metrics:
+def start_metrics(run: str, stage: str, node: int = 0, nodes: int = 1) -> Metrics:
     metrics = Metrics(gpus=False)
-    metrics.start_job(job=run.rpartition("-")[0], run=run, stage=stage, version="1.2.3")
+    job = run.rpartition("-")[0]
+    metrics.start_job(job=job, run=run, stage=stage, version="1.2.3", node=node, nodes=nodes)
     return metrics
 
 
@@ -121,3 +122,21 @@ def test_runs_are_read_with_rates_from_scrapes(start):
     assert (cats["stage"], cats["epoch"], cats["epochs"]) == ("transfer", 5, 20)
     assert cats["speed"] == {"imagesPerSecond": 256.0, "stepSeconds": 0.25, "inputWait": None, "lately": True}
     assert cats["readSecondsAgo"] < 10
+
+
+def test_nodes_of_a_run_are_read_as_one_run(start):
+    nodes = [start_metrics(RUN, "transfer", node, 2) for node in range(2)]
+    with nodes[0].track_stage("transfer"), nodes[1].track_stage("transfer"):
+        for node, metrics in enumerate(nodes):
+            metrics.record_evaluation_speed(images=100, seconds=1.0 + node)
+            metrics.record_step(images=64, seconds=0.25)
+        targets = [
+            pod_target(metrics.serve(0, "127.0.0.1"), f"{RUN}-{node}-abcde") for node, metrics in enumerate(nodes)
+        ]
+        url = start(*targets)
+        (run,) = wait_for(lambda: [run for run in top(url) if len(run["nodes"]) == 2])
+    assert (run["run"], run["pod"], run["nodeCount"]) == (RUN, f"{RUN}-0-abcde", 2)
+    assert [(node["index"], node["pod"], node["evaluatedPerSecond"]) for node in run["nodes"]] == [
+        (0, f"{RUN}-0-abcde", 100.0),
+        (1, f"{RUN}-1-abcde", 50.0),
+    ]

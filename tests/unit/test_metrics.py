@@ -9,7 +9,7 @@ import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics
 
 from topwork.clients.prometheus.metrics import Metrics, StageProgress, serve_empty_page
-from topwork.clients.prometheus.series import MAX_SERIES
+from topwork.clients.prometheus.series import CHIEF_SERIES, MAX_NODE_SERIES, MAX_SERIES
 from topwork.data.images.image_validation import REASONS
 from topwork.spec.evaluation import MetricName
 
@@ -114,10 +114,9 @@ def test_openmetrics_is_served_with_units_on_request():
     assert "_created" not in text
 
 
-def test_number_of_series_of_a_process_is_limited():
-    """docs/metrics.md documents this limit."""
+def metrics_with_every_series(node: int = 0, nodes: int = 1) -> Metrics:
     metrics = Metrics(gpus=False)
-    metrics.start_job(job="cats", run="cats-12345678", stage="run", version="0.1.0")
+    metrics.start_job(job="cats", run="cats-12345678", stage="run", version="0.1.0", node=node, nodes=nodes)
     metrics.init_rejection_reasons(REASONS)
     for stage in ("pull", "transfer", "fine-tune", "publish"):
         with metrics.track_stage(stage):
@@ -138,8 +137,71 @@ def test_number_of_series_of_a_process_is_limited():
     metrics.set_failed_gates(0)
     metrics.record_checkpoint(1.0)
     metrics.set_exit_code("run", 0)
-    lines = [line for line in scrape(metrics).splitlines() if not line.startswith("#")]
-    assert len(lines) == MAX_SERIES
+    metrics.record_step(images=64, seconds=0.2)
+    metrics.record_step_time(input_wait_seconds=0.05, compute_seconds=0.15)
+    metrics.record_evaluation_speed(images=100, seconds=2.0)
+    metrics.count_storage_bytes("download", 10)
+    return metrics
+
+
+def exposed_lines(metrics: Metrics) -> list[str]:
+    return [line for line in scrape(metrics).splitlines() if not line.startswith("#")]
+
+
+def test_number_of_series_of_a_process_is_limited():
+    """docs/metrics.md documents these limits."""
+    assert len(exposed_lines(metrics_with_every_series())) == MAX_SERIES
+    assert len(exposed_lines(metrics_with_every_series(nodes=64))) == MAX_SERIES + CHIEF_SERIES
+    assert len(exposed_lines(metrics_with_every_series(node=63, nodes=64))) == MAX_NODE_SERIES
+
+
+def test_a_single_node_exposes_neither_the_node_nor_its_evaluation_speed():
+    text = "\n".join(exposed_lines(metrics_with_every_series()))
+    assert "node" not in text
+    assert "topwork_evaluation" not in text
+
+
+def test_every_series_of_several_nodes_has_the_node():
+    for node in (0, 1):
+        lines = exposed_lines(metrics_with_every_series(node=node, nodes=2))
+        assert all(f'node="{node}"' in line and 'run="cats-12345678"' in line for line in lines), lines
+
+
+def test_node_0_exposes_the_number_of_nodes_and_its_evaluation_speed():
+    metrics = metrics_with_every_series(nodes=2)
+    assert value(metrics, "topwork_nodes") == 2
+    metrics.record_evaluation_speed(images=50, seconds=1.0)
+    assert value(metrics, "topwork_evaluation_images_total") == 150
+    assert value(metrics, "topwork_evaluation_seconds_total") == 3
+
+
+def test_other_nodes_expose_no_result_of_the_run():
+    names = {line.split("{")[0] for line in exposed_lines(metrics_with_every_series(node=1, nodes=2))}
+    assert names == {
+        "topwork_evaluation_images_total",
+        "topwork_evaluation_seconds_total",
+        "topwork_input_wait_seconds_total",
+        "topwork_stage_info",
+        "topwork_stage_running",
+        "topwork_step_compute_seconds_total",
+        "topwork_storage_bytes_total",
+        "topwork_storage_retries_total",
+    }
+
+
+def test_other_nodes_keep_their_progress_for_the_termination_message():
+    assert metrics_with_every_series(node=1, nodes=2).stage_progress("transfer") == StageProgress(
+        1, "validation_accuracy", 0.5
+    )
+
+
+def test_the_outcome_of_several_nodes_comes_from_node_0_and_has_no_node():
+    chief, other = metrics_with_every_series(nodes=2), metrics_with_every_series(node=1, nodes=2)
+    samples = [sample for family in chief.outcome_registry.collect() for sample in family.samples]
+    assert samples
+    assert not [sample for sample in samples if "node" in sample.labels]
+    assert list(other.outcome_registry.collect()) == []
+    assert chief.labels == other.labels == {"transferjob": "cats", "run": "cats-12345678"}
 
 
 def test_port_serves_all_series_with_help_and_type():

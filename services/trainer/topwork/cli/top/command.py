@@ -22,7 +22,7 @@ STYLES = {
     r"(?m)^.*\bRUN\b.*\bSTATE$": "bold",
     r"━+": "green",
     r"\brunning\b|\bdone\b": "green",
-    r"\bgone\b|\bno progress\b.*|\d+ (retry|retries)\b|training is input-bound|\bstopped\b": "yellow",
+    r"\bgone\b|\bno progress\b.*|\d+ (retry|retries)\b|slow node\b|training is input-bound|\bstopped\b": "yellow",
     r"\b(failed|refused|gate not met)\b|\b(nan|inf)\b|\d+ not met": "red",
 }
 """Styles of text on a terminal, by regular expression."""

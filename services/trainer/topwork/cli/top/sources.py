@@ -4,13 +4,14 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 from topwork.clients.prometheus.scrape import PrometheusClient, Reading, parse_page, read_page, without_credentials
 from topwork.cluster.names import RunKind
 from topwork.cluster.status.durations import format_duration
-from topwork.cluster.status.snapshot import RunSnapshot
-from topwork.cluster.status.snapshot_calculation import ProcessLocation, ReadingHistory, compute_snapshot
+from topwork.cluster.status.node_snapshots import combine_nodes
+from topwork.cluster.status.snapshot import NodeSnapshot, RunSnapshot
+from topwork.cluster.status.snapshot_calculation import ProcessLocation, ReadingHistory, compute_snapshot, node_of
 from topwork.errors import SettingError, UnavailableError
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ class MetricsPageSource:
         snapshots = [self._snapshot(url, now) for url, history in self._histories.items() if history.readings]
         if not snapshots:
             raise UnavailableError(f"No runs found: {' '.join(problems)} {self._advice}")
-        return snapshots
+        return combine_nodes(snapshots)
 
     def _read_page(self, url: str) -> str | None:
         """Read a page into its history, and return the problem if this fails."""
@@ -134,12 +135,32 @@ class ClusterSource:
         return [read_run(self._cluster, find_run(self._cluster, self._name, self._kind))]
 
     def _snapshot(self, status: "RunStatus", now: float) -> RunSnapshot:
+        if status.running_container is None:
+            return _snapshot_of_status(status)
+        snapshot, problem = self._read_container(status, *status.running_container, now)
+        if snapshot is None:
+            return replace(_snapshot_of_status(status), reason=problem)
+        run = replace(snapshot, state=snapshot.state if status.phase == "running" else status.phase, reason=problem)
+        if status.nodes == 1:
+            return run
+        others = _map_concurrently(lambda node: self._node(status, *node, now), _other_nodes(status))
+        return combine_nodes([run, *others])[0]
+
+    def _node(self, status: "RunStatus", index: int, pod: str, stage: str, now: float) -> RunSnapshot:
+        """Read another node than node 0."""
+        snapshot, problem = self._read_container(status, pod, stage, now)
+        if snapshot is not None and snapshot.nodes:
+            return replace(snapshot, reason=problem)
+        node = NodeSnapshot(index, f"pod {pod}", pod)
+        return replace(_snapshot_of_status(status), state="running", reason=problem, nodes=(node,))
+
+    def _read_container(
+        self, status: "RunStatus", pod: str, stage: str, now: float
+    ) -> tuple[RunSnapshot | None, str | None]:
+        """Read a running container; returns its last state, and the problem if it does not answer now."""
         from topwork.clients.kubernetes.errors import NotFoundError
         from topwork.cluster.names import METRICS_PORTS
 
-        if status.running_container is None:
-            return _snapshot_of_status(status)
-        pod, stage = status.running_container
         port = next(port for name, port in METRICS_PORTS.items() if name == stage)
         container = _Container(status.namespace, pod, port)
         history = self._histories.setdefault(container, ReadingHistory())
@@ -149,10 +170,20 @@ class ClusterSource:
         except (NotFoundError, UnavailableError, ValueError) as error:
             problem = str(error)
         if not history.readings or not history.readings[-1].label("run"):
-            return replace(_snapshot_of_status(status), reason=problem or f"{pod}:{container.port} {NO_METRICS}")
+            return None, problem or f"{pod}:{container.port} {NO_METRICS}"
         location = ProcessLocation(f"pod {pod}:{container.port}", status.namespace, pod)
-        snapshot = compute_snapshot(history.readings, now, location)
-        return replace(snapshot, state=snapshot.state if status.phase == "running" else status.phase, reason=problem)
+        return compute_snapshot(history.readings, now, location), problem
+
+
+def _other_nodes(status: "RunStatus") -> list[tuple[int, str, str]]:
+    """Return the index, pod and stage of each node other than node 0 that runs a container."""
+    running = {
+        attempt.index: (attempt.index, attempt.pod, container.stage)
+        for attempt in status.attempts
+        for container in attempt.containers
+        if container.state == "running"
+    }
+    return [running[index] for index in sorted(running) if index > 0]
 
 
 def _snapshot_of_status(status: "RunStatus") -> RunSnapshot:
@@ -162,12 +193,20 @@ def _snapshot_of_status(status: "RunStatus") -> RunSnapshot:
         job=status.job,
         source=f"namespace {status.namespace}",
         namespace=status.namespace,
-        pod=status.attempts[-1].pod if status.attempts else None,
+        pod=status.last_attempt.pod if status.last_attempt else None,
         state=status.phase,
         reason=status.error or status.reason,
         stage=status.stage,
         exit_code=status.exit_code,
     )
+
+
+class _RunNode(NamedTuple):
+    """A node of a run, or the only one."""
+
+    namespace: str
+    run: str
+    node: int
 
 
 class PrometheusSource:
@@ -192,18 +231,21 @@ class PrometheusSource:
         )
 
     def read(self, now: float) -> list[RunSnapshot]:
-        """Read the newest process of each run."""
-        newest: dict[tuple[str, str], tuple[ProcessLocation, list[Reading]]] = {}
+        """Read the newest process of each run, or of each of its nodes."""
+        newest: dict[_RunNode, tuple[ProcessLocation, list[Reading]]] = {}
         for target, readings in self._client.read_runs(self._labels, LOOKBACK_SECONDS).items():
             # Skip outcomes that Prometheus scraped from a Pushgateway.
             if not any(readings[-1].select("stage_running")):
                 continue
-            current = newest.get((target.namespace, target.run))
+            key = _RunNode(target.namespace, target.run, node_of(readings[-1]) or 0)
+            current = newest.get(key)
             if current is None or current[1][-1].at < readings[-1].at:
                 source = f"{self._url}, {target.instance}"
                 location = ProcessLocation(source, target.namespace or None, target.pod or None)
-                newest[target.namespace, target.run] = location, readings
-        return [self._snapshot(location, readings, now) for _, (location, readings) in sorted(newest.items())]
+                newest[key] = location, readings
+        return combine_nodes(
+            self._snapshot(location, readings, now) for _, (location, readings) in sorted(newest.items())
+        )
 
     def _snapshot(self, location: ProcessLocation, readings: list[Reading], now: float) -> RunSnapshot:
         snapshot = compute_snapshot(readings, now, location)

@@ -1,6 +1,7 @@
 """Formats the runs of `topwork top` as text and as JSON."""
 
 import math
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
@@ -9,7 +10,15 @@ from pydantic.alias_generators import to_camel
 
 from topwork.cli.output.tables import format_table
 from topwork.cluster.status.durations import format_duration
-from topwork.cluster.status.snapshot import BestMetric, GpuUsage, RunSnapshot, StorageTraffic, TrainingSpeed
+from topwork.cluster.status.node_snapshots import mean_utilization
+from topwork.cluster.status.snapshot import (
+    BestMetric,
+    GpuUsage,
+    NodeSnapshot,
+    RunSnapshot,
+    StorageTraffic,
+    TrainingSpeed,
+)
 from topwork.disk_space import format_bytes
 from topwork.training.input_stalls import INPUT_BOUND_SHARE
 
@@ -17,6 +26,8 @@ BAR_WIDTH = 24
 """Width of the progress bar in characters."""
 NO_PROGRESS_SECONDS = 120.0
 """A lack of progress is shown after this time."""
+SLOW_NODE_RATIO = 1.2
+"""A node is slow if it takes this many times as long to evaluate an image as the median; as in TopworkNodeSlow."""
 COLUMNS = ("RUN", "STAGE", "EPOCH", "LOSS", "BEST", "IMAGES/S", "WAIT", "GPU", "LEFT", "STATE")
 MAX_REASON_CHARACTERS = 160
 
@@ -74,7 +85,8 @@ def format_details(run: RunSnapshot) -> Iterator[str]:
         "learning rate": f"{run.learning_rate:.4g}" if run.learning_rate is not None else "",
         "speed": _speed(run),
         "input": _input_wait(run.speed),
-        **{f"GPU {gpu.index}": _gpu(gpu) for gpu in run.gpus},
+        **({} if run.nodes else {f"GPU {gpu.index}": _gpu(gpu) for gpu in run.gpus}),
+        **_nodes(run),
         "checkpoint": _duration(run.checkpoint_seconds_ago, "{} ago"),
         "storage": _storage(run),
         "images": _images(run),
@@ -161,8 +173,29 @@ def _input_wait(speed: TrainingSpeed | None) -> str:
 
 
 def _mean_utilization(gpus: Sequence[GpuUsage]) -> str:
-    values = [gpu.utilization for gpu in gpus if gpu.utilization is not None]
-    return f"{sum(values) / len(values):.0%} of {len(gpus)}" if values else ""
+    mean = mean_utilization(gpus)
+    return f"{mean:.0%} of {len(gpus)}" if mean is not None else ""
+
+
+def _nodes(run: RunSnapshot) -> dict[str, str]:
+    """Format one line per node, and one for those that were not read."""
+    times = [1 / node.evaluated_per_second for node in run.nodes if node.evaluated_per_second]
+    slow_seconds = SLOW_NODE_RATIO * statistics.median(times) if times else math.inf
+    lines = {f"node {node.index}": _node(node, slow_seconds) for node in run.nodes}
+    missing = sorted(set(range(run.node_count or 0)) - {node.index for node in run.nodes})
+    return lines | ({"not read": f"node {', '.join(map(str, missing))}"} if missing else {})
+
+
+def _node(node: NodeSnapshot, slow_seconds: float) -> str:
+    parts = [f"{node.state}: {_shorten(node.reason)}" if node.reason else node.state]
+    if node.input_wait is not None:
+        parts.append(f"{node.input_wait:.0%} waiting")
+    if node.evaluated_per_second:
+        is_slow = 1 / node.evaluated_per_second > slow_seconds
+        parts.append(f"evaluates {_rate(node.evaluated_per_second)} images/s{' (slow node)' if is_slow else ''}")
+    if utilization := _mean_utilization(node.gpus):
+        parts.append(f"GPUs {utilization} busy")
+    return ", ".join([*parts, node.pod or node.source])
 
 
 def _gpu(gpu: GpuUsage) -> str:
@@ -224,7 +257,7 @@ def snapshot_to_json(run: RunSnapshot) -> dict[str, Any]:
 
 def _json_value(value: Any) -> Any:
     """Convert a value. NaN and infinity become strings, because JSON has no such numbers."""
-    if isinstance(value, BestMetric | GpuUsage | TrainingSpeed | StorageTraffic):
+    if isinstance(value, BestMetric | GpuUsage | NodeSnapshot | TrainingSpeed | StorageTraffic):
         return {to_camel(key.name): _json_value(getattr(value, key.name)) for key in fields(value)}
     if isinstance(value, Mapping):
         return {name: _json_value(item) for name, item in value.items()}

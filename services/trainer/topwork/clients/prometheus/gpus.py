@@ -53,6 +53,11 @@ class GpuCollector(Collector):
         """Number of selected GPUs; 0 if the driver reports an error."""
         return len(self._selected_indices())
 
+    @property
+    def indices(self) -> list[int]:
+        """Indices of the selected GPUs; empty if the driver reports an error."""
+        return self._selected_indices()
+
     def _selected_indices(self) -> list[int]:
         try:
             indices = range(self._nvml.nvmlDeviceGetCount())
@@ -112,3 +117,20 @@ def open_gpu_collector(visible_devices: str | None = None) -> GpuCollector | Non
         return None
     collector = GpuCollector(pynvml, visible_devices)
     return collector if collector.count else None
+
+
+def list_gpus(visible_devices: str | None = None) -> list[str]:
+    """List the GPUs of this machine, without TensorFlow.
+
+    Args:
+        visible_devices: CUDA_VISIBLE_DEVICES; None selects all.
+
+    Returns:
+        What CUDA_VISIBLE_DEVICES names, if it is set and there are GPUs; otherwise the indices of all GPUs.
+    """
+    collector = open_gpu_collector(visible_devices)
+    if collector is None:
+        return []
+    if visible_devices is None:
+        return [str(index) for index in collector.indices]
+    return [device.strip() for device in visible_devices.split(",")]

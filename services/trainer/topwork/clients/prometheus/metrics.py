@@ -9,7 +9,13 @@ from typing import NamedTuple
 from prometheus_client import CollectorRegistry, start_http_server
 
 from topwork.clients.prometheus.gpus import open_gpu_collector
-from topwork.clients.prometheus.series import OUTCOME_FAMILIES, LabeledRegistry, MetricFamilies, samples_of
+from topwork.clients.prometheus.series import (
+    NODE_FAMILIES,
+    OUTCOME_FAMILIES,
+    LabeledRegistry,
+    MetricFamilies,
+    samples_of,
+)
 
 
 class StageProgress(NamedTuple):
@@ -22,6 +28,9 @@ class StageProgress(NamedTuple):
 
 class Metrics:
     """The metrics of the job that this process runs. Every exposed series has the labels `transferjob` and `run`.
+
+    If several nodes train a run, every series also has the label `node`. Nodes other than node 0 expose only the series
+    in `NODE_FAMILIES`, and push nothing: the results of the run come from node 0.
 
     Example:
         ```python
@@ -43,11 +52,21 @@ class Metrics:
         self._gpus = open_gpu_collector(visible_devices) if gpus else None
         self._families = MetricFamilies(self._gpus)
         self._labels: dict[str, str] = {}
+        self._node_label: dict[str, str] = {}
+        self._is_chief = True
         self._restored_stages: set[str] = set()
-        self.labeled_registry = LabeledRegistry(lambda: self._families.registry, lambda: self._labels)
+        self.labeled_registry = LabeledRegistry(
+            lambda: self._families.registry,
+            lambda: self._labels | self._node_label,
+            lambda: None if self._is_chief else NODE_FAMILIES,
+        )
         """The series that the metrics port serves."""
-        self.outcome_registry = LabeledRegistry(lambda: self._families.registry, lambda: self._labels, OUTCOME_FAMILIES)
-        """The series that are pushed to a Pushgateway."""
+        self.outcome_registry = LabeledRegistry(
+            lambda: self._families.registry,
+            lambda: self._labels,
+            lambda: OUTCOME_FAMILIES if self._is_chief else (),
+        )
+        """The series that are pushed to a Pushgateway; none on a node other than node 0."""
 
     @property
     def registry(self) -> CollectorRegistry:
@@ -56,8 +75,13 @@ class Metrics:
 
     @property
     def labels(self) -> dict[str, str]:
-        """Labels of every exposed series: `transferjob` and `run`; empty before `start_job`."""
+        """Labels that identify the run: `transferjob` and `run`; empty before `start_job`."""
         return dict(self._labels)
+
+    @property
+    def is_chief(self) -> bool:
+        """Whether this process reports the results of the run: the only node, or node 0."""
+        return self._is_chief
 
     def serve(self, port: int, address: str = "0.0.0.0") -> int:  # noqa: S104 - Prometheus scrapes from outside
         """Serve the series over HTTP in a background thread; clients that accept OpenMetrics receive it.
@@ -75,7 +99,7 @@ class Metrics:
         server, _ = start_http_server(port, address, registry=self.labeled_registry)
         return int(server.server_port)
 
-    def start_job(self, *, job: str, run: str, stage: str, version: str) -> None:
+    def start_job(self, *, job: str, run: str, stage: str, version: str, node: int = 0, nodes: int = 1) -> None:
         """Set the job that this process runs, and drop all series of the previous job.
 
         Args:
@@ -83,10 +107,13 @@ class Metrics:
             run: Name of the run.
             stage: Stage that the process runs; `run` for all stages.
             version: Version of topwork.
+            node: Index of this node, from 0.
+            nodes: Number of nodes that train the run.
         """
-        families = MetricFamilies(self._gpus)
+        families = MetricFamilies(self._gpus, nodes)
         families.info.info({"stage": stage, "version": version, "gpus": str(self._gpus.count if self._gpus else 0)})
         self._labels = {"transferjob": job, "run": run}
+        self._node_label, self._is_chief = {"node": str(node)} if nodes > 1 else {}, node == 0
         self._families, self._restored_stages = families, set()
         self.record_progress()
 
@@ -165,6 +192,19 @@ class Metrics:
         """Add the time that one or more steps spent waiting for input, and the time spent computing."""
         self._families.input_wait.inc(input_wait_seconds)
         self._families.step_compute.inc(compute_seconds)
+
+    def record_evaluation_speed(self, images: int, seconds: float) -> None:
+        """Record how fast this node evaluated images of the validation split, to find slow nodes.
+
+        Training steps take equally long on all nodes, because each step waits for the slowest node. An evaluation
+        without communication shows the speed of each node.
+
+        Args:
+            images: Number of images that this node evaluated, including padding.
+            seconds: Time to read and evaluate them, excluding all communication between nodes.
+        """
+        self._families.evaluation_images.inc(images)
+        self._families.evaluation_seconds.inc(seconds)
 
     def count_non_finite_loss(self) -> None:
         """Count a loss or weight that became NaN or infinite."""

@@ -24,7 +24,7 @@ Result = TypeVar("Result")
 
 
 def push_outcome(gateway: str, metrics: Metrics, *, seconds: float = TIMEOUT_SECONDS) -> None:
-    """Push the outcome of a run, replacing an earlier outcome of the same run.
+    """Push the outcome of a run, replacing an earlier outcome of the same run. Only node 0 pushes.
 
     Args:
         gateway: URL of the Pushgateway, `http(s)://host:port`, with a path if it has one.
@@ -36,6 +36,8 @@ def push_outcome(gateway: str, metrics: Metrics, *, seconds: float = TIMEOUT_SEC
         UnavailableError: If the Pushgateway can't be reached, rejects the request, or does not answer in time.
     """
     _check_url(gateway)
+    if not metrics.is_chief:
+        return
 
     def push() -> None:
         push_to_gateway(gateway, JOB, metrics.outcome_registry, metrics.labels, timeout=seconds)

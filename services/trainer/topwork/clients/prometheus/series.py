@@ -8,12 +8,37 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 
+from topwork.clients.prometheus.gpus import GPU_METRICS
+
 # From a tiny model on a GPU to a large base on a CPU.
 STEP_DURATION_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 UNITS = ("seconds", "bytes", "ratio", "watts", "celsius")
 
 MAX_SERIES = 79
-"""Maximum number of series of one process without its GPU series: with every stage, split, metric and reason."""
+"""Maximum number of series of one process without its GPU series: with every stage, split, metric and reason.
+
+Node 0 of several nodes has `CHIEF_SERIES` more.
+"""
+CHIEF_SERIES = 3
+"""Number of series that only runs on several nodes have, on node 0."""
+MAX_NODE_SERIES = 12
+"""Maximum number of series of a node other than node 0, without its GPU series."""
+
+NODE_FAMILIES = (
+    "topwork_stage",
+    "topwork_stage_running",
+    "topwork_input_wait_seconds",
+    "topwork_step_compute_seconds",
+    "topwork_evaluation_images",
+    "topwork_evaluation_seconds",
+    "topwork_storage_bytes",
+    "topwork_storage_retries",
+    *GPU_METRICS,
+)
+"""Metric families that every node of a run exposes. All others describe the run, and only node 0 exposes them.
+
+A sum over the processes of a run therefore counts no step, image, epoch or checkpoint twice.
+"""
 
 OUTCOME_FAMILIES = (
     "topwork_stage",
@@ -74,11 +99,12 @@ class DeferredGauge:
 class MetricFamilies:
     """All Prometheus series of one job. Each job gets its own, so that no value of the previous job remains visible."""
 
-    def __init__(self, gpus: Collector | None = None) -> None:
+    def __init__(self, gpus: Collector | None = None, nodes: int = 1) -> None:
         """Create all series. Counters start at 0, otherwise Prometheus would miss their first increase.
 
         Args:
             gpus: Collector of GPU series; None without a GPU.
+            nodes: Number of nodes of the run. Only runs on several nodes expose series that compare nodes.
         """
         self.registry = CollectorRegistry()
         self.info = Info(
@@ -90,6 +116,11 @@ class MetricFamilies:
         self._create_training_series()
         self._create_result_series()
         self._create_storage_series()
+        self._create_node_series()
+        if nodes > 1:
+            self.registry.register(self.evaluation_images)
+            self.registry.register(self.evaluation_seconds)
+            self.nodes.set(nodes)
         if gpus:
             self.registry.register(gpus)
 
@@ -116,7 +147,9 @@ class MetricFamilies:
         self.epoch = self._gauge("epoch", "Number of completed epochs.", "stage")
         self.epochs_planned = self._gauge("epochs_planned", "Maximum number of epochs.", "stage")
         self.steps = self._counter("steps", "Training steps completed by this process.")
-        self.images = self._counter("images", "Images trained on by this process.")
+        self.images = self._counter(
+            "images", "Images trained on by this process. On several nodes, node 0 counts the images of all nodes."
+        )
         self.step_seconds = Histogram(
             "topwork_step_duration_seconds",
             "Wall time of a training step, including the wait for input.",
@@ -169,6 +202,18 @@ class MetricFamilies:
             "Time taken to write and upload the last checkpoint, in parallel with training.",
         )
 
+    def _create_node_series(self) -> None:
+        self.nodes = self._deferred_gauge("nodes", "Number of nodes of a run on several nodes.")
+        self.evaluation_images = Counter(
+            "topwork_evaluation_images", "Images of the validation split evaluated by this node.", registry=None
+        )
+        self.evaluation_seconds = Counter(
+            "topwork_evaluation_seconds",
+            "Time in which this node read and evaluated its images of the validation split, without communication.",
+            unit="seconds",
+            registry=None,
+        )
+
     def _gauge(self, name: str, help_text: str, *labels: str) -> Gauge:
         return Gauge(f"topwork_{name}", help_text, labels, unit=unit_of(name), registry=self.registry)
 
@@ -196,23 +241,23 @@ class LabeledRegistry(CollectorRegistry):
         self,
         source: Callable[[], Collector],
         labels: Callable[[], Mapping[str, str]],
-        families: Collection[str] = (),
+        families: Callable[[], Collection[str] | None] = lambda: None,
     ) -> None:
         """Create the view.
 
         Args:
             source: Returns the registry to expose; called at every scrape, because each job has its own registry.
             labels: Returns the labels of the job.
-            families: Names of the metric families to expose; empty exposes all.
+            families: Returns the names of the metric families to expose; None exposes all.
         """
         super().__init__()
-        self._source, self._labels, self._families = source, labels, frozenset(families)
+        self._source, self._labels, self._families = source, labels, families
 
     def collect(self) -> Iterable[Metric]:
         """Yield all exposed metric families with their series."""
-        labels = self._labels()
+        labels, exposed = self._labels(), self._families()
         for family in self._source().collect():
-            if self._families and family.name not in self._families:
+            if exposed is not None and family.name not in exposed:
                 continue
             # A family without samples has no meaning for a reader and would remain in a Pushgateway.
             if family.samples:
