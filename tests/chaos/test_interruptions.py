@@ -27,6 +27,7 @@ from tests.chaos.interrupted_run import (
     make_job,
     write_images,
 )
+from tests.chaos.results import assert_identical_results, print_now
 
 from topwork.clients.s3.storage import StorageSettings, create_bucket
 
@@ -105,39 +106,6 @@ def assert_no_completed_stage_ran_again(run: JobRun) -> None:
     assert [key for key in versions if key.startswith("stages/") and key.endswith("/done.json")] == sorted(results)
 
 
-def assert_identical_results(run: JobRun, reference: JobRun) -> tuple[int, int]:
-    """Compare all results of two runs, and return the number of compared weights and checkpoints."""
-    assert run.keys() == reference.keys()
-    weights = 0
-    for stage in ("transfer", "fine-tune"):
-        weights += assert_equal_arrays(
-            run.read_weights(run.model_key(stage)), reference.read_weights(reference.model_key(stage))
-        )
-    published = "models/chaos/1/model.keras"
-    weights += assert_equal_arrays(run.read_weights(published), reference.read_weights(published))
-    for stage in ("transfer", "fine-tune"):
-        result, expected = (job_run.read_json(job_run.result_key(stage)) for job_run in (run, reference))
-        assert [result["history"], result["best_epoch"]] == [expected["history"], expected["best_epoch"]]
-    assert run.read_json("models/chaos/1/metrics.json") == reference.read_json("models/chaos/1/metrics.json")
-    reference_checkpoints = {name.partition("#")[0]: arrays for name, arrays in reference.read_checkpoints().items()}
-    common = 0
-    for name, arrays in run.read_checkpoints().items():
-        if name.partition("#")[0] in reference_checkpoints:
-            assert any(group.startswith("optimizer/") for group in arrays)
-            assert_equal_arrays(arrays, reference_checkpoints[name.partition("#")[0]])
-            common += 1
-    return weights, common
-
-
-def assert_equal_arrays(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> int:
-    assert actual.keys() == expected.keys()
-    assert actual
-    for name, values in actual.items():
-        assert values.dtype == expected[name].dtype
-        np.testing.assert_array_equal(values, expected[name], err_msg=name)
-    return len(actual)
-
-
 @pytest.mark.timeout(4 * 3600 if LONG else 1800)
 def test_job_interrupted_at_random_moments_has_the_results_of_an_uninterrupted_one(tmp_path, settings, capsys):
     seed = int(os.environ.get("TOPWORK_CHAOS_SEED") or random.SystemRandom().randrange(2**32))
@@ -185,11 +153,6 @@ def test_job_interrupted_at_random_moments_has_the_results_of_an_uninterrupted_o
 def describe(counts: Counts) -> str:
     interruptions = sorted(counts.interruptions.items())
     return ", ".join(f"{count} {name} in {stage}" for (stage, name), count in interruptions) or "no interruption"
-
-
-def print_now(capsys: pytest.CaptureFixture[str], text: str) -> None:
-    with capsys.disabled():
-        print(text, flush=True)
 
 
 def wait_until(condition, seconds: float = 60) -> None:
