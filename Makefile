@@ -36,17 +36,24 @@ SYSTEMS := $(wildcard tests/end_to_end/test_example_*.py) tests/end_to_end/test_
 # Tests that kill and stop stages.
 KILLS := tests/chaos tests/end_to_end/test_stage_stops.py
 
+# Training in several processes, as on several nodes.
+NODES := tests/nodes tests/end_to_end/test_nodes.py tests/end_to_end/test_stage_nodes.py
+
 # Tests of commands, manifests, chart and controller, with an API server over HTTP.
 KUBERNETES := tests/kubernetes tests/chart
 
 .PHONY: test
 test: $(SETUP) ## Run all tests except those with a target of their own
 	$(BIN)/python -m pytest -n 2 --dist loadfile \
-		$(addprefix --ignore=,$(SYSTEMS) $(KILLS) $(KUBERNETES) tests/faults tests/monitoring)
+		$(addprefix --ignore=,$(SYSTEMS) $(KILLS) $(KUBERNETES) $(NODES) tests/faults tests/monitoring)
 
 .PHONY: test-kubernetes
 test-kubernetes: $(SETUP) ## Test commands, manifests, chart and controller with an API server over HTTP
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(KUBERNETES)
+
+.PHONY: test-nodes
+test-nodes: $(SETUP) ## Train on several nodes, each a process, and compare with one node
+	$(BIN)/python -m pytest -s $(NODES)
 
 .PHONY: test-systems
 test-systems: $(SETUP) ## Test every example and every model of keras.applications
@@ -125,6 +132,11 @@ bench-overhead: $(SETUP) ## Show which part of the time of a small and a large j
 .PHONY: bench-steps
 bench-steps: $(SETUP) ## Compare training steps on the CPU with other memory allocators, threads and compilers
 	$(BIN)/python benchmarks/steps.py
+	$(BIN)/python benchmarks/steps.py --fit --models head:1280:32 MobileNetV2:96:32 --steps 40 --rounds 21
+
+.PHONY: bench-scaling
+bench-scaling: $(SETUP) ## Measure training steps of several nodes in network namespaces (as root), and predict larger clusters
+	$(BIN)/python -m benchmarks.scaling
 
 .PHONY: bench-transfers
 bench-transfers: $(SETUP) ## Compare uploads and downloads with rclone on the same S3 server (needs 20 GB of disk space)

@@ -18,7 +18,14 @@ from topwork.clients.prometheus.controller import (
     TransferJobCollector,
 )
 from topwork.clients.prometheus.gpus import GPU_METRICS, GpuCollector
-from topwork.clients.prometheus.series import MAX_SERIES, OUTCOME_FAMILIES, MetricFamilies
+from topwork.clients.prometheus.series import (
+    CHIEF_SERIES,
+    MAX_NODE_SERIES,
+    MAX_SERIES,
+    NODE_FAMILIES,
+    OUTCOME_FAMILIES,
+    MetricFamilies,
+)
 from topwork.spec.schema.json_schema import schema_text
 from topwork.spec.schema.reference import reference_text
 
@@ -65,7 +72,11 @@ def metrics_text() -> str:
     for family, labels in list_families():
         label_names = ", ".join(f"`{label}`" for label in labels)
         pushed = "●" if family.name in OUTCOME_FAMILIES else ""
-        rows.append(f"| `{exposed_name(family)}` | {family.type} | {label_names} | {pushed} | {family.documentation} |")
+        every_node = "●" if family.name in NODE_FAMILIES else ""
+        rows.append(
+            f"| `{exposed_name(family)}` | {family.type} | {label_names} | {pushed} | {every_node} | "
+            f"{family.documentation} |"
+        )
     return "\n".join(
         [
             "# Metrics\n",
@@ -76,13 +87,18 @@ def metrics_text() -> str:
             "Later stages repeat the values of earlier stages. To aggregate over the containers of a run, use the "
             "maximum of a series, not the sum; only those counted `by this process` can be added. Counters start at 0, "
             "and gauges appear with their first value. Units are included in the OpenMetrics format.\n",
+            "If several nodes train a run (`spec.compute.nodes`), every series also has the label `node`: the index of "
+            "the node, from 0. Each node exposes its own series of the metrics marked in the column *Every node*. The "
+            "other metrics describe the whole run, and only node 0 exposes them, so that no step, image or checkpoint "
+            "is counted twice.\n",
             f"A process has at most {MAX_SERIES} series, plus {len(GPU_METRICS)} per GPU. Over the whole run, the "
             f"three containers of a pod have at most {3 * MAX_SERIES} series, plus {2 * len(GPU_METRICS)} per GPU, "
-            "because the pull stage uses no GPU.\n",
+            "because the pull stage uses no GPU. On several nodes, a process of node 0 has at most "
+            f"{MAX_SERIES + CHIEF_SERIES} series, and one of another node {MAX_NODE_SERIES}, plus those of its GPUs.\n",
             "If `spec.metrics.pushgateway` is set, the series marked with ● are pushed when a process ends, in one "
             'group per run (`job="topwork"`, `transferjob`, `run`). `topwork metrics delete RUN` deletes the group.\n',
-            "| Metric | Type | Labels | Pushed | Description |",
-            "|---|---|---|---|---|",
+            "| Metric | Type | Labels | Pushed | Every node | Description |",
+            "|---|---|---|---|---|---|",
             *rows,
             "",
             *controller_metrics_lines(),

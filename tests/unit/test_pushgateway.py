@@ -95,6 +95,15 @@ def test_push_reports_an_unreachable_pushgateway(outcome):
         push_outcome("http://127.0.0.1:9", outcome)
 
 
+def test_only_node_0_pushes():
+    metrics = Metrics(gpus=False)
+    metrics.start_job(job="cats", run=RUN, stage="fine-tune", version="0.1.0", node=1, nodes=2)
+    push_outcome("http://127.0.0.1:9", metrics)
+    metrics.start_job(job="cats", run=RUN, stage="fine-tune", version="0.1.0", node=0, nodes=2)
+    with pytest.raises(UnavailableError, match="refused"):
+        push_outcome("http://127.0.0.1:9", metrics)
+
+
 @pytest.mark.parametrize(
     ("url", "message"),
     [

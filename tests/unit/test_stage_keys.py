@@ -57,6 +57,7 @@ def test_new_key_with_a_default_changes_no_digest() -> None:
         {"transfer": {}, "augmentation": {}, "evaluate": {}, "publish": {}, "metrics": {}},
         {"transfer": {"optimizer": {"name": "adam", "learningRate": 0.001}}},
         {"compute": {"gpus": 4, "cpu": 16, "precision": "auto"}},
+        {"compute": {"nodes": 2, "topology": {"pack": "topology.kubernetes.io/zone"}}},
         {"dataset": {**DATASET, "imageFit": "stretch"}},
         {"dataset": {**DATASET, "maxRejectedRatio": 0.5, "onCorruptImage": "fail", "onMissingClass": "allow"}},
     ],
