@@ -84,7 +84,7 @@ def test_two_nodes_train_like_two_replicas(processes, make_uneven_job, train_on_
     assert_identical([train_on_two_replicas(job), *processes.run(job, nodes=2, run="two")])
 
 
-def test_two_nodes_with_two_replicas_each_train_like_four(processes, make_uneven_job):
+def test_two_and_four_nodes_train_like_four_replicas(processes, make_uneven_job):
     job = make_uneven_job(
         augmentation={"flip": "both"},
         transfer={"train": "all", "epochs": 1, "batchSize": 8, "featureCache": "off"},
@@ -94,7 +94,8 @@ def test_two_nodes_with_two_replicas_each_train_like_four(processes, make_uneven
         },
         compute={"gpus": 0, "precision": "mixed_float16"},
     )  # fmt: skip
-    assert_identical([*processes.run(job, 1, 4, run="one-by-four"), *processes.run(job, 2, 2, run="two-by-two")])
+    layouts = {"one-by-four": (1, 4), "two-by-two": (2, 2), "four-by-one": (4, 1)}
+    assert_identical([node for run, layout in layouts.items() for node in processes.run(job, *layout, run=run)])
 
 
 def test_run_resumes_with_another_number_of_nodes(processes, make_uneven_job, train_on_two_replicas):
