@@ -10,7 +10,8 @@ from topwork.data.sources.source import SourceEntry
 from topwork.errors import DataError
 from topwork.registry.dataset_changes import describe_changes
 from topwork.registry.datasets import FORMAT, read_entries, select_dataset, write_entries
-from topwork.stages.pull import find_pulled_dataset, pull
+from topwork.stages import pull as pull_module
+from topwork.stages.pull import find_pulled_dataset, pull, wait_for_dataset
 
 
 def entry(path, version="1"):
@@ -186,6 +187,37 @@ def test_pods_of_one_job_keep_their_dataset(make_job, workspace, two_class_folde
     second = pull(job, second_attempt)
     assert second.prefix != first.prefix
     assert find_pulled_dataset(job, second_attempt).prefix == second.prefix
+
+
+def test_waiting_node_finds_a_dataset_that_another_job_of_the_run_has_recorded(make_job, workspace, monkeypatch):
+    from dataclasses import replace
+
+    job = make_job()
+    node_0, prefetch = replace(workspace, attempt="uid-1"), replace(workspace, attempt="uid-prefetch")
+    first = pull(job, node_0)
+    find_pulled_dataset(job, prefetch)  # finished after node 0
+    monkeypatch.setattr(pull_module, "WAIT_POLL_SECONDS", 0.05)
+    monkeypatch.setattr(pull_module, "WAIT_REPORT_SECONDS", 0.2)
+    assert wait_for_dataset(job, node_0).prefix == first.prefix
+
+
+def test_waiting_node_does_not_take_the_dataset_of_an_earlier_source(
+    make_job, workspace, two_class_folder, monkeypatch
+):
+    from dataclasses import replace
+    from threading import Timer
+
+    job = make_job()
+    pull(job, replace(workspace, attempt="uid-0"))
+    add_images(two_class_folder, "green", 20)
+    monkeypatch.setattr(pull_module, "WAIT_POLL_SECONDS", 0.05)
+    monkeypatch.setattr(pull_module, "WAIT_REPORT_SECONDS", 0.1)
+    pulled = []
+    node_0 = Timer(1.0, lambda: pulled.append(pull(job, replace(workspace, attempt="uid-1"))))
+    node_0.start()
+    found = wait_for_dataset(job, replace(workspace, attempt="uid-1"))
+    node_0.join()
+    assert found.prefix == pulled[0].prefix
 
 
 def test_selected_dataset_that_was_deleted_is_reported(make_job, workspace):

@@ -45,7 +45,7 @@ SHUFFLE_BUFFER_BYTES = 1000 << 20
 WAIT_POLL_SECONDS = 5.0
 """Time between two looks of a waiting node into storage."""
 WAIT_REPORT_SECONDS = 60.0
-"""Time between two log lines of a waiting node."""
+"""Time between two log lines of a waiting node, and after which it checks the source itself."""
 
 
 class PullResult(BaseModel):
@@ -153,10 +153,14 @@ def wait_for_dataset(job: TransferJob, workspace: Workspace) -> StoredDataset:
     """
     start = reported = time.monotonic()
     with workspace.metrics.track_stage("pull"), workspace.track("waiting for the dataset", None) as tracker:
+        log.info("waiting until node 0 has pulled the dataset")
         while (dataset := _find_dataset_of_attempt(job, workspace)) is None:
-            if time.monotonic() - reported >= WAIT_REPORT_SECONDS or reported == start:
+            if time.monotonic() - reported >= WAIT_REPORT_SECONDS:
                 reported = time.monotonic()
                 log.info("waiting until node 0 has pulled the dataset", waited_seconds=round(reported - start))
+                # The Job of `compute.prefetch` may have recorded itself after node 0 did.
+                if _read_result(job, workspace.storage) and (dataset := find_dataset(job, workspace)):
+                    break
             time.sleep(WAIT_POLL_SECONDS)
             tracker.advance()
         log.info("dataset is there", dataset=workspace.storage.uri_of(dataset.prefix))
