@@ -20,7 +20,7 @@ from PIL import Image
 from tests.preloaded_python import PreloadedPython
 from typer.testing import CliRunner
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 from topwork.cli import app
 from topwork.cli.output.progress import NoProgress

@@ -23,7 +23,6 @@ from topwork.cli.runtime.environment import (
     read_node,
     read_pod_settings,
     silence_resource_tracker,
-    silence_tensorflow_log,
     trust_extra_ca,
     validate_aws_variables,
     visible_gpus,
@@ -92,7 +91,7 @@ def test_tensorflow_log_level_of_the_user_is_kept():
     limit_tensorflow_log(verbose, verbose=True)
     chosen = {"TF_CPP_MIN_LOG_LEVEL": "1"}
     limit_tensorflow_log(chosen)
-    assert [environment["TF_CPP_MIN_LOG_LEVEL"] for environment in (quiet, verbose, chosen)] == ["2", "0", "1"]
+    assert [environment["TF_CPP_MIN_LOG_LEVEL"] for environment in (quiet, verbose, chosen)] == ["3", "0", "1"]
 
 
 def test_warning_filters_of_the_user_are_kept():
@@ -278,10 +277,3 @@ def test_a_local_node_inherits_the_storage_and_devices_of_the_user():
     )
     assert environment.items() <= local.items()
     assert "AWS_ENDPOINT_URL" not in local
-
-
-@pytest.mark.parametrize(("environment", "level"), [({}, "3"), ({"TF_CPP_MIN_LOG_LEVEL": "0"}, "0")])
-def test_a_node_does_not_log_lost_connections_of_tensorflow(environment, level):
-    silence_tensorflow_log(environment)
-    limit_tensorflow_log(environment)
-    assert environment == {"TF_CPP_MIN_LOG_LEVEL": level}

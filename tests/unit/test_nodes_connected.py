@@ -275,7 +275,7 @@ def test_a_killed_node_is_lost_at_once():
     coordinator = free_address()
     chief = start_join(0, 3, coordinator)
     with (
-        NodeProcess(1, 3, coordinator, "nodes.gather(1)") as killed,
+        NodeProcess(1, 3, coordinator, "import time; time.sleep(600)") as killed,
         NodeProcess(2, 3, coordinator, "nodes.gather(1)") as other,
     ):
         group = chief.result(TIMEOUT_SECONDS)

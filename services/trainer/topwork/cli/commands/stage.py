@@ -18,7 +18,6 @@ from topwork.cli.runtime.environment import (
     read_grace_seconds,
     read_node,
     read_pod_settings,
-    silence_tensorflow_log,
     visible_gpus,
 )
 from topwork.cli.runtime.signals import start_stop_watchdog, stop_on_signals
@@ -285,8 +284,6 @@ def _import_tensorflow(container: Container, job: "TransferJob") -> None:
 
     if not _owns_gpus(container, job):
         hide_gpus()
-    if container.nodes.count > 1:
-        silence_tensorflow_log()
     with quiet_tensorflow_import():
         from topwork import pipeline  # noqa: F401
         from topwork.training.distribution import strategy  # noqa: F401

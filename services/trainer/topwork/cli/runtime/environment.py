@@ -214,16 +214,12 @@ def hide_gpus(environment: MutableMapping[str, str] = os.environ) -> None:
 
 
 def limit_tensorflow_log(environment: MutableMapping[str, str] = os.environ, *, verbose: bool = False) -> None:
-    """Let TensorFlow's C++ code log errors only, or everything if `verbose`, unless the user set a level."""
-    environment.setdefault("TF_CPP_MIN_LOG_LEVEL", "0" if verbose else "2")
+    """Let TensorFlow's C++ code log only fatal errors, or everything if `verbose`, unless the user set a level.
 
-
-def silence_tensorflow_log(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Let TensorFlow's C++ code log only fatal errors, unless the user set a level.
-
-    When another node ends, it logs the failure of its connections in many lines, even if training is complete.
+    It logs errors that are none, such as an operation that oneDNN does not support on this processor, or the end of
+    another node after training. What fails also raises an exception.
     """
-    environment.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    environment.setdefault("TF_CPP_MIN_LOG_LEVEL", "0" if verbose else "3")
 
 
 def silence_resource_tracker(environment: MutableMapping[str, str] = os.environ) -> None:
