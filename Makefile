@@ -37,7 +37,8 @@ SYSTEMS := $(wildcard tests/end_to_end/test_example_*.py) tests/end_to_end/test_
 KILLS := tests/chaos tests/end_to_end/test_stage_stops.py
 
 # Training in several processes, as on several nodes.
-NODES := tests/nodes tests/end_to_end/test_nodes.py tests/end_to_end/test_stage_nodes.py
+NODES := tests/nodes tests/end_to_end/test_nodes.py tests/end_to_end/test_stage_nodes.py $(wildcard tests/unit/test_nodes_*.py) \
+	tests/training/test_feature_nodes.py
 
 # Tests of commands, manifests, chart and controller, with an API server over HTTP.
 KUBERNETES := tests/kubernetes tests/chart
