@@ -13,7 +13,8 @@ from topwork.clients.s3.storage import Storage
 
 def assert_identical_results(run: JobRun, reference: JobRun) -> tuple[int, int]:
     """Compare all results of two runs, and return the number of compared weights and checkpoints."""
-    assert run.keys() == reference.keys()
+    keys, expected_keys = run.keys(), reference.keys()
+    assert keys == expected_keys, f"only in one run: {sorted(set(keys) ^ set(expected_keys))}"
     weights = 0
     for stage in ("transfer", "fine-tune"):
         weights += assert_equal_arrays(
