@@ -87,6 +87,15 @@ def make_job(images: Path, uri: str, **overrides: Any) -> TransferJob:
     )
 
 
+def parse_lines(log: str) -> list[dict[str, Any]]:
+    """Parse the lines of a log, except an incomplete last line of a killed process."""
+    lines = []
+    for line in log.splitlines():
+        with suppress(ValueError):
+            lines.append(json.loads(line))
+    return lines
+
+
 @dataclass
 class Counts:
     """Number of interruptions by stage and signal name, and number of training steps over all processes."""
@@ -127,11 +136,7 @@ class StageProcess:
     @property
     def lines(self) -> list[dict[str, Any]]:
         """All log lines, except an incomplete last line of a killed process."""
-        lines = []
-        for line in self.output.splitlines():
-            with suppress(ValueError):
-                lines.append(json.loads(line))
-        return lines
+        return parse_lines(self.output)
 
     def wait_for(self, milestone: str, seconds: float) -> bool:
         """Wait for a log line, then for some seconds; returns False if the process exits first."""

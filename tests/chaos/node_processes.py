@@ -1,6 +1,5 @@
 """Processes of nodes: where they run, and their logs and ends."""
 
-import json
 import random
 import socket
 import time
@@ -8,6 +7,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from tests.chaos.interrupted_run import parse_lines
 
 PORTS = range(15000, 29000)  # below the ports of outgoing connections
 ENTER_NAMESPACE = """
@@ -64,11 +65,7 @@ class NodeProcess:
     @property
     def lines(self) -> list[dict[str, Any]]:
         """All log lines, except an incomplete last line of a killed process."""
-        lines = []
-        for line in self.output.splitlines():
-            with suppress(ValueError):
-                lines.append(json.loads(line))
-        return lines
+        return parse_lines(self.output)
 
     def describe(self) -> str:
         return f"{self.stage} on node {self.node}, {self.log}"

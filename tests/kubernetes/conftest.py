@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from api_server import ApiServer
+from controlled_cluster import ControlledCluster
 
 from topwork.cli import main
 from topwork.clients.kubernetes.cluster import Cluster, ClusterSettings, connect
@@ -47,6 +48,15 @@ def make_cluster(kubeconfig: Path) -> Callable[..., Cluster]:
 @pytest.fixture
 def cluster(make_cluster: Callable[..., Cluster]) -> Cluster:
     return make_cluster()
+
+
+@pytest.fixture
+def world(api_server: ApiServer, cluster: Cluster) -> Iterator[ControlledCluster]:
+    """A cluster with a reconciler; every test ends with at most one active pod of each node of a run at any time."""
+    controlled = ControlledCluster(api_server, cluster)
+    yield controlled
+    assert controlled.kubernetes.overlapping_pods() == []
+    assert controlled.errors == []
 
 
 @pytest.fixture

@@ -1,11 +1,9 @@
 """The reconciler follows changes of a TransferJob: other spec, suspended, resumed, canceled, adopted."""
 
-from collections.abc import Iterator
 from copy import deepcopy
 from typing import Any
 
 import api_statuses
-import pytest
 import sample_objects
 from api_server import ApiServer, Fault
 from controlled_cluster import ControlledCluster, run_of
@@ -16,15 +14,6 @@ from topwork.spec import TransferJob
 
 RUN = run_of()
 Object = dict[str, Any]
-
-
-@pytest.fixture
-def world(api_server: ApiServer, cluster: Cluster) -> Iterator[ControlledCluster]:
-    """A cluster with a reconciler; every test ends with at most one active pod of a run at any time."""
-    controlled = ControlledCluster(api_server, cluster)
-    yield controlled
-    assert controlled.kubernetes.overlapping_pods() == []
-    assert controlled.errors == []
 
 
 def spec_with_epochs(epochs: int) -> Object:

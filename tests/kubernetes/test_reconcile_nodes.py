@@ -1,14 +1,12 @@
 """The reconciler runs TransferJobs on several nodes: an Indexed Job with its Service and NetworkPolicy."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import sample_objects
-from api_server import ApiServer, owner_references
+from api_server import owner_references
 from controlled_cluster import ControlledCluster, run_of
 
-from topwork.clients.kubernetes.cluster import Cluster
 from topwork.cluster.controller.progress import ProgressReader
 from topwork.cluster.manifests.render import RenderOptions, render
 from topwork.cluster.operations.submit import Submission
@@ -19,15 +17,6 @@ RUN = run_of(nodes=2)
 SERVICE = f"topwork-{RUN}"
 MODEL = "s3://bucket/topwork/models/flowers/1/"
 Object = dict[str, Any]
-
-
-@pytest.fixture
-def world(api_server: ApiServer, cluster: Cluster) -> Iterator[ControlledCluster]:
-    """A cluster with a reconciler; every test ends with at most one active pod of each node at any time."""
-    controlled = ControlledCluster(api_server, cluster)
-    yield controlled
-    assert controlled.kubernetes.overlapping_pods() == []
-    assert controlled.errors == []
 
 
 def network(world: ControlledCluster) -> list[str]:

@@ -16,48 +16,18 @@ from topwork.errors import DataError
 
 
 class Augment(Protocol):
-    """Augmentation of training batches; the result depends only on the images and the seed."""
+    """Augmentation of training batches, as documented in `topwork.model.augmentation.BatchAugmentation`."""
 
     def __call__(self, images: tf.Tensor, one_hot: tf.Tensor, seed: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """Augment a whole batch.
-
-        Args:
-            images: float32 (batch, height, width, 3) in 0..255.
-            one_hot: float32 (batch, classes).
-            seed: int32 (2,).
-
-        Returns:
-            Augmented images and labels of the same shapes.
-        """
+        """Augment a whole batch."""
 
     def sources(self, rows: range, batch_size: int, image_size: tuple[int, int], seed: tf.Tensor) -> tf.Tensor:
-        """Return which rows of a batch must be read to augment some of its rows.
-
-        Args:
-            rows: The rows to augment.
-            batch_size: Number of rows of the whole batch.
-            image_size: Height and width in pixels.
-            seed: int32 (2,).
-
-        Returns:
-            int64 (n,), of known shape: positions of the rows themselves, and of those that are mixed into them.
-        """
+        """Return which rows of a batch must be read to augment some of its rows."""
 
     def rows(
         self, images: tf.Tensor, one_hot: tf.Tensor, rows: range, batch_size: int, seed: tf.Tensor
     ) -> tuple[tf.Tensor, tf.Tensor]:
-        """Augment some rows of a batch exactly as in the whole batch.
-
-        Args:
-            images: float32 (n, height, width, 3) in 0..255, at the positions of `sources`.
-            one_hot: float32 (n, classes), at the same positions.
-            rows: The rows to augment.
-            batch_size: Number of rows of the whole batch.
-            seed: int32 (2,).
-
-        Returns:
-            Augmented images and labels of `rows`.
-        """
+        """Augment some rows of a batch exactly as in the whole batch."""
 
 
 @dataclass(frozen=True)

@@ -22,12 +22,9 @@ def is_training_complete(job: TransferJob, stage: TrainingStage, dataset: Stored
     Raises:
         UnavailableError: If storage cannot be reached.
     """
-    keys = {
-        part.run: stage_keys(part, dataset.metadata.fingerprint, storage, dataset.inputs) for part in _parts(job, stage)
-    }
     return all(
-        read_stage_result(storage, name, keys[part.run].training_stages[name]) is not None
-        for part, name in _training_stages(job, stage)
+        read_stage_result(storage, name, key) is not None
+        for _, name, key in training_stage_keys(job, stage, dataset, storage)
     )
 
 
@@ -36,9 +33,8 @@ def read_last_result(job: TransferJob, stage: TrainingStage, dataset: StoredData
 
     Arguments and errors are those of `is_training_complete`.
     """
-    part, name = _training_stages(job, stage)[-1]
-    keys = stage_keys(part, dataset.metadata.fingerprint, storage, dataset.inputs)
-    classifier = read_stage_result(storage, name, keys.training_stages[name])
+    _, name, key = training_stage_keys(job, stage, dataset, storage)[-1]
+    classifier = read_stage_result(storage, name, key)
     if classifier is None:
         raise UnavailableError(f"The result of {name} was deleted while the run used it. Start the same job again.")
     return classifier
@@ -52,19 +48,27 @@ def restore_metrics(job: TransferJob, dataset: StoredDataset, workspace: Workspa
         dataset: The stored dataset.
         workspace: Storage and metrics.
     """
-    for part in _parts(job, "fine-tune"):
-        keys = stage_keys(part, dataset.metadata.fingerprint, workspace.storage, dataset.inputs)
-        for stage, key in keys.training_stages.items():
-            if classifier := read_stage_result(workspace.storage, stage, key):
-                republish_metrics(classifier, workspace.metrics)
+    for _, stage, key in training_stage_keys(job, "fine-tune", dataset, workspace.storage):
+        if classifier := read_stage_result(workspace.storage, stage, key):
+            republish_metrics(classifier, workspace.metrics)
 
 
-def _training_stages(job: TransferJob, stage: TrainingStage) -> list[tuple[TransferJob, TrainingStage]]:
-    """List the training stages of each part of a job, in the order of the pipeline."""
-    stages: list[TrainingStage] = ["transfer"]
-    if stage == "fine-tune" and job.spec.fine_tune:
-        stages.append("fine-tune")
-    return [(part, name) for part in _parts(job, stage) for name in stages]
+def training_stage_keys(
+    job: TransferJob, stage: TrainingStage, dataset: StoredDataset, storage: Storage
+) -> list[tuple[str, TrainingStage, str]]:
+    """List the training stages of a job and its folds, in the order of the pipeline.
+
+    Arguments and errors are those of `is_training_complete`.
+
+    Returns:
+        Name of the run, stage, and key of its result.
+    """
+    return [
+        (part.run, name, key)
+        for part in _parts(job, stage)
+        for name, key in stage_keys(part, dataset.metadata.fingerprint, storage, dataset.inputs).training_stages.items()
+        if stage == "fine-tune" or name == "transfer"
+    ]
 
 
 def _parts(job: TransferJob, stage: TrainingStage) -> list[TransferJob]:

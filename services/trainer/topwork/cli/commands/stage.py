@@ -221,7 +221,7 @@ def _find_result(
     container: Container, job: "TransferJob", workspace: "Workspace"
 ) -> "StoredDataset | Classifier | Published | CrossValidation | None":
     """Find the result of an earlier attempt and restore its metrics, without importing TensorFlow."""
-    from topwork.registry.cross_validation import fold_jobs
+    from topwork.registry.completion import training_stage_keys
     from topwork.registry.stage_keys import stage_keys
     from topwork.registry.stage_results import find_completed_stage
     from topwork.stages.publish import find_outcome
@@ -233,10 +233,8 @@ def _find_result(
     if dataset is None:
         return None
     if outcome := find_outcome(job, dataset, workspace):
-        for part in (*fold_jobs(job), *([job] if job.spec.publishes else [])):
-            keys = stage_keys(part, dataset.metadata.fingerprint, workspace.storage, dataset.inputs)
-            for stage, key in keys.training_stages.items():
-                find_completed_stage(part.run, stage, key, workspace)
+        for run, stage, key in training_stage_keys(job, "fine-tune", dataset, workspace.storage):
+            find_completed_stage(run, stage, key, workspace)
         return outcome
     if container.stage == "pull":
         return dataset
