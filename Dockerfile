@@ -41,7 +41,7 @@ RUN --mount=type=secret,id=ca,target=/etc/ssl/certs/ca-certificates.crt \
     --mount=type=secret,id=uv,target=/etc/uv/uv.toml \
     --mount=type=cache,id=topwork-uv,target=/root/.cache/uv \
     uv pip install --require-hashes --constraint requirements.lock --compile-bytecode \
-        --requirement pyproject.toml --extra "$ACCELERATOR" \
+        --requirement pyproject.toml --extra "$ACCELERATOR" --extra tracking \
     # Headers for compiling custom ops: 290 MB, and the image has no compiler.
     && rm -rf "$VIRTUAL_ENV"/lib/python3*/site-packages/tensorflow/include
 

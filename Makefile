@@ -10,6 +10,7 @@ BIN := $(VENV)/bin
 UV_VERSION := $(shell sed -n 's/^uv==\([0-9.]*\).*/\1/p' requirements.lock)
 SETUP := $(VENV)/.complete
 TORCH := .venv-torch
+MLFLOW := .venv-mlflow
 
 .PHONY: help
 help: ## Show this help
@@ -22,7 +23,7 @@ $(SETUP): pyproject.toml requirements.lock
 	@$(PYTHON) -c "import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))" || { echo "Python 3.11, 3.12 or 3.13 is required. Set its path: make PYTHON=/path/to/python3.11"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
-	VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet --system-certs --compile-bytecode --constraint requirements.lock --editable '.[cpu,local,demo,controller]' --group dev
+	VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet --system-certs --compile-bytecode --constraint requirements.lock --editable '.[cpu,local,demo,controller,tracking]' --group dev
 	touch $@
 
 .PHONY: demo
@@ -46,7 +47,7 @@ KUBERNETES := tests/kubernetes tests/chart
 .PHONY: test
 test: $(SETUP) ## Run all tests except those with a target of their own
 	$(BIN)/python -m pytest -n 2 --dist loadfile \
-		$(addprefix --ignore=,$(SYSTEMS) $(KILLS) $(KUBERNETES) $(NODES) tests/faults tests/monitoring)
+		$(addprefix --ignore=,$(SYSTEMS) $(KILLS) $(KUBERNETES) $(NODES) tests/faults tests/monitoring tests/tracking)
 
 .PHONY: test-kubernetes
 test-kubernetes: $(SETUP) ## Test commands, manifests, chart and controller with an API server over HTTP
@@ -82,6 +83,10 @@ test-conversion: $(SETUP) $(TORCH)/.complete ## Compare converted models with Py
 test-monitoring: $(SETUP) ## Test every dashboard query and alert with a real Prometheus server and a real run
 	@command -v promtool >/dev/null || { echo "make test-monitoring requires prometheus and promtool. On Debian or Ubuntu, install them with make prometheus."; exit 1; }
 	$(BIN)/python -m pytest -s tests/monitoring
+
+.PHONY: test-tracking
+test-tracking: $(SETUP) $(MLFLOW)/.complete ## Follow runs with a real MLflow server and a real TensorBoard
+	$(BIN)/python -m pytest -s tests/tracking
 
 .PHONY: test-image
 test-image: $(SETUP) ## Build the image and run the containers of a rendered Job with Podman
@@ -130,6 +135,10 @@ bench-train: $(SETUP) $(TORCH)/.complete ## Compare training of all layers with 
 bench-overhead: $(SETUP) ## Show which part of the time of a small and a large job is not spent computing
 	$(BIN)/python benchmarks/overhead.py
 
+.PHONY: bench-search
+bench-search: $(SETUP) ## Measure searches of the head against one run, and compare TPE with random search
+	$(BIN)/python benchmarks/search.py
+
 .PHONY: bench-steps
 bench-steps: $(SETUP) ## Compare training steps on the CPU with other memory allocators, threads and compilers
 	$(BIN)/python benchmarks/steps.py
@@ -160,6 +169,12 @@ bench-records: $(SETUP) ## Compare read throughput of stored datasets with the a
 $(TORCH)/.complete: benchmarks/torch.lock | $(SETUP)
 	test -x $(TORCH)/bin/python || $(PYTHON) -m venv $(TORCH)
 	VIRTUAL_ENV=$(TORCH) $(BIN)/uv pip install --quiet --system-certs --require-hashes --requirement benchmarks/torch.lock
+	touch $@
+
+# The server requires another version of pyarrow than TFDS.
+$(MLFLOW)/.complete: tests/tracking/mlflow.lock | $(SETUP)
+	test -x $(MLFLOW)/bin/python || $(PYTHON) -m venv $(MLFLOW)
+	VIRTUAL_ENV=$(MLFLOW) $(BIN)/uv pip install --quiet --system-certs --require-hashes --requirement tests/tracking/mlflow.lock
 	touch $@
 
 # Tag of the image that `topwork render` uses by default.
@@ -200,7 +215,9 @@ lock: $(SETUP) ## Update the lock files (universal, with hashes and without inde
 		--generate-hashes --no-emit-index-url --quiet --output-file requirements.lock
 	$(BIN)/uv pip compile --system-certs benchmarks/torch.in --python-platform linux --python-version 3.11 \
 		--generate-hashes --no-emit-index-url --quiet --output-file benchmarks/torch.lock
+	$(BIN)/uv pip compile --system-certs tests/tracking/mlflow.in --universal --python-version 3.11 \
+		--generate-hashes --no-emit-index-url --quiet --output-file tests/tracking/mlflow.lock
 
 .PHONY: clean
 clean: ## Remove virtual environments, caches and build outputs
-	rm -rf $(VENV) $(TORCH) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build
+	rm -rf $(VENV) $(TORCH) $(MLFLOW) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build
