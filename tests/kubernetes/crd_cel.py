@@ -66,6 +66,10 @@ def cel_value(value: Any, schema: Schema, *, is_root: bool = False) -> Any:
 
 
 def is_accessible(schema: Schema) -> bool:
+    """Return whether expressions can read a field; a list or map of values without a type is not accessible either."""
+    values = schema.get("items") if schema.get("type") == "array" else schema.get("additionalProperties")
+    if isinstance(values, dict):
+        return is_accessible(values)
     return "type" in schema or bool(schema.get("x-kubernetes-int-or-string"))
 
 

@@ -23,8 +23,9 @@ from object_validation import assert_valid_object
 from tests.unit.test_spec_problems import MISTAKES, edit
 
 from topwork.clients.kubernetes import KubernetesObject
-from topwork.cluster.definition import definition, definition_text
+from topwork.cluster.definition import CUSTOM_RESOURCES, TRANSFER_JOB, TRANSFER_SEARCH, definition, definition_text
 from topwork.cluster.definition.cel import CEL_RULES
+from topwork.cluster.definition.custom_resource import CustomResource
 from topwork.cluster.definition.validation_rules import NOT_EXPRESSIBLE
 from topwork.cluster.manifests.transfer_job import build_transfer_job, parse_transfer_job
 from topwork.cluster.transfer_job_status import TransferJobStatus
@@ -33,6 +34,7 @@ from topwork.spec.loading.loader import read_jobs
 from topwork.spec.loading.problems import InvalidSpecError
 from topwork.spec.loading.yaml_document import read_documents
 from topwork.spec.schema import key_types
+from topwork.spec.search import TransferSearch
 from topwork.spec.spec_model import SpecModel, get_rules
 
 REPOSITORY = Path(__file__).parents[2]
@@ -149,23 +151,31 @@ property_settings = settings(
 )
 
 
-def test_definition_is_valid_in_every_version_of_kubernetes() -> None:
-    assert definition_problems(definition()) == []
-    assert_valid_object(definition())
+@pytest.mark.parametrize("resource", CUSTOM_RESOURCES, ids=lambda resource: resource.model.__name__)
+def test_definition_is_valid_in_every_version_of_kubernetes(resource: CustomResource) -> None:
+    assert definition_problems(definition(resource)) == []
+    assert_valid_object(definition(resource))
 
 
 def test_files_in_the_repository_are_up_to_date() -> None:
-    for path in ("charts/topwork/crds/transferjobs.yaml", "k8s/controller/crd.yaml"):
-        assert (REPOSITORY / path).read_text(encoding="utf-8") == definition_text()
+    texts = {
+        "charts/topwork/crds/transferjobs.yaml": definition_text(TRANSFER_JOB),
+        "charts/topwork/crds/transfersearches.yaml": definition_text(TRANSFER_SEARCH),
+        "k8s/controller/crd.yaml": definition_text(),
+    }
+    for path, text in texts.items():
+        assert (REPOSITORY / path).read_text(encoding="utf-8") == text
 
 
-def test_definition_can_be_applied_on_the_client_side() -> None:
+@pytest.mark.parametrize("resource", CUSTOM_RESOURCES, ids=lambda resource: resource.model.__name__)
+def test_definition_can_be_applied_on_the_client_side(resource: CustomResource) -> None:
     """Client-side `kubectl apply` stores the object in an annotation of at most 256 KiB."""
-    assert len(json.dumps(definition())) < 256 * 1024 * 0.8
+    assert len(json.dumps(definition(resource))) < 256 * 1024 * 0.8
 
 
 def test_every_rule_is_mirrored_in_cel_or_listed_with_a_reason() -> None:
-    rules = {check for _, model in key_types.walk_models(TransferJob) for check in get_rules(model)}
+    rules = {check for _, model in key_types.walk_models(TransferSearch) for check in get_rules(model)}
+    rules |= {check for _, model in key_types.walk_models(TransferJob) for check in get_rules(model)}
     assert CEL_RULES.keys() | NOT_EXPRESSIBLE.keys() == rules
     assert not CEL_RULES.keys() & NOT_EXPRESSIBLE.keys()
     assert all(NOT_EXPRESSIBLE.values())
@@ -175,13 +185,13 @@ def test_complete_status_is_accepted_and_printed() -> None:
     now = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
     condition = {"type": "Complete", "status": "True", "reason": "Published", "lastTransitionTime": now}
     attempt = {"pod": "cats-1", "uid": "5d41402a", "started": now, "gpuSeconds": 1.5}
-    texts = dict.fromkeys(
-        ("run", "stage", "progress", "eta", "metric", "model", "waitingFor", "error", "image", "jobUid"), "text"
-    )
+    names = ("run", "stage", "progress", "eta", "metric", "model", "waitingFor", "error", "image", "jobUid", "dataset")
+    texts = dict.fromkeys(names, "text")
     numbers = dict.fromkeys(("modelVersion", "exitCode", "gpus", "failures", "attempts", "gpuSeconds"), 1)
     lists = {"conditions": [condition], "attemptHistory": [attempt]}
     times = {"startTime": now, "completionTime": now}
-    status = TransferJobStatus.model_validate(texts | numbers | lists | times)
+    metrics = {"metrics": {"accuracy": 0.9, "loss": 0.4}}
+    status = TransferJobStatus.model_validate(texts | numbers | lists | times | metrics)
     dumped = json.loads(status.model_dump_json(by_alias=True, exclude_none=True))
     assert dumped.keys() == {field.alias for field in TransferJobStatus.model_fields.values()}
     _, unknown, errors = admit(VALID | {"status": dumped})

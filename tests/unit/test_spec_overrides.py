@@ -143,11 +143,11 @@ def test_apply_overrides_does_not_modify_its_arguments() -> None:
         (
             "spec.tranfser.epochs=2",
             "spec.tranfser: unknown key. Did you mean transfer? Known keys: storage, dataset, model, augmentation, "
-            "transfer, fineTune, evaluate, publish, compute, metrics, seed, suspend.",
+            "transfer, fineTune, evaluate, publish, compute, metrics, tracking, seed, suspend.",
         ),
         ("sepc.seed=1", "sepc: unknown key. Did you mean spec? Known keys: apiVersion, kind, metadata, spec."),
         ("spec.tranfser=null", "spec.tranfser: unknown key. Did you mean transfer? Known keys: storage, dataset, "
-         "model, augmentation, transfer, fineTune, evaluate, publish, compute, metrics, seed, suspend."),
+         "model, augmentation, transfer, fineTune, evaluate, publish, compute, metrics, tracking, seed, suspend."),
         (
             "spec.model=null",
             "spec.model: is required. Base and head of the classifier. Allowed: a mapping with base, head.",
@@ -181,7 +181,7 @@ def test_apply_overrides_does_not_modify_its_arguments() -> None:
         ),
         (
             "spec.publish.replace.0=a",
-            "spec.publish.replace: unknown key. Known keys: name, formats, fold.",
+            "spec.publish.replace: unknown key. Known keys: enabled, name, formats, fold.",
         ),
         (
             "spec.evaluate.gates.0=null",

@@ -154,6 +154,12 @@ class Compute(SpecModel):
         description="Minutes between checkpoints within an epoch. Another one is stored at the end of each epoch, but "
         "at most once a minute.",
     )
+    keep_checkpoint: StrictBool = Field(
+        default=False,
+        description="Whether to keep the last checkpoint of each stage, so that the same job with more epochs "
+        "continues from it instead of starting over. A stage with a cosine schedule, which depends on the number of "
+        "epochs, or with unfreeze.steps starts over.",
+    )
 
     @property
     def replicas(self) -> int:

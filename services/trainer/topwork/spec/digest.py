@@ -20,6 +20,7 @@ DIGEST_LENGTH = 16
 NO_RESULT: dict[str, Any] = {
     "compute": dict.fromkeys(set(Compute.model_fields) - {"precision"}, True),
     "metrics": True,
+    "tracking": True,
     "suspend": True,
 }
 # Fields that do not affect the trained weights. Checks of the data decide only whether a job fails.

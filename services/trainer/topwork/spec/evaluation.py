@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import Field, StrictFloat
+from pydantic import Field, StrictBool, StrictFloat
 
 from topwork.spec.kubernetes_types import DnsLabel
 from topwork.spec.messages import format_value
@@ -11,6 +11,16 @@ from topwork.spec.spec_model import SpecModel, Violation, check_unique, rule
 
 MetricName = Literal["accuracy", "top5", "precision", "recall", "f1", "auc", "calibrationError"]
 Fraction = Annotated[StrictFloat, Field(ge=0.0, le=1.0)]
+
+
+class NotWorse(SpecModel):
+    """A statistical comparison with the latest published version on the same test images."""
+
+    confidence: Annotated[StrictFloat, Field(gt=0.5, lt=1.0)] = Field(
+        default=0.95,
+        description="Confidence level, as a fraction. The gate fails if the model is worse than the latest version "
+        "with at least this confidence.",
+    )
 
 
 class Gate(SpecModel):
@@ -27,6 +37,16 @@ class Gate(SpecModel):
         default=None,
         description="Largest allowed decrease compared to the latest published version, as a fraction from 0 to 1.",
     )
+    not_worse_than_latest: NotWorse | None = Field(
+        default=None,
+        description="Fails if the model is significantly worse than the latest published version on the same test "
+        "images (paired test).",
+    )
+
+    @property
+    def compares_with_latest(self) -> bool:
+        """Whether the latest published version has to be evaluated, too."""
+        return self.at_least_latest_minus is not None or self.not_worse_than_latest is not None
 
 
 class Evaluate(SpecModel):
@@ -40,11 +60,21 @@ class Evaluate(SpecModel):
         max_length=50,
         description="Conditions that the model must meet to be published. If one fails, the run ends with exit code 3.",
     )
+    calibration: Literal["none", "temperature"] = Field(
+        default="none",
+        description="Calibration of the predicted probabilities. temperature divides the logits by a number that is "
+        "fitted on the validation split; accuracy does not change.",
+    )
 
 
 class Publish(SpecModel):
-    """Name and formats of the published model."""
+    """Whether, under which name and in which formats the model is published."""
 
+    enabled: StrictBool = Field(
+        default=True,
+        description="Whether to evaluate the model on the test split and publish it. false: the run ends after "
+        "training, with the metrics on the validation split.",
+    )
     name: DnsLabel | None = Field(
         default=None, description="Name of the model in the registry. Unset: the value of metadata.name."
     )
@@ -61,8 +91,11 @@ class Publish(SpecModel):
 @rule(Gate)
 def gate_has_a_condition(gate: Gate) -> Iterator[Violation]:
     """A gate without a condition always passes."""
-    if gate.at_least is None and gate.at_most is None and gate.at_least_latest_minus is None:
-        yield Violation("", "has no condition. Set at least one of atLeast, atMost and atLeastLatestMinus.")
+    conditions = (gate.at_least, gate.at_most, gate.at_least_latest_minus, gate.not_worse_than_latest)
+    if all(condition is None for condition in conditions):
+        yield Violation(
+            "", "has no condition. Set at least one of atLeast, atMost, atLeastLatestMinus and notWorseThanLatest."
+        )
 
 
 @rule(Gate)

@@ -15,8 +15,7 @@ from topwork.spec.training import (
     EarlyStopping,
     Epochs,
     FeatureCache,
-    check_schedule,
-    check_view_count,
+    check_warmup,
 )
 
 LayerCount = Annotated[StrictInt, Field(ge=1, le=10000)]
@@ -124,6 +123,13 @@ class FineTune(SpecModel):
             return sum(step.epochs for step in self.unfreeze.steps)
         return self.epochs or 0
 
+    @property
+    def shortest_phase(self) -> tuple[int, str] | None:
+        """Epochs of the stage or of its shortest step, and its name in messages; None without a number of epochs."""
+        if isinstance(self.unfreeze, UnfreezeSteps):
+            return min(step.epochs for step in self.unfreeze.steps), " of the shortest step"
+        return None if self.epochs is None else (self.epochs, "")
+
 
 @rule(FineTune)
 def feature_cache_requires_frozen_layers(fine_tune: FineTune) -> Iterator[Violation]:
@@ -137,20 +143,10 @@ def feature_cache_requires_frozen_layers(fine_tune: FineTune) -> Iterator[Violat
 
 
 @rule(FineTune)
-def every_view_is_used(fine_tune: FineTune) -> Iterator[Violation]:
-    """Each epoch uses one view of an image."""
-    yield from check_view_count(fine_tune.cache, fine_tune.max_epochs)
-
-
-@rule(FineTune)
-def schedule_fits_the_epochs(fine_tune: FineTune) -> Iterator[Violation]:
+def warmup_fits_the_epochs(fine_tune: FineTune) -> Iterator[Violation]:
     """As in transfer. With steps, the schedule restarts in each step and must fit the shortest one."""
-    if isinstance(fine_tune.unfreeze, UnfreezeSteps):
-        yield from check_schedule(
-            fine_tune.optimizer.schedule, min(step.epochs for step in fine_tune.unfreeze.steps), " of the shortest step"
-        )
-    elif fine_tune.epochs is not None:
-        yield from check_schedule(fine_tune.optimizer.schedule, fine_tune.epochs)
+    if fine_tune.shortest_phase is not None:
+        yield from check_warmup(fine_tune.optimizer.schedule, *fine_tune.shortest_phase)
 
 
 @rule(FineTune)

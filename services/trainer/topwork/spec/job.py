@@ -19,11 +19,12 @@ from topwork.spec.kubernetes_types import (
     LabelValue,
     NamespaceName,
 )
-from topwork.spec.messages import format_value
+from topwork.spec.messages import count_noun, format_value
 from topwork.spec.model import Augmentation, Model
 from topwork.spec.optimizer import Optimizer
 from topwork.spec.spec_model import SpecModel, Violation, rule
-from topwork.spec.training import FeatureCache, Loss, Transfer
+from topwork.spec.tracking import Tracking
+from topwork.spec.training import Transfer
 from topwork.spec.uris import StorageUri, prefixes_overlap
 
 
@@ -57,9 +58,12 @@ class JobSpec(SpecModel):
         default=None, description="Stage 2: training of part or all of the base. Unset: no fine-tuning."
     )
     evaluate: Evaluate = Field(default=Evaluate(), description="Metrics and gates.")
-    publish: Publish = Field(default=Publish(), description="Name and formats of the published model.")
+    publish: Publish = Field(
+        default=Publish(), description="Whether, under which name and in which formats the model is published."
+    )
     compute: Compute = Field(default=Compute(), description="Resources and scheduling of the Kubernetes Job.")
     metrics: Metrics = Field(default=Metrics(), description="Export of Prometheus metrics.")
+    tracking: Tracking = Field(default=Tracking(), description="Records for TensorBoard and MLflow.")
     seed: StrictInt = Field(default=42, ge=0, le=2**31 - 1, description="Seed of all random number generators.")
     suspend: StrictBool = Field(
         default=False,
@@ -70,7 +74,7 @@ class JobSpec(SpecModel):
     @property
     def publishes(self) -> bool:
         """Whether the job publishes a model; cross-validation does so only on request."""
-        return not self.dataset.folds or self.publish.fold == "all"
+        return self.publish.enabled and (not self.dataset.folds or self.publish.fold == "all")
 
 
 class TransferJob(SpecModel):
@@ -192,6 +196,42 @@ def early_stopping_requires_validation(spec: JobSpec) -> Iterator[Violation]:
 
 
 @rule(JobSpec)
+def unpublished_model_is_measured_on_validation(spec: JobSpec) -> Iterator[Violation]:
+    """Without publishing, a run ends with its metrics on the validation split, and no gate is checked."""
+    if spec.publish.enabled:
+        return
+    if spec.dataset.folds:
+        yield Violation(
+            "publish.enabled",
+            "false cannot be combined with spec.dataset.splits.folds: cross-validation measures each model on the test "
+            "split of its fold, and publishes nothing unless publish.fold is set. Remove enabled.",
+        )
+    elif not spec.dataset.has_validation:
+        yield Violation(
+            "publish.enabled",
+            "false ends the run with its metrics on the validation split, but there is none. Add "
+            "spec.dataset.splits.validation, or remove enabled.",
+        )
+    if spec.evaluate.gates:
+        yield Violation(
+            "evaluate.gates",
+            f"{count_noun(len(spec.evaluate.gates), 'gate')} would never be checked, because publish.enabled is false. "
+            "Remove the gates, or publish.enabled.",
+        )
+
+
+@rule(JobSpec)
+def calibration_requires_validation(spec: JobSpec) -> Iterator[Violation]:
+    """Probabilities of training images are too confident, and the test split must not select anything."""
+    if spec.evaluate.calibration != "none" and not spec.dataset.has_validation:
+        yield Violation(
+            "evaluate.calibration",
+            f"{spec.evaluate.calibration} is fitted on the validation split, but there is none. Add "
+            "spec.dataset.splits.validation, or remove calibration.",
+        )
+
+
+@rule(JobSpec)
 def final_model_requires_all_folds(spec: JobSpec) -> Iterator[Violation]:
     """The metrics of a model that is trained on all images are those of all folds."""
     if spec.publish.fold and not spec.dataset.folds:
@@ -210,9 +250,13 @@ def final_model_requires_all_folds(spec: JobSpec) -> Iterator[Violation]:
 def cross_validation_does_not_compare_versions(spec: JobSpec) -> Iterator[Violation]:
     """The latest version may have been trained on any of the images, so no fold can tell which model is better."""
     for index, gate in enumerate(spec.evaluate.gates):
-        if spec.dataset.folds and gate.at_least_latest_minus is not None:
+        conditions = {
+            "atLeastLatestMinus": gate.at_least_latest_minus,
+            "notWorseThanLatest": gate.not_worse_than_latest,
+        }
+        for key in (key for key, value in conditions.items() if spec.dataset.folds and value is not None):
             yield Violation(
-                f"evaluate.gates.{index}.atLeastLatestMinus",
+                f"evaluate.gates.{index}.{key}",
                 "cannot be combined with spec.dataset.splits.folds: the latest version may have been trained on the "
                 "images of every fold. Use atLeast.",
             )
@@ -254,54 +298,6 @@ def cnn_is_trained(spec: JobSpec) -> Iterator[Violation]:
         )
 
 
-@rule(JobSpec)
-def feature_cache_excludes_mixing(spec: JobSpec) -> Iterator[Violation]:
-    """MixUp and CutMix combine different images at each step, so their features cannot be computed in advance."""
-    mixing = [
-        key for key, alpha in (("mixUp", spec.augmentation.mix_up), ("cutMix", spec.augmentation.cut_mix)) if alpha
-    ]
-    for stage, cache in _feature_caches(spec).items():
-        if mixing and cache.use == "on":
-            yield Violation(
-                f"{stage}.featureCache",
-                f"on cannot be combined with augmentation.{mixing[0]}, which combines different images at each step. "
-                f"Set featureCache: auto, or remove {mixing[0]}.",
-            )
-
-
-@rule(JobSpec)
-def views_require_augmentation(spec: JobSpec) -> Iterator[Violation]:
-    """Without augmentation, all views of an image are identical."""
-    if spec.augmentation != Augmentation():
-        return
-    for stage, cache in _feature_caches(spec).items():
-        if cache.views is not None and cache.views > 1:
-            yield Violation(
-                f"{stage}.featureCache.views",
-                f"{cache.views} views of an image would be identical, because spec.augmentation is off. Remove views, "
-                "or set spec.augmentation.",
-            )
-
-
-@rule(JobSpec)
-def mixed_labels_require_a_categorical_loss(spec: JobSpec) -> Iterator[Violation]:
-    """MixUp and CutMix create labels with two classes; sparse cross-entropy supports only one."""
-    loss = spec.transfer.loss
-    name = loss.name if isinstance(loss, Loss) else loss
-    for key, alpha in (("mixUp", spec.augmentation.mix_up), ("cutMix", spec.augmentation.cut_mix)):
-        if alpha and name == "sparseCategoricalCrossentropy":
-            yield Violation(
-                f"augmentation.{key}",
-                f"{format_value(alpha)} mixes two labels, but {name} expects a single class index. Set "
-                f"spec.transfer.loss to categoricalCrossentropy or auto, or set {key} to 0.",
-            )
-
-
 def _optimizers(spec: JobSpec) -> dict[str, Optimizer]:
     optimizers = {"transfer": spec.transfer.optimizer}
     return optimizers | ({"fineTune": spec.fine_tune.optimizer} if spec.fine_tune else {})
-
-
-def _feature_caches(spec: JobSpec) -> dict[str, FeatureCache]:
-    caches = {"transfer": spec.transfer.cache}
-    return caches | ({"fineTune": spec.fine_tune.cache} if spec.fine_tune else {})

@@ -24,11 +24,12 @@ class Violation(NamedTuple):
     """A value that a rule rejects.
 
     Attributes:
-        path: Key at fault, relative to the model of the rule, such as `optimizer.learningRate` or `steps.1.layers`.
+        path: Key at fault, relative to the model of the rule, such as `optimizer.learningRate` or `steps.1.layers`. As
+            a tuple if a key contains dots.
         message: The value found, why it is rejected, and how to fix it.
     """
 
-    path: str
+    path: str | tuple[str | int, ...]
     message: str
 
 

@@ -64,7 +64,7 @@ class FeatureCache(SpecModel):
     views: Annotated[StrictInt, Field(ge=1, le=100)] | None = Field(
         default=None,
         description="Number of augmented views to cache per training image; epochs use them in turn. Unset: one per "
-        "epoch, at most 4.",
+        "epoch, at most 4; for a trial of a search, 4.",
     )
 
     @classmethod
@@ -158,15 +158,9 @@ def feature_cache_requires_a_frozen_base(transfer: Transfer) -> Iterator[Violati
 
 
 @rule(Transfer)
-def every_view_is_used(transfer: Transfer) -> Iterator[Violation]:
-    """Each epoch uses one view of an image."""
-    yield from check_view_count(transfer.cache, transfer.epochs)
-
-
-@rule(Transfer)
-def schedule_fits_the_epochs(transfer: Transfer) -> Iterator[Violation]:
-    """A warmup longer than the stage never reaches the peak, and a step after the last epoch never happens."""
-    yield from check_schedule(transfer.optimizer.schedule, transfer.epochs)
+def warmup_fits_the_epochs(transfer: Transfer) -> Iterator[Violation]:
+    """A warmup longer than the stage never reaches the peak."""
+    yield from check_warmup(transfer.optimizer.schedule, transfer.epochs)
 
 
 def check_view_count(cache: FeatureCache, epochs: int) -> Iterator[Violation]:
@@ -187,8 +181,8 @@ def check_view_count(cache: FeatureCache, epochs: int) -> Iterator[Violation]:
         )
 
 
-def check_schedule(schedule: Schedule, epochs: int, scope: str = "") -> Iterator[Violation]:
-    """Reject a learning rate schedule that is longer than its stage.
+def check_warmup(schedule: Schedule, epochs: int, scope: str = "") -> Iterator[Violation]:
+    """Reject a warmup that is longer than its stage.
 
     Args:
         schedule: The schedule.
@@ -196,7 +190,7 @@ def check_schedule(schedule: Schedule, epochs: int, scope: str = "") -> Iterator
         scope: Text after the number of epochs in messages, such as ` of the shortest step`; empty for a whole stage.
 
     Yields:
-        Violations relative to the stage.
+        At most one violation, relative to the stage.
     """
     if schedule.warmup_epochs >= epochs:
         yield Violation(
@@ -204,6 +198,10 @@ def check_schedule(schedule: Schedule, epochs: int, scope: str = "") -> Iterator
             f"{format_value(schedule.warmup_epochs)} is not below epochs {epochs}{scope}, so the warmup would never "
             "reach the learning rate. Try a tenth of the epochs.",
         )
+
+
+def check_steps(schedule: Schedule, epochs: int, scope: str = "") -> Iterator[Violation]:
+    """Reject a step of the learning rate after the last epoch. Arguments and results are those of `check_warmup`."""
     if schedule.at_epochs and schedule.at_epochs[-1] >= epochs:
         yield Violation(
             f"optimizer.schedule.atEpochs.{len(schedule.at_epochs) - 1}",

@@ -13,6 +13,15 @@ from topwork.spec.job import TransferJob
 
 # Values that concern the TransferJob in a cluster, not its run.
 OUTSIDE_THE_RUN: dict[str, Any] = {"metadata": {"namespace": True, "annotations": True}, "spec": {"suspend": True}}
+# Defaults that are not written. The digest of a Job covers the other ones: that of a Job remains as it was before these
+# keys existed.
+NEWER_KEYS: dict[tuple[str, ...], Any] = {
+    ("evaluate", "calibration"): "none",
+    ("publish", "enabled"): True,
+    ("compute", "nodes"): 1,
+    ("compute", "keepCheckpoint"): False,
+    ("tracking",): {"tensorboard": False},
+}
 
 # YAML 1.1 (kubectl) and YAML 1.2 parsers read these as other types unless they are quoted: yes, 017, 1_000, 12:30, 1e5.
 AMBIGUOUS = re.compile(r"(y|n|yes|no|on|off|true|false|null|~|=|<<|[-+.]?[0-9][0-9a-fA-FxXoO_.:eE+-]*)?", re.IGNORECASE)
@@ -82,13 +91,17 @@ def job_to_dict(job: TransferJob) -> dict[str, Any]:
         job: The job. Its namespace, annotations and spec.suspend are not part of the run.
 
     Returns:
-        Nested mappings with camelCase keys in the order of the reference, without `compute.nodes` if it is 1.
+        Nested mappings with camelCase keys in the order of the reference, without the defaults of `NEWER_KEYS`.
     """
-    excluded = OUTSIDE_THE_RUN
-    if job.spec.compute.nodes == 1:
-        # The digest of a Job covers these values: that of a Job on one node remains as it was without this key.
-        excluded = excluded | {"spec": excluded["spec"] | {"compute": {"nodes": True}}}
-    return job.model_dump(mode="json", by_alias=True, exclude_none=True, exclude=excluded)
+    data: dict[str, Any] = job.model_dump(mode="json", by_alias=True, exclude_none=True, exclude=OUTSIDE_THE_RUN)
+    for path, default in NEWER_KEYS.items():
+        *parents, key = path
+        section = data["spec"]
+        for parent in parents:
+            section = section[parent]
+        if section[key] == default:
+            del section[key]
+    return data
 
 
 def dump_job(job: TransferJob) -> str:

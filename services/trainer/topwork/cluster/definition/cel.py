@@ -123,9 +123,15 @@ def format_string(value: str) -> str:
     return f"(size({value}) > {MAX_LENGTH} ? {shortened} : {quoted})"
 
 
-def exactly_one_of(keys: tuple[str, ...]) -> Iterator[CelRule]:
-    """Yield rules that exactly one of these keys of `self` is set."""
+def exactly_one_of(keys: tuple[str, ...], unreadable: tuple[str, ...] = ()) -> Iterator[CelRule]:
+    """Yield rules that exactly one of these keys of `self` is set.
+
+    Args:
+        keys: The keys.
+        unreadable: Those of the keys that CEL cannot read. They may be set, too, or be the only one.
+    """
     required = f"but exactly one of {join_words(list(keys))} is required."
+    keys = tuple(key for key in keys if key not in unreadable)
     given = [f"has(self.{key})" for key in keys]
     count = " + ".join(f"({has} ? 1 : 0)" for has in given)
     words = []
@@ -134,7 +140,8 @@ def exactly_one_of(keys: tuple[str, ...]) -> Iterator[CelRule]:
         conjunction = f'({after} ? ", " : " and ")' if after else '" and "'
         separator = f'({before} ? {conjunction} : "") + ' if before else ""
         words.append(f'({given[index]} ? {separator}{quote(key)} : "")')
-    yield CelRule(f"{count} == 0", f"none is set, {required}", reason="FieldValueRequired")
+    if not unreadable:
+        yield CelRule(f"{count} == 0", f"none is set, {required}", reason="FieldValueRequired")
     yield CelRule(f"{count} > 1", text(f"{{}} are set, {required}", " + ".join(words)), reason="FieldValueForbidden")
 
 

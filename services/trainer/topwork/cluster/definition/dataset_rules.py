@@ -37,8 +37,8 @@ def _table() -> Iterator[CelRule]:
 @mirrors(evaluation.gate_has_a_condition)
 def _gate() -> Iterator[CelRule]:
     yield CelRule(
-        "!has(self.atLeast) && !has(self.atMost) && !has(self.atLeastLatestMinus)",
-        "has no condition. Set at least one of atLeast, atMost and atLeastLatestMinus.",
+        "!has(self.atLeast) && !has(self.atMost) && !has(self.atLeastLatestMinus) && !has(self.notWorseThanLatest)",
+        "has no condition. Set at least one of atLeast, atMost, atLeastLatestMinus and notWorseThanLatest.",
     )
 
 

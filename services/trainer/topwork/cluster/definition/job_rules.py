@@ -138,6 +138,21 @@ def _cnn() -> Iterator[CelRule]:
     )
 
 
+@mirrors(job.unpublished_model_is_measured_on_validation)
+def _unpublished() -> Iterator[CelRule]:
+    # CEL cannot read the splits, which the rule checks, too.
+    gates = "size(self.evaluate.gates)"
+    yield CelRule(
+        f"!self.publish.enabled && {gates} > 0",
+        text(
+            "{} would never be checked, because publish.enabled is false. Remove the gates, or publish.enabled.",
+            f'({gates} == 1 ? "1 gate" : {format_text("{} gates", f"string({gates})")})',
+        ),
+        "evaluate.gates",
+        "FieldValueForbidden",
+    )
+
+
 @mirrors(compute.topology_requires_several_nodes)
 def _topology() -> Iterator[CelRule]:
     # Without nodes, the defaults of the namespace may set it.

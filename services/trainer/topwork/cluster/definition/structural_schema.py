@@ -2,7 +2,8 @@
 
 A structural schema has no `$ref`, and gives each value one type. A union of types, such as a name or a mapping, has no
 type: the API server stores it as it is, validates each JSON type with the keywords that apply to it, and cannot read it
-in CEL rules. No value is nullable: the API server removes null, as if the key were not set.
+in CEL rules. The API server removes null, as if the key were not set, except where it is a value: among the choices and
+conditions of a parameter.
 """
 
 import re
@@ -17,8 +18,10 @@ from pydantic.fields import FieldInfo
 from topwork.cluster.definition.kubernetes_schemas import affinity_schema, toleration_schema
 from topwork.cluster.definition.validation_rules import rules_of_model, rules_of_value
 from topwork.spec.applications import APPLICATIONS
+from topwork.spec.job import JobSpec
 from topwork.spec.model import validate_application
 from topwork.spec.schema.key_types import KeyType, expand_types, fields_by_key, is_list
+from topwork.spec.search.space import in_template
 from topwork.spec.spec_model import SpecModel
 from topwork.spec.uris import MAX_URI_LENGTH
 
@@ -45,6 +48,7 @@ KUBERNETES_TYPES = {
     ("spec", "compute", "affinity"): affinity_schema,
     ("spec", "compute", "tolerations", ITEM): toleration_schema,
 }
+TEXTS = {"description", "message", "messageExpression"}
 SCALARS = {str: "string", bool: "boolean", int: "integer", float: "number"}
 LENGTHS = {"string": "Length", "array": "Items", "object": "Properties"}
 
@@ -92,6 +96,12 @@ def _value_schema(allowed: KeyType, path: Path, with_rules: bool) -> Schema:
     python_type = allowed.python_type
     if path in KUBERNETES_TYPES:
         return KUBERNETES_TYPES[path]()
+    if python_type is Any:
+        return UNTYPED | {"nullable": True}
+    if python_type is JobSpec:
+        # The template of a search has the schema of a job.
+        template: Schema = _name_template_keys(object_schema(JobSpec, ("spec",)))
+        return template
     if isinstance(python_type, type) and issubclass(python_type, BaseModel):
         return object_schema(python_type, path, with_rules=with_rules)
     if is_list(python_type):
@@ -107,6 +117,18 @@ def _value_schema(allowed: KeyType, path: Path, with_rules: bool) -> Schema:
         return {"type": "string", "format": "date-time"}
     scalar = {"type": SCALARS[python_type]} | _bounds(allowed)
     return scalar | (_string_keywords(allowed, with_rules) if python_type is str else {})
+
+
+def _name_template_keys(schema: Any) -> Any:
+    """Replace the paths of keys of a job in texts by those of the template of a search."""
+    if isinstance(schema, list):
+        return [_name_template_keys(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {
+        key: in_template(value) if key in TEXTS and isinstance(value, str) else _name_template_keys(value)
+        for key, value in schema.items()
+    }
 
 
 def _any_schema(annotation: Any, path: Path, with_rules: bool) -> Schema:

@@ -109,38 +109,27 @@ def _clipping() -> Iterator[CelRule]:
     )
 
 
-@mirrors(training.schedule_fits_the_epochs)
-def _transfer_schedule() -> Iterator[CelRule]:
-    yield from _schedule_length()
+@mirrors(training.warmup_fits_the_epochs)
+def _transfer_warmup() -> Iterator[CelRule]:
+    yield _warmup()
 
 
-@mirrors(fine_tune.schedule_fits_the_epochs)
-def _fine_tune_schedule() -> Iterator[CelRule]:
+@mirrors(fine_tune.warmup_fits_the_epochs)
+def _fine_tune_warmup() -> Iterator[CelRule]:
     # With unfreeze.steps, which CEL cannot read, epochs are not set.
-    yield from _schedule_length()
+    yield _warmup()
 
 
-def _schedule_length() -> Iterator[CelRule]:
-    epochs = "self.epochs"
-    warmup, steps = "self.optimizer.schedule.warmupEpochs", "self.optimizer.schedule.atEpochs"
-    last = f"{steps}[size({steps}) - 1]"
-    yield CelRule(
-        f"has({epochs}) && {warmup} >= double({epochs})",
+def _warmup() -> CelRule:
+    warmup = "self.optimizer.schedule.warmupEpochs"
+    return CelRule(
+        f"has(self.epochs) && {warmup} >= double(self.epochs)",
         text(
             "{} is not below epochs {}, so the warmup would never reach the learning rate. Try a tenth of the epochs.",
             format_number(warmup),
-            f"string({epochs})",
+            "string(self.epochs)",
         ),
         "optimizer.schedule.warmupEpochs",
-    )
-    yield CelRule(
-        f"has({epochs}) && size({steps}) > 0 && {last} >= {epochs}",
-        text(
-            "{} is not before the last epoch, {}, so this step would never happen. Remove it.",
-            f"string({last})",
-            f"string({epochs})",
-        ),
-        "optimizer.schedule.atEpochs",
     )
 
 

@@ -5,18 +5,20 @@ from typing import Any
 
 from annotated_types import MaxLen
 
-from topwork.cluster.definition import dataset_rules, job_rules, training_rules
+from topwork.cluster.definition import dataset_rules, job_rules, search_rules, training_rules
 from topwork.cluster.definition.cel import CEL_RULES, CelRule, SpecRule, Text, format_string, quote, text
-from topwork.spec import compute, dataset, fine_tune, job, splits, training
+from topwork.spec import compute, dataset, fine_tune, job, splits, stage_rules, training
 from topwork.spec.schema.key_types import KeyType, describe_types, expand_types
+from topwork.spec.search import transfer_search
 from topwork.spec.spec_model import SpecModel, ValueDescription, get_rules
 from topwork.spec.uris import ArchiveUri, FolderUri, HttpUrl, ModelUri, StorageUri, TableUri, Weights
 
-RULE_MODULES = (dataset_rules, job_rules, training_rules)
+RULE_MODULES = (dataset_rules, job_rules, search_rules, training_rules)
 
 _UNION = "{} is a union of types, which CEL cannot read"
 _SPLITS, _CACHE = _UNION.format("spec.dataset.splits"), _UNION.format("featureCache")
 _UNFREEZE, _LOSS = _UNION.format("spec.fineTune.unfreeze"), _UNION.format("spec.transfer.loss")
+_CHOICES = "choices and conditions can have any type, so CEL cannot read them"
 NOT_EXPRESSIBLE: dict[SpecRule, str] = {
     **dict.fromkeys(get_rules(splits.Splits), _SPLITS),
     **dict.fromkeys(get_rules(training.Loss), _LOSS),
@@ -32,17 +34,26 @@ NOT_EXPRESSIBLE: dict[SpecRule, str] = {
     dataset.column_of_groups_is_in_a_table: _SPLITS,
     dataset.lists_name_files: _SPLITS,
     training.feature_cache_requires_a_frozen_base: _CACHE,
-    training.every_view_is_used: _CACHE,
     fine_tune.feature_cache_requires_frozen_layers: _CACHE,
-    fine_tune.every_view_is_used: _CACHE,
     fine_tune.epochs_are_set_once: _UNFREEZE,
     fine_tune.steps_unfreeze_more_layers: _UNFREEZE,
     job.early_stopping_requires_validation: _SPLITS,
     job.final_model_requires_all_folds: _SPLITS,
+    job.calibration_requires_validation: _SPLITS,
     job.cross_validation_does_not_compare_versions: _SPLITS,
-    job.feature_cache_excludes_mixing: _CACHE,
-    job.views_require_augmentation: _CACHE,
-    job.mixed_labels_require_a_categorical_loss: _LOSS,
+    stage_rules.every_view_is_used: _CACHE,
+    stage_rules.every_step_of_the_learning_rate_happens: "the defaults of the namespace may set keepCheckpoint",
+    stage_rules.feature_cache_excludes_mixing: _CACHE,
+    stage_rules.views_require_augmentation: _CACHE,
+    stage_rules.mixed_labels_require_a_categorical_loss: _LOSS,
+    transfer_search.choices_are_unique: _CHOICES,
+    transfer_search.parameters_are_keys_of_the_template: "CEL cannot look up a path in a schema",
+    transfer_search.loss_is_the_same_in_all_trials: "CEL cannot look up a path in a schema",
+    transfer_search.conditions_can_be_met: _CHOICES,
+    transfer_search.values_are_accepted_by_the_template: "CEL cannot validate an object that does not exist",
+    transfer_search.trials_are_compared_on_validation: _UNION.format("spec.template.dataset.splits"),
+    transfer_search.trials_can_be_continued: _CHOICES,
+    transfer_search.cmaes_has_numbers: _CHOICES,
 }
 """Rules that only the controller checks, or another part of the schema, each with the reason."""
 
@@ -67,8 +78,8 @@ def rules_of_value(allowed: KeyType) -> list[dict[str, Any]]:
     return [] if schemes is None else [rule.to_validation("The URI is not allowed.") for rule in _uri_rules(schemes)]
 
 
-def rules_of_name() -> list[dict[str, Any]]:
-    """Return the `x-kubernetes-validations` of `metadata.name`, relative to the root."""
+def rules_of_name(noun: str) -> list[dict[str, Any]]:
+    """Return the `x-kubernetes-validations` of `metadata.name`, relative to the root of a job or search."""
     (allowed,) = expand_types(job.Metadata.model_fields["name"].annotation, job.Metadata.model_fields["name"].metadata)
     pattern = next(item.pattern for item in allowed.metadata if getattr(item, "pattern", None))
     name = "self.metadata.name"
@@ -77,7 +88,7 @@ def rules_of_name() -> list[dict[str, Any]]:
         text(f"{{}} is not allowed. Allowed: {describe_types([allowed])}.", format_string(name)),
         "metadata.name",
     )
-    return [rule.to_validation("The name of a job has at most 40 characters: a-z, 0-9 and hyphen.")]
+    return [rule.to_validation(f"The name of a {noun} has at most 40 characters: a-z, 0-9 and hyphen.")]
 
 
 def _description(annotated: Any) -> ValueDescription:

@@ -1,4 +1,7 @@
-"""Namespace defaults for storage, compute and metrics: filled into a document before it is validated."""
+"""Namespace defaults for storage, compute and metrics: filled into a document before it is validated.
+
+In a TransferSearch, they are filled into its template.
+"""
 
 from collections.abc import Mapping
 from copy import deepcopy
@@ -19,7 +22,7 @@ class SpecDefaults:
     Attributes:
         source: Where the defaults come from, for messages.
         values: Default of each path.
-        used: Paths whose default was filled into at least one document so far.
+        used: Paths of `values` that were filled into at least one document so far.
     """
 
     source: str
@@ -36,8 +39,13 @@ class SpecDefaults:
             A copy of the data with defaults, and the paths that were filled in.
         """
         result = deepcopy(dict(data))
-        filled = {path for path, value in self.values.items() if _set_if_unset(result, path, deepcopy(value))}
-        self.used |= filled
+        parent = ("spec", "template") if data.get("kind") == "TransferSearch" else ("spec",)
+        filled = set()
+        for path, value in self.values.items():
+            target = (*parent, *path[1:])
+            if _set_if_unset(result, target, deepcopy(value)):
+                filled.add(target)
+                self.used.add(path)
         return result, filled
 
 

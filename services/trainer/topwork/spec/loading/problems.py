@@ -12,7 +12,7 @@ from topwork.spec.loading.partial_validation import run_skipped_rules
 from topwork.spec.loading.yaml_document import Path
 from topwork.spec.messages import did_you_mean, format_value, join_words
 from topwork.spec.schema import key_types
-from topwork.spec.spec_model import Violation
+from topwork.spec.spec_model import SpecModel, Violation
 
 YAML_1_1_BOOLEANS = {"yes": "true", "on": "true", "no": "false", "off": "false"}
 
@@ -67,34 +67,38 @@ def format_path(path: Path) -> str:
     return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path).removeprefix(".")
 
 
-def explain_errors(error: ValidationError, data: Mapping[str, Any]) -> Iterator[Finding]:
+def explain_errors(
+    error: ValidationError, data: Mapping[str, Any], root: type[SpecModel] = TransferJob
+) -> Iterator[Finding]:
     """Translate errors of pydantic, and add violations of the rules that pydantic skipped.
 
     Args:
         error: The errors that pydantic reported for `data`.
         data: The validated data.
+        root: Model that the data was validated against.
 
     Yields:
         One finding for each invalid value, and one for each violation of a rule.
     """
     seen: set[Path] = set()
     for details in error.errors(include_url=False):
-        for finding in _translate(details):
+        for finding in _translate(details, root):
             # Pydantic reports a list that is too short once for each missing item.
             if finding.path not in seen or details["type"] == "rule_violation":
                 yield finding
             seen.add(finding.path)
-    for path, violation in run_skipped_rules(TransferJob, data, error):
+    for path, violation in run_skipped_rules(root, data, error):
         finding = _from_violation(path, violation)
         if finding.path not in seen:
             yield finding
 
 
-def explain_unknown_key(path: Path) -> str:
+def explain_unknown_key(path: Path, root: type[SpecModel] = TransferJob) -> str:
     """Explain that a key is unknown, where it belongs or which key was probably meant.
 
     Args:
         path: Path of the unknown key; its parent must exist. May contain tags as in errors of pydantic.
+        root: Model where the path starts.
 
     Returns:
         One or more sentences.
@@ -102,13 +106,13 @@ def explain_unknown_key(path: Path) -> str:
     *parent, key = path
     models = [
         key_type.python_type
-        for key_type in key_types.types_at(TransferJob, tuple(parent))
+        for key_type in key_types.types_at(root, tuple(parent))
         if key_types.is_model(key_type.python_type)
     ]
     known = [name for model in models for name in key_types.fields_by_key(model)]
     locations = [
         location or "the document"
-        for location, model in key_types.walk_models(TransferJob)
+        for location, model in key_types.walk_models(root)
         if key in key_types.fields_by_key(model)
     ]
     hint = (
@@ -120,33 +124,35 @@ def explain_unknown_key(path: Path) -> str:
 
 
 def _from_violation(path: Path, violation: Violation) -> Finding:
+    if isinstance(violation.path, tuple):
+        return Finding((*path, *violation.path), violation.message)
     steps = tuple(int(step) if step.isdigit() else step for step in violation.path.split(".") if step)
     return Finding((*path, *steps), violation.message)
 
 
-def _translate(details: ErrorDetails) -> Iterator[Finding]:
+def _translate(details: ErrorDetails, root: type[SpecModel]) -> Iterator[Finding]:
     tagged = tuple(step for step in details["loc"] if step != "[key]")
     path = tuple(step for step in tagged if not _is_tag(step))
     kind, value = details["type"], details.get("input")
     if kind == "rule_violation":
         yield from (_from_violation(path, violation) for violation in details["ctx"]["violations"])
     elif kind == "extra_forbidden":
-        yield Finding(path, explain_unknown_key(tagged), at_key=True)
+        yield Finding(path, explain_unknown_key(tagged, root), at_key=True)
     elif kind == "missing" and isinstance(path[-1], int):
-        types = key_types.types_at(TransferJob, tagged[:-1])
+        types = key_types.types_at(root, tagged[:-1])
         yield Finding(path[:-1], f"{format_value(value)} is not allowed. Allowed: {key_types.describe_types(types)}.")
     elif kind == "missing":
-        types = key_types.types_at(TransferJob, tagged)
-        yield Finding(path, f"is required. {_description(tagged)} Allowed: {key_types.describe_types(types)}.")
+        types = key_types.types_at(root, tagged)
+        yield Finding(path, f"is required. {_description(tagged, root)} Allowed: {key_types.describe_types(types)}.")
     elif kind == "invalid_value":
         yield Finding(path, details["msg"].rstrip(".") + ".")
     elif "[key]" in details["loc"]:
-        message = f"{format_value(value)} is not allowed as a key. Allowed: {_describe_keys(tagged)}."
+        message = f"{format_value(value)} is not allowed as a key. Allowed: {_describe_keys(tagged, root)}."
         yield Finding(path, message, at_key=True)
     else:
         # A wrong value does not show which member of a union was meant, so the message lists all of them.
         location = tagged[:-1] if tagged and _is_tag(tagged[-1]) else tagged
-        yield Finding(path, _not_allowed(value, key_types.types_at(TransferJob, location), details))
+        yield Finding(path, _not_allowed(value, key_types.types_at(root, location), details))
 
 
 def _is_tag(step: str | int) -> bool:
@@ -178,9 +184,9 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def _description(path: Path) -> str:
+def _description(path: Path, root: type[SpecModel]) -> str:
     *parent, key = path
-    for key_type in key_types.types_at(TransferJob, tuple(parent)):
+    for key_type in key_types.types_at(root, tuple(parent)):
         if key_types.is_model(key_type.python_type) and (
             field := key_types.fields_by_key(key_type.python_type).get(str(key))
         ):
@@ -188,10 +194,10 @@ def _description(path: Path) -> str:
     return ""
 
 
-def _describe_keys(path: Path) -> str:
+def _describe_keys(path: Path, root: type[SpecModel]) -> str:
     mappings = [
         key_type.python_type
-        for key_type in key_types.types_at(TransferJob, path[:-1])
+        for key_type in key_types.types_at(root, path[:-1])
         if get_origin(key_type.python_type) is dict
     ]
     return " or ".join(key_types.describe_types(key_types.expand_types(get_args(mapping)[0])) for mapping in mappings)

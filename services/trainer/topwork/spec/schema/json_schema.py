@@ -1,4 +1,4 @@
-"""The JSON Schema of the job spec, printed by `topwork schema` and stored in `schema/transferjob.schema.json`."""
+"""The JSON Schemas of jobs and searches, printed by `topwork schema` and stored in `schema/<kind>.schema.json`."""
 
 import json
 from typing import Any
@@ -8,29 +8,34 @@ from pydantic.json_schema import GenerateJsonSchema
 from topwork.spec.dataset import DatasetSource
 from topwork.spec.job import TransferJob
 from topwork.spec.model import Base
+from topwork.spec.search.transfer_search import PARAMETER_KINDS, Parameter, TransferSearch
 from topwork.spec.spec_model import SpecModel
 
-SCHEMA_ID = "https://topwork.dev/v1alpha1/transferjob.schema.json"
+SCHEMA_ID = "https://topwork.dev/v1alpha1/{}.schema.json"
 # Models of which exactly one key must be set. `topwork validate` checks all other rules between keys.
 EXACTLY_ONE: dict[type[SpecModel], tuple[str, ...]] = {
     DatasetSource: ("tfds", "folder", "archive", "table"),
     Base: ("application", "saved", "cnn"),
+    Parameter: PARAMETER_KINDS,
 }
 
 
-def schema_text() -> str:
-    """Generate the JSON Schema (draft 2020-12).
+def schema_text(model: type[TransferJob] | type[TransferSearch] = TransferJob) -> str:
+    """Generate the JSON Schema (draft 2020-12) of a kind of spec.
+
+    Args:
+        model: The model of the kind.
 
     Returns:
         Indented JSON that ends with a newline.
     """
-    schema = TransferJob.model_json_schema(by_alias=True, mode="validation")
+    schema = model.model_json_schema(by_alias=True, mode="validation")
     require_exactly_one(allow_any_of(schema))
     head = {
         "$schema": GenerateJsonSchema.schema_dialect,
-        "$id": SCHEMA_ID,
-        "title": "topwork TransferJob",
-        "examples": [_example()],
+        "$id": SCHEMA_ID.format(model.__name__.lower()),
+        "title": f"topwork {model.__name__}",
+        "examples": [_example() if model is TransferJob else _search_example()],
     }
     return json.dumps(head | {key: value for key, value in schema.items() if key not in head}, indent=2) + "\n"
 
@@ -62,6 +67,8 @@ def require_exactly_one(schema: dict[str, Any]) -> None:
         schema: A JSON Schema with the spec models in its `$defs`; modified in place.
     """
     for model, keys in EXACTLY_ONE.items():
+        if model.__name__ not in schema["$defs"]:
+            continue
         schema["$defs"][model.__name__]["oneOf"] = [{"required": [key]} for key in keys]
 
 
@@ -79,5 +86,20 @@ def _example() -> dict[str, Any]:
             },
             "model": {"base": {"application": "Xception"}},
             "fineTune": {"epochs": 10},
+        },
+    }
+
+
+def _search_example() -> dict[str, Any]:
+    template = _example()["spec"]
+    return _example() | {
+        "kind": "TransferSearch",
+        "spec": {
+            "template": template,
+            "space": {
+                "transfer.optimizer.learningRate": {"logUniform": [1e-4, 1e-2]},
+                "model.head.dropout": {"uniform": [0.0, 0.5]},
+            },
+            "trials": 16,
         },
     }

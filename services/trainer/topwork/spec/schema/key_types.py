@@ -75,7 +75,10 @@ def fields_by_key(model: type[BaseModel]) -> dict[str, FieldInfo]:
 
 
 def walk_models(root: type[SpecModel], path: str = "") -> Iterator[tuple[str, type[SpecModel]]]:
-    """Yield a model and all models below it, depth first, each with its path; `[]` represents a list index."""
+    """Yield a model and all models below it, depth first, each with its path.
+
+    `[]` represents the index of a list, and `.*` the key of a mapping.
+    """
     yield path, root
     for key, field in fields_by_key(root).items():
         for key_type in expand_types(field.annotation):
@@ -125,6 +128,8 @@ def _flatten(metadata: Iterable[Any]) -> Iterator[Any]:
 def _models_in(annotation: Any) -> Iterator[tuple[type[SpecModel], str]]:
     if is_list(annotation):
         yield from ((model, f"[]{suffix}") for item in get_args(annotation)[:1] for model, suffix in _models_in(item))
+    elif get_origin(annotation) is dict:
+        yield from ((model, f".*{suffix}") for item in get_args(annotation)[1:] for model, suffix in _models_in(item))
     elif is_model(annotation):
         yield annotation, ""
 
