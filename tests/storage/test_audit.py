@@ -75,6 +75,19 @@ def test_copies_in_train_and_test_are_reported(make_photo_job, photographs, work
     assert workspace.metrics.registry.get_sample_value("topwork_leaked_images") == 3
 
 
+def test_a_process_logs_equal_findings_once_and_sets_their_metrics_for_each_run(
+    make_photo_job, photographs, workspace, caplog
+):
+    plant_copies(photographs)
+    job = make_photo_job()
+    dataset = pull(job, workspace)
+    for run in ("first", "second"):
+        workspace.metrics.start_job(job="photos", run=run, stage="run", version="1")
+        audit(job, dataset, workspace)
+        assert workspace.metrics.registry.get_sample_value("topwork_leaked_images") == 3
+    assert str([record.msg for record in caplog.records]).count("duplicates across splits") == 1
+
+
 def test_different_photographs_are_not_reported(make_photo_job, workspace):
     job = make_photo_job(nearDuplicates="fail")
     findings = audit(job, pull(job, workspace), workspace)

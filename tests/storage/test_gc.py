@@ -10,6 +10,7 @@ from topwork.artifacts import write_artifact
 from topwork.cli import app
 from topwork.cli.runtime.shutdown import to_topwork_error
 from topwork.registry.garbage_collection import delete_leftovers, find_leftovers
+from topwork.registry.shared_features import delete_shared_features, mark_used
 from topwork.registry.stage_results import write_reference
 from topwork.registry.versions import Version, claim_version
 
@@ -31,6 +32,7 @@ def version(number, dataset):
 
 
 FINISHED_MODEL = "stages/transfer/2222/model-0000000000000000.keras"
+CONTINUED = "stages/transfer/continued/5555/00003-{key}-{input}.json"
 ATTEMPT = f"attempt-{0:032x}"
 # In the layout of version 0.1.0.
 OLD_MODEL = "runs/cats-0/transfer/model-0000000000000000.keras"
@@ -56,6 +58,11 @@ def referenced(storage, tmp_path):
     write_complete_artifact(storage, "mirror/tfds/mnist/3.0.1", tmp_path / "made")
     storage.write("weights/imagenet/VGG16.weights.h5", b"weights")
     storage.write("notes.txt", b"somebody's own")
+    # Jobs with more epochs continue from this result.
+    write_reference(storage, "cats-4", "transfer", "4444")
+    storage.write("stages/transfer/4444/done.json", json.dumps({"key": "stages/transfer/4444/model"}).encode())
+    write_complete_artifact(storage, "stages/transfer/4444/last-checkpoint/0a0b0c0d", tmp_path / "made")
+    storage.write(CONTINUED.format(key="4444", input="0a0b0c0d"), b"{}")
     return {stored.key for stored in storage.list()}
 
 
@@ -78,6 +85,10 @@ def with_leftovers(referenced, storage, tmp_path):
     # The run that used this result was deleted.
     storage.write("stages/fine-tune/3333/done.json", json.dumps({"key": "stages/fine-tune/3333/model"}).encode())
     storage.write("stages/fine-tune/3333/model", b"model")
+    storage.write("stages/transfer/4444/last-checkpoint/ffffffff/state.npz", b"half")
+    storage.write(CONTINUED.format(key="3333", input="0a0b0c0d"), b"the result of the stage was deleted")
+    storage.write("features/6666/train/2-batches/000000.npy", b"features")
+    mark_used(storage, "features/6666", "cats-5d41402a")
     upload = storage._client.create_multipart_upload(
         Bucket=storage._bucket, Key=f"{storage._key_prefix}runs/cats-3/big"
     )
@@ -93,6 +104,7 @@ LEFTOVERS = {
     f"datasets/cats/aaaa0000/{ATTEMPT}": "half-written",
     "datasets/cats/dddd0000": "half-written",
     "datasets/cats/eeee0000": "unreferenced dataset",
+    "features/6666": "unused features",
     "models/cats/3": "half-written",
     "runs/cats-3/big": "unfinished upload",
     "stages/fine-tune/1111/model-0123456789abcdef.keras": "half-written",
@@ -101,6 +113,8 @@ LEFTOVERS = {
     "stages/transfer/2222/model-fedcba9876543210.keras": "finished stage",
     "stages/transfer/2222/runs/cats-2/checkpoints": "finished stage",
     "stages/transfer/2222/runs/cats-2/features": "finished stage",
+    "stages/transfer/4444/last-checkpoint/ffffffff": "half-written",
+    CONTINUED.format(key="3333", input="0a0b0c0d"): "finished stage",
 }
 
 
@@ -130,8 +144,16 @@ def test_gc_keeps_leftovers_that_are_referenced_before_deletion(with_leftovers, 
     write_reference(storage, "new-1", "fine-tune", "3333")
     (tmp_path / "made" / "stored_images-train.tfrecord-00000-of-00001").write_bytes(b"whole")
     write_complete_artifact(storage, "datasets/cats/dddd0000", tmp_path / "made")
+    mark_used(storage, "features/6666", "dogs-1a2b3c4d")
+    write_complete_artifact(storage, "stages/transfer/3333/last-checkpoint/0a0b0c0d", tmp_path / "made")
     deleted = {leftover.prefix for leftover in delete_leftovers(storage, leftovers)}
-    kept = {"datasets/cats/dddd0000", "datasets/cats/eeee0000", "stages/fine-tune/3333"}
+    kept = {
+        "datasets/cats/dddd0000",
+        "datasets/cats/eeee0000",
+        "features/6666",
+        "stages/fine-tune/3333",
+        CONTINUED.format(key="3333", input="0a0b0c0d"),
+    }
     assert deleted == set(LEFTOVERS) - kept
     assert storage.size("datasets/cats/eeee0000/file") == storage.size("datasets/cats/dddd0000/file") == 4
 
@@ -168,3 +190,14 @@ def test_gc_rejects_an_invalid_limit(command):
     assert str(to_topwork_error(command("--older-than", "soon").exception)) == (
         "--older-than is 'soon': expected a whole number of minutes, hours or days, such as 90m, 24h or 7d."
     )
+
+
+def test_features_are_deleted_when_their_last_search_ends(storage):
+    for key, owners in {"1111": ["cats-1"], "2222": ["cats-1", "dogs-1"], "3333": ["dogs-1"]}.items():
+        storage.write(f"features/{key}/train/2-batches/000000.npy", b"features")
+        for owner in owners:
+            mark_used(storage, f"features/{key}", owner)
+    delete_shared_features(storage, "cats-1")
+    assert {stored.key.split("/")[1] for stored in storage.list("features/")} == {"2222", "3333"}
+    delete_shared_features(storage, "dogs-1")
+    assert not list(storage.list("features/"))

@@ -20,6 +20,7 @@ from topwork.data.dataset_manifest import StoredDataset
 from topwork.disk_space import report_full_disk
 from topwork.errors import UnavailableError
 from topwork.registry.cross_validation import CrossValidation, fold_jobs
+from topwork.registry.shared_features import delete_features_of_search
 from topwork.registry.stage_results import ROOT, Classifier
 from topwork.report.results import Results
 from topwork.spec import TransferJob
@@ -30,14 +31,15 @@ from topwork.stages.fine_tune import fine_tune
 from topwork.stages.publish import Published, publish
 from topwork.stages.pull import find_pulled_dataset, pull, wait_for_dataset
 from topwork.stages.transfer import transfer
+from topwork.stages.validate import Validated, validate
 from topwork.training.distribution.strategy import get_strategy
 from topwork.workspace import Workspace
 
 log = structlog.get_logger(__name__)
 
 
-def run(job: TransferJob, workspace: Workspace) -> Published | CrossValidation | Classifier:
-    """Run a job from its dataset to its published model, or to the metrics of cross-validation.
+def run(job: TransferJob, workspace: Workspace) -> Published | Validated | CrossValidation | Classifier:
+    """Run a job from its dataset to its published model, or to the metrics of validation or cross-validation.
 
     Every stage is idempotent: a completed stage is skipped, an interrupted one resumes from its newest checkpoint. It
     is always safe to call this again after the process was killed or stopped, or after a failure.
@@ -47,8 +49,8 @@ def run(job: TransferJob, workspace: Workspace) -> Published | CrossValidation |
         workspace: Storage, metrics, progress and scratch directory of the run.
 
     Returns:
-        The published version with its metrics; the metrics only if the job cross-validates and does not publish. On
-        other nodes than the chief, the trained classifier.
+        The published version with its metrics. If the job does not publish, the metrics only, of cross-validation or
+        on the validation split. On other nodes than the chief, the trained classifier.
 
     Raises:
         TopworkError: With the exit code that the cluster acts on; see `topwork.errors`.
@@ -61,7 +63,12 @@ def run(job: TransferJob, workspace: Workspace) -> Published | CrossValidation |
         if not workspace.nodes.is_chief:
             return train_parts(job, dataset, workspace)
         if not job.spec.dataset.folds:
-            return publish(job, train(job, dataset, workspace), dataset, workspace)
+            classifier = train(job, dataset, workspace)
+            if not job.spec.publishes:
+                return validate(job, classifier, dataset, workspace)
+            published = publish(job, classifier, dataset, workspace)
+            delete_features_of_search(job, workspace.storage)
+            return published
         validation, results = cross_validate(job, dataset, workspace)
         if not job.spec.publishes:
             return validation

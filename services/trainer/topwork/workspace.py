@@ -4,12 +4,42 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from topwork.cancellation import StopRequest
 from topwork.clients.prometheus.metrics import Metrics
 from topwork.clients.s3.storage import Storage
 from topwork.nodes.group import NodeGroup
-from topwork.progress import Fact, Progress, Tracker
+from topwork.progress import Fact, Followers, NoFollowers, Progress, Tracker
+
+
+class RecentResults:
+    """The latest results of expensive computations in this process: the next run may need the same again.
+
+    There is one result of each kind: those of other inputs are dropped.
+    """
+
+    def __init__(self) -> None:
+        """Start without results."""
+        self._results: dict[str, tuple[str, Any]] = {}
+
+    def find(self, kind: str, key: str) -> Any:
+        """Return a result; None if the latest one of its kind has another key.
+
+        Args:
+            kind: What was computed.
+            key: Digest of everything that the result depends on.
+        """
+        latest, result = self._results.get(kind, ("", None))
+        return result if latest == key else None
+
+    def keep(self, kind: str, key: str, result: Any) -> None:
+        """Keep a result instead of the latest one of its kind."""
+        self._results[kind] = (key, result)
+
+    def drop(self, kind: str) -> None:
+        """Drop the latest result of a kind, if there is one."""
+        self._results.pop(kind, None)
 
 
 @dataclass(frozen=True)
@@ -28,6 +58,8 @@ class Workspace:
             cluster.
         stop: Stop request. When it is set, training writes a checkpoint and raises `Stopped`.
         nodes: The nodes that train the run.
+        followers: Services that the chief reports its epochs to.
+        recent: Results that the next run of this process may use again, if it gets the same object.
     """
 
     storage: Storage
@@ -40,6 +72,8 @@ class Workspace:
     attempt: str = ""
     stop: StopRequest = field(default_factory=StopRequest)
     nodes: NodeGroup = field(default_factory=NodeGroup)
+    followers: Followers = field(default_factory=NoFollowers)
+    recent: RecentResults = field(default_factory=RecentResults)
 
     @contextmanager
     def track(self, what: str, total: int | None) -> Iterator[Tracker]:

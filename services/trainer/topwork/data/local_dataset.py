@@ -93,6 +93,10 @@ class Split:
             return self
         return Split(self._records, self._positions, image_size, preprocessing)
 
+    def subset(self, indices: Indices) -> "Split":
+        """Return some of the images, by their indices in ascending order; they are decoded each time they are used."""
+        return Split(self._records, self._positions[indices], self.image_size, self.preprocessing)
+
     def merged(self, others: Sequence["Split"]) -> "Split":
         """Return the images of this split and other splits of the same dataset, each once, in stored order."""
         positions = np.unique(np.concatenate([split._positions for split in (self, *others)]))
@@ -213,7 +217,9 @@ class LocalDataset:
         return {name: split for name, split in found if split is not None and split.size}
 
 
-def fetch_dataset(dataset: StoredDataset, job: TransferJob, workspace: Workspace) -> LocalDataset:
+def fetch_dataset(
+    dataset: StoredDataset, job: TransferJob, workspace: Workspace, *, decode: bool = True
+) -> LocalDataset:
     """Download a stored dataset to scratch, verify it against its manifest, and select the splits of a job.
 
     Images are decoded and resized once into files on scratch if these fit, otherwise each time they are used. Files
@@ -223,6 +229,7 @@ def fetch_dataset(dataset: StoredDataset, job: TransferJob, workspace: Workspace
         dataset: The stored dataset.
         job: The job, for its splits, image size and seed.
         workspace: Storage, progress and scratch.
+        decode: Whether to decode the images of all splits in advance. A command that uses only some of them does not.
 
     Returns:
         The splits.
@@ -250,7 +257,7 @@ def fetch_dataset(dataset: StoredDataset, job: TransferJob, workspace: Workspace
     if spec.audit.near_duplicates == "off":
         selected = replace(selected, notes=(*selected.notes, *_describe_duplicates(splits)))
     _delete_incomplete_pixels(directory)
-    if _fits_on_scratch(list(splits.values()), directory, job):
+    if decode and _fits_on_scratch(list(splits.values()), directory, job):
         cache_pixels(list(splits.values()), directory, workspace)
     marker = directory / f"splits-logged-{spec.fold or 'all'}"
     _log_splits_once(marker, selected, splits, metadata, preprocessing.value_range)

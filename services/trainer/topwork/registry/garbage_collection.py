@@ -1,7 +1,8 @@
 """Garbage collection: finds and deletes unreferenced objects in storage.
 
 Never deleted: anything that a manifest or `latest.json` references, checkpoints and features of unfinished stages,
-mirrored datasets and weights, and anything younger than the age limit, because its writer may still be running.
+mirrored datasets and weights, and anything younger than the age limit, because its writer may still be running. Kept
+checkpoints are deleted with the result of their stage, and features of trials when no run has used them for that time.
 """
 
 import json
@@ -10,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from pydantic import ValidationError
 
@@ -20,11 +21,23 @@ from topwork.clients.s3.storage import MIN_TIME, IncompleteUpload, Storage, Stor
 from topwork.data.dataset_manifest import DATASETS_PREFIX
 from topwork.errors import DataError
 from topwork.registry import versions
-from topwork.registry.stage_results import MODEL_KEY, StageReference, result_prefix
+from topwork.registry.shared_features import ROOT as FEATURES
+from topwork.registry.stage_results import (
+    MODEL_KEY,
+    StageReference,
+    TrainingStage,
+    last_checkpoint_prefix,
+    result_prefix,
+)
 from topwork.registry.stage_results import ROOT as STAGES
 
 Kind = Literal[
-    "half-written", "finished stage", "unreferenced dataset", "unreferenced stage result", "unfinished upload"
+    "half-written",
+    "finished stage",
+    "unused features",
+    "unreferenced dataset",
+    "unreferenced stage result",
+    "unfinished upload",
 ]
 
 _DATASET = re.compile(rf"{DATASETS_PREFIX}/[^/]+/[^/]+(?=/)")
@@ -33,13 +46,17 @@ _VERSION = re.compile(rf"{versions.ROOT}/[^/]+/[0-9]+(?=/)")
 _STAGE = rf"(?P<stage>(?:{STAGES}|runs)/[^/]+/[^/]+)"
 _RESULT = re.compile(rf"{STAGES}/[^/]+/[^/]+(?=/)")
 _CHECKPOINT = re.compile(rf"{_STAGE}(?:/runs/[^/]+)?/checkpoints/[^/]+(?=/)")
+# Checkpoints that longer stages continue from, and the records by which they are found.
+_LAST_CHECKPOINT = re.compile(rf"{STAGES}/[^/]+/[^/]+/last-checkpoint/[^/]+(?=/)")
+_CONTINUED = re.compile(rf"{STAGES}/(?P<stage>[^/]+)/continued/[^/]+/\d+-(?P<key>[^/-]+)-(?P<input>[^/-]+)\.json")
+_FEATURES = re.compile(rf"{FEATURES}/[^/]+(?=/)")
 # Intermediate files of a stage. The stage deletes them when it finishes, unless it is killed at that moment.
 _INTERMEDIATE = re.compile(rf"{_STAGE}(?:/runs/[^/]+)?/(?:checkpoints|features)(?=/)")
 # Files of a writer whose artifact another writer completed; see `topwork.artifacts`.
 _ATTEMPT = re.compile(r"(?P<artifact>.+)/(?P<directory>attempt-[0-9a-f]{32})(?=/)")
 _REFERENCE = re.compile(r"runs/[^/]+/(?:transfer|fine-tune)/done\.json")
 # Uploads with other keys do not belong to topwork.
-_TOPWORK_KEYS = re.compile(rf"({DATASETS_PREFIX}|runs|{STAGES}|{versions.ROOT}|mirror|weights)/")
+_TOPWORK_KEYS = re.compile(rf"({DATASETS_PREFIX}|runs|{STAGES}|{FEATURES}|{versions.ROOT}|mirror|weights)/")
 # Older versions of topwork record the dataset of a published model only in its model card.
 _DATASET_IN_CARD = re.compile(rf"/({DATASETS_PREFIX}/[^/\s]+/[0-9a-f]+)\b")
 
@@ -92,6 +109,8 @@ def find_leftovers(storage: Storage, older_than: timedelta) -> list[Leftover]:
         *_find_incomplete(stored),
         *_find_unused_attempts(storage, stored),
         *_find_intermediate_files(stored),
+        *_group_by_prefix(stored, _FEATURES, "unused features").values(),
+        *_find_records_without_checkpoint(stored),
         *_find_unreferenced_models(storage, stored),
         *_find_unreferenced_datasets(storage, stored),
         *_find_unreferenced_results(storage, stored),
@@ -151,7 +170,7 @@ def _find_incomplete(stored: list[StoredObject]) -> list[Leftover]:
     """Find datasets, versions and checkpoints without a manifest."""
     return [
         group
-        for pattern in (_DATASET, _VERSION, _CHECKPOINT)
+        for pattern in (_DATASET, _VERSION, _CHECKPOINT, _LAST_CHECKPOINT)
         for group in _group_by_prefix(stored, pattern, "half-written").values()
         if not _is_complete(group)
     ]
@@ -176,6 +195,20 @@ def _find_intermediate_files(stored: Sequence[StoredObject]) -> list[Leftover]:
         for prefix, group in _group_by_prefix(stored, _INTERMEDIATE, "finished stage").items()
         if (match := _INTERMEDIATE.match(f"{prefix}/")) and f"{match['stage']}/done.json" in keys
     ]
+
+
+def _find_records_without_checkpoint(stored: Sequence[StoredObject]) -> list[Leftover]:
+    keys = {item.key for item in stored}
+    records = _group_by_prefix(stored, _CONTINUED, "finished stage")
+    return [record for name, record in records.items() if _manifest_of_record(name) not in keys]
+
+
+def _manifest_of_record(name: str) -> str:
+    match = _CONTINUED.fullmatch(name)
+    if match is None:
+        raise ValueError(f"{name} is not the key of a record of a kept checkpoint")
+    stage = cast("TrainingStage", match["stage"])
+    return f"{last_checkpoint_prefix(stage, match['key'], match['input'])}/{MANIFEST}"
 
 
 def _find_unreferenced_models(storage: Storage, stored: Sequence[StoredObject]) -> list[Leftover]:
@@ -263,6 +296,11 @@ def _is_referenced_now(storage: Storage, leftover: Leftover) -> bool:
     """Check again right before deletion: a run may now use the dataset, or a writer may have finished."""
     if MODEL_KEY.match(leftover.prefix):
         return _unreferenced_model_kind(storage, leftover.prefix) != leftover.kind
+    if _CONTINUED.fullmatch(leftover.prefix):
+        return storage.size(_manifest_of_record(leftover.prefix)) is not None
+    if leftover.kind == "unused features":
+        users = storage.list(f"{leftover.prefix}/used-by/")
+        return any(user.key not in leftover.keys or user.modified > leftover.newest for user in users)
     if _ATTEMPT.match(f"{leftover.prefix}/"):
         return not _is_unused_attempt(storage, leftover.prefix)
     if leftover.kind == "half-written":

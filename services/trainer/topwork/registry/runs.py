@@ -1,10 +1,15 @@
-"""Deletes the results of a run, so that it starts over."""
+"""What a run stores besides the results of its stages, and how it is deleted, so that it starts over."""
 
 from topwork.clients.s3.storage import Storage
 from topwork.data.dataset_manifest import StoredDataset
 from topwork.registry.cross_validation import fold_jobs
 from topwork.registry.stage_keys import stage_keys
-from topwork.registry.stage_results import TRAINING_STAGES, read_reference, result_prefix
+from topwork.registry.stage_results import (
+    TRAINING_STAGES,
+    continued_prefix,
+    read_reference,
+    result_prefix,
+)
 from topwork.spec import TransferJob
 
 
@@ -12,7 +17,8 @@ def delete_results(job: TransferJob, dataset: StoredDataset | None, storage: Sto
     """Delete the results of a run. Published versions and datasets stay.
 
     Results of its training stages are deleted even if other runs use them: those train the stage again when they need
-    it. Checkpoints of other runs that are training such a stage now stay.
+    it. Checkpoints of other runs that are training such a stage now stay. Checkpoints of shorter stages with the same
+    settings are not found any more: the run starts over, too.
 
     Args:
         job: The job of the run; no process may work on it.
@@ -29,8 +35,10 @@ def _delete_results(job: TransferJob, dataset: StoredDataset | None, storage: St
         if reference := read_reference(storage, job.run, stage):
             prefixes.add(result_prefix(stage, reference.key))
     if dataset:
-        keys = stage_keys(job, dataset.metadata.fingerprint, storage, dataset.inputs).training_stages
-        prefixes |= {result_prefix(stage, key) for stage, key in keys.items()}
+        keys = stage_keys(job, dataset.metadata.fingerprint, storage, dataset.inputs)
+        prefixes |= {result_prefix(stage, key) for stage, key in keys.training_stages.items()}
+        for stage, key in keys.continuations.items():
+            storage.delete([stored.key for stored in storage.list(continued_prefix(stage, key))])
     for prefix in sorted(prefixes):
         # Without `done.json`, readers ignore the rest.
         storage.delete([f"{prefix}/done.json"])
@@ -38,3 +46,8 @@ def _delete_results(job: TransferJob, dataset: StoredDataset | None, storage: St
         found = [stored.key for stored in storage.list(f"{prefix}/")]
         storage.delete(key for key in found if key.startswith(own) or not key.startswith(attempts))
     storage.delete(stored.key for stored in list(storage.list(f"runs/{job.run}/")))
+
+
+def validation_key(run: str) -> str:
+    """Return the storage key of the metrics of a run that publishes nothing."""
+    return f"runs/{run}/validation.json"

@@ -4,6 +4,7 @@
 - transfer: dataset, splits and the content of their lists, image size, model, augmentation, `transfer`, seed, precision
 - fine-tune: transfer's key, `fineTune`
 - publish: key of the last training stage, metrics, formats, name of the model
+- continuation: everything that the key of a training stage covers, except its number of epochs
 
 Runs with the same key share the result. Gates are in no key: they are checked each time.
 """
@@ -35,11 +36,14 @@ class StageKeys:
         transfer: Key of the transfer stage.
         fine_tune: Key of the fine-tune stage; None without `spec.fineTune`.
         publish: Key of evaluation and publishing.
+        continuations: Continuation key of each training stage: stages that differ only in their number of epochs have
+            the same one.
     """
 
     transfer: str
     fine_tune: str | None
     publish: str
+    continuations: dict[TrainingStage, str]
 
     @property
     def training(self) -> str:
@@ -82,10 +86,15 @@ def stage_keys(job: TransferJob, fingerprint: str, storage: Storage, inputs: Spl
     base = read_base_version(job.spec.model.base, storage)
     if split_inputs := (inputs or read_split_inputs(job, storage)).content():
         content["splitInputs"] = split_inputs
-    transfer = _key("transfer", {**content, "images": fingerprint, "base": base})
-    fine_tune = None if fine_tuning is None else _key("fine-tune", {"transfer": transfer, "fineTune": fine_tuning})
+    content |= {"images": fingerprint, "base": base}
+    transfer, continuations = _key("transfer", content), dict[TrainingStage, str]()
+    continuations["transfer"] = _continuation_key("transfer", content)
+    fine_tune = None
+    if fine_tuning is not None:
+        tuned = {"transfer": transfer, "fineTune": fine_tuning}
+        fine_tune, continuations["fine-tune"] = _key("fine-tune", tuned), _continuation_key("fine-tune", tuned)
     publish = {"training": fine_tune or transfer, "name": job.model_name, **evaluation_content(job.spec)}
-    return StageKeys(transfer, fine_tune, _key("publish", publish))
+    return StageKeys(transfer, fine_tune, _key("publish", publish), continuations)
 
 
 def architecture_key(job: TransferJob, dataset: StoredDataset, storage: Storage) -> str:
@@ -152,3 +161,9 @@ def read_base_version(base: Base, storage: Storage) -> str:
 
 def _key(stage: str, content: dict[str, Any]) -> str:
     return digest_of({"format": FORMATS[stage], stage: content})[:DIGEST_LENGTH]
+
+
+def _continuation_key(stage: TrainingStage, content: dict[str, Any]) -> str:
+    section = "transfer" if stage == "transfer" else "fineTune"
+    settings = {name: value for name, value in content.get(section, {}).items() if name != "epochs"}
+    return _key(stage, {**content, section: settings, "continued": True})

@@ -1,6 +1,7 @@
 """Results of the training stages, stored by key: the classifier and its `done.json`, which marks a stage as complete.
 
 - `stages/<stage>/<key>/done.json`, `model-<digest>.keras`: the result, for every run with this key
+- `stages/<stage>/<key>/last-checkpoint/…`: with `spec.compute.keepCheckpoint`, the state after its last epoch
 - `stages/<stage>/<key>/runs/<run>/`: checkpoints and features of one run, until it is complete
 - `runs/<run>/<stage>/done.json`: which result the run uses
 """
@@ -8,7 +9,6 @@
 import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import structlog
@@ -139,6 +139,22 @@ def attempt_prefix(stage: TrainingStage, key: str, run: str) -> str:
     return f"{result_prefix(stage, key)}/runs/{run}"
 
 
+def last_checkpoint_prefix(stage: TrainingStage, key: str, training_input: str) -> str:
+    """Return the storage key prefix of the checkpoint that jobs with more epochs continue from.
+
+    Args:
+        stage: The stage.
+        key: Key of its result.
+        training_input: Digest of what it was trained on, which can depend on the machine.
+    """
+    return f"{result_prefix(stage, key)}/last-checkpoint/{training_input}"
+
+
+def continued_prefix(stage: TrainingStage, continuation: str) -> str:
+    """Return the common prefix of the keys of the records of all kept checkpoints with a continuation key."""
+    return f"{ROOT}/{stage}/continued/{continuation}/"
+
+
 def model_key(stage: TrainingStage, key: str, file: FileEntry) -> str:
     """Return the storage key of the model that a stage trained.
 
@@ -229,7 +245,9 @@ def write_stage_result(storage: Storage, key: str, classifier: Classifier) -> Cl
     return read_stage_result(storage, classifier.stage, key) or classifier
 
 
-def store_stage_result(model: "keras.Model", summary: TrainingSummary, key: str, workspace: Workspace) -> Classifier:
+def store_stage_result(
+    model: "keras.Model", summary: TrainingSummary, key: str, workspace: Workspace, *, keep_in_memory: bool = False
+) -> Classifier:
     """Upload a trained model, then mark its stage as complete.
 
     Args:
@@ -237,6 +255,7 @@ def store_stage_result(model: "keras.Model", summary: TrainingSummary, key: str,
         summary: Summary of the stage.
         key: Key of the result.
         workspace: Storage and scratch directory.
+        keep_in_memory: Whether this process evaluates the model next, so that it need not load it again.
 
     Returns:
         The stored result, which is that of another process if it completed a stage with the same key first.
@@ -251,11 +270,14 @@ def store_stage_result(model: "keras.Model", summary: TrainingSummary, key: str,
     if (stored := read_stage_result(storage, stage, key)) is not None:
         return stored
     path = workspace.scratch / f"{stage}.keras"
-    _save_for_inference(model, path)
+    inference_model = _to_inference_model(model)
+    inference_model.save(path)
     file = describe_file(path)
     name = model_key(stage, key, file)
     storage.upload(path, name)
     path.unlink()
+    if keep_in_memory:
+        workspace.recent.keep("classifier", name, inference_model)
     groups = count_parameters(model)
     classifier = Classifier(
         stage=stage,
@@ -281,13 +303,13 @@ def store_stage_result(model: "keras.Model", summary: TrainingSummary, key: str,
     return result
 
 
-def _save_for_inference(model: "keras.Model", path: Path) -> None:
-    """Save a float32 copy that was never compiled, so that the file contains no optimizer and no loss."""
+def _to_inference_model(model: "keras.Model") -> "keras.Model":
+    """Return a float32 model that was never compiled, so that its file contains no optimizer and no loss."""
     import keras
 
     from topwork.model.classifier import with_precision
 
-    with_precision(keras.Model(model.inputs[0], model.outputs[0], name="classifier"), "float32").save(path)
+    return with_precision(keras.Model(model.inputs[0], model.outputs[0], name="classifier"), "float32")
 
 
 def find_completed_stage(run: str, stage: TrainingStage, key: str, workspace: Workspace) -> Classifier | None:

@@ -28,7 +28,15 @@ from topwork.data.signatures import Signatures, Thumbnails, open_signatures
 from topwork.errors import DataError
 from topwork.registry import versions
 from topwork.registry.stage_keys import read_base_version
-from topwork.report.audit import FINDINGS_FILE, SUSPECTS_FILE, findings_key, read_findings, read_version_findings
+from topwork.report.audit import (
+    FINDINGS_FILE,
+    SUSPECTS_FILE,
+    findings_key,
+    read_findings,
+    read_shared_findings,
+    read_version_findings,
+    write_shared_findings,
+)
 from topwork.spec import TransferJob
 from topwork.spec.digest import DIGEST_LENGTH, digest_of
 from topwork.workspace import Workspace
@@ -49,7 +57,8 @@ def audit(job: TransferJob, dataset: StoredDataset, workspace: Workspace) -> Aud
     """Audit the dataset of a job, and stop the job if `spec.dataset.audit` does not accept what is found.
 
     The findings are stored as `audit.json` and `suspects.csv` with the run. Findings that the run has stored for the
-    same dataset and settings are used again.
+    same dataset and settings are used again. Runs that publish nothing, such as the trials of a search, also store them
+    with the dataset for all other runs.
 
     Args:
         job: The job.
@@ -71,7 +80,7 @@ def audit(job: TransferJob, dataset: StoredDataset, workspace: Workspace) -> Aud
         return None
     findings = read_findings(job, dataset, workspace.storage)
     if findings is None:
-        complete = _examine(job, dataset, workspace)
+        complete = _find_shared(job, dataset, workspace)
         findings = complete.without_long_lists()
         prefix, data = f"runs/{job.run}", findings.model_dump_json(by_alias=True, indent=1).encode()
         workspace.storage.write(f"{prefix}/{SUSPECTS_FILE}", complete.to_csv(), content_type="text/csv")
@@ -82,17 +91,25 @@ def audit(job: TransferJob, dataset: StoredDataset, workspace: Workspace) -> Aud
 
 
 def report(findings: AuditFindings, workspace: Workspace) -> None:
-    """Log the findings, and set their metrics."""
+    """Set the metrics of the findings, and log them, unless the previous run of this process had the same ones."""
+    if findings.leak:
+        workspace.metrics.set_leaked_images(findings.leak.duplicates)
+    if findings.label_issues is not None:
+        workspace.metrics.set_label_issues(findings.label_issues)
+    content = findings.model_dump_json()
+    if not workspace.recent.find("logged audit", content):
+        _log(findings)
+        workspace.recent.keep("logged audit", content, result=True)
+
+
+def _log(findings: AuditFindings) -> None:
     for overlap in findings.overlaps or ():
         if overlap.duplicates:
             log.warning("duplicates across splits", note=overlap.describe())
     for pair in findings.pairs[:MAX_WARNED_PAIRS]:
         names = {pair.first.split: pair.first.name, pair.second.split: pair.second.name}
         log.warning("duplicate", **names, similarity=round(pair.similarity, 3))
-    if findings.leak:
-        workspace.metrics.set_leaked_images(findings.leak.duplicates)
     if findings.label_issues is not None:
-        workspace.metrics.set_label_issues(findings.label_issues)
         log.info("labels that are probably wrong", images=findings.label_issues, features=findings.label_features)
     if quality := {problem: count for problem, count in findings.quality.items() if count}:
         log.warning("images that may be useless", **quality)
@@ -120,6 +137,22 @@ def check_leaks(job: TransferJob, findings: AuditFindings) -> None:
         "in one split with spec.dataset.splits.groupBy, or accept them: raise maxLeakRatio, or set nearDuplicates: "
         "warn."
     )
+
+
+def _find_shared(job: TransferJob, dataset: StoredDataset, workspace: Workspace) -> AuditFindings:
+    """Return the findings that are stored with the dataset, or examine it."""
+    storage = workspace.storage
+    findings = read_shared_findings(job, dataset, storage)
+    if findings is None:
+        findings = _examine(job, dataset, workspace)
+        if not job.spec.publish.enabled:
+            write_shared_findings(job, dataset, storage, findings)
+        return findings
+    # The latest version of the model may be another one.
+    drift = _drift(job, dataset, storage)
+    if drift and findings.features:
+        drift = _compare_features(drift, findings.features, job, storage)
+    return findings.model_copy(update={"drift": drift})
 
 
 def _examine(job: TransferJob, dataset: StoredDataset, workspace: Workspace) -> AuditFindings:

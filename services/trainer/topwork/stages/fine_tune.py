@@ -52,7 +52,7 @@ def fine_tune(job: TransferJob, classifier: Classifier, dataset: StoredDataset, 
             return classifier
         if (completed := find_completed_stage(job.run, "fine-tune", key, workspace)) is not None:
             return completed
-        context = StageContext(job, plan, key, workspace)
+        context = StageContext(job, plan, key, workspace, keys.continuations["fine-tune"])
 
         def load_model() -> keras.Model:
             return _load(classifier, workspace)
@@ -91,7 +91,11 @@ def plan_fine_tune(spec: JobSpec) -> TrainingPlan | None:
         keep=settings.keep,
         seed=(spec.seed + _SEED_OFFSET) % 2**31,
         feature_cache=feature_cache_policy(
-            settings.cache, settings.max_epochs, spec.augmentation, all_trained=settings.unfreeze == "all"
+            settings.cache,
+            settings.max_epochs,
+            spec.augmentation,
+            all_trained=settings.unfreeze == "all",
+            shared=not spec.publish.enabled,
         ),
     )
 

@@ -1,9 +1,10 @@
 """The transfer stage: trains a new head on the frozen base, or the whole model."""
 
+from functools import cache, partial
+
 import keras
 
 from topwork.data.dataset_manifest import StoredDataset
-from topwork.model.classifier import build_classifier
 from topwork.registry.stage_keys import architecture_key, stage_keys
 from topwork.registry.stage_results import Classifier, find_completed_stage, write_reference
 from topwork.report.export_preflight import check_exportable
@@ -12,6 +13,7 @@ from topwork.spec.job import JobSpec
 from topwork.training.base_files import fetch_base_file
 from topwork.training.feature_cache.policy import feature_cache_policy
 from topwork.training.plan import StageContext, TrainingPhase, TrainingPlan
+from topwork.training.recent_base import build_job_classifier
 from topwork.training.trainer import train
 from topwork.workspace import Workspace
 
@@ -39,16 +41,16 @@ def transfer(job: TransferJob, dataset: StoredDataset, workspace: Workspace) -> 
         `classifier = transfer(job, pull(job, workspace), workspace)`
     """
     with workspace.metrics.track_stage("transfer"):
-        key = stage_keys(job, dataset.metadata.fingerprint, workspace.storage, dataset.inputs).transfer
+        keys = stage_keys(job, dataset.metadata.fingerprint, workspace.storage, dataset.inputs)
+        key = keys.transfer
         if (completed := find_completed_stage(job.run, "transfer", key, workspace)) is not None:
             return completed
-        base_file = fetch_base_file(job.spec.model.base, workspace)
+        fetch_file = cache(partial(fetch_base_file, job.spec.model.base, workspace))
 
         def build_model() -> keras.Model:
-            classes = len(dataset.metadata.class_names)
-            return build_classifier(job.spec.model, job.spec.dataset.image_size, classes, base_file)
+            return build_job_classifier(job, len(dataset.metadata.class_names), workspace, fetch_file)
 
-        context = StageContext(job, plan_transfer(job.spec), key, workspace)
+        context = StageContext(job, plan_transfer(job.spec), key, workspace, keys.continuations["transfer"])
         if workspace.nodes.is_chief:
             names = dataset.metadata.class_names
             architecture = architecture_key(job, dataset, workspace.storage)
@@ -80,7 +82,9 @@ def plan_transfer(spec: JobSpec) -> TrainingPlan:
         balance_classes=settings.class_weights == "balanced",
         early_stopping=settings.early_stopping,
         seed=spec.seed,
-        feature_cache=feature_cache_policy(settings.cache, settings.epochs, spec.augmentation, all_trained=trains_all),
+        feature_cache=feature_cache_policy(
+            settings.cache, settings.epochs, spec.augmentation, all_trained=trains_all, shared=not spec.publish.enabled
+        ),
         # A new base must learn its statistics; those of a pretrained base are kept.
         train_batch_norm=not spec.model.base.is_pretrained,
     )

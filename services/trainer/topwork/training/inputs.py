@@ -10,6 +10,7 @@ from topwork.data.local_dataset import LocalDataset
 from topwork.model.augmentation import build_augmentation
 from topwork.model.classifier import with_precision
 from topwork.model.freezing import set_trainable
+from topwork.model.layer_tree import leaf_layers
 from topwork.model.partition import Partition, count_multiplications, partition_model
 from topwork.training.distribution.strategy import choose_dtype_policy
 from topwork.training.feature_cache.features import compute_features
@@ -35,6 +36,11 @@ class TrainingInputs:
     data: LocalDataset
     augment: Augment | None
     from_cache: bool
+
+    @property
+    def precision(self) -> str:
+        """The types that the layers of the model compute in, such as `bfloat16 and float32`."""
+        return " and ".join(sorted({layer.compute_dtype for layer in leaf_layers(self.model)}))
 
 
 def prepare_model(model: keras.Model, context: StageContext) -> tuple[keras.Model, Partition | None]:

@@ -75,6 +75,17 @@ class TrainingPlan:
         """Maximum number of epochs over all phases."""
         return sum(phase.epochs for phase in self.phases)
 
+    @property
+    def fixed_epochs_reason(self) -> str:
+        """Why the stage cannot be continued with more epochs; empty if it can.
+
+        Whatever happens in an epoch must not depend on the number of epochs that follow.
+        """
+        if len(self.phases) > 1:
+            return "unfreeze.steps sets the epochs of each step"
+        schedule = self.phases[0].optimizer.schedule.name
+        return f"the schedule {schedule} depends on the number of epochs" if schedule == "cosine" else ""
+
     def last_epoch(self, phase: int) -> int:
         """Return the number of the last epoch of a phase, counted from 1 at the start of the stage.
 
@@ -93,12 +104,14 @@ class StageContext:
         plan: Plan of the stage.
         key: Key of the result of the stage.
         workspace: Storage, metrics, progress and scratch directory.
+        continuation: Key that stages share which differ only in their number of epochs; empty to start over always.
     """
 
     job: TransferJob
     plan: TrainingPlan
     key: str
     workspace: Workspace
+    continuation: str = ""
 
     @property
     def prefix(self) -> str:

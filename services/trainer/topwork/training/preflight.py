@@ -69,7 +69,8 @@ def check_metrics(job: TransferJob, data: LocalDataset) -> None:
     """
     if job.spec.dataset.folds and data.test is None:
         return  # the final model has the metrics of the folds
-    name, split = ("test", data.test) if data.test is not None else ("validation", data.validation)
+    is_tested = data.test is not None and job.spec.publish.enabled
+    name, split = ("test", data.test) if is_tested else ("validation", data.validation)
     reasons = {}
     if (classes := len(data.class_names)) < MIN_CLASSES_FOR_TOP5:
         reasons["top5"] = (

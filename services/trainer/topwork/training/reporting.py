@@ -1,9 +1,10 @@
-"""Log events and Prometheus metrics of training: trainable parameters, completed epochs, and input-bound warnings."""
+"""Log events, metrics and followers of training: trainable parameters, completed epochs, and input-bound warnings."""
 
 import keras
 import structlog
 
 from topwork.model.freezing import count_parameters
+from topwork.progress import StageProgress
 from topwork.registry.kept_weights import KeptWeights
 from topwork.registry.stage_results import Classifier, report_metrics
 from topwork.training.checkpointing.train_state import TrainState
@@ -43,6 +44,7 @@ def report_epoch(state: TrainState, context: StageContext, *, from_cache: bool) 
     """
     plan, row = context.plan, state.rows[-1]
     report_metrics(state.rows, state.best_epoch, context.workspace.metrics)
+    _report_to_followers(state, context)
     values = {name: value for name, value in row.items() if name not in {"stage", "epoch"}}
     log.info("epoch", stage=plan.stage, epoch=state.epoch, epochs=plan.epochs, **values)
     if is_input_bound(row):
@@ -56,7 +58,7 @@ def report_epoch(state: TrainState, context: StageContext, *, from_cache: bool) 
 
 
 def report_resume(state: TrainState, context: StageContext) -> None:
-    """Report that a stage continues from a checkpoint, and publish the metrics of its earlier epochs.
+    """Report that a stage continues from a checkpoint, and report its earlier epochs again.
 
     Args:
         state: State of the stage in the checkpoint.
@@ -64,10 +66,16 @@ def report_resume(state: TrainState, context: StageContext) -> None:
     """
     stage, metrics = context.plan.stage, context.workspace.metrics
     report_metrics(state.rows, state.best_epoch, metrics)
+    _report_to_followers(state, context)
     if state.start and not state.best_epoch:
         metrics.set_best_metric(stage, "accuracy", "validation", state.start["accuracy"])
     metrics.set_stage_start(stage, state.started)
     log.info("resumed", stage=stage, epoch=state.epoch, step=state.step)
+
+
+def _report_to_followers(state: TrainState, context: StageContext) -> None:
+    progress = StageProgress(context.plan.stage, state.started, tuple(dict(row) for row in state.rows))
+    context.workspace.followers.report(context.job, progress)
 
 
 def report_start(start: dict[str, float], context: StageContext) -> None:

@@ -11,6 +11,7 @@ checkpoints and the result, and decides whatever depends on time or storage.
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import keras
@@ -39,6 +40,7 @@ from topwork.registry.stage_results import (
 )
 from topwork.training import reporting
 from topwork.training.checkpointing.checkpoints import Checkpoint, Checkpoints
+from topwork.training.checkpointing.continuation import TrainingInput, find_kept_checkpoint, keep_checkpoint
 from topwork.training.checkpointing.train_state import TrainState
 from topwork.training.checkpointing.variables import StageVariables, all_finite
 from topwork.training.distribution.lost_nodes import report_lost_nodes
@@ -170,13 +172,34 @@ class Trainer:
         self.steps_per_epoch = inputs.data.train.size // self.batch_size
         self._unfreeze(self._plan.phases[-1])
         self._variables = StageVariables(model, self._fit_model, self._nodes)
+        self._last: Checkpoint | None = None
+        started = self.workspace.metrics.stage_start_time(self._plan.stage)
         if (checkpoint := checkpoints.newest()) is not None:
-            self._variables.restore(checkpoint)
-            self.state = checkpoint.state
-            reporting.report_resume(self.state, context)
+            self._restore(checkpoint)
+        elif (checkpoint := find_kept_checkpoint(context, self._training_input)) is not None:
+            self._restore(replace(checkpoint, state=checkpoint.state.model_copy(update={"started": started})))
         else:
-            started = self.workspace.metrics.stage_start_time(self._plan.stage)
             self.state = TrainState(frozen=self._variables.frozen_hash, started=started)
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        self._variables.restore(checkpoint)
+        self.state = checkpoint.state
+        self._keep_if_last(checkpoint)
+        reporting.report_resume(self.state, self._context)
+
+    def _keep_if_last(self, checkpoint: Checkpoint) -> None:
+        """Remember a checkpoint after the last epoch of the stage, if it has to be kept."""
+        if self._context.job.spec.compute.keep_checkpoint and self._is_last_epoch():
+            self._last = replace(checkpoint, state=checkpoint.state.model_copy(deep=True))
+
+    def _is_last_epoch(self) -> bool:
+        state = self.state
+        return state.epoch == self._plan.epochs or (state.ended and state.phase == len(self._plan.phases) - 1)
+
+    @property
+    def _training_input(self) -> TrainingInput:
+        views = self._inputs.data.train.views if self._inputs.from_cache else 0
+        return TrainingInput(views=views, precision=self._inputs.precision)
 
     def fit(self) -> Classifier | None:
         """Train the remaining phases.
@@ -199,8 +222,16 @@ class Trainer:
             earlier: Result of the stage before.
         """
         if self._nodes.is_chief:
+            if self._last:
+                keep_checkpoint(self._context, self._last, self._training_input)
             summary = self._summarize(earlier)
-            result = store_stage_result(self._model, summary, self._context.key, self.workspace)
+            result = store_stage_result(
+                self._model,
+                summary,
+                self._context.key,
+                self.workspace,
+                keep_in_memory=not self._context.job.spec.publish.enabled,
+            )
         self._nodes.broadcast(None)
         return result if self._nodes.is_chief else self._read_result()
 
@@ -339,10 +370,10 @@ class Trainer:
 
     def _save_after_epoch(self) -> None:
         """Store a checkpoint, unless the previous one is recent. The last epoch of the stage always stores one."""
-        state, checkpoint = self.state, self.snapshot()
-        is_last = state.epoch == self._plan.epochs or (state.ended and state.phase == len(self._plan.phases) - 1)
-        if is_last or self._nodes.broadcast(self._checkpoints.is_due_after_epoch):
+        checkpoint = self.snapshot()
+        if self._is_last_epoch() or self._nodes.broadcast(self._checkpoints.is_due_after_epoch):
             self._checkpoints.save(checkpoint)
+            self._keep_if_last(checkpoint)
             stage, key = self._plan.stage, self._context.key
             is_complete = self._nodes.is_chief and read_stage_result(self.workspace.storage, stage, key) is not None
             if self._nodes.broadcast(is_complete):

@@ -1,7 +1,7 @@
 """Computes the features of one split: each node computes every n-th unit and reads the others from storage."""
 
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing
 from typing import Any
@@ -10,6 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from topwork.errors import Stopped, UnavailableError
+from topwork.progress import Tracker
+from topwork.spec.digest import digest_of
 from topwork.training.feature_cache.chunks import FeatureChunks
 from topwork.training.feature_cache.extractor import FeatureExtractor
 from topwork.training.feature_cache.request import FeatureRequest, SplitViews
@@ -23,6 +25,8 @@ IDLE_SECONDS = 0.1
 PARALLEL_READS = 4
 
 Array = npt.NDArray[Any]
+# Numbers of a unit and of one of its batches.
+UnitBatch = tuple[int, int]
 
 
 class SplitExtraction:
@@ -84,29 +88,55 @@ class SplitExtraction:
 
     def _compute(self, values: Array, store: bool) -> Generator[None]:
         """Read what is stored of the units of this node, then compute the rest; pause after each unit and batch."""
-        missing: list[tuple[int, int]] = []
+        missing: list[UnitBatch] = []
         for unit in self._own:
             count = self._read_stored(unit, values)
             missing += [(unit, batch) for batch in self._units.batches_of(unit)[count:]]
             yield
-        numbers = [batch for _, batch in missing]
         with self._workspace.track(f"features: {self._part.name}", len(missing)) as tracker:
-            extracted = self._request.extract(self._part, self._extractor, numbers)
-            for (unit, batch), features in zip(missing, extracted, strict=True):
-                rows, unit_rows = self._units.rows_of_batch(batch), self._units.rows_of(unit)
-                limit = np.finfo(values.dtype).max
-                values[rows.start : rows.stop] = np.clip(features[: len(rows)], -limit, limit)
-                self._unfinished = (unit, rows.stop - unit_rows.start)
-                if rows.stop == unit_rows.stop:
-                    self._unfinished = None
-                    if store:  # filled rows do not change
-                        self._chunks.write(unit, values[unit_rows.start : unit_rows.stop])
-                yield
-                tracker.advance()
+            for part in self._divide(missing, values, tracker):
+                for _ in self._extract(part, values, store):
+                    yield
+                    tracker.advance()
+
+    def _divide(self, missing: list[UnitBatch], values: Array, tracker: Tracker) -> Iterator[list[UnitBatch]]:
+        """Yield the missing batches in the parts in which they are computed.
+
+        Other runs may compute the same shared features at this moment. Each begins with another unit, and looks before
+        each unit whether it has been stored in the meantime.
+        """
+        if not self._request.context.plan.feature_cache.shared or self._nodes.count > 1:
+            yield missing
+            return
+        units = list(dict.fromkeys(unit for unit, _ in missing))
+        first = int(digest_of(self._request.context.job.run)[:8], 16) % max(1, len(units))
+        for unit in units[first:] + units[:first]:
+            batches = [(unit, batch) for batch in self._units.batches_of(unit)]
+            if self._fill_unit(unit, self._chunks.read(unit, values.shape[1:], values.dtype), values) == len(batches):
+                tracker.advance(len(batches))
+            else:
+                yield batches
+
+    def _extract(self, missing: list[UnitBatch], values: Array, store: bool) -> Iterator[None]:
+        """Compute and store batches; pause after each of them."""
+        extracted = self._request.extract(self._part, self._extractor, [batch for _, batch in missing])
+        for (unit, batch), features in zip(missing, extracted, strict=True):
+            rows, unit_rows = self._units.rows_of_batch(batch), self._units.rows_of(unit)
+            limit = np.finfo(values.dtype).max
+            values[rows.start : rows.stop] = np.clip(features[: len(rows)], -limit, limit)
+            self._unfinished = (unit, rows.stop - unit_rows.start)
+            if rows.stop == unit_rows.stop:
+                self._unfinished = None
+                if store:  # filled rows do not change
+                    self._chunks.write(unit, values[unit_rows.start : unit_rows.stop])
+            yield
 
     def _read_stored(self, unit: int, values: Array) -> int:
         """Read a stored unit, or its first batches, and return the number of its batches that are complete."""
-        stored, rows = self._chunks.find(unit, values.shape[1:], values.dtype), self._units.rows_of(unit)
+        return self._fill_unit(unit, self._chunks.find(unit, values.shape[1:], values.dtype), values)
+
+    def _fill_unit(self, unit: int, stored: Array | None, values: Array) -> int:
+        rows = self._units.rows_of(unit)
         if stored is None or len(stored) > len(rows):
             return 0
         values[rows.start : rows.start + len(stored)] = stored
@@ -141,7 +171,8 @@ class SplitExtraction:
         return all(report["complete"] for report in reports)
 
     def _stop(self, values: Array, store: bool) -> None:
-        if self._unfinished and store:
+        # Another run may have stored the whole unit of shared features.
+        if self._unfinished and store and not self._request.context.plan.feature_cache.shared:
             unit, count = self._unfinished
             start = self._units.rows_of(unit).start
             self._chunks.write(unit, values[start : start + count])

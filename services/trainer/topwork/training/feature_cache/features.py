@@ -15,6 +15,7 @@ import tensorflow as tf
 from topwork.clients.s3.cleanup import tolerate_cleanup_failure
 from topwork.data.local_dataset import Indices, LocalDataset, Split
 from topwork.errors import SettingError
+from topwork.registry.shared_features import mark_used, owner_of
 from topwork.training.feature_cache.chunks import MAX_STORED_BYTES, FeatureChunks
 from topwork.training.feature_cache.extraction import SplitExtraction
 from topwork.training.feature_cache.extractor import FeatureExtractor
@@ -72,8 +73,10 @@ class FeatureSplit(Split):
 def delete_features(context: StageContext) -> None:
     """Delete the features of a completed stage on scratch, where the next stage needs the space, and in storage.
 
-    Only the chief deletes those in storage.
+    Only the chief deletes those in storage. Shared features are kept for other runs.
     """
+    if context.plan.feature_cache.shared:
+        return
     delete_local_features(context.workspace.scratch)
     if not context.workspace.nodes.is_chief:
         return
@@ -96,7 +99,8 @@ def compute_features(request: FeatureRequest) -> LocalDataset | None:
     """Compute the features of the training views and of the validation images.
 
     Chunks that an earlier process stored are read from storage. Several nodes share the computation, and get the
-    features of each other from storage. This is a collective operation.
+    features of each other from storage. Shared features that this process has computed before are used again. This is a
+    collective operation.
 
     Args:
         request: The features to compute.
@@ -109,6 +113,35 @@ def compute_features(request: FeatureRequest) -> LocalDataset | None:
         Stopped: If a stop was requested on any node. Stored features are not computed again.
         UnavailableError: If features cannot be stored for too long, or those of another node cannot be read.
     """
+    if (values := _find_recent(request)) is not None:
+        log.info("features used again", stage=request.context.plan.stage)
+        return _wrap(request, values)
+    values = _compute(request)
+    return None if values is None else _wrap(request, values)
+
+
+def _find_recent(request: FeatureRequest) -> dict[str, Array] | None:
+    """Return the shared features that an earlier run of this process used in the same stage, if these are the same."""
+    workspace = request.context.workspace
+    if not request.context.plan.feature_cache.shared or workspace.nodes.count > 1:
+        return None
+    found: dict[str, Array] | None = workspace.recent.find(_kind(request), request.prefix)
+    # Other features need the space.
+    if found is None:
+        workspace.recent.drop(_kind(request))
+    return found
+
+
+def _kind(request: FeatureRequest) -> str:
+    return f"features of {request.context.plan.stage}"
+
+
+def _wrap(request: FeatureRequest, values: dict[str, Array]) -> LocalDataset:
+    splits = {part.name: FeatureSplit(values[part.name], part.split) for part in request.splits}
+    return LocalDataset(request.data.class_names, splits["train"], splits.get("validation"), None)
+
+
+def _compute(request: FeatureRequest) -> dict[str, Array] | None:
     start = time.monotonic()
     plan, workspace = request.context.plan, request.context.workspace
     extractor = FeatureExtractor(
@@ -126,13 +159,14 @@ def compute_features(request: FeatureRequest) -> LocalDataset | None:
         return None
     workspace.nodes.require_equal("The storage key of the features", request.prefix)
     store = workspace.nodes.count > 1 or size_bytes <= MAX_STORED_BYTES
-    splits = {}
+    if plan.feature_cache.shared and store and workspace.nodes.is_chief:
+        mark_used(workspace.storage, request.prefix, owner_of(request.context.job))
+    values = {}
     for part in request.splits:
-        values = _allocate(request, part, dtype, placement)
-        units = divide_into_units(part.split.size, part.views, plan.batch_size, values[:1].nbytes)
+        values[part.name] = _allocate(request, part, dtype, placement)
+        units = divide_into_units(part.split.size, part.views, request.batch_size, values[part.name][:1].nbytes)
         with _open_chunks(request, part, units) as chunks:
-            SplitExtraction(request, part, extractor, units, chunks).fill(values, store=store)
-        splits[part.name] = FeatureSplit(values, part.split)
+            SplitExtraction(request, part, extractor, units, chunks).fill(values[part.name], store=store)
     log.info(
         "features computed",
         stage=plan.stage,
@@ -142,7 +176,9 @@ def compute_features(request: FeatureRequest) -> LocalDataset | None:
         size_mib=size_bytes / 2**20,
         seconds=time.monotonic() - start,
     )
-    return LocalDataset(request.data.class_names, splits["train"], splits.get("validation"), None)
+    if plan.feature_cache.shared:
+        workspace.recent.keep(_kind(request), request.prefix, values)
+    return values
 
 
 def _allocate(request: FeatureRequest, part: SplitViews, dtype: np.dtype[Any], placement: Placement) -> Array:

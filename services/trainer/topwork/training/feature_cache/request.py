@@ -3,17 +3,29 @@
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+import keras
 import numpy as np
+import tensorflow as tf
 
 from topwork.data.batches import Augment, view_batches
 from topwork.data.local_dataset import LocalDataset, Split
 from topwork.model.freezing import hash_variables
 from topwork.model.partition import Partition
+from topwork.registry.shared_features import ROOT
+from topwork.spec.digest import DIGEST_LENGTH, digest_of
 from topwork.training.distribution.replicas import distribute_batches
 from topwork.training.feature_cache.extractor import FeatureExtractor, Features
 from topwork.training.plan import StageContext
+
+SHARED_FORMAT = 1
+"""Version of shared features. Increase it when topwork would compute other features from the same inputs."""
+
+SHARED_BATCH_PER_REPLICA = 32
+"""Images of a batch on each replica if trials share the features, whatever their batch size. Without gradients, a batch
+needs a fraction of the memory of a training step."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +76,20 @@ class FeatureRequest:
         return sum(part.split.size * part.views for part in self.splits)
 
     @property
+    def batch_size(self) -> int:
+        """Images of a batch over all replicas: that of training, but a fixed one if trials share the features."""
+        plan = self.context.plan
+        if not plan.feature_cache.shared:
+            return plan.batch_size
+        replicas: int = self.partition.frozen_part.distribute_strategy.num_replicas_in_sync
+        return SHARED_BATCH_PER_REPLICA * replicas
+
+    @cached_property
     def prefix(self) -> str:
         """Storage key prefix; its hash covers everything that the features depend on."""
         plan = self.context.plan
+        if plan.feature_cache.shared:
+            return f"{ROOT}/{self._shared_key()}"
         facts = (
             hash_variables(self.partition.frozen_part.variables),
             plan.seed,
@@ -77,6 +100,22 @@ class FeatureRequest:
         for part in self.splits:
             content.update(part.split.digests.tobytes())
         return f"{features_prefix(self.context)}/{content.hexdigest()[:16]}"
+
+    def _shared_key(self) -> str:
+        """Return a digest of everything that the features depend on, in any run."""
+        plan, images = self.context.plan, self.data.train
+        facts = [
+            SHARED_FORMAT,
+            [tf.__version__, keras.__version__],
+            [hash_variables(self.partition.frozen_part.variables), self.partition.frozen_part.to_json()],
+            self.context.job.spec.compute.precision,
+            [images.image_size, str(images.preprocessing)],
+            self.context.job.spec.augmentation.model_dump(mode="json"),
+            # What happens to an image depends on its batch.
+            [plan.seed, plan.feature_cache.views, self.batch_size],
+            [hashlib.sha256(part.split.digests.tobytes()).hexdigest() for part in self.splits],
+        ]
+        return digest_of(facts)[:DIGEST_LENGTH]
 
     def extract(self, part: SplitViews, extractor: FeatureExtractor, numbers: Sequence[int]) -> Iterator[Features]:
         """Compute the features of whole batches on this node.
@@ -105,7 +144,7 @@ class FeatureRequest:
         batches = view_batches(
             part.split,
             classes=len(self.data.class_names),
-            batch_size=self.context.plan.batch_size,
+            batch_size=self.batch_size,
             views=part.views,
             augment=part.augment,
             seed=self.context.plan.seed,
