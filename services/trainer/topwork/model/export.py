@@ -56,7 +56,7 @@ EXPORTED_FILES = {
 MAX_REASON = 200
 
 
-def add_probabilities(model: keras.Model, classes: int) -> keras.Model:
+def add_probabilities(model: keras.Model, classes: int, temperature: float | None = None) -> keras.Model:
     """Add the conversion from logits to probabilities to a trained model.
 
     The result consists of built-in Keras layers, so that plain `keras.models.load_model` can load it. It computes in
@@ -66,12 +66,15 @@ def add_probabilities(model: keras.Model, classes: int) -> keras.Model:
         model: Input float32 (batch, height, width, 3) in 0..255, output float32 logits: (batch, 1) for two classes,
             where a positive logit means class 1, otherwise (batch, classes).
         classes: Number of classes.
+        temperature: Number that the logits are divided by; None leaves them unchanged. See `topwork.model.calibration`.
 
     Returns:
         A model with the same input and weights and output float32 (batch, classes); each row sums to 1.
     """
     model = with_precision(model, "float32")
     logits = model.output
+    if temperature is not None:
+        logits = keras.layers.Rescaling(1 / temperature, name="temperature")(logits)
     if classes == 2:
         second = keras.layers.Activation("sigmoid", name="second_class")(logits)
         first = keras.layers.Rescaling(-1.0, offset=1.0, name="first_class")(second)

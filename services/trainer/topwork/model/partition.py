@@ -83,8 +83,7 @@ def partition_model(model: keras.Model) -> Partition | None:
     bottleneck = _bottleneck(base)
     if bottleneck is None:
         return None
-    below = keras.Model(base.inputs[0], bottleneck, name="below")
-    above = keras.Model(bottleneck, base.outputs[0], name="above")
+    below, above = split_after(base, bottleneck)
     frozen = keras.Model(model.inputs[0], below(model.layers[position - 1].output), name="frozen_part")
     return Partition(frozen, _trainable_part(frozen, [above, *head]))
 
@@ -111,24 +110,71 @@ def _trainable_part(frozen: keras.Model, layers: list[Any]) -> keras.Model:
     return keras.Model(features, outputs, name="trainable_part")
 
 
+def split_after(
+    model: keras.Model, layer: Any, parts: tuple[keras.Model, keras.Model] | None = None
+) -> tuple[keras.Model, keras.Model]:
+    """Split a model after a layer that all paths go through, or inside of it. Both parts share its layers.
+
+    Args:
+        model: A functional model.
+        layer: One of its layers.
+        parts: Both parts of this layer, if it is a nested model to split inside of.
+
+    Returns:
+        The part from the input of the model to the split, and the part from there to its output.
+    """
+    if not isinstance(layer, keras.Model):
+        below = keras.Model(model.inputs[0], layer.output, name="below")
+        return below, keras.Model(layer.output, model.outputs[0], name="above")
+    # A nested model does not know its output in the graph around it, so that graph is traced again.
+    lower, upper = parts or (layer, None)
+    split: list[Any] = []
+
+    def call(called: Any, *args: Any, **kwargs: Any) -> Any:
+        if called is not layer:
+            return called(*args, **kwargs)
+        split.append(lower(args[0]))
+        return upper(split[0]) if upper else split[0]
+
+    inputs = keras.Input(batch_shape=model.inputs[0].shape)
+    traced = keras.models.clone_model(
+        model, input_tensors=inputs, call_function=call, clone_function=lambda layer: layer
+    )
+    return keras.Model(inputs, split[0], name="below"), keras.Model(split[0], traced.outputs[0], name="above")
+
+
 def _bottleneck(base: keras.Model) -> Any:
-    """Find the last tensor below the first trainable layer of a base that all paths go through."""
-    layers = {layer.name: layer for layer in base.layers}
-    # From input to output; a nested model is a single node.
-    order = base.get_config()["layers"]
-    last_use = {name: index for index, node in enumerate(order) for name in _input_layers(node["inbound_nodes"])}
-    bottleneck, live, has_weights = None, set[str](), False
-    for index, node in enumerate(order):
-        # An operation such as a flip is not a layer.
-        layer = layers.get(node["name"])
-        if layer is not None and layer.trainable_weights:
+    """Find the last layer below the first trainable layer of a base that all paths go through."""
+    bottleneck, has_weights = None, False
+    for layer, is_bottleneck in trace_paths(base):
+        if layer.trainable_weights:
             break
-        has_weights |= layer is not None and bool(layer.weights)
-        live = {name for name in (*live, node["name"]) if last_use.get(name, 0) > index}
-        # A layer that is called twice has two outputs.
-        if layer is not None and has_weights and live == {layer.name} and len(node["inbound_nodes"]) == 1:
+        has_weights |= bool(layer.weights)
+        if has_weights and is_bottleneck:
             bottleneck = layer
-    return bottleneck and bottleneck.output
+    return bottleneck
+
+
+def trace_paths(model: keras.Model) -> Iterator[tuple[Any, bool]]:
+    """Iterate over the layers of a model from input to output; a nested model is one of them.
+
+    Args:
+        model: A functional model.
+
+    Yields:
+        The layer, and whether all paths to the output of the model go through the only output of this layer. False for
+        the last layer, whose output is that of the model.
+    """
+    layers = {layer.name: layer for layer in model.layers}
+    order = model.get_config()["layers"]
+    last_use = {name: index for index, node in enumerate(order) for name in _input_layers(node["inbound_nodes"])}
+    live = set[str]()
+    for index, node in enumerate(order):
+        live = {name for name in (*live, node["name"]) if last_use.get(name, 0) > index}
+        # An operation such as a flip is not a layer.
+        if (layer := layers.get(node["name"])) is not None:
+            # A layer that is called twice has two outputs.
+            yield layer, live == {layer.name} and len(node["inbound_nodes"]) == 1
 
 
 def _input_layers(node: Any) -> Iterator[str]:
