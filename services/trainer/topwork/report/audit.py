@@ -9,7 +9,7 @@ from topwork.data.dataset_manifest import StoredDataset
 from topwork.errors import FormatError
 from topwork.registry.versions import version_prefix
 from topwork.spec import TransferJob
-from topwork.spec.digest import digest_of, training_content
+from topwork.spec.digest import DIGEST_LENGTH, digest_of, training_content
 
 FORMAT = 1
 """Version of the findings. Increase it when the same dataset would give other findings."""
@@ -60,6 +60,25 @@ def read_findings(job: TransferJob, dataset: StoredDataset, storage: Storage) ->
     """
     findings = _read(storage, f"runs/{job.run}/{FINDINGS_FILE}")
     return findings if findings and findings.key == findings_key(job, dataset) else None
+
+
+def read_shared_findings(job: TransferJob, dataset: StoredDataset, storage: Storage) -> AuditFindings | None:
+    """Read the complete findings that another run has stored with the dataset; None if there are none.
+
+    Arguments and errors are those of `read_findings`.
+    """
+    findings = _read(storage, _shared_key(job, dataset))
+    return findings if findings and findings.key == findings_key(job, dataset) else None
+
+
+def write_shared_findings(job: TransferJob, dataset: StoredDataset, storage: Storage, findings: AuditFindings) -> None:
+    """Store complete findings with the dataset, for other runs with the same splits. They are deleted with it."""
+    data = findings.model_dump_json(by_alias=True).encode()
+    storage.write(_shared_key(job, dataset), data, content_type="application/json")
+
+
+def _shared_key(job: TransferJob, dataset: StoredDataset) -> str:
+    return f"{dataset.prefix}/audit/{findings_key(job, dataset)[:DIGEST_LENGTH]}.json"
 
 
 def read_version_findings(storage: Storage, name: str, version: int) -> AuditFindings | None:

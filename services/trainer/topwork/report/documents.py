@@ -31,9 +31,11 @@ def render_report(results: Results) -> str:
     Returns:
         HTML. Names of classes and files are untrusted and escaped.
     """
+    before = results.calibration.before if results.calibration else None
+    reliability = plot_reliability(results.evaluation.reliability, before.reliability if before else ())
     figures = {
         "curves": Markup(plot_history(results.history)),  # noqa: S704 - generated and escaped by matplotlib
-        "reliability": Markup(plot_reliability(results.evaluation.reliability)),  # noqa: S704
+        "reliability": Markup(reliability),  # noqa: S704
         "confusion": None,
     }
     matrix = results.evaluation.confusion

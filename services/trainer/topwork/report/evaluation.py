@@ -249,9 +249,8 @@ def calibration_bins(confidence: NDArray[np.float32], correct: NDArray[np.bool_]
     Returns:
         The non-empty bins, in ascending order of confidence.
     """
-    confidence = confidence.astype(np.float64)
-    edges = np.linspace(0.0, 1.0, NUM_BINS + 1)
-    bin_of_image = np.clip(np.digitize(confidence, edges, right=True) - 1, 0, NUM_BINS - 1)
+    bin_of_image = bin_indices(confidence)
+    confidence, edges = confidence.astype(np.float64), _bin_edges()
     return tuple(
         CalibrationBin(
             low=float(edges[index]),
@@ -262,6 +261,15 @@ def calibration_bins(confidence: NDArray[np.float32], correct: NDArray[np.bool_]
         )
         for index in np.unique(bin_of_image)
     )
+
+
+def bin_indices(confidence: NDArray[np.float32]) -> NDArray[np.int64]:
+    """Return the bin of each confidence, int64 (images,) in 0..NUM_BINS - 1."""
+    return np.clip(np.digitize(confidence.astype(np.float64), _bin_edges(), right=True) - 1, 0, NUM_BINS - 1)
+
+
+def _bin_edges() -> NDArray[np.float64]:
+    return np.linspace(0.0, 1.0, NUM_BINS + 1)
 
 
 def _score_classes(

@@ -1,7 +1,5 @@
 """Evaluates a trained classifier on held-out images and prepares the export check."""
 
-import base64
-import io
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,7 +8,6 @@ import numpy as np
 import structlog
 import tensorflow as tf
 from numpy.typing import NDArray
-from PIL import Image
 
 from topwork import __version__
 from topwork.audit.findings import AuditedImage, AuditFindings
@@ -18,25 +15,27 @@ from topwork.data.dataset_manifest import StoredDataset
 from topwork.data.local_dataset import LocalDataset, Split, fetch_dataset
 from topwork.data.splits.inputs import EvaluatedImage
 from topwork.errors import DataError
-from topwork.model.export import add_probabilities
 from topwork.model.input_scaling import describe_input_scaling
+from topwork.registry.evaluated_images import identify_images
 from topwork.registry.stage_results import Classifier
 from topwork.report.audit import MAX_PICTURES, IllustratedFindings, read_findings
+from topwork.report.calibration import Calibration
 from topwork.report.evaluation import Evaluation
 from topwork.report.export_check import MAX_BYTES, MAX_ENCODED, MAX_IMAGES, spread_indices, write_check_inputs
 from topwork.report.held_out_split import HeldOutSplit, full_float32_precision, graph_of
-from topwork.report.latest_version import evaluate_latest
+from topwork.report.latest_version import evaluate_latest, images_to_keep
+from topwork.report.mistakes import worst_mistakes
+from topwork.report.pictures import thumbnail
 from topwork.report.predictions import Predictions, array_batches, collect_predictions
-from topwork.report.results import Misclassification, Results, summarize
+from topwork.report.results import Results, summarize
 from topwork.report.rounding import estimate_logit_tolerance
 from topwork.report.source_files import write_source_files
+from topwork.report.trained_model import load_trained
 from topwork.spec import TransferJob
 from topwork.workspace import Workspace
 
 log = structlog.get_logger(__name__)
 
-MAX_MISTAKES = 24
-THUMBNAIL_PIXELS = 160
 FINAL_MODEL = (
     "No image was kept to test this model. Its metrics are those of cross-validation: of other models with the same "
     "settings, each on images that it was not trained on."
@@ -88,10 +87,16 @@ def evaluate_classifier(
     """
     local = fetch_dataset(dataset, job, workspace)
     held_out = _held_out_split(local, job, workspace)
-    model = _load_model(classifier, workspace, folder)
+    trained = load_trained(classifier, workspace, folder, job=job, validation=_validation_split(local, job, workspace))
+    model = trained.probabilities
     chosen = _choose_check_images(held_out.images, len(local.class_names))
     findings = read_findings(job, dataset, workspace.storage)
-    evaluation, predictions = held_out.evaluate(graph_of(model), auc="auc" in job.spec.evaluate.metrics, keep=chosen)
+    kept = images_to_keep(job, held_out)
+    evaluation, predictions = held_out.evaluate(
+        graph_of(model), auc="auc" in job.spec.evaluate.metrics, keep=chosen if kept is None else kept
+    )
+    calibration = trained.compare_with_uncalibrated(predictions, held_out)
+    mistakes, heat_note = worst_mistakes(trained.logits, held_out, predictions)
     results = Results(
         job=job,
         dataset=dataset.metadata,
@@ -99,19 +104,23 @@ def evaluate_classifier(
         history=classifier.history,
         evaluation=evaluation,
         gates=(),
-        mistakes=_worst_mistakes(held_out.images, predictions, local.class_names),
+        mistakes=mistakes,
+        heat_note=heat_note,
         lineage=lineage(job, dataset, workspace, classifier, describe_input_scaling(model)),
         notes=(
             *(findings.warnings() if findings else ()),
-            *_write_notes(job, evaluation),
+            *_write_notes(job, evaluation, calibration),
             *local.notes,
             *filter(None, [classifier.kept.note]),
         ),
         weights=classifier.kept,
-        latest=evaluate_latest(job, classifier.file.sha256, held_out, folder / "latest"),
+        calibration=calibration,
+        latest=evaluate_latest(job, classifier.file.sha256, held_out, predictions, folder / "latest"),
         audit=_illustrate(findings, local) if findings else None,
     )
-    tested = _identify(held_out.images, local.class_names)
+    if kept is not None:
+        predictions = replace(predictions, kept=predictions.kept[chosen])
+    tested = identify_images(held_out.images, local.class_names)
     return EvaluatedClassifier(model, results, predictions, held_out.images, chosen, tested)
 
 
@@ -137,14 +146,18 @@ def describe_final_model(
         The loaded model and the results.
     """
     local = fetch_dataset(dataset, job, workspace)
-    model = _load_model(classifier, workspace, folder)
+    trained = load_trained(classifier, workspace, folder, job=job, validation=_validation_split(local, job, workspace))
+    model, calibration = trained.probabilities, trained.calibration
+    caveats = calibration.caveats(validated.evaluation) if calibration else ()
+    _warn(caveats)
     results = replace(
         validated,
         counts=_count_images(local),
         history=classifier.history,
         lineage=lineage(job, dataset, workspace, classifier, describe_input_scaling(model)),
-        notes=(FINAL_MODEL, *validated.notes, *filter(None, [classifier.kept.note])),
+        notes=(FINAL_MODEL, *caveats, *validated.notes, *filter(None, [classifier.kept.note])),
         weights=classifier.kept,
+        calibration=calibration,
     )
     images = local.validation or local.train
     chosen = _choose_check_images(images, len(local.class_names))
@@ -180,17 +193,6 @@ def write_export_check(
         )
 
 
-def _load_model(classifier: Classifier, workspace: Workspace, folder: Path) -> keras.Model:
-    workspace.storage.download(classifier.key, folder / "model.keras", classifier.file)
-    model = keras.models.load_model(folder / "model.keras", compile=False)
-    return add_probabilities(model, len(classifier.class_names))
-
-
-def _identify(split: Split, class_names: tuple[str, ...]) -> tuple[EvaluatedImage, ...]:
-    rows = zip(split.digests.tolist(), split.labels.tolist(), split.names, strict=True)
-    return tuple(EvaluatedImage(f"{digest:016x}", class_names[label], name) for digest, label, name in rows)
-
-
 def _held_out_split(local: LocalDataset, job: TransferJob, workspace: Workspace) -> HeldOutSplit:
     name, images = ("test", local.test) if local.test is not None else ("validation", local.validation)
     if images is None:
@@ -198,18 +200,32 @@ def _held_out_split(local: LocalDataset, job: TransferJob, workspace: Workspace)
             "The dataset has neither a test nor a validation split, so the model cannot be evaluated, and an "
             "unevaluated model is never published. Set spec.dataset.splits.test, for example to train[80%:]."
         )
+    return _split(name, images, local, job, workspace)
+
+
+def _validation_split(local: LocalDataset, job: TransferJob, workspace: Workspace) -> HeldOutSplit | None:
+    return _split("validation", local.validation, local, job, workspace) if local.validation else None
+
+
+def _split(name: str, images: Split, local: LocalDataset, job: TransferJob, workspace: Workspace) -> HeldOutSplit:
     return HeldOutSplit(name, images, tuple(local.class_names), job.spec.transfer.batch_size, workspace)
 
 
-def _write_notes(job: TransferJob, evaluation: Evaluation) -> tuple[str, ...]:
+def _write_notes(job: TransferJob, evaluation: Evaluation, calibration: Calibration | None) -> tuple[str, ...]:
     """Write the caveats of the metrics, and log them."""
+    calibrated = calibration.caveats(evaluation) if calibration else ()
     undefined = evaluation.undefined
     not_applicable = [
         f"{name} is not reported: {undefined[name]}." for name in job.spec.evaluate.metrics if name in undefined
     ]
-    for note in (caveats := (*evaluation.notes, *not_applicable)):
-        log.warning("evaluation caveat", note=note)
+    caveats = (*evaluation.notes, *not_applicable, *calibrated)
+    _warn(caveats)
     return (*(() if evaluation.split == "test" else (NO_TEST_SPLIT,)), *caveats)
+
+
+def _warn(caveats: tuple[str, ...]) -> None:
+    for note in caveats:
+        log.warning("evaluation caveat", note=note)
 
 
 def _count_images(local: LocalDataset) -> dict[str, dict[str, int]]:
@@ -227,41 +243,15 @@ def _count_images(local: LocalDataset) -> dict[str, dict[str, int]]:
     }
 
 
-def _worst_mistakes(
-    split: Split, predictions: Predictions, class_names: tuple[str, ...]
-) -> tuple[Misclassification, ...]:
-    predicted, confidence = predictions.predicted, predictions.confidence
-    wrong = np.flatnonzero(predicted != split.labels)
-    worst = wrong[np.argsort(-confidence[wrong], kind="stable")][:MAX_MISTAKES]
-    return tuple(
-        Misclassification(
-            name=split.names[index],
-            true_class=class_names[split.labels[index]],
-            predicted_class=class_names[predicted[index]],
-            confidence=float(confidence[index]),
-            thumbnail_uri=_thumbnail(split.load_images(np.array([index]))[0]),
-        )
-        for index in worst
-    )
-
-
 def _illustrate(findings: AuditFindings, local: LocalDataset) -> IllustratedFindings:
     def picture(image: AuditedImage) -> str:
-        return _thumbnail(local.splits[image.split].load_images(np.array([image.index]))[0])
+        return thumbnail(local.splits[image.split].load_images(np.array([image.index]))[0])
 
     return IllustratedFindings(
         findings,
         tuple((pair, picture(pair.first), picture(pair.second)) for pair in findings.pairs[:MAX_PICTURES]),
         tuple((issue, picture(issue.image)) for issue in findings.label_examples[:MAX_PICTURES]),
     )
-
-
-def _thumbnail(pixels: NDArray[np.uint8]) -> str:
-    image = Image.fromarray(pixels)
-    image.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=85)
-    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def _choose_check_images(split: Split, classes: int) -> NDArray[np.int64]:

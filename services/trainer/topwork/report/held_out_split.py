@@ -45,7 +45,7 @@ class HeldOutSplit:
     workspace: Workspace
 
     def evaluate(
-        self, forward: Forward, *, auc: bool, keep: NDArray[np.int64] | None = None, title: str = "evaluation"
+        self, forward: Forward, *, auc: bool, keep: NDArray[np.int64] | None = None, title: str = "publish: evaluation"
     ) -> tuple[Evaluation, Predictions]:
         """Evaluate a model.
 
@@ -63,7 +63,7 @@ class HeldOutSplit:
         """
 
         def predict() -> Iterator[NDArray[np.float32]]:
-            return self._predict(forward, title)
+            return self.predict(forward, title)
 
         batches: Batches = predict
         if self.images.size * len(self.class_names) * 4 <= MAX_KEPT_BYTES:
@@ -74,10 +74,18 @@ class HeldOutSplit:
         area = mean_auc(batches, labels, predictions.own, classes) if auc else None
         return evaluate(predictions, labels, self.class_names, self.name, area), predictions
 
-    def _predict(self, forward: Forward, title: str) -> Iterator[NDArray[np.float32]]:
-        """Predict every image once, in order."""
+    def predict(self, forward: Forward, title: str) -> Iterator[NDArray[np.float32]]:
+        """Predict every image once, in order.
+
+        Args:
+            forward: The model, or a part of it.
+            title: What the progress display shows.
+
+        Yields:
+            Outputs of the images of a batch, float32 (images, ...).
+        """
         batch_size = min(self.batch_size, MAX_BATCH_SIZE)
-        with full_float32_precision(), self.workspace.track(f"publish: {title}", self.images.size) as tracker:
+        with full_float32_precision(), self.workspace.track(title, self.images.size) as tracker:
             for images, _, weights in evaluation_batches(self.images, classes=1, batch_size=batch_size):
                 is_image = weights.numpy() > 0  # the last batch is padded with images of weight 0
                 yield forward(images)[is_image]

@@ -56,14 +56,15 @@ def plot_history(history: Sequence[HistoryRow]) -> str:
         for axes, name in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
             _curve(axes, history, name)
 
-    return _svg(draw, (10.0, 3.4))
+    return draw_svg(draw, (10.0, 3.4))
 
 
-def plot_reliability(bins: Sequence[CalibrationBin]) -> str:
+def plot_reliability(bins: Sequence[CalibrationBin], uncalibrated: Sequence[CalibrationBin] = ()) -> str:
     """Plot accuracy against confidence.
 
     Args:
         bins: The non-empty confidence bins.
+        uncalibrated: Those before calibration, which are drawn as a line; empty without calibration.
 
     Returns:
         An `<svg>` element.
@@ -76,11 +77,16 @@ def plot_reliability(bins: Sequence[CalibrationBin]) -> str:
         max_images = max(b.images for b in bins)
         for center, width, b in zip(centers, widths, bins, strict=True):
             axes.bar(center, b.accuracy, width, color=TRAINING, alpha=0.3 + 0.6 * b.images / max_images, linewidth=0)
-        axes.plot([b.confidence for b in bins], [b.accuracy for b in bins], "o", color=GAP, markersize=4)
+        if uncalibrated:
+            _reliability_line(axes, uncalibrated, VALIDATION, "before calibration")
+            _reliability_line(axes, bins, GAP, "after calibration")
+            axes.legend(loc="upper left")
+        else:
+            axes.plot([b.confidence for b in bins], [b.accuracy for b in bins], "o", color=GAP, markersize=4)
         axes.plot([0, 1], [0, 1], "--", color=INK, linewidth=0.8)
         axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="confidence", ylabel="accuracy", aspect="equal")
 
-    return _svg(draw, (4.4, 4.2))
+    return draw_svg(draw, (4.4, 4.2))
 
 
 def plot_confusion_matrix(confusion: Sequence[Sequence[int]]) -> str:
@@ -102,7 +108,7 @@ def plot_confusion_matrix(confusion: Sequence[Sequence[int]]) -> str:
         axes.grid(visible=False)
         axes.set(xlabel="predicted class", ylabel="true class")
 
-    return _svg(draw, (4.6, 4.5))
+    return draw_svg(draw, (4.6, 4.5))
 
 
 def _curve(axes: Axes, history: Sequence[HistoryRow], name: str) -> None:
@@ -121,12 +127,26 @@ def _curve(axes: Axes, history: Sequence[HistoryRow], name: str) -> None:
     axes.legend(loc="best")
 
 
+def _reliability_line(axes: Axes, bins: Sequence[CalibrationBin], color: str, label: str) -> None:
+    confidence, accuracy = [b.confidence for b in bins], [b.accuracy for b in bins]
+    axes.plot(confidence, accuracy, "o-", color=color, label=label, markersize=4, linewidth=1.2)
+
+
 def _stage_starts(history: Sequence[HistoryRow]) -> list[tuple[int, str]]:
     stages = [str(row["stage"]) for row in history]
     return [(n + 1, stage) for n, stage in enumerate(stages) if n == 0 or stage != stages[n - 1]]
 
 
-def _svg(draw: Callable[[Figure], None], inches: tuple[float, float]) -> str:
+def draw_svg(draw: Callable[[Figure], None], inches: tuple[float, float]) -> str:
+    """Draw a figure in the style of the report.
+
+    Args:
+        draw: Draws on the figure.
+        inches: Width and height.
+
+    Returns:
+        An `<svg>` element.
+    """
     settings: dict[str, Any] = STYLE
     with rc_context(settings):
         # Figure without pyplot: no global state, and no display needed.

@@ -15,6 +15,7 @@ from topwork.registry.cross_validation import CrossValidation, format_images
 from topwork.registry.kept_weights import KeptWeights
 from topwork.registry.stage_results import HistoryRow
 from topwork.report.audit import IllustratedFindings
+from topwork.report.calibration import Calibration
 from topwork.report.evaluation import Evaluation
 from topwork.report.export_check import ExportCheck
 from topwork.report.gates import GateResult, LatestVersion
@@ -41,6 +42,7 @@ class Misclassification:
         predicted_class: The predicted class.
         confidence: Probability of the predicted class.
         thumbnail_uri: The image as a data URI.
+        heat_uri: The image under its heat map, as a data URI; empty if there is none.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Misclassification:
     predicted_class: str
     confidence: float
     thumbnail_uri: str
+    heat_uri: str = ""
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,8 @@ class Results:
         weights: Stage and epoch that the weights come from.
         cross_validation: Metrics of each fold, if `evaluation` is that of cross-validation.
         audit: Findings of the audit; None if it is off.
+        heat_note: What the heat maps of the mistakes show, or why there are none.
+        calibration: The temperature and what it changed; None if the job does not calibrate.
     """
 
     job: TransferJob
@@ -89,6 +94,8 @@ class Results:
     weights: KeptWeights | None = None
     cross_validation: CrossValidation | None = None
     audit: IllustratedFindings | None = None
+    heat_note: str = ""
+    calibration: Calibration | None = None
 
     @property
     def title(self) -> str:
@@ -208,6 +215,7 @@ def metrics_json(results: Results) -> bytes:
         "valueRange": resolve_value_range(results.job.spec.dataset.value_range, results.dataset.values),
         "crossValidation": _cross_validation(results.cross_validation) if results.cross_validation else None,
         "latest": results.latest.model_dump(by_alias=True) if results.latest else None,
+        "calibration": results.calibration.model_dump(by_alias=True) if results.calibration else None,
         "evaluation": results.evaluation.model_dump(mode="json", by_alias=True),
         "recheck": results.export_check.model_dump(by_alias=True) if results.export_check else None,
     }

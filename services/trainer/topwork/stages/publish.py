@@ -33,6 +33,7 @@ from topwork.report.gates import check_gates, require_gates
 from topwork.report.results import Results, batch_sizes, history_csv, metrics_json, step_seconds
 from topwork.spec import TransferJob
 from topwork.spec.yaml_output import dump_job
+from topwork.stages.validate import Validated, find_validated
 from topwork.training.input_stalls import input_wait_share, is_input_bound
 from topwork.workspace import Workspace
 
@@ -216,13 +217,17 @@ def find_published(job: TransferJob, dataset: StoredDataset, workspace: Workspac
     return _reuse(job, published, workspace) if published else None
 
 
-def find_outcome(job: TransferJob, dataset: StoredDataset, workspace: Workspace) -> Published | CrossValidation | None:
-    """Find what a run results in: its published version, or its metrics if it cross-validates and does not publish.
+def find_outcome(
+    job: TransferJob, dataset: StoredDataset, workspace: Workspace
+) -> Published | Validated | CrossValidation | None:
+    """Find what a run results in: its published version, or its metrics if it does not publish.
 
     Arguments, errors and a result of None are those of `find_published`.
     """
     if job.spec.publishes:
         return find_published(job, dataset, workspace)
+    if not job.spec.dataset.folds:
+        return find_validated(job, dataset, workspace)
     key = cross_validation_key(job, dataset.metadata.fingerprint, workspace.storage)
     validation = read_cross_validation(workspace.storage, job.run, key)
     if validation:
@@ -237,7 +242,8 @@ def _reuse(job: TransferJob, published: Published, workspace: Workspace) -> Publ
     published.restore_metrics(workspace.metrics)
     version = versions.read_version(workspace.storage, published.name, published.version)
     # A gate relative to the latest version was checked when the version was published.
-    gates = [gate.model_copy(update={"at_least_latest_minus": None}) for gate in job.spec.evaluate.gates]
+    only_once = {"at_least_latest_minus": None, "not_worse_than_latest": None}
+    gates = [gate.model_copy(update=only_once) for gate in job.spec.evaluate.gates]
     if version:
         require_gates(check_gates(gates, version.metrics, None), published.uri)
     return published

@@ -1,0 +1,1 @@
+"""Comparison of published versions and runs on the same images."""
