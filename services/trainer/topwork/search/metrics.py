@@ -1,0 +1,10 @@
+"""The direction of the metric of a search."""
+
+from topwork.spec.search import SearchMetric
+
+LOWER_IS_BETTER: frozenset[SearchMetric] = frozenset({"loss", "calibrationError"})
+
+
+def is_minimized(metric: SearchMetric) -> bool:
+    """Return whether lower values of a metric are better."""
+    return metric in LOWER_IS_BETTER

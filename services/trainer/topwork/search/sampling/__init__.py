@@ -1,0 +1,1 @@
+"""How the parameters of a trial are chosen: at random, by TPE, by CMA-ES, or from a grid."""
