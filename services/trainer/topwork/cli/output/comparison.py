@@ -8,13 +8,14 @@ from topwork.cli.output.tables import format_table
 if TYPE_CHECKING:
     from topwork.registry.cross_validation import CrossValidation
     from topwork.stages.publish import Published
+    from topwork.stages.validate import Validated
 
 GAP = 3
 AVERAGED_METRICS = frozenset({"precision", "recall", "f1", "auc"})
 HEADER = ("MODEL", "METRIC", "STAGE", "TRAINABLE", "BATCH SIZE", "SECONDS PER STEP", "RELATIVE TO FASTEST")
 
 
-def format_comparison(outcomes: Sequence["Published | CrossValidation"]) -> Iterator[str]:
+def format_comparison(outcomes: Sequence["Published | Validated | CrossValidation"]) -> Iterator[str]:
     """Compare published versions by their main metric and training speed.
 
     Args:

@@ -1,7 +1,7 @@
 """Progress bars on terminals, and nothing elsewhere: bars would garble the log of a pod."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -58,7 +58,11 @@ class _BarTracker:
 
     def advance(self, count: int = 1, **facts: Fact) -> None:
         """Move the bar."""
-        text = " ".join(
-            f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in facts.items()
-        )
-        self._bars.update(self._task, advance=count, facts=text)
+        self._bars.update(self._task, advance=count, facts=format_facts(facts))
+
+
+def format_facts(facts: Mapping[str, Fact]) -> str:
+    """Format values such as the loss for a progress display."""
+    return " ".join(
+        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in facts.items()
+    )

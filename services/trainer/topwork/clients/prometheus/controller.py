@@ -1,6 +1,6 @@
-"""Prometheus metrics of the controller: the TransferJobs that it manages, and its own reconciles and work queue."""
+"""Prometheus metrics of the controller: its TransferJobs and TransferSearches, its reconciles and its work queue."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -8,6 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from topwork.clients.prometheus.search import SearchFamilies
 from topwork.clients.prometheus.series import unit_of
 
 STATES = ("Pending", "Running", "Suspended", "Complete", "Failed", "Cancelled")
@@ -19,6 +20,10 @@ MAX_TRANSFERJOB_SERIES = 13
 """Maximum number of series of a TransferJob."""
 TRANSFERJOB_LABELS = ("namespace", "transferjob")
 """Labels of every series of a TransferJob, in addition to those of its family."""
+SEARCH_LABELS = ("namespace", "transfersearch")
+"""Labels of every series of a TransferSearch, in addition to those of its family."""
+MAX_SEARCH_SERIES = 6
+"""Maximum number of series of a TransferSearch."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,47 @@ class TransferJobSample:
     completed: float | None
     gpu_seconds: float
     team: str = ""
+
+
+@dataclass(frozen=True)
+class TransferSearchSample:
+    """What the metrics report about a TransferSearch.
+
+    Attributes:
+        namespace: Its namespace.
+        name: Its name.
+        trials: Number of trials by state.
+        metric: Its metric.
+        best: Value of the metric of the best complete trial; None before.
+    """
+
+    namespace: str
+    name: str
+    trials: Mapping[str, int]
+    metric: str
+    best: float | None
+
+
+class TransferSearchCollector(Collector):
+    """Collects the series of all TransferSearches at scrape time.
+
+    Args:
+        samples: Returns the current sample of each TransferSearch. Called in the thread of the scrape.
+    """
+
+    def __init__(self, samples: Callable[[], Iterable[TransferSearchSample]]) -> None:
+        self._samples = samples
+
+    def describe(self) -> Iterator[Metric]:
+        """Yield the metric families without series."""
+        return iter(SearchFamilies(SEARCH_LABELS).all())
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the metric families with the series of every TransferSearch."""
+        families = SearchFamilies(SEARCH_LABELS)
+        for sample in self._samples():
+            families.add([sample.namespace, sample.name], sample.trials, sample.metric, sample.best)
+        return iter(families.all())
 
 
 class TransferJobCollector(Collector):
@@ -133,7 +179,7 @@ class _TransferJobFamilies:
 class ControllerMetrics:
     """The metrics of the controller, in a registry of their own. Thread-safe.
 
-    Only the leader exposes TransferJobs, so that the sum over all replicas is correct.
+    Only the leader exposes TransferJobs and TransferSearches, so that the sum over all replicas is correct.
 
     Example:
         ```python
@@ -144,16 +190,23 @@ class ControllerMetrics:
         ```
     """
 
-    def __init__(self, samples: Callable[[], Iterable[TransferJobSample]], version: str) -> None:
+    def __init__(
+        self,
+        samples: Callable[[], Iterable[TransferJobSample]],
+        version: str,
+        searches: Callable[[], Iterable[TransferSearchSample]] = tuple,
+    ) -> None:
         """Create all series. Counters start at 0, otherwise Prometheus would miss their first increase.
 
         Args:
             samples: Returns the current sample of each TransferJob; called at each scrape while this process leads.
             version: Version of topwork.
+            searches: Returns the current sample of each TransferSearch.
         """
         self.registry = CollectorRegistry()
         self._is_leading = False
         self.registry.register(TransferJobCollector(lambda: samples() if self._is_leading else ()))
+        self.registry.register(TransferSearchCollector(lambda: searches() if self._is_leading else ()))
         self.info = self._gauge("info", "Version of topwork of the controller.", "version")
         self.info.labels(version).set(1)
         self.leader = self._gauge("leader", "1 while this process holds the Lease and reconciles, otherwise 0.")
@@ -169,7 +222,7 @@ class ControllerMetrics:
             unit="seconds",
             registry=self.registry,
         )
-        self.queue_depth = self._gauge("queue_depth", "Number of TransferJobs that are due to be reconciled.")
+        self.queue_depth = self._gauge("queue_depth", "Number of TransferJobs and TransferSearches that are due.")
         self.queue_oldest = self._gauge(
             "queue_oldest_seconds", "Seconds for which the oldest of them has been due; 0 if none is."
         )
@@ -180,7 +233,7 @@ class ControllerMetrics:
         self.reconcile_seconds.observe(seconds)
 
     def set_queue(self, depth: int, oldest_seconds: float) -> None:
-        """Set the number of TransferJobs that are due, and for how long the oldest has been due.
+        """Set the number of TransferJobs and TransferSearches that are due, and for how long the oldest has been due.
 
         Call it before `page`: the age of a stuck entry grows although nothing else happens.
         """

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from prometheus_client import CollectorRegistry, start_http_server
 
 from topwork.clients.prometheus.gpus import open_gpu_collector
+from topwork.clients.prometheus.search import LocalSearchCollector
 from topwork.clients.prometheus.series import (
     NODE_FAMILIES,
     OUTCOME_FAMILIES,
@@ -60,7 +61,8 @@ class Metrics:
             lambda: self._labels | self._node_label,
             lambda: None if self._is_chief else NODE_FAMILIES,
         )
-        """The series that the metrics port serves."""
+        """The series of the job."""
+        self._search = LocalSearchCollector()
         self.outcome_registry = LabeledRegistry(
             lambda: self._families.registry,
             lambda: self._labels,
@@ -96,7 +98,10 @@ class Metrics:
         Raises:
             OSError: If the port is in use.
         """
-        server, _ = start_http_server(port, address, registry=self.labeled_registry)
+        registry = CollectorRegistry()
+        registry.register(self.labeled_registry)
+        registry.register(self._search)
+        server, _ = start_http_server(port, address, registry=registry)
         return int(server.server_port)
 
     def start_job(self, *, job: str, run: str, stage: str, version: str, node: int = 0, nodes: int = 1) -> None:
@@ -255,6 +260,17 @@ class Metrics:
     def set_failed_gates(self, count: int) -> None:
         """Set the number of gates that the evaluation did not meet."""
         self._families.gates_failed.set(count)
+
+    def set_search(self, name: str, trials: Mapping[str, int], metric: str, best: float | None) -> None:
+        """Set the state of the search that this process runs. Its series remain when the next trial starts.
+
+        Args:
+            name: `metadata.name` of the search.
+            trials: Number of trials by state.
+            metric: Metric of the search.
+            best: Its value on the validation split, of the best complete trial; None before.
+        """
+        self._search.set(name, trials, metric, best)
 
     # ── Dataset and storage ─────────────────────────────────────────────────────────────────────────────────────────
 
