@@ -12,7 +12,7 @@ from controller_process import Controller
 from sample_objects import CPU_SPEC
 from simulated_controllers import SimulatedControllers
 
-from topwork.cluster.definition.custom_resource import definition
+from topwork.cluster.definition import TRANSFER_SEARCH, definition
 
 SETTLE_SECONDS = 30.0
 
@@ -26,7 +26,7 @@ def main() -> None:
     options = parser.parse_args()
     with (
         tempfile.TemporaryDirectory() as directory,
-        ApiServer(crds=[definition()]) as server,
+        ApiServer(crds=[definition(), definition(TRANSFER_SEARCH)]) as server,
         SimulatedControllers(server, stage_seconds=0.0) as simulated,
         Controller(server.kubeconfig(Path(directory) / "kubeconfig")) as controller,
     ):

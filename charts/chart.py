@@ -10,7 +10,7 @@ from pydantic.fields import FieldInfo
 from values import Section, Values
 
 from topwork import __version__
-from topwork.cluster.definition import definition_text
+from topwork.cluster.definition import TRANSFER_JOB, TRANSFER_SEARCH, definition_text
 from topwork.spec.schema.json_schema import allow_any_of
 from topwork.spec.schema.key_types import fields_by_key
 from topwork.spec.spec_model import SpecModel
@@ -26,7 +26,8 @@ def files() -> Iterator[tuple[str, str]]:
     yield "values.yaml", values_text()
     yield "values.schema.json", schema_text()
     yield "README.md", readme_text()
-    yield "crds/transferjobs.yaml", definition_text()
+    yield "crds/transferjobs.yaml", definition_text(TRANSFER_JOB)
+    yield "crds/transfersearches.yaml", definition_text(TRANSFER_SEARCH)
 
 
 def values_text() -> str:

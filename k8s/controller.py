@@ -1,4 +1,4 @@
-"""k8s/controller: the CustomResourceDefinition of TransferJobs and the controller of one namespace."""
+"""k8s/controller: the CustomResourceDefinitions and the controller of one namespace."""
 
 from collections.abc import Iterator
 
@@ -19,7 +19,8 @@ COMMENTS = {
     "deployment.yaml": "The controller. Change its image with images: in a kustomization.",
 }
 KUSTOMIZATION_COMMENT = f"""
-The kind TransferJob and its controller, for the namespace {NAMESPACE} of k8s/base. kubectl accepts one -k at a time:
+The kinds TransferJob and TransferSearch with their controller, for the namespace {NAMESPACE} of k8s/base. kubectl
+accepts one -k at a time:
 
   kubectl apply -k k8s/base
   kubectl apply --server-side -k k8s/controller
@@ -31,7 +32,8 @@ several or all namespaces, and for monitoring. To use an image in a registry, ap
   resources: [PATH/k8s/controller]
   images: [{{name: topwork, newName: REGISTRY/topwork, newTag: {__version__}-controller}}]
 
-kubectl delete -k k8s/controller also deletes the definition, and with it all TransferJobs of the cluster.
+kubectl delete -k k8s/controller also deletes the definitions, and with them all TransferJobs and TransferSearches of
+the cluster.
 """
 
 

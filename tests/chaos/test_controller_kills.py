@@ -15,10 +15,12 @@ import pytest
 from api_server import ApiServer
 from controller_process import Controller, until
 from sample_objects import CPU_SPEC
+from sample_searches import evaluate, search
 from simulated_controllers import SimulatedControllers
 
 from topwork.clients.kubernetes.cluster import Cluster, ClusterSettings, connect
-from topwork.cluster.definition.custom_resource import definition
+from topwork.cluster.controller.searches.config_map_journal import decode_events
+from topwork.cluster.definition import TRANSFER_SEARCH, definition
 
 KILLS = 20
 ROUNDS = 10 if os.environ.get("TOPWORK_LONG") else 1
@@ -33,7 +35,7 @@ SPEC: Object = CPU_SPEC | {"transfer": {"epochs": 3}}
 
 
 class Scenario:
-    """TransferJobs, and what their users do with them while the controller runs or is dead."""
+    """TransferJobs and a TransferSearch, and what their users do with them while the controller runs or is dead."""
 
     def __init__(self, server: ApiServer, cluster: Cluster) -> None:
         self._server, self._cluster = server, cluster
@@ -50,6 +52,23 @@ class Scenario:
         thread = threading.Thread(target=self._run, args=(behavior, name))
         thread.start()
         self._threads.append(thread)
+
+    def start_search(self) -> None:
+        """Apply a TransferSearch, and wait until it is complete.
+
+        The parameters of its trials do not depend on the order in which parallel trials end.
+        """
+        thread = threading.Thread(target=self._run_search)
+        thread.start()
+        self._threads.append(thread)
+
+    def _run_search(self) -> None:
+        try:
+            self._cluster.apply(search(trials=6, parallel=2, sampler="random"), manager="kubectl")
+            self._wait_for("flowers", "Complete", kind="TransferSearch")
+        except BaseException as error:
+            self._errors.append(error)
+            error.add_note(f"search: {(self._server.get('TransferSearch', 'flowers') or {}).get('status')}")
 
     def _run(self, behavior: Any, name: str) -> None:
         try:
@@ -72,9 +91,9 @@ class Scenario:
         obj = {"apiVersion": "topwork.dev/v1alpha1", "kind": "TransferJob", "spec": SPEC | nodes | spec}
         self._cluster.apply(obj | {"metadata": {"name": name} | (metadata or {})}, manager="kubectl")
 
-    def _wait_for(self, name: str, *states: str) -> Object:
+    def _wait_for(self, name: str, *states: str, kind: str = "TransferJob") -> Object:
         def find() -> Object | None:
-            status = self._server.get("TransferJob", name).get("status") or {}
+            status = self._server.get(kind, name).get("status") or {}
             return status if status.get("state") in states else None
 
         return until(find, f"state {states} of {name}", WAIT_SECONDS)
@@ -111,9 +130,10 @@ class SimulatedRun:
 
     def __init__(self, directory: Path) -> None:
         directory.mkdir()
-        self.server = ApiServer(crds=[definition()])
+        self.server = ApiServer(crds=[definition(), definition(TRANSFER_SEARCH)])
         self.controllers = SimulatedControllers(self.server, stage_seconds=0.3, shutdown_seconds=0.1)
         self.kubeconfig = self.server.kubeconfig(directory / "kubeconfig")
+        self.controllers.kubelet.evaluate = evaluate
         self._run_stage = self.controllers.kubelet._run_stage
         self.controllers.kubelet._run_stage = self._run_unless_held
         self.scenario = Scenario(self.server, connect(ClusterSettings(kubeconfig=str(self.kubeconfig))))
@@ -137,6 +157,8 @@ class SimulatedRun:
         return {
             "statuses": {obj["metadata"]["name"]: status_of(obj) for obj in self.server.list("TransferJob")},
             "jobs": {obj["metadata"]["name"]: job_of(obj) for obj in self.server.list("Job")},
+            "searches": {obj["metadata"]["name"]: status_of(obj) for obj in self.server.list("TransferSearch")},
+            "journal": self._journal(),
             "config maps": {obj["metadata"]["name"]: obj["data"] for obj in self.server.list("ConfigMap")},
             "network": sorted(
                 (kind, obj["metadata"]["name"])
@@ -149,6 +171,13 @@ class SimulatedRun:
                 (event["involvedObject"]["name"], event["reason"]) for event in self.server.list("Event")
             ),
         }
+
+    def _journal(self) -> Counter[str]:
+        """Events of the search, without what depends on the clock; parallel trials end in any order."""
+        (config_map,) = [obj for obj in self.server.list("ConfigMap") if "binaryData" in obj]
+        kept = ("event", "number", "params", "state", "epochs", "run", "value", "error", "uri")
+        events = [{key: event.get(key) for key in kept} for event in decode_events(config_map)]
+        return Counter(map(str, events))
 
 
 def status_of(obj: Object) -> Object:
@@ -171,6 +200,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The outcome without kills."""
     with SimulatedRun(tmp_path_factory.mktemp("expected") / "cluster") as cluster:
         with Controller(cluster.kubeconfig, **IN_POD) as controller:
+            cluster.scenario.start_search()
             for number in range(KILLS):
                 cluster.scenario.start(number)
             cluster.scenario.join()
@@ -205,6 +235,7 @@ def test_kills_of_the_controller_change_nothing(tmp_path: Path, expected: dict[s
     kinds: Counter[str] = Counter()
     started = time.monotonic()
     with SimulatedRun(tmp_path / "cluster") as cluster:
+        cluster.scenario.start_search()
         for job in range(KILLS):
             cluster.scenario.start(job)
             kinds[kill_at_random(cluster, Controller(cluster.kubeconfig, **IN_POD), moments)] += 1

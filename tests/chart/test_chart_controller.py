@@ -24,11 +24,14 @@ NAME = "topwork-controller"
 CONFIGURATION = "topwork-webhook.ml"
 
 NAMESPACE_RULES = {
-    ("topwork.dev", "transferjobs", ()): {"get", "list", "watch"},
+    ("topwork.dev", "transfersearches", ()): {"get", "list", "watch"},
+    ("topwork.dev", "transferjobs", ()): {"get", "list", "watch", "create", "update", "delete"},
     ("topwork.dev", "transferjobs/status", ()): {"get", "patch"},
+    ("topwork.dev", "transfersearches/status", ()): {"get", "patch"},
     ("topwork.dev", "transferjobs/finalizers", ()): {"update"},
+    ("topwork.dev", "transfersearches/finalizers", ()): {"update"},
     ("batch", "jobs", ()): {"get", "list", "watch", "create", "patch", "delete"},
-    ("", "configmaps", ()): {"get", "create", "patch", "delete"},
+    ("", "configmaps", ()): {"get", "create", "update", "patch", "delete"},
     ("", "services", ()): {"get", "create", "patch", "delete"},
     ("networking.k8s.io", "networkpolicies", ()): {"get", "create", "patch", "delete"},
     ("", "pods", ()): {"get", "list", "watch"},
@@ -141,18 +144,21 @@ def test_cluster_wide_chart_extends_the_roles_of_kubernetes(render_chart: Render
     name = ("ClusterRole", f"topwork-transferjobs-{role}.ml")
     cluster_role = render_chart(controller(clusterWide=True))[name]
     assert cluster_role["metadata"]["labels"][f"rbac.authorization.k8s.io/aggregate-to-{role}"] == "true"
-    assert rules_of(cluster_role) == {("topwork.dev", "transferjobs", ()): verbs}
+    kinds = ("transferjobs", "transfersearches")
+    assert rules_of(cluster_role) == {("topwork.dev", kind, ()): verbs for kind in kinds}
     assert name not in render_chart({})
 
 
 def test_submitters_may_manage_transfer_jobs(render_chart: Render) -> None:
     rules = rules_of(render_chart({})["Role", "topwork-submitter"])
-    assert rules["topwork.dev", "transferjobs", ()] == {"get", "list", "watch", "create", "patch", "delete"}
+    for kind in ("transferjobs", "transfersearches"):
+        assert rules["topwork.dev", kind, ()] == {"get", "list", "watch", "create", "patch", "delete"}
 
 
-def test_hook_may_only_change_the_definition_of_transfer_jobs(render_chart: Render) -> None:
-    definition = ("apiextensions.k8s.io", "customresourcedefinitions", ("transferjobs.topwork.dev",))
-    assert granted(render_chart({}), "topwork-crd-upgrade") == {"": {definition: {"create", "patch"}}}
+def test_hook_may_only_change_the_definitions_of_topwork(render_chart: Render) -> None:
+    names = ("transferjobs.topwork.dev", "transfersearches.topwork.dev")
+    definitions = ("apiextensions.k8s.io", "customresourcedefinitions", names)
+    assert granted(render_chart({}), "topwork-crd-upgrade") == {"": {definitions: {"create", "patch"}}}
 
 
 def test_no_role_grants_access_to_secrets_or_to_everything(render_chart: Render) -> None:
@@ -296,7 +302,7 @@ def test_webhook_never_blocks_and_validates_only_the_namespaces_of_the_controlle
     (entry,) = objects["ValidatingWebhookConfiguration", CONFIGURATION]["webhooks"]
     assert (entry["failurePolicy"], entry["timeoutSeconds"], entry["sideEffects"]) == ("Ignore", 5, "None")
     (rule,) = entry["rules"]
-    assert (rule["apiGroups"], rule["resources"]) == (["topwork.dev"], ["transferjobs"])
+    assert (rule["apiGroups"], rule["resources"]) == (["topwork.dev"], ["transferjobs", "transfersearches"])
     assert rule["operations"] == ["CREATE", "UPDATE"]
     (expression,) = entry["namespaceSelector"]["matchExpressions"]
     assert expression == {"key": "kubernetes.io/metadata.name", "operator": "In", "values": ["ml", "team-a"]}

@@ -25,11 +25,12 @@ def upgrade_pod(objects: Objects) -> dict[str, Any]:
     return objects["Job", "topwork-crd-upgrade"]["spec"]["template"]["spec"]
 
 
-def test_hook_creates_a_missing_definition(server: ApiServer, render_chart: Render, run_pod: Run) -> None:
+def test_hook_creates_missing_definitions(server: ApiServer, render_chart: Render, run_pod: Run) -> None:
     objects = render_chart({})
     code, output = run_pod(server, upgrade_pod(objects))
     assert code == 0, output
-    assert server.get("CustomResourceDefinition", "transferjobs.topwork.dev")
+    for name in ("transferjobs.topwork.dev", "transfersearches.topwork.dev"):
+        assert server.get("CustomResourceDefinition", name)
     granted = granted_access(objects["ClusterRole", "topwork-crd-upgrade.ml"]["rules"])
     assert required_access(server.requests) == granted
 

@@ -10,7 +10,7 @@ from api_server import NAMESPACE, ApiServer
 from controller_process import Controller, until
 from simulated_controllers import SimulatedControllers
 
-from topwork.cluster.definition import definition
+from topwork.cluster.definition import TRANSFER_SEARCH, definition
 
 Render = Callable[..., dict[tuple[str, str], dict[str, Any]]]
 SPEC = {
@@ -23,7 +23,8 @@ SPEC = {
     "model": {"base": {"application": "MobileNetV2"}},
     "compute": {"nodes": 2},
 }
-# Needed to replace or explain a Job, which tests/kubernetes/test_permissions.py covers, or only by the API server.
+# Needed to replace or explain a Job or for searches, which tests/kubernetes/test_permissions.py covers, or only by the
+# API server.
 NOT_USED_HERE = {
     Access("list", "", "events"),
     Access("delete", "batch", "jobs"),
@@ -31,14 +32,19 @@ NOT_USED_HERE = {
     Access("delete", "", "services"),
     Access("delete", "networking.k8s.io", "networkpolicies"),
     Access("get", "", "pods"),
-    Access("get", "topwork.dev", "transferjobs/status"),
-    Access("update", "topwork.dev", "transferjobs/finalizers"),
+    Access("update", "", "configmaps"),
+    *(Access(verb, "topwork.dev", "transferjobs") for verb in ("create", "update", "delete")),
+    Access("get", "topwork.dev", "transfersearches"),
+    Access("patch", "topwork.dev", "transfersearches/status"),
+    *(Access("get", "topwork.dev", f"{kind}/status") for kind in ("transferjobs", "transfersearches")),
+    *(Access("update", "topwork.dev", f"{kind}/finalizers") for kind in ("transferjobs", "transfersearches")),
 }
 
 
 @pytest.fixture
 def server() -> Iterator[ApiServer]:
-    with ApiServer(crds=[definition()]) as api_server, SimulatedControllers(api_server, stage_seconds=0.2):
+    crds = [definition(), definition(TRANSFER_SEARCH)]
+    with ApiServer(crds=crds) as api_server, SimulatedControllers(api_server, stage_seconds=0.2):
         yield api_server
 
 

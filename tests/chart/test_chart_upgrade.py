@@ -28,6 +28,7 @@ SPEC = {
 }
 Release = Callable[..., None]
 CRD = "transferjobs.topwork.dev"
+CRDS = (CRD, "transfersearches.topwork.dev")
 
 
 @pytest.fixture
@@ -179,7 +180,7 @@ def test_upgrade_applies_the_new_definition_and_deletes_the_hook(
     created = server.get("TransferJob", "cats")
     server.patch("CustomResourceDefinition", CRD, {"spec": {"names": {"categories": ["older"]}}})
     config.upgrade(CHART, "topwork", {"jobs": jobs()}, timeout=60)
-    assert hooks == [(0, f"customresourcedefinition/{CRD} applied\n")]
+    assert hooks == [(0, "".join(f"customresourcedefinition/{name} applied\n" for name in CRDS))]
     definition = server.get("CustomResourceDefinition", CRD)
     assert definition and definition["spec"]["names"]["categories"] == ["topwork"]
     assert server.get("TransferJob", "cats") == created

@@ -13,7 +13,7 @@ import pytest
 from ruamel.yaml import YAML
 from tests.cluster import environment
 from tests.cluster.commands import Topwork
-from tests.cluster.controller import DEFINITION, DEFINITION_FILE, Controller, kustomize_objects
+from tests.cluster.controller import DEFINITION_FILE, DEFINITIONS, Controller, kustomize_objects
 from tests.cluster.diagnostics import collect_diagnostics
 from tests.cluster.kubectl import Kubectl, wait_for
 from tests.cluster.manifests import base_objects, probe, storage_secret, tiny_spec
@@ -122,13 +122,14 @@ def namespace(make_namespace: Callable[..., Kubectl], pod_storage: ClusterStorag
 
 @pytest.fixture(scope="session")
 def definition(cluster: Kubectl) -> Iterator[None]:
-    """The CustomResourceDefinition of this version; deleted after the last test unless the cluster had one before."""
-    existed = cluster.get("customresourcedefinition", DEFINITION) is not None
+    """The CustomResourceDefinitions of this version; those that are new in the cluster are deleted at the end."""
+    new = [name for name in DEFINITIONS if cluster.get("customresourcedefinition", name) is None]
     cluster("apply", "--server-side", "--force-conflicts", "--filename", str(DEFINITION_FILE))
-    cluster("wait", "--for=condition=Established", f"customresourcedefinition/{DEFINITION}", "--timeout=60s")
+    for name in DEFINITIONS:
+        cluster("wait", "--for=condition=Established", f"customresourcedefinition/{name}", "--timeout=60s")
     yield
-    if not existed:
-        cluster("delete", "customresourcedefinition", DEFINITION, "--timeout=120s", seconds=150, check=False)
+    for name in new:
+        cluster("delete", "customresourcedefinition", name, "--timeout=120s", seconds=150, check=False)
 
 
 @pytest.fixture(scope="session")

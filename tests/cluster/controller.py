@@ -18,19 +18,34 @@ CHART = ROOT / "charts" / "topwork"
 KUSTOMIZATION = ROOT / "k8s" / "controller"
 DEFINITION_FILE = KUSTOMIZATION / "crd.yaml"
 DEFINITION = "transferjobs.topwork.dev"
+DEFINITIONS = (DEFINITION, "transfersearches.topwork.dev")
 NAME = "topwork-controller"
 SELECTOR = f"app.kubernetes.io/name={NAME}"
 PORT = 8080
 PERMISSIONS = [
-    {"apiGroups": ["topwork.dev"], "resources": ["transferjobs"], "verbs": ["get", "list", "watch"]},
-    {"apiGroups": ["topwork.dev"], "resources": ["transferjobs/status"], "verbs": ["get", "patch"]},
-    {"apiGroups": ["topwork.dev"], "resources": ["transferjobs/finalizers"], "verbs": ["update"]},
+    {"apiGroups": ["topwork.dev"], "resources": ["transfersearches"], "verbs": ["get", "list", "watch"]},
+    {
+        "apiGroups": ["topwork.dev"],
+        "resources": ["transferjobs"],
+        "verbs": ["get", "list", "watch", "create", "update", "delete"],
+    },
+    {
+        "apiGroups": ["topwork.dev"],
+        "resources": ["transferjobs/status", "transfersearches/status"],
+        "verbs": ["get", "patch"],
+    },
+    {
+        "apiGroups": ["topwork.dev"],
+        "resources": ["transferjobs/finalizers", "transfersearches/finalizers"],
+        "verbs": ["update"],
+    },
     {
         "apiGroups": ["batch"],
         "resources": ["jobs"],
         "verbs": ["get", "list", "watch", "create", "patch", "delete"],
     },
-    {"apiGroups": [""], "resources": ["configmaps", "services"], "verbs": ["get", "create", "patch", "delete"]},
+    {"apiGroups": [""], "resources": ["configmaps"], "verbs": ["get", "create", "update", "patch", "delete"]},
+    {"apiGroups": [""], "resources": ["services"], "verbs": ["get", "create", "patch", "delete"]},
     {
         "apiGroups": ["networking.k8s.io"],
         "resources": ["networkpolicies"],
@@ -105,14 +120,14 @@ def _series(name: str, labels: Mapping[str, str]) -> str:
     return f"{name}{{{text}}}" if text else name
 
 
-def definition_object() -> KubernetesObject:
-    """Return the CustomResourceDefinition."""
-    content: KubernetesObject = json.loads(json.dumps(YAML(typ="safe").load(DEFINITION_FILE)))
-    return content
+def definition_object(name: str = DEFINITION) -> KubernetesObject:
+    """Return a CustomResourceDefinition."""
+    contents: list[KubernetesObject] = json.loads(json.dumps(list(YAML(typ="safe").load_all(DEFINITION_FILE))))
+    return next(content for content in contents if content["metadata"]["name"] == name)
 
 
 def kustomize_objects(namespace: str) -> list[KubernetesObject]:
-    """Return the objects of k8s/controller except the definition, in another namespace."""
+    """Return the objects of k8s/controller except the definitions, in another namespace."""
     text = Kubectl()("kustomize", str(KUSTOMIZATION))
     objects = [obj for obj in with_namespace(text, namespace) if obj["kind"] != "CustomResourceDefinition"]
     for obj in objects:

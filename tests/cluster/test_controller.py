@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from tests.cluster.commands import Topwork
 from tests.cluster.controller import (
-    DEFINITION,
+    DEFINITIONS,
     PERMISSIONS,
     Controller,
     access_rules,
@@ -62,11 +62,12 @@ def define(definition: None, cluster: Kubectl) -> Iterator[Callable[[KubernetesO
 
 
 @pytest.mark.smoke
-def test_definition_is_established_and_structural(definition: None, cluster: Kubectl):
+@pytest.mark.parametrize("name", DEFINITIONS)
+def test_definition_is_established_and_structural(definition: None, cluster: Kubectl, name: str):
     # Rules whose estimated cost exceeds the budget are rejected, too.
     options = ("--server-side", "--force-conflicts", "--dry-run=server", "--warnings-as-errors", "--validate=strict")
-    cluster.apply(definition_object(), options=options)
-    stored = cluster.get("customresourcedefinition", DEFINITION)
+    cluster.apply(definition_object(name), options=options)
+    stored = cluster.get("customresourcedefinition", name)
     conditions = {condition["type"]: condition["status"] for condition in stored["status"]["conditions"]}
     assert conditions.get("NonStructuralSchema", "False") == "False"
     assert (conditions["Established"], conditions["NamesAccepted"]) == ("True", "True")

@@ -10,6 +10,7 @@ import kubernetes_validate
 import pytest
 from tests.cluster.controller import (
     DEFINITION,
+    DEFINITIONS,
     PERMISSIONS,
     chart_objects,
     definition_object,
@@ -149,7 +150,7 @@ def collected(expression: str) -> list[str]:
 
 def test_smoke_subset_covers_submission_failure_resumption_kubectl_prefetch_nodes_and_transfer_jobs():
     smoke = collected("cluster and smoke")
-    assert 16 <= len(smoke) <= 20
+    assert 16 <= len(smoke) <= 22
     files = {line.partition("::")[0].rpartition("/")[2] for line in smoke}
     assert files == {
         "test_submit.py",
@@ -233,9 +234,9 @@ def test_controller_of_the_chart_can_have_other_namespaces_and_a_webhook():
     assert cluster_wide == {"ClusterRole", "ClusterRoleBinding", "ValidatingWebhookConfiguration"}
 
 
-def test_definition_is_read_from_k8s():
-    definition = definition_object()
-    assert definition["metadata"]["name"] == DEFINITION
+def test_definitions_are_read_from_k8s():
+    assert [definition_object(name)["metadata"]["name"] for name in DEFINITIONS] == list(DEFINITIONS)
+    definition = definition_object(DEFINITION)
     (version,) = definition["spec"]["versions"]
     assert version["schema"]["openAPIV3Schema"]["properties"]["spec"]["properties"]["seed"]["description"]
 

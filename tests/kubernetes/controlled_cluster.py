@@ -16,13 +16,15 @@ from api_server import NAMESPACE, ApiServer
 from simulated_controllers import SimulatedControllers
 
 from topwork.clients.kubernetes.cluster import Cluster
-from topwork.cluster.controller.object_cache import Key, ObjectCache
-from topwork.cluster.controller.reconciler import Reconciler, ReconcilerSettings
-from topwork.cluster.definition import definition
+from topwork.cluster.controller.dispatch import Dispatcher
+from topwork.cluster.controller.object_cache import Key
+from topwork.cluster.controller.reconciler import ReconcilerSettings
+from topwork.cluster.controller.searches.search_cache import SEARCH, SearchKey
+from topwork.cluster.definition import TRANSFER_SEARCH, definition
 from topwork.errors import TopworkError
 
 Object = dict[str, Any]
-WATCHED = {"TransferJob", "Job", "Pod"}
+WATCHED = {"TransferSearch", "TransferJob", "Job", "Pod"}
 STAGE_SECONDS, SHUTDOWN_SECONDS = 60.0, 10.0
 MAX_ROUNDS = 200
 USER = "kubectl"
@@ -33,13 +35,14 @@ class ControlledCluster:
 
     Attributes:
         errors: Errors that the reconciler raised.
-        delays: What the last call returned for each TransferJob, which would be called again after that time.
-        queue: TransferJobs with a change that the reconciler has not seen.
+        delays: What the last call returned for each object, which would be called again after that time.
+        queue: TransferJobs and TransferSearches with a change that the reconciler has not seen.
     """
 
     def __init__(self, server: ApiServer, cluster: Cluster, **simulation: Any) -> None:
         self.server, self.cluster = server, cluster
         server.install_crd(definition())
+        server.install_crd(definition(TRANSFER_SEARCH))
         self.kubernetes = SimulatedControllers(
             server, **{"stage_seconds": STAGE_SECONDS, "shutdown_seconds": SHUTDOWN_SECONDS} | simulation
         )
@@ -50,18 +53,14 @@ class ControlledCluster:
 
     def restart(self) -> None:
         """Replace the controller by a new process, which lists all objects."""
-        self.cache = ObjectCache()
-        self.reconciler = self._new_reconciler()
-        self.delays: dict[Key, float | None] = {}
+        settings = ReconcilerSettings(status_interval_seconds=0.0, metrics_timeout_seconds=0.2, now=self.now)
+        self.dispatcher = Dispatcher(self.controller_cluster(), settings)
+        self.delays: dict[Key | SearchKey, float | None] = {}
         self.position = len(self.server.objects.history)
-        self.queue: list[Key] = []
+        self.queue: list[Key | SearchKey] = []
         for obj in self.server.objects.list_all():
             if obj["kind"] in WATCHED:
                 self._update("ADDED", obj)
-
-    def _new_reconciler(self) -> Reconciler:
-        settings = ReconcilerSettings(status_interval_seconds=0.0, metrics_timeout_seconds=0.2, now=self.now)
-        return Reconciler(self.controller_cluster(), self.cache, settings)
 
     def controller_cluster(self) -> Cluster:
         """Connection of the controller."""
@@ -80,17 +79,22 @@ class ControlledCluster:
         self.position = end
 
     def _update(self, event_type: str, obj: Object) -> None:
-        key = self.cache.update(event_type, obj)
-        if key and key not in self.queue:
-            self.queue.append(key)
+        self.queue += [key for key in self.dispatcher.update(event_type, obj) if key not in self.queue]
 
     def reconcile(self, name: str = "flowers") -> None:
         """Call the reconciler once for a TransferJob."""
-        key = Key(NAMESPACE, name)
+        self.reconcile_key(Key(NAMESPACE, name))
+
+    def reconcile_search(self, name: str = "flowers") -> None:
+        """Call the reconciler once for a TransferSearch."""
+        self.reconcile_key(SearchKey(NAMESPACE, SEARCH, name))
+
+    def reconcile_key(self, key: Key | SearchKey) -> None:
+        """Call the reconciler once."""
         if key in self.queue:
             self.queue.remove(key)
         try:
-            self.delays[key] = self.reconciler.reconcile(key)
+            self.delays[key] = self.dispatcher.reconcile(key)
         except TopworkError as error:
             self.errors.append(error)
             self.delays[key] = 1.0
@@ -103,7 +107,7 @@ class ControlledCluster:
             if not self.queue:
                 return
             for key in [*self.queue]:
-                self.reconcile(key.name)
+                self.reconcile_key(key)
         raise AssertionError(f"still busy after {MAX_ROUNDS} rounds: {self.status()}")
 
     def advance(self, seconds: float, step: float = 20.0) -> None:
@@ -116,10 +120,10 @@ class ControlledCluster:
             self.settle()
 
     def fire_timers(self) -> None:
-        """Call the reconciler for all TransferJobs that have to be looked at again without a change."""
+        """Call the reconciler for everything that has to be looked at again without a change."""
         for key, delay in [*self.delays.items()]:
             if delay is not None:
-                self.reconcile(key.name)
+                self.reconcile_key(key)
 
     # ── The user ────────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -4,18 +4,22 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from api_server import ApiServer
 from controlled_cluster import ControlledCluster
 
 from topwork.clients.kubernetes.cluster import Cluster
 
+World = TypeVar("World", bound=ControlledCluster)
+
 
 @contextmanager
-def running_controller(server: ApiServer, cluster: Cluster, **simulation: Any) -> Iterator[ControlledCluster]:
+def running_controller(
+    server: ApiServer, cluster: Cluster, kind: type[World] = ControlledCluster, **simulation: Any
+) -> Iterator[World]:
     """Run the controller over an API server; simulated time passes a hundred times as fast as real time."""
-    world, stop = ControlledCluster(server, cluster, **simulation), threading.Event()
+    world, stop = kind(server, cluster, **simulation), threading.Event()
 
     def run() -> None:
         while not stop.is_set():

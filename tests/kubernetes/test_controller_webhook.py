@@ -10,13 +10,14 @@ import time
 from contextlib import contextmanager
 
 import pytest
+import sample_searches
 
 from topwork.cluster.controller.runtime import webhook
 from topwork.cluster.controller.runtime.certificates import FileCertificates, issue_certificate
 from topwork.cluster.controller.runtime.webhook import WebhookServer, review
 from topwork.errors import SettingError, SpecError, UnavailableError
 from topwork.spec.loading.defaults import SpecDefaults
-from topwork.spec.loading.loader import read_text
+from topwork.spec.loading.loader import read_search_data, read_text
 
 OBJECT = {
     "apiVersion": "topwork.dev/v1alpha1",
@@ -81,6 +82,16 @@ def test_an_invalid_object_is_denied_with_all_problems_as_validate_prints_them()
     assert set(response["status"]["message"].splitlines()) == expected
     assert len(expected) == 3
     assert "spec.transfer.batchsize: unknown key. Did you mean batchSize?" in response["status"]["message"]
+
+
+def test_a_search_is_validated_like_its_file():
+    assert answer(sample_searches.search())["allowed"]
+    invalid = sample_searches.search(space={"model.head.dropout": {"uniform": [0.0, 7.0]}}, trials=0)
+    message = answer(invalid)["status"]["message"]
+    with pytest.raises(SpecError) as error:
+        read_search_data(invalid)
+    assert message == str(error.value)
+    assert "spec.trials" in message
 
 
 def test_defaults_of_the_namespace_are_filled_in():
@@ -212,7 +223,7 @@ def test_server_answers_within_its_timeout_and_allows_what_it_could_not_validate
         _, content = post(server, authority, request(INVALID))
         release.set()
     assert content["response"]["allowed"]
-    assert "did not validate this TransferJob in time" in content["response"]["warnings"][0]
+    assert "did not validate this object in time" in content["response"]["warnings"][0]
     assert time.monotonic() - started < 3
 
 

@@ -143,6 +143,7 @@ def test_controller_consists_of_the_definition_and_objects_in_the_namespace_of_t
     objects = kustomize("controller")
     assert sorted(by_name(objects)) == [
         ("CustomResourceDefinition", "transferjobs.topwork.dev"),
+        ("CustomResourceDefinition", "transfersearches.topwork.dev"),
         ("Deployment", "topwork-controller"),
         ("Role", "topwork-controller"),
         ("Role", "topwork-controller-lease"),

@@ -5,31 +5,35 @@ from pathlib import Path
 
 import pytest
 import sample_objects
+import sample_searches
 from access import Access, granted_access, required_access
 from api_server import ApiServer, Request
-from controlled_cluster import ControlledCluster
 from ruamel.yaml import YAML
+from sample_searches import SearchWorld
 
 from topwork.clients.kubernetes.cluster import Cluster
+from topwork.cluster.controller.object_cache import Key
+from topwork.cluster.controller.searches.search_cache import SearchKey
 
 CONTROLLER = Path(__file__).parents[2] / "k8s" / "controller"
-# Of kopf and the watches of Jobs and pods, and of an admission plugin that checks the finalizers of owners. Whoever may
+# Of kopf and the watches of other kinds, and of an admission plugin that checks the finalizers of owners. Whoever may
 # read a TransferJob can read its status, too.
 NOT_RECONCILED = {
-    *(Access(verb, "topwork.dev", "transferjobs") for verb in ("list", "watch")),
+    *(Access("watch", "topwork.dev", kind) for kind in ("transferjobs", "transfersearches")),
+    Access("list", "topwork.dev", "transfersearches"),
     *(Access(verb, "batch", "jobs") for verb in ("list", "watch")),
     *(Access(verb, "", "pods") for verb in ("get", "list", "watch")),
-    Access("update", "topwork.dev", "transferjobs/finalizers"),
-    Access("get", "topwork.dev", "transferjobs/status"),
+    *(Access("update", "topwork.dev", f"{kind}/finalizers") for kind in ("transferjobs", "transfersearches")),
+    *(Access("get", "topwork.dev", f"{kind}/status") for kind in ("transferjobs", "transfersearches")),
 }
 
 
-class RecordedCluster(ControlledCluster):
+class RecordedCluster(SearchWorld):
     """A controlled cluster that records the requests of the controller, but not those of users."""
 
-    def reconcile(self, name: str = "flowers") -> None:
+    def reconcile_key(self, key: Key | SearchKey) -> None:
         before = len(self.server.requests)
-        super().reconcile(name)
+        super().reconcile_key(key)
         self.controller_requests += self.server.requests[before:]
 
     def restart(self) -> None:
@@ -39,7 +43,7 @@ class RecordedCluster(ControlledCluster):
 
 @pytest.fixture
 def world(api_server: ApiServer, cluster: Cluster) -> Iterator[RecordedCluster]:
-    return RecordedCluster(api_server, cluster)
+    return RecordedCluster(api_server, cluster, stage_seconds=60.0, shutdown_seconds=10.0)
 
 
 def controller_rules() -> set[Access]:
@@ -66,5 +70,11 @@ def test_controller_uses_exactly_the_permissions_of_its_role(world: RecordedClus
     assert world.status()["state"] == "Complete"
     world.delete()
     world.advance(20)
+    # A search with a promoted trial, and with a trial that it no longer needs.
+    world.apply(sample_searches.search(trials=1, pruner="asha"))
+    world.finish()
+    assert world.search_status()["state"] == "Complete"
+    world.change_search(seed=7)
+    world.settle()
     assert world.errors == []
     assert required_access(world.controller_requests) | NOT_RECONCILED == controller_rules()

@@ -70,11 +70,14 @@ def test_a_finished_transfer_job_costs_no_requests(world: ControlledCluster) -> 
 def test_a_running_transfer_job_costs_one_request_an_interval(world: ControlledCluster) -> None:
     world.apply(sample_objects.spec())
     world.advance(20)
+    world.kubernetes.clock.stop()  # without an interval, each second that begins in the meantime is another update
     requests = len(world.server.requests)
     world.advance(20)
     sent = [(request.method, request.path.rpartition("/")[2]) for request in world.server.requests[requests:]]
     assert sent == [("PATCH", "status")]
-    slow = Reconciler(world.cluster, world.cache, ReconcilerSettings(status_interval_seconds=15.0, now=world.now))
+    slow = Reconciler(
+        world.cluster, world.dispatcher.cache, ReconcilerSettings(status_interval_seconds=15.0, now=world.now)
+    )
     world.kubernetes.clock.offset += 5
     first = slow.reconcile(Key("team-a", "flowers"))
     requests = len(world.server.requests)

@@ -57,5 +57,5 @@ def test_config_map_contains_the_rendered_job(case: str) -> None:
 
 def test_full_job_and_that_on_several_nodes_use_every_key_of_compute() -> None:
     (full,), (nodes,) = (read_jobs(GOLDEN / case / "job.yaml") for case in ("full", "four-nodes"))
-    assert full.spec.compute.model_fields_set == set(Compute.model_fields) - {"nodes", "topology"}
+    assert full.spec.compute.model_fields_set == set(Compute.model_fields) - {"nodes", "topology", "keep_checkpoint"}
     assert nodes.spec.compute.model_fields_set >= {"nodes", "topology"}

@@ -287,7 +287,7 @@ def test_status_without_a_name_lists_runs(topwork, simulated):
     assert topwork("status") == topwork("list")
 
 
-def test_list_of_200_runs_sends_4_list_requests_and_reads_48_logs(topwork, api_server):
+def test_list_of_200_runs_sends_5_list_requests_and_reads_48_logs(topwork, api_server):
     for index in range(200):
         job = sample_objects.job()
         name = f"flowers-{index:08x}"
@@ -303,7 +303,8 @@ def test_list_of_200_runs_sends_4_list_requests_and_reads_48_logs(topwork, api_s
     code, lines = topwork("list")
     assert (code, len(lines), time.monotonic() - start < 30) == (0, 201, True)
     logs = [request for request in api_server.requests if request.path.endswith("/log")]
-    assert (len(logs), len(api_server.requests) - len(logs)) == (48, 4)  # TransferJobs, Jobs, pods and events
+    # TransferSearches, TransferJobs, Jobs, pods and events.
+    assert (len(logs), len(api_server.requests) - len(logs)) == (48, 5)
     assert [line.split()[1] for line in lines[1:3]] == ["flowers-00000000", "flowers-00000001"]
     assert sum("1/5" in line for line in lines) == 48
 

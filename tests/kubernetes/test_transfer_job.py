@@ -9,7 +9,7 @@ import yaml
 from api_server import ApiServer
 
 from topwork.clients.kubernetes import KubernetesObject
-from topwork.cluster.definition import definition
+from topwork.cluster.definition import CUSTOM_RESOURCES, definition
 from topwork.cluster.manifests.transfer_job import build_transfer_job, parse_transfer_job
 from topwork.spec.loading.defaults import SpecDefaults, flatten_defaults
 from topwork.spec.loading.loader import read_jobs
@@ -100,16 +100,18 @@ def test_built_object_is_in_the_given_namespace() -> None:
     assert build_transfer_job(job, "team-b")["metadata"]["namespace"] == "team-b"
 
 
-def test_crd_command_prints_the_definition(topwork: Callable[..., Any]) -> None:
+def test_crd_command_prints_the_definitions(topwork: Callable[..., Any]) -> None:
     code, lines = topwork("crd")
     assert code == 0
-    assert yaml.safe_load("\n".join(lines)) == definition()
+    assert [*yaml.safe_load_all("\n".join(lines))] == [definition(resource) for resource in CUSTOM_RESOURCES]
 
 
-def test_crd_command_updates_the_definition_and_keeps_objects(
+def test_crd_command_updates_the_definitions_and_keeps_objects(
     api_server: ApiServer, topwork: Callable[..., Any]
 ) -> None:
-    assert topwork("crd", "--apply") == (0, ["customresourcedefinition/transferjobs.topwork.dev applied"])
+    names = ("transferjobs", "transfersearches")
+    applied = [f"customresourcedefinition/{name}.topwork.dev applied" for name in names]
+    assert topwork("crd", "--apply") == (0, applied)
     api_server.put(transfer_job())
     assert topwork("crd", "--apply")[0] == 0
     assert [obj["metadata"]["name"] for obj in api_server.list("TransferJob")] == ["digits"]

@@ -19,12 +19,15 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 
 {{/* Rules of the controller in each namespace of its TransferJobs. */}}
 {{- define "topwork.controller.rules" -}}
-- {apiGroups: [topwork.dev], resources: [transferjobs], verbs: [get, list, watch]}
-- {apiGroups: [topwork.dev], resources: [transferjobs/status], verbs: [get, patch]}
+- {apiGroups: [topwork.dev], resources: [transfersearches], verbs: [get, list, watch]}
+# The trials of a TransferSearch are TransferJobs.
+- {apiGroups: [topwork.dev], resources: [transferjobs], verbs: [get, list, watch, create, update, delete]}
+- {apiGroups: [topwork.dev], resources: [transferjobs/status, transfersearches/status], verbs: [get, patch]}
 # Clusters with the admission plugin OwnerReferencesPermissionEnforcement require it for blockOwnerDeletion.
-- {apiGroups: [topwork.dev], resources: [transferjobs/finalizers], verbs: [update]}
+- {apiGroups: [topwork.dev], resources: [transferjobs/finalizers, transfersearches/finalizers], verbs: [update]}
 - {apiGroups: [batch], resources: [jobs], verbs: [get, list, watch, create, patch, delete]}
-- {apiGroups: [""], resources: [configmaps], verbs: [get, create, patch, delete]}
+# The journal of a TransferSearch is updated.
+- {apiGroups: [""], resources: [configmaps], verbs: [get, create, update, patch, delete]}
 # Host names of the pods of a run on several nodes, and access to their ports.
 - {apiGroups: [""], resources: [services], verbs: [get, create, patch, delete]}
 - {apiGroups: [networking.k8s.io], resources: [networkpolicies], verbs: [get, create, patch, delete]}

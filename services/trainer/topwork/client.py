@@ -141,7 +141,7 @@ def apply(  # noqa: PLR0913 - keyword-only options
         raise SettingError(f"metadata.namespace is {own}, but namespace is {namespace}. Remove one of them.")
     if own:
         cluster = cluster.in_namespace(own)
-    obj = build_object(model, RenderOptions(image, cluster.namespace), defaults.filled_paths(overrides)[-1])
+    obj = build_object(model, RenderOptions(image, cluster.namespace), defaults.filled_paths(overrides, [model])[-1])
     found = defaults.of(own)
     submission = TransferJobSubmission(cluster, obj, model.run, _ignore, defaults=found.spec if found else None)
     outcome = submission.submit(restart=restart, rerun=rerun)

@@ -20,6 +20,8 @@ class TerminationMessage(BaseModel):
         epochs: Number of epochs that the stage trained.
         metric: Name of the best metric, such as `validation_accuracy`, or of the first metric evaluated.
         value: Value of that metric.
+        metrics: Metrics on the validation split of a run that publishes nothing, including `loss`.
+        dataset: Key prefix of the stored dataset of such a run.
         model: URI of the published model.
         weights_from: Stage and epoch that its weights come from.
         error: Why the stage failed, in one sentence.
@@ -35,6 +37,8 @@ class TerminationMessage(BaseModel):
     epochs: int | None = None
     metric: str | None = None
     value: float | None = None
+    metrics: dict[str, float] | None = None
+    dataset: str | None = None
     model: str | None = None
     weights_from: str | None = None
     error: str | None = None

@@ -14,7 +14,7 @@ MAX_ATTEMPTS = 20
 """Maximum number of pods in the status, or two per node if that is more; older ones are dropped."""
 
 
-class _StatusModel(BaseModel):
+class StatusModel(BaseModel):
     """Part of the status: immutable, camelCase in YAML and snake_case in Python; ignores keys of newer versions."""
 
     model_config = ConfigDict(
@@ -22,7 +22,7 @@ class _StatusModel(BaseModel):
     )
 
 
-class Condition(_StatusModel):
+class Condition(StatusModel):
     """A condition, as in metav1.Condition."""
 
     type: ConditionType = Field(description="Type of the condition.")
@@ -33,7 +33,26 @@ class Condition(_StatusModel):
     observed_generation: int = Field(default=0, description="Generation of the spec that the condition describes.")
 
 
-class AttemptRecord(_StatusModel):
+class ConditionedStatus(StatusModel):
+    """What the statuses of all kinds have."""
+
+    observed_generation: int = Field(default=0, description="Generation of the spec that this status describes.")
+    state: State = Field(default="Pending", description="State of the run.")
+    conditions: tuple[Condition, ...] = Field(
+        default=(), description="Conditions: Accepted, Suspended, Complete, Failed and Cancelled."
+    )
+
+    @property
+    def is_final(self) -> bool:
+        """Whether it is finished."""
+        return self.state in FINAL_STATES
+
+    def condition(self, kind: ConditionType) -> Condition | None:
+        """Return a condition by its type; None if it is not set."""
+        return next((condition for condition in self.conditions if condition.type == kind), None)
+
+
+class AttemptRecord(StatusModel):
     """A pod of the run."""
 
     pod: str = Field(description="Name of the pod.")
@@ -52,14 +71,9 @@ class AttemptRecord(_StatusModel):
     )
 
 
-class TransferJobStatus(_StatusModel):
+class TransferJobStatus(ConditionedStatus):
     """Observed state of the TransferJob. Written by the controller."""
 
-    observed_generation: int = Field(default=0, description="Generation of the spec that this status describes.")
-    state: State = Field(default="Pending", description="State of the run.")
-    conditions: tuple[Condition, ...] = Field(
-        default=(), description="Conditions: Accepted, Suspended, Complete, Failed and Cancelled."
-    )
     run: str | None = Field(
         default=None,
         description="Name of the run, which is also that of its Job: NAME-DIGEST, where the digest "
@@ -69,6 +83,12 @@ class TransferJobStatus(_StatusModel):
     progress: str | None = Field(default=None, description="Progress of the stage, such as 3/10 epochs.")
     eta: str | None = Field(default=None, description="Estimated time until the last planned epoch of the stage.")
     metric: str | None = Field(default=None, description="Best metric so far, such as validation_accuracy 0.9312.")
+    metrics: dict[str, float] | None = Field(
+        default=None, description="Metrics on the validation split, with the loss, of a run that publishes nothing."
+    )
+    dataset: str | None = Field(
+        default=None, description="Key prefix of the stored dataset of a run that publishes nothing."
+    )
     model: str | None = Field(default=None, description="URI of the published model.")
     model_version: int | None = Field(default=None, description="Version of the published model.")
     waiting_for: str | None = Field(default=None, description="Why the run is pending or stopping.")
@@ -88,12 +108,3 @@ class TransferJobStatus(_StatusModel):
     )
     start_time: datetime | None = Field(default=None, description="When the run was created.")
     completion_time: datetime | None = Field(default=None, description="When the run finished.")
-
-    @property
-    def is_final(self) -> bool:
-        """Whether the run is finished."""
-        return self.state in FINAL_STATES
-
-    def condition(self, kind: ConditionType) -> Condition | None:
-        """Return a condition by its type; None if it is not set."""
-        return next((condition for condition in self.conditions if condition.type == kind), None)

@@ -1,10 +1,10 @@
-"""The conditions of a TransferJob, for `kubectl wait` and the health checks of GitOps tools."""
+"""The conditions of a TransferJob or a TransferSearch, for `kubectl wait` and the health checks of GitOps tools."""
 
 from collections.abc import Mapping
 from datetime import datetime
 from typing import NamedTuple, get_args
 
-from topwork.cluster.transfer_job_status import Condition, ConditionType, State, TransferJobStatus
+from topwork.cluster.transfer_job_status import Condition, ConditionedStatus, ConditionType, State
 
 MAX_MESSAGE_CHARACTERS = 32_000
 """The API server allows 32,768 characters in the message of a condition."""
@@ -23,9 +23,9 @@ ACCEPTED = Fact("Valid")
 
 
 def update_conditions(
-    previous: TransferJobStatus, state: State, facts: Mapping[ConditionType, Fact], generation: int, now: datetime
+    previous: ConditionedStatus, state: State, facts: Mapping[ConditionType, Fact], generation: int, now: datetime
 ) -> tuple[Condition, ...]:
-    """Return all conditions of a TransferJob.
+    """Return all conditions of a TransferJob or a TransferSearch.
 
     Args:
         previous: The last status. A condition keeps the time of its last transition until its status changes.
@@ -44,7 +44,7 @@ def update_conditions(
     )
 
 
-def _update(previous: TransferJobStatus, kind: ConditionType, fact: Fact, generation: int, now: datetime) -> Condition:
+def _update(previous: ConditionedStatus, kind: ConditionType, fact: Fact, generation: int, now: datetime) -> Condition:
     before = previous.condition(kind)
     status = "True" if fact.holds else "False"
     return Condition(

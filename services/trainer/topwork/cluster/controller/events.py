@@ -2,7 +2,8 @@
 
 import hashlib
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from datetime import datetime
+from typing import NamedTuple
 
 from topwork.clients.kubernetes import KubernetesObject
 from topwork.cluster.controller.observation import Observation
@@ -84,24 +85,41 @@ def build_event(seen: Observation, status: TransferJobStatus, report: Report) ->
         The event. Its name depends on the generation, run, Job and reason, so that a controller that was killed before
         it stored the status reports nothing twice.
     """
-    metadata = seen.transfer_job["metadata"]
     # A run can be interrupted, and run again, several times.
     attempt = status.attempts if report.reason in {"Running", "Interrupted"} else None
-    identity = "|".join(map(str, (seen.uid, seen.generation, status.run, status.job_uid, attempt, report.reason)))
-    time = seen.now.strftime("%Y-%m-%dT%H:%M:%SZ")
-    event: dict[str, Any] = {
+    return build_event_of(seen.transfer_job, (seen.generation, status.run, status.job_uid, attempt), report, seen.now)
+
+
+def build_event_of(
+    obj: KubernetesObject, occasion: tuple[object, ...], report: Report, now: datetime
+) -> KubernetesObject:
+    """Build an event about an object.
+
+    Args:
+        obj: The object.
+        occasion: What tells the event from others about the object with the same reason.
+        report: What to report.
+        now: Current time.
+
+    Returns:
+        The event, whose name depends on the object, the occasion and the reason.
+    """
+    namespace, uid = str(obj["metadata"]["namespace"]), str(obj["metadata"]["uid"])
+    identity = "|".join(map(str, (uid, *occasion, report.reason)))
+    time = now.strftime("%Y-%m-%dT%H:%M:%SZ")
+    return {
         "apiVersion": "v1",
         "kind": "Event",
         "metadata": {
-            "name": f"{name_of(seen.transfer_job)}.{hashlib.sha256(identity.encode()).hexdigest()[:16]}",
-            "namespace": seen.namespace,
+            "name": f"{name_of(obj)}.{hashlib.sha256(identity.encode()).hexdigest()[:16]}",
+            "namespace": namespace,
         },
         "involvedObject": {
-            "apiVersion": seen.transfer_job["apiVersion"],
-            "kind": seen.transfer_job["kind"],
-            "name": metadata["name"],
-            "namespace": seen.namespace,
-            "uid": seen.uid,
+            "apiVersion": obj["apiVersion"],
+            "kind": obj["kind"],
+            "name": name_of(obj),
+            "namespace": namespace,
+            "uid": uid,
         },
         "type": "Warning" if report.is_warning else "Normal",
         "reason": report.reason,
@@ -111,4 +129,3 @@ def build_event(seen: Observation, status: TransferJobStatus, report: Report) ->
         "lastTimestamp": time,
         "count": 1,
     }
-    return event

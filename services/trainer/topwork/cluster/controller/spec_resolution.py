@@ -27,7 +27,7 @@ from topwork.spec.loading.problems import InvalidSpecError
 if TYPE_CHECKING:
     from topwork.clients.kubernetes.cluster import Cluster
 
-RejectionReason = Literal["InvalidSpec", "InvalidDefaults", "NameConflict"]
+RejectionReason = Literal["InvalidSpec", "InvalidDefaults", "NameConflict", "InvalidJournal"]
 
 
 @dataclass(frozen=True)

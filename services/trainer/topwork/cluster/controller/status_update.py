@@ -90,8 +90,10 @@ def _progress_values(kept: TransferJobStatus, state: State, read: RunStatus | No
         progress = {"stage": stage}
     if read and read.metric is not None and read.value is not None:
         progress["metric"] = f"{read.metric} {read.value:.4f}"
+    if read and read.metrics:
+        progress |= {"metrics": read.metrics, "dataset": read.dataset}
     if read and read.model:
-        progress |= {"model": read.model, "model_version": _model_version(read.model)}
+        progress |= {"model": read.model, "model_version": model_version(read.model)}
     return progress
 
 
@@ -116,7 +118,8 @@ def gpus_of(job: KubernetesObject) -> int:
     return node_count(job) * int(parse_quantity(requested_amount(job["spec"]["template"], GPU_RESOURCE) or "0"))
 
 
-def _model_version(uri: str) -> int | None:
+def model_version(uri: str) -> int | None:
+    """Return the version of a published model, with which its URI ends."""
     version = uri.rstrip("/").rpartition("/")[2]
     return int(version) if version.isdigit() else None
 

@@ -5,6 +5,7 @@ from copy import deepcopy
 from typing import Any, Literal, NamedTuple
 
 from topwork.cluster.manifests.nodes import build_affinity, node_pod_fields, node_ports, node_variables
+from topwork.cluster.manifests.tracking import tracking_variables
 from topwork.cluster.names import (
     DATASET_ANNOTATION,
     GPU_RESOURCE,
@@ -156,7 +157,11 @@ def _container(
         "name": stage,
         "image": image,
         "args": ["stage", stage, "--job", f"{JOB_DIRECTORY}/{JOB_FILE}"],
-        "env": _environment(job) + (node_variables(job, stage) if has_peers else []),
+        "env": [
+            *_environment(job),
+            *(node_variables(job, stage) if has_peers else []),
+            *tracking_variables(job, stage),
+        ],
         # If the Secret is missing, the pod still starts: the process exits with 2 and reports the missing variables.
         "envFrom": [{"secretRef": {"name": STORAGE_SECRET, "optional": True}}],
         "ports": [

@@ -8,6 +8,7 @@ from topwork.spec.loading.defaults import SpecDefaults
 from topwork.spec.loading.loader import read_data
 from topwork.spec.loading.yaml_document import Path
 from topwork.spec.schema import key_types
+from topwork.spec.spec_model import SpecModel
 
 METADATA_KEYS = ("name", "namespace", "labels")
 """Keys of the metadata that concern the run. Annotations and the keys that the API server adds do not."""
@@ -31,10 +32,14 @@ def parse_transfer_job(obj: KubernetesObject, defaults: SpecDefaults | None = No
         >>> parse_transfer_job(cluster.get("TransferJob", "cats-vs-dogs")).run
         'cats-vs-dogs-5d41402a'
     """
+    return read_data(restore_switches(plain_data(obj), (), TransferJob), defaults)
+
+
+def plain_data(obj: KubernetesObject) -> dict[str, Any]:
+    """Return the parts of a custom resource that its file contains."""
     metadata = obj.get("metadata") or {}
     known = {key: metadata[key] for key in METADATA_KEYS if metadata.get(key) is not None}
-    data = {key: value for key, value in obj.items() if key not in {"metadata", "status"}} | {"metadata": known}
-    return read_data(_restore_switches(data, ()), defaults)
+    return {key: value for key, value in obj.items() if key not in {"metadata", "status"}} | {"metadata": known}
 
 
 def build_transfer_job(job: TransferJob, namespace: str | None) -> KubernetesObject:
@@ -53,12 +58,18 @@ def build_transfer_job(job: TransferJob, namespace: str | None) -> KubernetesObj
     return obj
 
 
-def _restore_switches(value: Any, path: Path) -> Any:
-    """Turn booleans back into on and off: kubectl and Helm parse YAML 1.1, in which these words are booleans."""
+def restore_switches(value: Any, path: Path, model: type[SpecModel]) -> Any:
+    """Turn booleans back into on and off: kubectl and Helm parse YAML 1.1, in which these words are booleans.
+
+    Args:
+        value: Plain data.
+        path: Its path in the model.
+        model: Root of the path.
+    """
     if isinstance(value, dict):
-        return {key: _restore_switches(inner, (*path, key)) for key, inner in value.items()}
+        return {key: restore_switches(inner, (*path, key), model) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_restore_switches(item, (*path, index)) for index, item in enumerate(value)]
-    if isinstance(value, bool) and SWITCHES[value] in key_types.literal_values(key_types.types_at(TransferJob, path)):
+        return [restore_switches(item, (*path, index), model) for index, item in enumerate(value)]
+    if isinstance(value, bool) and SWITCHES[value] in key_types.literal_values(key_types.types_at(model, path)):
         return SWITCHES[value]
     return value

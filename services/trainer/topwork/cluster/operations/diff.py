@@ -38,7 +38,12 @@ def describe_diff(
 
 def describe_spec_diff(before: TransferJob, after: TransferJob) -> str:
     """Describe how two specs differ, in the form of `describe_diff`."""
-    return _join(list(_compare(job_to_dict(before)["spec"], job_to_dict(after)["spec"], "spec")))
+    return _join(list_spec_diff(before, after))
+
+
+def list_spec_diff(before: TransferJob, after: TransferJob) -> list[str]:
+    """List all keys in which two specs differ, such as `spec.compute.gpus: 2 → 1`."""
+    return list(_compare(job_to_dict(before)["spec"], job_to_dict(after)["spec"], "spec"))
 
 
 def _join(changes: list[str]) -> str:

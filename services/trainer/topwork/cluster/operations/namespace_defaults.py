@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from topwork.cluster.manifests.defaults import DEFAULTS_SOURCE, NamespaceDefaults, read_defaults
 from topwork.spec.kubernetes_types import NAMESPACE
 from topwork.spec.loading.defaults import SpecDefaults
+from topwork.spec.loading.loader import Spec
 from topwork.spec.loading.overrides import parse_overrides
 from topwork.spec.loading.problems import format_path
 from topwork.spec.loading.yaml_document import Path
@@ -44,14 +45,21 @@ class DefaultsByNamespace(SpecDefaults):
         self._filled.append(filled)
         return result, filled
 
-    def filled_paths(self, overrides: Sequence[str]) -> list[frozenset[Path]]:
-        """Return the paths that were filled into each document so far, in order, and that no override replaces."""
-        replaced = [override.path for override in parse_overrides(overrides)]
+    def filled_paths(self, overrides: Sequence[str], specs: Sequence[Spec]) -> list[frozenset[Path]]:
+        """Return the paths that were filled into each document, and that no override replaces.
 
-        def is_replaced(path: Path) -> bool:
-            return any(path[: len(other)] == other[: len(path)] for other in replaced)
+        Args:
+            overrides: The overrides that were applied to all documents.
+            specs: The documents that were read, in order.
+        """
 
-        return [frozenset(path for path in filled if not is_replaced(path)) for filled in self._filled]
+        def kept(filled: set[Path], spec: Spec) -> frozenset[Path]:
+            replaced = [override.path for override in parse_overrides(overrides, type(spec))]
+            return frozenset(
+                path for path in filled if not any(path[: len(other)] == other[: len(path)] for other in replaced)
+            )
+
+        return [kept(filled, spec) for filled, spec in zip(self._filled, specs, strict=True)]
 
     def of(self, namespace: str | None) -> NamespaceDefaults | None:
         """Return the defaults of a namespace; None without any, or if the account may not read them."""

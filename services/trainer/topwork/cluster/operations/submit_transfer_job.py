@@ -23,7 +23,7 @@ from topwork.cluster.status.objects import (
 from topwork.cluster.status.transfer_job_run import is_processed, read_transfer_job_status
 from topwork.errors import SettingError, UnavailableError
 from topwork.spec import TransferJob
-from topwork.spec.loading.defaults import SpecDefaults
+from topwork.spec.loading.defaults import SECTIONS, SpecDefaults
 from topwork.spec.loading.yaml_document import Path
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def build_object(job: TransferJob, options: RenderOptions, filled: Collection[Pa
     render(job.model_copy(update={"spec": job.spec.model_copy(update={"suspend": False})}), options)
     obj = build_transfer_job(job, options.namespace)
     for path in filled:
-        _remove(obj, path)
+        remove_value(obj, path)
     if options.image:
         obj["spec"]["compute"] = (obj["spec"].get("compute") or {}) | {"image": options.image}
     annotations = {DATASET_ANNOTATION: options.dataset} if options.dataset else {}
@@ -62,15 +62,15 @@ def build_object(job: TransferJob, options: RenderOptions, filled: Collection[Pa
     return _with_annotations(obj, annotations)
 
 
-def _remove(obj: KubernetesObject, path: Path) -> None:
-    """Remove a value, and a section that it leaves empty."""
+def remove_value(obj: KubernetesObject, path: Path) -> None:
+    """Remove a value of the spec of a job or of a template, and a section that it leaves empty."""
     *parents, key = map(str, path)
-    section = obj
+    sections = [obj]
     for parent in parents:
-        section = section.get(parent) or {}
-    section.pop(key, None)
-    if not section and len(parents) > 1:
-        obj[parents[0]].pop(parents[1], None)
+        sections.append(sections[-1].get(parent) or {})
+    sections[-1].pop(key, None)
+    if not sections[-1] and parents[-1] in SECTIONS:
+        sections[-2].pop(parents[-1], None)
 
 
 def _with_annotations(obj: KubernetesObject, annotations: dict[str, str]) -> KubernetesObject:

@@ -21,6 +21,7 @@ from topwork.cluster.status.objects import (
     parse_time,
     pods_of_job,
 )
+from topwork.cluster.termination_message import TerminationMessage
 from topwork.cluster.transfer_job_status import TransferJobStatus
 
 # The metric to show: the first of these that a log line contains.
@@ -64,6 +65,8 @@ class RunStatus:
         epoch: Progress of the stage.
         metric: Name of the best known metric.
         value: Its value.
+        metrics: Metrics on the validation split of a finished run that publishes nothing.
+        dataset: Key prefix of the stored dataset of such a run.
         model: URI of the published model.
         weights_from: Stage and epoch that the weights of the trained model come from.
         transfer_job: Status of its TransferJob; None for a plain Job.
@@ -101,6 +104,8 @@ class RunStatus:
     transfer_job: TransferJobStatus | None = None
     notes: tuple[str, ...] = ()
     nodes: int = 1
+    metrics: dict[str, float] | None = None
+    dataset: str | None = None
 
     @property
     def last_attempt(self) -> Attempt | None:
@@ -184,6 +189,7 @@ def read_status_of_job(objects: RunObjects, job: KubernetesObject, epoch: EpochP
         epoch = None
     metric, value = _best_metric(own, epoch)
     job_status = read_job_status(objects, job, attempts)
+    validated = _validation_message(own)
     return RunStatus(
         job=get_label(job, JOB_LABEL) or name_of(job),
         run=get_label(job, RUN_LABEL) or name_of(job),
@@ -206,6 +212,8 @@ def read_status_of_job(objects: RunObjects, job: KubernetesObject, epoch: EpochP
         node=last.node if last else None,
         queue=get_label(job, QUEUE_LABEL),
         nodes=nodes,
+        metrics=validated.metrics if validated else None,
+        dataset=validated.dataset if validated else None,
     )
 
 
@@ -223,6 +231,12 @@ def _best_metric(attempts: tuple[Attempt, ...], epoch: EpochProgress | None) -> 
 def _model_uri(attempts: tuple[Attempt, ...]) -> str | None:
     messages = (container.termination_message for container in _newest_first(attempts))
     return next((message.model for message in messages if message and message.model), None)
+
+
+def _validation_message(attempts: tuple[Attempt, ...]) -> TerminationMessage | None:
+    """Return the message of the evaluation on the validation split, which ends a run that publishes nothing."""
+    messages = (container.termination_message for container in _newest_first(attempts))
+    return next((message for message in messages if message and message.metrics), None)
 
 
 def _weights_from(attempts: tuple[Attempt, ...]) -> str | None:

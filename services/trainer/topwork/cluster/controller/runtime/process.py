@@ -3,21 +3,23 @@
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import structlog
 
 from topwork import __version__
 from topwork.clients.kubernetes import KubernetesObject
-from topwork.clients.prometheus.controller import ControllerMetrics, TransferJobSample
-from topwork.cluster.controller.object_cache import Key, ObjectCache
+from topwork.clients.prometheus.controller import ControllerMetrics, TransferJobSample, TransferSearchSample
+from topwork.cluster.controller.dispatch import Dispatcher
+from topwork.cluster.controller.object_cache import Key
 from topwork.cluster.controller.runtime.http_server import HttpServer
 from topwork.cluster.controller.runtime.leader_election import LeaderElection
 from topwork.cluster.controller.runtime.operator import TransferJobWatch
-from topwork.cluster.controller.runtime.samples import to_sample
-from topwork.cluster.controller.runtime.watches import ObjectWatch, Watch
+from topwork.cluster.controller.runtime.samples import to_sample, to_search_sample
+from topwork.cluster.controller.runtime.watches import ObjectWatch, SearchWatch, Watch
 from topwork.cluster.controller.runtime.webhook import WebhookServer
 from topwork.cluster.controller.runtime.work_queue import WorkQueue, WorkQueueSettings
+from topwork.cluster.controller.searches.search_cache import SearchKey
 
 if TYPE_CHECKING:
     from topwork.clients.kubernetes.cluster import Cluster
@@ -32,20 +34,13 @@ STOP_SECONDS = 20.0
 EXIT_STOPPED, EXIT_LEASE_LOST = 0, 1
 
 
-class Reconciles(Protocol):
-    """Brings the objects of a TransferJob into their desired state."""
-
-    def reconcile(self, key: Key) -> float | None:
-        """Return the seconds after which it must run again without a change; None to wait for a change."""
-
-
 @dataclass(frozen=True)
 class ProcessSettings:
     """Settings of the process.
 
     Attributes:
-        namespaces: Namespaces of the TransferJobs; empty for all namespaces.
-        workers: Number of TransferJobs that are reconciled at the same time.
+        namespaces: Namespaces of the TransferJobs and TransferSearches; empty for all namespaces.
+        workers: Number of TransferJobs and TransferSearches that are reconciled at the same time.
         http_port: Port of metrics and probes; 0 selects a free port.
     """
 
@@ -59,8 +54,7 @@ class ControllerProcess:
 
     Args:
         cluster: The cluster.
-        cache: Cache of the reconciler.
-        reconciler: Reconciles TransferJobs.
+        dispatcher: Caches the watched objects, and reconciles TransferJobs and TransferSearches.
         election: Candidate for the Lease.
         webhook: Server of the webhook, if it is enabled.
         settings: Settings.
@@ -69,22 +63,22 @@ class ControllerProcess:
     def __init__(
         self,
         cluster: "Cluster",
-        cache: ObjectCache,
-        reconciler: Reconciles,
+        dispatcher: Dispatcher,
         election: LeaderElection,
         webhook: WebhookServer | None,
         settings: ProcessSettings,
     ) -> None:
-        self._cache, self._election, self._webhook, self._settings = cache, election, webhook, settings
-        self._metrics = ControllerMetrics(self._samples, __version__)
-        self._queue: WorkQueue[Key] = WorkQueue(
-            reconciler.reconcile,
+        self._dispatcher, self._election, self._webhook, self._settings = dispatcher, election, webhook, settings
+        self._metrics = ControllerMetrics(self._samples, __version__, self._search_samples)
+        self._queue: WorkQueue[Key | SearchKey] = WorkQueue(
+            dispatcher.reconcile,
             WorkQueueSettings(workers=settings.workers),
             lambda success, seconds: self._metrics.observe_reconcile("ok" if success else "error", seconds),
         )
         scopes = settings.namespaces or (None,)
         self._watches: list[Watch] = [
-            *(TransferJobWatch(cluster, scope, self._handle, cache.transfer_jobs) for scope in scopes),
+            *(TransferJobWatch(cluster, scope, self._handle, dispatcher.cache.transfer_jobs) for scope in scopes),
+            *(SearchWatch(cluster, scope, self._handle) for scope in scopes),
             *(ObjectWatch(cluster, kind, scope, self._handle) for kind in ("Job", "Pod") for scope in scopes),
         ]
 
@@ -131,12 +125,16 @@ class ControllerProcess:
     def _wait_until_synced(self, stop: threading.Event) -> bool:
         while not stop.wait(POLL_SECONDS):
             if all(watch.is_synced for watch in self._watches):
-                log.info("watches synced", transferjobs=len(self._cache.transfer_jobs()))
+                counts = {
+                    "transferjobs": len(self._dispatcher.cache.transfer_jobs()),
+                    "transfersearches": len(self._dispatcher.search_cache.searches()),
+                }
+                log.info("watches synced", **counts)
                 return True
         return False
 
     def _handle(self, event_type: str, obj: KubernetesObject) -> None:
-        if key := self._cache.update(event_type, obj):
+        for key in self._dispatcher.update(event_type, obj):
             self._queue.add(key)
 
     # ── Pages ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -147,7 +145,10 @@ class ControllerProcess:
         return self._metrics.page()
 
     def _samples(self) -> Iterator[TransferJobSample]:
-        return map(to_sample, self._cache.transfer_jobs())
+        return map(to_sample, self._dispatcher.cache.transfer_jobs())
+
+    def _search_samples(self) -> Iterator[TransferSearchSample]:
+        return map(to_search_sample, self._dispatcher.search_cache.searches())
 
     def _health(self) -> list[str]:
         problems = [self._queue.problem(MAX_RECONCILE_SECONDS), self._election.problem()]

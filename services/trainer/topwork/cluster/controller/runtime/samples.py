@@ -1,11 +1,14 @@
-"""What the metrics report about a TransferJob, from its object."""
+"""What the metrics report about a TransferJob or a TransferSearch, from its object."""
 
 from datetime import datetime
 
 from topwork.clients.kubernetes import KubernetesObject
-from topwork.clients.prometheus.controller import TransferJobSample
+from topwork.clients.prometheus.controller import TransferJobSample, TransferSearchSample
+from topwork.cluster.status.objects import name_of
 from topwork.cluster.status.transfer_job_run import read_transfer_job_status
+from topwork.cluster.status.transfer_search import read_transfer_search_status
 from topwork.cluster.transfer_job_status import TransferJobStatus
+from topwork.cluster.transfer_search_status import TransferSearchStatus
 from topwork.errors import SettingError
 
 TEAM_LABEL = "team"
@@ -33,4 +36,19 @@ def to_sample(obj: KubernetesObject) -> TransferJobSample:
         completed=status.completion_time.timestamp() if status.completion_time else None,
         gpu_seconds=status.gpu_seconds or 0.0,
         team=(metadata.get("labels") or {}).get(TEAM_LABEL, ""),
+    )
+
+
+def to_search_sample(obj: KubernetesObject) -> TransferSearchSample:
+    """Return the sample of a TransferSearch."""
+    try:
+        status = read_transfer_search_status(obj)
+    except SettingError:  # which its reconciliation reports
+        status = TransferSearchStatus()
+    return TransferSearchSample(
+        namespace=obj["metadata"]["namespace"],
+        name=name_of(obj),
+        trials=status.trials.model_dump(),
+        metric=(obj.get("spec") or {}).get("metric") or "accuracy",
+        best=status.best.value if status.best else None,
     )

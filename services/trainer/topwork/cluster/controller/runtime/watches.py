@@ -1,4 +1,4 @@
-"""Watches of Jobs and pods, each in a thread that survives every error of the API server."""
+"""Watches of Jobs, pods and TransferSearches, each in a thread that survives every error of the API server."""
 
 # kopf does not watch them: after an interruption it does not report which objects were deleted in the meantime.
 
@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import structlog
 
 from topwork.clients.kubernetes import KubernetesObject
-from topwork.clients.kubernetes.errors import ForbiddenError
+from topwork.clients.kubernetes.errors import ForbiddenError, UnknownApiError
+from topwork.cluster.controller.searches.search_cache import SEARCH
 from topwork.cluster.names import APP_NAME, PART_OF_LABEL
 from topwork.errors import TopworkError, quote_error
 
@@ -81,10 +82,13 @@ class ObjectWatch(Watch):
         handle: Called for each change.
     """
 
+    labels = f"{PART_OF_LABEL}={APP_NAME}"
+    """Label selector of the objects."""
+
     def __init__(self, cluster: "Cluster", kind: str, namespace: str | None, handle: EventHandler) -> None:
         super().__init__(kind, namespace, MAX_SILENCE_SECONDS)
         scope = cluster.in_namespace(namespace) if namespace else cluster
-        self._watcher = scope.watcher(kind, labels=f"{PART_OF_LABEL}={APP_NAME}", all_namespaces=namespace is None)
+        self._watcher = scope.watcher(kind, labels=self.labels, all_namespaces=namespace is None)
         self._handle = handle
 
     def _run(self) -> None:
@@ -113,6 +117,27 @@ class ObjectWatch(Watch):
             self._last_sign = time.monotonic()
             self.error = ""
             self._handle(event.type, event.object)
+
+
+class SearchWatch(ObjectWatch):
+    """Reports all TransferSearches. A cluster may have the CustomResourceDefinition of TransferJobs only."""
+
+    labels = ""
+
+    def __init__(self, cluster: "Cluster", namespace: str | None, handle: EventHandler) -> None:
+        super().__init__(cluster, SEARCH, namespace, handle)
+        self._is_missing = False
+
+    def _watch(self, seconds: float) -> None:
+        try:
+            super()._watch(seconds)
+        except UnknownApiError:
+            if not self._is_missing:
+                log.warning("TransferSearches are not served; install their definition with: topwork crd --apply")
+            self._is_missing = True
+            self._stopping.wait(ROUND_SECONDS if self._synced else 0.0)
+        else:
+            self._is_missing = False
 
 
 def thread_problem(thread: threading.Thread, last_sign: float, max_seconds: float) -> str | None:

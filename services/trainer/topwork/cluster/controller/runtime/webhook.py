@@ -1,4 +1,4 @@
-"""Validating webhook: `kubectl apply` shows the same problems of a TransferJob as `topwork validate`.
+"""Validating webhook: `kubectl apply` shows the same problems of an object as `topwork validate`.
 
 Problems are found twice: here, and by the controller, which sets the condition Accepted of what was applied without the
 webhook. So whenever the webhook can't decide in time, it accepts the object.
@@ -21,7 +21,9 @@ from topwork.clients.kubernetes import KubernetesObject
 from topwork.cluster.controller.runtime.certificates import Certificates
 from topwork.cluster.controller.runtime.http_server import open_listener
 from topwork.cluster.controller.runtime.watches import thread_problem
+from topwork.cluster.controller.searches.search_cache import SEARCH
 from topwork.cluster.manifests.transfer_job import parse_transfer_job
+from topwork.cluster.manifests.transfer_search import parse_transfer_search
 from topwork.errors import SpecError, TopworkError
 from topwork.spec.loading.defaults import SpecDefaults
 
@@ -41,7 +43,7 @@ UNPROCESSABLE = 422
 
 
 def review(request: KubernetesObject, read_defaults: DefaultsReader) -> KubernetesObject:
-    """Answer an AdmissionReview of a TransferJob.
+    """Answer an AdmissionReview of a TransferJob or a TransferSearch.
 
     Args:
         request: The AdmissionReview.
@@ -69,10 +71,11 @@ def _problems(content: KubernetesObject, read_defaults: DefaultsReader) -> str:
         defaults = read_defaults(content.get("namespace") or "")
     except TopworkError as error:
         # Without the defaults of the namespace, a missing spec.storage would be a wrong answer.
-        log.warning("TransferJob not validated: the defaults of its namespace are unknown", reason=str(error))
+        log.warning("object not validated: the defaults of its namespace are unknown", reason=str(error))
         return ""
+    parse = parse_transfer_search if obj.get("kind") == SEARCH else parse_transfer_job
     try:
-        parse_transfer_job(obj, defaults)
+        parse(obj, defaults)
     except SpecError as error:
         return str(error)
     return ""
@@ -152,10 +155,10 @@ class WebhookServer:
             answer = asyncio.to_thread(review, content, self._read_defaults)
             return web.json_response(await asyncio.wait_for(answer, ANSWER_SECONDS))
         except TimeoutError:
-            warning = "topwork did not validate this TransferJob in time; its condition Accepted shows the result"
+            warning = "topwork did not validate this object in time; its condition Accepted shows the result"
         except Exception:
             log.exception("unexpected error of the webhook")
-            warning = "topwork could not validate this TransferJob; its condition Accepted shows the result"
+            warning = "topwork could not validate this object; its condition Accepted shows the result"
         return web.json_response(_review({"uid": uid, "allowed": True, "warnings": [warning]}))
 
 

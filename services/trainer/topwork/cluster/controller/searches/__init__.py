@@ -1,0 +1,1 @@
+"""TransferSearches: the controller is their coordinator, with one TransferJob for each trial."""
