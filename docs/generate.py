@@ -12,10 +12,13 @@ from topwork.cli import app
 from topwork.cli.commands.backbones import COLUMNS
 from topwork.cli.commands.backbones import rows as backbone_rows
 from topwork.clients.prometheus.controller import (
+    MAX_SEARCH_SERIES,
     MAX_TRANSFERJOB_SERIES,
+    SEARCH_LABELS,
     TRANSFERJOB_LABELS,
     ControllerMetrics,
     TransferJobCollector,
+    TransferSearchCollector,
 )
 from topwork.clients.prometheus.gpus import GPU_METRICS, GpuCollector
 from topwork.clients.prometheus.series import (
@@ -26,8 +29,10 @@ from topwork.clients.prometheus.series import (
     OUTCOME_FAMILIES,
     MetricFamilies,
 )
+from topwork.spec import TransferJob
 from topwork.spec.schema.json_schema import schema_text
 from topwork.spec.schema.reference import reference_text
+from topwork.spec.search import TransferSearch
 
 ROOT = Path(__file__).parent.parent
 HELP_WIDTH = 100
@@ -35,7 +40,8 @@ HELP_WIDTH = 100
 
 def main() -> None:
     """Write all generated files, and the generated sections of the README."""
-    (ROOT / "schema" / "transferjob.schema.json").write_text(schema_text())
+    for model in (TransferJob, TransferSearch):
+        (ROOT / "schema" / f"{model.__name__.lower()}.schema.json").write_text(schema_text(model))
     (ROOT / "docs" / "spec.md").write_text(reference_text())
     (ROOT / "docs" / "commands.md").write_text(commands_text())
     (ROOT / "docs" / "metrics.md").write_text(metrics_text())
@@ -111,12 +117,15 @@ def controller_metrics_lines() -> list[str]:
     """Generate the section with the metrics of the controller."""
     metrics = ControllerMetrics(samples=tuple, version="")
     transferjobs = [(family, family._labelnames) for family in TransferJobCollector(samples=tuple).describe()]
-    families = transferjobs + families_of(vars(metrics).values())
+    searches = [(family, family._labelnames) for family in TransferSearchCollector(samples=tuple).describe()]
+    families = transferjobs + searches + families_of(vars(metrics).values())
     return [
         "## Controller\n",
-        "`topwork controller` serves these metrics on port 8080. Only the leader exposes TransferJobs: at most "
-        f"{MAX_TRANSFERJOB_SERIES} series for each, as long as the object exists. Their labels "
-        f"{' and '.join(f'`{label}`' for label in TRANSFERJOB_LABELS)} identify the object; Prometheus must keep the "
+        "`topwork controller` serves these metrics on port 8080. Only the leader exposes TransferJobs and "
+        f"TransferSearches: at most {MAX_TRANSFERJOB_SERIES} series for each TransferJob, which each trial of a search "
+        f"is, too, and {MAX_SEARCH_SERIES} for each TransferSearch, as long as the object exists. Their labels "
+        f"{' and '.join(f'`{label}`' for label in TRANSFERJOB_LABELS)}, or "
+        f"{' and '.join(f'`{label}`' for label in SEARCH_LABELS)}, identify the object; Prometheus must keep the "
         "namespace (`honorLabels: true`). Join `topwork_transferjob_info` for the name of the run.\n",
         "| Metric | Type | Labels | Description |",
         "|---|---|---|---|",

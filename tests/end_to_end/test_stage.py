@@ -56,6 +56,29 @@ def scrape(container) -> dict[tuple[str, ...], float]:
     return series
 
 
+def test_containers_that_publish_nothing_report_their_validation_metrics(pod, write_job, storage, without_tensorflow):
+    job = write_job(publish={"enabled": False}, evaluate={"metrics": ["f1", "accuracy"]})
+    run = run_of(job)
+    code, message, trained = pod.run("fine-tune", job)
+    assert code == 0
+    validated = json.loads(storage.read(f"runs/{run}/validation.json"))
+    assert list(message.metrics) == ["f1", "accuracy", "loss"]
+    assert message == TerminationMessage(
+        stage="fine-tune",
+        outcome="done",
+        exit_code=0,
+        run=run,
+        metric="f1",
+        value=validated["metrics"]["f1"],
+        metrics=validated["metrics"],
+        dataset=validated["dataset"],
+        weights_from=message.weights_from,
+    )
+    assert trained.field("done", "images") == validated["images"] == 8
+    assert pod.run("fine-tune", job, **without_tensorflow)[:2] == (0, message)
+    assert not list(storage.list("models/"))
+
+
 def stage_seconds(storage, run: str, stage: str) -> float:
     """Return the duration of a stage in seconds from its done.json."""
     done = json.loads(storage.read(f"runs/{run}/{stage}/done.json"))

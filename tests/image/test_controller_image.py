@@ -16,7 +16,7 @@ from tests.image.podman import LIMITS, run_podman
 
 import topwork
 from topwork.clients.kubernetes.cluster import ClusterSettings, connect
-from topwork.cluster.definition.custom_resource import definition
+from topwork.cluster.definition.custom_resource import CUSTOM_RESOURCES, definition
 
 pytestmark = [pytest.mark.image, pytest.mark.timeout(1800)]
 
@@ -62,8 +62,9 @@ def test_image_shows_its_options_on_a_read_only_root(image):
     assert run("--help").startswith("Usage: topwork controller [OPTIONS]")
 
 
-def test_image_prints_the_definition_for_the_upgrade_hook_of_the_chart(image):
-    assert yaml.safe_load(run("crd", entrypoint="topwork")) == definition()
+def test_image_prints_the_definitions_for_the_upgrade_hook_of_the_chart(image):
+    printed = [*yaml.safe_load_all(run("crd", entrypoint="topwork"))]
+    assert printed == [definition(resource) for resource in CUSTOM_RESOURCES]
 
 
 def test_image_has_no_tensorflow_and_no_s3_client(image):

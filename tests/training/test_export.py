@@ -58,10 +58,14 @@ def check_inputs(model, directory):
     return probabilities
 
 
-@pytest.mark.parametrize("classes", [2, 3])
-def test_every_format_predicts_like_the_model_and_tampering_is_detected(classes, tmp_path, capfd):
-    model = add_probabilities(logits_model(classes), classes)
+@pytest.mark.parametrize(("classes", "temperature"), [(2, None), (3, 0.7)])
+def test_every_format_predicts_like_the_model_and_tampering_is_detected(classes, temperature, tmp_path, capfd):
+    logits = logits_model(classes)
+    model = add_probabilities(logits, classes, temperature)
     probabilities = check_inputs(model, tmp_path / "inputs")
+    if temperature:
+        expected = tf.nn.softmax(logits(np.load(tmp_path / "inputs/images.npy").astype(np.float32)) / temperature)
+        np.testing.assert_allclose(probabilities, expected, atol=1e-6)
     np.testing.assert_allclose(probabilities.sum(axis=1), 1.0, atol=1e-6)
     version = tmp_path / "version"
     version.mkdir()

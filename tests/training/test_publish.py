@@ -6,11 +6,11 @@ import io
 import json
 import subprocess
 import sys
-from datetime import UTC, datetime
 
 import keras
 import numpy as np
 import pytest
+from tests.training.stored_classifier import store_trained
 
 from topwork.artifacts import read_manifest, write_artifact
 from topwork.data.images.decoding import Preprocessing
@@ -18,7 +18,6 @@ from topwork.data.local_dataset import fetch_dataset
 from topwork.errors import GateError
 from topwork.model.export import EXPORTED_FILES, add_probabilities, export_model
 from topwork.registry import versions
-from topwork.registry.stage_results import Classifier, ParameterCounts
 from topwork.registry.versions import Version
 from topwork.report import held_out_split
 from topwork.report.gates import LatestVersion
@@ -63,27 +62,12 @@ def store_classifier(workspace, tmp_path):
 
     def make(job, model=None):
         keras.utils.set_random_seed(1)
-        model = model or build_untrained_model()
-        path = tmp_path / "trained.keras"
-        model.save(path)
-        key = f"runs/{job.run}/transfer/model.keras"
-        return Classifier(
-            stage="transfer",
-            key=key,
-            file=workspace.storage.upload(path, key),
-            class_names=("blue", "red"),
-            image_size=(32, 32),
-            history=HISTORY,
-            best_epoch=1,
-            parameters=ParameterCounts(trainable=1, frozen=0),
-            started=datetime.now(UTC),
-            finished=datetime.now(UTC),
-            seconds=1.0,
-        )
+        return store_trained(model or build_untrained_model(), job, workspace, tmp_path, HISTORY)
 
     return make
 
 
+NO_PREDICTIONS = None  # only a gate notWorseThanLatest needs those of the new model
 GATED = {"metrics": ["accuracy", "f1"], "gates": [{"metric": "accuracy", "atLeastLatestMinus": 0.1}]}
 
 
@@ -158,7 +142,7 @@ def evaluate_earlier_version(held_out, make_job, workspace, tmp_path):
 
     def evaluate(model, **settings):
         publish_version(workspace.storage, tmp_path, model, **settings)
-        latest = evaluate_latest(job, "0f", held_out, workspace.scratch / "latest")
+        latest = evaluate_latest(job, "0f", held_out, NO_PREDICTIONS, workspace.scratch / "latest")
         assert not (workspace.scratch / "latest").exists()
         return latest
 
@@ -199,7 +183,7 @@ def test_latest_version_may_have_another_order_of_classes(evaluate_earlier_versi
 def test_latest_version_that_cannot_be_evaluated_is_explained(make_job, workspace, tmp_path, settings, reason):
     publish_version(workspace.storage, tmp_path, color_model(), **settings)
     no_images = HeldOutSplit("test", None, ("blue", "red"), 8, workspace)
-    latest = evaluate_latest(make_job(evaluate=GATED), "0f", no_images, workspace.scratch / "latest")
+    latest = evaluate_latest(make_job(evaluate=GATED), "0f", no_images, NO_PREDICTIONS, workspace.scratch / "latest")
     assert latest.metrics is None
     assert reason in latest.reason
 
@@ -211,7 +195,8 @@ def test_latest_version_with_the_same_weights_is_not_evaluated(make_job, workspa
         (GATED, LatestVersion(version="tiny/1", same_weights=True)),
         ({"metrics": ["accuracy"], "gates": [{"metric": "accuracy", "atLeast": 0.1}]}, None),
     ):
-        assert evaluate_latest(make_job(evaluate=evaluate), "0f", no_images, tmp_path / "latest") == expected
+        job = make_job(evaluate=evaluate)
+        assert evaluate_latest(job, "0f", no_images, NO_PREDICTIONS, tmp_path / "latest") == expected
 
 
 def test_gate_compares_with_the_latest_version_on_the_same_images(
@@ -228,7 +213,33 @@ def test_gate_compares_with_the_latest_version_on_the_same_images(
     assert versions.list_versions(workspace.storage, "tiny") == {1: True}
     metrics = json.loads(workspace.storage.read(f"runs/{job.run}/metrics.json"))
     assert metrics["latest"]["metrics"]["accuracy"] == 1.0
+    assert "tests" not in metrics["latest"]
     assert b"tiny/1, evaluated on the same images" in workspace.storage.read(f"runs/{job.run}/report.html")
+
+
+def test_gate_tests_whether_the_model_is_worse_than_the_latest_version(
+    make_job, store_classifier, workspace, tmp_path, export_check_in_process
+):
+    """The new model always predicts blue; the latest version is right on all eight images."""
+    publish_version(workspace.storage, tmp_path, color_model())
+    gates = [{"metric": name, "notWorseThanLatest": {"confidence": 0.9}} for name in ("accuracy", "auc")]
+    job = make_job(evaluate={"metrics": ["accuracy", "auc"], "gates": gates}, publish={"formats": ["keras"]})
+    dataset, classifier = pull(job, workspace), store_classifier(job, biased_model(-1.0))
+    with pytest.raises(GateError) as raised:
+        publish(job, classifier, dataset, workspace)
+    metrics = json.loads(workspace.storage.read(f"runs/{job.run}/metrics.json"))
+    lost = round(8 * (1 - metrics["metrics"]["accuracy"]))
+    assert metrics["latest"]["tests"]["accuracy"] == {
+        "images": 8, "pValue": pytest.approx(0.5**lost), "gained": 0, "lost": lost,
+    }  # fmt: skip
+    assert metrics["latest"]["tests"]["auc"]["pValue"] < 0.01
+    expected = f"p = {0.5**lost:.2g}, confidence 0.9, 8 images, of which 0 are newly right and {lost} newly wrong"
+    assert expected in str(raised.value)
+    assert "auc is 0.5000, but the gate requires no significant decrease from 1.0000 of tiny/1" in str(raised.value)
+    equal = publish(job, store_classifier(job, color_model()), dataset, workspace)
+    assert equal.version == 2
+    # The gate was checked when the version was published: it is the latest version itself now.
+    assert publish(job, classifier, dataset, workspace) == equal
 
 
 def test_large_split_is_predicted_twice_and_has_the_same_metrics(held_out, monkeypatch):

@@ -37,8 +37,8 @@ def test_missing_library_error_names_its_extra(tmp_path):
     result = run_python(script, TOPWORK_STATE=str(tmp_path))
     assert result.returncode == 2
     assert result.stderr == (
-        "topwork: numpy is not installed. To train and predict, install topwork[cpu] or topwork[gpu]; for the embedded "
-        "S3 server, topwork[local].\n"
+        "topwork: numpy is not installed. To train and predict, install topwork[cpu] or topwork[gpu]; for searches, "
+        "topwork[search]; for the embedded S3 server, topwork[local].\n"
     )
 
 

@@ -8,10 +8,12 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from topwork.clients.prometheus.controller import (
+    MAX_SEARCH_SERIES,
     MAX_TRANSFERJOB_SERIES,
     STATES,
     ControllerMetrics,
     TransferJobSample,
+    TransferSearchSample,
 )
 from topwork.cluster.transfer_job_status import State
 
@@ -127,6 +129,20 @@ def test_only_the_leader_exposes_transferjobs():
     assert of_transferjobs(metrics)
     metrics.set_leader(False)
     assert scrape(metrics) == SERIES_OF_THE_CONTROLLER | {"topwork_controller_leader": 0}
+
+
+def test_transfersearch_has_the_number_of_its_trials_and_its_best_value():
+    search = TransferSearchSample("ml", "cats", {"running": 2, "complete": 5}, "f1", 0.75)
+    metrics = ControllerMetrics(tuple, "0.2.0", lambda: [search])
+    assert scrape(metrics) == SERIES_OF_THE_CONTROLLER | {"topwork_controller_leader": 0}
+    metrics.set_leader(True)
+    exposed = {name: value for name, value in scrape(metrics).items() if name.startswith("topwork_search_")}
+    labels = {"namespace": "ml", "transfersearch": "cats"}
+    counts = {"running": 2, "paused": 0, "complete": 5, "pruned": 0, "failed": 0}
+    assert exposed == {
+        series("topwork_search_trials", labels | {"state": state}): count for state, count in counts.items()
+    } | {series("topwork_search_best", labels | {"name": "f1"}): 0.75}
+    assert len(exposed) == MAX_SEARCH_SERIES
 
 
 def test_controller_series_start_at_0():

@@ -8,6 +8,7 @@ from topwork.model.probabilities import mean_auc
 from topwork.report.evaluation import MAX_CONFUSIONS, calibration_bins, evaluate_predictions
 from topwork.report.gates import LatestVersion, check_gates, require_gates
 from topwork.report.predictions import collect_predictions
+from topwork.report.statistics.paired import WorseTest
 from topwork.spec.evaluation import Gate
 
 LABELS = np.array([0, 0, 1, 1], np.int64)
@@ -242,6 +243,56 @@ def test_gate_on_the_latest_version_is_met_by_the_first_version():
 def test_gate_explains_why_the_latest_version_is_not_compared(latest, met, sentence):
     (result,) = gate_results([{"metric": "f1", "atLeastLatestMinus": 0.01}], {"f1": 0.9}, latest)
     assert (result.met, result.sentence) == (met, sentence)
+
+
+NOT_WORSE = {"metric": "accuracy", "notWorseThanLatest": {}}
+
+
+@pytest.mark.parametrize(("p_value", "met"), [(0.051, True), (0.049, False)])
+def test_gate_fails_only_if_the_model_is_significantly_worse(p_value, met):
+    test = WorseTest(images=400, p_value=p_value, gained=12, lost=23)
+    latest = LatestVersion(version="cats/3", metrics={"accuracy": 0.92}, tests={"accuracy": test})
+    (result,) = gate_results([NOT_WORSE], {"accuracy": 0.8925}, latest)
+    assert result.met == met
+    assert result.sentence == (
+        f"accuracy is 0.8925, {'and' if met else 'but'} the gate requires no significant decrease from 0.9200 of "
+        f"cats/3 on the same images (p = {p_value}, confidence 0.95, 400 images, of which 12 are newly right and 23 "
+        "newly wrong)"
+    )
+    (result,) = gate_results([NOT_WORSE | {"notWorseThanLatest": {"confidence": 0.9}}], {"accuracy": 0.8925}, latest)
+    assert not result.met
+
+
+def test_gate_names_the_direction_in_which_a_metric_becomes_worse():
+    test = WorseTest(images=9, p_value=1)
+    latest = LatestVersion(version="cats/3", metrics={"calibrationError": 0.02}, tests={"calibrationError": test})
+    gate = {"metric": "calibrationError", "notWorseThanLatest": {}}
+    (result,) = gate_results([gate], {"calibrationError": 0.01}, latest)
+    assert result.met
+    assert "no significant increase from 0.0200 of cats/3 on the same images (p = 1, confidence" in result.sentence
+
+
+@pytest.mark.parametrize(
+    ("latest", "met", "reason"),
+    [
+        (None, True, "there is no published version to compare with"),
+        (LatestVersion(version="cats/3", same_weights=True), True, "cats/3 has the same weights"),
+        (
+            LatestVersion(version="cats/3", reason="it has other classes"),
+            False,
+            "notWorseThanLatest cannot compare it with cats/3: it has other classes. Remove notWorseThanLatest for",
+        ),
+        (
+            LatestVersion(version="cats/3", metrics={"accuracy": 0.9}),
+            False,
+            "cannot compare it with cats/3: accuracy cannot be resampled for so many images and classes. Remove",
+        ),
+    ],
+)
+def test_gate_without_a_test_has_the_policy_of_the_other_gate_on_the_latest_version(latest, met, reason):
+    (result,) = gate_results([NOT_WORSE], {"accuracy": 0.9}, latest)
+    assert result.met == met
+    assert reason in result.sentence
 
 
 def test_gate_on_an_undefined_metric_is_not_met():

@@ -69,6 +69,22 @@ def test_start_job_drops_the_series_of_the_previous_job():
     assert 'topwork_steps_total{run="dogs-87654321",transferjob="dogs"} 0.0' in second
 
 
+def test_series_of_a_search_remain_when_its_next_trial_starts():
+    metrics = Metrics(gpus=False)
+    assert "topwork_search" not in scrape(metrics)
+    metrics.set_search("digits", {"complete": 2, "failed": 1}, "accuracy", 0.75)
+    metrics.start_job(job="digits-3", run="digits-3-12345678", stage="run", version="0.1.0")
+    lines = [line for line in scrape(metrics).splitlines() if line.startswith("topwork_search")]
+    assert lines == [
+        'topwork_search_trials{state="running",transfersearch="digits"} 0.0',
+        'topwork_search_trials{state="paused",transfersearch="digits"} 0.0',
+        'topwork_search_trials{state="complete",transfersearch="digits"} 2.0',
+        'topwork_search_trials{state="pruned",transfersearch="digits"} 0.0',
+        'topwork_search_trials{state="failed",transfersearch="digits"} 1.0',
+        'topwork_search_best{name="accuracy",transfersearch="digits"} 0.75',
+    ]
+
+
 def test_gauges_are_absent_and_counters_are_0_at_the_start():
     metrics = Metrics(gpus=False)
     metrics.start_job(job="cats", run="cats-12345678", stage="pull", version="0.1.0")

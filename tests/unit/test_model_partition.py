@@ -40,6 +40,12 @@ def twice(pixels):
     return convolution("top")(shared(layers.ReLU()(shared(pixels))))
 
 
+def nested(pixels):
+    image = keras.Input((16, 16, 3))
+    inner = keras.Model(image, convolution("two")(convolution("one")(image)), name="inner")
+    return convolution("top")(inner(pixels))
+
+
 def classifier(build_base):
     keras.utils.set_random_seed(1)
     pixels = keras.Input((16, 16, 3))
@@ -86,6 +92,13 @@ def test_pooling_of_a_frozen_base_is_in_the_frozen_part():
     result = partition(model, "none")
     assert (result.feature_shape, names(result.trainable_part)) == ((4,), {"hidden_1", "logits"})
     np.testing.assert_array_equal(result.recombine()(PIXELS, training=False), model(PIXELS, training=False))
+
+
+def test_nested_model_below_the_trainable_layers_is_in_the_frozen_part():
+    model = classifier(nested)
+    parts = partition(model, UnfreezeFrom.model_validate({"from": "top"}))
+    assert names(parts.frozen_part) == {"one", "two"}
+    np.testing.assert_allclose(parts.trainable_part(parts.frozen_part(PIXELS)), model(PIXELS), rtol=1e-5)
 
 
 def test_partition_is_none_if_everything_is_trained_or_paths_never_meet():

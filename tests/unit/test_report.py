@@ -12,6 +12,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from topwork.data.dataset_manifest import ClassSelectionSummary, DatasetMetadata, RejectedImage
+from topwork.report.calibration import Calibration
 from topwork.report.documents import listed_classes, render_model_card, render_report, top_confusions
 from topwork.report.evaluation import evaluate_predictions
 from topwork.report.export_check import ExportCheck
@@ -149,6 +150,30 @@ def large_results(job):
     """Results of 1,000 classes, 500 of which occur among 60 images at most."""
     names = tuple(f"class {index}" for index in range(1000))
     return make_results(job, names)
+
+
+def test_report_shows_mistakes_beside_their_heat_maps(results):
+    mistake = dataclasses.replace(results.mistakes[0], heat_uri="data:image/jpeg;base64,BBBB")
+    heated = dataclasses.replace(results, mistakes=(mistake,), heat_note="Right: what the model looked at.")
+    page = Page(render_report(heated))
+    assert [address for address in page.addresses if "jpeg" in address] == [mistake.thumbnail_uri, mistake.heat_uri]
+    assert "Right: what the model looked at." in page.text
+    assert "wide" not in "".join(re.findall(r'class="gallery[^"]*"', render_report(results)))
+
+
+def test_documents_describe_the_calibration(results):
+    fitted = Calibration(temperature=1.5, images=40).with_uncalibrated(results.evaluation)
+    calibrated = dataclasses.replace(results, calibration=fitted)
+    text = "the logits are divided by 1.5, a temperature that was fitted on 40 images of the validation split."
+    page = Page(render_report(calibrated))
+    assert text in page.text
+    assert "before calibration" in page.text
+    assert text in render_model_card(calibrated)
+    content = json.loads(metrics_json(calibrated))["calibration"]
+    assert (content["temperature"], content["images"], content["reason"]) == (1.5, 40, "")
+    assert content["before"]["calibrationError"] == results.evaluation.calibration_error
+    assert json.loads(metrics_json(results))["calibration"] is None
+    assert "calibrated" not in render_model_card(results)
 
 
 def test_documents_of_many_classes_are_bounded(large_results):

@@ -19,6 +19,7 @@ from topwork.redaction import redact
 
 COMMANDS = {
     "run": "topwork.cli.commands.run:run",
+    "search": "topwork.cli.commands.search:app",
     "stage": "topwork.cli.commands.stage:stage",
     "validate": "topwork.cli.commands.spec:validate",
     "describe": "topwork.cli.commands.describe:describe",
@@ -36,7 +37,9 @@ COMMANDS = {
     "crd": "topwork.cli.commands.crd:crd",
     "predict": "topwork.cli.commands.predict:predict",
     "models": "topwork.cli.commands.models:app",
+    "compare": "topwork.cli.commands.compare:compare",
     "datasets": "topwork.cli.commands.datasets:app",
+    "track": "topwork.cli.commands.track:app",
     "mirror": "topwork.cli.commands.mirror:app",
     "storage": "topwork.cli.commands.storage:app",
     "metrics": "topwork.cli.commands.metrics:app",

@@ -6,6 +6,7 @@ from topwork.errors import DataError, UnavailableError
 from topwork.registry import versions
 from topwork.registry.cross_validation import fold_jobs
 from topwork.registry.datasets import select_dataset
+from topwork.registry.runs import validation_key
 from topwork.registry.stage_keys import StageKeys, run_name, stage_keys
 from topwork.registry.stage_results import Classifier, TrainingStage, read_stage_result
 from topwork.spec import TransferJob
@@ -24,8 +25,9 @@ def find_reusable_results(job: TransferJob, workspace: Workspace) -> PlanDescrip
         The stages, or why they are unknown.
     """
     stages = ["pull", *(f"fold {fold.spec.dataset.fold}" for fold in fold_jobs(job))]
-    if job.spec.publishes:
-        stages += ["transfer", *(["fine-tune"] if job.spec.fine_tune else []), "publish"]
+    end = "publish" if job.spec.publishes else "validate"
+    if job.spec.publishes or not job.spec.dataset.folds:
+        stages += ["transfer", *(["fine-tune"] if job.spec.fine_tune else []), end]
     try:
         selected = select_dataset(job, workspace, download=False)
         dataset = selected.stored if selected else find_dataset(job, workspace)
@@ -48,6 +50,8 @@ def find_reusable_results(job: TransferJob, workspace: Workspace) -> PlanDescrip
     last = list(results.values())[-1]
     if last and versions.find_version_by_key(workspace.storage, job.model_name, keys.publish, last.file.sha256):
         reused.append("publish")
+    if "validate" in stages and workspace.storage.size(validation_key(run_name(job, keys))) is not None:
+        reused.append("validate")
     return PlanDescription(
         run=run_name(job, keys) if selected else None,
         reuses=tuple(reused),

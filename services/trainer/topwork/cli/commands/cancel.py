@@ -9,13 +9,15 @@ from topwork.cli.options import As, Context, Kubeconfig, Namespace, open_cluster
 from topwork.errors import SettingError
 
 if TYPE_CHECKING:
+    from topwork.cli.output.follow import ConnectionOptions
+    from topwork.clients.kubernetes import KubernetesObject
     from topwork.clients.kubernetes.cluster import Cluster
     from topwork.cluster.operations.run_lookup import RunMatch
     from topwork.cluster.status.run_status import RunStatus
 
 
 def cancel(
-    name: Annotated[str, typer.Argument(help="Name of a job, for its newest run, or of a run.")],
+    name: Annotated[str, typer.Argument(help="Name of a job, for its newest run, of a run, or of a search.")],
     now: Annotated[
         bool, typer.Option("--now", help="Kill its pods immediately: progress since the last checkpoint is lost.")
     ] = False,
@@ -26,15 +28,20 @@ def cancel(
 ) -> None:
     """Stop a run with a checkpoint, and delete its Kubernetes objects; its data in storage is kept.
 
-    A TransferJob remains, with the state Cancelled, and is not run again if a GitOps tool applies it again. If you
-    submit the same spec again, it resumes from the checkpoint. Exit codes: 0 everything is deleted, or the TransferJob
-    is canceled; 2 no such run, or the cluster rejected a request; 75 an object is not deleted in time, or the
-    controller or the API server does not respond; 130 after Ctrl-C, which does not stop the cancellation.
+    A search is stopped with all its trials. A TransferJob remains, with the state Cancelled, and is not run again if a
+    GitOps tool applies it again. If you submit the same spec again, it resumes from the checkpoint. Exit codes: 0
+    everything is deleted, or the TransferJob or search is canceled; 2 no such run, or the cluster rejected a request;
+    75 an object is not deleted in time, or the controller or the API server does not respond; 130 after Ctrl-C, which
+    does not stop the cancellation.
     """
     cluster = open_cluster(namespace, context, kubeconfig)
     from topwork.cli.output.follow import INTERRUPTED, ConnectionOptions
     from topwork.cluster.operations.cancel import find_run_to_cancel
+    from topwork.cluster.operations.transfer_searches import find_search
 
+    if as_kind is None and (search := find_search(cluster, name)):
+        _cancel_search(cluster, search, ConnectionOptions(cluster.namespace, context, kubeconfig))
+        return
     match = find_run_to_cancel(cluster, name, as_kind)
     try:
         if match.transfer_job is not None:
@@ -45,6 +52,26 @@ def cancel(
         command = ConnectionOptions(cluster.namespace, context, kubeconfig).command(f"status {match.run}")
         print(f"\nThe cancellation continues in the cluster. Check it with: {command}", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None
+
+
+def _cancel_search(cluster: "Cluster", search: "KubernetesObject", connection: "ConnectionOptions") -> None:
+    from topwork.cli.output.follow import INTERRUPTED
+    from topwork.cluster.operations.transfer_searches import cancel_search
+    from topwork.cluster.status.objects import name_of
+
+    name, namespace = name_of(search), cluster.namespace
+    print(f"canceling transfersearch/{name} in namespace {namespace}", flush=True)
+    try:
+        status = cancel_search(cluster, search, _print_line)
+    except KeyboardInterrupt:
+        command = connection.command(f"status transfersearch/{name}")
+        print(f"\nThe cancellation continues in the cluster. Check it with: {command}", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from None
+    if status.state == "Cancelled":
+        print(f"transfersearch/{name} is canceled. If you submit the same spec again, it continues.")
+    else:
+        print(f"transfersearch/{name} was {status.state.lower()} before it was canceled")
+    print(f"To delete it with its trials: kubectl delete transfersearch {name} -n {namespace}")
 
 
 def _cancel_jobs(cluster: "Cluster", match: "RunMatch", now: bool) -> None:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
-REQUIRED_MODULES = ("kopf", "cryptography")
+REQUIRED_MODULES = ("kopf", "cryptography", "optuna")
 # Elections and admission requests can't wait for the usual retries.
 QUICK_SECONDS, WEBHOOK_SECONDS = 5.0, 2.0
 FILE_CHECK_SECONDS, AUTHORITY_CHECK_SECONDS = 10.0, 300.0
@@ -67,7 +67,7 @@ def controller(
     context: Context = None,
     kubeconfig: Kubeconfig = None,
 ) -> None:
-    """Run the TransferJobs of a cluster as Jobs, and keep their status up to date.
+    """Run the TransferJobs of a cluster as Jobs, and its TransferSearches, and keep their status up to date.
 
     Runs until SIGTERM. Of several replicas, the one that holds the Lease works. Exit codes: 0 after SIGTERM; 1 the
     Lease was lost; 2 an option or the configuration of the connection is invalid.
@@ -89,17 +89,16 @@ def controller(
         seconds = FILE_CHECK_SECONDS if webhook_certificates else AUTHORITY_CHECK_SECONDS
         webhook = _webhook(webhook_port, certificates, defaults, seconds)
 
-    from topwork.cluster.controller.object_cache import ObjectCache
-    from topwork.cluster.controller.reconciler import Reconciler, ReconcilerSettings
+    from topwork.cluster.controller.dispatch import Dispatcher
+    from topwork.cluster.controller.reconciler import ReconcilerSettings
     from topwork.cluster.controller.runtime.leader_election import LeaderElection
     from topwork.cluster.controller.runtime.process import ControllerProcess, ProcessSettings
 
-    cache = ObjectCache()
     election = LeaderElection(quick.in_namespace(lease_namespace or cluster.namespace), _identity())
     scopes = () if all_namespaces else tuple(dict.fromkeys(namespaces or [cluster.namespace]))
     settings = ProcessSettings(scopes, workers, http_port)
-    reconciler = Reconciler(cluster, cache, ReconcilerSettings())
-    _exit(ControllerProcess(cluster, cache, reconciler, election, webhook, settings).run(stop))
+    dispatcher = Dispatcher(cluster, ReconcilerSettings())
+    _exit(ControllerProcess(cluster, dispatcher, election, webhook, settings).run(stop))
 
 
 def require_modules() -> None:

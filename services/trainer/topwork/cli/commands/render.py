@@ -32,7 +32,7 @@ def render(
     output: Annotated[Format, typer.Option("--output", "-o", help="YAML documents, or one List.")] = Format.yaml,
 ) -> None:
     """Print what submit would apply, as input for kubectl: a ConfigMap and the Jobs of each spec."""
-    jobs = read_and_render(files, RenderOptions(image, namespace), overrides or ())
+    jobs = read_and_render(files, RenderOptions(image, namespace), overrides or ()).jobs
     objects = [obj for job in jobs for obj in job.rendered.objects]
     if output is Format.json:
         print(json.dumps({"apiVersion": "v1", "kind": "List", "items": objects}, indent=2, ensure_ascii=False))

@@ -14,7 +14,7 @@ from topwork.cancellation import StopRequest
 from topwork.cli.options import Overrides, State, serve_metrics
 from topwork.cli.output.comparison import format_comparison
 from topwork.cli.output.progress import NoProgress, open_progress
-from topwork.cli.runtime.environment import default_state_directory, visible_gpus
+from topwork.cli.runtime.environment import configure_tracking, default_state_directory, visible_gpus
 from topwork.cli.runtime.local_nodes import LocalNodes, open_local_nodes
 from topwork.cli.runtime.logging import LogFormat, configure_logging, is_verbose, set_log_level
 from topwork.cli.runtime.shutdown import record_outcome
@@ -31,6 +31,7 @@ from topwork.workspace import Workspace
 if TYPE_CHECKING:
     from topwork.registry.cross_validation import CrossValidation
     from topwork.stages.publish import Published
+    from topwork.stages.validate import Validated
 
 log = structlog.get_logger(__name__)
 
@@ -126,7 +127,7 @@ class _Runner:
     pinned: bool
     verbose: bool
 
-    def run(self, job: TransferJob) -> "Published | CrossValidation":
+    def run(self, job: TransferJob) -> "Published | Validated | CrossValidation":
         stop = StopRequest()
         with open_storage(job.spec.storage, self.state, self.metrics) as storage, stop_on_signals(stop):
             workspace = Workspace(storage, self.metrics, self.progress, self.state, self.replicas, stop=stop)
@@ -148,7 +149,7 @@ class _Runner:
         job = job.as_run(run_name(job, stage_keys(job, selected.fingerprint, workspace.storage)))
         return job, replace(workspace, dataset=selected.stored.prefix if selected.stored else "")
 
-    def _run(self, job: TransferJob, workspace: Workspace) -> "Published | CrossValidation":
+    def _run(self, job: TransferJob, workspace: Workspace) -> "Published | Validated | CrossValidation":
         from topwork.registry.completion import restore_metrics
         from topwork.registry.runs import delete_results
         from topwork.stages.publish import find_outcome
@@ -163,10 +164,13 @@ class _Runner:
             return outcome
         with quiet_tensorflow_import(verbose=self.verbose):
             from topwork import pipeline
+            from topwork.tracking.run_tracking import track_run
 
         if self.nodes is None:
+            configure_tracking(job.spec.tracking)
             # On several nodes, the others than the chief return the classifier.
-            return cast("Published | CrossValidation", pipeline.run(job, workspace))
+            with track_run(job, workspace) as tracked:
+                return cast("Published | Validated | CrossValidation", pipeline.run(job, tracked))
         dataset = pipeline.run_pull(job, workspace)
         self.nodes.train(job, dataset.prefix, workspace.scratch)
         outcome = find_outcome(job, dataset, workspace)

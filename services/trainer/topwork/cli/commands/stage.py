@@ -14,6 +14,7 @@ from topwork import __version__
 from topwork.cancellation import STOPPED_MESSAGE, StopInterrupt, StopRequest
 from topwork.cli.runtime.container import Container
 from topwork.cli.runtime.environment import (
+    configure_tracking,
     hide_gpus,
     read_grace_seconds,
     read_node,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from topwork.registry.stage_results import Classifier
     from topwork.spec import TransferJob
     from topwork.stages.publish import Published
+    from topwork.stages.validate import Validated
     from topwork.workspace import Workspace
 
 log = structlog.get_logger(__name__)
@@ -219,7 +221,7 @@ def _restart_once(job: "TransferJob", workspace: "Workspace") -> None:
 
 def _find_result(
     container: Container, job: "TransferJob", workspace: "Workspace"
-) -> "StoredDataset | Classifier | Published | CrossValidation | None":
+) -> "StoredDataset | Classifier | Published | Validated | CrossValidation | None":
     """Find the result of an earlier attempt and restore its metrics, without importing TensorFlow."""
     from topwork.registry.completion import training_stage_keys
     from topwork.registry.stage_keys import stage_keys
@@ -246,7 +248,7 @@ def _find_result(
 
 def _run_stage(
     container: Container, job: "TransferJob", workspace: "Workspace"
-) -> "StoredDataset | Classifier | Published | CrossValidation":
+) -> "StoredDataset | Classifier | Published | Validated | CrossValidation":
     if container.stage == "pull":
         return _pull(container, job, workspace)
     if workspace.nodes.count == 1:
@@ -271,13 +273,17 @@ def _pull(container: Container, job: "TransferJob", workspace: "Workspace") -> "
 
 def _train(
     container: Container, job: "TransferJob", workspace: "Workspace"
-) -> "Classifier | Published | CrossValidation":
+) -> "Classifier | Published | Validated | CrossValidation":
     _import_tensorflow(container, job)
     from topwork import pipeline
+    from topwork.tracking.run_tracking import track_run
     from topwork.training.distribution.strategy import choose_pod_replicas
 
+    configure_tracking(job.spec.tracking)
     workspace = replace(workspace, replicas=choose_pod_replicas(job.spec.compute.gpus, visible_gpus()))
-    return pipeline.run_transfer(job, workspace) if container.stage == "transfer" else pipeline.run(job, workspace)
+    is_last_stage = container.stage == "fine-tune"
+    with track_run(job, workspace, is_last_stage=is_last_stage) as tracked:
+        return pipeline.run(job, tracked) if is_last_stage else pipeline.run_transfer(job, tracked)
 
 
 def _import_tensorflow(container: Container, job: "TransferJob") -> None:
@@ -291,11 +297,14 @@ def _import_tensorflow(container: Container, job: "TransferJob") -> None:
 
 
 def _report_success(
-    container: Container, result: "StoredDataset | Classifier | Published | CrossValidation", workspace: "Workspace"
+    container: Container,
+    result: "StoredDataset | Classifier | Published | Validated | CrossValidation",
+    workspace: "Workspace",
 ) -> None:
     from topwork.data.dataset_manifest import StoredDataset
     from topwork.registry.cross_validation import CrossValidation
     from topwork.registry.stage_results import Classifier
+    from topwork.stages.validate import Validated
 
     if isinstance(result, StoredDataset):
         container.report_success(dataset=workspace.storage.uri_of(result.prefix), images=result.metadata.images)
@@ -306,9 +315,20 @@ def _report_success(
             weights_from=str(result.kept),
             weights=workspace.storage.uri_of(result.key),
         )
+    elif isinstance(result, Validated):
+        container.report_success(
+            metric=next(iter(result.metrics.items())),
+            metrics=result.metrics,
+            dataset_prefix=result.dataset,
+            weights_from=str(result.weights),
+            weights=result.classifier_uri,
+            images=result.images,
+        )
     elif isinstance(result, CrossValidation):
         container.report_success(
             metric=next(iter(result.metrics.items())) if container.stage == "fine-tune" else None,
+            metrics=None,
+            dataset_prefix=None,
             model=None,
             weights_from=None,
             folds=len(result.folds),
@@ -319,6 +339,8 @@ def _report_success(
     else:
         container.report_success(
             metric=next(iter(result.metrics.items())) if container.stage == "fine-tune" else None,
+            metrics=None,
+            dataset_prefix=None,
             model=result.uri,
             weights_from=str(result.weights) if result.weights else None,
             report=result.report_uri,

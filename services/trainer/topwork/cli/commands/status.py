@@ -13,6 +13,7 @@ from topwork.errors import SettingError
 
 if TYPE_CHECKING:
     from topwork.cli.output.follow import ConnectionOptions
+    from topwork.clients.kubernetes import KubernetesObject
     from topwork.clients.kubernetes.cluster import Cluster
     from topwork.cluster.operations.run_lookup import RunMatch
     from topwork.cluster.status.run_status import RunStatus
@@ -23,7 +24,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 def status(
     name: Annotated[
         str | None,
-        typer.Argument(metavar="[NAME]", help="Name of a job, for its newest run, or of a run; without it, all runs."),
+        typer.Argument(
+            metavar="[NAME]", help="Name of a job, for its newest run, of a run, or of a search; without it, all."
+        ),
     ] = None,
     namespace: Namespace = None,
     context: Context = None,
@@ -50,6 +53,9 @@ def status(
     A run on several nodes also has nodes, their number, and each of its attempts, which are the pods of all nodes, has
     index, the index of its node; node is the name of the machine. Stage, epochs, metric and model are those of node 0;
     failures counts attempts of all nodes together.
+
+    Of a search, the number of trials by state, the best trial with its parameters, and the model are shown; with
+    --json, name, namespace and the status of the TransferSearch.
     """
     if follow and (name is None or as_json):
         raise SettingError("--follow requires the name of a job or run, and can't be combined with --json.")
@@ -60,9 +66,13 @@ def status(
     from topwork.cli.output import follow as following
     from topwork.cli.output import status_printer
     from topwork.cluster.operations.run_lookup import find_run
+    from topwork.cluster.operations.transfer_searches import find_search
 
-    match = find_run(cluster, name, as_kind)
     connection = following.ConnectionOptions(cluster.namespace, context, kubeconfig)
+    if as_kind is None and (search := find_search(cluster, name)):
+        _show_search(cluster, search, connection, as_json=as_json, follow=follow)
+        return
+    match = find_run(cluster, name, as_kind)
     if follow:
         raise typer.Exit(_follow(cluster, match, connection))
     run_status = _read_status(cluster, match)
@@ -86,7 +96,11 @@ def list_runs(
     as_kind: As = None,
     as_json: Json = False,
 ) -> None:
-    """List the runs in the cluster, newest first; --json prints a list of what topwork status --json prints."""
+    """List the searches and runs in the cluster, newest first.
+
+    With --json, prints a list of what topwork status --json prints for each run. Searches are not included, because
+    they have other keys: use topwork status ts/NAME --json, or kubectl get transfersearches -o json.
+    """
     cluster = open_cluster(namespace, context, kubeconfig)
 
     def connect_to(other: str) -> "Cluster":
@@ -103,21 +117,43 @@ def _print_runs(
     all_namespaces: bool = False,
     kind: RunKind | None = None,
 ) -> None:
-    from topwork.cli.output import status_printer
+    from topwork.cli.output import status_printer, transfer_search
     from topwork.cluster.operations import runs
+    from topwork.cluster.operations.transfer_searches import list_searches
 
     found = runs.list_runs(cluster, all_namespaces=all_namespaces, kind=kind)
+    searches = [] if as_json or kind else list_searches(cluster, all_namespaces=all_namespaces)
     if found.note:
         print(f"Note: {found.note}", file=sys.stderr)
     statuses = runs.add_epoch_progress(found.statuses, connect_to)
     if as_json:
         print(json.dumps([status_printer.status_to_json(run_status) for run_status in statuses], indent=2))
-    elif statuses:
+        return
+    for line in transfer_search.format_searches(searches, show_namespace=all_namespaces) if searches else ():
+        print(line)
+    if searches and statuses:
+        print()
+    if statuses:
         for line in status_printer.format_runs(statuses, show_namespace=all_namespaces):
             print(line)
-    else:
+    elif not searches:
         scope = "any namespace" if all_namespaces else f"namespace {cluster.namespace}"
         print(f"No runs found in {scope}.", file=sys.stderr)
+
+
+def _show_search(
+    cluster: "Cluster", search: "KubernetesObject", connection: "ConnectionOptions", *, as_json: bool, follow: bool
+) -> None:
+    from topwork.cli.output import transfer_search
+    from topwork.cluster.status.objects import name_of
+
+    if follow:
+        raise typer.Exit(transfer_search.follow(cluster, name_of(search), connection))
+    if as_json:
+        print(json.dumps(transfer_search.search_to_json(search), indent=2))
+        return
+    for line in (*transfer_search.format_search(search), "", *transfer_search.next_commands(search, connection)):
+        print(line)
 
 
 def _follow(cluster: "Cluster", match: "RunMatch", connection: "ConnectionOptions") -> int:

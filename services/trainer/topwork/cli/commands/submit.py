@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from topwork.cli.job_files import RenderedJob, read_and_render
+from topwork.cli.job_files import ClusterSpecs, RenderedJob, read_and_render
 from topwork.cli.options import As, Context, Image, Kubeconfig, Namespace, Overrides, open_cluster
 from topwork.cluster.manifests.render import RenderOptions, render
 from topwork.cluster.names import RunKind
@@ -75,6 +75,9 @@ def submit(
     file is invalid, nothing is applied. With --follow, the exit code is that of the first run that did not succeed:
     2 spec, data or setting is wrong; 3 a gate was not met; 75 storage or the network failed, or the deadline was
     exceeded; 143 the run was canceled; 130 after Ctrl-C, which does not stop the runs.
+
+    A TransferSearch requires the controller, which runs each of its trials as a TransferJob and publishes the best one.
+    A changed one continues if only trials, parallel, budget, gates or compute were changed; otherwise it starts over.
     """
     if dry_run and (follow or wait_for_data):
         raise SettingError("--dry-run can't be combined with --follow or --wait-for-data: it starts no runs.")
@@ -83,7 +86,7 @@ def submit(
         if pinned:
             raise SettingError("--dry-run=client can't be combined with --pinned: it does not read storage.")
         kind = as_kind or RunKind.job
-        _print_objects(_read(files, options, overrides or (), kind, wait_for_data=wait_for_data), kind)
+        _print_objects(_read(files, options, overrides or (), kind, wait_for_data=wait_for_data), kind, image)
         return
     try:
         cluster = open_cluster(namespace, context, kubeconfig)
@@ -92,13 +95,16 @@ def submit(
         _read(files, options, overrides or (), as_kind or RunKind.job, wait_for_data=wait_for_data)
         raise
     from topwork.cli.output.follow import ConnectionOptions
+    from topwork.cli.search_submission import SearchSubmitter
     from topwork.cli.submission import JobSubmitter, TransferJobSubmitter
     from topwork.cluster.operations.namespace_defaults import DefaultsByNamespace
     from topwork.cluster.operations.transfer_jobs import choose_run_kind
 
     kind = choose_run_kind(cluster, as_kind)
     defaults = DefaultsByNamespace(cluster, namespace, lambda note: print(f"Note: {note}", file=sys.stderr))
-    jobs = _read(files, options, overrides or (), kind, defaults, wait_for_data=wait_for_data)
+    specs = _read(files, options, overrides or (), kind, defaults, wait_for_data=wait_for_data)
+    if specs.searches:
+        _check_search_options(kind, restart=restart, pinned=pinned)
     for line in defaults.describe_used(with_image=image is None):
         print(line)
     flags = (f"--image {image}" if image else "", "--pinned" if pinned else "", "--restart" if restart else "")
@@ -109,10 +115,12 @@ def submit(
         if kind is RunKind.transferjob
         else JobSubmitter(*common, wait_for_data=wait_for_data)
     )
-    checked = [_check_source(job, kind, defaults, pinned=pinned) for job in jobs]
+    searches = SearchSubmitter(cluster, connection, image)
+    checked = [_check_source(job, kind, defaults, pinned=pinned) for job in specs.jobs]
     if dry_run is DryRun.server:
         submitter.validate_all(checked)
-    elif code := submitter.submit_all(checked, follow=follow):
+        searches.validate_all(specs.searches)
+    elif code := submitter.submit_all(checked, follow=follow) or searches.submit_all(specs.searches, follow=follow):
         raise typer.Exit(code)
 
 
@@ -124,28 +132,41 @@ def _read(
     defaults: "DefaultsByNamespace | None" = None,
     *,
     wait_for_data: bool,
-) -> list[RenderedJob]:
-    """Read and render all jobs, before anything is applied."""
-    jobs = read_and_render(files, options, overrides, defaults, kind=kind)
+) -> ClusterSpecs:
+    """Read all specs, and render all jobs, before anything is applied."""
+    specs = read_and_render(files, options, overrides, defaults, kind=kind, with_searches=True)
     if wait_for_data and kind is RunKind.transferjob:
         raise SettingError(
             "--wait-for-data requires --as job. With spec.compute.prefetch: true, the dataset of a TransferJob is "
             "pulled while it waits for GPUs."
         )
-    for job in jobs:
+    for job in specs.jobs:
         if wait_for_data and job.rendered.prefetch is None:
             raise SettingError(f"--wait-for-data requires spec.compute.prefetch: true, which {job.path} does not set.")
-    return jobs
+    return specs
 
 
-def _print_objects(jobs: list[RenderedJob], kind: RunKind) -> None:
+def _check_search_options(kind: RunKind, *, restart: bool, pinned: bool) -> None:
+    if kind is RunKind.job:
+        raise SettingError(
+            "A TransferSearch needs a cluster with the controller, which runs its trials as TransferJobs. To run it on "
+            "this machine, use: topwork search FILE."
+        )
+    if restart or pinned:
+        option = "--restart" if restart else "--pinned"
+        raise SettingError(f"{option} applies to jobs only. A search with another seed starts over.")
+
+
+def _print_objects(specs: ClusterSpecs, kind: RunKind, image: str | None) -> None:
+    from topwork.cli.search_submission import build_search
     from topwork.cluster.operations.submit_transfer_job import build_object
     from topwork.spec.yaml_output import dump_yaml
 
     if kind is RunKind.job:
-        objects = [obj for job in jobs for obj in job.rendered.objects]
+        objects = [obj for job in specs.jobs for obj in job.rendered.objects]
     else:
-        objects = [build_object(job.job, job.options) for job in jobs]
+        objects = [build_object(job.job, job.options) for job in specs.jobs]
+    objects += [build_search(file, image) for file in specs.searches]
     sys.stdout.write(dump_yaml(objects))
 
 

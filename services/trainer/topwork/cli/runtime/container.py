@@ -3,7 +3,7 @@
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Never
@@ -67,6 +67,8 @@ class Container:
         self,
         *,
         metric: tuple[str, float] | None = None,
+        metrics: Mapping[str, float] | None = None,
+        dataset_prefix: str | None = None,
         model: str | None = None,
         weights_from: str | None = None,
         **facts: Fact,
@@ -75,14 +77,20 @@ class Container:
 
         Args:
             metric: Name and value of the main metric; None selects the best metric of the training.
+            metrics: Metrics on the validation split of a run that publishes nothing.
+            dataset_prefix: Key prefix of the stored dataset of such a run.
             model: URI of the published model.
             weights_from: Stage and epoch that the weights of the trained model come from.
             **facts: Further fields of the log line.
         """
-        fields: dict[str, Fact] = dict(zip(("metric", "value"), metric, strict=True)) if metric else {}
+        fields: dict[str, Fact | Mapping[str, float]] = {}
+        if metric:
+            fields |= zip(("metric", "value"), metric, strict=True)
+        if metrics:
+            fields |= {"metrics": metrics, "dataset": dataset_prefix}
         results = {name: text for name, text in (("model", model), ("weights_from", weights_from)) if text}
         if self._write_termination_message("done", 0, **fields, **results):
-            log.info("done", stage=self.stage, run=self.run, **results, **facts)
+            log.info("done", stage=self.stage, run=self.run, **results, **(metrics or {}), **facts)
 
     def report_failure(self, error: BaseException) -> int:
         """Log why the stage ended early, and write the termination message.
@@ -174,7 +182,7 @@ class Container:
                 stream.flush()
         os._exit(code)
 
-    def _write_termination_message(self, outcome: str, exit_code: int, **fields: Fact) -> bool:
+    def _write_termination_message(self, outcome: str, exit_code: int, **fields: Fact | Mapping[str, float]) -> bool:
         """Write the termination message, unless one was written before; return whether it was written."""
         with self._lock:
             if self._message:
@@ -185,7 +193,7 @@ class Container:
             self._write(self._message)
             return True
 
-    def _create_message(self, outcome: str, exit_code: int, **fields: Fact) -> TerminationMessage:
+    def _create_message(self, outcome: str, exit_code: int, **fields: Fact | Mapping[str, float]) -> TerminationMessage:
         common = {"stage": self.stage, "run": self.run, "outcome": outcome, "exit_code": exit_code}
         node = {"node": self.nodes.index} if self.nodes.count > 1 else {}
         progress = self.metrics.stage_progress(self.stage)._asdict() if self.metrics else {}

@@ -9,12 +9,14 @@ from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from topwork.clients.mlflow import CREDENTIAL_VARIABLES, require_mlflow
 from topwork.clients.url_policy import ALLOW_HTTP_VARIABLE
 from topwork.cluster.names import STORAGE_SECRET
 from topwork.errors import SettingError
 from topwork.nodes.addresses import split_address
 from topwork.nodes.node import PEER_TIMEOUT_SECONDS, Node
 from topwork.redaction import register_secrets
+from topwork.spec.tracking import Tracking
 
 if TYPE_CHECKING:
     from topwork.clients.s3.connection import StorageSettings
@@ -46,6 +48,16 @@ KEY_VARIABLES = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 FILE_VARIABLES = ("AWS_CA_BUNDLE", "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE")
 # Read by boto3, by Python's ssl module, by requests and by libcurl, in this order.
 CA_VARIABLES = ("AWS_CA_BUNDLE", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
+
+# With MLflow's own limits, a request to a server that does not answer takes more than ten minutes.
+MLFLOW_DEFAULTS = {
+    "MLFLOW_CONFIGURE_LOGGING": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+}
 
 SECRET_VARIABLE = re.compile(r"SECRET|TOKEN|PASSW|CREDENTIAL|PRIVATE|API_?KEY")
 # Suffixes of variables that name the location of a secret, not the secret.
@@ -246,6 +258,35 @@ def register_environment_secrets(environment: Mapping[str, str] = os.environ) ->
         match[1] for value in environment.values() if (match := re.search(r"://[^/\s:@]*:([^/\s]+)@", value))
     ]
     register_secrets((value.strip() for value in (*secrets, *url_passwords)), "environment")
+
+
+# ── Tracking ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def configure_tracking(tracking: Tracking, environment: MutableMapping[str, str] = os.environ) -> None:
+    """Check that MLflow is installed, check its credentials, and limit its retries unless the user does.
+
+    Call this before MLflow is imported.
+
+    Args:
+        tracking: `spec.tracking`; without MLflow, nothing changes.
+        environment: Variables of this process.
+
+    Raises:
+        SettingError: If MLflow is not installed, or a value begins or ends with whitespace.
+    """
+    if tracking.mlflow is None:
+        return
+    require_mlflow()
+    for name in CREDENTIAL_VARIABLES:
+        value = environment.get(name)
+        if value is not None and value != value.strip():
+            raise SettingError(
+                f"{name} begins or ends with a space or a line break. In a cluster, recreate the Secret that "
+                "spec.tracking.mlflow.secretName names with kubectl create secret generic --from-literal."
+            )
+    for name, value in MLFLOW_DEFAULTS.items():
+        environment.setdefault(name, value)
 
 
 # ── Storage ─────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -22,9 +22,10 @@ if TYPE_CHECKING:
     from topwork.registry.stage_results import Classifier, TrainingStage
     from topwork.spec import TransferJob
     from topwork.stages.publish import Published
+    from topwork.stages.validate import Validated
     from topwork.workspace import Workspace
 
-    Result = Classifier | Published | CrossValidation
+    Result = Classifier | Published | Validated | CrossValidation
 
 log = structlog.get_logger(__name__)
 

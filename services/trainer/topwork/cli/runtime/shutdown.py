@@ -23,7 +23,10 @@ log = structlog.get_logger(__name__)
 
 EXIT_CODE_BUG = 1
 """Exit code after an unexpected exception."""
-INSTALL_HINT = "To train and predict, install topwork[cpu] or topwork[gpu]; for the embedded S3 server, topwork[local]."
+INSTALL_HINT = (
+    "To train and predict, install topwork[cpu] or topwork[gpu]; for searches, topwork[search]; for the embedded S3 "
+    "server, topwork[local]."
+)
 # SIGKILL follows soon after SIGTERM.
 PUSH_SECONDS_AFTER_STOP = 2.0
 

@@ -52,6 +52,7 @@ KINDS = {
         Kind("Service", "services"),
         Kind("ServiceAccount", "serviceaccounts"),
         Kind("TransferJob", "transferjobs", "topwork.dev", version="v1alpha1"),
+        Kind("TransferSearch", "transfersearches", "topwork.dev", version="v1alpha1"),
         Kind(
             "ValidatingWebhookConfiguration",
             "validatingwebhookconfigurations",
