@@ -8,13 +8,11 @@ Runs that publish a model delete their features themselves, at the end of their 
 
 from topwork.clients.s3.cleanup import tolerate_cleanup_failure
 from topwork.clients.s3.storage import Storage
+from topwork.search.jobs import SEARCH_LABEL
 from topwork.spec import TransferJob
 
 ROOT = "features"
 """Key prefix of all shared features."""
-
-SEARCH_LABEL = "topwork.dev/search"
-"""Label of the runs of a search. Its value identifies the search."""
 
 
 def owner_of(job: TransferJob) -> str:
