@@ -4,12 +4,12 @@ import html
 import re
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from topwork.report.evaluation import ClassScores
 from topwork.report.plots import plot_confusion_matrix, plot_history, plot_reliability
 from topwork.report.results import Results, summarize
+from topwork.report.template_rendering import render_template
 from topwork.spec.yaml_output import dump_job
 
 # A confusion matrix with more classes is drawn as an image, because a table would be unreadable. Above
@@ -87,32 +87,24 @@ def listed_classes(results: Results) -> list[ClassScores]:
 
 
 def _render(template: str, results: Results, *, escape: bool, **variables: Any) -> str:
-    environment = Environment(
-        loader=PackageLoader("topwork.report"),
-        autoescape=escape,  # noqa: S701 - off only for Markdown, which has its own escaping
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters.update(
-        md=_escape_markdown,
-        code=_escape_inline_code,
-        number=_format_number,
-        percent=_format_percent,
-        summarize=summarize,
-    )
-    return environment.get_template(template).render(
-        results=results,
-        evaluation=results.evaluation,
-        job=results.job,
-        spec=dump_job(results.job),
-        confusions=top_confusions(results),
-        classes=listed_classes(results),
-        rejected=results.dataset.rejected[:MAX_REJECTED],
-        rejected_reasons=_count_rejection_reasons(results),
-        **variables,
-    )
+    variables |= {
+        "results": results,
+        "evaluation": results.evaluation,
+        "job": results.job,
+        "spec": dump_job(results.job),
+        "confusions": top_confusions(results),
+        "classes": listed_classes(results),
+        "rejected": results.dataset.rejected[:MAX_REJECTED],
+        "rejected_reasons": _count_rejection_reasons(results),
+    }
+    filters = {
+        "md": _escape_markdown,
+        "code": _escape_inline_code,
+        "number": _format_number,
+        "percent": _format_percent,
+        "summarize": summarize,
+    }
+    return render_template(template, filters, variables, escape=escape)
 
 
 def _count_rejection_reasons(results: Results) -> dict[str, int]:

@@ -4,7 +4,6 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from topwork.clients.s3.storage import Storage
@@ -12,6 +11,7 @@ from topwork.registry import versions
 from topwork.registry.searches import report_key
 from topwork.registry.versions import Version
 from topwork.report import search_plots
+from topwork.report.template_rendering import render_template
 from topwork.search.importance import Importance, parameter_importance
 from topwork.search.metrics import is_minimized
 from topwork.search.parameter_names import format_parameter, short_names
@@ -128,26 +128,19 @@ def render_search_report(results: SearchResults) -> str:
     Returns:
         HTML. Names and values of parameters are escaped.
     """
-    environment = Environment(
-        loader=PackageLoader("topwork.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters.update(value=_format_value, duration=_format_duration, parameter=format_parameter)
     content = results.search.model_dump(mode="json", by_alias=True, exclude_unset=True)
-    return environment.get_template("search.html.j2").render(
-        results=results,
-        search=results.search,
-        id=search_id(results.search),
-        names=short_names(results.search.spec.space),
-        figures=_figures(results),
-        seconds=sum(trial.seconds for trial in results.trials),
-        gpu_seconds=sum(trial.gpu_seconds for trial in results.trials),
-        spec=dump_yaml([content]),
-    )
+    variables = {
+        "results": results,
+        "search": results.search,
+        "id": search_id(results.search),
+        "names": short_names(results.search.spec.space),
+        "figures": _figures(results),
+        "seconds": sum(trial.seconds for trial in results.trials),
+        "gpu_seconds": sum(trial.gpu_seconds for trial in results.trials),
+        "spec": dump_yaml([content]),
+    }
+    filters = {"value": _format_value, "duration": _format_duration, "parameter": format_parameter}
+    return render_template("search.html.j2", filters, variables)
 
 
 def _figures(results: SearchResults) -> dict[str, Markup]:

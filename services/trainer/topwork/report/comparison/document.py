@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from topwork.data.local_dataset import Split
 from topwork.report.comparison.result import ChangedImage, Comparison, Estimate
 from topwork.report.pictures import thumbnail
+from topwork.report.template_rendering import render_template
 
 # Pictures of newly correct, and of newly misclassified images, of each model.
 MAX_PICTURES = 24
@@ -23,22 +23,13 @@ def render_comparison(comparison: Comparison, images: Split) -> str:
     Returns:
         HTML. Names of classes and files are untrusted and escaped.
     """
-    environment = Environment(
-        loader=PackageLoader("topwork.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters.update(estimate=format_estimate, difference=format_difference, percent="{:.1%}".format)
 
     def illustrate(changed: Sequence[ChangedImage]) -> list[tuple[ChangedImage, str]]:
         shown = changed[:MAX_PICTURES]
         return [(image, thumbnail(images.load_images(np.array([image.index]))[0])) for image in shown]
 
-    template = environment.get_template("comparison.html.j2")
-    return template.render(comparison=comparison, illustrate=illustrate)
+    filters = {"estimate": format_estimate, "difference": format_difference, "percent": "{:.1%}".format}
+    return render_template("comparison.html.j2", filters, {"comparison": comparison, "illustrate": illustrate})
 
 
 def format_estimate(estimate: Estimate) -> str:
