@@ -6,8 +6,8 @@ from pydantic import Field
 
 from topwork.errors import GateError
 from topwork.report.evaluation import MetricsSection
-from topwork.report.statistics.paired import LOWER_IS_BETTER, WorseTest
-from topwork.spec.evaluation import Gate
+from topwork.report.statistics.paired import WorseTest
+from topwork.spec.evaluation import LOWER_IS_BETTER, Gate
 
 NOT_WORSE = "notWorseThanLatest"
 

@@ -1,8 +1,7 @@
 """The direction of the metric of a search."""
 
+from topwork.spec.evaluation import LOWER_IS_BETTER
 from topwork.spec.search import SearchMetric
-
-LOWER_IS_BETTER: frozenset[SearchMetric] = frozenset({"loss", "calibrationError"})
 
 
 def is_minimized(metric: SearchMetric) -> bool:

@@ -10,6 +10,7 @@ from topwork.spec.messages import format_value
 from topwork.spec.spec_model import SpecModel, Violation, check_unique, rule
 
 MetricName = Literal["accuracy", "top5", "precision", "recall", "f1", "auc", "calibrationError"]
+LOWER_IS_BETTER = frozenset({"loss", "calibrationError"})
 Fraction = Annotated[StrictFloat, Field(ge=0.0, le=1.0)]
 
 

@@ -7,10 +7,10 @@ import numpy as np
 from topwork.report.evaluation import MetricsSection
 from topwork.report.statistics.bootstrap import ScoredImages, bootstrap_p_value, resample
 from topwork.report.statistics.shares import loss_p_value
+from topwork.spec.evaluation import LOWER_IS_BETTER
 
 # Metrics that are a share of the images.
 SHARES = ("accuracy", "top5")
-LOWER_IS_BETTER = ("loss", "calibrationError")
 
 
 class WorseTest(MetricsSection):
