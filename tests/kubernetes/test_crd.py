@@ -11,11 +11,10 @@ from typing import Any, Literal, get_args, get_origin
 import pytest
 import yaml
 from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
+from crd_admission import admit
 from crd_cel import cel_value, evaluate
 from crd_definition import definition_problems
-from crd_errors import FieldError
-from crd_pruning import prune, prune_nulls, root_schema, set_defaults
-from crd_rules import validate_rules
+from crd_pruning import root_schema
 from crd_validation import validate_schema
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -40,16 +39,6 @@ from topwork.spec.spec_model import SpecModel, get_rules
 REPOSITORY = Path(__file__).parents[2]
 EXAMPLES = sorted((REPOSITORY / "examples").glob("*.yaml"))
 SCHEMA = definition()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
-
-
-def admit(data: KubernetesObject) -> tuple[KubernetesObject, list[str], list[FieldError]]:
-    """Return the object as the API server stores it, its unknown keys, and the errors of its schema and its rules."""
-    obj, schema = copy.deepcopy(data), root_schema(SCHEMA)
-    unknown = prune(obj, schema)
-    prune_nulls(obj, schema)
-    set_defaults(obj, schema)
-    errors = [*validate_schema(obj, schema)]
-    return obj, unknown, errors or [*validate_rules(obj, schema)]
 
 
 def problems_of(data: KubernetesObject) -> list[tuple[str, str]]:
@@ -194,7 +183,7 @@ def test_complete_status_is_accepted_and_printed() -> None:
     status = TransferJobStatus.model_validate(texts | numbers | lists | times | metrics)
     dumped = json.loads(status.model_dump_json(by_alias=True, exclude_none=True))
     assert dumped.keys() == {field.alias for field in TransferJobStatus.model_fields.values()}
-    _, unknown, errors = admit(VALID | {"status": dumped})
+    _, unknown, errors = admit(VALID | {"status": dumped}, SCHEMA)
     assert (unknown, errors) == ([], [])
     columns = definition()["spec"]["versions"][0]["additionalPrinterColumns"]
     paths = {column["jsonPath"] for column in columns} - {".metadata.creationTimestamp"}
@@ -235,7 +224,7 @@ def test_messages_join_values_with_format() -> None:
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_examples_are_accepted_as_kubectl_reads_them(path: Path) -> None:
     for data in yaml.load_all(path.read_text(encoding="utf-8"), YamlOfKubectl):
-        obj, unknown, errors = admit(data)
+        obj, unknown, errors = admit(data, SCHEMA)
         assert (unknown, errors) == ([], [])
         assert parse_transfer_job(obj).run in {job.run for job in read_jobs(path)}
 
@@ -256,7 +245,7 @@ def test_words_that_yaml_1_1_reads_as_booleans_are_accepted() -> None:
         "fineTune.unfreeze": {"layers": 3},
     }
     data = change(VALID, changes | {"dataset.audit": {"nearDuplicates": False, "labelIssues": False}})
-    obj, unknown, errors = admit(data)
+    obj, unknown, errors = admit(data, SCHEMA)
     assert (unknown, errors) == ([], [])
     spec = parse_transfer_job(obj).spec
     assert (spec.transfer.cache.use, spec.fine_tune.cache.use, spec.dataset.audit.near_duplicates) == (
@@ -270,7 +259,7 @@ def test_every_rule_in_cel_has_the_message_of_the_spec() -> None:
     """Each CEL rule is violated at least once, with a message that `topwork validate` prints for the same spec."""
     violated = set()
     for data in invalid_specs():
-        obj, _, errors = admit(data)
+        obj, _, errors = admit(data, SCHEMA)
         problems = problems_of(data)
         if [*validate_schema(obj, root_schema(SCHEMA))]:
             continue
@@ -302,7 +291,7 @@ def violated_rules(value: Any, schema: dict[str, Any]) -> set[str]:
 def test_defaults_of_the_api_server_change_no_problem() -> None:
     for data in invalid_specs():
         problems = problems_of(data)
-        obj, unknown, _ = admit(data)
+        obj, unknown, _ = admit(data, SCHEMA)
         assert problems, data
         if not unknown and not has_null(data):
             assert problems_of(obj) == problems
@@ -315,7 +304,7 @@ def test_every_valid_spec_is_accepted_and_keeps_its_run(data: st.DataObject) -> 
     obj = data.draw(st.sampled_from([build_transfer_job(job, None) for path in EXAMPLES for job in read_jobs(path)]))
     for _ in range(data.draw(st.integers(1, 4))):
         set_any_value(data, JobSpec, obj["spec"])
-    stored, unknown, errors = admit(obj)
+    stored, unknown, errors = admit(obj, SCHEMA)
     problems = problems_of(obj)
     if not unknown:
         assert problems_of(stored) == problems
@@ -386,14 +375,14 @@ def has_null(value: Any) -> bool:
 
 
 def test_secret_in_the_query_of_a_uri_is_not_shown() -> None:
-    _, _, errors = admit(change(VALID, {"metrics.pushgateway": "ftp://host/?token=hush-hush"}))
+    _, _, errors = admit(change(VALID, {"metrics.pushgateway": "ftp://host/?token=hush-hush"}), SCHEMA)
     assert [str(error) for error in errors] == [
         "spec.metrics.pushgateway: Forbidden: the value is not allowed. Allowed: http://…, https://…."
     ]
 
 
 def test_password_in_a_uri_is_not_shown() -> None:
-    _, _, errors = admit(change(VALID, {"storage": "s3://me:hush-hush@bucket/key"}))
+    _, _, errors = admit(change(VALID, {"storage": "s3://me:hush-hush@bucket/key"}), SCHEMA)
     assert [str(error) for error in errors] == [
         "spec.storage: Forbidden: contains a user name or password (not shown here), but specs are stored and shared. "
         "Remove it and pass credentials in environment variables."

@@ -1,6 +1,5 @@
 """The CustomResourceDefinition of searches: never stricter than the spec, whose messages it repeats."""
 
-import copy
 import json
 from datetime import UTC, datetime
 from pathlib import Path
@@ -8,9 +7,9 @@ from typing import Any, NamedTuple
 
 import pytest
 import yaml
+from crd_admission import admit
 from crd_errors import FieldError
-from crd_pruning import prune, prune_nulls, root_schema, set_defaults
-from crd_rules import validate_rules
+from crd_pruning import root_schema
 from crd_validation import validate_schema
 from tests.kubernetes.test_crd import YamlOfKubectl, violated_rules
 from tests.unit.test_spec_search import FILE, MISTAKES, data_of
@@ -39,16 +38,6 @@ VIOLATIONS: list[dict[str, Any]] = [
     {"transfer": {"batchSize": 65}, "compute": {"gpus": 2}},
     {"publish": {"formats": ["keras", "keras"]}},
 ]
-
-
-def admit(data: KubernetesObject) -> tuple[KubernetesObject, list[str], list[FieldError]]:
-    """Return the object as the API server stores it, its unknown keys, and the errors of its schema and its rules."""
-    obj, schema = copy.deepcopy(data), root_schema(SCHEMA)
-    unknown = prune(obj, schema)
-    prune_nulls(obj, schema)
-    set_defaults(obj, schema)
-    errors = [*validate_schema(obj, schema)]
-    return obj, unknown, errors or [*validate_rules(obj, schema)]
 
 
 def problems_of(data: KubernetesObject) -> list[tuple[str, str]]:
@@ -83,13 +72,13 @@ def rejected() -> list[Rejected]:
         data = data_of({})
         data["spec"]["template"] |= violation
         searches.append(data)
-    return [Rejected(data, *admit(data), problems_of(data)) for data in searches]
+    return [Rejected(data, *admit(data, SCHEMA), problems_of(data)) for data in searches]
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_examples_are_accepted_as_kubectl_reads_them(path: Path) -> None:
     (data,) = yaml.load_all(path.read_text(encoding="utf-8"), YamlOfKubectl)
-    obj, unknown, errors = admit(data)
+    obj, unknown, errors = admit(data, SCHEMA)
     assert (unknown, errors) == ([], [])
     ((_, search),) = read_searches([path])
     assert parse_transfer_search(obj).spec.model_dump() == search.spec.model_dump()
@@ -106,7 +95,7 @@ def test_template_has_the_schema_of_a_job() -> None:
 def test_null_among_choices_and_conditions_is_kept() -> None:
     data = data_of({"asha": "none", "transfer.batchSize: {int: [16, 64]}": "fineTune: {choice: [null, {epochs: 2}]}"})
     data["spec"]["space"]["transfer.batchSize"] = {"choice": [16, 32], "when": {"fineTune": None}}
-    obj, unknown, errors = admit(data)
+    obj, unknown, errors = admit(data, SCHEMA)
     assert (unknown, errors) == ([], [])
     space = parse_transfer_search(obj).spec.space
     assert space["fineTune"].choice == (None, {"epochs": 2})
@@ -118,7 +107,7 @@ def test_null_among_choices_and_conditions_is_kept() -> None:
 def test_words_that_yaml_1_1_reads_as_booleans_are_accepted_as_choices() -> None:
     data = data_of({})
     data["spec"]["space"]["transfer.featureCache"] = {"choice": ["auto", False]}
-    obj, unknown, errors = admit(data)
+    obj, unknown, errors = admit(data, SCHEMA)
     assert (unknown, errors) == ([], [])
     search = parse_transfer_search(obj)
     assert trial_spec(search, {"transfer.featureCache": "off"}).transfer.cache.use == "off"
@@ -168,7 +157,7 @@ def test_complete_status_is_accepted_and_printed() -> None:
     )
     dumped = json.loads(status.model_dump_json(by_alias=True, exclude_none=True))
     assert dumped.keys() == {field.alias for field in TransferSearchStatus.model_fields.values()}
-    _, unknown, errors = admit(data_of({}) | {"status": dumped})
+    _, unknown, errors = admit(data_of({}) | {"status": dumped}, SCHEMA)
     assert (unknown, errors) == ([], [])
     columns = definition(TRANSFER_SEARCH)["spec"]["versions"][0]["additionalPrinterColumns"]
     for column in columns:
