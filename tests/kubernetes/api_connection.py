@@ -38,6 +38,8 @@ class ConnectionHandler(BaseHTTPRequestHandler):
     body: Any
     protocol_version = "HTTP/1.1"
     timeout = 60
+    # Headers and body are sent separately. With Nagle's algorithm, the body waits 40 ms for the client's delayed ACK.
+    disable_nagle_algorithm = True
 
     def setup(self) -> None:
         if hasattr(self.request, "do_handshake"):
