@@ -43,6 +43,8 @@ def parse_command_line(line: str) -> None:
     words, path = shlex.split(line)[1:], "topwork"
     context = command.make_context(path, [], resilient_parsing=True)
     while hasattr(command, "list_commands") and words and not words[0].startswith("-"):
+        if path == "topwork search" and words[0] not in command.commands:
+            words = ["run", *words]  # the short form
         subcommand = command.get_command(context, words[0])
         assert subcommand, f"{line}: no command {words[0]}"
         command, path, words = subcommand, f"{path} {words[0]}", words[1:]

@@ -205,7 +205,7 @@ def test_base_namespace_enforces_pod_security_restricted() -> None:
 def test_submitter_role_has_exactly_the_verbs_that_the_commands_need() -> None:
     rules = by_name(kustomize("base"))["Role", "topwork-submitter"]["rules"]
     assert {(*rule["apiGroups"], *rule["resources"]): rule["verbs"] for rule in rules} == {
-        ("topwork.dev", "transferjobs"): ["get", "list", "watch", "create", "patch", "delete"],
+        ("topwork.dev", "transferjobs", "transfersearches"): ["get", "list", "watch", "create", "patch", "delete"],
         ("batch", "jobs"): ["get", "list", "watch", "create", "patch", "delete"],
         ("", "configmaps"): ["get", "list", "create", "patch", "delete"],
         ("", "services"): ["get", "create", "patch", "delete"],

@@ -131,7 +131,7 @@ def test_a_trial_on_another_dataset_failed(world: SearchWorld) -> None:
     world.finish()
     status = world.search_status()
     assert status["trials"]["failed"] == 1
-    assert "the source has changed" in status["error"]
+    assert "a list of the splits has changed" in status["error"]
 
 
 # ── Failures ────────────────────────────────────────────────────────────────────────────────────────────────────────
