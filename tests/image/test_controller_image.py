@@ -21,8 +21,8 @@ from topwork.cluster.definition.custom_resource import CUSTOM_RESOURCES, definit
 pytestmark = [pytest.mark.image, pytest.mark.timeout(1800)]
 
 IMAGE = f"topwork:{topwork.__version__}-controller"
-# The official base image, python:3.11-slim-bookworm, has 130 MB: 250 MB in total.
-MAX_ADDED_BYTES = 120e6
+# The official base image, python:3.11-slim-bookworm, has 130 MB. Optuna, with NumPy and SQLAlchemy, has about 110 MB.
+MAX_ADDED_BYTES = 280e6
 READ_ONLY = ("--read-only", "--read-only-tmpfs=false", "--cap-drop=ALL", "--security-opt=no-new-privileges")
 PORT = 18480
 
@@ -68,7 +68,7 @@ def test_image_prints_the_definitions_for_the_upgrade_hook_of_the_chart(image):
 
 
 def test_image_has_no_tensorflow_and_no_s3_client(image):
-    code = "import importlib.util as u; print([n for n in ('tensorflow', 'keras', 'numpy', 'boto3') if u.find_spec(n)])"
+    code = "import importlib.util as u; print([n for n in ('tensorflow', 'keras', 'scipy', 'boto3') if u.find_spec(n)])"
     assert run("-c", code, entrypoint="python3") == "[]\n"
 
 
