@@ -123,6 +123,16 @@ def test_later_trials_use_the_dataset_of_the_first(world: SearchWorld) -> None:
         assert jobs[name]["metadata"]["annotations"]["topwork.dev/dataset"] == dataset
 
 
+def test_trials_on_lists_of_images_use_the_dataset_and_the_same_lists(world: SearchWorld) -> None:
+    world.apply(sample_searches.search(trials=2))
+    images = iter(("datasets/flowers/one#0123abcd", "datasets/flowers/one#4567cdef"))
+    kubelet = world.kubernetes.kubelet
+    kubelet.evaluate = lambda spec: setattr(kubelet, "dataset", next(images)) or sample_searches.evaluate(spec)
+    world.finish()
+    assert world.trial_jobs()["flowers-1"]["metadata"]["annotations"]["topwork.dev/dataset"] == "datasets/flowers/one"
+    assert "a list of the splits has changed" in world.search_status()["error"]
+
+
 def test_a_trial_on_another_dataset_failed(world: SearchWorld) -> None:
     world.apply(sample_searches.search(trials=2, parallel=2))
     datasets = iter(("datasets/flowers/one", "datasets/flowers/two"))

@@ -368,6 +368,17 @@ def test_a_damaged_event_is_reported_with_its_number():
         Study(make_search(), journal)
 
 
+@pytest.mark.parametrize("number", [7, -1])
+def test_an_event_of_an_unknown_trial_is_reported(number: int):
+    journal = MemoryJournal()
+    study = Study(make_search(), journal)
+    study.start_next()
+    study.record_failure(0, "diverged")
+    journal.events[2]["number"] = number
+    with pytest.raises(DataError, match=r"^Event 2 of the journal of the search is "):
+        Study(make_search(), journal)
+
+
 def test_the_journal_of_1000_trials_fits_into_a_config_map():
     journal = MemoryJournal()
     complete(Study(make_search(sampler="random", trials=100, pruner="asha"), journal), parallel=10)

@@ -40,6 +40,21 @@ def test_run_without_publishing_ends_with_its_metrics_on_the_validation_split(ma
     assert list_models(workspace.storage) == {}
 
 
+def test_result_identifies_the_images_of_lists(make_job, workspace, two_class_folder):
+    names = sorted(str(path.relative_to(two_class_folder)) for path in two_class_folder.rglob("*.*"))
+    splits = {"train": names[::2], "validation": names[1::4], "test": names[3::4]}
+    dataset = make_job().spec.dataset.model_dump(mode="json", by_alias=True, exclude_unset=True)
+    dataset["splits"] = {name: {"list": f"{workspace.storage.uri}/{name}.txt"} for name in splits}
+    results = []
+    for first in (0, 1):
+        for name, images in splits.items():
+            workspace.storage.write(f"{name}.txt", "\n".join(images[first:]).encode())
+        results.append(pipeline.run(make_job(dataset=dataset, **TRIAL), workspace).dataset.split("#"))
+    (one, lists), (other, changed) = results
+    assert one == other == pull(make_job(dataset=dataset), workspace).prefix
+    assert lists != changed
+
+
 def test_validated_run_is_found_again_until_its_metrics_change(make_job, workspace):
     job = make_job(**TRIAL)
     outcome = pipeline.run(job, workspace)

@@ -19,7 +19,7 @@ from topwork.errors import DataError, GateError, Stopped, TopworkError, Unavaila
 from topwork.registry.datasets import read_stored_dataset, select_dataset
 from topwork.registry.searches import store_search
 from topwork.registry.shared_features import delete_shared_features
-from topwork.registry.split_inputs import read_split_inputs
+from topwork.registry.split_inputs import identify_split_images, read_split_inputs
 from topwork.registry.stage_keys import run_name, stage_keys
 from topwork.registry.stage_results import read_reference
 from topwork.report.search_report import store_report
@@ -29,7 +29,6 @@ from topwork.search.storage_journal import StorageJournal, search_prefix
 from topwork.search.study import Study
 from topwork.search.trials import Trial, TrialResult, TrialRun
 from topwork.spec import TransferJob
-from topwork.spec.digest import digest_of
 from topwork.spec.search import TransferSearch
 from topwork.tracking.run_tracking import track_run
 from topwork.workspace import Workspace
@@ -195,7 +194,7 @@ class _LocalSearch:
         cost = {"seconds": seconds, "gpu_seconds": seconds * _count_gpus(workspace)}
         self.lease.check()
         if metric in metrics:
-            dataset = identify_images(job, workspace)
+            dataset = identify_split_images(workspace.dataset, read_split_inputs(job, workspace.storage))
             result = TrialResult(run.epochs, job.run, metrics[metric], metrics, dataset=dataset, **cost)
             trial = self.study.record_result(run.number, result)
         else:
@@ -275,12 +274,6 @@ class _LocalSearch:
         if fingerprint is None or job.spec.dataset.source.tfds:
             return job
         return job.as_run(run_name(job, stage_keys(job, fingerprint, self.workspace.storage)))
-
-
-def identify_images(job: TransferJob, workspace: Workspace) -> str:
-    """Identify the images that a trial is trained and measured on: its dataset, and the content of lists of splits."""
-    inputs = read_split_inputs(job, workspace.storage).content()
-    return f"{workspace.dataset}#{digest_of(inputs)[:8]}" if inputs else workspace.dataset
 
 
 def _count_gpus(workspace: Workspace) -> int:

@@ -21,7 +21,7 @@ class TerminationMessage(BaseModel):
         metric: Name of the best metric, such as `validation_accuracy`, or of the first metric evaluated.
         value: Value of that metric.
         metrics: Metrics on the validation split of a run that publishes nothing, including `loss`.
-        dataset: Key prefix of the stored dataset of such a run.
+        dataset: Identifies the images of such a run; see `identify_split_images`.
         model: URI of the published model.
         weights_from: Stage and epoch that its weights come from.
         error: Why the stage failed, in one sentence.

@@ -87,7 +87,9 @@ class TransferJobStatus(ConditionedStatus):
         default=None, description="Metrics on the validation split, with the loss, of a run that publishes nothing."
     )
     dataset: str | None = Field(
-        default=None, description="Key prefix of the stored dataset of a run that publishes nothing."
+        default=None,
+        description="Key prefix of the stored dataset of a run that publishes nothing; with lists of the splits or a "
+        "pinned test set, also # and a digest of them.",
     )
     model: str | None = Field(default=None, description="URI of the published model.")
     model_version: int | None = Field(default=None, description="Version of the published model.")

@@ -5,6 +5,7 @@ from topwork.data.splits.inputs import SplitInputs
 from topwork.data.splits.lists import read_split_lists
 from topwork.registry.evaluated_images import read_pinned_test
 from topwork.spec import TransferJob
+from topwork.spec.digest import digest_of
 
 
 def read_split_inputs(job: TransferJob, storage: Storage) -> SplitInputs:
@@ -24,3 +25,21 @@ def read_split_inputs(job: TransferJob, storage: Storage) -> SplitInputs:
     splits = job.spec.dataset.split_settings
     pinned = read_pinned_test(storage, job.model_name, splits.pin_test) if splits.pin_test else None
     return SplitInputs(read_split_lists(splits.lists, storage), pinned)
+
+
+def identify_split_images(dataset: str, inputs: SplitInputs) -> str:
+    """Identify the images that a job is trained and measured on.
+
+    Args:
+        dataset: Key prefix of its stored dataset.
+        inputs: What the splits depend on besides it.
+
+    Returns:
+        The key prefix; with lists of the splits or a pinned test set, also `#` and a digest of their content.
+
+    Example:
+        >>> identify_split_images("datasets/photos/425d7f53c70ed9c5", inputs)
+        'datasets/photos/425d7f53c70ed9c5#5f125543'
+    """
+    content = inputs.content()
+    return f"{dataset}#{digest_of(content)[:8]}" if content else dataset

@@ -10,6 +10,9 @@ from topwork.search.journal import Event
 JOURNAL_FORMAT = 1
 
 
+TrialNumber = Annotated[int, Field(ge=0)]
+
+
 class _SearchEvent(BaseModel):
     """An event with the time at which its coordinator appended it."""
 
@@ -34,7 +37,7 @@ class Started(_SearchEvent):
     """A trial was started: a run with its parameters and a number of epochs has to be carried out."""
 
     event: Literal["started"] = "started"
-    number: int
+    number: TrialNumber
     params: dict[str, Any]
     epochs: int
     digest: str
@@ -44,16 +47,16 @@ class Repeated(_SearchEvent):
     """A trial whose spec is that of an earlier one. It has the state and results of that one, and no run."""
 
     event: Literal["repeated"] = "repeated"
-    number: int
+    number: TrialNumber
     params: dict[str, Any]
-    equal_to: int
+    equal_to: TrialNumber
 
 
 class Rejected(_SearchEvent):
     """A trial whose combination of values the spec refuses. It failed without a run."""
 
     event: Literal["rejected"] = "rejected"
-    number: int
+    number: TrialNumber
     params: dict[str, Any]
     error: str
 
@@ -62,7 +65,7 @@ class Promoted(_SearchEvent):
     """A paused trial is continued with more epochs."""
 
     event: Literal["promoted"] = "promoted"
-    number: int
+    number: TrialNumber
     epochs: int
 
 
@@ -70,7 +73,7 @@ class Finished(_SearchEvent):
     """A run ended with a result, and the trial has a new state."""
 
     event: Literal["finished"] = "finished"
-    number: int
+    number: TrialNumber
     state: Literal["paused", "complete", "pruned"]
     epochs: int
     run: str
@@ -85,7 +88,7 @@ class Failed(_SearchEvent):
     """A run failed for good."""
 
     event: Literal["failed"] = "failed"
-    number: int
+    number: TrialNumber
     error: str
     seconds: float = 0.0
     gpu_seconds: float = 0.0

@@ -55,7 +55,13 @@ class Study:
             event = events.parse_event(number, content)
             if isinstance(event, events.Created) and event.search != self.id:
                 raise DataError(f"The journal is that of the search {event.search}, not of {self.id}.")
-            self._history.apply(event)
+            try:
+                self._history.apply(event)
+            except IndexError as error:
+                raise DataError(
+                    f"Event {number} of the journal of the search is of a trial that no earlier event starts: the "
+                    "journal was changed by hand. Restore it, or start a new search by changing its seed."
+                ) from error
 
     @property
     def trials(self) -> tuple[Trial, ...]:

@@ -22,8 +22,8 @@ class TrialResult:
         metrics: All metrics on the validation split.
         seconds: Duration of the run in seconds.
         gpu_seconds: Number of its GPUs times the seconds for which it held them.
-        dataset: Identifies the stored dataset, such as its key prefix; empty if unknown. Values on other images cannot
-            be compared.
+        dataset: Identifies the images: key prefix of the stored dataset, and after a `#` a digest of the lists of the
+            splits if there are any. Empty if unknown. Values on other images cannot be compared.
     """
 
     epochs: int
@@ -33,6 +33,11 @@ class TrialResult:
     seconds: float
     gpu_seconds: float = 0.0
     dataset: str = ""
+
+    @property
+    def dataset_prefix(self) -> str:
+        """Key prefix of the stored dataset; empty if unknown."""
+        return self.dataset.partition("#")[0]
 
 
 @dataclass(frozen=True)

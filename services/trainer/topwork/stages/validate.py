@@ -13,6 +13,7 @@ from topwork.data.dataset_manifest import StoredDataset
 from topwork.registry.cross_validation import format_images
 from topwork.registry.kept_weights import KeptWeights
 from topwork.registry.runs import validation_key
+from topwork.registry.split_inputs import identify_split_images, read_split_inputs
 from topwork.registry.stage_keys import stage_keys
 from topwork.registry.stage_results import Classifier
 from topwork.spec import TransferJob
@@ -35,7 +36,7 @@ class Validated(BaseModel):
             those of the kept weights, on the images of the validation split, which also selected these weights.
         undefined: Requested metrics without a value, and why.
         images: Number of images in the validation split.
-        dataset: Key prefix of the stored dataset.
+        dataset: Identifies the images; see `identify_split_images`.
         weights: Stage and epoch that the weights come from.
         classifier_uri: URI of the classifier.
         started: Start of the evaluation.
@@ -100,7 +101,7 @@ def validate(job: TransferJob, classifier: Classifier, dataset: StoredDataset, w
             metrics={name: evaluation.metrics[name] for name in requested if name in evaluation.metrics},
             undefined={name: evaluation.undefined[name] for name in requested if name in evaluation.undefined},
             images=evaluation.images,
-            dataset=dataset.prefix,
+            dataset=identify_split_images(dataset.prefix, dataset.inputs or read_split_inputs(job, workspace.storage)),
             weights=classifier.kept,
             classifier_uri=workspace.storage.uri_of(classifier.key),
             started=workspace.metrics.stage_start_time("publish"),

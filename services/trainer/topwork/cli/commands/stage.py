@@ -319,7 +319,7 @@ def _report_success(
         container.report_success(
             metric=next(iter(result.metrics.items())),
             metrics=result.metrics,
-            dataset_prefix=result.dataset,
+            images_of=result.dataset,
             weights_from=str(result.weights),
             weights=result.classifier_uri,
             images=result.images,
@@ -328,7 +328,7 @@ def _report_success(
         container.report_success(
             metric=next(iter(result.metrics.items())) if container.stage == "fine-tune" else None,
             metrics=None,
-            dataset_prefix=None,
+            images_of=None,
             model=None,
             weights_from=None,
             folds=len(result.folds),
@@ -340,7 +340,7 @@ def _report_success(
         container.report_success(
             metric=next(iter(result.metrics.items())) if container.stage == "fine-tune" else None,
             metrics=None,
-            dataset_prefix=None,
+            images_of=None,
             model=result.uri,
             weights_from=str(result.weights) if result.weights else None,
             report=result.report_uri,

@@ -68,7 +68,7 @@ class Container:
         *,
         metric: tuple[str, float] | None = None,
         metrics: Mapping[str, float] | None = None,
-        dataset_prefix: str | None = None,
+        images_of: str | None = None,
         model: str | None = None,
         weights_from: str | None = None,
         **facts: Fact,
@@ -78,7 +78,7 @@ class Container:
         Args:
             metric: Name and value of the main metric; None selects the best metric of the training.
             metrics: Metrics on the validation split of a run that publishes nothing.
-            dataset_prefix: Key prefix of the stored dataset of such a run.
+            images_of: Identifies the images of such a run; see `identify_split_images`.
             model: URI of the published model.
             weights_from: Stage and epoch that the weights of the trained model come from.
             **facts: Further fields of the log line.
@@ -87,7 +87,7 @@ class Container:
         if metric:
             fields |= zip(("metric", "value"), metric, strict=True)
         if metrics:
-            fields |= {"metrics": metrics, "dataset": dataset_prefix}
+            fields |= {"metrics": metrics, "dataset": images_of}
         results = {name: text for name, text in (("model", model), ("weights_from", weights_from)) if text}
         if self._write_termination_message("done", 0, **fields, **results):
             log.info("done", stage=self.stage, run=self.run, **results, **(metrics or {}), **facts)

@@ -66,7 +66,7 @@ class RunStatus:
         metric: Name of the best known metric.
         value: Its value.
         metrics: Metrics on the validation split of a finished run that publishes nothing.
-        dataset: Key prefix of the stored dataset of such a run.
+        dataset: Identifies the images of such a run; see `identify_split_images`.
         model: URI of the published model.
         weights_from: Stage and epoch that the weights of the trained model come from.
         transfer_job: Status of its TransferJob; None for a plain Job.

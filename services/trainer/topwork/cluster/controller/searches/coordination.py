@@ -125,7 +125,7 @@ class Coordination:
     # ── TransferJobs ────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _build(self, job: TransferJob, trial: str, *, suspend: bool) -> KubernetesObject:
-        datasets = (result.dataset for trial in self.study.trials for result in trial.results if result.dataset)
+        datasets = (result.dataset_prefix for trial in self.study.trials for result in trial.results if result.dataset)
         return build_trial_job(job, self.seen.search, trial, suspend=suspend, dataset=next(datasets, ""))
 
     def _ensure(self, desired: KubernetesObject) -> KubernetesObject | None:
