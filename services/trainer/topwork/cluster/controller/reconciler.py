@@ -14,21 +14,22 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from topwork.clients.kubernetes.errors import (
-    ConflictError,
-    NamespaceTerminatingError,
-    NotFoundError,
-    UidConflictError,
-    UnknownApiError,
-)
+from topwork.clients.kubernetes.errors import NamespaceTerminatingError, UidConflictError
 from topwork.cluster.controller.decision import CreateRun, DeleteJob, Plan, UpdateRun, decide
 from topwork.cluster.controller.events import Report, build_event, describe_changes
+from topwork.cluster.controller.interruptions import (
+    AGAIN_SECONDS,
+    CHANGED_ERRORS,
+    GONE_ERRORS,
+    UNAVAILABLE_SECONDS,
+)
 from topwork.cluster.controller.node_network import delete_network, has_network
 from topwork.cluster.controller.object_cache import Key, ObjectCache
 from topwork.cluster.controller.observation import Observation
 from topwork.cluster.controller.progress import ProgressReader
 from topwork.cluster.controller.spec_resolution import Rejection, Target, resolve
 from topwork.cluster.controller.status_update import MAX_TEXT_CHARACTERS
+from topwork.cluster.controller.status_writer import write_status
 from topwork.cluster.names import CONTROLLER_MANAGER, JOB_LABEL
 from topwork.cluster.operations.runs import read_events
 from topwork.cluster.status.objects import is_being_deleted, name_of, pods_of_job
@@ -44,10 +45,6 @@ MAX_PENDING_SECONDS = 300.0
 """Maximum time between two updates of the reason why a run is pending."""
 PENDING_FRACTION = 0.1
 """This fraction of the time that a run has been pending passes between two updates of the reason."""
-AGAIN_SECONDS = 1.0
-"""Delay after an object was changed, or deleted and created again, in the middle of a reconciliation."""
-UNAVAILABLE_SECONDS = 60.0
-"""Delay while the namespace, or the kind TransferJob, is being deleted or gone."""
 MAX_STEPS = 3
 """Maximum number of creations and updates in one reconciliation; each is followed by a new decision."""
 PROGRESS_FIELDS = ("progress", "eta", "metric", "stage", "waiting_for", "gpu_seconds", "attempt_history")
@@ -109,9 +106,9 @@ class Reconciler:
             return _Reconciliation(
                 self._cluster.in_namespace(key.namespace), self._cache, self._progress, self._refreshes, key
             ).run(seen, self._settings)
-        except (NamespaceTerminatingError, UnknownApiError):  # the watch reports a deleted CustomResourceDefinition
+        except GONE_ERRORS:
             return UNAVAILABLE_SECONDS
-        except (NotFoundError, UidConflictError, ConflictError):
+        except CHANGED_ERRORS:
             log.debug("an object of %s was changed or deleted while it was reconciled", key)
             return AGAIN_SECONDS
 
@@ -273,7 +270,7 @@ class _Reconciliation:
         if plan.status != seen.previous:
             for report in describe_changes(seen.previous, plan.status):
                 self._report(seen, plan.status, report)
-            self._apply_status(seen, plan.status)
+            self.cache.store_written(write_status(self.cluster, seen.transfer_job, plan.status))
         self.cache.forget_ended_pods(self.key, [pod["metadata"]["uid"] for pod in seen.ended_pods])
         for job in plan.ttl_jobs:
             delete_network(self.cluster, job)
@@ -286,23 +283,6 @@ class _Reconciliation:
         # Like other controllers, this one works without the permission to create events.
         with suppress(SettingError):
             self._apply(build_event(seen, status, report))
-
-    def _apply_status(self, seen: Observation, status: TransferJobStatus) -> None:
-        # The status must not end up in another TransferJob that was created under this name in the meantime.
-        version = seen.transfer_job["metadata"]["resourceVersion"]
-        metadata = {"name": self.key.name, "namespace": self.key.namespace, "resourceVersion": version}
-        stored = self.cluster.apply(
-            {
-                "apiVersion": seen.transfer_job["apiVersion"],
-                "kind": seen.transfer_job["kind"],
-                "metadata": metadata,
-                "status": status.model_dump(mode="json", by_alias=True, exclude_none=True),
-            },
-            manager=CONTROLLER_MANAGER,
-            force=True,
-            subresource="status",
-        )
-        self.cache.store_written(stored)
 
     def _next_run(self, status: TransferJobStatus, settings: ReconcilerSettings, seen: Observation) -> float | None:
         interval = settings.status_interval_seconds

@@ -4,16 +4,15 @@ import re
 from dataclasses import replace
 from datetime import UTC, datetime
 
-from pydantic import ValidationError
-
 from topwork.clients.kubernetes import KubernetesObject
 from topwork.cluster.names import QUEUE_LABEL
 from topwork.cluster.status.attempts import Attempt, AttemptState, number_attempts
 from topwork.cluster.status.job_status import Phase
 from topwork.cluster.status.objects import creation_time, get_label, is_being_deleted, name_of
 from topwork.cluster.status.run_status import EpochProgress, RunStatus
+from topwork.cluster.status.stored_status import read_stored_status
 from topwork.cluster.transfer_job_status import AttemptRecord, State, TransferJobStatus
-from topwork.errors import SettingError, SpecError, Stopped
+from topwork.errors import SpecError, Stopped
 
 PHASES: dict[State, Phase] = {
     "Pending": "pending",
@@ -42,14 +41,7 @@ def read_transfer_job_status(obj: KubernetesObject) -> TransferJobStatus:
     Raises:
         SettingError: If a newer version of topwork wrote it with values that this one does not know.
     """
-    try:
-        return TransferJobStatus.model_validate(obj.get("status") or {})
-    except ValidationError as error:
-        problem = error.errors()[0]
-        raise SettingError(
-            f"The status of transferjob/{name_of(obj)} has an unknown value at "
-            f"{'.'.join(map(str, problem['loc']))}: a newer version of topwork wrote it. Use that version."
-        ) from None
+    return read_stored_status(obj, TransferJobStatus, "transferjob")
 
 
 def is_processed(obj: KubernetesObject) -> bool:

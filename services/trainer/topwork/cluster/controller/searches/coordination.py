@@ -5,14 +5,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from topwork.clients.kubernetes import KubernetesObject
-from topwork.clients.kubernetes.errors import (
-    ConflictError,
-    NamespaceTerminatingError,
-    NotFoundError,
-    UidConflictError,
-    UnknownApiError,
-)
 from topwork.cluster.controller.conditions import Fact
+from topwork.cluster.controller.interruptions import CHANGED_ERRORS, GONE_ERRORS
 from topwork.cluster.controller.searches.observation import SearchObservation
 from topwork.cluster.controller.searches.search_status import (
     build_search_status,
@@ -43,10 +37,6 @@ from topwork.spec import TransferJob
 
 if TYPE_CHECKING:
     from topwork.clients.kubernetes.cluster import Cluster
-
-
-CHANGED_MEANWHILE = (ConflictError, NamespaceTerminatingError, NotFoundError, UidConflictError, UnknownApiError)
-"""Errors of a request after which everything has to be read again."""
 
 
 class Outcome(NamedTuple):
@@ -151,7 +141,7 @@ class Coordination:
         """Write a TransferJob, and note if the cluster rejects it, or an admission webhook changes it."""
         try:
             stored = write(obj)
-        except CHANGED_MEANWHILE:
+        except (*CHANGED_ERRORS, *GONE_ERRORS):
             raise
         except SettingError as error:
             self.conflict = f"{kubectl_name(desired)}: {error}"

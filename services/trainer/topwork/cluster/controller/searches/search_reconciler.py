@@ -10,18 +10,17 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import TYPE_CHECKING
 
-from topwork.clients.kubernetes.errors import (
-    ConflictError,
-    NamespaceTerminatingError,
-    NotFoundError,
-    UidConflictError,
-    UnknownApiError,
-)
 from topwork.cluster.controller.conditions import Fact
 from topwork.cluster.controller.events import build_event_of
+from topwork.cluster.controller.interruptions import (
+    AGAIN_SECONDS,
+    CHANGED_ERRORS,
+    GONE_ERRORS,
+    UNAVAILABLE_SECONDS,
+)
 from topwork.cluster.controller.searches.config_map_journal import ConfigMapJournal
 from topwork.cluster.controller.searches.coordination import Coordination
 from topwork.cluster.controller.searches.observation import SearchObservation, fingerprint_of
@@ -29,6 +28,7 @@ from topwork.cluster.controller.searches.search_cache import SEARCH, SearchCache
 from topwork.cluster.controller.searches.search_status import build_search_status, describe_search_changes
 from topwork.cluster.controller.searches.spec_resolution import resolve
 from topwork.cluster.controller.spec_resolution import Rejection
+from topwork.cluster.controller.status_writer import write_status
 from topwork.cluster.names import CONTROLLER_MANAGER
 from topwork.cluster.status.objects import is_being_deleted, name_of, owner_uids
 from topwork.cluster.transfer_job_status import ConditionType, State
@@ -43,17 +43,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-AGAIN_SECONDS = 1.0
-"""Delay after an object was changed, or the journal was continued, in the middle of a reconciliation."""
-UNAVAILABLE_SECONDS = 60.0
-"""Delay while the namespace, or the kind TransferSearch, is being deleted or gone."""
 CONFLICT_SECONDS = 30.0
 """Delay while a TransferJob of others has the name of a trial."""
 Facts = dict[ConditionType, Fact]
-
-
-def _utc_now() -> datetime:
-    return datetime.now(UTC).replace(microsecond=0)
 
 
 class SearchReconciler:
@@ -65,7 +57,7 @@ class SearchReconciler:
         now: Returns the current time, in whole seconds.
     """
 
-    def __init__(self, cluster: "Cluster", cache: SearchCache, now: Callable[[], datetime] = _utc_now) -> None:
+    def __init__(self, cluster: "Cluster", cache: SearchCache, now: Callable[[], datetime]) -> None:
         self._cluster, self._cache, self._now = cluster, cache, now
         self._settled: dict[SearchKey, tuple[object, ...]] = {}
         self._lock = threading.Lock()
@@ -91,9 +83,9 @@ class SearchReconciler:
             return None
         try:
             delay = _Reconciliation(self._cluster.in_namespace(key.namespace), key, self._now()).run()
-        except (NamespaceTerminatingError, UnknownApiError):
+        except GONE_ERRORS:
             return UNAVAILABLE_SECONDS
-        except (NotFoundError, UidConflictError, ConflictError, JournalConflictError):
+        except (*CHANGED_ERRORS, JournalConflictError):
             log.debug("an object of %s was changed or deleted while it was reconciled", key)
             return AGAIN_SECONDS
         self._settle(key, fingerprint if delay is None else None)
@@ -157,14 +149,4 @@ class _Reconciliation:
             with suppress(SettingError):
                 event = build_event_of(seen.search, (seen.generation, *occasion), report, seen.now)
                 self.cluster.apply(event, manager=CONTROLLER_MANAGER, force=True)
-        # The status must not end up in another TransferSearch that was created under this name in the meantime.
-        version = seen.search["metadata"]["resourceVersion"]
-        metadata = {"name": self.key.name, "namespace": self.key.namespace, "resourceVersion": version}
-        content = status.model_dump(mode="json", by_alias=True, exclude_none=True)
-        kind = {key: seen.search[key] for key in ("apiVersion", "kind")}
-        self.cluster.apply(
-            kind | {"metadata": metadata, "status": content},
-            manager=CONTROLLER_MANAGER,
-            force=True,
-            subresource="status",
-        )
+        write_status(self.cluster, seen.search, status)
