@@ -79,12 +79,28 @@ def require_transfer_job(cluster: "Cluster", name: str) -> KubernetesObject:
         NotFoundError: If it does not exist.
         SettingError: If the cluster does not serve the kind, or rejects the request.
     """
+    return require_custom_resource(cluster, TRANSFER_JOB, name, NOT_SERVED)
+
+
+def require_custom_resource(cluster: "Cluster", kind: str, name: str, not_served: str) -> KubernetesObject:
+    """Return a custom resource.
+
+    Args:
+        cluster: The cluster.
+        kind: Its kind.
+        name: Its name.
+        not_served: What to report if the cluster does not serve the kind, without the period.
+
+    Raises:
+        NotFoundError: If it does not exist.
+        SettingError: If the cluster does not serve the kind, or rejects the request.
+    """
     try:
-        obj = cluster.get(TRANSFER_JOB, name)
+        obj = cluster.get(kind, name)
     except UnknownApiError:
-        raise SettingError(f"{NOT_SERVED}.") from None
+        raise SettingError(f"{not_served}.") from None
     if obj is None:
-        raise NotFoundError(f"transferjob/{name} does not exist in namespace {cluster.namespace}.")
+        raise NotFoundError(f"{kind.lower()}/{name} does not exist in namespace {cluster.namespace}.")
     return obj
 
 

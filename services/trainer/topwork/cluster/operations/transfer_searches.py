@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from topwork.clients.kubernetes import KubernetesObject
 from topwork.clients.kubernetes.api_request import KINDS
-from topwork.clients.kubernetes.errors import ForbiddenError, NotFoundError, UnknownApiError
+from topwork.clients.kubernetes.errors import ForbiddenError, UnknownApiError
 from topwork.cluster.names import BEST_TRIAL, CANCEL_ANNOTATION
 from topwork.cluster.operations.runs import DELETION_TIMEOUT_SECONDS, MIN_PAUSE_SECONDS
-from topwork.cluster.operations.transfer_jobs import CANCEL_MANAGER, get_transfer_job
+from topwork.cluster.operations.transfer_jobs import CANCEL_MANAGER, get_transfer_job, require_custom_resource
 from topwork.cluster.status.objects import get_annotation, is_being_deleted, name_of, owner_uids
 from topwork.cluster.status.transfer_job_run import CONTROLLER_COMMAND, read_transfer_job_status
 from topwork.cluster.status.transfer_search import read_transfer_search_status
@@ -63,13 +63,7 @@ def get_search(cluster: "Cluster", name: str) -> KubernetesObject:
         NotFoundError: If it does not exist.
         SettingError: If the cluster does not serve TransferSearches, or the account may not read them.
     """
-    try:
-        search = cluster.get(TRANSFER_SEARCH, name)
-    except UnknownApiError:
-        raise SettingError(f"{NOT_SERVED}.") from None
-    if search is None:
-        raise NotFoundError(f"transfersearch/{name} does not exist in namespace {cluster.namespace}.")
-    return search
+    return require_custom_resource(cluster, TRANSFER_SEARCH, name, NOT_SERVED)
 
 
 def list_searches(cluster: "Cluster", *, all_namespaces: bool = False) -> list[KubernetesObject]:
