@@ -1,4 +1,4 @@
-"""Options that several commands share: cluster, namespace, image, overrides, state directory and metrics port."""
+"""Options that several commands share: cluster, namespace, image, overrides, state directory, metrics and output."""
 
 import shlex
 from collections.abc import Iterable
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from topwork.cli.runtime.environment import default_kubeconfig, is_in_pod
+from topwork.cli.runtime.logging import LogFormat
 from topwork.cluster.names import RunKind
 from topwork.errors import SettingError
 
@@ -50,6 +51,13 @@ Overrides = Annotated[
         show_default=False,
     ),
 ]
+Replicas = Annotated[
+    int | None,
+    typer.Option(min=1, max=64, help="Train this many replicas on the CPU [default: all GPUs, or one CPU device]."),
+]
+MetricsPort = Annotated[int | None, typer.Option(min=0, max=65535, help="Serve Prometheus metrics on this port.")]
+LogFormatOption = Annotated[LogFormat, typer.Option(help="Format of log lines when standard error is not a terminal.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the final lines.")]
 
 
 def format_overrides(overrides: Iterable[str]) -> list[str]:

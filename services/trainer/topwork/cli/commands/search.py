@@ -16,7 +16,19 @@ import typer
 from typer.core import TyperGroup
 
 from topwork.cancellation import StopRequest
-from topwork.cli.options import Context, Kubeconfig, Namespace, Overrides, State, format_overrides, serve_metrics
+from topwork.cli.options import (
+    Context,
+    Kubeconfig,
+    LogFormatOption,
+    MetricsPort,
+    Namespace,
+    Overrides,
+    Quiet,
+    Replicas,
+    State,
+    format_overrides,
+    serve_metrics,
+)
 from topwork.cli.output.progress import NoProgress
 from topwork.cli.output.search_table import format_best, format_overrides_of, format_state, format_trials, ranked
 from topwork.cli.runtime.environment import configure_tracking, default_state_directory, visible_gpus
@@ -78,21 +90,14 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 def run(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="TransferSearch; - reads standard input.")],
     overrides: Overrides = None,
-    replicas: Annotated[
-        int | None,
-        typer.Option(min=1, max=64, help="Train this many replicas on the CPU [default: all GPUs, or one CPU device]."),
-    ] = None,
+    replicas: Replicas = None,
     state: State = None,
-    metrics_port: Annotated[
-        int | None, typer.Option(min=0, max=65535, help="Serve Prometheus metrics on this port.")
-    ] = None,
-    log_format: Annotated[
-        LogFormat, typer.Option(help="Format of log lines when standard error is not a terminal.")
-    ] = LogFormat.text,
+    metrics_port: MetricsPort = None,
+    log_format: LogFormatOption = LogFormat.text,
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Log all messages of the trials, and the output of TensorFlow.")
     ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only the final lines.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Run a search on this machine: its trials one after the other, then publish the best one.
 
