@@ -12,6 +12,7 @@ from topwork.cli.runtime.shutdown import to_topwork_error
 from topwork.errors import DataError, GateError, UnavailableError
 from topwork.registry import versions
 from topwork.registry.searches import list_searches, read_search
+from topwork.registry.split_inputs import identify_split_images, read_split_inputs
 from topwork.search.search_id import search_id
 from topwork.search.storage_journal import StorageJournal
 from topwork.search.study import Study
@@ -60,7 +61,8 @@ def train(monkeypatch):
         accuracy = record.result(job)
         if job.spec.publishes:
             return SimpleNamespace(uri=f"{workspace.storage.uri}/models/tiny/1", summary=list)
-        return SimpleNamespace(metrics={"accuracy": accuracy, "loss": 1 - accuracy}, undefined={})
+        dataset = identify_split_images(workspace.dataset, read_split_inputs(job, workspace.storage))
+        return SimpleNamespace(metrics={"accuracy": accuracy, "loss": 1 - accuracy}, undefined={}, dataset=dataset)
 
     record = SimpleNamespace(jobs=[], result=lambda job: job.spec.transfer.optimizer.learning_rate)
     monkeypatch.setattr(pipeline, "run", run_job)

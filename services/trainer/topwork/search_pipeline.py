@@ -19,8 +19,7 @@ from topwork.errors import DataError, GateError, Stopped, TopworkError, Unavaila
 from topwork.registry.datasets import read_stored_dataset, select_dataset
 from topwork.registry.searches import store_search
 from topwork.registry.shared_features import delete_shared_features
-from topwork.registry.split_inputs import identify_split_images, read_split_inputs
-from topwork.registry.stage_keys import run_name, stage_keys
+from topwork.registry.stage_keys import name_run, stage_keys
 from topwork.registry.stage_results import read_reference
 from topwork.report.search_report import store_report
 from topwork.search.coordinator_lease import CoordinatorLease, hold_lease
@@ -184,17 +183,17 @@ class _LocalSearch:
         """Run a trial and record its result, or its failure if another attempt would fail, too."""
         self._observe()
         job, workspace = self._select_dataset(run.job)
-        started, metric, error, metrics = time.monotonic(), self.search.spec.metric, "", {}
+        started, metric, error, metrics, dataset = time.monotonic(), self.search.spec.metric, "", {}, ""
         try:
             validated = cast("Validated", self._run_pipeline(job, workspace))
-            metrics, error = validated.metrics, validated.undefined.get(metric, "")
+            metrics, dataset = validated.metrics, validated.dataset
+            error = validated.undefined.get(metric, "")
         except Exception as exception:
             error = self._explain_failure(run, exception)
         seconds = time.monotonic() - started
         cost = {"seconds": seconds, "gpu_seconds": seconds * _count_gpus(workspace)}
         self.lease.check()
         if metric in metrics:
-            dataset = identify_split_images(workspace.dataset, read_split_inputs(job, workspace.storage))
             result = TrialResult(run.epochs, job.run, metrics[metric], metrics, dataset=dataset, **cost)
             trial = self.study.record_result(run.number, result)
         else:
@@ -231,9 +230,8 @@ class _LocalSearch:
         stored = read_stored_dataset(storage, workspace.dataset)
         if best is None or stored is None:
             return
-        stage, key = list(stage_keys(job, stored.metadata.fingerprint, storage, stored.inputs).training_stages.items())[
-            -1
-        ]
+        keys = stage_keys(job, stored.metadata.fingerprint, storage, stored.inputs)
+        *_, (stage, key) = keys.training_stages.items()
         trained = read_reference(storage, best.results[-1].run, stage)
         if trained and trained.key != key:
             raise DataError(
@@ -273,7 +271,7 @@ class _LocalSearch:
         """Name a run as `topwork run` does."""
         if fingerprint is None or job.spec.dataset.source.tfds:
             return job
-        return job.as_run(run_name(job, stage_keys(job, fingerprint, self.workspace.storage)))
+        return name_run(job, fingerprint, self.workspace.storage)
 
 
 def _count_gpus(workspace: Workspace) -> int:

@@ -107,6 +107,11 @@ def run_name(job: TransferJob, keys: StageKeys) -> str:
     return f"{job.metadata.name}-{digest_of([job.spec.storage, keys.training])[:8]}"
 
 
+def name_run(job: TransferJob, fingerprint: str, storage: Storage) -> TransferJob:
+    """Return a job with the name of its run on a dataset; arguments and errors are those of `stage_keys`."""
+    return job.as_run(run_name(job, stage_keys(job, fingerprint, storage)))
+
+
 def cluster_run_name(job: TransferJob, fingerprint: str, storage: Storage) -> str:
     """Return the name of the run of a job in a cluster, by everything that can change what its Job does.
 

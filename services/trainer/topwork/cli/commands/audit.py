@@ -64,7 +64,7 @@ def audit(
 def _audit(job: TransferJob, state: Path, output: Path | None) -> "list[AuditFindings]":
     from topwork.registry.cross_validation import fold_jobs
     from topwork.registry.datasets import select_dataset
-    from topwork.registry.stage_keys import run_name, stage_keys
+    from topwork.registry.stage_keys import name_run
 
     metrics = Metrics(gpus=False)
     metrics.start_job(job=job.metadata.name, run="", stage="audit", version=__version__)
@@ -73,7 +73,7 @@ def _audit(job: TransferJob, state: Path, output: Path | None) -> "list[AuditFin
         with tempfile.TemporaryDirectory(prefix="topwork-") as scratch:
             selected = select_dataset(job, replace(workspace, scratch=Path(scratch)))
         if selected:
-            job = job.as_run(run_name(job, stage_keys(job, selected.fingerprint, storage)))
+            job = name_run(job, selected.fingerprint, storage)
         with quiet_tensorflow_import():
             from topwork.pipeline import run_audit
             from topwork.report.audit import FINDINGS_FILE, SUSPECTS_FILE

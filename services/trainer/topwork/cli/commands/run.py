@@ -11,7 +11,7 @@ import typer
 
 from topwork import __version__
 from topwork.cancellation import StopRequest
-from topwork.cli.options import Overrides, State, serve_metrics
+from topwork.cli.options import LogFormatOption, MetricsPort, Overrides, Quiet, Replicas, State, serve_metrics
 from topwork.cli.output.comparison import format_comparison
 from topwork.cli.output.progress import NoProgress, open_progress
 from topwork.cli.runtime.environment import configure_tracking, default_state_directory, visible_gpus
@@ -39,10 +39,7 @@ log = structlog.get_logger(__name__)
 def run(
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Job specs; - reads standard input.")],
     overrides: Overrides = None,
-    replicas: Annotated[
-        int | None,
-        typer.Option(min=1, max=64, help="Train this many replicas on the CPU [default: all GPUs, or one CPU device]."),
-    ] = None,
+    replicas: Replicas = None,
     nodes: Annotated[
         int,
         typer.Option(min=1, max=64, help="Train in this many processes, which divide the GPUs and act as nodes."),
@@ -55,16 +52,12 @@ def run(
         bool, typer.Option("--pinned", help="Use the dataset of the latest version, even if its source has changed.")
     ] = False,
     state: State = None,
-    metrics_port: Annotated[
-        int | None, typer.Option(min=0, max=65535, help="Serve Prometheus metrics on this port.")
-    ] = None,
-    log_format: Annotated[
-        LogFormat, typer.Option(help="Format of log lines when standard error is not a terminal.")
-    ] = LogFormat.text,
+    metrics_port: MetricsPort = None,
+    log_format: LogFormatOption = LogFormat.text,
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Log debug messages and the output of TensorFlow, too.")
     ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only the final lines.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Run jobs on this machine: pull, transfer, fine-tune, publish.
 
@@ -138,7 +131,7 @@ class _Runner:
     def _select_dataset(self, job: TransferJob, workspace: Workspace) -> tuple[TransferJob, Workspace]:
         """Check the source, and name the run by the dataset and everything else that its weights depend on."""
         from topwork.registry.datasets import select_dataset
-        from topwork.registry.stage_keys import run_name, stage_keys
+        from topwork.registry.stage_keys import name_run
 
         with tempfile.TemporaryDirectory(prefix="topwork-") as scratch:
             selected = select_dataset(job, replace(workspace, scratch=Path(scratch)), pinned=self.pinned)
@@ -146,7 +139,7 @@ class _Runner:
             return job, workspace
         if selected.changes:
             log.warning("source changed", changes=selected.changes, hint="--pinned keeps the previous dataset")
-        job = job.as_run(run_name(job, stage_keys(job, selected.fingerprint, workspace.storage)))
+        job = name_run(job, selected.fingerprint, workspace.storage)
         return job, replace(workspace, dataset=selected.stored.prefix if selected.stored else "")
 
     def _run(self, job: TransferJob, workspace: Workspace) -> "Published | Validated | CrossValidation":
