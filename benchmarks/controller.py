@@ -13,6 +13,8 @@ from sample_objects import CPU_SPEC
 from simulated_controllers import SimulatedControllers
 
 from topwork.cluster.definition import TRANSFER_SEARCH, definition
+from topwork.cluster.names import CONTROLLER_MANAGER
+from topwork.cluster.status.objects import name_of
 
 SETTLE_SECONDS = 30.0
 
@@ -34,8 +36,7 @@ def main() -> None:
         apply(server, "finished", 1)
         wait_for(server, "Complete", 1)
         # The API server of the tests is too slow to run all of them: the others are copies.
-        status = server.get("TransferJob", "finished-0")["status"]
-        apply(server, "copy", options.finished - 1, status)
+        copy(server, server.get("TransferJob", "finished-0"), options.finished - 1)
         simulated.kubelet.stage_seconds = 1e6
         apply(server, "running", options.running)
         wait_for(server, "Running", options.running)
@@ -43,12 +44,13 @@ def main() -> None:
         before = len(server.requests)
         time.sleep(60 * options.minutes)
         report(server.requests[before:], options.minutes)
+        assert not any(name_of(job).startswith("copy-") for job in server.list("Job")), "finished copies ran again"
         print(f"resident memory: {resident_mib(controller.process.pid):.0f} MiB")
         assert controller.stop() == 0
 
 
-def apply(server: ApiServer, prefix: str, count: int, status: dict[str, Any] | None = None) -> None:
-    """Create TransferJobs as users do, or finished ones with their status."""
+def apply(server: ApiServer, prefix: str, count: int) -> None:
+    """Create TransferJobs as users do."""
     for number in range(count):
         obj: dict[str, Any] = {
             "apiVersion": "topwork.dev/v1alpha1",
@@ -56,7 +58,14 @@ def apply(server: ApiServer, prefix: str, count: int, status: dict[str, Any] | N
             "metadata": {"name": f"{prefix}-{number}", "namespace": "team-a", "generation": 1},
             "spec": CPU_SPEC,
         }
-        server.put(obj | ({"status": status} if status else {}))
+        server.put(obj)
+
+
+def copy(server: ApiServer, finished: dict[str, Any], count: int) -> None:
+    """Create copies of a finished TransferJob with its status."""
+    for number in range(count):
+        metadata = {"name": f"copy-{number}", "namespace": finished["metadata"]["namespace"]}
+        server.put({**finished, "metadata": metadata}, manager=CONTROLLER_MANAGER)
 
 
 def wait_for(server: ApiServer, state: str, count: int) -> None:

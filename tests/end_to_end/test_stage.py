@@ -204,6 +204,24 @@ def test_pods_of_a_job_use_its_run_and_its_dataset_although_the_source_grows(
             assert container.field("done", "dataset") == workspace.storage.uri_of(stored.prefix)
 
 
+@pytest.mark.parametrize("stage", ["transfer", "fine-tune"])
+def test_pod_does_not_train_other_weights_than_those_of_the_selected_run(
+    pod, write_job, make_job, workspace, without_tensorflow, stage
+):
+    job, storage = make_job(), workspace.storage
+    dataset = pull(job, workspace)
+    trained = list(stage_keys(job, dataset.metadata.fingerprint, storage).training_stages.items())[-1]
+    variables = without_tensorflow | {"TOPWORK_SELECTED_RUN": "tiny-3-0a1b2c3d"}
+    write_reference(storage, "tiny-3-0a1b2c3d", trained[0], "another-key")
+    code, message, _ = pod.run(stage, write_job(), **variables)
+    assert (code, message.outcome) == (2, "failed")
+    assert "changed since the best trial was trained (tiny-3-0a1b2c3d)" in message.error
+    # The weights are those of the selected run: it goes on, which needs TensorFlow.
+    write_reference(storage, "tiny-3-0a1b2c3d", *trained)
+    code, message, _ = pod.run(stage, write_job(), **variables)
+    assert "tensorflow was imported" in message.error
+
+
 def test_restart_deletes_the_results_once_per_job(make_job, workspace):
     job, storage = make_job().as_run("tiny-0a1b2c3d"), workspace.storage
     first_job, second_job = replace(workspace, attempt="uid-1"), replace(workspace, attempt="uid-2")

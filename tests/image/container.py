@@ -1,6 +1,7 @@
 """A container under podman: its log, metrics and processes, and how it terminated."""
 
 import json
+import shutil
 import subprocess
 import time
 import urllib.request
@@ -75,6 +76,12 @@ class Container:
             ["podman", "logs", self._name], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True
         )
         return logs.stdout
+
+    @property
+    def free_disk_share(self) -> float:
+        """Free share of the disk with the volumes of its pod."""
+        disk = shutil.disk_usage(self._termination_log)
+        return disk.free / disk.total
 
     @property
     def is_running(self) -> bool:

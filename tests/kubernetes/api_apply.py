@@ -28,8 +28,9 @@ class Manager(NamedTuple):
 Owned = dict[Manager, set[Path]]
 
 
-def timestamp() -> str:
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+def timestamp(time: datetime | None = None) -> str:
+    """Return a time, by default the current one, as in metadata and conditions."""
+    return (time or datetime.now(UTC)).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def merge_applied(

@@ -2,9 +2,10 @@
 
 import copy
 import threading
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from typing import Any
 
+from api_apply import timestamp
 from api_kinds import Key, Object
 from api_objects import Objects
 from api_statuses import ApiError, not_found, uid_conflict
@@ -55,7 +56,7 @@ class Deletion:
 
     def _delete_namespace(self, key: Key, obj: Object) -> Object:
         """Delete all objects of a namespace; the namespace itself is removed last."""
-        obj["metadata"].setdefault("deletionTimestamp", datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"))
+        obj["metadata"].setdefault("deletionTimestamp", timestamp(self._objects.now()))
         obj["status"] = {"phase": "Terminating"}
         stored = self._objects.store(key, obj)
         for content in self._objects.list_all():
@@ -94,8 +95,8 @@ class Deletion:
             metadata["finalizers"] = sorted({*metadata.get("finalizers", []), FOREGROUND})
             for dependent in self.dependents(metadata["uid"]):
                 self._delete_dependent(dependent, "Foreground" if self.has_controllers else "Background")
-        deletion_time = datetime.now(UTC) + timedelta(seconds=grace or 0)
-        metadata.setdefault("deletionTimestamp", deletion_time.strftime("%Y-%m-%dT%H:%M:%SZ"))
+        deletion_time = self._objects.now() + timedelta(seconds=grace or 0)
+        metadata.setdefault("deletionTimestamp", timestamp(deletion_time))
         metadata["deletionGracePeriodSeconds"] = grace or 0
         stored = self._objects.store(key, obj)
         if self.has_controllers:

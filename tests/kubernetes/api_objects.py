@@ -4,7 +4,8 @@ import copy
 import threading
 import uuid
 from collections import ChainMap
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
+from datetime import UTC, datetime
 from typing import NamedTuple
 
 from api_apply import Owned, timestamp
@@ -28,6 +29,7 @@ class Objects:
     Attributes:
         kinds: Kinds by name; those of CustomResourceDefinitions come and go.
         owned: Fields of each object by the manager that owns them.
+        now: Returns the time at which objects are created and deleted; simulated controllers set it to their clock.
     """
 
     def __init__(self) -> None:
@@ -37,6 +39,7 @@ class Objects:
         self.history: list[ObjectChange] = []
         self.kinds: MutableMapping[str, Kind] = ChainMap({}, KINDS)
         self.owned: dict[Key, Owned] = {}
+        self.now: Callable[[], datetime] = lambda: datetime.now(UTC)
         self._objects: dict[Key, Object] = {}
 
     def get(self, key: Key) -> Object | None:
@@ -107,7 +110,7 @@ class Objects:
             metadata["namespace"] = key.namespace
         before = (old or {}).get("metadata", {})
         metadata.setdefault("uid", before.get("uid") or str(uuid.uuid4()))
-        metadata.setdefault("creationTimestamp", before.get("creationTimestamp") or timestamp())
+        metadata.setdefault("creationTimestamp", before.get("creationTimestamp") or timestamp(self.now()))
         if "managedFields" in before:
             metadata.setdefault("managedFields", copy.deepcopy(before["managedFields"]))
         if old:

@@ -48,6 +48,7 @@ from typing import Any
 import api_logs
 from api_admission import Admission
 from api_authorization import User
+from api_custom_resources import decode
 from api_deletion import Deletion
 from api_http import Handler
 from api_kinds import Key, Object
@@ -149,10 +150,15 @@ class ApiServer:
     # ── Objects and logs ──────────────────────────────────────────────────────────────────────────────────────────────
 
     def put(self, obj: Object, *, manager: str = "") -> Object:
-        """Create or replace an object, including its status. If set, `manager` owns its fields from then on."""
+        """Create or replace an object with its defaults, including its status.
+
+        Args:
+            obj: The object. It is not validated.
+            manager: If set, this manager owns its fields from then on.
+        """
         key = self.key(obj["kind"], obj["metadata"]["name"], obj["metadata"].get("namespace"))
         with self.objects.changed:
-            stored = self.objects.store(key, obj)
+            stored = self.objects.store(key, decode(self.objects.kinds[key.kind], obj).object)
             if manager:
                 self.writes.set_owner(key, manager, obj)
             return stored

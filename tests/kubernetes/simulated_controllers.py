@@ -56,6 +56,7 @@ class SimulatedControllers:
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
+        server.objects.now = self.clock.now
         server.deletion.has_controllers = True
 
     def __enter__(self) -> "SimulatedControllers":

@@ -13,6 +13,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import sample_objects
+from api_apply import timestamp
 from api_kinds import Key, Object
 from api_server import NAMESPACE, ApiServer
 from ruamel.yaml import YAML
@@ -42,9 +43,12 @@ class SimulatedClock:
     def seconds(self) -> float:
         return (self._stopped[0] if self._stopped else time.monotonic()) + self.offset
 
-    def timestamp(self) -> str:
+    def now(self) -> datetime:
         now = self._stopped[1] if self._stopped else datetime.now(UTC)
-        return (now + timedelta(seconds=self.offset)).strftime("%Y-%m-%dT%H:%M:%SZ")
+        return now + timedelta(seconds=self.offset)
+
+    def timestamp(self) -> str:
+        return timestamp(self.now())
 
 
 @dataclass

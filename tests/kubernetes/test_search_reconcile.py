@@ -57,6 +57,9 @@ def test_a_search_publishes_its_best_trial_under_its_own_name(world: SearchWorld
     assert jobs["flowers-best"]["spec"]["transfer"]["optimizer"] == winner["transfer"]["optimizer"]
     assert jobs["flowers-best"]["spec"]["model"]["head"] == winner["model"]["head"]
     assert jobs["flowers-best"]["spec"]["publish"]["name"] == "flowers"
+    # Its pods refuse to train other weights than those of the winner.
+    annotations = world.job(jobs["flowers-best"]["status"]["run"])["spec"]["template"]["metadata"]["annotations"]
+    assert annotations["topwork.dev/selected-run"] == jobs[f"flowers-{best}"]["status"]["run"]
     params = {
         RATE: str(winner["transfer"]["optimizer"]["learningRate"]),
         DROPOUT: str(winner["model"]["head"]["dropout"]),

@@ -196,9 +196,7 @@ def test_another_model_than_the_selected_one_is_not_published(make_search, run, 
     base = {"model": {"base": {"saved": {"uri": str(tmp_path / "base.keras")}}}}
     run(make_search(base, trials=1))
     save_base(4)
-    with pytest.raises(
-        DataError, match=r"The base or a list of the splits has changed since trial 0, the best one, was"
-    ):
+    with pytest.raises(DataError, match=r"The base or a list of the splits has changed since the best trial was"):
         run(make_search(base, trials=1))
     assert list(versions.list_versions(storage, "tiny")) == [1]
 

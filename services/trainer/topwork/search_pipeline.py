@@ -18,9 +18,9 @@ from topwork.disk_space import report_full_disk
 from topwork.errors import DataError, GateError, Stopped, TopworkError, UnavailableError, quote_error
 from topwork.registry.datasets import read_stored_dataset, select_dataset
 from topwork.registry.searches import store_search
+from topwork.registry.selected_run import require_same_training
 from topwork.registry.shared_features import delete_shared_features
-from topwork.registry.stage_keys import name_run, stage_keys
-from topwork.registry.stage_results import read_reference
+from topwork.registry.stage_keys import name_run
 from topwork.report.search_report import store_report
 from topwork.search.coordinator_lease import CoordinatorLease, hold_lease
 from topwork.search.search_id import search_id
@@ -219,25 +219,12 @@ class _LocalSearch:
 
     def _publish(self) -> "Published":
         job, workspace = self._select_dataset(self.study.best_job())
-        self._require_same_training(job, workspace)
+        best, dataset = self.study.best, read_stored_dataset(workspace.storage, workspace.dataset)
+        if best and dataset:
+            require_same_training(job, best.results[-1].run, dataset, workspace.storage)
         published = cast("Published", self._run_pipeline(job, workspace))
         self.study.record_published(published.uri)
         return published
-
-    def _require_same_training(self, job: TransferJob, workspace: Workspace) -> None:
-        """Require that the best trial is published, and not another model of the same spec, trained on other files."""
-        best, storage = self.study.best, workspace.storage
-        stored = read_stored_dataset(storage, workspace.dataset)
-        if best is None or stored is None:
-            return
-        keys = stage_keys(job, stored.metadata.fingerprint, storage, stored.inputs)
-        *_, (stage, key) = keys.training_stages.items()
-        trained = read_reference(storage, best.results[-1].run, stage)
-        if trained and trained.key != key:
-            raise DataError(
-                f"The base or a list of the splits has changed since trial {best.number}, the best one, was trained. "
-                "Restore it, or change metadata.name to start a new search."
-            )
 
     def _run_pipeline(self, job: TransferJob, workspace: Workspace) -> object:
         workspace.metrics.start_job(job=job.metadata.name, run=job.run, stage="run", version=__version__)

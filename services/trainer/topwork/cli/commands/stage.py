@@ -129,7 +129,7 @@ def _run(container: Container, file: Path, scratch: Path, port: int, stop: StopR
         container.eviction_error = partial(_eviction_error, scratch, workspace)
     if pod.restart:
         _restart_once(job, workspace)
-    result = _find_result(container, job, workspace)
+    result = _find_result(container, job, workspace, pod.selected_run)
     if result is not None:
         _report_success(container, result, workspace)
         return False
@@ -220,10 +220,11 @@ def _restart_once(job: "TransferJob", workspace: "Workspace") -> None:
 
 
 def _find_result(
-    container: Container, job: "TransferJob", workspace: "Workspace"
+    container: Container, job: "TransferJob", workspace: "Workspace", selected_run: str
 ) -> "StoredDataset | Classifier | Published | Validated | CrossValidation | None":
     """Find the result of an earlier attempt and restore its metrics, without importing TensorFlow."""
     from topwork.registry.completion import training_stage_keys
+    from topwork.registry.selected_run import require_same_training
     from topwork.registry.stage_keys import stage_keys
     from topwork.registry.stage_results import find_completed_stage
     from topwork.stages.publish import find_outcome
@@ -238,6 +239,8 @@ def _find_result(
         for run, stage, key in training_stage_keys(job, "fine-tune", dataset, workspace.storage):
             find_completed_stage(run, stage, key, workspace)
         return outcome
+    if selected_run:
+        require_same_training(job, selected_run, dataset, workspace.storage)
     if container.stage == "pull":
         return dataset
     if container.stage != "transfer" or job.spec.dataset.folds:

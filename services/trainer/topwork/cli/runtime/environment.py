@@ -26,6 +26,7 @@ EXTRA_CA_VARIABLE = "TOPWORK_EXTRA_CA"
 RUN_VARIABLE = "TOPWORK_RUN"
 ATTEMPT_VARIABLE = "TOPWORK_ATTEMPT"
 DATASET_VARIABLE = "TOPWORK_DATASET"
+SELECTED_RUN_VARIABLE = "TOPWORK_SELECTED_RUN"
 RESTART_VARIABLE = "TOPWORK_RESTART"
 NODE_INDEX_VARIABLE = "JOB_COMPLETION_INDEX"
 NODES_VARIABLE = "TOPWORK_NODES"
@@ -112,12 +113,14 @@ class PodSettings:
         run: Name of the run; empty if unknown.
         attempt: UID of the Job; empty outside a cluster.
         dataset: Key prefix of the pinned dataset; empty if the source decides.
+        selected_run: Name of the run whose weights are published; empty for any.
         restart: Whether the Job deletes the results of the run first.
     """
 
     run: str
     attempt: str
     dataset: str
+    selected_run: str
     restart: bool
 
 
@@ -127,6 +130,7 @@ def read_pod_settings(environment: Mapping[str, str] = os.environ) -> PodSetting
         run=environment.get(RUN_VARIABLE, ""),
         attempt=environment.get(ATTEMPT_VARIABLE, ""),
         dataset=environment.get(DATASET_VARIABLE, ""),
+        selected_run=environment.get(SELECTED_RUN_VARIABLE, ""),
         restart=environment.get(RESTART_VARIABLE, "") == "true",
     )
 

@@ -12,6 +12,7 @@ from topwork.cluster.names import (
     DATASET_ANNOTATION,
     GENERATION_ANNOTATION,
     LABELS_ANNOTATION,
+    SELECTED_RUN_ANNOTATION,
     TEMPLATE_ANNOTATION,
     TTL_ANNOTATION,
 )
@@ -135,8 +136,9 @@ def _without_ttl(job: KubernetesObject) -> KubernetesObject:
 
 def _template_digest(template: dict[str, Any]) -> str:
     """Hash what the pods run, without labels and annotations that only describe them."""
-    dataset = (template["metadata"].get("annotations") or {}).get(DATASET_ANNOTATION)
-    content = json.dumps([template["spec"], dataset], sort_keys=True, separators=(",", ":"))
+    annotations = template["metadata"].get("annotations") or {}
+    pinned = [annotations.get(name) for name in (DATASET_ANNOTATION, SELECTED_RUN_ANNOTATION)]
+    content = json.dumps([template["spec"], *pinned], sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(content.encode()).hexdigest()
 
 

@@ -17,6 +17,7 @@ from topwork.cluster.names import (
     JOB_FILE,
     PART_OF_LABEL,
     RESTART_ANNOTATION,
+    SELECTED_RUN_ANNOTATION,
 )
 from topwork.cluster.status.objects import get_annotation, get_controller, get_label, kubectl_name, name_of
 from topwork.errors import SettingError, SpecError
@@ -137,6 +138,7 @@ def _render(job: TransferJob, seen: Observation, namespace_image: str | None) ->
         job.spec.compute.image or image,
         namespace=seen.namespace,
         dataset=get_annotation(seen.transfer_job, DATASET_ANNOTATION) or "",
+        selected_run=get_annotation(seen.transfer_job, SELECTED_RUN_ANNOTATION) or "",
         restart=get_annotation(seen.transfer_job, RESTART_ANNOTATION) == "true" and not has_started,
     )
     return Target(job.run, build_run_objects(job, seen.transfer_job, options))

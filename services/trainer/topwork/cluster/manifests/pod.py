@@ -17,6 +17,7 @@ from topwork.cluster.names import (
     RESTART_ANNOTATION,
     RUN_LABEL,
     SCRATCH_DIRECTORY,
+    SELECTED_RUN_ANNOTATION,
     STORAGE_SECRET,
     Role,
     StageName,
@@ -191,6 +192,7 @@ def _environment(job: TransferJob) -> list[dict[str, Any]]:
         _variable_from_metadata("TOPWORK_RUN", "labels", RUN_LABEL),
         _variable_from_metadata("TOPWORK_ATTEMPT", "labels", JOB_UID_LABEL),
         _variable_from_metadata("TOPWORK_DATASET", "annotations", DATASET_ANNOTATION),
+        _variable_from_metadata("TOPWORK_SELECTED_RUN", "annotations", SELECTED_RUN_ANNOTATION),
         _variable_from_metadata("TOPWORK_RESTART", "annotations", RESTART_ANNOTATION),
         # TensorFlow counts the cores of the node, not the CPU limit of the container.
         {"name": "TF_NUM_INTRAOP_THREADS", "valueFrom": {"resourceFieldRef": {"resource": "limits.cpu"}}},

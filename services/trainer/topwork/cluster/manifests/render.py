@@ -17,6 +17,7 @@ from topwork.cluster.names import (
     DIGEST_ANNOTATION,
     JOB_FILE,
     RESTART_ANNOTATION,
+    SELECTED_RUN_ANNOTATION,
     labels,
     object_name,
     prefetch_job_name,
@@ -37,6 +38,7 @@ class RenderOptions:
         image: Image of all containers, whatever the spec says; None for that of the spec.
         namespace: Namespace of all objects; None leaves it to `kubectl apply`.
         dataset: Key prefix of the stored dataset that all pods use; empty if the source decides.
+        selected_run: Name of the run whose weights the Job publishes; empty for any.
         restart: Whether the first pod of the Job that trains deletes the results of the run.
         default_image: Image of specs that set none; None for the image that `make image` builds, with GPU support if
             the job requests GPUs.
@@ -48,6 +50,7 @@ class RenderOptions:
     image: str | None = None
     namespace: str | None = None
     dataset: str = ""
+    selected_run: str = ""
     restart: bool = False
     default_image: str | None = None
 
@@ -135,8 +138,9 @@ def render(job: TransferJob, options: RenderOptions) -> RenderedObjects:
     if job.spec.compute.prefetch:
         prefetch = build_job(job, "prefetch", prefetch_job_name(job), prefetch_pod_template(job, image))
     pinned = {DATASET_ANNOTATION: options.dataset} if options.dataset else {}
+    selected = {SELECTED_RUN_ANNOTATION: options.selected_run} if options.selected_run else {}
     restart = {RESTART_ANNOTATION: "true"} if options.restart else {}
-    training = _with_pod_annotations(_with_digest(training, job), pinned | restart)
+    training = _with_pod_annotations(_with_digest(training, job), pinned | selected | restart)
     # It only pulls: the Job that trains may already work on the results.
     prefetch = _with_pod_annotations(_with_digest(prefetch, job), pinned) if prefetch else None
     has_peers = job.spec.compute.nodes > 1

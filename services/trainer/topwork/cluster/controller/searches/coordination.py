@@ -114,9 +114,11 @@ class Coordination:
 
     # ── TransferJobs ────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _build(self, job: TransferJob, trial: str, *, suspend: bool) -> KubernetesObject:
+    def _build(self, job: TransferJob, trial: str, *, suspend: bool, selected_run: str = "") -> KubernetesObject:
         datasets = (result.dataset_prefix for trial in self.study.trials for result in trial.results if result.dataset)
-        return build_trial_job(job, self.seen.search, trial, suspend=suspend, dataset=next(datasets, ""))
+        return build_trial_job(
+            job, self.seen.search, trial, suspend=suspend, dataset=next(datasets, ""), selected_run=selected_run
+        )
 
     def _ensure(self, desired: KubernetesObject) -> KubernetesObject | None:
         """Create or change a TransferJob; return it if nothing had to be done."""
@@ -164,12 +166,12 @@ class Coordination:
     def _publish(self, *, suspend: bool) -> Outcome | None:
         """Publish the best trial; return how the search ends, or None if it does not yet."""
         try:
-            self.study.finish()
+            best = self.study.finish()
         except DataError as error:
             return Outcome("Failed", Fact("NoCompleteTrial", str(error)), str(error))
         job, name = self.study.best_job(), trial_name(self.target.search, BEST_TRIAL)
         job = job.model_copy(update={"metadata": job.metadata.model_copy(update={"name": name})})
-        existing = self._ensure(self._build(job, BEST_TRIAL, suspend=suspend))
+        existing = self._ensure(self._build(job, BEST_TRIAL, suspend=suspend, selected_run=best.results[-1].run))
         if existing is None or is_unfinished(existing):
             return None
         status = read_transfer_job_status(existing)

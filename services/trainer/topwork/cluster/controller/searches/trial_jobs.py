@@ -6,7 +6,7 @@ from datetime import datetime
 from topwork.clients.kubernetes import KubernetesObject
 from topwork.cluster.controller.run_objects import owner_reference
 from topwork.cluster.manifests.transfer_job import build_transfer_job, parse_transfer_job
-from topwork.cluster.names import DATASET_ANNOTATION
+from topwork.cluster.names import DATASET_ANNOTATION, SELECTED_RUN_ANNOTATION
 from topwork.cluster.status.transfer_job_run import is_processed, read_transfer_job_status
 from topwork.cluster.transfer_job_status import TransferJobStatus
 from topwork.errors import SpecError
@@ -25,7 +25,7 @@ class TrialFailure:
 
 
 def build_trial_job(
-    job: TransferJob, search: KubernetesObject, trial: str, *, suspend: bool, dataset: str
+    job: TransferJob, search: KubernetesObject, trial: str, *, suspend: bool, dataset: str, selected_run: str = ""
 ) -> KubernetesObject:
     """Build the TransferJob of a trial.
 
@@ -35,18 +35,21 @@ def build_trial_job(
         trial: Number of the trial, or `best`.
         suspend: Whether it is suspended.
         dataset: Key prefix of the stored dataset of earlier trials, which it uses, too; empty if there is none.
+        selected_run: Name of the run whose weights `best` publishes.
 
     Returns:
         The TransferJob.
     """
     spec = job.spec.model_copy(update={"suspend": suspend})
     namespace = search["metadata"]["namespace"]
+    pinned = {DATASET_ANNOTATION: dataset, SELECTED_RUN_ANNOTATION: selected_run}
+    annotations = {name: value for name, value in pinned.items() if value}
     obj = build_transfer_job(job.model_copy(update={"spec": spec}), namespace)
     obj["metadata"] = {
         "name": job.metadata.name,
         "namespace": namespace,
         "labels": {**job.metadata.labels, TRIAL_LABEL: trial},
-        **({"annotations": {DATASET_ANNOTATION: dataset}} if dataset else {}),
+        **({"annotations": annotations} if annotations else {}),
         "ownerReferences": [owner_reference(search)],
     }
     return obj
