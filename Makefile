@@ -10,6 +10,7 @@ BIN := $(VENV)/bin
 UV_VERSION := $(shell sed -n 's/^uv==\([0-9.]*\).*/\1/p' requirements.lock)
 SETUP := $(VENV)/.complete
 TORCH := .venv-torch
+LUDWIG := .venv-ludwig
 MLFLOW := .venv-mlflow
 
 .PHONY: help
@@ -139,6 +140,10 @@ bench-overhead: $(SETUP) ## Show which part of the time of a small and a large j
 bench-search: $(SETUP) ## Measure searches of the head against one run, and compare TPE with random search
 	$(BIN)/python benchmarks/search.py
 
+.PHONY: bench-ludwig
+bench-ludwig: $(SETUP) $(LUDWIG)/.complete ## Compare a search of topwork with one of Ludwig that takes as long
+	$(BIN)/python benchmarks/ludwig_comparison.py --ludwig $(LUDWIG)/bin/python
+
 .PHONY: bench-steps
 bench-steps: $(SETUP) ## Compare training steps on the CPU with other memory allocators, threads and compilers
 	$(BIN)/python benchmarks/steps.py
@@ -169,6 +174,12 @@ bench-records: $(SETUP) ## Compare read throughput of stored datasets with the a
 $(TORCH)/.complete: benchmarks/torch.lock | $(SETUP)
 	test -x $(TORCH)/bin/python || $(PYTHON) -m venv $(TORCH)
 	VIRTUAL_ENV=$(TORCH) $(BIN)/uv pip install --quiet --system-certs --require-hashes --requirement benchmarks/torch.lock
+	touch $@
+
+# 6 GB: it requires PyTorch, too, and Ray.
+$(LUDWIG)/.complete: benchmarks/ludwig.lock | $(SETUP)
+	test -x $(LUDWIG)/bin/python || $(PYTHON) -m venv $(LUDWIG)
+	VIRTUAL_ENV=$(LUDWIG) $(BIN)/uv pip install --quiet --system-certs --require-hashes --requirement benchmarks/ludwig.lock
 	touch $@
 
 # The server requires another version of pyarrow than TFDS.
@@ -215,9 +226,11 @@ lock: $(SETUP) ## Update the lock files (universal, with hashes and without inde
 		--generate-hashes --no-emit-index-url --quiet --output-file requirements.lock
 	$(BIN)/uv pip compile --system-certs benchmarks/torch.in --python-platform linux --python-version 3.11 \
 		--generate-hashes --no-emit-index-url --quiet --output-file benchmarks/torch.lock
+	$(BIN)/uv pip compile --system-certs benchmarks/ludwig.in --python-platform linux --python-version 3.11 \
+		--generate-hashes --no-emit-index-url --quiet --output-file benchmarks/ludwig.lock
 	$(BIN)/uv pip compile --system-certs tests/tracking/mlflow.in --universal --python-version 3.11 \
 		--generate-hashes --no-emit-index-url --quiet --output-file tests/tracking/mlflow.lock
 
 .PHONY: clean
 clean: ## Remove virtual environments, caches and build outputs
-	rm -rf $(VENV) $(TORCH) $(MLFLOW) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build
+	rm -rf $(VENV) $(TORCH) $(LUDWIG) $(MLFLOW) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build

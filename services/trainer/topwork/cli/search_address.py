@@ -155,7 +155,7 @@ def _open_in_cluster(address: SearchAddress) -> OpenSearch:
         obj = get_search(cluster, name)
     except SettingError as error:
         if name == address.where and not address.namespace:
-            raise SettingError(f"{address.where} is no file, and no search in the cluster: {error}") from error
+            raise SettingError(f"{address.where} is neither a file nor a search in the cluster: {error}") from error
         raise
     status = read_transfer_search_status(obj)
     if status.search is None:

@@ -45,7 +45,7 @@ def _metric() -> Iterator[CelRule]:
 def _best_trial() -> Iterator[CelRule]:
     yield CelRule(
         "!self.template.publish.enabled",
-        "false is that of every trial. The best one is published. Remove it.",
+        "must not be false: the search publishes only its best trial. Remove it.",
         "template.publish.enabled",
         "FieldValueForbidden",
     )

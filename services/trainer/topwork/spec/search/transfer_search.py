@@ -218,7 +218,7 @@ def search_publishes_its_best_trial(search: SearchSpec) -> Iterator[Violation]:
     if not search.template.publish.enabled:
         yield Violation(
             ("template", "publish", "enabled"),
-            "false is that of every trial. The best one is published. Remove it.",
+            "must not be false: the search publishes only its best trial. Remove it.",
         )
     if search.template.suspend:
         yield Violation(("template", "suspend"), "true would stop every trial. Set suspend of the search instead.")

@@ -1,0 +1,108 @@
+"""`make bench-ludwig`: a search of topwork and one of Ludwig, for the same time on the same processor cores.
+
+Both train the same convolutional network from random weights on 1,797 images of digits of 32x32 pixels, with the same
+images in each split and the same space. topwork searches first; Ludwig then gets as many seconds. Times include the
+start of Python, of the frameworks and of Ray, and the preparation of the images. The best trial is the one with the
+lowest loss on the validation split; its accuracy on the test split is reported.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from digits import write_digits
+from rich.console import Console
+from rich.table import Table
+from ruamel.yaml import YAML
+
+LUDWIG_PYTHON = Path(".venv-ludwig/bin/python")
+SPACE = {
+    "transfer.optimizer.learningRate": {"logUniform": [1e-5, 1e-1]},
+    "model.head.dropout": {"uniform": [0.0, 0.7]},
+    "transfer.optimizer.name": {"choice": ["adam", "sgd", "rmsprop"]},
+}
+
+
+def main() -> None:
+    """Run both searches with each seed, and print what they found."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ludwig", type=Path, default=LUDWIG_PYTHON, help="Python interpreter with Ludwig and Ray")
+    parser.add_argument("--trials", type=int, default=32, help="trials of topwork [default: %(default)s]")
+    parser.add_argument("--epochs", type=int, default=20, help="epochs of a trial [default: %(default)s]")
+    parser.add_argument("--seeds", type=int, default=3, help="repetitions with other seeds [default: %(default)s]")
+    options = parser.parse_args()
+    table = Table("seed", "program", "seconds", "trials", "best validation loss", "its test accuracy")
+    with tempfile.TemporaryDirectory() as temporary:
+        directory = Path(temporary)
+        images = write_splits(directory / "images")
+        for seed in range(options.seeds):
+            own = search(directory / f"topwork-{seed}", images, options, seed)
+            theirs = search_with_ludwig(directory / f"ludwig-{seed}", images, options, seed, own["seconds"])
+            for program, values in (("topwork", own), ("Ludwig", theirs)):
+                cells = f"{values['seconds']:.0f}", f"{values['trials']}", f"{values['loss']:.4f}"
+                table.add_row(f"{seed}", program, *cells, f"{values['accuracy']:.4f}")
+    Console().print(table)
+
+
+def write_splits(directory: Path) -> Path:
+    """Write the images of digits to one directory per split: of each class, three fifths, one fifth and one fifth."""
+    complete = write_digits(directory / "all", {str(digit): (digit,) for digit in range(10)})
+    for label in complete.iterdir():
+        for number, file in enumerate(sorted(label.iterdir())):
+            target = directory / ("train", "train", "train", "validation", "test")[number % 5] / label.name
+            target.mkdir(parents=True, exist_ok=True)
+            file.rename(target / file.name)
+    shutil.rmtree(complete)
+    return directory
+
+
+def search(directory: Path, images: Path, options: argparse.Namespace, seed: int) -> dict[str, Any]:
+    """Search with topwork, which also publishes the best trial; return what it found, and the seconds."""
+    directory.mkdir()
+    template = {
+        "storage": "s3://bench/topwork",
+        "dataset": {"source": {"folder": {"uri": str(images)}}, "splits": "auto", "imageSize": [32, 32]},
+        "model": {"base": {"cnn": {"filters": [16, 32, 64], "kernelSize": 3}}, "head": {"pooling": "flatten"}},
+        "transfer": {"train": "all", "epochs": options.epochs, "batchSize": 32},
+        "evaluate": {"metrics": ["accuracy"]},
+        "publish": {"formats": ["keras"]},
+        "compute": {"gpus": 0},
+    }
+    spec = {"template": template, "space": SPACE, "metric": "loss", "trials": options.trials, "seed": seed}
+    content = {"apiVersion": "topwork.dev/v1alpha1", "kind": "TransferSearch", "metadata": {"name": "digits"}}
+    file, state = directory / "search.yaml", directory / "state"
+    YAML().dump(content | {"spec": spec | {"sampler": "tpe", "pruner": "asha"}}, file)
+    started = time.monotonic()
+    run([sys.executable, "-m", "topwork", "search", file, "--state", state])
+    seconds = time.monotonic() - started
+    shown = json.loads(run([sys.executable, "-m", "topwork", "search", "show", file, "--json", "--state", state]))
+    values = {"seconds": seconds, "trials": len(shown["trials"]), "loss": shown["trials"][shown["best"]]["value"]}
+    (manifest,) = (state / "s3").rglob("models/digits/1/manifest.json")
+    return values | {"accuracy": json.loads(manifest.read_text())["metrics"]["accuracy"]}
+
+
+def search_with_ludwig(
+    directory: Path, images: Path, options: argparse.Namespace, seed: int, seconds: float
+) -> dict[str, Any]:
+    """Search with Ludwig for a time, and return what it found."""
+    command: list[Any] = [options.ludwig, "benchmarks/ludwig_search.py", images, directory, "--seconds", seconds]
+    output = run([*command, "--seed", seed, "--epochs", options.epochs, "--trials", 1000])
+    return dict(json.loads(output.splitlines()[-1]))
+
+
+def run(command: list[Any]) -> str:
+    """Run a program and return its standard output."""
+    completed = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
+    if completed.returncode:
+        raise SystemExit(f"{' '.join(map(str, command))}\n{completed.stderr[-3000:]}")
+    return completed.stdout
+
+
+if __name__ == "__main__":
+    main()
