@@ -263,9 +263,10 @@ def test_best_parameters_can_be_pasted_and_used_as_options(search, trials):
     assert overridden.spec == trial_spec(search, best.params)
 
 
-def test_best_items_of_a_list_are_printed_with_the_whole_list():
-    search = make_search({"model.base.cnn.filters.0": {"int": [4, 16]}})
-    best = make_trial(0, {"model.base.cnn.filters.0": 9}, 0.5)
+@pytest.mark.parametrize("path", ["model.base.cnn.filters.0", "model.base.cnn.filters[0]"])
+def test_best_items_of_a_list_are_printed_with_the_whole_list(path):
+    search = make_search({path: {"int": [4, 16]}})
+    best = make_trial(0, {path: 9}, 0.5)
     assert YAML(typ="safe").load(format_best(best, search, "x"))["spec"] == {
         "model": {"base": {"cnn": {"filters": [9]}}}
     }

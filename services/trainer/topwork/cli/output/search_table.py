@@ -12,6 +12,8 @@ from topwork.cli.output.tables import format_table
 from topwork.search.metrics import is_minimized
 from topwork.search.parameter_names import format_parameter, short_names
 from topwork.search.trials import TRIAL_STATES, Trial
+from topwork.spec.job import JobSpec
+from topwork.spec.loading.paths import parse_path
 from topwork.spec.search import TransferSearch
 from topwork.spec.search.space import trial_spec
 from topwork.spec.yaml_output import dump_yaml
@@ -90,10 +92,11 @@ def format_best(best: Trial, search: TransferSearch, name: str) -> str:
     comment = f"# {name}, trial {best.number}: {search.spec.metric} {best.value} on the validation split\n"
     spec = trial_spec(search, best.params).model_dump(mode="json", by_alias=True, exclude_unset=True)
     nested: dict[str, Any] = {}
-    for path, value in best.params.items():
-        keys = list(takewhile(lambda key: not key.isdigit(), path.split(".")))
+    for text, value in best.params.items():
+        path = parse_path(text, JobSpec)
+        keys = [str(step) for step in takewhile(lambda step: isinstance(step, str), path)]
         # An item of a list can't be replaced alone.
-        _set(nested, keys, value if len(keys) == len(path.split(".")) else reduce(getitem, keys, spec))
+        _set(nested, keys, value if len(keys) == len(path) else reduce(getitem, keys, spec))
     return comment + dump_yaml([{"spec": nested}])
 
 
