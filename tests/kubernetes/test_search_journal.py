@@ -1,6 +1,7 @@
 """The journal of a search in a ConfigMap."""
 
 import base64
+import gzip
 import random
 from typing import Any
 
@@ -85,7 +86,9 @@ def test_a_deleted_journal_is_not_created_again(cluster: Cluster, journal: Confi
     assert cluster.get("ConfigMap", NAME) is None
 
 
-@pytest.mark.parametrize("content", [b"no gzip", b"\x1f\x8b\x08cut", base64.b64decode(encode_events([]))[:-9]])
+@pytest.mark.parametrize(
+    "content", [b"no gzip", b"\x1f\x8b\x08cut", base64.b64decode(encode_events([]))[:-9], gzip.compress(b"[]")]
+)
 def test_a_damaged_journal_is_refused(
     cluster: Cluster, config_map: Object, journal: ConfigMapJournal, content: bytes
 ) -> None:

@@ -86,10 +86,13 @@ def decode_events(config_map: KubernetesObject) -> list[Event]:
     encoded = (config_map.get("binaryData") or {}).get(JOURNAL_KEY)
     try:
         lines = gzip.decompress(base64.b64decode(encoded, validate=True)).splitlines() if encoded else []
-        return [json.loads(line) for line in lines]
+        events = [json.loads(line) for line in lines]
+        if not all(isinstance(event, dict) for event in events):
+            raise ValueError("a line is not a JSON object")
     except (ValueError, EOFError, OSError, zlib.error) as error:
         name = config_map["metadata"]["name"]
         raise DataError(
             f"configmap/{name}: {JOURNAL_KEY} is not a journal of a search: {error}. Restore it, or delete the "
             "ConfigMap to start the search over; trials that are stored are not trained again."
         ) from None
+    return events
