@@ -449,3 +449,36 @@ def test_a_damaged_journal_is_reported_and_nothing_runs(world: SearchWorld) -> N
     world.server.put(world.server.get("ConfigMap", name) | {"binaryData": stored["binaryData"]})
     world.finish()
     assert world.search_status()["state"] == "Complete"
+
+
+def test_a_journal_that_the_cluster_rejects_is_reported_and_tried_again(world: SearchWorld) -> None:
+    world.apply(sample_searches.search(trials=1))
+    too_long = api_statuses.status(413, "RequestEntityTooLarge", "Request entity too large: limit is 3145728")
+    world.server.inject(Fault(too_long, method="PUT", path="/configmaps"))
+    world.deliver()
+    world.reconcile_search()
+    assert "Request entity too large" in world.search_status()["waitingFor"]
+    assert world.trial_jobs() == {}
+    assert len(world.errors) == 1
+    world.errors.clear()
+    world.finish()
+    assert world.search_status()["state"] == "Complete"
+    assert "waitingFor" not in world.search_status()
+
+
+def test_a_change_that_refuses_a_running_trial_is_rejected_until_it_is_undone(world: SearchWorld) -> None:
+    space = {"transfer.batchSize": {"int": [32, 64]}, RATE: {"choice": [0.001]}}
+    template = sample_searches.TEMPLATE | {"compute": {"gpus": 1}}
+    world.apply(sample_searches.search(trials=1, space=space, template=template, seed=1))
+    world.settle()
+    trial = world.trial_jobs()["flowers-0"]
+    assert trial["spec"]["transfer"]["batchSize"] % 16
+    world.change_search(template=template | {"compute": {"gpus": 16}})
+    world.settle()
+    accepted = world.search_condition("Accepted")
+    assert (accepted["status"], accepted["reason"]) == ("False", "InvalidSpec")
+    assert "has changed since trial 0 was started" in world.search_status()["waitingFor"]
+    assert world.trial_jobs()["flowers-0"]["spec"] == trial["spec"]
+    world.change_search(template=template)
+    world.finish()
+    assert world.search_status()["state"] == "Complete"

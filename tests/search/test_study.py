@@ -22,9 +22,10 @@ from tests.search.small_searches import (
     ticking_clock,
 )
 
-from topwork.errors import DataError, FormatError
+from topwork.errors import DataError, FormatError, SpecError
 from topwork.search.journal import Event, JournalConflictError
 from topwork.search.study import Study
+from topwork.spec.search import TransferSearch
 
 CHOICE = {"choice": [0.0, 0.1, 0.2]}
 LEARNING_RATES = {"choice": [0.01, 0.001]}
@@ -331,6 +332,24 @@ def test_a_finished_search_is_finished_once():
 def test_a_search_without_a_complete_trial_has_no_best_job():
     with pytest.raises(DataError, match="is complete yet, so there is no best one"):
         Study(make_search(), MemoryJournal()).best_job()
+
+
+def test_a_trial_that_a_changed_template_refuses_is_named():
+    def search(gpus: int) -> TransferSearch:
+        return make_search({"compute": {"gpus": gpus}}, space={"transfer.batchSize": {"int": [32, 64]}}, trials=2)
+
+    journal = MemoryJournal()
+    first = Study(search(gpus=1), journal)
+    run = first.start_next()
+    refusal = (
+        r"The template has changed since trial 0 was started, .*batchSize: .* Restore the template, or change seed"
+    )
+    with pytest.raises(SpecError, match=refusal):
+        _ = Study(search(gpus=16), journal).running
+    first.record_result(run.number, result_of(first.trials[0]))
+    with pytest.raises(SpecError, match=refusal):
+        Study(search(gpus=16), journal).best_job()
+    assert first.best_job().spec.compute.gpus == 1
 
 
 def test_metrics_that_are_undefined_are_not_recorded():

@@ -1,10 +1,11 @@
 """A search and its journal: chooses the next run, and records what runs result in."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 
-from topwork.errors import DataError, shorten
+from topwork.errors import DataError, SpecError, shorten
 from topwork.search import events, jobs
 from topwork.search.decisions import MAX_ERROR_CHARACTERS, Decisions
 from topwork.search.history import History
@@ -13,11 +14,24 @@ from topwork.search.metrics import is_minimized
 from topwork.search.search_id import search_id
 from topwork.search.trials import Trial, TrialResult, TrialRun
 from topwork.spec import TransferJob
+from topwork.spec.loading.problems import InvalidSpecError
 from topwork.spec.search import TransferSearch
 
 
 def _utc_now() -> datetime:
     return datetime.now(UTC)
+
+
+@contextmanager
+def _explain_refusal(trial: Trial) -> Iterator[None]:
+    """Explain why a trial that was started is refused: `compute` can change during a search, such as its GPUs."""
+    try:
+        yield
+    except InvalidSpecError as error:
+        raise SpecError(
+            f"The template has changed since trial {trial.number} was started, and refuses its parameters: {error} "
+            "Restore the template, or change seed to start a new search."
+        ) from error
 
 
 class Study:
@@ -70,7 +84,11 @@ class Study:
 
     @property
     def running(self) -> tuple[TrialRun, ...]:
-        """The runs that were started and have no result. A new coordinator carries them out again: a run resumes."""
+        """The runs that were started and have no result. A new coordinator carries them out again: a run resumes.
+
+        Raises:
+            SpecError: If the template has changed and refuses the parameters of one of them.
+        """
         return tuple(
             self._run_of(trial) for trial in self.trials if trial.state == "running" and trial.equal_to is None
         )
@@ -113,6 +131,7 @@ class Study:
 
         Raises:
             JournalConflictError: If another coordinator has changed the search.
+            SpecError: If the template has changed and refuses the parameters of a trial to continue.
             UnavailableError: If the journal cannot be written.
         """
         while decision := self._decisions.next(self._now()):
@@ -207,10 +226,12 @@ class Study:
 
         Raises:
             DataError: If no trial is complete.
+            SpecError: If the template has changed and refuses its parameters.
         """
         if self.best is None:
             raise DataError(f"No trial of the search {self.id} is complete yet, so there is no best one.")
-        return jobs.best_job(self.search, self.best.params)
+        with _explain_refusal(self.best):
+            return jobs.best_job(self.search, self.best.params)
 
     def record_published(self, uri: str) -> None:
         """Record the URI of the published model.
@@ -246,6 +267,7 @@ class Study:
     def _run_of(self, trial: Trial) -> TrialRun:
         key = trial.number, trial.epochs
         if key not in self._runs:
-            job = jobs.trial_job(self.search, trial.number, trial.params, trial.epochs)
+            with _explain_refusal(trial):
+                job = jobs.trial_job(self.search, trial.number, trial.params, trial.epochs)
             self._runs[key] = TrialRun(trial.number, trial.epochs, job)
         return self._runs[key]

@@ -33,7 +33,7 @@ from topwork.cluster.names import CONTROLLER_MANAGER
 from topwork.cluster.status.objects import is_being_deleted, name_of, owner_uids
 from topwork.cluster.transfer_job_status import ConditionType, State
 from topwork.cluster.transfer_search_status import TransferSearchStatus
-from topwork.errors import DataError, SettingError
+from topwork.errors import DataError, SettingError, SpecError
 from topwork.search.jobs import SEARCH_LABEL
 from topwork.search.journal import JournalConflictError
 from topwork.search.study import Study
@@ -123,7 +123,16 @@ class _Reconciliation:
         except DataError as error:
             return self._reject(seen, Rejection("InvalidJournal", str(error), is_retried=True))
         coordination = Coordination(self.cluster, seen, target, study)
-        self._store(seen, coordination.advance())
+        try:
+            status = coordination.advance()
+        except SpecError as error:  # of a trial that the template accepted before it was changed
+            return self._reject(seen, Rejection("InvalidSpec", str(error), is_retried=False))
+        except (*CHANGED_ERRORS, *GONE_ERRORS):
+            raise
+        except SettingError as error:  # such as a journal that is too large
+            self._store(seen, build_search_status(seen, _unfinished_state(seen), {}, waiting_for=str(error)))
+            raise
+        self._store(seen, status)
         return CONFLICT_SECONDS if coordination.conflict else None
 
     def _reject(self, seen: SearchObservation, rejection: Rejection) -> float | None:
@@ -131,8 +140,7 @@ class _Reconciliation:
         previous = seen.previous
         facts: Facts = {"Accepted": Fact(rejection.reason, rejection.message, holds=False)}
         if rejection.is_retried or (previous.search and not previous.is_final):
-            state: State = previous.state if not previous.is_final else "Pending"
-            status = build_search_status(seen, state, facts, waiting_for=rejection.message)
+            status = build_search_status(seen, _unfinished_state(seen), facts, waiting_for=rejection.message)
         else:
             facts["Failed"] = Fact(rejection.reason, rejection.message)
             status = build_search_status(seen, "Failed", facts, error=rejection.message)
@@ -150,3 +158,8 @@ class _Reconciliation:
                 event = build_event_of(seen.search, (seen.generation, *occasion), report, seen.now)
                 self.cluster.apply(event, manager=CONTROLLER_MANAGER, force=True)
         write_status(self.cluster, seen.search, status)
+
+
+def _unfinished_state(seen: SearchObservation) -> State:
+    """Return the state of a search that does not continue for now."""
+    return seen.previous.state if not seen.previous.is_final else "Pending"
