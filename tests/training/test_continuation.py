@@ -5,6 +5,7 @@ from dataclasses import replace
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from tests.training.observer import RunObserver
 
 from topwork.registry.runs import delete_results
@@ -130,9 +131,32 @@ def test_stage_with_another_input_starts_over_and_says_why(make_trial, workspace
     run(make_trial(1, **publishes), workspace)  # one epoch does not cache features
     longer = run(make_trial(6, **publishes), workspace)
     assert trained(longer, "fine-tune") == [1, 2, 3, 4, 5, 6]
-    assert reasons(longer, "checkpoint of a shorter stage not used") == [
-        "that stage was trained on images in float32, but this one uses cached features of 4 views in float32"
-    ]
+    libraries = f"TensorFlow {tf.__version__} and Keras {keras.__version__}"
+    [reason] = reasons(longer, "checkpoint of a shorter stage not used")
+    short, _, long = reason.partition(", but this one uses ")
+    assert short.startswith(f"that stage was trained on images in float32 by {libraries} with frozen weights ")
+    assert long.startswith(f"cached features of 4 views in float32 by {libraries} with frozen weights ")
+
+
+def test_stage_with_another_version_of_keras_starts_over(make_transfer, workspace, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(keras, "__version__", "3.0.0")
+        run(make_transfer(1), workspace)
+    longer = run(make_transfer(2), workspace)
+    assert trained(longer) == [1, 2]
+    assert "and Keras 3.0.0 with" in reasons(longer, "checkpoint of a shorter stage not used")[0]
+
+
+def test_stage_whose_base_was_trained_again_with_another_result_starts_over(make_trial, workspace, monkeypatch):
+    run(make_trial(1), workspace)
+    # The result of the stage before is lost, and not the same on another GPU.
+    workspace.storage.delete([item.key for item in list(workspace.storage.list("stages/transfer/"))])
+    with monkeypatch.context() as patched:
+        set_seed = keras.utils.set_random_seed
+        patched.setattr(keras.utils, "set_random_seed", lambda seed: set_seed(seed + 1))
+        longer = run(make_trial(3), workspace)
+    assert trained(longer, "fine-tune") == [1, 2, 3]
+    assert "frozen weights" in reasons(longer, "checkpoint of a shorter stage not used")[0]
 
 
 def test_damaged_or_deleted_checkpoint_is_not_used(make_transfer, workspace):

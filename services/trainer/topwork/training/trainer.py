@@ -16,6 +16,7 @@ from typing import Any
 
 import keras
 import structlog
+import tensorflow as tf
 
 from topwork.data.batches import Shard, batch_image_names, training_batches
 from topwork.data.dataset_manifest import StoredDataset
@@ -199,7 +200,12 @@ class Trainer:
     @property
     def _training_input(self) -> TrainingInput:
         views = self._inputs.data.train.views if self._inputs.from_cache else 0
-        return TrainingInput(views=views, precision=self._inputs.precision)
+        return TrainingInput(
+            views=views,
+            precision=self._inputs.precision,
+            libraries=f"TensorFlow {tf.__version__} and Keras {keras.__version__}",
+            frozen=self._variables.frozen_hash,
+        )
 
     def fit(self) -> Classifier | None:
         """Train the remaining phases.

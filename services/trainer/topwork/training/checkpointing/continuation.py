@@ -30,12 +30,16 @@ class TrainingInput(BaseModel):
     Attributes:
         views: Cached views of each training image; 0 if features are not cached.
         precision: Types that the trained layers compute in.
+        libraries: Versions of TensorFlow and Keras: others may round differently, or have other optimizer variables.
+        frozen: Hash of the weights that the stage does not change. The stage before may have been trained again.
     """
 
     model_config = ConfigDict(frozen=True)
 
     views: int
     precision: str
+    libraries: str
+    frozen: str
 
     @property
     def digest(self) -> str:
@@ -44,7 +48,7 @@ class TrainingInput(BaseModel):
 
     def __str__(self) -> str:
         cached = "images" if not self.views else "cached features" + (f" of {self.views} views" * (self.views > 1))
-        return f"{cached} in {self.precision}"
+        return f"{cached} in {self.precision} by {self.libraries} with frozen weights {self.frozen[:8]}"
 
 
 class KeptCheckpoint(BaseModel):
