@@ -305,6 +305,21 @@ def test_another_space_starts_the_search_over(world: SearchWorld) -> None:
     assert journals == {f"{first}-journal", f"{status['search']}-journal"}
 
 
+@pytest.mark.parametrize("rates", [{"choice": [0.001]}, {"logUniform": [1e-5, 1e-1]}], ids=["same", "other"])
+def test_a_new_search_does_not_use_the_images_of_the_one_before(world: SearchWorld, rates: Object) -> None:
+    space = {RATE: rates, DROPOUT: {"choice": [0.1, 0.2]}}
+    world.apply(sample_searches.search(trials=2, space=space))
+    world.finish()
+    assert "topwork.dev/dataset" in world.trial_jobs()["flowers-1"]["metadata"]["annotations"]
+    world.kubernetes.kubelet.dataset = "datasets/flowers/new"
+    world.change_search(seed=7)
+    world.finish()
+    status, jobs = world.search_status(), world.trial_jobs()
+    assert (status["state"], status["trials"]["complete"]) == ("Complete", 2)
+    assert [jobs[name]["status"]["dataset"] for name in ("flowers-0", "flowers-1")] == ["datasets/flowers/new"] * 2
+    assert "annotations" not in jobs["flowers-0"]["metadata"]
+
+
 def test_an_edited_trial_is_restored(world: SearchWorld) -> None:
     world.apply(sample_searches.search(trials=1))
     world.advance(20)

@@ -131,6 +131,9 @@ class Coordination:
             self.conflict = _describe_conflict(existing)
         elif is_being_deleted(existing):
             return None
+        elif get_label(existing, SEARCH_LABEL) not in {None, self.target.id}:
+            # Of an earlier search, whose dataset it uses. It is created again as soon as it is gone.
+            self._delete(existing)
         elif needs_change(existing, desired):
             self._write(self.cluster.replace, change_spec(existing, desired), desired)
         else:
@@ -159,7 +162,10 @@ class Coordination:
             if name in self._wanted or is_being_deleted(obj):
                 continue
             if get_label(obj, SEARCH_LABEL) != self.target.id or is_unfinished(obj):
-                self.cluster.delete("TransferJob", name, uid=obj["metadata"]["uid"])
+                self._delete(obj)
+
+    def _delete(self, obj: KubernetesObject) -> None:
+        self.cluster.delete("TransferJob", name_of(obj), uid=obj["metadata"]["uid"])
 
     # ── The end ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
