@@ -132,8 +132,8 @@ def test_report_says_that_the_validation_value_is_optimistic(search, trials):
     results = make_results(search, trials)
     assert results.selection_note == (
         "accuracy 0.9500 on the validation split is the best of 9 complete trials. The same images selected it, so "
-        "the value is optimistic: expect less on other images. No model of this search is published, so there is no "
-        "value on the test split."
+        "the value is optimistic: expect a lower one on other images. No model of this search is published, so there "
+        "is no value on the test split."
     )
     note = replace(results, version=published(accuracy=0.91)).selection_note
     assert note.endswith(
@@ -236,6 +236,8 @@ def test_table_lists_the_best_trial_first(search, trials):
 def test_lower_values_are_better_for_the_loss(trials):
     search = make_search({RATE: {"logUniform": [1e-4, 1e-1]}}, metric="loss")
     assert ranked(trials, search)[0].value == min(trial.value for trial in trials if trial.state == "complete")
+    results = SearchResults(search, trials, trials[1], "", parameter_importance(search, ()), None, None)
+    assert "expect a higher one on other images" in results.selection_note
 
 
 def test_state_on_one_line(search, trials):

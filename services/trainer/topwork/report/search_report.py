@@ -71,7 +71,8 @@ class SearchResults:
         chosen = f"the best of {complete} complete trials" if complete > 1 else "the only complete trial"
         note = f"{self.metric} {self.best.value:.4f} on the validation split is {chosen}. "
         if complete > 1:
-            note += "The same images selected it, so the value is optimistic: expect less on other images. "
+            direction = "a higher" if is_minimized(self.search.spec.metric) else "a lower"
+            note += f"The same images selected it, so the value is optimistic: expect {direction} one on other images. "
         if self.version is None and self.published:
             return f"{note}{self.published} was not read for this report: its card has the value on the test split."
         if self.version is None:
