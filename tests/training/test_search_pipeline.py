@@ -1,5 +1,6 @@
 """Searches on this machine: trials one after the other, failures, outages, a changed source, and publishing."""
 
+import errno
 import shutil
 import urllib.request
 from types import SimpleNamespace
@@ -9,7 +10,8 @@ import pytest
 
 from topwork import pipeline, search_pipeline
 from topwork.cli.runtime.shutdown import to_topwork_error
-from topwork.errors import DataError, GateError, UnavailableError
+from topwork.disk_space import report_full_disk
+from topwork.errors import DataError, GateError, SettingError, UnavailableError
 from topwork.registry import versions
 from topwork.registry.searches import list_searches, read_search
 from topwork.registry.split_inputs import identify_split_images, read_split_inputs
@@ -131,6 +133,17 @@ def test_outage_ends_the_search_without_a_failed_trial(make_search, run, storage
     train.result = result
     run(make_search(trials=2))
     assert [trial.state for trial in open_study(make_search(), storage).trials] == ["complete", "complete"]
+
+
+def test_exhausted_disk_quota_ends_the_search_without_a_failed_trial(make_search, run, storage, train, tmp_path):
+    def fail(job):
+        with report_full_disk(tmp_path):  # as `pipeline.run` does
+            raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    train.result = fail
+    with pytest.raises(SettingError, match="The disk quota is exhausted"):
+        run(make_search())
+    assert [trial.state for trial in open_study(make_search(), storage).trials] == ["running"]
 
 
 def test_search_ends_with_the_error_that_all_trials_share(make_search, run, storage, train):

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 
 from topwork import __version__, pipeline
 from topwork.artifacts import read_json_record
-from topwork.disk_space import report_full_disk
+from topwork.disk_space import disk_full_error, report_full_disk
 from topwork.errors import DataError, GateError, Stopped, TopworkError, UnavailableError, quote_error
 from topwork.registry.datasets import read_stored_dataset, select_dataset
 from topwork.registry.searches import store_search
@@ -204,7 +204,8 @@ class _LocalSearch:
     def _explain_failure(self, run: TrialRun, error: Exception) -> str:
         """Return why a trial failed. An error that is not the fault of the trial is raised again."""
         known = self.coordination.explain(error)
-        if isinstance(known, Stopped | UnavailableError) or self.workspace.stop.is_set():
+        is_disk_full = error.__cause__ is not None and disk_full_error(error.__cause__) is not None
+        if isinstance(known, Stopped | UnavailableError) or is_disk_full or self.workspace.stop.is_set():
             raise error
         if known is None:
             log.error("unexpected error in a trial", number=run.number, exc_info=error)
