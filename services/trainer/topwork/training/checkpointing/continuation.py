@@ -122,8 +122,8 @@ def _select(context: StageContext, training_input: TrainingInput) -> tuple[str, 
     plan, storage = context.plan, context.workspace.storage
     continued = continued_prefix(plan.stage, context.continuation)
     for name in sorted((stored.key for stored in storage.list(continued)), reverse=True):
-        epoch = int(name.removeprefix(continued).partition("-")[0])
-        if epoch > plan.epochs:
+        epochs = name.removeprefix(continued).partition("-")[0]
+        if not epochs.isdecimal() or (epoch := int(epochs)) > plan.epochs:  # other objects are not topwork's
             continue
         try:
             if (kept := _read(storage, name)) is None:
