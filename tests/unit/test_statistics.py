@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest
+from scipy.stats import binomtest, norm
 
 from topwork.report.evaluation import evaluate_predictions
 from topwork.report.predictions import array_batches, collect_predictions
@@ -117,10 +117,27 @@ def test_bootstrap_interval_is_centered_on_the_measured_value():
 
 def test_bootstrap_p_value_is_the_share_of_larger_losses():
     resampled = np.linspace(-1, 1, 2001)
-    assert bootstrap_p_value(-0.9, resampled) == pytest.approx(0.05, abs=0.001)
-    assert bootstrap_p_value(0.9, resampled) == pytest.approx(0.95, abs=0.001)
-    assert bootstrap_p_value(-2.0, resampled) == 1 / 2002
-    assert bootstrap_p_value(0.0, np.zeros(10)) == 1.0
+    assert bootstrap_p_value(-0.9, resampled, 100) == pytest.approx(0.05, abs=0.001)
+    assert bootstrap_p_value(0.9, resampled, 100) == pytest.approx(0.95, abs=0.001)
+    assert bootstrap_p_value(0.0, np.zeros(10), 100) == 1.0
+
+
+def test_number_of_resamples_does_not_limit_the_confidence():
+    assert bootstrap_p_value(-2.0, np.linspace(-1, 1, 2001), 100) == pytest.approx(norm.cdf(-2 * 3**0.5), rel=0.01)
+    labels = np.random.default_rng(0).integers(0, 3, 200)
+    good, bad = (score(make_probabilities(labels, 3, 1, strength), labels) for strength in (9.0, 0.0))
+    assert run_worse_tests(("f1",), bad, good)["f1"].p_value < 1e-6
+
+
+def test_test_of_very_few_images_is_not_significant():
+    """Resamples of a single image are all equal."""
+    for images in (1, 4):
+        labels = np.arange(images) % 2
+        right = np.where(labels[:, np.newaxis] == [0, 1], 0.9, 0.1).astype(np.float32)
+        tests = run_worse_tests(("accuracy", "f1", "loss"), score(1 - right, labels), score(right, labels))
+        assert {name: test.p_value for name, test in tests.items()} == pytest.approx(
+            dict.fromkeys(("accuracy", "f1", "loss"), 0.5**images)
+        )
 
 
 def test_model_is_worse_in_every_metric_if_it_knows_less():

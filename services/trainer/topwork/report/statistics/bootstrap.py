@@ -8,6 +8,7 @@ difference of two of them does not vary with the difficulty of the images. The s
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
@@ -189,19 +190,29 @@ def bootstrap_interval(value: float, resampled: Values, confidence: float) -> In
     return float(low), float(high)
 
 
-def bootstrap_p_value(gain: float, resampled: Values) -> float:
+def bootstrap_p_value(gain: float, resampled: Values, images: int) -> float:
     """Return the one-sided p-value that a classifier that is not worse has so small a gain.
+
+    Beyond all resamples, the p-value is that of a normal distribution: their finite number would limit it to a value
+    that is never significant at a high confidence.
 
     Args:
         gain: The measured gain; negative if the classifier is worse.
         resampled: float64 (resamples,), the gain on each resample.
+        images: Number of images. Even if each of them favors the other classifier, as in a sign test, the p-value is at
+            least 0.5 to the power of it: resamples of very few images do not vary.
 
     Returns:
-        The p-value in (0, 1]; never 0, because the number of resamples is finite.
+        The p-value in 0..1.
     """
     if gain >= 0 and np.ptp(resampled) <= 1e-12:
         return 1.0
-    return float((1 + np.count_nonzero(resampled - resampled.mean() <= gain)) / (1 + len(resampled)))
+    smaller = int(np.count_nonzero(resampled - resampled.mean() <= gain))
+    p_value = (1 + smaller) / (1 + len(resampled))
+    if smaller == 0:
+        deviation = float(resampled.std())
+        p_value = min(p_value, NormalDist().cdf(gain / deviation) if deviation > 1e-12 else 0.0)
+    return max(p_value, 0.5**images)
 
 
 def _without_undefined(rows: list[Values]) -> list[Values]:

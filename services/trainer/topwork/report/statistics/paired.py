@@ -66,5 +66,5 @@ def run_worse_tests(metrics: Iterable[str], model: ScoredImages, other: ScoredIm
     for name, (ours, its) in resample((model, other), [name for name in names if name not in SHARES]).items():
         sign = -1.0 if name in LOWER_IS_BETTER else 1.0
         gain = sign * (model.measure(name, once) - other.measure(name, once))
-        tests[name] = WorseTest(images=images, p_value=bootstrap_p_value(gain, sign * (ours - its)))
+        tests[name] = WorseTest(images=images, p_value=bootstrap_p_value(gain, sign * (ours - its), images))
     return tests
