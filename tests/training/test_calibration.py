@@ -12,6 +12,7 @@ from tests.training.stored_classifier import store_trained
 
 from topwork.artifacts import download_artifact
 from topwork.data.local_dataset import fetch_dataset
+from topwork.errors import GateError
 from topwork.model.calibration import fit_temperature
 from topwork.report.exported_model import load_format
 from topwork.report.held_out_evaluation import describe_final_model, evaluate_classifier
@@ -44,7 +45,7 @@ def calibrated_job(make_job, confusable_folder):
         source = {"folder": {"uri": str(confusable_folder)}}
         evaluate = {"metrics": ["accuracy", "auc", "calibrationError"], "calibration": calibration}
         dataset = {"source": source, "splits": splits, "imageSize": [32, 32]}
-        return make_job(dataset=dataset, evaluate=evaluate, **overrides)
+        return make_job(dataset=dataset, **{"evaluate": evaluate, **overrides})
 
     return make
 
@@ -112,6 +113,17 @@ def test_metrics_are_those_of_the_calibrated_model_and_the_classes_stay_the_same
     assert sentence in report
     assert sentence.replace("_", "\\_") in workspace.storage.read("models/tiny/2/card.md").decode()
     assert "before calibration" not in workspace.storage.read("models/tiny/1/report.html").decode()
+
+
+def test_gate_compares_the_same_weights_with_another_calibration(calibrated_job, workspace, tmp_path):
+    # Saturated probabilities are equal without calibration.
+    evaluate = {"metrics": ["auc"], "gates": [{"metric": "auc", "atLeastLatestMinus": 0.0}]}
+    calibrated, job = calibrated_job(), calibrated_job(evaluate=evaluate)
+    classifier = store_trained(brightness_model(1.0), job, workspace, tmp_path)
+    for _ in range(2):  # the second time, the latest version is the model itself
+        publish(calibrated, classifier, pull(calibrated, workspace), workspace)
+    with pytest.raises(GateError, match=r"auc is 0\.\d+, but the gate requires at least 0\.\d+ \(0\.\d+ of tiny/1"):
+        publish(job, classifier, pull(job, workspace), workspace)
 
 
 def test_model_without_mistakes_on_validation_is_published_uncalibrated_with_a_warning(

@@ -115,7 +115,14 @@ def evaluate_classifier(
         ),
         weights=classifier.kept,
         calibration=calibration,
-        latest=evaluate_latest(job, classifier.file.sha256, held_out, predictions, folder / "latest"),
+        latest=evaluate_latest(
+            job,
+            classifier.file.sha256,
+            held_out,
+            predictions,
+            folder / "latest",
+            temperature=calibration.temperature if calibration else None,
+        ),
         audit=_illustrate(findings, local) if findings else None,
     )
     if kept is not None:

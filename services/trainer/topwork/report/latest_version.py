@@ -1,5 +1,7 @@
 """Evaluates the latest published version on the images of this job, for gates that compare with it."""
 
+import json
+import math
 import shutil
 from pathlib import Path
 
@@ -7,6 +9,7 @@ import numpy as np
 import structlog
 from numpy.typing import NDArray
 
+from topwork.artifacts import read_manifest
 from topwork.clients.s3.storage import Storage
 from topwork.errors import DamagedError, DataError
 from topwork.registry import versions
@@ -22,9 +25,18 @@ from topwork.spec import TransferJob
 
 log = structlog.get_logger(__name__)
 
+# Temperatures of the same weights that differ less, for example because of another device, are the same.
+SAME_TEMPERATURE = 0.001
+
 
 def evaluate_latest(
-    job: TransferJob, weights: str, held_out: HeldOutSplit, predictions: Predictions, folder: Path
+    job: TransferJob,
+    weights: str,
+    held_out: HeldOutSplit,
+    predictions: Predictions,
+    folder: Path,
+    *,
+    temperature: float | None = None,
 ) -> LatestVersion | None:
     """Evaluate the latest published version on the images on which the new model is evaluated.
 
@@ -37,6 +49,7 @@ def evaluate_latest(
         held_out: The images.
         predictions: What the new model predicted for them, with the probabilities that `images_to_keep` selects.
         folder: Local directory for the files of the version; deleted at the end.
+        temperature: The temperature of the new model; None if it is not calibrated.
 
     Returns:
         Its metrics and tests of the gates, or why it cannot be compared; None if no gate compares with it, or no
@@ -53,7 +66,10 @@ def evaluate_latest(
     if latest is None:
         return None
     name = f"{latest.name}/{latest.version}"
-    if latest.weights == weights:
+    # Equal weights with another temperature have other probabilities.
+    if latest.weights == weights and math.isclose(
+        temperature or 1.0, _read_temperature(storage, latest), rel_tol=SAME_TEMPERATURE
+    ):
         return LatestVersion(version=name, same_weights=True)
     if latest.split == SPLIT:
         return LatestVersion(version=name, reason="it is the final model of cross-validation, trained on all images")
@@ -96,3 +112,11 @@ def _find_latest(storage: Storage, name: str) -> Version | None:
         return latest
     remaining = [number for number, is_published in versions.list_versions(storage, name).items() if is_published]
     return versions.read_version(storage, name, remaining[-1]) if remaining else None
+
+
+def _read_temperature(storage: Storage, version: Version) -> float:
+    """Read the temperature of a version: 1 if it is not calibrated, or its files are missing."""
+    prefix = versions.version_prefix(version.name, version.version)
+    manifest = read_manifest(storage, prefix)
+    metrics = json.loads((manifest and storage.read(manifest.key_of(prefix, "metrics.json"))) or b"{}")
+    return float((metrics.get("calibration") or {}).get("temperature") or 1.0)
