@@ -1,5 +1,6 @@
 """Runs in MLflow: one MLflow run for each run, whatever happens to the run or the server."""
 
+import logging
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -8,6 +9,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 from mlflow import MlflowClient
 from structlog.testing import capture_logs
+from tests.monitoring.prometheus_server import free_port
 from tests.tracking.mlflow_server import START_SECONDS
 
 from topwork.clients.mlflow import MlflowServer
@@ -251,22 +253,24 @@ def test_processes_that_start_at_the_same_time_use_one_mlflow_run(mlflow, experi
 
 @pytest.fixture
 def rejecting_server():
-    """A server that rejects all requests, and records their Authorization header."""
+    """A server that answers all requests in the same way, and records their Authorization header."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
             self.server.authorizations.append(self.headers["Authorization"])
-            body = f"not {self.headers['Authorization']}".encode()
+            body = self.server.body or f"not {self.headers['Authorization']}".encode()
             self.send_response(self.server.status)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
 
+        do_POST = do_GET
+
         def log_message(self, *arguments):
             pass
 
     with HTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.authorizations, server.status = [], 401
+        server.authorizations, server.status, server.body = [], 401, b""
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
         server.shutdown()
@@ -284,6 +288,34 @@ def test_token_comes_from_the_environment_and_is_never_shown(rejecting_server, m
         MlflowServer(uri, "experiment")
     assert "***" in str(error.value)
     assert "token-of-the-user" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "message"),
+    [
+        (500, b"", r"failed: it answers with HTTP 500\.$"),
+        (200, b"<html>", r"failed: .*not in a valid JSON format"),
+        (200, b'{"experiment": 5}', r"sent an invalid response: Failed to parse experiment"),
+        (200, b"{}", r"failed: it does not find a run that it created\.$"),
+    ],
+)
+def test_server_that_is_not_mlflow_or_broken_is_reported_once(
+    rejecting_server, monkeypatch, caplog, status, body, message
+):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    rejecting_server.status, rejecting_server.body = status, body
+    with pytest.raises(UnavailableError, match=message):
+        MlflowServer(f"http://127.0.0.1:{rejecting_server.server_port}", "experiment").open_run({"a": "b"}, "run")
+    assert not caplog.records
+
+
+def test_retries_of_the_libraries_are_not_logged(monkeypatch, caplog):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    with pytest.raises(UnavailableError, match=r"it cannot be reached, or does not answer in time\.$"):
+        MlflowServer(f"http://127.0.0.1:{free_port()}", "experiment")
+    assert not caplog.records
+    logging.getLogger("urllib3.connectionpool").warning("of another client")
+    assert caplog.messages == ["of another client"]
 
 
 @pytest.mark.parametrize(

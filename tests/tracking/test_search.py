@@ -1,28 +1,41 @@
 """A search on this machine in MLflow: a parent with the result, and a nested run for each trial."""
 
+import pytest
 from ruamel.yaml import YAML
 
+from topwork.errors import DataError
 from topwork.search.search_id import search_id
 from topwork.spec.search import TransferSearch
 
 RATE = "transfer.optimizer.learningRate"
 
 
-def test_search_is_a_parent_with_nested_trials(make_job, command, mlflow, storage, tmp_path, export_check_in_process):
-    transfer = {"train": "all", "epochs": 1, "batchSize": 8, "featureCache": "off"}
-    job = make_job(transfer=transfer, tracking={"tensorboard": True, "mlflow": {"uri": mlflow.uri}})
-    content = {
-        "apiVersion": "topwork.dev/v1alpha1",
-        "kind": "TransferSearch",
-        "metadata": {"name": "rates"},
-        "spec": {
-            "space": {RATE: {"choice": [0.001, 0.01]}},
-            "sampler": "grid",
-            "template": job.model_dump(mode="json", by_alias=True, exclude_unset=True)["spec"],
-        },
-    }
-    with (tmp_path / "search.yaml").open("w") as file:
-        YAML().dump(content, file)
+@pytest.fixture
+def search_of(make_job, mlflow, tmp_path):
+    """Write the specification of a search, `<tmp>/search.yaml`; return its content."""
+
+    def write(name, space):
+        transfer = {"train": "all", "epochs": 1, "batchSize": 8, "featureCache": "off"}
+        job = make_job(transfer=transfer, tracking={"tensorboard": True, "mlflow": {"uri": mlflow.uri}})
+        content = {
+            "apiVersion": "topwork.dev/v1alpha1",
+            "kind": "TransferSearch",
+            "metadata": {"name": name},
+            "spec": {
+                "space": space,
+                "sampler": "grid",
+                "template": job.model_dump(mode="json", by_alias=True, exclude_unset=True)["spec"],
+            },
+        }
+        with (tmp_path / "search.yaml").open("w") as file:
+            YAML().dump(content, file)
+        return content
+
+    return write
+
+
+def test_search_is_a_parent_with_nested_trials(search_of, command, mlflow, storage, tmp_path, export_check_in_process):
+    content = search_of("rates", {RATE: {"choice": [0.001, 0.01]}})
     result = command("search", tmp_path / "search.yaml", "--state", tmp_path / "state")
     assert result.exit_code == 0, result.output
 
@@ -48,3 +61,14 @@ def test_search_is_a_parent_with_nested_trials(make_job, command, mlflow, storag
     assert parent.data.tags["topwork.model"] == storage.uri_of("models/rates/1")
     prefixes = {stored.key.split("/")[1] for stored in storage.list("runs/") if "/events/" in stored.key}
     assert prefixes == {run.info.run_name for run in (*trials, best)}
+
+
+def test_search_without_a_winner_is_a_failure(search_of, command, mlflow, storage, tmp_path):
+    missing = {"saved": {"uri": f"{storage.uri}/missing.keras"}}
+    search_of("lost", {"model.base": {"choice": [missing]}})
+    with pytest.raises(DataError, match="No trial of the search"):
+        command("search", tmp_path / "search.yaml", "--state", tmp_path / "state")
+    (parent,) = (run for run in mlflow.runs("lost") if "topwork.search" in run.data.tags)
+    assert parent.info.status == "FAILED"
+    assert "storage has no such object" in parent.data.tags["topwork.error"]
+    assert {run.info.status for run in mlflow.runs("lost")} == {"FAILED"}

@@ -29,7 +29,7 @@ from topwork.search.study import Study
 from topwork.search.trials import Trial, TrialResult, TrialRun
 from topwork.spec import TransferJob
 from topwork.spec.search import TransferSearch
-from topwork.tracking.run_tracking import track_run
+from topwork.tracking.run_tracking import track_run, track_search
 from topwork.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -124,7 +124,8 @@ def run(search: TransferSearch, workspace: Workspace, coordination: Coordination
     with report_full_disk(workspace.scratch), hold_lease(workspace.storage, name, coordination.holder) as lease:
         store_search(search, workspace.storage)
         study = Study(search, StorageJournal(workspace.storage, name))
-        return _LocalSearch(search, study, workspace, coordination, lease).run()
+        with track_search(search, workspace.storage):
+            return _LocalSearch(search, study, workspace, coordination, lease).run()
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,10 @@
 """MLflow: the only module that imports it. Credentials come from the environment variables that MLflow reads."""
 
+import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from importlib.util import find_spec
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -17,6 +20,8 @@ MAX_METRICS_PER_REQUEST = 1000
 MAX_PARAMETERS_PER_REQUEST = 100
 PARENT_TAG = "mlflow.parentRunId"
 """Tag with the ID of the run that a run is shown below."""
+_ERROR_RESPONSES = re.compile(r"too many (\d{3}) error responses")
+_is_requesting = ContextVar("is_requesting", default=False)
 
 
 class MetricPoint(NamedTuple):
@@ -81,6 +86,7 @@ class MlflowServer:
         require_mlflow()
         from mlflow import MlflowClient
 
+        _silence_libraries()
         self._client = MlflowClient(tracking_uri=uri, registry_uri=uri)
         with self._translate_errors():
             self._experiment = self._open_experiment(experiment)
@@ -115,7 +121,9 @@ class MlflowServer:
         with self._translate_errors():
             if not self._find_runs(identity):
                 self._client.create_run(self._experiment, tags=dict(identity), run_name=name)
-            oldest, *others = self._find_runs(identity)
+            if not (runs := self._find_runs(identity)):
+                raise UnavailableError(f"The MLflow server {self._uri} failed: it does not find a run that it created.")
+            oldest, *others = runs
             # Processes that start at the same time may each create the run, such as the first trials of a search.
             for other in others:
                 if not other.data.metrics:
@@ -233,8 +241,10 @@ class MlflowServer:
 
     @contextmanager
     def _translate_errors(self) -> Iterator[None]:
+        from google.protobuf.json_format import ParseError  # type: ignore[import-untyped]
         from mlflow.exceptions import MlflowException
 
+        token = _is_requesting.set(True)
         try:
             yield
         except MlflowException as error:
@@ -249,9 +259,27 @@ class MlflowServer:
             if status in {400, 404}:
                 raise SettingError(f"The MLflow server {self._uri} rejected a request: {reason}") from None
             # The client reports a failed connection as an internal error with the whole exception as its text.
-            if isinstance(error.__context__, OSError):
+            if responses := _ERROR_RESPONSES.search(str(error)):
+                reason = f"it answers with HTTP {responses[1]}."
+            elif isinstance(error.__context__, OSError):
                 reason = "it cannot be reached, or does not answer in time."
             raise UnavailableError(f"The MLflow server {self._uri} failed: {reason}") from None
+        except (ValueError, ParseError) as error:
+            reason = redact(quote_error(error))
+            raise UnavailableError(f"The MLflow server {self._uri} sent an invalid response: {reason}") from None
+        finally:
+            _is_requesting.reset(token)
+
+
+def _silence_libraries() -> None:
+    """Suppress the warnings of each attempt to reach the server: `_translate_errors` reports the outage once."""
+    logging.getLogger("mlflow").setLevel(logging.CRITICAL)
+    # A filter, because other clients use urllib3, too. The same filter is added only once.
+    logging.getLogger("urllib3.connectionpool").addFilter(_is_of_another_client)
+
+
+def _is_of_another_client(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR or not _is_requesting.get()
 
 
 def _batches_of_whole_steps(metrics: Sequence[MetricPoint]) -> Iterator[list[MetricPoint]]:

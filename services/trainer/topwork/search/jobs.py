@@ -110,6 +110,11 @@ def best_job(search: TransferSearch, params: Mapping[str, Any]) -> TransferJob:
     return _job(search, search.metadata.name, spec.model_copy(update={"publish": publish}), {})
 
 
+def template_job(search: TransferSearch) -> TransferJob:
+    """Return the template of a search as a job with the labels of the search."""
+    return _job(search, search.metadata.name, search.spec.template, {})
+
+
 def _spec_with_epochs(search: TransferSearch, params: Mapping[str, Any], epochs: int) -> JobSpec:
     return trial_spec(search, {**params, f"{last_stage(search.spec.template)}.epochs": epochs})
 

@@ -12,6 +12,7 @@ from topwork.tracking.mlflow_values import (
     SEARCH_TAG,
     STORAGE_TAG,
     epoch_metrics,
+    error_tag,
     outcome_metrics,
     run_parameters,
     run_tags,
@@ -49,12 +50,16 @@ class MlflowRuns:
             SettingError: If the server rejects the credentials or a request.
             UnavailableError: If the server cannot be reached.
         """
-        self._server = self._server or MlflowServer(self._uri, self._experiment)
-        run_id = self._open_run(self._server, record)
+        server = self._connect()
+        run_id = self._open_run(server, record)
         for progress in record.stages.values():
-            self._send_epochs(self._server, record.job.run, run_id, progress)
+            self._send_epochs(server, record.job.run, run_id, progress)
         if record.outcome:
-            self._send_outcome(self._server, record, record.outcome, run_id)
+            self._send_outcome(server, record, record.outcome, run_id)
+
+    def _connect(self) -> MlflowServer:
+        self._server = self._server or MlflowServer(self._uri, self._experiment)
+        return self._server
 
     def _identity(self, tag: str, name: str) -> dict[str, str]:
         return {tag: name, STORAGE_TAG: self._storage.uri}
@@ -115,6 +120,22 @@ class MlflowRuns:
             server.set_status(ended, outcome.status)
         if version := outcome.version:
             server.register(version.name, version.uri, run_id, version_tags(version))
+
+
+class MlflowSearch(MlflowRuns):
+    """The MLflow run of a search that ends without a winner."""
+
+    def send(self, record: RunRecord) -> None:
+        """Send the outcome of the search.
+
+        Args:
+            record: A job with the labels of the search, and the outcome. Errors are those of `MlflowRuns.send`.
+        """
+        server, search = self._connect(), record.job.metadata.labels[SEARCH_LABEL]
+        run_id = server.open_run(self._identity(SEARCH_TAG, search), search)
+        if record.outcome:
+            server.log(run_id, tags=error_tag(record.outcome))
+            server.set_status(run_id, record.outcome.status)
 
 
 def _is_winner(job: TransferJob) -> bool:

@@ -85,8 +85,12 @@ def run_tags(record: RunRecord, storage: Storage) -> dict[str, str]:
         tags["topwork.trial"] = trial
     if record.parent:
         tags["topwork.fold"] = str(job.spec.dataset.fold)
-    # An empty error replaces that of an earlier attempt.
-    return tags | ({"topwork.error": _shorten(outcome.error, MAX_TAG_CHARACTERS)} if outcome else {})
+    return tags | (error_tag(outcome) if outcome else {})
+
+
+def error_tag(outcome: Outcome) -> dict[str, str]:
+    """Return the tag with the error of a run. An empty error replaces that of an earlier attempt."""
+    return {"topwork.error": _shorten(outcome.error, MAX_TAG_CHARACTERS)}
 
 
 def epoch_metrics(progress: StageProgress) -> dict[int, list[MetricPoint]]:

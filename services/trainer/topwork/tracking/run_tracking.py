@@ -9,14 +9,16 @@ import structlog
 
 from topwork.cancellation import StopInterrupt
 from topwork.clients.s3.storage import Storage
-from topwork.errors import GateError, Stopped, TopworkError, limit_message
+from topwork.errors import DataError, GateError, Stopped, TopworkError, limit_message
 from topwork.progress import StageProgress
 from topwork.redaction import redact
 from topwork.registry.cross_validation import fold_jobs
+from topwork.search.jobs import template_job
 from topwork.spec import TransferJob
+from topwork.spec.search import TransferSearch
 from topwork.tracking.background import BackgroundSender, Service
 from topwork.tracking.event_files import EventFiles
-from topwork.tracking.mlflow_runs import MlflowRuns
+from topwork.tracking.mlflow_runs import MlflowRuns, MlflowSearch
 from topwork.tracking.mlflow_values import experiment_of
 from topwork.tracking.run_record import Outcome, RunRecord, read_outcome, read_stages
 from topwork.workspace import Workspace
@@ -95,6 +97,26 @@ def track_run(job: TransferJob, workspace: Workspace, *, is_last_stage: bool = T
         tracking.pause()
 
 
+@contextmanager
+def track_search(search: TransferSearch, storage: Storage) -> Iterator[None]:
+    """Let MLflow show that the block, which runs a search, ended without a winner. A winner reports its own end.
+
+    Args:
+        search: The search.
+        storage: Its storage.
+    """
+    try:
+        yield
+    except DataError as error:
+        job = template_job(search)
+        if mlflow := job.spec.tracking.mlflow:
+            sender = BackgroundSender(MlflowSearch(mlflow.uri, experiment_of(job), storage))
+            sender.submit(RunRecord(job, outcome=Outcome("FAILED", error=_describe(error))))
+            if not sender.close(CLOSE_SECONDS):
+                log.warning("tracking incomplete", service=MlflowSearch.name)
+        raise
+
+
 class RunTracking:
     """Follows a job and its folds. Services that cannot be reached get everything later."""
 
@@ -139,7 +161,7 @@ class RunTracking:
         is_stopped = isinstance(error, Stopped | StopInterrupt | KeyboardInterrupt)
         if not is_stopped:
             self._read_results(error)
-        text = limit_message(redact(str(error) or type(error).__name__)) if error else ""
+        text = _describe(error) if error else ""
         for record in self._records.values():
             outcome = record.outcome
             if error and (outcome is None or record.job.run == self._job.run):
@@ -173,3 +195,7 @@ class RunTracking:
     @property
     def _hint(self) -> str:
         return f"topwork track sync {self._storage.uri} {self._job.run}"
+
+
+def _describe(error: BaseException) -> str:
+    return limit_message(redact(str(error) or type(error).__name__))
