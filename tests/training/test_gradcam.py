@@ -151,6 +151,20 @@ def test_model_without_feature_maps_is_reported():
     assert explanation.note.startswith("There are no heat maps (Grad-CAM): the model has no feature maps with several ")
 
 
+def test_rows_are_not_mistaken_for_channels():
+    image = keras.Input((32, 32, 3), name="image")
+    maps = keras.layers.Permute((3, 1, 2))(keras.layers.Conv2D(4, 3)(image))
+    vector = keras.layers.GlobalAveragePooling2D(data_format="channels_first")(maps)
+    assert explain(keras.Model(image, keras.layers.Dense(1)(vector)), *marked_images(2), 2).heat_maps is None
+
+
+def test_layer_with_two_outputs_is_no_place_to_split():
+    image = keras.Input((32, 32, 3), name="image")
+    maps = keras.layers.Conv2D(4, 3)(image)
+    row, state = keras.layers.SimpleRNN(5, return_state=True)(keras.layers.Reshape((900, 4))(maps))
+    assert_splits(keras.Model(image, keras.layers.Dense(1)(keras.layers.Add()([row, state]))), (30, 30))
+
+
 def test_failure_of_grad_cam_is_reported_and_fails_no_run(monkeypatch):
     def fail(*arguments):
         raise tf.errors.UnimplementedError(None, None, "this operation has no gradient")

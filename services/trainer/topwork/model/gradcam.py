@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from topwork.model.cloning import as_functional
 from topwork.model.device_memory import predict_in_parts
+from topwork.model.layer_tree import leaf_layers
 from topwork.model.partition import split_after, trace_paths
 
 
@@ -47,8 +48,11 @@ def find_feature_maps(model: keras.Model) -> FeatureMaps | None:
         model: Functional or sequential model, such as a classifier from images to logits.
 
     Returns:
-        The parts; None if the model has no such maps with more than one row and column, above a layer with weights.
+        The parts; None if the model has no such maps with more than one row and column, above a layer with weights, or
+        if some of its maps have the channels first: rows and columns could be mistaken.
     """
+    if any(getattr(layer, "data_format", None) == "channels_first" for layer in leaf_layers(model)):
+        return None
     graph = as_functional(model)
     for layer in reversed(_bottlenecks_above_weights(graph)):
         if _is_map(layer.output.shape):

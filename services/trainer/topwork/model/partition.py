@@ -174,7 +174,8 @@ def trace_paths(model: keras.Model) -> Iterator[tuple[Any, bool]]:
         # An operation such as a flip is not a layer.
         if (layer := layers.get(node["name"])) is not None:
             # A layer that is called twice has two outputs.
-            yield layer, live == {layer.name} and len(node["inbound_nodes"]) == 1
+            is_only_path = live == {layer.name} and len(node["inbound_nodes"]) == 1
+            yield layer, is_only_path and len(keras.tree.flatten(layer.output)) == 1
 
 
 def _input_layers(node: Any) -> Iterator[str]:

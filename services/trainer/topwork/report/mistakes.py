@@ -18,8 +18,8 @@ log = structlog.get_logger(__name__)
 
 MAX_MISTAKES = 24
 NO_FEATURE_MAPS = (
-    "There are no heat maps (Grad-CAM): the model has no feature maps with several rows and columns that all paths "
-    "from the image to the logits go through."
+    "There are no heat maps (Grad-CAM): the model has no feature maps with several rows and columns, and with the "
+    "channels last, that all paths from the image to the logits go through."
 )
 
 
