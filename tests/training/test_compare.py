@@ -303,6 +303,17 @@ def test_command_prints_text_or_json_and_writes_a_report(command, trained, tmp_p
     assert [len(result["differences"][0][key]) for key in ("correctImages", "misclassifiedImages")] == [changed, 0]
 
 
+def test_models_of_the_same_name_have_the_names_of_their_storages(command, trained, tmp_path, few_resamples):
+    storage, other = (trained.workspace.storage.at(trained.workspace.storage.uri + suffix) for suffix in ("", "-copy"))
+    for prefix in ("datasets/", "stages/", f"runs/{trained.run}/"):
+        for stored in storage.list(prefix):
+            other.write(stored.key, storage.read(stored.key))
+    uris = [f"{where.uri}/runs/{trained.run}" for where in (storage, other)]
+    result = json.loads(command("compare", *uris, "--json", "--state", tmp_path).output)
+    assert [model["name"] for model in result["models"]] == uris
+    assert (result["images"], result["differences"][0]["newlyCorrect"]) == (8, 0)
+
+
 @pytest.mark.parametrize(
     ("models", "message"),
     [

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -91,6 +92,8 @@ def _compare(uris: Sequence[str], state: Path, html: Path | None) -> "Comparison
         names = [candidate.uri for candidate in candidates]
         if repeated := next((name for name in names if names.count(name) > 1), None):
             raise SettingError(f"{repeated} is listed twice. Name different models.")
+        if len({candidate.name for candidate in candidates}) < len(candidates):  # of several storages
+            candidates = [replace(candidate, name=candidate.uri) for candidate in candidates]
         scratch = stack.enter_context(lock_scratch(state, "compare"))
         workspace = Workspace(storage, Metrics(gpus=False), open_progress(), scratch)
         comparison, images = compare_models(candidates, workspace)
