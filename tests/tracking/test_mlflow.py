@@ -128,6 +128,22 @@ def test_server_that_is_down_in_the_middle_gets_everything(make_tracked_job, sta
     assert mlflow.history(run, "transfer/loss") == [(epoch, 1 / epoch) for epoch in (1, 2, 3, 4)]
 
 
+def test_mlflow_run_that_is_deleted_meanwhile_is_replaced(make_tracked_job, start, progress_of, mlflow, experiment):
+    job = make_tracked_job()
+    with capture_logs() as logs:
+        tracking = start(job)
+        tracking.report(job, progress_of(1))
+        wait_for(lambda: [mlflow.history(run, "transfer/loss") for run in mlflow.runs(experiment)] == [[(1, 1.0)]])
+        mlflow.client.delete_run(mlflow.runs(experiment)[0].info.run_id)
+        tracking.report(job, progress_of(2))
+        wait_for(lambda: events(logs) == ["tracking interrupted"])
+        tracking.report(job, progress_of(3))
+        tracking.pause()
+    assert events(logs) == ["tracking interrupted", "tracking resumed"]
+    (run,) = mlflow.runs(experiment)
+    assert mlflow.history(run, "transfer/loss") == [(epoch, 1 / epoch) for epoch in (1, 2, 3)]
+
+
 def test_values_of_an_epoch_are_sent_together_in_large_requests(
     make_tracked_job, s3_settings, progress_of, mlflow, experiment, monkeypatch
 ):

@@ -4,14 +4,17 @@ import json
 from dataclasses import replace
 
 import pytest
+from structlog.testing import capture_logs
 
-from topwork.errors import GateError, Stopped
+from topwork.errors import GateError, SettingError, Stopped
 from topwork.nodes.group import NodeGroup
 from topwork.nodes.node import Node
 from topwork.pipeline import run
 from topwork.registry.cross_validation import fold_jobs
 from topwork.tracking import run_tracking
-from topwork.tracking.run_record import Outcome, read_outcome
+from topwork.tracking.background import BackgroundSender
+from topwork.tracking.mlflow_values import run_parameters
+from topwork.tracking.run_record import Outcome, RunRecord, read_outcome
 from topwork.tracking.run_tracking import read_records, track_run
 
 pytestmark = pytest.mark.usefixtures("export_check_in_process")
@@ -36,6 +39,30 @@ def recorder(monkeypatch):
     monkeypatch.setattr(run_tracking, "CLOSE_SECONDS", 120)
     monkeypatch.setattr(run_tracking, "STOP_SECONDS", 120)
     return recorder
+
+
+def test_record_that_a_service_rejects_does_not_hold_up_the_others(make_job):
+    class Rejecting(Recorder):
+        def send(self, record):
+            if record.parent:
+                raise SettingError("no such run")
+            super().send(record)
+
+    job, service = make_job(), Rejecting()
+    fold = job.as_run("fold")
+    with capture_logs() as logs:
+        sender = BackgroundSender(service)
+        sender.submit(RunRecord(fold, parent=job.run))
+        for _ in range(2):
+            sender.submit(RunRecord(job))
+        assert not sender.close(60)
+    assert list(service.records) == [job.run]
+    assert [entry["event"] for entry in logs] == ["tracking interrupted"]
+
+
+def test_parameters_contain_no_secrets(make_job):
+    job = make_job(model={"base": {"saved": {"uri": f"s3://models/hf_{16 * 'a'}/base.keras"}}})
+    assert run_parameters(job)["model.base.saved.uri"] == "s3://models/***/base.keras"
 
 
 def run_tracked(job, workspace):

@@ -5,7 +5,7 @@ from typing import Protocol
 
 import structlog
 
-from topwork.errors import TopworkError, quote_error
+from topwork.errors import SettingError, TopworkError, quote_error
 from topwork.redaction import redact
 from topwork.tracking.run_record import RunRecord
 
@@ -37,7 +37,9 @@ class BackgroundSender:
         self._service = service
         self._changed = threading.Condition()
         self._pending: dict[str, RunRecord] = {}
-        self._has_news = self._is_closing = self._failed = False
+        self._has_news = self._is_closing = False
+        # Runs whose last record could not be sent.
+        self._failing: set[str] = set()
         # A daemon: a request that hangs must not keep the process alive.
         self._thread = threading.Thread(target=self._work, name=f"tracking-{service.name}", daemon=True)
         self._thread.start()
@@ -81,21 +83,22 @@ class BackgroundSender:
                     break
 
     def _send(self, record: RunRecord) -> bool:
-        """Send a record, and report the start and the end of an outage."""
+        """Send a record, and report the start and the end of an outage; return whether other records can be sent."""
+        run = record.job.run
         try:
             self._service.send(record)
         except Exception as error:  # a follower never stops a run
-            if not self._failed:
+            if not self._failing:
                 reason = (
                     str(error) if isinstance(error, TopworkError) else f"{type(error).__name__}: {quote_error(error)}"
                 )
                 log.warning("tracking interrupted", service=self._service.name, reason=redact(reason))
-            self._failed = True
-            return False
-        if self._failed:
+            self._failing.add(run)
+            return isinstance(error, SettingError)  # the service has rejected this record
+        if self._failing == {run}:
             log.info("tracking resumed", service=self._service.name)
-        self._failed = False
+        self._failing.discard(run)
         with self._changed:
-            if self._pending.get(record.job.run) is record:
-                del self._pending[record.job.run]
+            if self._pending.get(run) is record:
+                del self._pending[run]
         return True

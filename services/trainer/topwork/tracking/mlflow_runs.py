@@ -4,6 +4,7 @@ import time
 
 from topwork.clients.mlflow import PARENT_TAG, MetricPoint, MlflowServer
 from topwork.clients.s3.storage import Storage
+from topwork.errors import SettingError
 from topwork.progress import StageProgress
 from topwork.search.jobs import SEARCH_LABEL
 from topwork.spec import TransferJob
@@ -52,10 +53,16 @@ class MlflowRuns:
         """
         server = self._connect()
         run_id = self._open_run(server, record)
-        for progress in record.stages.values():
-            self._send_epochs(server, record.job.run, run_id, progress)
-        if record.outcome:
-            self._send_outcome(server, record, record.outcome, run_id)
+        try:
+            for progress in record.stages.values():
+                self._send_epochs(server, record.job.run, run_id, progress)
+            if record.outcome:
+                self._send_outcome(server, record, record.outcome, run_id)
+        except SettingError:
+            # The MLflow run may have been deleted: the next record finds or creates another one.
+            del self._run_ids[record.job.run]
+            self._logged = {key: values for key, values in self._logged.items() if key[0] != record.job.run}
+            raise
 
     def _connect(self) -> MlflowServer:
         self._server = self._server or MlflowServer(self._uri, self._experiment)

@@ -8,6 +8,7 @@ from topwork import __version__
 from topwork.clients.mlflow import MetricPoint
 from topwork.clients.s3.storage import Storage
 from topwork.progress import StageProgress
+from topwork.redaction import redact
 from topwork.registry.versions import Version
 from topwork.search.jobs import SEARCH_LABEL, TRIAL_LABEL
 from topwork.spec import TransferJob
@@ -44,7 +45,7 @@ def run_parameters(job: TransferJob) -> dict[str, str]:
     """
     without = NOT_TRAINED | {"storage": True}
     content = job.spec.model_dump(mode="json", by_alias=True, exclude_none=True, exclude=without)
-    return {path: _shorten(text, MAX_PARAMETER_CHARACTERS) for path, text in _flatten(content, "").items()}
+    return {path: _shorten(redact(text), MAX_PARAMETER_CHARACTERS) for path, text in _flatten(content, "").items()}
 
 
 def _flatten(value: Any, path: str) -> dict[str, str]:
