@@ -1,6 +1,8 @@
 """What a job reports to its followers: epochs, folds and outcomes of real training, live and from storage."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -58,6 +60,14 @@ def test_record_that_a_service_rejects_does_not_hold_up_the_others(make_job):
         assert not sender.close(60)
     assert list(service.records) == [job.run]
     assert [entry["event"] for entry in logs] == ["tracking interrupted"]
+
+
+def test_client_is_imported_before_another_thread_uses_it():
+    code = (
+        "import sys; from topwork.tracking.mlflow_runs import MlflowRuns; assert 'mlflow' not in sys.modules; "
+        "MlflowRuns('https://mlflow.example', 'cats', None); assert 'mlflow' in sys.modules"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_parameters_contain_no_secrets(make_job):

@@ -65,6 +65,15 @@ def require_mlflow() -> None:
         )
 
 
+def import_mlflow() -> None:
+    """Import the client, if it is installed. Call this before another thread uses it.
+
+    TFDS replaces `__import__` in all threads while it is imported, and does not support the imports of MLflow.
+    """
+    if find_spec("mlflow") is not None:
+        import mlflow  # noqa: F401
+
+
 class MlflowServer:
     """An experiment on an MLflow server. Its runs are found by their tags, so that no process has to know their IDs."""
 

@@ -2,7 +2,7 @@
 
 import time
 
-from topwork.clients.mlflow import PARENT_TAG, MetricPoint, MlflowServer
+from topwork.clients.mlflow import PARENT_TAG, MetricPoint, MlflowServer, import_mlflow
 from topwork.clients.s3.storage import Storage
 from topwork.errors import SettingError
 from topwork.progress import StageProgress
@@ -35,6 +35,7 @@ class MlflowRuns:
             experiment: Name of the experiment.
             storage: Storage of the runs.
         """
+        import_mlflow()
         self._uri, self._experiment, self._storage = uri, experiment, storage
         self._server: MlflowServer | None = None
         self._run_ids: dict[str, str] = {}
