@@ -168,9 +168,11 @@ def _write_notes(measured: Measurements) -> Iterator[str]:
             )
     images = np.bincount(measured.images.images.labels, minlength=len(measured.images.class_names))
     if rare := int(np.count_nonzero((images > 0) & (images < MIN_CLASS_IMAGES))):
+        few = images.sum() < MIN_CLASS_IMAGES
+        affected = "all metrics except accuracy and top5" if few else "precision, recall, F1 and AUC"
         yield (
-            f"{rare} of {len(images)} classes have fewer than {MIN_CLASS_IMAGES} images: the intervals of precision, "
-            "recall, F1 and AUC may be too narrow."
+            f"{rare} of {len(images)} classes have fewer than {MIN_CLASS_IMAGES} images: the intervals of {affected} "
+            "may be too narrow."
         )
     if "auc" in measured.metrics and "auc" not in measured.resampled:
         yield "The AUC has no interval: there are too many images and classes to resample it."
