@@ -141,7 +141,7 @@ bench-search: $(SETUP) ## Measure searches of the head against one run, and comp
 	$(BIN)/python benchmarks/search.py
 
 .PHONY: bench-ludwig
-bench-ludwig: $(SETUP) $(LUDWIG)/.complete ## Compare a search of topwork with one of Ludwig that takes as long
+bench-ludwig: $(SETUP) $(LUDWIG)/.complete ## Compare a search of topwork with one of Ludwig
 	$(BIN)/python benchmarks/ludwig_comparison.py --ludwig $(LUDWIG)/bin/python
 
 .PHONY: bench-steps
