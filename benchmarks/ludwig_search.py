@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-import pandas  # type: ignore[import-untyped]
-from ludwig.hyperopt.run import hyperopt  # type: ignore[import-not-found]
+import pandas
+from ludwig.hyperopt.run import hyperopt
 
 SPLITS = ("train", "validation", "test")  # Ludwig numbers them
 
