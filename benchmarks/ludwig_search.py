@@ -37,10 +37,10 @@ def main() -> None:
         skip_save_processed_input=True,
         random_seed=options.seed,
     )
-    best = min(results.ordered_trials, key=lambda trial: trial.metric_score)
-    (directory,) = options.output.glob(f"hyperopt/trial_{best.trial_id}*/hyperopt_run")
-    tested = json.loads((directory / "test_statistics.json").read_text())
-    values = {"trials": options.trials, "loss": best.metric_score, "accuracy": tested["label"]["accuracy_micro"]}
+    best = results.experiment_analysis.get_best_trial(metric="metric_score", mode="min", scope="last")
+    (directory,) = options.output.glob(f"hyperopt/*{best.trial_id}*/hyperopt_run")
+    tested = json.loads((directory / "test_statistics.json").read_text())["label"]
+    values = {"loss": best.last_result["metric_score"], "accuracy": tested["accuracy_micro"], "trials": options.trials}
     print(json.dumps(values | {"seconds": time.monotonic() - started}))
 
 
