@@ -142,9 +142,11 @@ def test_the_controller_waits_for_the_definition(api_server, controllers, cluste
     api_server.remove("CustomResourceDefinition", "transferjobs.topwork.dev")
     controller = start()
     controller.wait_for_message("install the CustomResourceDefinition with: topwork crd --apply")
-    assert controller.get("/readyz") == (
+    code, text = controller.get("/readyz")
+    # On a busy machine, other kinds may not be listed yet.
+    assert (code, text.splitlines()[0]) == (
         503,
-        "the cluster does not serve TransferJobs: install the CustomResourceDefinition with: topwork crd --apply\n",
+        "the cluster does not serve TransferJobs: install the CustomResourceDefinition with: topwork crd --apply",
     )
     assert controller.get("/healthz")[0] == 200
     api_server.install_crd(definition())
