@@ -9,8 +9,6 @@ with the lowest loss on the validation split; its accuracy on the test split is 
 import argparse
 import json
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -19,14 +17,10 @@ from typing import Any
 from digits import write_digits
 from rich.console import Console
 from rich.table import Table
-from ruamel.yaml import YAML
+from search import SPACE, run_topwork, write_spec
+from solar import run_json
 
 LUDWIG_PYTHON = Path(".venv-ludwig/bin/python")
-SPACE = {
-    "transfer.optimizer.learningRate": {"logUniform": [1e-5, 1e-1]},
-    "model.head.dropout": {"uniform": [0.0, 0.7]},
-    "transfer.optimizer.name": {"choice": ["adam", "sgd", "rmsprop"]},
-}
 
 
 def main() -> None:
@@ -76,36 +70,24 @@ def search(directory: Path, images: Path, options: argparse.Namespace, seed: int
         "compute": {"gpus": 0},
     }
     spec = {"template": template, "space": SPACE, "metric": "loss", "trials": options.trials, "seed": seed}
-    content = {"apiVersion": "topwork.dev/v1alpha1", "kind": "TransferSearch", "metadata": {"name": "digits"}}
-    file, state = directory / "search.yaml", directory / "state"
-    YAML().dump(content | {"spec": spec | {"sampler": "tpe", "pruner": "asha"}}, file)
+    spec |= {"sampler": "tpe", "pruner": "asha"}
+    file, state = write_spec(directory / "search.yaml", "TransferSearch", "digits", spec), ("--state", directory)
     started = time.monotonic()
-    run_topwork(state, "search", file)
+    run_topwork("search", file, *state)
     seconds = time.monotonic() - started
-    shown = json.loads(run_topwork(state, "search", "show", file, "--json"))
-    model = json.loads(run_topwork(state, "models", "show", template["storage"], "digits", "--json"))
+    shown = json.loads(run_topwork("search", "show", file, "--json", *state))
+    model = json.loads(run_topwork("models", "show", template["storage"], "digits", "--json", *state))
     values = {"seconds": seconds, "trials": len(shown["trials"]), "loss": shown["trials"][shown["best"]]["value"]}
     return values | {"accuracy": model["metrics"]["accuracy"]}
 
 
 def search_with_ludwig(directory: Path, images: Path, options: argparse.Namespace, seed: int) -> dict[str, Any]:
     """Search with Ludwig, and return what it found."""
-    command: list[Any] = [options.ludwig, "benchmarks/ludwig_search.py", images, directory, "--seed", seed]
-    output = run([*command, "--epochs", options.epochs, "--trials", options.ludwig_trials])
-    return dict(json.loads(output.splitlines()[-1]))
-
-
-def run_topwork(state: Path, *arguments: Any) -> str:
-    """Run a command of topwork and return its standard output."""
-    return run([sys.executable, "-m", "topwork", *arguments, "--state", state])
-
-
-def run(command: list[Any]) -> str:
-    """Run a program and return its standard output."""
-    completed = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
-    if completed.returncode:
-        raise SystemExit(f"{' '.join(map(str, command))}\n{completed.stderr[-3000:]}")
-    return completed.stdout
+    directory.mkdir()
+    script = Path("benchmarks/ludwig_search.py").absolute()
+    command = [options.ludwig.absolute(), script, images, directory, "--seed", seed]
+    # It writes a lock file to the current directory.
+    return dict(run_json([*command, "--epochs", options.epochs, "--trials", options.ludwig_trials], cwd=directory))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from digits import write_digits
 from rich.console import Console
 from rich.table import Table
 from ruamel.yaml import YAML
+from solar import run_command
 
 METRIC = "loss"
 SPACE = {
@@ -84,7 +85,7 @@ class Benchmark:
         """Run a search in the storage that all searches of this method share; returns the values of its best trial."""
         file = self._write_search(f"{sampler}-{seed}", trials, sampler, seed, "none")
         self._time("search", file, "samplers")
-        shown = json.loads(self._topwork("search", "show", file, "--json", "--state", self._directory / "samplers"))
+        shown = json.loads(run_topwork("search", "show", file, "--json", "--state", self._directory / "samplers"))
         return dict(shown["trials"][shown["best"]]["results"][-1]["metrics"])
 
     def _write_search(self, name: str, trials: int, sampler: str, seed: int, pruner: str) -> Path:
@@ -92,23 +93,23 @@ class Benchmark:
         return self._write("TransferSearch", name, content | {"sampler": sampler, "pruner": pruner})
 
     def _write(self, kind: str, name: str, spec: dict[str, Any]) -> Path:
-        path = self._directory / f"{name}.yaml"
-        content = {"apiVersion": "topwork.dev/v1alpha1", "kind": kind, "metadata": {"name": name}, "spec": spec}
-        with path.open("w") as file:
-            YAML().dump(content, file)
-        return path
+        return write_spec(self._directory / f"{name}.yaml", kind, name, spec)
 
     def _time(self, command: str, file: Path, state: str) -> float:
         started = time.perf_counter()
-        self._topwork(command, file, "--state", self._directory / state)
+        run_topwork(command, file, "--state", self._directory / state)
         return time.perf_counter() - started
 
-    def _topwork(self, *arguments: Any) -> str:
-        command = [sys.executable, "-m", "topwork", *map(str, arguments)]
-        completed = subprocess.run(command, capture_output=True, text=True, check=False)
-        if completed.returncode:
-            raise SystemExit(f"{' '.join(command)}\n{completed.stderr[-3000:]}")
-        return completed.stdout
+
+def write_spec(path: Path, kind: str, name: str, spec: dict[str, Any]) -> Path:
+    """Write the spec of a job or a search to a file; returns its path."""
+    YAML().dump({"apiVersion": "topwork.dev/v1alpha1", "kind": kind, "metadata": {"name": name}, "spec": spec}, path)
+    return path
+
+
+def run_topwork(*arguments: Any) -> str:
+    """Run a command of topwork and return its standard output."""
+    return run_command([sys.executable, "-m", "topwork", *arguments])
 
 
 def compare_times(benchmark: Benchmark, rounds: int, trials: list[int], console: Console) -> None:

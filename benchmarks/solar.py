@@ -47,12 +47,17 @@ def copy_images(directory: Path, cell_types: tuple[str, ...] = ("mono", "poly"))
     return directory
 
 
-def run_json(command: list[Any], **options: Any) -> Any:
-    """Run a command and parse the last line of its output as JSON."""
+def run_command(command: list[Any], **options: Any) -> str:
+    """Run a command and return its standard output."""
     completed = subprocess.run(list(map(str, command)), check=False, capture_output=True, text=True, **options)
     if completed.returncode:
         raise SystemExit(f"{' '.join(map(str, command))}\n{completed.stderr[-3000:]}")
-    return json.loads(completed.stdout.splitlines()[-1])
+    return completed.stdout
+
+
+def run_json(command: list[Any], **options: Any) -> Any:
+    """Run a command and parse the last line of its output as JSON."""
+    return json.loads(run_command(command, **options).splitlines()[-1])
 
 
 def link_splits(images: Path, splits: Path, target: Path) -> Path:
