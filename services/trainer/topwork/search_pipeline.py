@@ -147,7 +147,7 @@ class _LocalSearch:
             best = self.study.finish()
             delete_shared_features(self.workspace.storage, search_id(self.search))
             log.info("search finished", reason=self.study.end_reason, best=best.number, value=best.value, **best.params)
-            published = self._publish()
+            published = self._publish(best)
         except GateError as error:
             raise GateError(f"{error} Report of the search: {self._store_report()}") from error
         except DataError:
@@ -205,7 +205,7 @@ class _LocalSearch:
     def _explain_failure(self, run: TrialRun, error: Exception) -> str:
         """Return why a trial failed. An error that is not the fault of the trial is raised again."""
         known = self.coordination.explain(error)
-        is_disk_full = error.__cause__ is not None and disk_full_error(error.__cause__) is not None
+        is_disk_full = disk_full_error(error.__cause__ or error) is not None
         if isinstance(known, Stopped | UnavailableError) or is_disk_full or self.workspace.stop.is_set():
             raise error
         if known is None:
@@ -219,10 +219,9 @@ class _LocalSearch:
         else:
             log.info("trial", **facts, **{self.search.spec.metric: trial.value}, seconds=seconds, **trial.params)
 
-    def _publish(self) -> "Published":
+    def _publish(self, best: Trial) -> "Published":
         job, workspace = self._select_dataset(self.study.best_job())
-        best, dataset = self.study.best, read_stored_dataset(workspace.storage, workspace.dataset)
-        if best and dataset:
+        if dataset := read_stored_dataset(workspace.storage, workspace.dataset):
             require_same_training(job, best.results[-1].run, dataset, workspace.storage)
         published = cast("Published", self._run_pipeline(job, workspace))
         self.study.record_published(published.uri)

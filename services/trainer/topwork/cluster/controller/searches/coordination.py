@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from topwork.clients.kubernetes import KubernetesObject
 from topwork.cluster.controller.conditions import Fact
-from topwork.cluster.controller.interruptions import CHANGED_ERRORS, GONE_ERRORS
+from topwork.cluster.controller.interruptions import INTERRUPTIONS
 from topwork.cluster.controller.searches.observation import SearchObservation
 from topwork.cluster.controller.searches.search_status import (
     build_search_status,
@@ -146,7 +146,7 @@ class Coordination:
         """Write a TransferJob, and note if the cluster rejects it, or an admission webhook changes it."""
         try:
             stored = write(obj)
-        except (*CHANGED_ERRORS, *GONE_ERRORS):
+        except INTERRUPTIONS:
             raise
         except SettingError as error:
             self.conflict = f"{kubectl_name(desired)}: {error}"

@@ -19,6 +19,7 @@ from topwork.cluster.controller.interruptions import (
     AGAIN_SECONDS,
     CHANGED_ERRORS,
     GONE_ERRORS,
+    INTERRUPTIONS,
     UNAVAILABLE_SECONDS,
 )
 from topwork.cluster.controller.searches.config_map_journal import ConfigMapJournal
@@ -127,7 +128,7 @@ class _Reconciliation:
             status = coordination.advance()
         except SpecError as error:  # of a trial that the template accepted before it was changed
             return self._reject(seen, Rejection("InvalidSpec", str(error), is_retried=False))
-        except (*CHANGED_ERRORS, *GONE_ERRORS):
+        except INTERRUPTIONS:
             raise
         except SettingError as error:  # such as a journal that is too large
             self._store(seen, build_search_status(seen, _unfinished_state(seen), {}, waiting_for=str(error)))
